@@ -1,0 +1,139 @@
+"""The decorator that makes each call of a coroutine function a managed task."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import sys
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
+
+from otel_tasks._group import checked_name, checked_priority, checked_seconds
+from otel_tasks._manager import create_task, global_task_manager
+from otel_tasks._state import TaskPriority
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
+
+    from otel_tasks._manager import TaskManager
+    from otel_tasks._task import ManagedTask
+
+P = ParamSpec("P")
+T = TypeVar("T")
+S = TypeVar("S")
+
+
+class ManagedFunction(Generic[P, T]):
+    """A coroutine function whose calls run as managed tasks; made by ``managed_task``."""
+
+    def __init__(
+        self,
+        function: Callable[P, Coroutine[Any, Any, T]],
+        create: Callable[[Coroutine[Any, Any, T], Mapping[str, Any] | None], ManagedTask[T]],
+        record: Callable[..., Mapping[str, Any]] | None,
+    ) -> None:
+        self._function = function
+        self._create = create
+        self._record = record
+        functools.update_wrapper(self, function)
+        # Frameworks ask whether to await it.
+        if sys.version_info >= (3, 12):
+            inspect.markcoroutinefunction(self)
+        else:
+            self._is_coroutine = vars(asyncio.coroutines)["_is_coroutine"]
+
+    async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run it as a managed task and give its result.
+
+        Cancellation: of the caller cancels the task and waits for its end.
+        """
+        return await self.start(*args, **kwargs)
+
+    def start(self, *args: P.args, **kwargs: P.kwargs) -> ManagedTask[T]:
+        """Start it as a managed task and return that without waiting."""
+        metadata = None if self._record is None else self._record(*args, **kwargs)
+        return self._create(self._function(*args, **kwargs), metadata)
+
+    @overload
+    def __get__(self, instance: None, owner: type | None = None) -> ManagedFunction[P, T]: ...
+    @overload
+    def __get__(
+        self: ManagedFunction[Concatenate[S, P], T], instance: S, owner: type | None = None
+    ) -> ManagedFunction[P, T]: ...
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """Bind it to an instance, so that it works as a method: ``self.work.start(1)``."""
+        if instance is None:
+            return self
+        record = None if self._record is None else functools.partial(self._record, instance)
+        return ManagedFunction(self._function.__get__(instance, owner), self._create, record)
+
+
+@overload
+def managed_task(function: Callable[P, Coroutine[Any, Any, T]], /) -> ManagedFunction[P, T]: ...
+@overload
+def managed_task(
+    *,
+    name: str | None = None,
+    group: str | None = None,
+    priority: TaskPriority = TaskPriority.NORMAL,
+    timeout: float | None = None,
+    manager: TaskManager | None = None,
+    record: Callable[..., Mapping[str, Any]] | None = None,
+) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], ManagedFunction[P, T]]: ...
+def managed_task(
+    function: Callable[P, Coroutine[Any, Any, T]] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    group: str | None = None,
+    priority: TaskPriority = TaskPriority.NORMAL,
+    timeout: float | None = None,
+    manager: TaskManager | None = None,
+    record: Callable[..., Mapping[str, Any]] | None = None,
+) -> Any:
+    """Make each call of a coroutine function a managed task.
+
+    ``await work(1)`` runs it and gives its result; ``work.start(1)`` does not wait.
+
+    Args:
+        function: The coroutine function, where the decorator is used without parentheses.
+        name: The tasks' name; a second one at the same time gets a number behind it. None takes
+            the function's name.
+        group: A labelled group; None is the current group, or the root of ``manager``.
+        priority: How urgent.
+        timeout: Seconds for each call; None is without bound.
+        manager: Whose tasks they are; None is the global manager.
+        record: Given the arguments of each call, returns the metadata to keep with its task.
+            Arguments are never recorded without it.
+
+    Raises:
+        TypeError: It is not a coroutine function.
+        ValueError: The name is empty, the timeout negative.
+
+    Example:
+        >>> @managed_task(group="mail", timeout=30)
+        ... async def send_mail(user: User) -> None: ...
+    """
+    if function is not None:
+        return managed_task()(function)
+    if name is not None:
+        checked_name("task", name)
+    checked_seconds("timeout", timeout)
+    level = checked_priority(priority)
+
+    def create(coro: Coroutine[Any, Any, T], metadata: Mapping[str, Any] | None) -> ManagedTask[T]:
+        if group is None and manager is None:
+            return create_task(coro, name=name, priority=level, timeout=timeout, metadata=metadata)
+        owner = manager or global_task_manager
+        return owner.create_task(
+            coro, name=name, group=group, priority=level, timeout=timeout, metadata=metadata
+        )
+
+    def decorate(target: Callable[P, Coroutine[Any, Any, T]]) -> ManagedFunction[P, T]:
+        if not inspect.iscoroutinefunction(target):
+            raise TypeError(
+                f"managed_task decorates a coroutine function, got {target!r}: declare it with async def"
+            )
+        return ManagedFunction(target, create, record)
+
+    return decorate

@@ -1,0 +1,741 @@
+"""TaskGroup: a node in the tree of work.
+
+*Labelled* groups are named by a string, made on first use, nest by the dots in their names and
+stay open until shutdown; a failure in one is its task's own. *Scoped* groups are entered with
+``async with``, joined and then closed; they cancel their siblings and raise, as asyncio's do.
+A request's group is scoped too, but no block: the middleware opens, cancels and seals it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from contextvars import ContextVar, copy_context
+from types import CoroutineType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, get_args
+
+from otel_tasks._scope import OnError, Scope
+from otel_tasks._state import CancelKind, TaskPriority
+from otel_tasks._task import (
+    NOBODYS_CONTEXT,
+    Extras,
+    ManagedTask,
+    add_done_callback,
+    ask,
+    run_when,
+    snapshot,
+    wait_until_done,
+)
+from otel_tasks._telemetry import (
+    CODE_FUNCTION,
+    GROUP_ID,
+    GROUP_NAME,
+    MANAGER_NAME,
+    TASK_ID,
+    TASK_NAME,
+    TASK_PRIORITY,
+    end_scope_span,
+    low_cardinality,
+    start_span,
+)
+from otel_tasks.cancellation import CancelCause, CancelEvent
+from otel_tasks.exceptions import GroupClosedError, TaskExistsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+    from contextvars import Context
+    from types import TracebackType
+    from typing import Self
+
+    from otel_tasks._ledger import Ledger
+    from otel_tasks._manager import TaskManager
+    from otel_tasks._telemetry import Span, Tracer
+
+T = TypeVar("T")
+OnConflict = Literal["error", "suffix", "return", "replace"]
+
+
+class Binding(Protocol):
+    """What stands for the current group in a context: a group, or what makes one when it is needed."""
+
+    @property
+    def task_group(self) -> TaskGroup:
+        """The group that new tasks join."""
+        ...
+
+
+# Set where the current task alone does not tell the group: in a request's handler, and in
+# tasks that were started from one into another group.
+_bound: ContextVar[Binding | None] = ContextVar("otel_tasks_group", default=None)
+
+
+class TaskGroup:
+    """A group of tasks, and of groups below it; with ``async with`` a drop-in for ``asyncio.TaskGroup``.
+
+    Args:
+        name: What it is called in traces; its id gets a number behind it. None is ``"group"``.
+        on_error: ``"cancel"``: a failing task cancels its siblings and the block raises an
+            ``ExceptionGroup``; ``"isolate"``: it is reported and the others go on.
+        timeout: Seconds that the block may take, at least 0; then everything in it is cancelled
+            and it raises ``TimeoutError``. None is without bound.
+        span: Give the block a span of its own.
+        manager: Whose tasks they are; None is the global manager.
+
+    Cancellation: of the task in the block cancels all tasks of the group, waits for them, and
+    goes on its way.
+
+    Example:
+        >>> async with TaskGroup("load") as group:
+        ...     first = group.create_task(fetch(1))
+        ...     second = group.create_task(fetch(2))
+    """
+
+    # The global manager's root; `_manager` sets it, which this module may not import.
+    _default_root: ClassVar[TaskGroup]
+
+    __slots__ = (
+        "__weakref__",
+        "_binding",
+        "_cause",
+        "_children",
+        "_event",
+        "_host",
+        "_id",
+        "_ledger",
+        "_linked",
+        "_live",
+        "_name",
+        "_names",
+        "_number",
+        "_parent",
+        "_refusal",
+        "_scope",
+        "_sealed",
+    )
+
+    _refusal: str | None
+    _scope: Scope | None
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        on_error: OnError = "cancel",
+        timeout: float | None = None,
+        span: bool = False,
+        manager: TaskManager | None = None,
+    ) -> None:
+        root = self._default_root if manager is None else manager._root
+        check_choice("on_error", on_error, OnError)
+        label = "group" if name is None else checked_name("group", name)
+        self._set_up(root._ledger, label, None)
+        self._scope = Scope(on_error, checked_seconds("timeout", timeout), span=span)
+        self._refusal = "has not been entered"
+
+    def _set_up(self, ledger: Ledger, name: str | Callable[[], str], parent: TaskGroup | None) -> None:
+        self._ledger = ledger
+        self._name = name
+        self._id: str | None = None
+        # Given when a scoped group opens; 0 before.
+        self._number = 0
+        self._parent = parent
+        self._children: dict[TaskGroup, None] = {}
+        self._live: dict[str, ManagedTask[Any]] = {}
+        # The table in which names must be unique: its own, or for labelled groups the root's.
+        self._names = self._live
+        self._linked = False
+        self._sealed = False
+        self._event: CancelEvent | None = None
+        # Why it is being cancelled; for good in a scoped group, for the moment in a labelled one.
+        self._cause: CancelCause | None = None
+        # Why it takes no new tasks; None while it does.
+        self._refusal = None
+        self._scope = None
+        self._binding: Binding | None = None
+        # The task in which a request's handler runs.
+        self._host: asyncio.Task[Any] | None = None
+
+    @classmethod
+    def _labelled(cls, ledger: Ledger, name: str, parent: TaskGroup | None) -> TaskGroup:
+        group = cls.__new__(cls)
+        group._set_up(ledger, name, parent)
+        group._id = name
+        if parent is not None:
+            group._names = ledger.root._live
+        return group
+
+    @classmethod
+    def _opened(
+        cls,
+        root: TaskGroup,
+        name: str | Callable[[], str],
+        binding: Binding | None,
+        host: asyncio.Task[Any] | None,
+    ) -> TaskGroup:
+        """Open an isolating scoped group below ``root`` without a block, as a request's is."""
+        group = cls.__new__(cls)
+        group._set_up(root._ledger, name, root)
+        group._binding = binding
+        group._host = host
+        group._open(root)
+        return group
+
+    # -- what it is -------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """What it is called; a request's is named after its route once that is known."""
+        return self._name if isinstance(self._name, str) else self._name()
+
+    @property
+    def id(self) -> str:
+        """The name, for a scoped group with ``#`` and a number behind it."""
+        if self._id is None:
+            return f"{self.name}#{self._number}" if self._number else self.name
+        return self._id
+
+    @property
+    def scoped(self) -> bool:
+        """True for one that is entered and closed, False for one that is named by a string."""
+        return self._id is None
+
+    @property
+    def parent(self) -> TaskGroup | None:
+        """The group above; None for a manager's root."""
+        return self._parent
+
+    @property
+    def tasks(self) -> tuple[ManagedTask[Any], ...]:
+        """The live tasks of this very group, oldest first."""
+        return tuple(task for task in self._live.values() if task._group is self)
+
+    @property
+    def cancel_event(self) -> CancelEvent:
+        """Set when the group or one above it is cancelled; made on first use."""
+        if self._event is None:
+            self._event = CancelEvent(None if self._parent is None else self._parent.cancel_event)
+            self._event._owner = self
+            if self._cause is not None:
+                self._event.set(self._cause)
+        return self._event
+
+    @property
+    def task_group(self) -> TaskGroup:
+        """Itself: a group may stand for the current group."""
+        return self
+
+    def __repr__(self) -> str:
+        state = self._refusal or ("is being cancelled" if self._cause is not None else "is open")
+        return f"<TaskGroup {self.id!r} {state}, {len(self._live)} live tasks>"
+
+    # -- tasks ------------------------------------------------------------------------------
+
+    def create_task(
+        self,
+        coro: Coroutine[Any, Any, T],
+        *,
+        name: str | None = None,
+        priority: TaskPriority = TaskPriority.NORMAL,
+        timeout: float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        on_conflict: OnConflict = "suffix",
+        detached: bool = False,
+        context: Context | None = None,
+    ) -> ManagedTask[T]:
+        """Create a task in this group; the parameters are those of ``TaskManager.create_task``.
+
+        Raises:
+            GroupClosedError: The group takes no new tasks; ``coro`` is closed.
+        """
+        return self._create(coro, name, priority, timeout, metadata, on_conflict, detached, context, False)
+
+    def group(
+        self, name: str, *, on_error: OnError = "cancel", timeout: float | None = None, span: bool = False
+    ) -> TaskGroup:
+        """Make a scoped group below this one; enter it with ``async with``.
+
+        Args:
+            name: What it is called.
+            on_error: What a failing task does to its siblings, as for ``TaskGroup``.
+            timeout: Seconds that the block may take; None is without bound.
+            span: Give the block a span of its own.
+        """
+        group = TaskGroup(name, on_error=on_error, timeout=timeout, span=span)
+        group._ledger = self._ledger
+        group._parent = self
+        return group
+
+    def cancel(self, reason: str | None = None) -> None:
+        """Cancel all that is live in this group and below it, at once and without waiting.
+
+        The block of a scoped group is left without an exception; it takes no new tasks from
+        now on. A labelled group stays usable. The calling task is cancelled too if it is one of
+        the group's; ``manager.cancel_group`` spares it, and waits.
+
+        Args:
+            reason: Noted with the cause of each task.
+        """
+        cause = CancelCause.make(CancelKind.EXPLICIT, reason)
+        self._announce(cause)
+        self._cancel_tasks(cause)
+        if self._scope is not None:
+            self._scope.cancel_body(cause)
+
+    async def join(self) -> None:
+        """Wait until nothing is live in this group and below it, the calling task aside.
+
+        It raises nothing of what the tasks raise: that is reported where it belongs.
+
+        Cancellation: of the caller leaves the tasks alone.
+        """
+        caller = asyncio.current_task()
+        while live := [task for task in self._every_live() if task is not caller]:
+            await wait_until_done(live)
+
+    # -- async with -------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        scope = self._scope
+        if scope is None:
+            raise RuntimeError(
+                f"group {self.id!r} is open already and cannot be entered: "
+                'async with manager.group("name") makes one that can'
+            )
+        if scope.host is not None:
+            raise RuntimeError(f"group {self.id!r} has already been entered: make a new one for each block")
+        host = asyncio.current_task()
+        if host is None:
+            raise RuntimeError(f"group {self.name!r} cannot determine the parent task: enter it in a task")
+        ledger = self._ledger
+        loop = ledger.enter()
+        outer = ledger.hosts.get(host)
+        ledger.hosts[host] = self
+        # What it inherits from above is no reason to cancel the body: whoever hosts it decides.
+        cancelled_before = self._cause
+        self._open(self._parent or outer or self._surroundings())
+        if scope.wants_span:
+            self._start_scope_span(scope)
+        scope.enter(self, host, loop)
+        if cancelled_before is not None:
+            scope.cancel_body(cancelled_before)
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        scope = self._scope
+        if scope is None or scope.host is None:
+            raise RuntimeError(f"group {self.id!r} has not been entered: use it with async with")
+        try:
+            return await scope.leave(self, scope.host, exc)
+        finally:
+            self._close(scope, scope.host)
+
+    def _open(self, parent: TaskGroup) -> None:
+        self._parent = parent
+        self._number = self._ledger.next_number()
+        self._refusal = None if self._cause is None else f"is closed ({self._cause.kind})"
+        self._ledger.scopes[self.id] = self
+        parent._link(self)
+        above = parent._cause
+        if above is not None and self._cause is None:
+            # What hangs below a cancelled group is born cancelled.
+            self._announce(above)
+
+    def _close(self, scope: Scope, host: asyncio.Task[Any]) -> None:
+        ledger = self._ledger
+        if ledger.hosts.get(host) is self:
+            del ledger.hosts[host]
+            if self._parent is not None and self._parent._hosted_by(host):
+                ledger.hosts[host] = self._parent
+        if scope.span is not None:
+            end_scope_span(scope.span, self._cause)
+        self._refusal = self._refusal or "is finished"
+        self._leave_tree()
+
+    def _hosted_by(self, host: asyncio.Task[Any]) -> bool:
+        return self._scope is not None and self._scope.host is host
+
+    def _surroundings(self) -> TaskGroup:
+        """The current group, if it is one of this manager's; else the manager's root."""
+        group = current_group_or_none()
+        return group if group is not None and group._ledger is self._ledger else self._ledger.root
+
+    def _start_scope_span(self, scope: Scope) -> None:
+        tracer = self._ledger.telemetry.tracer()
+        if tracer is not None:
+            attributes = {GROUP_NAME: self.name, GROUP_ID: self.id, MANAGER_NAME: self._ledger.name}
+            # In a copy of the context: it is current in the group's tasks, not in the body.
+            scope.span = copy_context().run(
+                start_span, tracer, low_cardinality(self.name), attributes, parent=None, detached=False
+            )
+
+    # -- creating ---------------------------------------------------------------------------
+
+    def _create(
+        self,
+        coro: Coroutine[Any, Any, T],
+        name: str | None,
+        priority: TaskPriority,
+        timeout: float | None,
+        metadata: Mapping[str, Any] | None,
+        on_conflict: OnConflict,
+        detached: bool,
+        context: Context | None,
+        keep_result: bool,
+    ) -> ManagedTask[T]:
+        try:
+            check_coroutine(coro)
+            ledger = self._ledger
+            loop = ledger.enter()
+            if self._refusal is not None:
+                self._refuse(name or function_name(coro))
+            if type(priority) is not TaskPriority:
+                priority = checked_priority(priority)
+            previous = None
+            if name is None:
+                key = self._numbered(function_name(coro))
+            elif checked_name("task", name) in self._names:
+                taken = self._names[name]
+                if on_conflict == "return":
+                    coro.close()
+                    return taken
+                key, previous = self._make_way(name, taken, on_conflict)
+            else:
+                key = name
+                check_choice("on_conflict", on_conflict, OnConflict)
+            created_at = loop.time()
+            extras = None
+            work = coro
+            if timeout is not None or metadata is not None or keep_result or previous is not None:
+                extras = Extras()
+                extras.keep_result = keep_result
+                extras.metadata = None if metadata is None else dict(metadata)
+                seconds = checked_seconds("timeout", timeout)
+                if seconds is not None or previous is not None:
+                    extras.inner = coro
+                    deadline = None if seconds is None else created_at + seconds
+                    work = run_when(coro, extras, previous, seconds, deadline)
+            tracer = ledger.telemetry.tracer()
+            bound = _bound.get() if context is None else context.get(_bound)
+            stranger = bound is not None and bound is not (self._binding or self)
+            span = None
+            if tracer is not None or stranger:
+                # A context that the user passed is copied as soon as something is put into it.
+                context = copy_context() if context is None else context.copy()
+                span = context.run(self._prepare, tracer, stranger, key, coro, priority, detached)
+            task = ManagedTask(work, loop=loop, name=key, context=context)
+        except BaseException:
+            close_quietly(coro)
+            raise
+        task._group = self
+        task._priority = priority
+        task._created_at = created_at
+        task._span = span
+        task._cause = None
+        task._extras = extras
+        task._waiters = 0
+        ledger.created += 1
+        self._add(key, task)
+        add_done_callback(task, ledger.on_done, context=NOBODYS_CONTEXT)
+        if ledger.listeners:
+            ledger.tell("created", snapshot(task))
+        return task
+
+    def _prepare(
+        self,
+        tracer: Tracer | None,
+        stranger: bool,
+        key: str,
+        coro: Coroutine[Any, Any, Any],
+        priority: TaskPriority,
+        detached: bool,
+    ) -> Span | None:
+        """Bind the group and start the span, inside the context made for the task."""
+        if stranger:
+            _bound.set(self._binding or self)
+        if tracer is None:
+            return None
+        name = low_cardinality(key)
+        attributes = {
+            TASK_NAME: name,
+            TASK_ID: self._task_id(key),
+            TASK_PRIORITY: int(priority),
+            GROUP_NAME: self.name,
+            GROUP_ID: self.id,
+            MANAGER_NAME: self._ledger.name,
+            CODE_FUNCTION: code_name(coro),
+        }
+        parent = None if self._scope is None else self._scope.span
+        try:
+            return start_span(tracer, name, attributes, parent=parent, detached=detached)
+        except Exception:
+            self._ledger.complain("starting a span for task %r raised", key)
+            return None
+
+    def _numbered(self, base: str) -> str:
+        key = f"{base}-{self._ledger.next_number()}"
+        while key in self._names:
+            key = f"{base}-{self._ledger.next_number()}"
+        return key
+
+    def _make_way(
+        self, name: str, taken: ManagedTask[Any], on_conflict: OnConflict
+    ) -> tuple[str, ManagedTask[Any] | None]:
+        """Decide the name of a task whose name is taken, and after which task it may begin."""
+        check_choice("on_conflict", on_conflict, OnConflict)
+        if on_conflict == "error":
+            raise TaskExistsError(
+                f"cannot create task {name!r}: one of that name is {taken.status} "
+                f"in group {taken.group.id!r}; "
+                'wait for it, choose another name, or pass on_conflict="suffix", "return" or "replace"'
+            )
+        if on_conflict == "suffix":
+            second = f"{name}-2"
+            return (second if second not in self._names else self._numbered(name)), None
+        # The old one keeps its place in the books under another name until it has ended.
+        taken.set_name(self._numbered(f"{name} (replaced)"))
+        ask(taken, CancelCause.make(CancelKind.REPLACED, f"replaced by a new task {name!r}"))
+        return name, taken
+
+    def _refuse(self, name: str) -> None:
+        if self._scope is not None and self._scope.host is None and self._cause is None:
+            mend = "enter it first: async with group"
+        elif self._binding is not None:
+            mend = "work that outlives the request belongs in manager.create_task(..., group=...)"
+        else:
+            mend = "work that outlives the block belongs in manager.create_task(...)"
+        raise GroupClosedError(f"cannot create task {name!r}: group {self.id!r} {self._refusal}; {mend}")
+
+    # -- the tree ---------------------------------------------------------------------------
+
+    def _task_id(self, name: str) -> str:
+        return f"{self.id}/{name}" if self._id is None else name
+
+    def _add(self, key: str, task: ManagedTask[Any]) -> None:
+        self._live[key] = task
+        if self._names is not self._live:
+            self._names[key] = task
+        if not self._linked and self._parent is not None:
+            self._parent._link(self)
+
+    def _remove(self, task: ManagedTask[Any]) -> None:
+        key = task.get_name()
+        del self._live[key]
+        if self._names is not self._live:
+            del self._names[key]
+        if not self._live:
+            self._emptied()
+
+    def _rename(self, task: ManagedTask[Any], name: str) -> str:
+        key = name if name not in self._names or self._names[name] is task else self._numbered(name)
+        for table in (self._live, self._names):
+            table.pop(task.get_name(), None)
+            table[key] = task
+        return key
+
+    def _is_empty(self) -> bool:
+        return not self._live and not self._children
+
+    def _emptied(self) -> None:
+        if self._children or not self._linked:
+            return
+        if self._scope is not None:
+            self._scope.tasks_ended()
+        elif self._sealed or not self.scoped:
+            # A labelled group hangs in the tree only while there is something in it.
+            self._leave_tree()
+
+    def _link(self, child: TaskGroup) -> None:
+        self._children[child] = None
+        child._linked = True
+        if not self._linked and self._parent is not None:
+            self._parent._link(self)
+
+    def _leave_tree(self) -> None:
+        if not self._linked:
+            return
+        self._linked = False
+        if self.scoped:
+            self._ledger.scopes.pop(self.id, None)
+        parent = self._parent
+        if parent is not None:
+            parent._children.pop(self, None)
+            if not parent._live:
+                parent._emptied()
+
+    def _below(self) -> list[TaskGroup]:
+        """This group and all below it."""
+        groups: list[TaskGroup] = [self]
+        # The list grows while it is walked.
+        for group in groups:
+            groups.extend(group._children)
+        return groups
+
+    def _every_live(self) -> Iterator[ManagedTask[Any]]:
+        """All live tasks of this group and below, each once."""
+        for group in self._below():
+            yield from group.tasks
+
+    def _live_count(self) -> int:
+        return sum(1 for _ in self._every_live())
+
+    # -- cancelling: the deciding steps, without waiting ------------------------------------
+
+    def _announce(self, cause: CancelCause) -> None:
+        """Set the cancel event here and below; scoped groups take no new tasks from now on."""
+        for group in self._below():
+            if group._cause is None:
+                group._cause = cause
+                if group.scoped:
+                    group._refusal = group._refusal or f"is closed ({cause.kind})"
+        if self._event is not None:
+            self._event.set(cause)
+
+    def _cancel_tasks(self, cause: CancelCause, *, spared: Collection[asyncio.Task[Any] | None] = ()) -> int:
+        """Cancel every live task here and below in one pass; returns how many were newly asked.
+
+        Args:
+            cause: Noted with each task.
+            spared: Tasks to leave alone, such as the caller that is going to wait.
+        """
+        groups = self._below()
+        asked = self._ledger.ask_all(
+            # Newest first: an older task may own what a newer one is using.
+            [task for group in groups for task in reversed(group.tasks) if task not in spared],
+            cause,
+        )
+        self._cancel_bodies(groups[1:], cause, spared)
+        self._renew(groups)
+        return asked
+
+    def _cancel_bodies(
+        self, groups: list[TaskGroup], cause: CancelCause, spared: Collection[asyncio.Task[Any] | None]
+    ) -> None:
+        """Cancel the blocks below whose task nobody else here cancels.
+
+        Left alone: managed tasks, they were asked themselves; the caller; the task that hosts
+        this group too; and the handlers of requests, about which the middleware decides.
+        """
+        hosts = {self._host, *spared, *(group._host for group in groups)}
+        if self._scope is not None:
+            hosts.add(self._scope.host)
+        for group in groups:
+            scope = group._scope
+            if scope is not None and scope.host not in hosts and not isinstance(scope.host, ManagedTask):
+                scope.cancel_body(cause)
+
+    def _renew(self, groups: list[TaskGroup]) -> None:
+        """Give the labelled groups a fresh event: they stay usable."""
+        for group in groups:
+            if not group.scoped and not self._ledger.closed:
+                group._cause = None
+                group._event = None
+
+    def _seal(self, cause: CancelCause | None = None) -> None:
+        """Take no new tasks; leave the tree as soon as nothing is left in it."""
+        self._sealed = True
+        if self._refusal is None:
+            self._refusal = "is finished" if cause is None else f"is closed ({cause.kind})"
+        if self._is_empty():
+            self._leave_tree()
+
+    def _child_failed(self, task: ManagedTask[Any], error: BaseException) -> bool:
+        """True if the failure is raised here, False if it has to be reported."""
+        return self._scope is not None and self._scope.child_failed(self, task, error)
+
+
+def current_group_or_none() -> TaskGroup | None:
+    """The group that new tasks join here; None where there is none but a manager's root."""
+    bound = _bound.get()
+    if bound is not None:
+        return bound.task_group
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        return None
+    return task._group if isinstance(task, ManagedTask) else None
+
+
+def function_name(coro: Coroutine[Any, Any, Any]) -> str:
+    """The name of the function that made a coroutine."""
+    name: str = getattr(coro, "__name__", None) or type(coro).__name__
+    return name
+
+
+def code_name(coro: Coroutine[Any, Any, Any]) -> str:
+    """Module and qualified name, as the semantic conventions want it in ``code.function.name``."""
+    qualified = getattr(coro, "__qualname__", None) or type(coro).__qualname__
+    frame = getattr(coro, "cr_frame", None)
+    module = None if frame is None else frame.f_globals.get("__name__")
+    return f"{module}.{qualified}" if module else qualified
+
+
+def check_coroutine(coro: object) -> None:
+    """Raise a TypeError that shows the right line, unless ``coro`` is a coroutine."""
+    if type(coro) is CoroutineType or asyncio.iscoroutine(coro):
+        return
+    if callable(coro):
+        name = getattr(coro, "__name__", type(coro).__name__)
+        what = f"the function {name}: write create_task({name}(...))"
+    elif inspect.isawaitable(coro):
+        what = f"a {type(coro).__name__}: await it inside a coroutine function, and pass that one's coroutine"
+    else:
+        what = f"{coro!r}: write create_task(work(...)) with `async def work(...)`"
+    raise TypeError(f"create_task() takes a coroutine, got {what}")
+
+
+def close_quietly(coro: object) -> None:
+    """Close a refused coroutine, so that Python does not warn that nobody awaited it."""
+    if asyncio.iscoroutine(coro):
+        coro.close()
+
+
+def checked_name(what: str, name: object) -> str:
+    """Give back a usable name.
+
+    Raises:
+        TypeError: It is not a string.
+        ValueError: It is empty.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"{what} name must be a string, got {name!r}")
+    if not name:
+        raise ValueError(f"{what} name must not be empty: leave it out to have one made")
+    return name
+
+
+def checked_seconds(what: str, seconds: float | None) -> float | None:
+    """Give back a duration; infinity becomes None, without bound.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is negative or not a number at all (NaN).
+    """
+    if seconds is None or seconds == float("inf"):
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise TypeError(f"{what} must be seconds as a number, or None for no bound, got {seconds!r}")
+    if not seconds >= 0:
+        raise ValueError(f"{what} must be at least 0 seconds, got {seconds!r}")
+    return float(seconds)
+
+
+def checked_priority(priority: object) -> TaskPriority:
+    """Give back a TaskPriority for one or its number.
+
+    Raises:
+        ValueError: There is no such priority.
+    """
+    try:
+        return TaskPriority(priority)  # type: ignore[arg-type]  # anything may come in: that is what is checked
+    except ValueError:
+        names = ", ".join(f"TaskPriority.{level.name}" for level in TaskPriority)
+        raise ValueError(f"priority must be one of {names}, got {priority!r}") from None
+
+
+def check_choice(what: str, value: object, choices: Any) -> None:
+    """Raise a ValueError unless ``value`` is one of a ``Literal``'s."""
+    if value not in get_args(choices):
+        listed = ", ".join(repr(choice) for choice in get_args(choices))
+        raise ValueError(f"{what} must be one of {listed}, got {value!r}")

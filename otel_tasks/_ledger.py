@@ -1,0 +1,391 @@
+"""The book-keeping that all groups of one manager share: loop, counters, history, listeners.
+
+It takes the end of every task, in one done-callback, from the finished task itself: a task
+that is cancelled before its first step runs none of its code, a wrapper's ``finally`` included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from weakref import WeakValueDictionary
+
+from otel_tasks._state import Outcome, TaskStatus
+from otel_tasks._task import (
+    ManagedTask,
+    TaskInfo,
+    ask,
+    cause_at_end,
+    extras_of,
+    failure_of,
+    final_status,
+    outcome_of,
+    snapshot,
+)
+from otel_tasks._telemetry import Telemetry, end_span, error_type, low_cardinality
+from otel_tasks.exceptions import ManagerClosedError, WrongLoopError, WrongThreadError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from otel_tasks._group import TaskGroup
+    from otel_tasks.cancellation import CancelCause
+
+logger = logging.getLogger("otel_tasks")
+
+TaskEvent = Literal["created", "cancelling", "ended"]
+
+
+class TaskStats(NamedTuple):
+    """Counters since the manager was made; they outlive the history.
+
+    ``created == live + completed + failed + cancelled`` at any moment.
+
+    Attributes:
+        created: Tasks created.
+        live: Tasks that have not ended.
+        completed: Tasks that returned.
+        failed: Tasks that raised, timeouts included.
+        cancelled: Tasks that ended cancelled.
+        cancel_ignored: Of the completed ones, those that were cancelled and completed all the same.
+        remembered: Ended tasks that the history holds now.
+    """
+
+    created: int
+    live: int
+    completed: int
+    failed: int
+    cancelled: int
+    cancel_ignored: int
+    remembered: int
+
+
+class Ending(NamedTuple):
+    """What is kept of a task that was started by name, for those who wait for it later."""
+
+    status: TaskStatus
+    result: Any
+    error: BaseException | None
+
+    def take(self, name: str) -> Any:
+        """Return the result, or raise as the task did."""
+        if self.status is TaskStatus.CANCELLED:
+            raise asyncio.CancelledError(f"task {name!r} was cancelled")
+        if self.error is not None:
+            raise without_frames(self.error)
+        return self.result
+
+
+class Ledger:
+    """The books of one manager."""
+
+    def __init__(
+        self,
+        name: str,
+        telemetry: Telemetry,
+        history: int,
+        on_error: Callable[[TaskInfo, BaseException], object] | None,
+    ) -> None:
+        self.name = name
+        self.telemetry = telemetry
+        self.on_error = on_error
+        self.root: TaskGroup
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.closed = False
+        # The cause of the pass that is cancelling tasks just now: a task that is cancelled
+        # only because its awaiter is takes this cause too.
+        self.asking: CancelCause | None = None
+        # Labelled groups: weak, so that an emptied one costs nothing.
+        self.labels: WeakValueDictionary[str, TaskGroup] = WeakValueDictionary()
+        self.scopes: dict[str, TaskGroup] = {}
+        # The innermost scoped group that is open in a task: `async with` inside `async with` nests.
+        self.hosts: dict[asyncio.Task[Any], TaskGroup] = {}
+        self.listeners: list[Callable[[TaskEvent, TaskInfo], object]] = []
+        self.created = 0
+        self.completed = 0
+        self.failed = 0
+        self.cancelled = 0
+        self.cancel_ignored = 0
+        self.cancelled_by: dict[tuple[str, str], int] = {}
+        self._history_limit = history
+        self._history: OrderedDict[str, TaskInfo] = OrderedDict()
+        self._endings: dict[str, Ending] = {}
+        self._complained = False
+        self._numbers = 0
+        # Bound once: each task's list of callbacks then holds the same object.
+        self.on_done = self._take_end
+
+    # -- the loop ---------------------------------------------------------------------------
+
+    def enter(self) -> asyncio.AbstractEventLoop:
+        """Check that a task may be created here, and give the loop to create it in.
+
+        Raises:
+            WrongThreadError: No loop runs in this thread.
+            WrongLoopError: Tasks are live in another loop.
+            ManagerClosedError: The manager is shut down.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise WrongThreadError(
+                f"manager {self.name!r} creates tasks in a running event loop, and none runs in this thread: "
+                "call it from a coroutine, or hand it over with loop.call_soon_threadsafe(...)"
+            ) from None
+        if loop is not self.loop:
+            self._bind(loop)
+        if self.closed:
+            raise ManagerClosedError(
+                f"manager {self.name!r} is shut down and takes no new tasks: "
+                "create them before shutdown(), or open it again with async with"
+            )
+        return loop
+
+    def _bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self.live and self.loop is not None:
+            if not self.loop.is_closed():
+                raise WrongLoopError(
+                    f"manager {self.name!r} has {self.live} live tasks in another event loop: "
+                    "use one TaskManager per loop, or shut it down there first"
+                )
+            self._drop_dead()
+        self.loop = loop
+        self.telemetry.watch(self)
+
+    def _drop_dead(self) -> None:
+        """Let go of tasks whose loop was closed under them: they can never end."""
+        for task in list(self.root._every_live()):
+            logger.warning("task %r was left behind in an event loop that is closed", task.id)
+            self.abandon(task)
+            self.failed += 1
+            task._group._remove(task)
+        self.scopes.clear()
+        self.hosts.clear()
+
+    def next_number(self) -> int:
+        """A number that no other task or group of this manager has."""
+        self._numbers += 1
+        return self._numbers
+
+    # -- cancelling -------------------------------------------------------------------------
+
+    def ask_all(self, tasks: Iterable[ManagedTask[Any]], cause: CancelCause) -> int:
+        """Cancel tasks in one pass, each once; returns how many were newly asked."""
+        text = str(cause)
+        outer, self.asking = self.asking, cause
+        try:
+            return sum(ask(task, cause, text) for task in tasks)
+        finally:
+            self.asking = outer
+
+    def cancelling(self, task: ManagedTask[Any]) -> None:
+        """Tell the listeners that a task's cancellation was asked for."""
+        if self.listeners:
+            self.tell("cancelling", snapshot(task))
+
+    # -- counting ---------------------------------------------------------------------------
+
+    @property
+    def live(self) -> int:
+        """How many tasks have not ended."""
+        return self.created - self.completed - self.failed - self.cancelled
+
+    def stats(self) -> TaskStats:
+        """Read all counters."""
+        return TaskStats(
+            self.created,
+            self.live,
+            self.completed,
+            self.failed,
+            self.cancelled,
+            self.cancel_ignored,
+            len(self._history),
+        )
+
+    def active(self) -> Mapping[str, int]:
+        """Live tasks by group; read on the metric reader's thread, hence the copies."""
+        counts: dict[str, int] = {}
+        labelled = 0
+        for group in [*list(self.labels.values()), *list(self.scopes.values())]:
+            size = len(group._live)
+            labelled += 0 if group.scoped else size
+            name = low_cardinality(group.name)
+            counts[name] = counts.get(name, 0) + size
+        # The root's table is the name space of all labelled groups, too.
+        counts[self.root.name] = max(0, len(self.root._live) - labelled)
+        return counts
+
+    def cancellations(self) -> Mapping[tuple[str, str], int]:
+        """Cancelled tasks by group and reason."""
+        return dict(self.cancelled_by)
+
+    # -- the end of a task ------------------------------------------------------------------
+
+    def _take_end(self, task: ManagedTask[Any]) -> None:
+        task._ended_at = now = task.get_loop().time()
+        status = final_status(task)
+        error = failure_of(task) if status is TaskStatus.FAILED else None
+        task._cause = cause_at_end(task, status)
+        ignored = self._count(task, status)
+        self._close_unstarted(task)
+        info = self._remember(task, status)
+        self._report_end(task, status, error, ignored=ignored, seconds=now - task._created_at)
+        group = task._group
+        if error is not None and not group._child_failed(task, error):
+            self._report_failure(task, error)
+        if self.listeners:
+            self.tell("ended", info or snapshot(task))
+        # Last: whoever waits for the group finds the books in order.
+        group._remove(task)
+
+    def _count(self, task: ManagedTask[Any], status: TaskStatus) -> bool:
+        if status is TaskStatus.COMPLETED:
+            self.completed += 1
+            ignored = task.cancel_ignored
+            if ignored:
+                self.cancel_ignored += 1
+                logger.warning("task %r ignored its cancellation (%s) and completed", task.id, task._cause)
+            return ignored
+        if status is TaskStatus.FAILED:
+            self.failed += 1
+            return False
+        self.cancelled += 1
+        if task._cause is not None:
+            key = (low_cardinality(task._group.name), str(task._cause.kind))
+            self.cancelled_by[key] = self.cancelled_by.get(key, 0) + 1
+        return False
+
+    def _close_unstarted(self, task: ManagedTask[Any]) -> None:
+        # A wrapper that never ran leaves the user's coroutine behind, unawaited.
+        if task._extras is not None and task._extras.inner is not None:
+            task._extras.inner.close()
+
+    def _report_end(
+        self,
+        task: ManagedTask[Any],
+        status: TaskStatus,
+        error: BaseException | None,
+        *,
+        ignored: bool,
+        seconds: float,
+    ) -> None:
+        span = task._span
+        metered = self.telemetry.metered()
+        if span is None and not metered:
+            return
+        outcome = outcome_of(task, status)
+        try:
+            if span is not None:
+                end_span(span, outcome, error, task._cause, ignored=ignored, now=task._ended_at)
+            if metered:
+                kind = (
+                    None
+                    if error is None
+                    else str(outcome)
+                    if outcome is Outcome.TIMEOUT
+                    else error_type(error)
+                )
+                self.telemetry.record(task.get_name(), task._group.name, outcome, seconds, kind)
+        except Exception:
+            self.complain("telemetry of task %r raised", task.id)
+
+    def _report_failure(self, task: ManagedTask[Any], error: BaseException) -> None:
+        if task._waiters:
+            # Somebody will be told; if they never look, asyncio logs it as for any task.
+            return
+        # Marks it as retrieved, else asyncio would report it a second time.
+        task.exception()
+        if isinstance(error, SystemExit | KeyboardInterrupt):
+            # It passes through the loop to whoever runs it.
+            return
+        if self.on_error is not None:
+            try:
+                self.on_error(snapshot(task), error)
+            except Exception:
+                logger.exception("on_error of manager %r raised and is dropped", self.name)
+                self.on_error = None
+            else:
+                return
+        trace_id = task.trace_id
+        logger.error(
+            "task %r failed and nobody awaits it%s",
+            task.id,
+            f" (trace {trace_id})" if trace_id else "",
+            exc_info=error,
+        )
+
+    def abandon(self, task: ManagedTask[Any]) -> None:
+        """Give up on a task that would not stop: its span ends here, so that it is not lost."""
+        extras_of(task).abandoned = True
+        if task._span is not None:
+            now = task.get_loop().time()
+            end_span(task._span, Outcome.ABANDONED, None, task._cause, ignored=True, now=now)
+
+    # -- history ----------------------------------------------------------------------------
+
+    def _remember(self, task: ManagedTask[Any], status: TaskStatus) -> TaskInfo | None:
+        if not self._history_limit:
+            return None
+        info = snapshot(task)
+        history = self._history
+        history[info.id] = info
+        history.move_to_end(info.id)
+        self._endings.pop(info.id, None)
+        if task._extras is not None and task._extras.keep_result:
+            result = task.result() if status is TaskStatus.COMPLETED else None
+            error = failure_of(task) if status is TaskStatus.FAILED else None
+            self._endings[info.id] = Ending(status, result, error and without_frames(error))
+        if len(history) > self._history_limit:
+            oldest, _ = history.popitem(last=False)
+            self._endings.pop(oldest, None)
+        return info
+
+    def remembered(self) -> Mapping[str, TaskInfo]:
+        """Ended tasks by id, oldest first."""
+        return self._history
+
+    def ending(self, task_id: str) -> Ending | None:
+        """The kept result of a task that was started by name."""
+        return self._endings.get(task_id)
+
+    def forget(self, before: float) -> int:
+        """Drop what ended at or before this moment on the loop's clock; returns how many."""
+        old = [key for key, info in self._history.items() if info.ended_at is None or info.ended_at <= before]
+        for key in old:
+            del self._history[key]
+            self._endings.pop(key, None)
+        return len(old)
+
+    # -- listeners --------------------------------------------------------------------------
+
+    def tell(self, event: TaskEvent, info: TaskInfo) -> None:
+        """Call the listeners; one that raises is logged and dropped."""
+        for listener in list(self.listeners):
+            try:
+                listener(event, info)
+            except Exception:
+                logger.exception("listener %r raised and is dropped", listener)
+                self.listeners.remove(listener)
+
+    def complain(self, message: str, *args: object) -> None:
+        """Log the exception in hand, the first time only: a broken exporter breaks no task."""
+        if not self._complained:
+            self._complained = True
+            logger.exception(message + "; further ones are not logged", *args)
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """Copy an exception without its traceback, which would keep every frame of the task in being.
+
+    Neither the original is changed (others may hold it) nor a constructor called (it may want
+    arguments that are gone).
+    """
+    if isinstance(error, BaseExceptionGroup):
+        copy: BaseException = error.derive([without_frames(part) for part in error.exceptions])
+    else:
+        copy = type(error).__new__(type(error), *error.args)
+        copy.args = error.args
+    copy.__dict__.update(error.__dict__)
+    return copy

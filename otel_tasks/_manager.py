@@ -1,0 +1,665 @@
+"""TaskManager: the root of the tree of work; its parts that need no waiting are in `_group` and `_ledger`."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from otel_tasks._group import (
+    TaskGroup,
+    checked_name,
+    checked_seconds,
+    close_quietly,
+    current_group_or_none,
+)
+from otel_tasks._ledger import Ledger, logger
+from otel_tasks._state import CancelKind, TaskPriority, TaskStatus
+from otel_tasks._task import ManagedTask, TaskInfo, _cancel, ask, wait_until_done
+from otel_tasks._telemetry import Telemetry
+from otel_tasks.cancellation import CancelCause, CancelEvent
+from otel_tasks.exceptions import TaskNotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable, Mapping
+    from contextvars import Context
+    from types import TracebackType
+    from typing import Self
+
+    from otel_tasks._group import Binding, OnConflict
+    from otel_tasks._ledger import TaskEvent, TaskStats
+    from otel_tasks._scope import OnError
+    from otel_tasks._telemetry import MeterProvider, TracerProvider
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownReport:
+    """What became of the tasks that were live when a manager was shut down.
+
+    Attributes:
+        completed: How many returned.
+        failed: How many raised.
+        cancelled: How many ended cancelled.
+        cancel_ignored: The ids of those that were cancelled and completed all the same.
+        still_running: The ids of those that would not stop, each with the stack where it is.
+    """
+
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    cancel_ignored: tuple[str, ...] = ()
+    still_running: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def clean(self) -> bool:
+        """True if nothing runs on."""
+        return not self.still_running
+
+
+class TaskManager:
+    """Starts tasks, knows them by name and group, cancels them, and shuts them down.
+
+    It belongs to one running event loop at a time: it binds at its first task, and anew once
+    it has no live task. With ``async with`` it is shut down at the end of the block.
+
+    Args:
+        name: What it is called in traces.
+        history: How many ended tasks to remember, at least 0; counters do not depend on it.
+        on_error: Called with the snapshot and the exception of each task that fails while
+            nobody waits for it; without one the failure is logged at ERROR.
+        tracer_provider: Where spans go; None is the global provider, also one that is set up later.
+        meter_provider: Where metrics go; None is the global provider, also one that is set up later.
+
+    Example:
+        >>> async with TaskManager() as manager:
+        ...     manager.create_task(refresh(), group="cache", priority=TaskPriority.LOW)
+    """
+
+    def __init__(
+        self,
+        name: str = "default",
+        *,
+        history: int = 1000,
+        on_error: Callable[[TaskInfo, BaseException], object] | None = None,
+        tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
+    ) -> None:
+        checked_name("manager", name)
+        if not isinstance(history, int) or isinstance(history, bool) or history < 0:
+            raise ValueError(f"history must be a whole number of tasks, at least 0, got {history!r}")
+        self._ledger = Ledger(name, Telemetry(name, tracer_provider, meter_provider), history, on_error)
+        self._root = TaskGroup._labelled(self._ledger, "root", None)
+        self._ledger.root = self._root
+
+    @property
+    def name(self) -> str:
+        """What it is called in traces."""
+        return self._ledger.name
+
+    def __repr__(self) -> str:
+        state = "shut down" if self._ledger.closed else "open"
+        return f"<TaskManager {self.name!r} {state}, {self._ledger.live} live tasks>"
+
+    # -- starting ---------------------------------------------------------------------------
+
+    def create_task(
+        self,
+        coro: Coroutine[Any, Any, T],
+        *,
+        name: str | None = None,
+        group: str | TaskGroup | None = None,
+        priority: TaskPriority = TaskPriority.NORMAL,
+        timeout: float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        on_conflict: OnConflict = "suffix",
+        detached: bool = False,
+        context: Context | None = None,
+    ) -> ManagedTask[T]:
+        """Create a task; it runs from the loop's next turn on, as after ``asyncio.create_task``.
+
+        Args:
+            coro: What to run; closed if the task is refused.
+            name: Unique among the live tasks; None makes one from the function's name.
+            group: A labelled group, made on first use (dots nest: ``"ingest.fetch"``), or a group
+                object; None is the manager's root. The current group is not looked at: the
+                function ``create_task`` does that.
+            priority: How urgent.
+            timeout: Seconds from now, at least 0, until it is cancelled and raises ``TimeoutError``;
+                None is without bound.
+            metadata: Kept with the task and its record, never put on spans.
+            on_conflict: What to do where a live task has the name: ``"suffix"`` makes another name,
+                ``"error"`` raises, ``"return"`` returns the live one, ``"replace"`` cancels it and
+                begins once it has ended.
+            detached: Begin a new trace, linked to this one, instead of being a child of the current span.
+            context: Where it runs; None is a copy of the current context. With tracing a copy of it.
+
+        Raises:
+            TaskExistsError: The name is taken and ``on_conflict`` is ``"error"``.
+            ManagerClosedError: The manager is shut down.
+            GroupClosedError: ``group`` takes no new tasks.
+            WrongThreadError: No event loop runs in this thread.
+            WrongLoopError: The manager has live tasks in another loop.
+            TypeError: ``coro`` is no coroutine.
+            ValueError: A name is empty, a timeout negative.
+
+        Telemetry: a span named after the task, from now to its end.
+
+        Example:
+            >>> task = manager.create_task(send_mail(user), group="mail")
+        """
+        where = self._root if group is None else self._group_for(group, coro)
+        return where._create(coro, name, priority, timeout, metadata, on_conflict, detached, context, False)
+
+    async def start_task(
+        self,
+        name: str,
+        factory: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T],
+        *,
+        group: str | TaskGroup | None = None,
+        priority: TaskPriority = TaskPriority.NORMAL,
+        timeout: float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        on_conflict: OnConflict = "error",
+        cancel_existing: bool = False,
+        detached: bool = False,
+        context: Context | None = None,
+    ) -> ManagedTask[T]:
+        """Start a task by name; its result is kept with its record for ``wait_for_task``.
+
+        Args:
+            name: Unique among the live tasks.
+            factory: What makes the coroutine (``lambda: work(1)`` or the coroutine function
+                itself); a coroutine is taken too. It is not called if the task is refused.
+            group: As for ``create_task``.
+            priority: How urgent.
+            timeout: Seconds from its start until it is cancelled; None is without bound.
+            metadata: Kept with the task and its record.
+            on_conflict: As for ``create_task``, but ``"error"`` unless told otherwise.
+            cancel_existing: The same as ``on_conflict="replace"``.
+            detached: Begin a new trace.
+            context: Where it runs.
+
+        Returns:
+            The running task; it returns before the task has ended.
+
+        Raises:
+            TaskExistsError: A live task has the name.
+            TypeError: ``factory`` makes no coroutine.
+            ManagerClosedError: The manager is shut down.
+
+        Cancellation: of the caller, while it waits for the task that is to be replaced: no new
+        task is started; the old one stays cancelled.
+        """
+        if cancel_existing:
+            on_conflict = "replace"
+        coro: Coroutine[Any, Any, T] | None = None
+        try:
+            checked_name("task", name)
+            where = self._root if group is None else self._group_for(group)
+            while on_conflict == "replace" and (taken := where._names.get(name)) is not None:
+                ask(taken, CancelCause.make(CancelKind.REPLACED, f"replaced by a new task {name!r}"))
+                await wait_until_done([taken])
+            if on_conflict == "return" and (taken := where._names.get(name)) is not None:
+                close_quietly(factory)
+                return taken
+            coro = made_coroutine(factory)
+            return where._create(
+                coro, name, priority, timeout, metadata, on_conflict, detached, context, True
+            )
+        except BaseException:
+            close_quietly(factory)
+            raise
+
+    def group(
+        self, name: str, *, on_error: OnError = "cancel", timeout: float | None = None, span: bool = False
+    ) -> TaskGroup:
+        """Make a scoped group of this manager; enter it with ``async with``.
+
+        It nests in the group around it: that of the enclosing ``async with`` block, or the
+        current group.
+
+        Args:
+            name: What it is called in traces.
+            on_error: What a failing task does to its siblings, as for ``TaskGroup``.
+            timeout: Seconds that the block may take; None is without bound.
+            span: Give the block a span of its own.
+        """
+        return TaskGroup(name, on_error=on_error, timeout=timeout, span=span, manager=self)
+
+    def get_group(self, name: str) -> TaskGroup:
+        """Give the labelled group of this name, made on first use; ``"root"`` is the manager's own.
+
+        Args:
+            name: Dots nest: ``"ingest.fetch"`` is below ``"ingest"``.
+
+        Raises:
+            ValueError: The name is empty, or has an empty part.
+        """
+        if name == "root":
+            return self._root
+        group = self._ledger.labels.get(name)
+        return self._make_label(name) if group is None else group
+
+    # -- looking ----------------------------------------------------------------------------
+
+    def get_task(self, name: str) -> ManagedTask[Any]:
+        """Give a live task by its name, or by its id for one of a scoped group.
+
+        Raises:
+            TaskNotFoundError: No live task is called that; it may have ended.
+        """
+        task = self._find(name)
+        if task is None:
+            raise self._not_found(name)
+        return task
+
+    def get_task_info(self, name: str) -> TaskInfo | None:
+        """Give a snapshot of a live or remembered task by name or id; None if there is none."""
+        task = self._find(name)
+        return self._ledger.remembered().get(name) if task is None else task.info()
+
+    def get_all_task_info(self) -> dict[str, TaskInfo]:
+        """Give snapshots of all tasks by id: the live ones, then the remembered ones."""
+        infos = {info.id: info for info in (task.info() for task in self._root._every_live())}
+        for key, info in self._ledger.remembered().items():
+            infos.setdefault(key, info)
+        return infos
+
+    def get_group_tasks(self, group: str | TaskGroup) -> dict[str, TaskInfo]:
+        """Give snapshots of the tasks of a group and of all below it by name: live, then remembered.
+
+        Args:
+            group: The name of a labelled group, the name or id of a scoped one, or the group.
+        """
+        found = self._find_groups(group)
+        infos = {info.id: info for node in found for info in (task.info() for task in node._every_live())}
+        names = {group} if isinstance(group, str) else {group.id}
+        for key, info in self._ledger.remembered().items():
+            if {info.group, info.group_id} & names or any(
+                info.group_id.startswith(f"{name}.") for name in names
+            ):
+                infos.setdefault(key, info)
+        return infos
+
+    def stats(self) -> TaskStats:
+        """Read the counters."""
+        return self._ledger.stats()
+
+    def cleanup_completed_tasks(self, max_age: float | None = None) -> int:
+        """Forget ended tasks.
+
+        Args:
+            max_age: Seconds; younger ones are kept. None forgets all.
+
+        Returns:
+            How many were forgotten.
+        """
+        seconds = checked_seconds("max_age", max_age)
+        if max_age is not None and seconds is None:
+            return 0
+        loop = self._ledger.loop
+        now = float("inf") if loop is None or seconds is None else loop.time() - seconds
+        return self._ledger.forget(now)
+
+    def add_listener(self, callback: Callable[[TaskEvent, TaskInfo], object]) -> None:
+        """Call ``callback(event, info)`` whenever a task is ``"created"``, ``"cancelling"`` or ``"ended"``.
+
+        It is called on the spot and must not block; one that raises is logged and dropped.
+        """
+        self._ledger.listeners.append(callback)
+
+    def remove_listener(self, callback: Callable[[TaskEvent, TaskInfo], object]) -> None:
+        """Stop calling ``callback``.
+
+        Raises:
+            ValueError: It is no listener.
+        """
+        self._ledger.listeners.remove(callback)
+
+    # -- waiting ----------------------------------------------------------------------------
+
+    async def wait_for_task(self, name: str, timeout: float | None = None) -> Any:
+        """Wait for a task by name, and give its result or raise what it raised.
+
+        Args:
+            name: Its name or id. Of a task that has ended, as long as it is remembered, if it
+                was started by ``start_task``.
+            timeout: Seconds, at least 0; None is without bound.
+
+        Raises:
+            TaskNotFoundError: No such task, or it has ended and its result was not kept.
+            TimeoutError: It still runs after ``timeout``; it goes on running.
+            asyncio.CancelledError: The task was cancelled.
+
+        Cancellation: of the caller leaves the task alone.
+        """
+        seconds = checked_seconds("timeout", timeout)
+        task = self._find(name)
+        if task is None:
+            ending = self._ledger.ending(name)
+            if ending is None:
+                raise self._not_found(name)
+            return ending.take(name)
+        await asyncio.wait([task], timeout=seconds)
+        if not task.done():
+            raise TimeoutError(f"task {name!r} is still {task.status} after {timeout:g} s, and goes on")
+        return task.result()
+
+    async def join(self, group: str | TaskGroup | None = None) -> None:
+        """Wait until nothing is live in ``group`` (None: in the whole manager), the calling task aside.
+
+        Cancellation: of the caller leaves the tasks alone.
+        """
+        for node in [self._root] if group is None else self._find_groups(group):
+            await node.join()
+
+    # -- cancelling -------------------------------------------------------------------------
+
+    async def cancel_task(
+        self, name: str, reason: str | None = None, *, timeout: float | None = 10.0
+    ) -> bool:
+        """Cancel a task and wait until it has ended.
+
+        Args:
+            name: Its name or id.
+            reason: Noted with its cause.
+            timeout: Seconds to wait for its end; None is without bound.
+
+        Returns:
+            True if it was asked and has ended by it. False if there is no live task of that
+            name, if it completed all the same, or still runs when ``timeout`` is over.
+
+        Cancellation: of the caller ends the waiting; the task stays cancelled.
+        """
+        seconds = checked_seconds("timeout", timeout)
+        task = self._find(name)
+        if task is None:
+            return False
+        task.cancel(reason)
+        return await self._wait_for_end([task], seconds) == 1
+
+    async def cancel_group(
+        self,
+        group: str | TaskGroup,
+        reason: str | None = None,
+        *,
+        grace: float = 0.0,
+        timeout: float | None = 10.0,
+    ) -> int:
+        """Cancel all tasks of a group and of all below it, and wait for them together.
+
+        Args:
+            group: The name of a labelled group, the name or id of a scoped one, or the group.
+            reason: Noted with each task's cause.
+            grace: Seconds between the cancel event and the cancelling, at least 0.
+            timeout: Seconds to wait for their end after that; None is without bound.
+
+        Returns:
+            How many have ended by it. What still runs after ``timeout`` is logged and stays listed.
+
+        Cancellation: of the caller ends the waiting; the tasks stay cancelled. A calling task
+        that is one of the group's is spared.
+        """
+        return await self._cancel(self._find_groups(group), reason, grace, timeout)
+
+    async def cancel_all_tasks(
+        self, reason: str | None = None, *, grace: float = 0.0, timeout: float | None = 10.0
+    ) -> int:
+        """Cancel every task of the manager; the parameters are those of ``cancel_group``.
+
+        The manager stays usable.
+
+        Cancellation: of the caller ends the waiting; the tasks stay cancelled.
+        """
+        return await self._cancel([self._root], reason, grace, timeout)
+
+    async def shutdown(self, grace: float = 5.0, timeout: float | None = 10.0) -> ShutdownReport:
+        """Refuse new tasks, let the live ones finish, cancel the rest, and report.
+
+        The cancel events are set first; what is still live after ``grace`` is cancelled by
+        rising priority, the critical tasks last; what ignored that is cancelled once more.
+
+        Args:
+            grace: Seconds to finish in, at least 0.
+            timeout: Seconds for all that comes after, at least 0; None is without bound.
+
+        Returns:
+            What became of the tasks; also logged, if one would not stop.
+
+        Cancellation: of the caller ends the waiting; the manager stays closed. The calling
+        task, if it is managed, is spared.
+
+        Telemetry: the spans of tasks that would not stop are ended as ``abandoned``.
+        """
+        seconds = checked_seconds("timeout", timeout)
+        patience = checked_seconds("grace", grace)
+        self._ledger.closed = True
+        tasks = self._others()
+        cause = CancelCause.make(CancelKind.SHUTDOWN, f"manager {self.name!r} is shutting down")
+        self._root._announce(cause)
+        if patience != 0.0:
+            await wait_until_done(tasks, patience)
+        await self._cancel_by_priority(tasks, cause, seconds)
+        return self._report(tasks)
+
+    async def __aenter__(self) -> Self:
+        """Open it, again if it was shut down."""
+        if self._ledger.closed:
+            self._ledger.closed = False
+            self._root._renew([self._root])
+        self._ledger.enter()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.shutdown()
+
+    # -- helpers ----------------------------------------------------------------------------
+
+    def _open_group(
+        self, name: str | Callable[[], str], *, binding: Binding | None, host: asyncio.Task[Any] | None
+    ) -> TaskGroup:
+        return TaskGroup._opened(self._root, name, binding, host)
+
+    def _group_for(self, group: str | TaskGroup, coro: object = None) -> TaskGroup:
+        try:
+            if isinstance(group, str):
+                return self.get_group(group)
+            if not isinstance(group, TaskGroup):
+                raise TypeError(f"group must be a name or a TaskGroup, got {group!r}")
+            if group._ledger is not self._ledger:
+                raise ValueError(
+                    f"group {group.id!r} belongs to manager {group._ledger.name!r}, not to {self.name!r}"
+                )
+        except BaseException:
+            close_quietly(coro)
+            raise
+        return group
+
+    def _make_label(self, name: str) -> TaskGroup:
+        parts = checked_name("group", name).split(".")
+        if not all(parts):
+            raise ValueError(f"group name must not have empty parts between its dots, got {name!r}")
+        parent = self._root if len(parts) == 1 else self.get_group(name.rpartition(".")[0])
+        group = TaskGroup._labelled(self._ledger, name, parent)
+        self._ledger.labels[name] = group
+        return group
+
+    def _find(self, name: str) -> ManagedTask[Any] | None:
+        task = self._root._live.get(name)
+        if task is not None:
+            return task
+        # An id: group id, slash, name; both may have slashes in them.
+        cut = name.find("/")
+        while cut != -1:
+            group = self._ledger.scopes.get(name[:cut])
+            if group is not None:
+                return group._live.get(name[cut + 1 :])
+            cut = name.find("/", cut + 1)
+        return None
+
+    def _find_groups(self, group: str | TaskGroup) -> list[TaskGroup]:
+        if isinstance(group, TaskGroup):
+            return [self._group_for(group)]
+        if group in self._ledger.labels or group == "root":
+            return [self.get_group(group)]
+        return [node for node in list(self._ledger.scopes.values()) if group in (node.id, node.name)]
+
+    def _not_found(self, name: str) -> TaskNotFoundError:
+        known = self._ledger.remembered().get(name)
+        if known is None:
+            return TaskNotFoundError(
+                f"no task is called {name!r}: it was never started, or is forgotten by now"
+            )
+        return TaskNotFoundError(
+            f"task {name!r} has ended ({known.status}): only start_task() keeps results, "
+            "of others keep the object that create_task() returned"
+        )
+
+    def _others(self) -> list[ManagedTask[Any]]:
+        caller = asyncio.current_task()
+        return [task for task in self._root._every_live() if task is not caller]
+
+    async def _cancel(
+        self, groups: list[TaskGroup], reason: str | None, grace: float, timeout: float | None
+    ) -> int:
+        patience = checked_seconds("grace", grace)
+        seconds = checked_seconds("timeout", timeout)
+        caller = asyncio.current_task()
+        cause = CancelCause.make(CancelKind.EXPLICIT, reason)
+        tasks = [task for group in groups for task in group._every_live() if task is not caller]
+        for group in groups:
+            group._announce(cause)
+        if patience != 0.0:
+            await wait_until_done(tasks, patience)
+        for group in groups:
+            group._cancel_tasks(cause, spared=[caller])
+            if group._scope is not None and group._scope.host is not caller:
+                group._scope.cancel_body(cause)
+        return await self._wait_for_end(tasks, seconds)
+
+    async def _wait_for_end(self, tasks: list[ManagedTask[Any]], timeout: float | None) -> int:
+        """Wait for tasks that were asked to end; returns how many did by it."""
+        caller = asyncio.current_task()
+        await wait_until_done([task for task in tasks if task is not caller], timeout)
+        live = [task.id for task in tasks if not task.done()]
+        if live:
+            logger.warning("cancelled and still running after %s s: %s", timeout, ", ".join(map(repr, live)))
+        return sum(task.done() and not task.cancel_ignored for task in tasks)
+
+    async def _cancel_by_priority(
+        self, tasks: list[ManagedTask[Any]], cause: CancelCause, timeout: float | None
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = None if timeout is None else loop.time() + timeout
+        levels = sorted({task.priority for task in tasks if not task.done()})
+        for number, level in enumerate(levels):
+            chosen = [task for task in tasks if task.priority is level and not task.done()]
+            self._ledger.ask_all(reversed(chosen), cause)
+            # An even share of what is left for each level and for the last step.
+            left = None if deadline is None else max(0.0, deadline - loop.time()) / (len(levels) - number + 1)
+            await wait_until_done(chosen, left)
+        self._root._cancel_bodies(self._root._below(), cause, [asyncio.current_task()])
+        stubborn = [task for task in tasks if not task.done()]
+        for task in stubborn:
+            # The one place that asks again: what is not done by now has swallowed the first.
+            _cancel(task, str(cause))
+        await wait_until_done(stubborn, None if deadline is None else max(0.0, deadline - loop.time()))
+
+    def _report(self, tasks: Iterable[ManagedTask[Any]]) -> ShutdownReport:
+        infos = [(task, task.info()) for task in tasks]
+        running = {info.id: task.stack() for task, info in infos if not task.done()}
+        for task, info in infos:
+            if info.id in running:
+                logger.error("task %r would not stop at shutdown; it is at\n%s", info.id, running[info.id])
+                self._ledger.abandon(task)
+        statuses = [info.status for _, info in infos]
+        return ShutdownReport(
+            completed=statuses.count(TaskStatus.COMPLETED),
+            failed=statuses.count(TaskStatus.FAILED),
+            cancelled=statuses.count(TaskStatus.CANCELLED),
+            cancel_ignored=tuple(info.id for _, info in infos if info.cancel_ignored),
+            still_running=running,
+        )
+
+
+def made_coroutine(
+    factory: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T],
+) -> Coroutine[Any, Any, T]:
+    """Call a factory, if it is one, and check what comes out."""
+    if asyncio.iscoroutine(factory):
+        return factory
+    if not callable(factory):
+        raise TypeError(
+            f"start_task() takes what makes a coroutine, got {factory!r}: "
+            "write start_task(name, lambda: work(1))"
+        )
+    made = factory()
+    if not asyncio.iscoroutine(made):
+        name = getattr(factory, "__name__", repr(factory))
+        raise TypeError(
+            f"start_task() takes what makes a coroutine, and {name}() made {made!r}: "
+            f"declare it as `async def {name}(...)`"
+        )
+    return made
+
+
+global_task_manager = TaskManager()
+TaskGroup._default_root = global_task_manager._root
+
+
+def current_task() -> ManagedTask[Any] | None:
+    """The managed task that runs here; None outside of one."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        return None
+    return task if isinstance(task, ManagedTask) else None
+
+
+def current_group() -> TaskGroup:
+    """The group that ``create_task`` uses here: the request's, the enclosing task's, else the global root.
+
+    In a plain asyncio task (``asyncio.gather`` makes such) it is the request's, if there is one.
+    """
+    return current_group_or_none() or global_task_manager._root
+
+
+def current_cancel_event() -> CancelEvent:
+    """The cancel event of the current group, to wait for or to look at between two steps."""
+    return current_group().cancel_event
+
+
+def create_task(
+    coro: Coroutine[Any, Any, T],
+    *,
+    name: str | None = None,
+    priority: TaskPriority = TaskPriority.NORMAL,
+    timeout: float | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    on_conflict: OnConflict = "suffix",
+    detached: bool = False,
+    context: Context | None = None,
+) -> ManagedTask[T]:
+    """Create a task in the current group; the parameters are those of ``TaskManager.create_task``.
+
+    Example:
+        >>> prices = create_task(fetch_prices(id), priority=TaskPriority.HIGH)
+    """
+    try:
+        where = current_group()
+    except BaseException:
+        close_quietly(coro)
+        raise
+    return where._create(coro, name, priority, timeout, metadata, on_conflict, detached, context, False)
+
+
+# What the global manager does by name, for those who need no other.
+start_task = global_task_manager.start_task
+wait_for_task = global_task_manager.wait_for_task
+cancel_group = global_task_manager.cancel_group
+cancel_all_tasks = global_task_manager.cancel_all_tasks
+get_all_task_info = global_task_manager.get_all_task_info

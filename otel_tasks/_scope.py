@@ -1,0 +1,185 @@
+"""What ``async with`` adds to a group: its body, its errors, and the rules of its exit.
+
+The rules are those of ``asyncio.TaskGroup`` in Python 3.13 (and its own tests pass here), with
+``cancel()`` as in 3.15: the block is left without an exception.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Literal
+
+from otel_tasks._state import CancelKind
+from otel_tasks._task import ManagedTask, _cancel, _uncancel, cancel_message
+from otel_tasks.cancellation import CancelCause
+
+if TYPE_CHECKING:
+    from otel_tasks._group import TaskGroup
+    from otel_tasks._telemetry import Span
+
+OnError = Literal["cancel", "isolate"]
+
+
+class Scope:
+    """The state of one ``async with`` block over a group.
+
+    Args:
+        on_error: ``"cancel"``: a failing task cancels its siblings and the body, and is raised;
+            ``"isolate"``: it is reported and the others go on.
+        timeout: Seconds that the whole block may take; None is without bound.
+        span: Give the block a span of its own.
+    """
+
+    def __init__(self, on_error: OnError, timeout: float | None, *, span: bool) -> None:
+        self.on_error = on_error
+        self.timeout = timeout
+        self.wants_span = span
+        self.span: Span | None = None
+        self.host: asyncio.Task[Any] | None = None
+        self.exiting = False
+        self.timed_out = False
+        self._errors: list[BaseException] = []
+        self._base_error: BaseException | None = None
+        # The body's task has been cancelled by us, and owes us one uncancel().
+        self._body_cancelled = False
+        self._level = 0
+        self._idle: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def enter(self, group: TaskGroup, host: asyncio.Task[Any], loop: asyncio.AbstractEventLoop) -> None:
+        """Begin the block in the task ``host``."""
+        self.host = host
+        self._level = host.cancelling()
+        if self.timeout is not None:
+            self._timer = loop.call_later(self.timeout, self._run_out, group)
+
+    def cancel_body(self, cause: CancelCause) -> None:
+        """Cancel the body, once; not while it waits for the tasks at its end, they end by themselves."""
+        if self.host is None or self.exiting or self._body_cancelled:
+            return
+        self._body_cancelled = True
+        # asyncio's own method: this is taken back at the exit and is no cancellation of the host.
+        _cancel(self.host, str(cause))
+
+    def child_failed(self, group: TaskGroup, task: ManagedTask[Any], error: BaseException) -> bool:
+        """Take a task's failure; returns False if nobody here will raise it."""
+        if self.on_error == "isolate" and isinstance(error, Exception):
+            return False
+        if self.host is None or self.host.done():
+            return False
+        # Raised with the group, so asyncio need not log it.
+        task.exception()
+        self._errors.append(error)
+        if isinstance(error, SystemExit | KeyboardInterrupt) and self._base_error is None:
+            self._base_error = error
+        if group._cause is None:
+            origin = None if task._span is None else task._span.get_span_context()
+            message = f"{task.name} failed: {error!r}"
+            now = task.get_loop().time()
+            self.abort(group, CancelCause(CancelKind.SIBLING_FAILED, message, task.name, now, origin))
+        return True
+
+    def abort(self, group: TaskGroup, cause: CancelCause) -> None:
+        """Cancel all tasks of the group, and the body if it still runs."""
+        group._announce(cause)
+        group._cancel_tasks(cause)
+        self.cancel_body(cause)
+
+    async def leave(self, group: TaskGroup, host: asyncio.Task[Any], error: BaseException | None) -> bool:
+        """Wait for the tasks and decide what the block raises; True swallows ``error``."""
+        self.exiting = True
+        if isinstance(error, SystemExit | KeyboardInterrupt) and self._base_error is None:
+            self._base_error = error
+        if error is not None and group._cause is None:
+            self._abort_because_of(group, error)
+        pending = error if isinstance(error, asyncio.CancelledError) else None
+        pending = await self._wait_for_tasks(group) or pending
+        if self._body_cancelled and pending is None:
+            pending = await self._absorb()
+        return self._settle(group, host, error, pending)
+
+    async def _wait_for_tasks(self, group: TaskGroup) -> asyncio.CancelledError | None:
+        interrupted = None
+        # In a loop: the host may be cancelled again and again while it waits here.
+        while not group._is_empty():
+            self._idle = asyncio.get_running_loop().create_future()
+            try:
+                await self._idle
+            except asyncio.CancelledError as error:
+                interrupted = error
+                if group._cause is None:
+                    self._abort_because_of(group, error)
+        self._idle = None
+        return interrupted
+
+    async def _absorb(self) -> asyncio.CancelledError | None:
+        """Meet a cancellation of ours that has not arrived: the body ended before its next await.
+
+        Before Python 3.13 ``uncancel()`` alone would leave it to strike after the block.
+        """
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError as error:
+            return error
+        return None
+
+    def tasks_ended(self) -> None:
+        """Wake the exit that waits for the last task."""
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
+    def _settle(
+        self,
+        group: TaskGroup,
+        host: asyncio.Task[Any],
+        error: BaseException | None,
+        pending: asyncio.CancelledError | None,
+    ) -> bool:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._base_error is not None:
+            raise self._base_error
+        if self._body_cancelled and host.uncancel() <= self._level:
+            # The only cancellation was ours: it ends here.
+            pending = None
+        errors, self._errors = self._errors, []
+        if error is not None and not isinstance(error, asyncio.CancelledError):
+            errors.append(error)
+        if errors:
+            self._raise(group, host, errors)
+        if pending is not None:
+            if pending is error:
+                return False
+            raise pending
+        if self.timed_out:
+            raise TimeoutError(f"group {group.id!r} ran into its timeout of {self.timeout:g} s") from None
+        return error is not None
+
+    def _raise(self, group: TaskGroup, host: asyncio.Task[Any], errors: list[BaseException]) -> None:
+        if host.cancelling() > self._level:
+            # Somebody else cancelled the host too: the errors go first, and the cancellation
+            # is made to arrive at its next await, with the count and the cause as they were.
+            message = cancel_message(host)
+            _uncancel(host)
+            _cancel(host, message)
+        try:
+            raise BaseExceptionGroup(f"unhandled errors in group {group.id!r}", errors) from None
+        finally:
+            # An exception that is referred to by its own frame would live until the next collection.
+            del errors
+
+    def _abort_because_of(self, group: TaskGroup, error: BaseException) -> None:
+        if not isinstance(error, asyncio.CancelledError):
+            cause = CancelCause.make(CancelKind.SCOPE_ENDED, f"the block raised {error!r}")
+        elif isinstance(self.host, ManagedTask) and self.host._cause is not None:
+            cause = self.host._cause
+        else:
+            cause = CancelCause.make(CancelKind.EXPLICIT, "the task that waits for the group was cancelled")
+        group._announce(cause)
+        group._cancel_tasks(cause)
+
+    def _run_out(self, group: TaskGroup) -> None:
+        if group._cause is None:
+            self.timed_out = True
+            message = f"group timeout of {self.timeout:g} s"
+            self.abort(group, CancelCause.make(CancelKind.TIMEOUT, message))

@@ -1,0 +1,483 @@
+"""ManagedTask: an asyncio.Task that knows its group, its cause of cancellation and its span.
+
+There is one of these for each piece of work, so it is kept lean: slots and no ``__init__`` of
+its own (C's does the work), the status is derived when somebody asks, and what few tasks need
+stands in one ``Extras`` object that most never get.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from contextvars import Context
+from datetime import UTC, datetime
+from types import CoroutineType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from otel_tasks._state import CancelKind, Outcome, Signal, TaskPriority, TaskStatus, next_status
+from otel_tasks._telemetry import note_cancel_requested, span_ids
+from otel_tasks.cancellation import CancelCause
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Coroutine
+
+    from otel_tasks._group import TaskGroup
+    from otel_tasks._telemetry import Span
+
+T = TypeVar("T")
+
+# asyncio's own, past our overrides: for what is done to a task on nobody's behalf.
+add_done_callback: Callable[..., None] = asyncio.Task.add_done_callback
+_remove_done_callback = asyncio.Task.remove_done_callback
+_cancel = asyncio.Task.cancel
+_uncancel = asyncio.Task.uncancel
+
+# Done-callbacks run in it, one after another: no context is copied for each.
+NOBODYS_CONTEXT = Context()
+
+
+class Extras:
+    """What only some tasks need: a timeout, metadata, a result to keep, a shield."""
+
+    __slots__ = (
+        "abandoned",
+        "deferred",
+        "inner",
+        "keep_result",
+        "metadata",
+        "never_ran",
+        "shields",
+        "timeout",
+    )
+
+    def __init__(self) -> None:
+        self.inner: Coroutine[Any, Any, Any] | None = None
+        self.timeout: asyncio.Timeout | None = None
+        self.metadata: dict[str, Any] | None = None
+        self.keep_result = False
+        self.never_ran = False
+        self.abandoned = False
+        self.shields = 0
+        self.deferred: CancelCause | None = None
+
+
+class TaskInfo(NamedTuple):
+    """A snapshot of a task; it holds no task, no frame, no exception.
+
+    Times are seconds on the loop's clock; ``to_dict()`` gives them as wall-clock stamps.
+
+    Attributes:
+        id: Unique among the live tasks of a manager.
+        name: Unique among the live tasks of its scoped group, or of the manager.
+        group: The group's name.
+        group_id: The group's id.
+        priority: How urgent.
+        status: Where it is in its life.
+        created_at: When it was created.
+        started_at: When it was handed to the loop; None for a task that has not run any of its code.
+        ended_at: When it ended; None while it is live.
+        error_type: The class of what it raised.
+        error: The text of what it raised.
+        cause: Why it was or is being cancelled.
+        cancel_ignored: It was cancelled and completed all the same.
+        metadata: What was given at its creation.
+        trace_id: In hex; None without tracing.
+        span_id: In hex; None without tracing.
+    """
+
+    id: str
+    name: str
+    group: str
+    group_id: str
+    priority: TaskPriority
+    status: TaskStatus
+    created_at: float
+    started_at: float | None
+    ended_at: float | None
+    error_type: str | None
+    error: str | None
+    cause: CancelCause | None
+    cancel_ignored: bool
+    metadata: dict[str, Any]
+    trace_id: str | None
+    span_id: str | None
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds from creation to end; None while it is live."""
+        return None if self.ended_at is None else self.ended_at - self.created_at
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the snapshot as JSON-ready data (metadata is passed through as it is)."""
+        data = self._asdict()
+        for key in ("created_at", "started_at", "ended_at"):
+            data[key] = _wall_clock(data[key])
+        data["priority"] = self.priority.name
+        data["status"] = str(self.status)
+        data["cause"] = self.cause and self.cause.to_dict()
+        data["duration"] = self.duration
+        return data
+
+
+class ManagedTask(asyncio.Task[T]):
+    """A task of a manager; made by ``create_task`` and ``start_task``, never directly.
+
+    It is an ``asyncio.Task`` in all respects: ``await`` it, pass it to ``asyncio.wait``,
+    cancel it. Awaiting it forwards the awaiter's own cancellation to it, as for any asyncio
+    task; ``manager.wait_for_task`` does not.
+    """
+
+    __slots__ = ("_cause", "_created_at", "_ended_at", "_extras", "_group", "_priority", "_span", "_waiters")
+
+    _group: TaskGroup
+    _priority: TaskPriority
+    _created_at: float
+    # Set at the end only.
+    _ended_at: float
+    _span: Span | None
+    _cause: CancelCause | None
+    _extras: Extras | None
+    # Done-callbacks of others: somebody who waits will be told of a failure.
+    _waiters: int
+
+    @property
+    def id(self) -> str:
+        """The name, or ``group id/name`` in a scoped group: unique among the manager's live tasks."""
+        return self._group._task_id(self.get_name())
+
+    @property
+    def name(self) -> str:
+        """The name, as ``get_name()``."""
+        return self.get_name()
+
+    @property
+    def group(self) -> TaskGroup:
+        """The group in which it was created."""
+        return self._group
+
+    @property
+    def priority(self) -> TaskPriority:
+        """How urgent it is."""
+        return self._priority
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What was given at its creation, the task's own to add to."""
+        extras = extras_of(self)
+        if extras.metadata is None:
+            extras.metadata = {}
+        return extras.metadata
+
+    @property
+    def status(self) -> TaskStatus:
+        """Where it is in its life, derived from the task itself."""
+        if self.done():
+            return final_status(self)
+        if self.cancelling():
+            return TaskStatus.CANCELLING
+        return TaskStatus.RUNNING if has_started(self) else TaskStatus.PENDING
+
+    @property
+    def cause(self) -> CancelCause | None:
+        """Why it was or is being cancelled; None if nobody asked."""
+        return self._cause
+
+    @property
+    def cancel_ignored(self) -> bool:
+        """True if it was cancelled and completed all the same."""
+        if not self.done() or self.cancelled() or failure_of(self) is not None:
+            return False
+        return self.cancelling() > 0 or timed_out(self)
+
+    @property
+    def trace_id(self) -> str | None:
+        """Its trace in hex, as Jaeger shows it; None without tracing."""
+        return span_ids(self._span)[0]
+
+    def info(self) -> TaskInfo:
+        """Take a snapshot."""
+        return snapshot(self)
+
+    def stack(self) -> str:
+        """Say where it waits, as lines of a traceback; empty once it is done."""
+        out = io.StringIO()
+        if not self.done():
+            self.print_stack(file=out)
+        return out.getvalue()
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        """Ask for its cancellation, exactly as ``asyncio.Task.cancel`` does.
+
+        Args:
+            msg: The reason; handed to the CancelledError, and noted with the cause.
+
+        Returns:
+            False if it had ended already; True says asked for, not ended.
+
+        Telemetry: an event ``otel_tasks.cancel_requested`` on its span, and a link to the span
+        that is current here. Neither if the request comes from a bare loop callback: that is how
+        ``asyncio.timeout`` and ``asyncio.TaskGroup`` inside the task cancel it for themselves.
+        """
+        noted = self._cause is None and note_request(self, msg)
+        asked = super().cancel(msg)
+        if noted:
+            self._group._ledger.cancelling(self)
+        return asked
+
+    def uncancel(self) -> int:
+        """Take one request back, exactly as ``asyncio.Task.uncancel``; the last takes the cause with it."""
+        remaining = super().uncancel()
+        if not remaining:
+            self._cause = None
+        return remaining
+
+    def set_name(self, value: object) -> None:
+        """Rename it in its group too; a name that is taken gets a number behind it."""
+        # C's __init__ sets the first name without coming here; a done task is in no table.
+        super().set_name(str(value) if self.done() else self._group._rename(self, str(value)))
+
+    def add_done_callback(self, fn: Callable[[Any], object], /, *, context: Context | None = None) -> None:
+        """As ``asyncio.Task.add_done_callback``; counted, to know whether anybody waits."""
+        super().add_done_callback(fn, context=context)
+        self._waiters += 1
+
+    def remove_done_callback(self, fn: Callable[[Any], object], /) -> int:
+        """As ``asyncio.Task.remove_done_callback``."""
+        removed = super().remove_done_callback(fn)
+        self._waiters -= removed
+        return removed
+
+
+def ask(task: ManagedTask[Any], cause: CancelCause, text: str | None = None) -> bool:
+    """Cancel a task on behalf of its group, its manager or a shutdown: once, so that clean-up is not torn.
+
+    Args:
+        task: Which.
+        cause: Noted with it.
+        text: ``str(cause)``, from callers that ask many.
+
+    Returns:
+        True if this call was the one that asked.
+    """
+    if task._cause is not None or task.done():
+        return False
+    extras = task._extras
+    if extras is not None and extras.shields and cause.kind is CancelKind.CLIENT_DISCONNECT:
+        extras.deferred = extras.deferred or cause
+        return False
+    take_note(task, cause)
+    _cancel(task, text or str(cause))
+    task._group._ledger.cancelling(task)
+    return True
+
+
+def note_request(task: ManagedTask[Any], message: object) -> bool:
+    """Note why a task is being cancelled, if it is another task that asks."""
+    cascade = task._group._ledger.asking
+    if cascade is not None:
+        # The cancellation of a whole group came here through a task that awaits this one.
+        take_note(task, cascade)
+        return True
+    asker = asyncio.current_task(task.get_loop())
+    if asker is None or asker is task or task.done():
+        return False
+    text = None if message is None else str(message)
+    take_note(task, CancelCause.make(CancelKind.EXPLICIT, text))
+    return True
+
+
+def take_note(task: ManagedTask[Any], cause: CancelCause) -> None:
+    """Write a cause beside the request, and the moment of it onto the span."""
+    task._cause = cause
+    if not has_started(task):
+        extras_of(task).never_ran = True
+    if task._span is not None:
+        note_cancel_requested(task._span, cause)
+
+
+def extras_of(task: ManagedTask[Any]) -> Extras:
+    """Give a task's extras, made on first use."""
+    if task._extras is None:
+        task._extras = Extras()
+    return task._extras
+
+
+def has_started(task: ManagedTask[Any]) -> bool:
+    """Tell by its coroutine whether a live task has run any of its code."""
+    extras = task._extras
+    coro = task.get_coro() if extras is None or extras.inner is None else extras.inner
+    if not isinstance(coro, CoroutineType):
+        # Cython's coroutines and other Awaitables do not show their state.
+        return True
+    return coro.cr_suspended or coro.cr_running or coro.cr_frame is None
+
+
+def failure_of(task: asyncio.Task[Any]) -> BaseException | None:
+    """Look at what a finished task raised without marking it as retrieved.
+
+    ``task.exception()`` would: asyncio then no longer logs an error that nobody ever takes.
+    """
+    # The attribute that asyncio.Future itself reads, in C and in Python, 3.11 to 3.14.
+    error: BaseException | None = task._exception
+    return error
+
+
+def timed_out(task: ManagedTask[Any]) -> bool:
+    """True if the task's own timeout has expired."""
+    timeout = task._extras and task._extras.timeout
+    return bool(timeout and timeout.expired())
+
+
+def final_signal(task: ManagedTask[Any]) -> Signal:
+    """Say by which signal a finished task ended."""
+    if task.cancelled():
+        return Signal.UNWIND if task.cancelling() else Signal.FOREIGN_CANCEL
+    return Signal.RETURN if failure_of(task) is None else Signal.RAISE
+
+
+def final_status(task: ManagedTask[Any]) -> TaskStatus:
+    """Look the status of a finished task up in the table."""
+    before = TaskStatus.CANCELLING if task.cancelling() else TaskStatus.RUNNING
+    return next_status(before, final_signal(task))
+
+
+def outcome_of(task: ManagedTask[Any], status: TaskStatus) -> Outcome:
+    """Say how a finished task ended, in the words of its span."""
+    if status is TaskStatus.COMPLETED:
+        return Outcome.SUCCESS
+    if status is TaskStatus.CANCELLED:
+        return Outcome.CANCELLED
+    ran_out = timed_out(task) and isinstance(failure_of(task), TimeoutError)
+    return Outcome.TIMEOUT if ran_out else Outcome.ERROR
+
+
+def cause_at_end(task: ManagedTask[Any], status: TaskStatus) -> CancelCause | None:
+    """Give the noted cause, or the one that a finished task shows.
+
+    A request that was not noted left its count and its message; without a count nobody asked.
+    """
+    if timed_out(task) and task._extras and task._extras.timeout:
+        return task._cause or CancelCause(CancelKind.TIMEOUT, "its own timeout")
+    if task._cause is not None or status is not TaskStatus.CANCELLED:
+        return task._cause
+    if not task.cancelling():
+        return CancelCause(CancelKind.FOREIGN, "a CancelledError that nobody asked for")
+    message = cancel_message(task)
+    return CancelCause(CancelKind.EXPLICIT, None if message is None else str(message))
+
+
+def cancel_message(task: asyncio.Task[Any]) -> object:
+    """Read what the last ``cancel()`` said, without making the CancelledError.
+
+    asyncio hands that out once, with its traceback. The attribute is asyncio's own, 3.11 to 3.14.
+    """
+    return getattr(task, "_cancel_message", None)
+
+
+def snapshot(task: ManagedTask[Any]) -> TaskInfo:
+    """Take a snapshot of a task, live or ended."""
+    group = task._group
+    name = task.get_name()
+    status = task.status
+    extras = task._extras
+    error = failure_of(task) if status is TaskStatus.FAILED else None
+    trace_id, span_id = span_ids(task._span)
+    ran = not (extras is not None and extras.never_ran) and status is not TaskStatus.PENDING
+    return TaskInfo(
+        id=group._task_id(name),
+        name=name,
+        group=group.name,
+        group_id=group.id,
+        priority=task._priority,
+        status=status,
+        created_at=task._created_at,
+        started_at=task._created_at if ran else None,
+        ended_at=getattr(task, "_ended_at", None),
+        error_type=None if error is None else type(error).__name__,
+        error=None if error is None else str(error),
+        cause=task._cause,
+        cancel_ignored=task.cancel_ignored,
+        metadata={} if extras is None or extras.metadata is None else dict(extras.metadata),
+        trace_id=trace_id,
+        span_id=span_id,
+    )
+
+
+def shield(task: ManagedTask[Any]) -> None:
+    """Hold back client disconnects from a task until ``unshield`` has been called as often."""
+    extras_of(task).shields += 1
+
+
+def unshield(task: ManagedTask[Any]) -> None:
+    """Let go of one shield; with the last one a disconnect that was held back is delivered."""
+    extras = extras_of(task)
+    extras.shields -= 1
+    if not extras.shields and extras.deferred is not None:
+        cause, extras.deferred = extras.deferred, None
+        ask(task, cause)
+
+
+async def run_when(
+    coro: Coroutine[Any, Any, T],
+    extras: Extras,
+    previous: asyncio.Task[Any] | None,
+    timeout: float | None,
+    deadline: float | None,
+) -> T:
+    """Run ``coro`` after ``previous`` has ended, up to ``deadline``: for the tasks that need either.
+
+    Cancelled before its first step this never runs: whoever takes the end closes ``coro``.
+    """
+    try:
+        async with asyncio.timeout_at(deadline) as extras.timeout:
+            if previous is not None:
+                await wait_until_done([previous])
+            return await coro
+    except TimeoutError:
+        if extras.timeout is not None and extras.timeout.expired():
+            raise TimeoutError(f"the task ran into its timeout of {timeout:g} s") from None
+        raise
+
+
+async def wait_until_done(tasks: Collection[asyncio.Task[Any]], timeout: float | None = None) -> None:
+    """Wait until all ``tasks`` are done, or for ``timeout`` seconds (None: without bound).
+
+    Unlike ``asyncio.wait`` it does not count as somebody who will be told of their failures.
+
+    Cancellation: of the caller leaves the tasks alone.
+    """
+    live = [task for task in tasks if not task.done()]
+    if not live:
+        return
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[None] = loop.create_future()
+    left = len(live)
+
+    def one_done(_: object) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            finish()
+
+    def finish() -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    for task in live:
+        add_done_callback(task, one_done, context=NOBODYS_CONTEXT)
+    timer = None if timeout is None else loop.call_later(timeout, finish)
+    try:
+        await waiter
+    finally:
+        if timer is not None:
+            timer.cancel()
+        for task in live:
+            _remove_done_callback(task, one_done)
+
+
+def _wall_clock(moment: float | None) -> str | None:
+    if moment is None:
+        return None
+    ago = time.monotonic() - moment
+    return datetime.fromtimestamp(time.time() - ago, UTC).isoformat(timespec="milliseconds")

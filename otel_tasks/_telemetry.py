@@ -1,0 +1,344 @@
+"""Spans, links and metrics of tasks: the only module that imports OpenTelemetry.
+
+The library reports through the API package alone and never configures an SDK. Where none is
+set up (the global provider is still OpenTelemetry's placeholder) no span work is done.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import re
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary, WeakSet
+
+from opentelemetry import context as otel_context
+from opentelemetry import metrics, trace
+from opentelemetry.metrics import CallbackOptions, MeterProvider, NoOpMeterProvider, Observation
+from opentelemetry.metrics import _internal as metrics_internal
+from opentelemetry.trace import (
+    INVALID_SPAN,
+    Link,
+    NonRecordingSpan,
+    NoOpTracerProvider,
+    Span,
+    SpanContext,
+    StatusCode,
+    TraceFlags,
+    Tracer,
+    TracerProvider,
+)
+
+from otel_tasks._state import CancelKind, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from otel_tasks.cancellation import CancelCause
+
+# What the rest of the package needs of OpenTelemetry, it takes from here.
+__all__ = ["MeterProvider", "Span", "SpanContext", "Tracer", "TracerProvider"]
+
+VERSION = version("otel-tasks")
+SCOPE = "otel_tasks"
+
+TASK_NAME = "otel_tasks.task.name"
+TASK_ID = "otel_tasks.task.id"
+TASK_PRIORITY = "otel_tasks.task.priority"
+TASK_OUTCOME = "otel_tasks.task.outcome"
+GROUP_NAME = "otel_tasks.group.name"
+GROUP_ID = "otel_tasks.group.id"
+MANAGER_NAME = "otel_tasks.manager.name"
+CODE_FUNCTION = "code.function.name"
+CANCEL_REASON = "otel_tasks.cancel.reason"
+CANCEL_MESSAGE = "otel_tasks.cancel.message"
+CANCEL_DURATION = "otel_tasks.cancel.duration"
+CANCEL_IGNORED = "otel_tasks.cancel.ignored"
+CANCEL_COUNT = "otel_tasks.cancel.count"
+REQUEST_OUTCOME = "otel_tasks.request.outcome"
+ERROR_TYPE = "error.type"
+LINK = "otel_tasks.link"
+CANCEL_REQUESTED = "otel_tasks.cancel_requested"
+
+_DESCRIPTION_LIMIT = 256
+# A number or an id at the end of a name: "fetch-17", "order_4711", "job:9f8b7c6d-...".
+_TRAILING_ID = re.compile(r"(?:[-_:#./ ](?:\d+|[0-9a-fA-F]{8}-?(?:[0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}))+$")
+# Seconds; tasks are often far shorter than requests, so finer than the convention's for HTTP.
+_DURATION_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
+
+
+def low_cardinality(name: str) -> str:
+    """Cut a number or an id off the end of a name, as span names and metrics must not have one.
+
+    Back-ends make one operation of each span name (https://opentelemetry.io/docs/specs/otel/trace/api/#span).
+    """
+    return _TRAILING_ID.sub("", name) or name
+
+
+def error_type(error: BaseException) -> str:
+    """Name an exception's class as the semantic conventions want it in ``error.type``."""
+    cls = type(error)
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def current_span_context(context: contextvars.Context | None = None) -> SpanContext | None:
+    """Give the identity of the span current in ``context`` (None: here), None if there is none."""
+    span = trace.get_current_span() if context is None else context.run(trace.get_current_span)
+    span_context = span.get_span_context()
+    return span_context if span_context.is_valid else None
+
+
+def quiet_context() -> contextvars.Context:
+    """Make a context for work on nobody's behalf: no stranger's trace, and no spans of its own.
+
+    Instrumentations wrap ``receive`` and start a span in it; below an unsampled parent it is
+    dropped by every sampler that asks the parent.
+    """
+    context = contextvars.Context()
+    parent = NonRecordingSpan(SpanContext(trace_id=1, span_id=1, is_remote=False, trace_flags=TraceFlags(0)))
+    context.run(otel_context.attach, trace.set_span_in_context(parent, otel_context.Context()))
+    return context
+
+
+def annotate_request(context: contextvars.Context, cancelled: int) -> None:
+    """Say on the span current in ``context`` that the client left, and how many tasks were cancelled."""
+    span = context.run(trace.get_current_span)
+    span.set_attributes({REQUEST_OUTCOME: str(CancelKind.CLIENT_DISCONNECT), CANCEL_COUNT: cancelled})
+
+
+class MetricsSource(Protocol):
+    """What the observable instruments read, on the metric reader's thread."""
+
+    def active(self) -> Mapping[str, int]:
+        """Live tasks by group name."""
+        ...
+
+    def cancellations(self) -> Mapping[tuple[str, str], int]:
+        """Cancelled tasks by group name and reason, since the start."""
+        ...
+
+
+class _Instruments:
+    """The instruments of one meter provider, shared by all managers that report to it."""
+
+    def __init__(self, provider: MeterProvider) -> None:
+        meter = provider.get_meter(SCOPE, VERSION)
+        # Weak: a provider lives as long as the process, a manager need not.
+        self.sources: WeakSet[MetricsSource] = WeakSet()
+        self.duration = meter.create_histogram(
+            "otel_tasks.task.duration",
+            unit="s",
+            description="From the creation of a task to its end.",
+            explicit_bucket_boundaries_advisory=_DURATION_BUCKETS,
+        )
+        meter.create_observable_up_down_counter(
+            "otel_tasks.task.active",
+            callbacks=[self._observe_active],
+            unit="{task}",
+            description="Tasks that are live.",
+        )
+        meter.create_observable_counter(
+            "otel_tasks.task.cancellations",
+            callbacks=[self._observe_cancellations],
+            unit="{cancellation}",
+            description="Tasks that ended cancelled.",
+        )
+
+    def _observe_active(self, _: CallbackOptions) -> Iterable[Observation]:
+        totals: dict[str, int] = {}
+        for source in list(self.sources):
+            for group, count in source.active().items():
+                totals[group] = totals.get(group, 0) + count
+        return [
+            Observation(count, {GROUP_NAME: group, "otel_tasks.task.state": "active"})
+            for group, count in totals.items()
+        ]
+
+    def _observe_cancellations(self, _: CallbackOptions) -> Iterable[Observation]:
+        totals: dict[tuple[str, str], int] = {}
+        for source in list(self.sources):
+            for key, count in source.cancellations().items():
+                totals[key] = totals.get(key, 0) + count
+        return [
+            Observation(count, {GROUP_NAME: group, CANCEL_REASON: reason})
+            for (group, reason), count in totals.items()
+        ]
+
+
+_instruments: WeakKeyDictionary[MeterProvider, _Instruments] = WeakKeyDictionary()
+
+
+class Telemetry:
+    """What one manager reports, and where to.
+
+    Args:
+        manager_name: The value of ``otel_tasks.manager.name``.
+        tracer_provider: Where spans go; None is the global provider, also one that is set up later.
+        meter_provider: Where metrics go; None is the global provider, also one that is set up later.
+    """
+
+    def __init__(
+        self,
+        manager_name: str,
+        tracer_provider: TracerProvider | None,
+        meter_provider: MeterProvider | None,
+    ) -> None:
+        self.manager_name = manager_name
+        self._injected = tracer_provider is not None
+        self._provider: TracerProvider | None = None
+        self._tracer: Tracer | None = None
+        self._meter_provider = meter_provider
+        self._metrics: _Instruments | None = None
+        if tracer_provider is not None:
+            self._use(tracer_provider)
+
+    def tracer(self) -> Tracer | None:
+        """Give the tracer, None where no SDK is set up."""
+        if not self._injected:
+            # The public get_tracer_provider() reads os.environ each time (1.2 us, half a task);
+            # this is the name that it reads. Absent in a later version: the public way.
+            known = hasattr(trace, "_TRACER_PROVIDER")
+            provider: TracerProvider | None = trace._TRACER_PROVIDER if known else trace.get_tracer_provider()
+            if provider is not self._provider:
+                self._use(provider)
+        return self._tracer
+
+    def _use(self, provider: TracerProvider | None) -> None:
+        self._provider = provider
+        placeholder = provider is None or isinstance(provider, trace.ProxyTracerProvider | NoOpTracerProvider)
+        self._tracer = None if provider is None or placeholder else provider.get_tracer(SCOPE, VERSION)
+
+    def watch(self, source: MetricsSource) -> None:
+        """Let the observable instruments read ``source`` from now on."""
+        if self._metrics is None:
+            provider = self._meter_provider or metrics.get_meter_provider()
+            self._metrics = _instruments.get(provider) or _Instruments(provider)
+            _instruments[provider] = self._metrics
+            self._metrics.sources.add(source)
+
+    def metered(self) -> bool:
+        """True where a task's duration would be recorded by somebody."""
+        if self._meter_provider is not None:
+            return not isinstance(self._meter_provider, NoOpMeterProvider)
+        # As for the tracer; the placeholder of metrics has no public name at all.
+        return getattr(metrics_internal, "_METER_PROVIDER", None) is not None
+
+    def record(self, name: str, group: str, outcome: Outcome, seconds: float, error: str | None) -> None:
+        """Record one ended task in ``otel_tasks.task.duration``."""
+        if self._metrics is None:
+            return
+        attributes = {
+            TASK_NAME: low_cardinality(name),
+            GROUP_NAME: low_cardinality(group),
+            TASK_OUTCOME: str(outcome),
+        }
+        if error is not None:
+            attributes[ERROR_TYPE] = error
+        self._metrics.duration.record(seconds, attributes)
+
+
+def start_span(
+    tracer: Tracer, name: str, attributes: Mapping[str, Any], *, parent: Span | None, detached: bool
+) -> Span:
+    """Start a span and make it current in the context that this runs in.
+
+    To be called by ``contextvars.Context.run`` in the context made for the task: nothing is
+    ever detached, the context ends with its task.
+
+    Args:
+        tracer: Where from.
+        name: The span's name, of low cardinality.
+        attributes: What samplers may ask for.
+        parent: The parent; None is the current span.
+        detached: Begin a new trace, with a link to the span that would have been the parent.
+    """
+    surroundings = otel_context.get_current()
+    if parent is not None:
+        surroundings = trace.set_span_in_context(parent, surroundings)
+    links = None
+    if detached:
+        creator = trace.get_current_span(surroundings).get_span_context()
+        links = [Link(creator, {LINK: "spawned_by"})] if creator.is_valid else None
+        surroundings = trace.set_span_in_context(INVALID_SPAN, surroundings)
+    span = tracer.start_span(
+        name,
+        surroundings,
+        attributes=attributes,
+        links=links,
+        record_exception=False,
+        set_status_on_exception=False,
+    )
+    otel_context.attach(trace.set_span_in_context(span, surroundings))
+    return span
+
+
+def note_cancel_requested(span: Span, cause: CancelCause) -> None:
+    """Mark the moment at which a cancellation was asked for."""
+    span.add_event(CANCEL_REQUESTED, {CANCEL_REASON: str(cause.kind)})
+
+
+def end_span(
+    span: Span,
+    outcome: Outcome,
+    error: BaseException | None,
+    cause: CancelCause | None,
+    *,
+    ignored: bool = False,
+    now: float = 0.0,
+) -> None:
+    """Write the end of a task onto its span, and end it; a span that has ended is left alone.
+
+    Args:
+        span: The task's span.
+        outcome: How the task ended.
+        error: What it raised.
+        cause: Why it was cancelled, if it was.
+        ignored: It was cancelled and completed all the same.
+        now: Seconds on the loop's clock, for how long the cancellation took.
+    """
+    if not span.is_recording():
+        return
+    attributes: dict[str, Any] = {TASK_OUTCOME: str(outcome)}
+    if cause is not None:
+        _describe_cancel(span, attributes, cause, now)
+    if ignored:
+        attributes[CANCEL_IGNORED] = True
+    if outcome is Outcome.ERROR and error is not None:
+        attributes[ERROR_TYPE] = error_type(error)
+        span.record_exception(error)
+        span.set_status(StatusCode.ERROR, str(error)[:_DESCRIPTION_LIMIT])
+    elif outcome in (Outcome.TIMEOUT, Outcome.ABANDONED):
+        attributes[ERROR_TYPE] = str(outcome)
+        span.set_status(StatusCode.ERROR, str(error)[:_DESCRIPTION_LIMIT] if error else str(outcome))
+    span.set_attributes(attributes)
+    span.end()
+
+
+def end_scope_span(span: Span, cause: CancelCause | None) -> None:
+    """End the span of an ``async with`` block; what cancelled it stands on it, what failed on the tasks'."""
+    if cause is not None:
+        span.set_attributes(
+            {CANCEL_REASON: str(cause.kind), **({CANCEL_MESSAGE: cause.message} if cause.message else {})}
+        )
+        if cause.origin is not None:
+            span.add_link(cause.origin, {LINK: "cancelled_by"})
+    span.end()
+
+
+def _describe_cancel(span: Span, attributes: dict[str, Any], cause: CancelCause, now: float) -> None:
+    attributes[CANCEL_REASON] = str(cause.kind)
+    if cause.message:
+        attributes[CANCEL_MESSAGE] = cause.message
+    # A cause found at the end has no moment of asking.
+    if cause.at:
+        attributes[CANCEL_DURATION] = max(0.0, now - cause.at)
+    if cause.origin is not None:
+        span.add_link(cause.origin, {LINK: "cancelled_by"})
+
+
+def span_ids(span: Span | None) -> tuple[str | None, str | None]:
+    """Give a span's trace id and span id in hex, as tracing back-ends show them."""
+    if span is None:
+        return None, None
+    span_context = span.get_span_context()
+    return f"{span_context.trace_id:032x}", f"{span_context.span_id:016x}"

@@ -1,0 +1,42 @@
+"""Runs coroutine tests on the virtual clock, and checks that they leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from otel_tasks.testing import SpanRecorder, assert_no_tasks_left, run
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterator
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run an `async def` test: on the virtual clock, or on a real loop when marked `real_clock`."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    test = _leaving_no_task(pyfuncitem.obj(**arguments))
+    if pyfuncitem.get_closest_marker("real_clock"):
+        asyncio.run(test)
+    else:
+        run(test)
+    return True
+
+
+@pytest.fixture
+def spans() -> Iterator[SpanRecorder]:
+    """Providers to inject; at the end every span must have ended once, and nothing been complained of."""
+    with SpanRecorder() as recorder:
+        yield recorder
+        recorder.check()
+
+
+async def _leaving_no_task(test: Coroutine[Any, Any, None]) -> None:
+    # Not in a `finally`: a test that has failed already shall be reported for its own reason.
+    await test
+    await assert_no_tasks_left()
