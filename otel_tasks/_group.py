@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from asyncio import _get_running_loop
 from contextvars import ContextVar, copy_context
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, get_args
@@ -34,7 +35,7 @@ from otel_tasks._telemetry import (
     TASK_ID,
     TASK_NAME,
     TASK_PRIORITY,
-    end_scope_span,
+    end_group_span,
     low_cardinality,
     start_span,
 )
@@ -111,6 +112,7 @@ class TaskGroup:
         "_refusal",
         "_scope",
         "_sealed",
+        "_span",
     )
 
     _refusal: str | None
@@ -145,6 +147,7 @@ class TaskGroup:
         self._names = self._live
         self._linked = False
         self._sealed = False
+        self._span: Span | None = None
         self._event: CancelEvent | None = None
         # Why it is being cancelled; for good in a scoped group, for the moment in a labelled one.
         self._cause: CancelCause | None = None
@@ -171,6 +174,7 @@ class TaskGroup:
         name: str | Callable[[], str],
         binding: Binding | None,
         host: asyncio.Task[Any] | None,
+        span: bool,
     ) -> TaskGroup:
         """Open an isolating scoped group below ``root`` without a block, as a request's is."""
         group = cls.__new__(cls)
@@ -178,6 +182,8 @@ class TaskGroup:
         group._binding = binding
         group._host = host
         group._open(root)
+        if span:
+            group._start_span()
         return group
 
     # -- what it is -------------------------------------------------------------------------
@@ -314,7 +320,7 @@ class TaskGroup:
         cancelled_before = self._cause
         self._open(self._parent or outer or self._surroundings())
         if scope.wants_span:
-            self._start_scope_span(scope)
+            self._start_span()
         scope.enter(self, host, loop)
         if cancelled_before is not None:
             scope.cancel_body(cancelled_before)
@@ -335,7 +341,8 @@ class TaskGroup:
         self._parent = parent
         self._number = self._ledger.next_number()
         self._refusal = None if self._cause is None else f"is closed ({self._cause.kind})"
-        self._ledger.scopes[self.id] = self
+        # By number: a request's name, and so its id, changes once its route is known.
+        self._ledger.scopes[self._number] = self
         parent._link(self)
         above = parent._cause
         if above is not None and self._cause is None:
@@ -348,8 +355,6 @@ class TaskGroup:
             del ledger.hosts[host]
             if self._parent is not None and self._parent._hosted_by(host):
                 ledger.hosts[host] = self._parent
-        if scope.span is not None:
-            end_scope_span(scope.span, self._cause)
         self._refusal = self._refusal or "is finished"
         self._leave_tree()
 
@@ -361,12 +366,12 @@ class TaskGroup:
         group = current_group_or_none()
         return group if group is not None and group._ledger is self._ledger else self._ledger.root
 
-    def _start_scope_span(self, scope: Scope) -> None:
+    def _start_span(self) -> None:
         tracer = self._ledger.telemetry.tracer()
         if tracer is not None:
             attributes = {GROUP_NAME: self.name, GROUP_ID: self.id, MANAGER_NAME: self._ledger.name}
             # In a copy of the context: it is current in the group's tasks, not in the body.
-            scope.span = copy_context().run(
+            self._span = copy_context().run(
                 start_span, tracer, low_cardinality(self.name), attributes, parent=None, detached=False
             )
 
@@ -385,37 +390,35 @@ class TaskGroup:
         keep_result: bool,
     ) -> ManagedTask[T]:
         try:
-            check_coroutine(coro)
+            if type(coro) is not CoroutineType:
+                check_coroutine(coro)
             ledger = self._ledger
-            loop = ledger.enter()
+            loop = _get_running_loop()
+            if loop is None or loop is not ledger.loop or ledger.closed:
+                loop = ledger.enter()
             if self._refusal is not None:
                 self._refuse(name or function_name(coro))
             if type(priority) is not TaskPriority:
                 priority = checked_priority(priority)
+            extras = None
+            if timeout is not None or metadata is not None or keep_result:
+                extras = Extras(metadata, keep_result, checked_seconds("timeout", timeout))
             previous = None
             if name is None:
                 key = self._numbered(function_name(coro))
-            elif checked_name("task", name) in self._names:
-                taken = self._names[name]
-                if on_conflict == "return":
-                    coro.close()
-                    return taken
-                key, previous = self._make_way(name, taken, on_conflict)
-            else:
-                key = name
+            elif checked_name("task", name) not in self._names:
                 check_choice("on_conflict", on_conflict, OnConflict)
+                key = name
+            elif on_conflict == "return":
+                coro.close()
+                return self._names[name]
+            else:
+                key, previous = self._make_way(name, on_conflict)
             created_at = loop.time()
-            extras = None
             work = coro
-            if timeout is not None or metadata is not None or keep_result or previous is not None:
-                extras = Extras()
-                extras.keep_result = keep_result
-                extras.metadata = None if metadata is None else dict(metadata)
-                seconds = checked_seconds("timeout", timeout)
-                if seconds is not None or previous is not None:
-                    extras.inner = coro
-                    deadline = None if seconds is None else created_at + seconds
-                    work = run_when(coro, extras, previous, seconds, deadline)
+            if previous is not None or (extras is not None and extras.seconds is not None):
+                extras = extras or Extras()
+                work = run_when(coro, extras, previous, created_at)
             tracer = ledger.telemetry.tracer()
             bound = _bound.get() if context is None else context.get(_bound)
             stranger = bound is not None and bound is not (self._binding or self)
@@ -424,6 +427,7 @@ class TaskGroup:
                 # A context that the user passed is copied as soon as something is put into it.
                 context = copy_context() if context is None else context.copy()
                 span = context.run(self._prepare, tracer, stranger, key, coro, priority, detached)
+            # Built directly: create_task() of the loop would ask for a factory and set the name again.
             task = ManagedTask(work, loop=loop, name=key, context=context)
         except BaseException:
             close_quietly(coro)
@@ -466,24 +470,23 @@ class TaskGroup:
             MANAGER_NAME: self._ledger.name,
             CODE_FUNCTION: code_name(coro),
         }
-        parent = None if self._scope is None else self._scope.span
         try:
-            return start_span(tracer, name, attributes, parent=parent, detached=detached)
+            return start_span(tracer, name, attributes, parent=self._span, detached=detached)
         except Exception:
             self._ledger.complain("starting a span for task %r raised", key)
             return None
 
     def _numbered(self, base: str) -> str:
-        key = f"{base}-{self._ledger.next_number()}"
-        while key in self._names:
-            key = f"{base}-{self._ledger.next_number()}"
-        return key
+        ledger = self._ledger
+        ledger.numbers = number = ledger.numbers + 1
+        key = f"{base}-{number}"
+        # Only where somebody has called a task just that.
+        return key if key not in self._names else self._numbered(base)
 
-    def _make_way(
-        self, name: str, taken: ManagedTask[Any], on_conflict: OnConflict
-    ) -> tuple[str, ManagedTask[Any] | None]:
+    def _make_way(self, name: str, on_conflict: OnConflict) -> tuple[str, ManagedTask[Any] | None]:
         """Decide the name of a task whose name is taken, and after which task it may begin."""
         check_choice("on_conflict", on_conflict, OnConflict)
+        taken = self._names[name]
         if on_conflict == "error":
             raise TaskExistsError(
                 f"cannot create task {name!r}: one of that name is {taken.status} "
@@ -556,8 +559,10 @@ class TaskGroup:
         if not self._linked:
             return
         self._linked = False
+        if self._span is not None:
+            end_group_span(self._span, self._cause)
         if self.scoped:
-            self._ledger.scopes.pop(self.id, None)
+            self._ledger.scopes.pop(self._number, None)
         parent = self._parent
         if parent is not None:
             parent._children.pop(self, None)
@@ -657,9 +662,13 @@ def current_group_or_none() -> TaskGroup | None:
     return task._group if isinstance(task, ManagedTask) else None
 
 
-def function_name(coro: Coroutine[Any, Any, Any]) -> str:
+def function_name(coro: Any) -> str:
     """The name of the function that made a coroutine."""
-    name: str = getattr(coro, "__name__", None) or type(coro).__name__
+    try:
+        name: str = coro.__name__
+    except AttributeError:
+        # Cython's and other objects that are coroutines by their methods alone.
+        name = type(coro).__name__
     return name
 
 

@@ -258,14 +258,11 @@ class TaskManager:
     def get_task_info(self, name: str) -> TaskInfo | None:
         """Give a snapshot of a live or remembered task by name or id; None if there is none."""
         task = self._find(name)
-        return self._ledger.remembered().get(name) if task is None else task.info()
+        return self._ledger.history.find(name) if task is None else task.info()
 
     def get_all_task_info(self) -> dict[str, TaskInfo]:
         """Give snapshots of all tasks by id: the live ones, then the remembered ones."""
-        infos = {info.id: info for info in (task.info() for task in self._root._every_live())}
-        for key, info in self._ledger.remembered().items():
-            infos.setdefault(key, info)
-        return infos
+        return _merged(self._root._every_live(), reversed(list(self._ledger.history)))
 
     def get_group_tasks(self, group: str | TaskGroup) -> dict[str, TaskInfo]:
         """Give snapshots of the tasks of a group and of all below it by name: live, then remembered.
@@ -273,15 +270,14 @@ class TaskManager:
         Args:
             group: The name of a labelled group, the name or id of a scoped one, or the group.
         """
-        found = self._find_groups(group)
-        infos = {info.id: info for node in found for info in (task.info() for task in node._every_live())}
-        names = {group} if isinstance(group, str) else {group.id}
-        for key, info in self._ledger.remembered().items():
-            if {info.group, info.group_id} & names or any(
-                info.group_id.startswith(f"{name}.") for name in names
-            ):
-                infos.setdefault(key, info)
-        return infos
+        live = (task for node in self._find_groups(group) for task in node._every_live())
+        name = group if isinstance(group, str) else group.id
+        remembered = (
+            info
+            for info in reversed(list(self._ledger.history))
+            if name in (info.group, info.group_id) or info.group_id.startswith(f"{name}.")
+        )
+        return _merged(live, remembered)
 
     def stats(self) -> TaskStats:
         """Read the counters."""
@@ -301,7 +297,7 @@ class TaskManager:
             return 0
         loop = self._ledger.loop
         now = float("inf") if loop is None or seconds is None else loop.time() - seconds
-        return self._ledger.forget(now)
+        return self._ledger.history.forget(now)
 
     def add_listener(self, callback: Callable[[TaskEvent, TaskInfo], object]) -> None:
         """Call ``callback(event, info)`` whenever a task is ``"created"``, ``"cancelling"`` or ``"ended"``.
@@ -338,10 +334,10 @@ class TaskManager:
         seconds = checked_seconds("timeout", timeout)
         task = self._find(name)
         if task is None:
-            ending = self._ledger.ending(name)
+            ending = self._ledger.history.ending(name)
             if ending is None:
                 raise self._not_found(name)
-            return ending.take(name)
+            return ending.take()
         await asyncio.wait([task], timeout=seconds)
         if not task.done():
             raise TimeoutError(f"task {name!r} is still {task.status} after {timeout:g} s, and goes on")
@@ -460,9 +456,14 @@ class TaskManager:
     # -- helpers ----------------------------------------------------------------------------
 
     def _open_group(
-        self, name: str | Callable[[], str], *, binding: Binding | None, host: asyncio.Task[Any] | None
+        self,
+        name: str | Callable[[], str],
+        *,
+        binding: Binding | None,
+        host: asyncio.Task[Any] | None,
+        span: bool = False,
     ) -> TaskGroup:
-        return TaskGroup._opened(self._root, name, binding, host)
+        return TaskGroup._opened(self._root, name, binding, host, span)
 
     def _group_for(self, group: str | TaskGroup, coro: object = None) -> TaskGroup:
         try:
@@ -495,7 +496,7 @@ class TaskManager:
         # An id: group id, slash, name; both may have slashes in them.
         cut = name.find("/")
         while cut != -1:
-            group = self._ledger.scopes.get(name[:cut])
+            group = self._ledger.scope(name[:cut])
             if group is not None:
                 return group._live.get(name[cut + 1 :])
             cut = name.find("/", cut + 1)
@@ -509,7 +510,7 @@ class TaskManager:
         return [node for node in list(self._ledger.scopes.values()) if group in (node.id, node.name)]
 
     def _not_found(self, name: str) -> TaskNotFoundError:
-        known = self._ledger.remembered().get(name)
+        known = self._ledger.history.find(name)
         if known is None:
             return TaskNotFoundError(
                 f"no task is called {name!r}: it was never started, or is forgotten by now"
@@ -584,6 +585,14 @@ class TaskManager:
             cancel_ignored=tuple(info.id for _, info in infos if info.cancel_ignored),
             still_running=running,
         )
+
+
+def _merged(live: Iterable[ManagedTask[Any]], remembered: Iterable[TaskInfo]) -> dict[str, TaskInfo]:
+    """Snapshots by id; of several with one id the live one, else the first of the remembered."""
+    infos = {info.id: info for info in (task.info() for task in live)}
+    for info in remembered:
+        infos.setdefault(info.id, info)
+    return infos
 
 
 def made_coroutine(

@@ -15,7 +15,6 @@ from otel_tasks.cancellation import CancelCause
 
 if TYPE_CHECKING:
     from otel_tasks._group import TaskGroup
-    from otel_tasks._telemetry import Span
 
 OnError = Literal["cancel", "isolate"]
 
@@ -34,7 +33,6 @@ class Scope:
         self.on_error = on_error
         self.timeout = timeout
         self.wants_span = span
-        self.span: Span | None = None
         self.host: asyncio.Task[Any] | None = None
         self.exiting = False
         self.timed_out = False

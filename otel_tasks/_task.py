@@ -20,7 +20,7 @@ from otel_tasks._telemetry import note_cancel_requested, span_ids
 from otel_tasks.cancellation import CancelCause
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine
+    from collections.abc import Callable, Collection, Coroutine, Mapping
 
     from otel_tasks._group import TaskGroup
     from otel_tasks._telemetry import Span
@@ -47,15 +47,24 @@ class Extras:
         "keep_result",
         "metadata",
         "never_ran",
+        "seconds",
         "shields",
         "timeout",
     )
 
-    def __init__(self) -> None:
-        self.inner: Coroutine[Any, Any, Any] | None = None
+    def __init__(
+        self,
+        metadata: Mapping[str, Any] | None = None,
+        keep_result: bool = False,
+        seconds: float | None = None,
+    ) -> None:
+        self.metadata = None if metadata is None else dict(metadata)
+        self.keep_result = keep_result
+        # The task's own timeout, and asyncio's while it runs.
+        self.seconds = seconds
         self.timeout: asyncio.Timeout | None = None
-        self.metadata: dict[str, Any] | None = None
-        self.keep_result = False
+        # The user's coroutine inside of the one that the task runs.
+        self.inner: Coroutine[Any, Any, Any] | None = None
         self.never_ran = False
         self.abandoned = False
         self.shields = 0
@@ -418,17 +427,19 @@ def unshield(task: ManagedTask[Any]) -> None:
         ask(task, cause)
 
 
-async def run_when(
-    coro: Coroutine[Any, Any, T],
-    extras: Extras,
-    previous: asyncio.Task[Any] | None,
-    timeout: float | None,
-    deadline: float | None,
-) -> T:
-    """Run ``coro`` after ``previous`` has ended, up to ``deadline``: for the tasks that need either.
+def run_when(
+    coro: Coroutine[Any, Any, T], extras: Extras, previous: asyncio.Task[Any] | None, created_at: float
+) -> Coroutine[Any, Any, T]:
+    """Make what runs ``coro`` after ``previous`` has ended, and up to its timeout."""
+    # Cancelled before its first step it never runs: whoever takes the end closes the inner one.
+    extras.inner = coro
+    deadline = None if extras.seconds is None else created_at + extras.seconds
+    return _run_when(coro, extras, previous, deadline)
 
-    Cancelled before its first step this never runs: whoever takes the end closes ``coro``.
-    """
+
+async def _run_when(
+    coro: Coroutine[Any, Any, T], extras: Extras, previous: asyncio.Task[Any] | None, deadline: float | None
+) -> T:
     try:
         async with asyncio.timeout_at(deadline) as extras.timeout:
             if previous is not None:
@@ -436,7 +447,7 @@ async def run_when(
             return await coro
     except TimeoutError:
         if extras.timeout is not None and extras.timeout.expired():
-            raise TimeoutError(f"the task ran into its timeout of {timeout:g} s") from None
+            raise TimeoutError(f"the task ran into its timeout of {extras.seconds:g} s") from None
         raise
 
 

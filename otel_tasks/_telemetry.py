@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import re
+from functools import lru_cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
@@ -60,6 +61,7 @@ ERROR_TYPE = "error.type"
 LINK = "otel_tasks.link"
 CANCEL_REQUESTED = "otel_tasks.cancel_requested"
 
+_READABLE = hasattr(trace, "_TRACER_PROVIDER")
 _DESCRIPTION_LIMIT = 256
 # A number or an id at the end of a name: "fetch-17", "order_4711", "job:9f8b7c6d-...".
 _TRAILING_ID = re.compile(r"(?:[-_:#./ ](?:\d+|[0-9a-fA-F]{8}-?(?:[0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}))+$")
@@ -67,6 +69,7 @@ _TRAILING_ID = re.compile(r"(?:[-_:#./ ](?:\d+|[0-9a-fA-F]{8}-?(?:[0-9a-fA-F]{4}
 _DURATION_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
 
 
+@lru_cache(maxsize=1024)
 def low_cardinality(name: str) -> str:
     """Cut a number or an id off the end of a name, as span names and metrics must not have one.
 
@@ -197,8 +200,7 @@ class Telemetry:
         if not self._injected:
             # The public get_tracer_provider() reads os.environ each time (1.2 us, half a task);
             # this is the name that it reads. Absent in a later version: the public way.
-            known = hasattr(trace, "_TRACER_PROVIDER")
-            provider: TracerProvider | None = trace._TRACER_PROVIDER if known else trace.get_tracer_provider()
+            provider = trace._TRACER_PROVIDER if _READABLE else trace.get_tracer_provider()
             if provider is not self._provider:
                 self._use(provider)
         return self._tracer
@@ -223,7 +225,9 @@ class Telemetry:
         # As for the tracer; the placeholder of metrics has no public name at all.
         return getattr(metrics_internal, "_METER_PROVIDER", None) is not None
 
-    def record(self, name: str, group: str, outcome: Outcome, seconds: float, error: str | None) -> None:
+    def record(
+        self, name: str, group: str, outcome: Outcome, error: BaseException | None, seconds: float
+    ) -> None:
         """Record one ended task in ``otel_tasks.task.duration``."""
         if self._metrics is None:
             return
@@ -233,7 +237,7 @@ class Telemetry:
             TASK_OUTCOME: str(outcome),
         }
         if error is not None:
-            attributes[ERROR_TYPE] = error
+            attributes[ERROR_TYPE] = str(outcome) if outcome is Outcome.TIMEOUT else error_type(error)
         self._metrics.duration.record(seconds, attributes)
 
 
@@ -314,8 +318,8 @@ def end_span(
     span.end()
 
 
-def end_scope_span(span: Span, cause: CancelCause | None) -> None:
-    """End the span of an ``async with`` block; what cancelled it stands on it, what failed on the tasks'."""
+def end_group_span(span: Span, cause: CancelCause | None) -> None:
+    """End the span of a scoped group; what cancelled it stands on it, what failed on the tasks'."""
     if cause is not None:
         span.set_attributes(
             {CANCEL_REASON: str(cause.kind), **({CANCEL_MESSAGE: cause.message} if cause.message else {})}
@@ -329,8 +333,7 @@ def _describe_cancel(span: Span, attributes: dict[str, Any], cause: CancelCause,
     attributes[CANCEL_REASON] = str(cause.kind)
     if cause.message:
         attributes[CANCEL_MESSAGE] = cause.message
-    # A cause found at the end has no moment of asking.
-    if cause.at:
+    if cause.at is not None:
         attributes[CANCEL_DURATION] = max(0.0, now - cause.at)
     if cause.origin is not None:
         span.add_link(cause.origin, {LINK: "cancelled_by"})

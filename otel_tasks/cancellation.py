@@ -35,14 +35,14 @@ class CancelCause:
         kind: Why.
         message: The reason in the asker's words, None if it gave none.
         asked_by: The name of the asyncio task that asked, None if no task did.
-        at: When it was asked for, in seconds on the loop's clock.
+        at: When it was asked for, in seconds on the loop's clock; None if that was not seen.
         origin: The span that was current where it was asked for; a cancelled task's span links to it.
     """
 
     kind: CancelKind
     message: str | None = None
     asked_by: str | None = None
-    at: float = 0.0
+    at: float | None = None
     origin: SpanContext | None = None
 
     @classmethod

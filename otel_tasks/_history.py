@@ -1,0 +1,122 @@
+"""What is remembered of tasks that have ended: bounded, without frames, tasks or groups."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from otel_tasks._state import TaskPriority, TaskStatus
+from otel_tasks._task import TaskInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# What is kept of a task that simply returned: most do, and a TaskInfo of each would cost them
+# 1 us more. Id, name, group name, group id, priority, created at, ended at.
+Brief = tuple[str, str, str, str, TaskPriority, float, float]
+
+
+class Ending(NamedTuple):
+    """What is kept of a task that was started by name, for those who wait for it later."""
+
+    info: TaskInfo
+    result: Any
+    error: BaseException | None
+
+    def take(self) -> Any:
+        """Return the result, or raise as the task did."""
+        if self.info.status is TaskStatus.CANCELLED:
+            raise asyncio.CancelledError(f"task {self.info.name!r} was cancelled")
+        if self.error is not None:
+            # A fresh copy each time: raising gives an exception a traceback, and so frames.
+            raise without_frames(self.error)
+        return self.result
+
+
+class History:
+    """The last tasks that ended, oldest first.
+
+    Looking one up walks from the newest on: the bound keeps that short, and remembering cheap.
+
+    Args:
+        limit: How many, at least 0.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._entries: deque[Brief | TaskInfo | Ending] = deque(maxlen=limit)
+        # Called for each task that ends.
+        self.add = self._entries.append
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[TaskInfo]:
+        return map(_info, self._entries)
+
+    def find(self, task_id: str) -> TaskInfo | None:
+        """The newest one of this id."""
+        entry = self._newest(task_id)
+        return None if entry is None else _info(entry)
+
+    def ending(self, task_id: str) -> Ending | None:
+        """The newest one of this id, if its result was kept."""
+        entry = self._newest(task_id)
+        return entry if isinstance(entry, Ending) else None
+
+    def forget(self, before: float) -> int:
+        """Drop what ended at or before this moment on the loop's clock; returns how many."""
+        kept = [entry for entry in self._entries if (_info(entry).ended_at or 0.0) > before]
+        dropped = len(self._entries) - len(kept)
+        self._entries.clear()
+        self._entries.extend(kept)
+        return dropped
+
+    def _newest(self, task_id: str) -> Brief | TaskInfo | Ending | None:
+        entry: Brief | TaskInfo | Ending
+        for entry in reversed(self._entries):
+            known: str = entry.info.id if isinstance(entry, Ending) else entry[0]
+            if known == task_id:
+                return entry
+        return None
+
+
+def _info(entry: Brief | TaskInfo | Ending) -> TaskInfo:
+    if isinstance(entry, Ending):
+        return entry.info
+    if isinstance(entry, TaskInfo):
+        return entry
+    task_id, name, group, group_id, priority, created_at, ended_at = entry
+    return TaskInfo(
+        id=task_id,
+        name=name,
+        group=group,
+        group_id=group_id,
+        priority=priority,
+        status=TaskStatus.COMPLETED,
+        created_at=created_at,
+        started_at=created_at,
+        ended_at=ended_at,
+        error_type=None,
+        error=None,
+        cause=None,
+        cancel_ignored=False,
+        metadata={},
+        trace_id=None,
+        span_id=None,
+    )
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """Copy an exception without its traceback, which would keep every frame of the task in being.
+
+    Neither the original is changed (others may hold it) nor a constructor called (it may want
+    arguments that are gone).
+    """
+    if isinstance(error, BaseExceptionGroup):
+        copy: BaseException = error.derive([without_frames(part) for part in error.exceptions])
+    else:
+        copy = type(error).__new__(type(error), *error.args)
+        copy.args = error.args
+    copy.__dict__.update(error.__dict__)
+    return copy

@@ -1,0 +1,544 @@
+"""The middleware that gives each request a task group of its own, and stops it when the client leaves.
+
+``TaskGroupMiddleware`` is pure ASGI 3 and knows no framework; ``otel_tasks.fastapi`` adds what FastAPI users
+expect. How the disconnect is noticed stands in ``_disconnect``; here is what then happens to the work.
+
+Rules, each with a test of its own:
+
+1. The application stays in the server's task. The handler's task is cancelled only where ``cancel_handler``
+   says so, never while ``uncancellable()`` is open, and never when it has learned of the disconnect itself.
+2. A cancel of ours never leaves the middleware; somebody else's always does, after the group has ended with
+   cause ``shutdown``.
+3. No task of the group outlives the request, unless ``on_exit`` hands it over.
+4. A response that was not begun when the client left becomes a 499 for the layers outside, and for nobody
+   else: what the application sends afterwards is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from contextlib import asynccontextmanager, suppress
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from otel_tasks import _task
+from otel_tasks._disconnect import ClientDisconnected, Connection, Message, Receive, Scope, Send, Sweeper
+from otel_tasks._group import TaskGroup, _bound
+from otel_tasks._manager import TaskManager, global_task_manager
+from otel_tasks._state import CancelKind
+from otel_tasks._telemetry import annotate_request
+from otel_tasks.cancellation import CancelCause
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable
+
+    App = Callable[[Scope, Receive, Send], Awaitable[None]]
+    CancelHandler = Literal["safe"] | bool | Callable[[Scope], bool]
+
+__all__ = [
+    "ClientDisconnected",
+    "TaskGroupMiddleware",
+    "request_group",
+    "set_cancel_handler",
+    "uncancellable",
+]
+
+_logger = logging.getLogger("otel_tasks")
+
+_BOUND_SCOPES = frozenset({"http", "websocket"})
+_MARK = "otel_tasks.request"
+# Methods without effects (RFC 9110, 9.2.1, and the QUERY draft): nothing is torn when their handler stops.
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "QUERY"})
+# What may stand in a group's name. A client may send any word as a method.
+_KNOWN_METHODS = _SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE", "CONNECT", "TRACE"}
+_ANSWER_TIMEOUT = 1.0
+_NO_TASKS: frozenset[asyncio.Task[Any]] = frozenset()
+
+
+class TaskGroupMiddleware:
+    """Give each HTTP request and WebSocket a task group, and cancel it when the client goes away.
+
+    Add it inside the telemetry layer. A second one in the same request passes straight through, and so does
+    a lifespan scope. It needs no change in the application: ``create_task()`` anywhere below a request joins
+    the request's group. A request that starts no task has no group, and none is watched in its first moments.
+
+    Args:
+        app: The ASGI application.
+        manager: The manager below whose root the groups hang. None: ``global_task_manager``.
+        cancel_handler: Whether the handler is cancelled too: ``"safe"`` for the methods without effects (GET,
+            HEAD, OPTIONS, QUERY) and never for a WebSocket, which is told by a message; True; False; or a
+            function of the scope. A handler that awaits a task of its group ends there in any case. One
+            request can decide otherwise, see ``set_cancel_handler``.
+        detect_after: Seconds between two looks at the requests in flight. A request is watched once it has
+            lived through one or two of them.
+        buffer_limit: Bytes of an unread body that are read ahead while looking for the disconnect; at least
+            1. Behind more than that a disconnect is not seen before the application reads on.
+        grace: Seconds that tasks and handler have to act upon the cancel event before they are cancelled; 0
+            cancels in the same turn of the loop.
+        on_exit: What happens to the group's tasks when the request ends, background tasks included:
+            ``"cancel"``, ``"wait"`` for them, or ``"detach"``: hand them to the application.
+        span: Give each group a span of its own, between the server's and the tasks'.
+
+    Raises:
+        TypeError: An option is of the wrong type.
+        ValueError: An option is out of its range.
+
+    **Cancellation**: of the server's task (shutdown) cancels the group with cause ``shutdown``, waits until
+    it is empty and passes on; a second one stops the waiting.
+
+    Telemetry: the server span gets ``otel_tasks.request.outcome`` = ``client_disconnect`` and
+    ``otel_tasks.cancel.count``. It does *not* turn a failure of an unawaited task into a 500.
+
+    Example:
+        >>> from fastapi import FastAPI
+        >>> FastAPI().add_middleware(TaskGroupMiddleware)
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        manager: TaskManager | None = None,
+        cancel_handler: CancelHandler = "safe",
+        detect_after: float = 0.025,
+        buffer_limit: int = 262_144,
+        grace: float = 0.0,
+        on_exit: Literal["cancel", "wait", "detach"] = "cancel",
+        span: bool = False,
+    ) -> None:
+        self.app = app
+        self.manager = checked_manager(manager)
+        self.cancel_handler = _checked_cancel_handler(cancel_handler)
+        self.detect_after = _checked_seconds("detect_after", detect_after, above_zero=True)
+        self.buffer_limit = _checked_buffer_limit(buffer_limit)
+        self.grace = _checked_seconds("grace", grace)
+        self.on_exit = _checked_on_exit(on_exit)
+        self.span = span
+        self.sweeper: Sweeper | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection.
+
+        **Cancellation**: see the class.
+        """
+        if scope["type"] not in _BOUND_SCOPES or _MARK in scope:
+            await self.app(scope, receive, send)
+            return
+        # In the scope itself, not in a copy: routing will write the route there, which names the group.
+        scope[_MARK] = True
+        request = _Request(self, scope, receive, send)
+        token = _bound.set(request)
+        try:
+            await self.app(scope, request.receive, request.send)
+        except (Exception, asyncio.CancelledError) as error:
+            if not await request.finish(error):
+                raise
+        else:
+            if request.left or request.group is not None:
+                await request.finish(None)
+        finally:
+            request.close()
+            _bound.reset(token)
+
+    def new_sweeper(self, loop: asyncio.AbstractEventLoop) -> Sweeper:
+        """Make the sweeper of ``loop``; where two loops take turns, each turn costs a new one."""
+        self.sweeper = Sweeper(loop, self.detect_after, self.buffer_limit)
+        return self.sweeper
+
+
+def request_group() -> TaskGroup:
+    """Give the current request's task group, and make it on first use.
+
+    Returns:
+        The group; one that refuses new tasks if the client has left already or the request is over.
+
+    Raises:
+        RuntimeError: No request is being served here by a ``TaskGroupMiddleware``.
+
+    Example:
+        >>> async def handler():
+        ...     return await request_group().create_task(fetch())
+    """
+    return _this_request("request_group()").task_group
+
+
+def set_cancel_handler(cancel: bool) -> None:
+    """Decide for the current request alone whether a disconnect cancels its handler.
+
+    Args:
+        cancel: True to cancel it whatever its method, False to let it finish.
+
+    Raises:
+        RuntimeError: No request is being served here by a ``TaskGroupMiddleware``.
+    """
+    _this_request("set_cancel_handler()").cancel_handler = cancel
+
+
+@asynccontextmanager
+async def uncancellable() -> AsyncGenerator[None]:
+    """Run the body where a client's disconnect does not reach.
+
+    Neither the handler nor the task of the request's group that runs it is cancelled by a disconnect before
+    the end of the outermost such block; then it is, at once. What the body starts with ``create_task()``
+    belongs to the manager, not to the request. It does *not* hold off a shutdown or an explicit ``cancel()``,
+    and outside of a request it does nothing. anyio's shielded scopes are no replacement: a native cancel goes
+    through them.
+
+    **Cancellation**: a disconnect is delivered when the block is left; any other passes through.
+
+    Example:
+        >>> async def pay(order):
+        ...     async with uncancellable():
+        ...         await charge(order)
+        ...         await book(order)
+    """
+    request = _current_request()
+    if request is None:
+        yield
+        return
+    token = _bound.set(_Sheltered(request))
+    request.shield()
+    try:
+        yield
+    finally:
+        _bound.reset(token)
+        delivered = request.unshield()
+    if delivered:
+        # The cancel is thrown at the next await: here, and not somewhere behind the block.
+        await asyncio.sleep(0)
+
+
+class _Request(Connection):
+    """One request: its connection, its group, and the task in which its handler runs."""
+
+    __slots__ = (
+        "_asked",
+        "_cancels",
+        "_cancels_before",
+        "_context",
+        "_grace_over",
+        "_owed",
+        "_settings",
+        "_shields",
+        "_told",
+        "cancel_handler",
+        "cause",
+        "group",
+        "host",
+    )
+
+    def __init__(self, settings: TaskGroupMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
+        # Made for each request: every line here was measured.
+        # None on a server that runs coroutines without an asyncio task.
+        self.host = host = asyncio.current_task()
+        loop = asyncio.get_running_loop() if host is None else host.get_loop()
+        sweeper = settings.sweeper
+        if sweeper is None or sweeper.loop is not loop:
+            sweeper = settings.new_sweeper(loop)
+        self.scope = scope
+        self.sweeper = sweeper
+        self._server_receive = receive
+        self._server_send = send
+        self.started = self.complete = self.left = self.closed = False
+        self._reading = self._ripe = self._body_ended = self._trailers = False
+        self._buffered = 0
+        self._watcher = self._buffer = self._last = self._waiting = self.send_error = None
+        self._sweep = sweeper.add(self)
+        self.group: TaskGroup | None = None
+        self.cause: CancelCause | None = None
+        self.cancel_handler: bool | None = None
+        self._settings = settings
+        # For the server's span, which is current here and not where the disconnect is noticed.
+        self._context = copy_context()
+        self._cancels_before = 0 if host is None else host.cancelling()
+        self._cancels = self._shields = self._asked = 0
+        self._owed = self._grace_over = False
+        self._told = _NO_TASKS
+
+    @property
+    def task_group(self) -> TaskGroup:
+        """The request's group, made on first use."""
+        return self.group if self.group is not None else self._make_group()
+
+    @property
+    def request(self) -> _Request:
+        """Itself, as of what else may be bound."""
+        return self
+
+    def _make_group(self) -> TaskGroup:
+        group = self._settings.manager._open_group(self._name, binding=self, host=self.host)
+        self.group = group
+        if self.cause is not None:
+            group._announce(self.cause)
+        if self.closed:
+            group._seal(self.cause or self._make_cause(CancelKind.SCOPE_ENDED))
+        return group
+
+    def _name(self) -> str:
+        method = "WS" if self.scope["type"] == "websocket" else self.scope["method"]
+        method = method if method in _KNOWN_METHODS or method == "WS" else "HTTP"
+        template = _route_template(self.scope)
+        return f"{method} {template}" if template else method
+
+    def _make_cause(self, kind: CancelKind) -> CancelCause:
+        return CancelCause.make(kind, context=self._context)
+
+    # The client leaves.
+
+    def on_left(self, told: frozenset[asyncio.Task[Any]]) -> None:
+        """Set the event, then cancel, at once or after the grace."""
+        self._told = told
+        self.cause = self._make_cause(CancelKind.CLIENT_DISCONNECT)
+        if self.group is not None:
+            self.group._announce(self.cause)
+        if self._settings.grace:
+            self.sweeper.call_later(self._settings.grace, self._stop)
+        else:
+            self._stop()
+
+    def _stop(self) -> None:
+        # Tasks first: the handler's cancel goes through it into the task that it awaits.
+        self._grace_over = True
+        if self.group is not None and self.cause is not None:
+            spared = () if self.closed else self._told
+            self._asked += self.group._cancel_tasks(self.cause, spared=spared)
+        self._cancel_the_handler()
+
+    def _cancel_the_handler(self) -> bool:
+        host = self.host
+        if host is None or self.closed or host in self._told or not self._may_cancel():
+            return False
+        self._owed = self._shields > 0
+        if self._owed:
+            return False
+        self._cancels += 1
+        host.cancel(str(self.cause))
+        return host is asyncio.current_task()
+
+    def _may_cancel(self) -> bool:
+        if self.cancel_handler is not None:
+            return self.cancel_handler
+        rule = self._settings.cancel_handler
+        if isinstance(rule, bool):
+            return rule
+        return _ask(rule, self.scope) if callable(rule) else self.scope.get("method") in _SAFE_METHODS
+
+    def shield(self) -> None:
+        """Hold a disconnect off the current task and the handler."""
+        self._shields += 1
+        if isinstance(task := asyncio.current_task(), _task.ManagedTask):
+            _task.shield(task)
+
+    def unshield(self) -> bool:
+        """Let go; True when the current task was cancelled by it."""
+        delivered = False
+        if isinstance(task := asyncio.current_task(), _task.ManagedTask):
+            before = task.cancelling()
+            _task.unshield(task)
+            delivered = task.cancelling() > before
+            self._asked += delivered
+        self._shields -= 1
+        if self._owed and not self._shields:
+            self._owed = False
+            delivered |= self._cancel_the_handler()
+        return delivered
+
+    # The application has returned or raised.
+
+    async def finish(self, error: BaseException | None) -> bool:
+        """End the group, and answer in the application's place if the client has left.
+
+        Returns:
+            False when ``error`` is to be raised.
+        """
+        self.close()
+        if await self._take_back_cancels(error):
+            await self._shut_down()
+            if isinstance(error, asyncio.CancelledError):
+                return False
+            raise asyncio.CancelledError
+        await self._end_group()
+        if not self.left:
+            return error is None
+        annotate_request(self._context, self._asked)
+        if error is not None and not self._is_departure(error):
+            return False
+        await self._answer()
+        return True
+
+    async def _take_back_cancels(self, error: BaseException | None) -> bool:
+        """Undo the cancels of ours; True if somebody else has cancelled the handler's task as well."""
+        if self.host is None:
+            return False
+        thrown = isinstance(error, asyncio.CancelledError)
+        if self._cancels and not thrown:
+            # Swallowed, or still to be thrown: then here, where it does no harm.
+            try:
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                thrown = True
+        for _ in range(self._cancels):
+            self.host.uncancel()
+        self._cancels = 0
+        return thrown and self.host.cancelling() > self._cancels_before
+
+    async def _end_group(self) -> None:
+        if self.group is None:
+            return
+        on_exit = self._settings.on_exit
+        cause = self.cause or self._make_cause(CancelKind.SCOPE_ENDED)
+        if on_exit == "cancel" and not self.left:
+            self.group._announce(cause)
+            self.group._cancel_tasks(cause)
+        self.group._seal(cause)
+        if self._grace_over:
+            # Those that were told had until now to end by themselves.
+            self._asked += self.group._cancel_tasks(cause)
+        if on_exit != "detach" or self.left:
+            try:
+                await self.group.join()
+            except asyncio.CancelledError:
+                await self._shut_down()
+                raise
+
+    async def _shut_down(self) -> None:
+        if self.group is None:
+            return
+        cause = self._make_cause(CancelKind.SHUTDOWN)
+        self.group._announce(cause)
+        self.group._cancel_tasks(cause)
+        self.group._seal(cause)
+        await self.group.join()
+
+    def _is_departure(self, error: BaseException) -> bool:
+        if isinstance(error, BaseExceptionGroup):
+            return all(
+                self._is_departure(part) for part in cast("tuple[BaseException, ...]", error.exceptions)
+            )
+        ours = isinstance(error, asyncio.CancelledError | ClientDisconnected)
+        return ours or error is self.send_error or _is_starlettes_departure(error)
+
+    async def _answer(self) -> None:
+        if self.started or self.scope["type"] != "http":
+            return
+        # The client is gone: servers drop it (uvicorn), raise (uvloop: RuntimeError), or never return
+        # (hypercorn with HTTP/2), but the layers in between have seen the status.
+        with suppress(OSError, RuntimeError):
+            async with asyncio.timeout(_ANSWER_TIMEOUT):
+                for message in _client_closed_request():
+                    await self._server_send(message)
+
+
+class _Sheltered:
+    """What is bound inside ``uncancellable()``: new tasks belong to the manager."""
+
+    __slots__ = ("request",)
+
+    def __init__(self, request: _Request) -> None:
+        self.request = request
+
+    @property
+    def task_group(self) -> TaskGroup:
+        return self.request._settings.manager._root
+
+
+def _current_request() -> _Request | None:
+    bound: Any = _bound.get()
+    while isinstance(bound, TaskGroup):
+        bound = bound._binding or bound.parent
+    return None if bound is None else bound.request
+
+
+def _this_request(who: str) -> _Request:
+    request = _current_request()
+    if request is None:
+        raise RuntimeError(
+            f"{who} was called outside of a request: "
+            "app.add_middleware(TaskGroupMiddleware) gives each request a group"
+        )
+    return request
+
+
+def _route_template(scope: Scope) -> str | None:
+    """The route's path with its parameters as written in the code; never the path that was asked for."""
+    route = scope.get("route")
+    # FastAPI (0.16x) names an included router's original route; the prefix is known to its context alone.
+    facts: dict[str, Any] = scope.get("fastapi") or {}
+    effective = facts.get("effective_route_context")
+    if route is not None and getattr(effective, "original_route", None) is route:
+        route = effective
+    template: object = getattr(route, "path_format", None) or getattr(route, "path", None)
+    return template if isinstance(template, str) else None
+
+
+def _client_closed_request() -> tuple[Message, Message]:
+    # 499: nginx's, and what dashboards know.
+    return (
+        {"type": "http.response.start", "status": 499, "headers": [(b"content-length", b"0")]},
+        {"type": "http.response.body", "body": b"", "more_body": False},
+    )
+
+
+def _is_starlettes_departure(error: BaseException) -> bool:
+    for cls in type(error).__mro__:
+        if cls.__module__.startswith("starlette.") and cls.__name__ in (
+            "ClientDisconnect",
+            "WebSocketDisconnect",
+        ):
+            return True
+    # BaseHTTPMiddleware's, when the handler behind it was cancelled through a task that it awaited.
+    return isinstance(error, RuntimeError) and error.args == ("No response returned.",)
+
+
+def _ask(rule: Callable[[Scope], bool], scope: Scope) -> bool:
+    try:
+        return bool(rule(scope))
+    except Exception:
+        _logger.exception("cancel_handler=%r raised; the handler is not cancelled", rule)
+        return False
+
+
+def checked_manager(manager: object) -> TaskManager:
+    """Give back a manager, the global one for None.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if manager is None:
+        return global_task_manager
+    if not isinstance(manager, TaskManager):
+        raise TypeError(f"manager must be a TaskManager, got {manager!r}")
+    return manager
+
+
+def _checked_cancel_handler(rule: CancelHandler) -> CancelHandler:
+    if rule == "safe" or isinstance(rule, bool) or callable(rule):
+        return rule
+    raise ValueError(f'cancel_handler must be "safe", True, False or a function of the scope, got {rule!r}')
+
+
+def _checked_seconds(name: str, value: object, *, above_zero: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number of seconds, got {value!r}")
+    if not math.isfinite(value) or value < 0 or (above_zero and not value):
+        bound = "greater than 0" if above_zero else "at least 0"
+        raise ValueError(f"{name} must be {bound} and finite, in seconds, got {value!r}")
+    return value
+
+
+def _checked_buffer_limit(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"buffer_limit must be a number of bytes, got {value!r}")
+    if value < 1:
+        raise ValueError(
+            f"buffer_limit must be at least 1 byte, got {value}: without it no disconnect is seen"
+        )
+    return value
+
+
+def _checked_on_exit(value: Literal["cancel", "wait", "detach"]) -> Literal["cancel", "wait", "detach"]:
+    if value not in ("cancel", "wait", "detach"):
+        raise ValueError(f'on_exit must be "cancel", "wait" or "detach", got {value!r}')
+    return value
