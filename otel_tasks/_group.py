@@ -43,7 +43,7 @@ from otel_tasks.cancellation import CancelCause, CancelEvent
 from otel_tasks.exceptions import GroupClosedError, TaskExistsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+    from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
     from contextvars import Context
     from types import TracebackType
     from typing import Self
@@ -217,8 +217,8 @@ class TaskGroup:
 
     @property
     def cancel_event(self) -> CancelEvent:
-        """Set when the group or one above it is cancelled; made on first use."""
-        if self._event is None:
+        """Set when the group or one above it is cancelled; made on first use, for a labelled group anew."""
+        if self._event is None or (self._event.is_set() and self._cause is None and not self.scoped):
             self._event = CancelEvent(None if self._parent is None else self._parent.cancel_event)
             self._event._owner = self
             if self._cause is not None:
@@ -282,10 +282,11 @@ class TaskGroup:
             reason: Noted with the cause of each task.
         """
         cause = CancelCause.make(CancelKind.EXPLICIT, reason)
-        self._announce(cause)
+        announced = self._announce(cause)
         self._cancel_tasks(cause)
         if self._scope is not None:
             self._scope.cancel_body(cause)
+        renew(announced, cause)
 
     async def join(self) -> None:
         """Wait until nothing is live in this group and below it, the calling task aside.
@@ -314,7 +315,7 @@ class TaskGroup:
             raise RuntimeError(f"group {self.name!r} cannot determine the parent task: enter it in a task")
         ledger = self._ledger
         loop = ledger.enter()
-        outer = ledger.hosts.get(host)
+        scope.outer = outer = ledger.hosts.get(host)
         ledger.hosts[host] = self
         # What it inherits from above is no reason to cancel the body: whoever hosts it decides.
         cancelled_before = self._cause
@@ -353,13 +354,10 @@ class TaskGroup:
         ledger = self._ledger
         if ledger.hosts.get(host) is self:
             del ledger.hosts[host]
-            if self._parent is not None and self._parent._hosted_by(host):
-                ledger.hosts[host] = self._parent
+            if scope.outer is not None and scope.outer._linked:
+                ledger.hosts[host] = scope.outer
         self._refusal = self._refusal or "is finished"
         self._leave_tree()
-
-    def _hosted_by(self, host: asyncio.Task[Any]) -> bool:
-        return self._scope is not None and self._scope.host is host
 
     def _surroundings(self) -> TaskGroup:
         """The current group, if it is one of this manager's; else the manager's root."""
@@ -587,15 +585,21 @@ class TaskGroup:
 
     # -- cancelling: the deciding steps, without waiting ------------------------------------
 
-    def _announce(self, cause: CancelCause) -> None:
-        """Set the cancel event here and below; scoped groups take no new tasks from now on."""
-        for group in self._below():
+    def _announce(self, cause: CancelCause) -> list[TaskGroup]:
+        """Set the cancel event here and below; scoped groups take no new tasks from now on.
+
+        Returns:
+            The groups that it reached: to be given to ``renew`` once they have been cancelled.
+        """
+        groups = self._below()
+        for group in groups:
             if group._cause is None:
                 group._cause = cause
                 if group.scoped:
                     group._refusal = group._refusal or f"is closed ({cause.kind})"
         if self._event is not None:
             self._event.set(cause)
+        return groups
 
     def _cancel_tasks(self, cause: CancelCause, *, spared: Collection[asyncio.Task[Any] | None] = ()) -> int:
         """Cancel every live task here and below in one pass; returns how many were newly asked.
@@ -611,7 +615,6 @@ class TaskGroup:
             cause,
         )
         self._cancel_bodies(groups[1:], cause, spared)
-        self._renew(groups)
         return asked
 
     def _cancel_bodies(
@@ -630,13 +633,6 @@ class TaskGroup:
             if scope is not None and scope.host not in hosts and not isinstance(scope.host, ManagedTask):
                 scope.cancel_body(cause)
 
-    def _renew(self, groups: list[TaskGroup]) -> None:
-        """Give the labelled groups a fresh event: they stay usable."""
-        for group in groups:
-            if not group.scoped and not self._ledger.closed:
-                group._cause = None
-                group._event = None
-
     def _seal(self, cause: CancelCause | None = None) -> None:
         """Take no new tasks; leave the tree as soon as nothing is left in it."""
         self._sealed = True
@@ -648,6 +644,13 @@ class TaskGroup:
     def _child_failed(self, task: ManagedTask[Any], error: BaseException) -> bool:
         """True if the failure is raised here, False if it has to be reported."""
         return self._scope is not None and self._scope.child_failed(self, task, error)
+
+
+def renew(groups: Iterable[TaskGroup], cause: CancelCause) -> None:
+    """Take the cause back from labelled groups that were cancelled: they stay usable, with a fresh event."""
+    for group in groups:
+        if not group.scoped and group._cause is cause:
+            group._cause = None
 
 
 def current_group_or_none() -> TaskGroup | None:

@@ -12,6 +12,7 @@ from otel_tasks._group import (
     checked_seconds,
     close_quietly,
     current_group_or_none,
+    renew,
 )
 from otel_tasks._ledger import Ledger, logger
 from otel_tasks._state import CancelKind, TaskPriority, TaskStatus
@@ -444,7 +445,7 @@ class TaskManager:
         """Open it, again if it was shut down."""
         if self._ledger.closed:
             self._ledger.closed = False
-            self._root._renew([self._root])
+            self._root._cause = None
         self._ledger.enter()
         return self
 
@@ -532,14 +533,14 @@ class TaskManager:
         caller = asyncio.current_task()
         cause = CancelCause.make(CancelKind.EXPLICIT, reason)
         tasks = [task for group in groups for task in group._every_live() if task is not caller]
-        for group in groups:
-            group._announce(cause)
+        announced = [node for group in groups for node in group._announce(cause)]
         if patience != 0.0:
             await wait_until_done(tasks, patience)
         for group in groups:
             group._cancel_tasks(cause, spared=[caller])
             if group._scope is not None and group._scope.host is not caller:
                 group._scope.cancel_body(cause)
+        renew(announced, cause)
         return await self._wait_for_end(tasks, seconds)
 
     async def _wait_for_end(self, tasks: list[ManagedTask[Any]], timeout: float | None) -> int:

@@ -34,6 +34,8 @@ class Scope:
         self.timeout = timeout
         self.wants_span = span
         self.host: asyncio.Task[Any] | None = None
+        # The block around this one in the same task.
+        self.outer: TaskGroup | None = None
         self.exiting = False
         self.timed_out = False
         self._errors: list[BaseException] = []

@@ -283,13 +283,15 @@ def ask(task: ManagedTask[Any], cause: CancelCause, text: str | None = None) -> 
 
 def note_request(task: ManagedTask[Any], message: object) -> bool:
     """Note why a task is being cancelled, if it is another task that asks."""
+    if task.done():
+        return False
     cascade = task._group._ledger.asking
     if cascade is not None:
         # The cancellation of a whole group came here through a task that awaits this one.
         take_note(task, cascade)
         return True
     asker = asyncio.current_task(task.get_loop())
-    if asker is None or asker is task or task.done():
+    if asker is None or asker is task:
         return False
     text = None if message is None else str(message)
     take_note(task, CancelCause.make(CancelKind.EXPLICIT, text))
@@ -366,8 +368,8 @@ def cause_at_end(task: ManagedTask[Any], status: TaskStatus) -> CancelCause | No
 
     A request that was not noted left its count and its message; without a count nobody asked.
     """
-    if timed_out(task) and task._extras and task._extras.timeout:
-        return task._cause or CancelCause(CancelKind.TIMEOUT, "its own timeout")
+    if timed_out(task) and task._extras is not None:
+        return task._cause or CancelCause(CancelKind.TIMEOUT, f"timeout of {task._extras.seconds:g} s")
     if task._cause is not None or status is not TaskStatus.CANCELLED:
         return task._cause
     if not task.cancelling():
