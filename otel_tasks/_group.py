@@ -13,7 +13,7 @@ import inspect
 from asyncio import _get_running_loop
 from contextvars import ContextVar, copy_context
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Protocol, TypeVar, get_args
 
 from otel_tasks._scope import OnError, Scope
 from otel_tasks._state import CancelKind, TaskPriority
@@ -26,6 +26,7 @@ from otel_tasks._task import (
     run_when,
     snapshot,
     wait_until_done,
+    with_predecessors,
 )
 from otel_tasks._telemetry import (
     CODE_FUNCTION,
@@ -329,7 +330,8 @@ class TaskGroup:
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
+    ) -> bool | None:
+        # Not `bool`: type checkers would then hold that every block may swallow an exception.
         scope = self._scope
         if scope is None or scope.host is None:
             raise RuntimeError(f"group {self.id!r} has not been entered: use it with async with")
@@ -369,9 +371,12 @@ class TaskGroup:
         if tracer is not None:
             attributes = {GROUP_NAME: self.name, GROUP_ID: self.id, MANAGER_NAME: self._ledger.name}
             # In a copy of the context: it is current in the group's tasks, not in the body.
-            self._span = copy_context().run(
-                start_span, tracer, low_cardinality(self.name), attributes, parent=None, detached=False
-            )
+            try:
+                self._span = copy_context().run(
+                    start_span, tracer, low_cardinality(self.name), attributes, parent=None, detached=False
+                )
+            except Exception:
+                self._ledger.complain("starting a span for group %r raised", self.id)
 
     # -- creating ---------------------------------------------------------------------------
 
@@ -401,20 +406,21 @@ class TaskGroup:
             extras = None
             if timeout is not None or metadata is not None or keep_result:
                 extras = Extras(metadata, keep_result, checked_seconds("timeout", timeout))
-            previous = None
+            if on_conflict != "suffix":
+                check_choice("on_conflict", on_conflict, OnConflict)
+            previous: tuple[asyncio.Task[Any], ...] = ()
             if name is None:
                 key = self._numbered(function_name(coro))
-            elif checked_name("task", name) not in self._names:
-                check_choice("on_conflict", on_conflict, OnConflict)
+            elif (taken := self._holder(name)) is None:
                 key = name
             elif on_conflict == "return":
                 coro.close()
-                return self._names[name]
+                return taken
             else:
-                key, previous = self._make_way(name, on_conflict)
+                key, previous = self._make_way(name, taken, on_conflict)
             created_at = loop.time()
             work = coro
-            if previous is not None or (extras is not None and extras.seconds is not None):
+            if previous or (extras is not None and extras.seconds is not None):
                 extras = extras or Extras()
                 work = run_when(coro, extras, previous, created_at)
             tracer = ledger.telemetry.tracer()
@@ -481,25 +487,43 @@ class TaskGroup:
         # Only where somebody has called a task just that.
         return key if key not in self._names else self._numbered(base)
 
-    def _make_way(self, name: str, on_conflict: OnConflict) -> tuple[str, ManagedTask[Any] | None]:
-        """Decide the name of a task whose name is taken, and after which task it may begin."""
+    def _holder(self, name: str) -> ManagedTask[Any] | None:
+        """The live task that has this name."""
+        task = self._names.get(checked_name("task", name))
+        # One that is done gives its name up, even if its done-callback is still to come.
+        return None if task is None or task.done() else task
+
+    def _admit(self, name: str, on_conflict: OnConflict) -> None:
+        """Raise what ``_create`` would raise for a task of this name, before its coroutine is made."""
+        self._ledger.enter()
+        if self._refusal is not None:
+            self._refuse(name)
         check_choice("on_conflict", on_conflict, OnConflict)
-        taken = self._names[name]
+        if on_conflict == "error" and (taken := self._holder(name)) is not None:
+            self._refuse_name(name, taken)
+
+    def _refuse_name(self, name: str, taken: ManagedTask[Any]) -> NoReturn:
+        raise TaskExistsError(
+            f"cannot create task {name!r}: one of that name is {taken.status} in group {taken.group.id!r}; "
+            'wait for it, choose another name, or pass on_conflict="suffix", "return" or "replace"'
+        )
+
+    def _make_way(
+        self, name: str, taken: ManagedTask[Any], on_conflict: OnConflict
+    ) -> tuple[str, tuple[asyncio.Task[Any], ...]]:
+        """Decide the name of a task whose name is taken, and after which tasks it may begin."""
         if on_conflict == "error":
-            raise TaskExistsError(
-                f"cannot create task {name!r}: one of that name is {taken.status} "
-                f"in group {taken.group.id!r}; "
-                'wait for it, choose another name, or pass on_conflict="suffix", "return" or "replace"'
-            )
+            self._refuse_name(name, taken)
         if on_conflict == "suffix":
             second = f"{name}-2"
-            return (second if second not in self._names else self._numbered(name)), None
+            return (second if self._holder(second) is None else self._numbered(name)), ()
+        previous = with_predecessors(taken)
         # The old one keeps its place in the books under another name until it has ended.
         taken.set_name(self._numbered(f"{name} (replaced)"))
         ask(taken, CancelCause.make(CancelKind.REPLACED, f"replaced by a new task {name!r}"))
-        return name, taken
+        return name, previous
 
-    def _refuse(self, name: str) -> None:
+    def _refuse(self, name: str) -> NoReturn:
         if self._scope is not None and self._scope.host is None and self._cause is None:
             mend = "enter it first: async with group"
         elif self._binding is not None:
@@ -522,16 +546,22 @@ class TaskGroup:
 
     def _remove(self, task: ManagedTask[Any]) -> None:
         key = task.get_name()
-        del self._live[key]
-        if self._names is not self._live:
+        # Its entry may be another's by now: a name is free as soon as its task is done.
+        if self._live.get(key) is task:
+            del self._live[key]
+        if self._names is not self._live and self._names.get(key) is task:
             del self._names[key]
         if not self._live:
             self._emptied()
 
     def _rename(self, task: ManagedTask[Any], name: str) -> str:
-        key = name if name not in self._names or self._names[name] is task else self._numbered(name)
+        old = task.get_name()
+        if self._live.get(old) is not task:
+            # It has ended, and is in no table any more.
+            return name
+        key = name if self._holder(name) in (None, task) else self._numbered(name)
         for table in (self._live, self._names):
-            table.pop(task.get_name(), None)
+            table.pop(old, None)
             table[key] = task
         return key
 
@@ -558,7 +588,10 @@ class TaskGroup:
             return
         self._linked = False
         if self._span is not None:
-            end_group_span(self._span, self._cause)
+            try:
+                end_group_span(self._span, self._cause)
+            except Exception:
+                self._ledger.complain("ending the span of group %r raised", self.id)
         if self.scoped:
             self._ledger.scopes.pop(self._number, None)
         parent = self._parent
@@ -614,7 +647,7 @@ class TaskGroup:
             [task for group in groups for task in reversed(group.tasks) if task not in spared],
             cause,
         )
-        self._cancel_bodies(groups[1:], cause, spared)
+        self._cancel_bodies(groups, cause, spared)
         return asked
 
     def _cancel_bodies(
@@ -622,15 +655,18 @@ class TaskGroup:
     ) -> None:
         """Cancel the blocks below whose task nobody else here cancels.
 
-        Left alone: managed tasks, they were asked themselves; the caller; the task that hosts
-        this group too; and the handlers of requests, about which the middleware decides.
+        Left alone: tasks of these groups, they were asked themselves; the caller; the task that
+        hosts this group too; and the handlers of requests, about which the middleware decides.
         """
+        here = set(groups)
         hosts = {self._host, *spared, *(group._host for group in groups)}
         if self._scope is not None:
             hosts.add(self._scope.host)
         for group in groups:
             scope = group._scope
-            if scope is not None and scope.host not in hosts and not isinstance(scope.host, ManagedTask):
+            if scope is None or scope.host in hosts:
+                continue
+            if not isinstance(scope.host, ManagedTask) or scope.host._group not in here:
                 scope.cancel_body(cause)
 
     def _seal(self, cause: CancelCause | None = None) -> None:

@@ -110,13 +110,31 @@ def _info(entry: Brief | TaskInfo | Ending) -> TaskInfo:
 def without_frames(error: BaseException) -> BaseException:
     """Copy an exception without its traceback, which would keep every frame of the task in being.
 
-    Neither the original is changed (others may hold it) nor a constructor called (it may want
-    arguments that are gone).
+    The original is not changed, others may hold it. One that cannot be copied is kept as it is.
     """
+    try:
+        copy = _copied(error)
+    except Exception:
+        return error
+    copy.__cause__ = error.__cause__ and without_frames(error.__cause__)
+    copy.__suppress_context__ = error.__suppress_context__
+    return copy
+
+
+def _copied(error: BaseException) -> BaseException:
     if isinstance(error, BaseExceptionGroup):
-        copy: BaseException = error.derive([without_frames(part) for part in error.exceptions])
-    else:
-        copy = type(error).__new__(type(error), *error.args)
-        copy.args = error.args
+        return error.derive([without_frames(part) for part in error.exceptions])
+    cls = type(error)
+    copy = cls.__new__(cls, *error.args)
+    # The nearest built-in class sets what is its own (errno, the parts of a UnicodeError); a
+    # class of the user's is not called, it may want arguments that are gone.
+    base = next(
+        parent for parent in cls.__mro__ if parent.__module__ == "builtins" and "__init__" in vars(parent)
+    )
+    vars(base)["__init__"](copy, *error.args)
     copy.__dict__.update(error.__dict__)
+    for parent in cls.__mro__:
+        for slot in parent.__dict__.get("__slots__", ()):
+            if hasattr(error, slot):
+                setattr(copy, slot, getattr(error, slot))
     return copy

@@ -118,7 +118,7 @@ class Ledger:
                 "call it from a coroutine, or hand it over with loop.call_soon_threadsafe(...)"
             ) from None
         if loop is not self.loop:
-            self._bind(loop)
+            self.bind(loop)
         if self.closed:
             raise ManagerClosedError(
                 f"manager {self.name!r} is shut down and takes no new tasks: "
@@ -126,7 +126,14 @@ class Ledger:
             )
         return loop
 
-    def _bind(self, loop: asyncio.AbstractEventLoop) -> None:
+    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Belong to ``loop`` from now on.
+
+        Raises:
+            WrongLoopError: Tasks are live in another loop that is not closed.
+        """
+        if self.loop is loop:
+            return
         if self.live and self.loop is not None:
             if not self.loop.is_closed():
                 raise WrongLoopError(
@@ -173,6 +180,12 @@ class Ledger:
         if self.listeners:
             self.tell("cancelling", snapshot(task))
 
+    def reopen(self) -> None:
+        """Take new tasks again after a shutdown."""
+        self.closed = False
+        for group in [self.root, *self.labels.values()]:
+            group._cause = None
+
     # -- counting ---------------------------------------------------------------------------
 
     @property
@@ -212,11 +225,15 @@ class Ledger:
     # -- the end of a task ------------------------------------------------------------------
 
     def _take_end(self, task: ManagedTask[Any]) -> None:
+        # Out of the group last: whoever waits for that finds the books in order.
         task._ended_at = ended_at = task.get_loop().time()
         group = task._group
         plain = task._extras is None and task._span is None and not task.cancelling()
         if not plain or task.cancelled() or failure_of(task) or self.listeners or self.telemetry.metered():
-            self._take_story(task)
+            try:
+                self._take_story(task)
+            finally:
+                group._remove(task)
         else:
             # A shorter way to the same books for tasks that simply returned: 2 of 6 us.
             self.completed += 1
@@ -232,8 +249,7 @@ class Ledger:
                     ended_at,
                 )
             )
-        # Last: whoever waits for the group finds the books in order.
-        group._remove(task)
+            group._remove(task)
 
     def _take_story(self, task: ManagedTask[Any]) -> None:
         status = final_status(task)
@@ -323,7 +339,10 @@ class Ledger:
         extras_of(task).abandoned = True
         if task._span is not None:
             now = task.get_loop().time()
-            end_span(task._span, Outcome.ABANDONED, None, task._cause, ignored=True, now=now)
+            try:
+                end_span(task._span, Outcome.ABANDONED, None, task._cause, ignored=True, now=now)
+            except Exception:
+                self.complain("telemetry of task %r raised", task.id)
 
     def _remember(self, task: ManagedTask[Any], info: TaskInfo, error: BaseException | None) -> None:
         if task._extras is None or not task._extras.keep_result:
@@ -341,7 +360,8 @@ class Ledger:
                 listener(event, info)
             except Exception:
                 logger.exception("listener %r raised and is dropped", listener)
-                self.listeners.remove(listener)
+                if listener in self.listeners:
+                    self.listeners.remove(listener)
 
     def complain(self, message: str, *args: object) -> None:
         """Log the exception in hand, the first time only: a broken exporter breaks no task."""

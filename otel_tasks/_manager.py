@@ -16,7 +16,7 @@ from otel_tasks._group import (
 )
 from otel_tasks._ledger import Ledger, logger
 from otel_tasks._state import CancelKind, TaskPriority, TaskStatus
-from otel_tasks._task import ManagedTask, TaskInfo, _cancel, ask, wait_until_done
+from otel_tasks._task import ManagedTask, TaskInfo, _cancel, ask, wait_until_done, with_predecessors
 from otel_tasks._telemetry import Telemetry
 from otel_tasks.cancellation import CancelCause, CancelEvent
 from otel_tasks.exceptions import TaskNotFoundError
@@ -195,14 +195,14 @@ class TaskManager:
         """
         if cancel_existing:
             on_conflict = "replace"
-        coro: Coroutine[Any, Any, T] | None = None
         try:
             checked_name("task", name)
             where = self._root if group is None else self._group_for(group)
-            while on_conflict == "replace" and (taken := where._names.get(name)) is not None:
+            while on_conflict == "replace" and (taken := where._holder(name)) is not None:
                 ask(taken, CancelCause.make(CancelKind.REPLACED, f"replaced by a new task {name!r}"))
-                await wait_until_done([taken])
-            if on_conflict == "return" and (taken := where._names.get(name)) is not None:
+                await wait_until_done(with_predecessors(taken))
+            where._admit(name, on_conflict)
+            if on_conflict == "return" and (taken := where._holder(name)) is not None:
                 close_quietly(factory)
                 return taken
             coro = made_coroutine(factory)
@@ -266,7 +266,10 @@ class TaskManager:
         return _merged(self._root._every_live(), reversed(list(self._ledger.history)))
 
     def get_group_tasks(self, group: str | TaskGroup) -> dict[str, TaskInfo]:
-        """Give snapshots of the tasks of a group and of all below it by name: live, then remembered.
+        """Give snapshots of the tasks of a group and of all below it: live, then remembered.
+
+        Ended tasks are found by the name of their own group, and by its dots: below what a
+        scoped group hung is not remembered.
 
         Args:
             group: The name of a labelled group, the name or id of a scoped one, or the group.
@@ -276,7 +279,7 @@ class TaskManager:
         remembered = (
             info
             for info in reversed(list(self._ledger.history))
-            if name in (info.group, info.group_id) or info.group_id.startswith(f"{name}.")
+            if name in ("root", info.group, info.group_id) or info.group_id.startswith(f"{name}.")
         )
         return _merged(live, remembered)
 
@@ -333,7 +336,10 @@ class TaskManager:
         Cancellation: of the caller leaves the task alone.
         """
         seconds = checked_seconds("timeout", timeout)
+        caller = self._caller()
         task = self._find(name)
+        if task is not None and task is caller:
+            raise RuntimeError(f"task {name!r} cannot wait for itself")
         if task is None:
             ending = self._ledger.history.ending(name)
             if ending is None:
@@ -349,6 +355,7 @@ class TaskManager:
 
         Cancellation: of the caller leaves the tasks alone.
         """
+        self._caller()
         for node in [self._root] if group is None else self._find_groups(group):
             await node.join()
 
@@ -371,11 +378,13 @@ class TaskManager:
         Cancellation: of the caller ends the waiting; the task stays cancelled.
         """
         seconds = checked_seconds("timeout", timeout)
+        caller = self._caller()
         task = self._find(name)
-        if task is None:
+        if task is None or task.done():
             return False
         task.cancel(reason)
-        return await self._wait_for_end([task], seconds) == 1
+        # A task that cancels itself ends at its next await, which is not to be here.
+        return task is not caller and await self._wait_for_end([task], seconds) == 1
 
     async def cancel_group(
         self,
@@ -396,8 +405,11 @@ class TaskManager:
         Returns:
             How many have ended by it. What still runs after ``timeout`` is logged and stays listed.
 
-        Cancellation: of the caller ends the waiting; the tasks stay cancelled. A calling task
-        that is one of the group's is spared.
+        A task that somebody has cancelled before is not asked again, so that its clean-up is
+        not torn; ``shutdown`` alone asks twice.
+
+        Cancellation: of the caller ends the waiting, or the grace; the tasks are cancelled. A
+        calling task that is one of the group's is spared.
         """
         return await self._cancel(self._find_groups(group), reason, grace, timeout)
 
@@ -432,20 +444,20 @@ class TaskManager:
         """
         seconds = checked_seconds("timeout", timeout)
         patience = checked_seconds("grace", grace)
+        caller = self._caller()
         self._ledger.closed = True
-        tasks = self._others()
+        tasks = self._others([self._root])
         cause = CancelCause.make(CancelKind.SHUTDOWN, f"manager {self.name!r} is shutting down")
         self._root._announce(cause)
         if patience != 0.0:
             await wait_until_done(tasks, patience)
-        await self._cancel_by_priority(tasks, cause, seconds)
+        await self._cancel_by_priority(tasks, cause, seconds, caller)
         return self._report(tasks)
 
     async def __aenter__(self) -> Self:
         """Open it, again if it was shut down."""
         if self._ledger.closed:
-            self._ledger.closed = False
-            self._root._cause = None
+            self._ledger.reopen()
         self._ledger.enter()
         return self
 
@@ -521,39 +533,53 @@ class TaskManager:
             "of others keep the object that create_task() returned"
         )
 
-    def _others(self) -> list[ManagedTask[Any]]:
+    def _caller(self) -> asyncio.Task[Any] | None:
+        """The calling task, after a look whether this is the right loop to call from."""
+        self._ledger.bind(asyncio.get_running_loop())
+        return asyncio.current_task()
+
+    def _others(self, groups: Iterable[TaskGroup]) -> list[ManagedTask[Any]]:
+        """The tasks of these groups and below that are not done, the calling one aside."""
         caller = asyncio.current_task()
-        return [task for task in self._root._every_live() if task is not caller]
+        return [
+            task for group in groups for task in group._every_live() if task is not caller and not task.done()
+        ]
 
     async def _cancel(
         self, groups: list[TaskGroup], reason: str | None, grace: float, timeout: float | None
     ) -> int:
         patience = checked_seconds("grace", grace)
         seconds = checked_seconds("timeout", timeout)
-        caller = asyncio.current_task()
+        caller = self._caller()
         cause = CancelCause.make(CancelKind.EXPLICIT, reason)
-        tasks = [task for group in groups for task in group._every_live() if task is not caller]
+        tasks = self._others(groups)
         announced = [node for group in groups for node in group._announce(cause)]
-        if patience != 0.0:
-            await wait_until_done(tasks, patience)
-        for group in groups:
-            group._cancel_tasks(cause, spared=[caller])
-            if group._scope is not None and group._scope.host is not caller:
-                group._scope.cancel_body(cause)
-        renew(announced, cause)
+        try:
+            if patience != 0.0:
+                await wait_until_done(tasks, patience)
+        finally:
+            # Also when the caller is cancelled in the grace: what has been announced is done.
+            for group in groups:
+                group._cancel_tasks(cause, spared=[caller])
+                if group._scope is not None and group._scope.host is not caller:
+                    group._scope.cancel_body(cause)
+            renew(announced, cause)
         return await self._wait_for_end(tasks, seconds)
 
     async def _wait_for_end(self, tasks: list[ManagedTask[Any]], timeout: float | None) -> int:
         """Wait for tasks that were asked to end; returns how many did by it."""
-        caller = asyncio.current_task()
-        await wait_until_done([task for task in tasks if task is not caller], timeout)
+        await wait_until_done(tasks, timeout)
         live = [task.id for task in tasks if not task.done()]
         if live:
             logger.warning("cancelled and still running after %s s: %s", timeout, ", ".join(map(repr, live)))
         return sum(task.done() and not task.cancel_ignored for task in tasks)
 
     async def _cancel_by_priority(
-        self, tasks: list[ManagedTask[Any]], cause: CancelCause, timeout: float | None
+        self,
+        tasks: list[ManagedTask[Any]],
+        cause: CancelCause,
+        timeout: float | None,
+        caller: asyncio.Task[Any] | None,
     ) -> None:
         loop = asyncio.get_running_loop()
         deadline = None if timeout is None else loop.time() + timeout
@@ -564,7 +590,7 @@ class TaskManager:
             # An even share of what is left for each level and for the last step.
             left = None if deadline is None else max(0.0, deadline - loop.time()) / (len(levels) - number + 1)
             await wait_until_done(chosen, left)
-        self._root._cancel_bodies(self._root._below(), cause, [asyncio.current_task()])
+        self._root._cancel_bodies(self._root._below(), cause, [caller])
         stubborn = [task for task in tasks if not task.done()]
         for task in stubborn:
             # The one place that asks again: what is not done by now has swallowed the first.

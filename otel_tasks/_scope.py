@@ -125,8 +125,10 @@ class Scope:
 
     def tasks_ended(self) -> None:
         """Wake the exit that waits for the last task."""
-        if self._idle is not None and not self._idle.done():
-            self._idle.set_result(None)
+        idle = self._idle
+        # The loop may have been closed under the block: then nobody waits any more.
+        if idle is not None and not idle.done() and not idle.get_loop().is_closed():
+            idle.set_result(None)
 
     def _settle(
         self,

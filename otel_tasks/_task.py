@@ -16,7 +16,7 @@ from types import CoroutineType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from otel_tasks._state import CancelKind, Outcome, Signal, TaskPriority, TaskStatus, next_status
-from otel_tasks._telemetry import note_cancel_requested, span_ids
+from otel_tasks._telemetry import note_cancel_requested, span_ids, text_of
 from otel_tasks.cancellation import CancelCause
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Extras:
         "keep_result",
         "metadata",
         "never_ran",
+        "previous",
         "seconds",
         "shields",
         "timeout",
@@ -65,6 +66,8 @@ class Extras:
         self.timeout: asyncio.Timeout | None = None
         # The user's coroutine inside of the one that the task runs.
         self.inner: Coroutine[Any, Any, Any] | None = None
+        # The tasks that have to end before this one begins.
+        self.previous: tuple[asyncio.Task[Any], ...] = ()
         self.never_ran = False
         self.abandoned = False
         self.shields = 0
@@ -228,6 +231,8 @@ class ManagedTask(asyncio.Task[T]):
         that is current here. Neither if the request comes from a bare loop callback: that is how
         ``asyncio.timeout`` and ``asyncio.TaskGroup`` inside the task cancel it for themselves.
         """
+        if not has_started(self):
+            extras_of(self).never_ran = True
         noted = self._cause is None and note_request(self, msg)
         asked = super().cancel(msg)
         if noted:
@@ -243,8 +248,8 @@ class ManagedTask(asyncio.Task[T]):
 
     def set_name(self, value: object) -> None:
         """Rename it in its group too; a name that is taken gets a number behind it."""
-        # C's __init__ sets the first name without coming here; a done task is in no table.
-        super().set_name(str(value) if self.done() else self._group._rename(self, str(value)))
+        # C's __init__ sets the first name without coming here.
+        super().set_name(self._group._rename(self, str(value)))
 
     def add_done_callback(self, fn: Callable[[Any], object], /, *, context: Context | None = None) -> None:
         """As ``asyncio.Task.add_done_callback``; counted, to know whether anybody waits."""
@@ -305,6 +310,11 @@ def take_note(task: ManagedTask[Any], cause: CancelCause) -> None:
         extras_of(task).never_ran = True
     if task._span is not None:
         note_cancel_requested(task._span, cause)
+
+
+def with_predecessors(task: ManagedTask[Any]) -> tuple[asyncio.Task[Any], ...]:
+    """A task and those for which it still waits itself: what has to end before its successor begins."""
+    return (task,) if task._extras is None else (task, *task._extras.previous)
 
 
 def extras_of(task: ManagedTask[Any]) -> Extras:
@@ -394,7 +404,8 @@ def snapshot(task: ManagedTask[Any]) -> TaskInfo:
     extras = task._extras
     error = failure_of(task) if status is TaskStatus.FAILED else None
     trace_id, span_id = span_ids(task._span)
-    ran = not (extras is not None and extras.never_ran) and status is not TaskStatus.PENDING
+    never_ran = extras is not None and extras.never_ran and status is TaskStatus.CANCELLED
+    ran = not never_ran and status is not TaskStatus.PENDING
     return TaskInfo(
         id=group._task_id(name),
         name=name,
@@ -406,7 +417,7 @@ def snapshot(task: ManagedTask[Any]) -> TaskInfo:
         started_at=task._created_at if ran else None,
         ended_at=getattr(task, "_ended_at", None),
         error_type=None if error is None else type(error).__name__,
-        error=None if error is None else str(error),
+        error=None if error is None else text_of(error),
         cause=task._cause,
         cancel_ignored=task.cancel_ignored,
         metadata={} if extras is None or extras.metadata is None else dict(extras.metadata),
@@ -430,22 +441,21 @@ def unshield(task: ManagedTask[Any]) -> None:
 
 
 def run_when(
-    coro: Coroutine[Any, Any, T], extras: Extras, previous: asyncio.Task[Any] | None, created_at: float
+    coro: Coroutine[Any, Any, T], extras: Extras, previous: tuple[asyncio.Task[Any], ...], created_at: float
 ) -> Coroutine[Any, Any, T]:
-    """Make what runs ``coro`` after ``previous`` has ended, and up to its timeout."""
+    """Make what runs ``coro`` after all ``previous`` have ended, and up to its timeout."""
     # Cancelled before its first step it never runs: whoever takes the end closes the inner one.
     extras.inner = coro
+    extras.previous = previous
     deadline = None if extras.seconds is None else created_at + extras.seconds
-    return _run_when(coro, extras, previous, deadline)
+    return _run_when(coro, extras, deadline)
 
 
-async def _run_when(
-    coro: Coroutine[Any, Any, T], extras: Extras, previous: asyncio.Task[Any] | None, deadline: float | None
-) -> T:
+async def _run_when(coro: Coroutine[Any, Any, T], extras: Extras, deadline: float | None) -> T:
     try:
         async with asyncio.timeout_at(deadline) as extras.timeout:
-            if previous is not None:
-                await wait_until_done([previous])
+            await wait_until_done(extras.previous)
+            extras.previous = ()
             return await coro
     except TimeoutError:
         if extras.timeout is not None and extras.timeout.expired():
@@ -460,12 +470,11 @@ async def wait_until_done(tasks: Collection[asyncio.Task[Any]], timeout: float |
 
     Cancellation: of the caller leaves the tasks alone.
     """
-    live = [task for task in tasks if not task.done()]
-    if not live:
+    if not tasks:
         return
     loop = asyncio.get_running_loop()
     waiter: asyncio.Future[None] = loop.create_future()
-    left = len(live)
+    left = len(tasks)
 
     def one_done(_: object) -> None:
         nonlocal left
@@ -477,7 +486,8 @@ async def wait_until_done(tasks: Collection[asyncio.Task[Any]], timeout: float |
         if not waiter.done():
             waiter.set_result(None)
 
-    for task in live:
+    # Of done tasks too: their own done-callback may still be to come, and is called before this one.
+    for task in tasks:
         add_done_callback(task, one_done, context=NOBODYS_CONTEXT)
     timer = None if timeout is None else loop.call_later(timeout, finish)
     try:
@@ -485,7 +495,7 @@ async def wait_until_done(tasks: Collection[asyncio.Task[Any]], timeout: float |
     finally:
         if timer is not None:
             timer.cancel()
-        for task in live:
+        for task in tasks:
             _remove_done_callback(task, one_done)
 
 

@@ -84,6 +84,14 @@ def error_type(error: BaseException) -> str:
     return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
 
 
+def text_of(error: BaseException) -> str:
+    """``str(error)``, also of an exception whose own ``__str__`` is broken."""
+    try:
+        return str(error)
+    except Exception as broken:
+        return f"<no text: {type(broken).__name__} in its __str__>"
+
+
 def current_span_context(context: contextvars.Context | None = None) -> SpanContext | None:
     """Give the identity of the span current in ``context`` (None: here), None if there is none."""
     span = trace.get_current_span() if context is None else context.run(trace.get_current_span)
@@ -310,10 +318,10 @@ def end_span(
     if outcome is Outcome.ERROR and error is not None:
         attributes[ERROR_TYPE] = error_type(error)
         span.record_exception(error)
-        span.set_status(StatusCode.ERROR, str(error)[:_DESCRIPTION_LIMIT])
+        span.set_status(StatusCode.ERROR, text_of(error)[:_DESCRIPTION_LIMIT])
     elif outcome in (Outcome.TIMEOUT, Outcome.ABANDONED):
         attributes[ERROR_TYPE] = str(outcome)
-        span.set_status(StatusCode.ERROR, str(error)[:_DESCRIPTION_LIMIT] if error else str(outcome))
+        span.set_status(StatusCode.ERROR, text_of(error)[:_DESCRIPTION_LIMIT] if error else str(outcome))
     span.set_attributes(attributes)
     span.end()
 
