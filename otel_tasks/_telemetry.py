@@ -315,15 +315,18 @@ def end_span(
         _describe_cancel(span, attributes, cause, now)
     if ignored:
         attributes[CANCEL_IGNORED] = True
-    if outcome is Outcome.ERROR and error is not None:
-        attributes[ERROR_TYPE] = error_type(error)
-        span.record_exception(error)
-        span.set_status(StatusCode.ERROR, text_of(error)[:_DESCRIPTION_LIMIT])
-    elif outcome in (Outcome.TIMEOUT, Outcome.ABANDONED):
-        attributes[ERROR_TYPE] = str(outcome)
-        span.set_status(StatusCode.ERROR, text_of(error)[:_DESCRIPTION_LIMIT] if error else str(outcome))
+    raised = error if outcome is Outcome.ERROR else None
+    if outcome in (Outcome.ERROR, Outcome.TIMEOUT, Outcome.ABANDONED):
+        attributes[ERROR_TYPE] = str(outcome) if raised is None else error_type(raised)
+        description = str(outcome) if error is None else text_of(error)
+        span.set_status(StatusCode.ERROR, description[:_DESCRIPTION_LIMIT])
     span.set_attributes(attributes)
-    span.end()
+    try:
+        if raised is not None:
+            span.record_exception(raised)
+    finally:
+        # The SDK asks the exception for its text, which may be broken.
+        span.end()
 
 
 def end_group_span(span: Span, cause: CancelCause | None) -> None:
