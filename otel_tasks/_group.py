@@ -38,6 +38,7 @@ from otel_tasks._telemetry import (
     TASK_PRIORITY,
     end_group_span,
     low_cardinality,
+    start_group_span,
     start_span,
 )
 from otel_tasks.cancellation import CancelCause, CancelEvent
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
     from otel_tasks._ledger import Ledger
     from otel_tasks._manager import TaskManager
-    from otel_tasks._telemetry import Span, Tracer
+    from otel_tasks._telemetry import GroupSpan, Span, Tracer
 
 T = TypeVar("T")
 OnConflict = Literal["error", "suffix", "return", "replace"]
@@ -109,6 +110,7 @@ class TaskGroup:
         "_name",
         "_names",
         "_number",
+        "_owns_span",
         "_parent",
         "_refusal",
         "_scope",
@@ -148,7 +150,9 @@ class TaskGroup:
         self._names = self._live
         self._linked = False
         self._sealed = False
-        self._span: Span | None = None
+        # Its own, or that of the group around it: the parent of what its block starts.
+        self._span: GroupSpan | None = None
+        self._owns_span = False
         self._event: CancelEvent | None = None
         # Why it is being cancelled; for good in a scoped group, for the moment in a labelled one.
         self._cause: CancelCause | None = None
@@ -342,6 +346,7 @@ class TaskGroup:
 
     def _open(self, parent: TaskGroup) -> None:
         self._parent = parent
+        self._span = parent._span
         self._number = self._ledger.next_number()
         self._refusal = None if self._cause is None else f"is closed ({self._cause.kind})"
         # By number: a request's name, and so its id, changes once its route is known.
@@ -368,15 +373,14 @@ class TaskGroup:
 
     def _start_span(self) -> None:
         tracer = self._ledger.telemetry.tracer()
-        if tracer is not None:
-            attributes = {GROUP_NAME: self.name, GROUP_ID: self.id, MANAGER_NAME: self._ledger.name}
-            # In a copy of the context: it is current in the group's tasks, not in the body.
-            try:
-                self._span = copy_context().run(
-                    start_span, tracer, low_cardinality(self.name), attributes, parent=None, detached=False
-                )
-            except Exception:
-                self._ledger.complain("starting a span for group %r raised", self.id)
+        if tracer is None:
+            return
+        attributes = {GROUP_NAME: self.name, GROUP_ID: self.id, MANAGER_NAME: self._ledger.name}
+        try:
+            self._span = start_group_span(tracer, low_cardinality(self.name), attributes, self._span)
+            self._owns_span = True
+        except Exception:
+            self._ledger.complain("starting a span for group %r raised", self.id)
 
     # -- creating ---------------------------------------------------------------------------
 
@@ -475,7 +479,8 @@ class TaskGroup:
             CODE_FUNCTION: code_name(coro),
         }
         try:
-            return start_span(tracer, name, attributes, parent=self._span, detached=detached)
+            parent = None if self._span is None else self._span.parent()
+            return start_span(tracer, name, attributes, parent=parent, detached=detached)
         except Exception:
             self._ledger.complain("starting a span for task %r raised", key)
             return None
@@ -519,7 +524,7 @@ class TaskGroup:
             return (second if self._holder(second) is None else self._numbered(name)), ()
         previous = with_predecessors(taken)
         # The old one keeps its place in the books under another name until it has ended.
-        taken.set_name(self._numbered(f"{name} (replaced)"))
+        taken.set_name(self._numbered(name))
         ask(taken, CancelCause.make(CancelKind.REPLACED, f"replaced by a new task {name!r}"))
         return name, previous
 
@@ -587,9 +592,9 @@ class TaskGroup:
         if not self._linked:
             return
         self._linked = False
-        if self._span is not None:
+        if self._span is not None and self._owns_span:
             try:
-                end_group_span(self._span, self._cause)
+                end_group_span(self._span.span, self._cause)
             except Exception:
                 self._ledger.complain("ending the span of group %r raised", self.id)
         if self.scoped:

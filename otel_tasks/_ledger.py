@@ -209,18 +209,17 @@ class Ledger:
         """Live tasks by group; read on the metric reader's thread, hence the copies."""
         counts: dict[str, int] = {}
         labelled = 0
-        for group in [*list(self.labels.values()), *list(self.scopes.values())]:
+        # Lists made in one step each: groups come and go on the loop's thread meanwhile.
+        labels = [group for link in self.labels.valuerefs() if (group := link()) is not None]
+        for group in [*labels, *list(self.scopes.values())]:
             size = len(group._live)
             labelled += 0 if group.scoped else size
             name = low_cardinality(group.name)
             counts[name] = counts.get(name, 0) + size
         # The root's table is the name space of all labelled groups, too.
-        counts[self.root.name] = max(0, len(self.root._live) - labelled)
+        own = max(0, len(self.root._live) - labelled)
+        counts[self.root.name] = counts.get(self.root.name, 0) + own
         return counts
-
-    def cancellations(self) -> Mapping[tuple[str, str], int]:
-        """Cancelled tasks by group and reason."""
-        return dict(self.cancelled_by)
 
     # -- the end of a task ------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ import contextvars
 import re
 from functools import lru_cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakKeyDictionary, WeakSet
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from weakref import WeakKeyDictionary, WeakSet, finalize
 
 from opentelemetry import context as otel_context
 from opentelemetry import metrics, trace
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 # What the rest of the package needs of OpenTelemetry, it takes from here.
 __all__ = ["MeterProvider", "Span", "SpanContext", "Tracer", "TracerProvider"]
+
+K = TypeVar("K")
 
 VERSION = version("otel-tasks")
 SCOPE = "otel_tasks"
@@ -120,12 +122,11 @@ def annotate_request(context: contextvars.Context, cancelled: int) -> None:
 class MetricsSource(Protocol):
     """What the observable instruments read, on the metric reader's thread."""
 
+    # Cancelled tasks by group name and reason, since the start.
+    cancelled_by: dict[tuple[str, str], int]
+
     def active(self) -> Mapping[str, int]:
         """Live tasks by group name."""
-        ...
-
-    def cancellations(self) -> Mapping[tuple[str, str], int]:
-        """Cancelled tasks by group name and reason, since the start."""
         ...
 
 
@@ -135,7 +136,9 @@ class _Instruments:
     def __init__(self, provider: MeterProvider) -> None:
         meter = provider.get_meter(SCOPE, VERSION)
         # Weak: a provider lives as long as the process, a manager need not.
-        self.sources: WeakSet[MetricsSource] = WeakSet()
+        self._sources: WeakSet[MetricsSource] = WeakSet()
+        # What managers had counted that are gone: a counter never goes back.
+        self._past: dict[tuple[str, str], int] = {}
         self.duration = meter.create_histogram(
             "otel_tasks.task.duration",
             unit="s",
@@ -155,28 +158,49 @@ class _Instruments:
             description="Tasks that ended cancelled.",
         )
 
+    def watch(self, source: MetricsSource) -> None:
+        """Read ``source`` from now on."""
+        self._sources.add(source)
+        finalize(source, _add_up, self._past, source.cancelled_by)
+
     def _observe_active(self, _: CallbackOptions) -> Iterable[Observation]:
         totals: dict[str, int] = {}
-        for source in list(self.sources):
-            for group, count in source.active().items():
-                totals[group] = totals.get(group, 0) + count
+        for source in list(self._sources):
+            _add_up(totals, source.active())
         return [
             Observation(count, {GROUP_NAME: group, "otel_tasks.task.state": "active"})
             for group, count in totals.items()
         ]
 
     def _observe_cancellations(self, _: CallbackOptions) -> Iterable[Observation]:
-        totals: dict[tuple[str, str], int] = {}
-        for source in list(self.sources):
-            for key, count in source.cancellations().items():
-                totals[key] = totals.get(key, 0) + count
+        totals = self._past.copy()
+        for source in list(self._sources):
+            _add_up(totals, source.cancelled_by.copy())
         return [
             Observation(count, {GROUP_NAME: group, CANCEL_REASON: reason})
             for (group, reason), count in totals.items()
         ]
 
 
+def _add_up(totals: dict[K, int], counts: Mapping[K, int]) -> None:
+    for key, count in counts.items():
+        totals[key] = totals.get(key, 0) + count
+
+
+# One set of instruments for each injected provider, and one (None) for the global provider, whose
+# placeholder passes on what was made of it before an SDK was set up.
 _instruments: WeakKeyDictionary[MeterProvider, _Instruments] = WeakKeyDictionary()
+_global_instruments: list[_Instruments] = []
+
+
+def _instruments_of(provider: MeterProvider | None) -> _Instruments:
+    if provider is None or provider is metrics.get_meter_provider():
+        if not _global_instruments:
+            _global_instruments.append(_Instruments(metrics.get_meter_provider()))
+        return _global_instruments[0]
+    if provider not in _instruments:
+        _instruments[provider] = _Instruments(provider)
+    return _instruments[provider]
 
 
 class Telemetry:
@@ -195,12 +219,15 @@ class Telemetry:
         meter_provider: MeterProvider | None,
     ) -> None:
         self.manager_name = manager_name
-        self._injected = tracer_provider is not None
+        # OpenTelemetry's placeholder stands for the global provider.
+        self._injected = tracer_provider is not None and not isinstance(
+            tracer_provider, trace.ProxyTracerProvider
+        )
         self._provider: TracerProvider | None = None
         self._tracer: Tracer | None = None
         self._meter_provider = meter_provider
         self._metrics: _Instruments | None = None
-        if tracer_provider is not None:
+        if self._injected:
             self._use(tracer_provider)
 
     def tracer(self) -> Tracer | None:
@@ -221,10 +248,10 @@ class Telemetry:
     def watch(self, source: MetricsSource) -> None:
         """Let the observable instruments read ``source`` from now on."""
         if self._metrics is None:
-            provider = self._meter_provider or metrics.get_meter_provider()
-            self._metrics = _instruments.get(provider) or _Instruments(provider)
-            _instruments[provider] = self._metrics
-            self._metrics.sources.add(source)
+            # Where the environment names a provider, it is this call that loads it.
+            trace.get_tracer_provider()
+            self._metrics = _instruments_of(self._meter_provider)
+            self._metrics.watch(source)
 
     def metered(self) -> bool:
         """True where a task's duration would be recorded by somebody."""
@@ -247,6 +274,32 @@ class Telemetry:
         if error is not None:
             attributes[ERROR_TYPE] = str(outcome) if outcome is Outcome.TIMEOUT else error_type(error)
         self._metrics.duration.record(seconds, attributes)
+
+
+class GroupSpan(NamedTuple):
+    """The span of a scoped group, and the span that was current around its block."""
+
+    span: Span
+    around: Span
+
+    def parent(self) -> Span | None:
+        """The group's span for work that the block itself starts; None below any other span.
+
+        It is not current in the block: making it so would mean a token to detach, possibly in
+        another context, and what the block does itself is not the group's.
+        """
+        return self.span if trace.get_current_span() is self.around else None
+
+
+def start_group_span(
+    tracer: Tracer, name: str, attributes: Mapping[str, Any], outer: GroupSpan | None
+) -> GroupSpan:
+    """Start the span of a scoped group; below ``outer``, the span of a group around it."""
+    around = trace.get_current_span()
+    span = contextvars.copy_context().run(
+        start_span, tracer, name, attributes, parent=None if outer is None else outer.parent(), detached=False
+    )
+    return GroupSpan(span, around)
 
 
 def start_span(
@@ -286,7 +339,8 @@ def start_span(
 
 def note_cancel_requested(span: Span, cause: CancelCause) -> None:
     """Mark the moment at which a cancellation was asked for."""
-    span.add_event(CANCEL_REQUESTED, {CANCEL_REASON: str(cause.kind)})
+    if span.is_recording():
+        span.add_event(CANCEL_REQUESTED, {CANCEL_REASON: str(cause.kind)})
 
 
 def end_span(
@@ -335,8 +389,7 @@ def end_group_span(span: Span, cause: CancelCause | None) -> None:
         span.set_attributes(
             {CANCEL_REASON: str(cause.kind), **({CANCEL_MESSAGE: cause.message} if cause.message else {})}
         )
-        if cause.origin is not None:
-            span.add_link(cause.origin, {LINK: "cancelled_by"})
+        _link(span, cause)
     span.end()
 
 
@@ -346,7 +399,12 @@ def _describe_cancel(span: Span, attributes: dict[str, Any], cause: CancelCause,
         attributes[CANCEL_MESSAGE] = cause.message
     if cause.at is not None:
         attributes[CANCEL_DURATION] = max(0.0, now - cause.at)
-    if cause.origin is not None:
+    _link(span, cause)
+
+
+def _link(span: Span, cause: CancelCause) -> None:
+    # A task may cancel its own group: it then is its own cause.
+    if cause.origin is not None and cause.origin.span_id != span.get_span_context().span_id:
         span.add_link(cause.origin, {LINK: "cancelled_by"})
 
 
