@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from otel_tasks._task import ManagedTask
 
 P = ParamSpec("P")
+Q = ParamSpec("Q")
 T = TypeVar("T")
 S = TypeVar("S")
 
@@ -58,8 +59,8 @@ class ManagedFunction(Generic[P, T]):
     def __get__(self, instance: None, owner: type | None = None) -> ManagedFunction[P, T]: ...
     @overload
     def __get__(
-        self: ManagedFunction[Concatenate[S, P], T], instance: S, owner: type | None = None
-    ) -> ManagedFunction[P, T]: ...
+        self: ManagedFunction[Concatenate[S, Q], T], instance: S, owner: type | None = None
+    ) -> ManagedFunction[Q, T]: ...
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         """Bind it to an instance, so that it works as a method: ``self.work.start(1)``."""
         if instance is None:

@@ -304,7 +304,7 @@ class Ledger:
                 end_span(span, outcome, error, task._cause, ignored=ignored, now=task._ended_at)
             if metered:
                 seconds = task._ended_at - task._created_at
-                self.telemetry.record(task.get_name(), task._group.name, outcome, error, seconds)
+                self.telemetry.record(task.get_name(), task._group.name, outcome, error, seconds, span)
         except Exception:
             self.complain("telemetry of task %r raised", task.id)
 

@@ -45,6 +45,7 @@ class Extras:
         "deferred",
         "inner",
         "keep_result",
+        "message",
         "metadata",
         "never_ran",
         "previous",
@@ -68,6 +69,8 @@ class Extras:
         self.inner: Coroutine[Any, Any, Any] | None = None
         # The tasks that have to end before this one begins.
         self.previous: tuple[asyncio.Task[Any], ...] = ()
+        # Of a cancel() that left no cause.
+        self.message: str | None = None
         self.never_ran = False
         self.abandoned = False
         self.shields = 0
@@ -234,6 +237,9 @@ class ManagedTask(asyncio.Task[T]):
         if not has_started(self):
             extras_of(self).never_ran = True
         noted = self._cause is None and note_request(self, msg)
+        if not noted and msg is not None:
+            # asyncio forgets it at the end; who cancels itself has no cause to put it in.
+            extras_of(self).message = str(msg)
         asked = super().cancel(msg)
         if noted:
             self._group._ledger.cancelling(self)
@@ -384,15 +390,11 @@ def cause_at_end(task: ManagedTask[Any], status: TaskStatus) -> CancelCause | No
         return task._cause
     if not task.cancelling():
         return CancelCause(CancelKind.FOREIGN, "a CancelledError that nobody asked for")
-    message = cancel_message(task)
-    return CancelCause(CancelKind.EXPLICIT, None if message is None else str(message))
+    return CancelCause(CancelKind.EXPLICIT, None if task._extras is None else task._extras.message)
 
 
 def cancel_message(task: asyncio.Task[Any]) -> object:
-    """Read what the last ``cancel()`` said, without making the CancelledError.
-
-    asyncio hands that out once, with its traceback. The attribute is asyncio's own, 3.11 to 3.14.
-    """
+    """Read what the last ``cancel()`` of a running task said; asyncio's own attribute, 3.11 to 3.14."""
     return getattr(task, "_cancel_message", None)
 
 

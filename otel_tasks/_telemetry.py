@@ -65,19 +65,21 @@ CANCEL_REQUESTED = "otel_tasks.cancel_requested"
 
 _READABLE = hasattr(trace, "_TRACER_PROVIDER")
 _DESCRIPTION_LIMIT = 256
-# A number or an id at the end of a name: "fetch-17", "order_4711", "job:9f8b7c6d-...".
-_TRAILING_ID = re.compile(r"(?:[-_:#./ ](?:\d+|[0-9a-fA-F]{8}-?(?:[0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}))+$")
+# A number or an id as a part of a name of its own: "fetch-17", "order_4711_pay", "job:9f8b7c6d".
+_ID = r"(?:[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}|\d+|(?=[a-fA-F]*\d)[0-9a-fA-F]{8,})"
+# A slash only at the end: routes have numbers of their own ("/v/2/users").
+_ID_PART = re.compile(rf"[-_:#. ]{_ID}(?=[-_:#. ]|$)|(?:/{_ID})+$")
 # Seconds; tasks are often far shorter than requests, so finer than the convention's for HTTP.
 _DURATION_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
 
 
 @lru_cache(maxsize=1024)
 def low_cardinality(name: str) -> str:
-    """Cut a number or an id off the end of a name, as span names and metrics must not have one.
+    """Cut numbers and ids out of a name, as span names and metrics must not have any.
 
     Back-ends make one operation of each span name (https://opentelemetry.io/docs/specs/otel/trace/api/#span).
     """
-    return _TRAILING_ID.sub("", name) or name
+    return _ID_PART.sub("", name) or name
 
 
 def error_type(error: BaseException) -> str:
@@ -261,7 +263,13 @@ class Telemetry:
         return getattr(metrics_internal, "_METER_PROVIDER", None) is not None
 
     def record(
-        self, name: str, group: str, outcome: Outcome, error: BaseException | None, seconds: float
+        self,
+        name: str,
+        group: str,
+        outcome: Outcome,
+        error: BaseException | None,
+        seconds: float,
+        span: Span | None,
     ) -> None:
         """Record one ended task in ``otel_tasks.task.duration``."""
         if self._metrics is None:
@@ -273,7 +281,9 @@ class Telemetry:
         }
         if error is not None:
             attributes[ERROR_TYPE] = str(outcome) if outcome is Outcome.TIMEOUT else error_type(error)
-        self._metrics.duration.record(seconds, attributes)
+        # The done-callback runs in nobody's context; the span in it makes an exemplar of the sample.
+        context = None if span is None else trace.set_span_in_context(span, otel_context.Context())
+        self._metrics.duration.record(seconds, attributes, context)
 
 
 class GroupSpan(NamedTuple):
