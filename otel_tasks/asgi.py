@@ -30,6 +30,7 @@ from otel_tasks._manager import TaskManager, global_task_manager
 from otel_tasks._state import CancelKind
 from otel_tasks._telemetry import annotate_request
 from otel_tasks.cancellation import CancelCause
+from otel_tasks.exceptions import GroupClosedError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -268,7 +269,9 @@ class _Request(Connection):
         return self
 
     def _make_group(self) -> TaskGroup:
-        group = self._settings.manager._open_group(self._name, binding=self, host=self.host)
+        group = self._settings.manager._open_group(
+            self._name, binding=self, host=self.host, span=self._settings.span
+        )
         self.group = group
         if self.cause is not None:
             group._announce(self.cause)
@@ -417,7 +420,8 @@ class _Request(Connection):
             return all(
                 self._is_departure(part) for part in cast("tuple[BaseException, ...]", error.exceptions)
             )
-        ours = isinstance(error, asyncio.CancelledError | ClientDisconnected)
+        # GroupClosedError: work that was to be started for a client that is gone.
+        ours = isinstance(error, asyncio.CancelledError | ClientDisconnected | GroupClosedError)
         return ours or error is self.send_error or _is_starlettes_departure(error)
 
     async def _answer(self) -> None:

@@ -161,7 +161,7 @@ async def _run(
 
 @asynccontextmanager
 async def _opened(manager: TaskManager, grace: float, timeout: float | None) -> AsyncGenerator[None]:
-    # Not `async with`: its exit knows no grace and no timeout, and would wait for stubborn tasks a second time.
+    # Not `async with`: its exit knows no grace and no timeout, and would wait for stubborn tasks again.
     await manager.__aenter__()
     try:
         yield

@@ -187,11 +187,15 @@ def _describe(tasks: Iterable[asyncio.Task[Any]]) -> str:
 
 
 def _where(task: asyncio.Task[Any]) -> str:
-    frames = task.get_stack(limit=1)
-    if not frames:
-        return "ended"
-    frame = frames[-1]
-    return f"{frame.f_code.co_qualname} at {frame.f_code.co_filename}:{frame.f_lineno}"
+    """The calls from the task's own coroutine down to the one that waits, and the line where it does."""
+    names: list[str] = []
+    line = "not started"
+    waits: Any = task.get_coro()
+    while (frame := getattr(waits, "cr_frame", None)) is not None:
+        names.append(frame.f_code.co_qualname)
+        line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        waits = waits.cr_await
+    return f"{' > '.join(names)} at {line}"
 
 
 async def assert_no_tasks_left(*, turns: int = 10) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
 import shutil
@@ -97,6 +98,19 @@ def test_every_suppressed_complaint_has_its_code_and_reason() -> None:
     ]
 
     assert complaints == []
+
+
+def test_every_test_has_its_sentence() -> None:
+    """Each test says in a docstring which behaviour it is about."""
+    silent = [
+        f"{path.relative_to(ROOT)}::{node.name}"
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        for node in ast.walk(ast.parse(text_of(path)))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+        if not (ast.get_docstring(node) or "").rstrip().endswith(".")
+    ]
+
+    assert silent == []
 
 
 @pytest.mark.parametrize("blocked", ["fastapi", "starlette", "opentelemetry.sdk", "rich"])

@@ -1,0 +1,260 @@
+"""Starts the example service, lets four clients use it at once, and draws what happened to each.
+
+    python examples/demo.py              # or: make demo
+    python examples/demo.py --serve      # keep the service running afterwards; or: make demo SERVE=1
+    python examples/demo.py --svg FILE   # save the picture as well
+
+Takes a few seconds, needs no network but the loopback interface, and leaves no process behind.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from rich.console import Console, Group
+from rich.text import Text
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # `python examples/demo.py` works from anywhere, with nothing installed
+
+from examples.trace_tree import Span, trace_tree  # noqa: E402 - found by the line above
+
+TIME_LIMIT = 15.0
+LISTENING = re.compile(r"running on (http://[\w.:]+)")
+NOT_FOUND = 404
+
+
+@dataclass
+class Visit:
+    """One client's request, and what it did to it."""
+
+    method: str
+    path: str
+    what: str
+    json: dict[str, str] | None = None
+    leaves_after: float | None = None
+    # Chosen by the client and sent along, as a traced front end does: so its trace is found again.
+    trace_id: str = ""
+    ended: str = ""
+    left_at: float | None = None
+
+
+def visits() -> list[Visit]:
+    """The four clients."""
+    return [
+        Visit(
+            "GET", "/search/Lisbon?fail=trains", "waits; one supplier fails, and the answer comes without it"
+        ),
+        Visit("GET", "/search/Oslo", "hangs up in the middle", leaves_after=0.4),
+        Visit("GET", "/search/Rome?slow=events", "waits; one supplier is too slow and runs into its timeout"),
+        Visit(
+            "POST",
+            "/orders",
+            "places an order and hangs up during the payment",
+            json={"reference": "order-1", "city": "Oslo"},
+            leaves_after=0.12,
+        ),
+    ]
+
+
+async def main(*, serve: bool, svg: Path | None, port: int) -> None:
+    """Run the demo. Whatever ends it, the service has ended when this returns."""
+    console = Console(record=svg is not None, width=120, highlight=False)
+    async with service(port) as url:
+        all_visits = visits()
+        try:
+            async with asyncio.timeout(TIME_LIMIT):
+                await asyncio.gather(*(visit_service(url, visit) for visit in all_visits))
+                traces = await fetch_traces(url, [visit.trace_id for visit in all_visits])
+                order = await order_status(url, "order-1")
+        except TimeoutError:
+            raise SystemExit(f"not all requests have left a trace within {TIME_LIMIT:.0f} s") from None
+        report(console, all_visits, traces, order)
+        if svg is not None:
+            save_svg(console, svg)
+        print_next_steps(console, url, serve=serve)
+        if serve:
+            await asyncio.Event().wait()
+
+
+@contextlib.asynccontextmanager
+async def service(port: int) -> AsyncIterator[str]:
+    """The example service as a child process; it has ended when the block is left, by whatever way."""
+    command = ["-m", "uvicorn", "examples.fastapi_app:app", "--port", str(port), "--no-access-log"]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *command,
+        "--timeout-graceful-shutdown",
+        "2",
+        cwd=ROOT,
+        env=os.environ | {"KEEP_SPANS": "1"},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    log: list[str] = []
+    try:
+        url = await read_url(process, log)
+        # Read on, or the service would block once the pipe is full.
+        reader = asyncio.create_task(read_log(process, log))
+        try:
+            yield url
+        finally:
+            reader.cancel()
+    finally:
+        await end(process)
+    if any("Traceback" in line for line in log):
+        raise SystemExit("the service reported an error:\n" + "".join(log))
+
+
+async def read_url(process: asyncio.subprocess.Process, log: list[str]) -> str:
+    """Wait until the service says where it listens (port 0 lets the system choose a free one)."""
+    assert process.stderr is not None
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(TIME_LIMIT):
+            while line := await process.stderr.readline():
+                log.append(line.decode(errors="replace"))
+                if found := LISTENING.search(log[-1]):
+                    return found[1]
+    raise SystemExit("the service did not start:\n" + "".join(log))
+
+
+async def read_log(process: asyncio.subprocess.Process, log: list[str]) -> None:
+    """Keep the last of what the service says, in case something has to be explained."""
+    assert process.stderr is not None
+    while line := await process.stderr.readline():
+        log.append(line.decode(errors="replace"))
+        del log[:-200]
+
+
+async def end(process: asyncio.subprocess.Process) -> None:
+    """Ask the service to stop; after five seconds, or when interrupted again, make it."""
+    try:
+        if process.returncode is None:
+            process.terminate()
+        async with asyncio.timeout(5.0):
+            await process.wait()
+    except TimeoutError:
+        pass
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def visit_service(url: str, visit: Visit) -> None:
+    """Send one request over a connection of its own, and close that early if the client is to leave."""
+    visit.trace_id = os.urandom(16).hex()
+    headers = {"traceparent": f"00-{visit.trace_id}-{os.urandom(8).hex()}-01"}
+    sent = asyncio.Event()
+
+    async def trace(event: str, _: object) -> None:
+        if event == "http11.send_request_body.complete":
+            sent.set()
+
+    async with httpx.AsyncClient(base_url=url, timeout=10.0) as client:
+        request = asyncio.create_task(
+            client.request(
+                visit.method, visit.path, json=visit.json, headers=headers, extensions={"trace": trace}
+            )
+        )
+        # The patience of a client that leaves begins when it has asked, however slow this machine is.
+        await asyncio.wait([request, asyncio.ensure_future(sent.wait())], return_when="FIRST_COMPLETED")
+        done, _ = await asyncio.wait([request], timeout=visit.leaves_after)
+        if done:
+            visit.ended = f"got {request.result().status_code}"
+            return
+        visit.left_at = time.time()
+        # httpx closes the connection when a request is cancelled: to the service, the client is gone.
+        request.cancel()
+        await asyncio.wait([request])
+        visit.ended = f"left after {visit.leaves_after} s"
+
+
+async def fetch_traces(url: str, trace_ids: list[str]) -> dict[str, list[Span]]:
+    """Wait until no task of the service is alive and every request's own span has arrived."""
+    async with httpx.AsyncClient(base_url=url) as client:
+        while True:
+            tasks = (await client.get("/debug/tasks")).json().values()
+            spans = [Span.from_json(raw) for raw in (await client.get("/debug/spans")).json()]
+            traces = {id: [span for span in spans if span.trace_id == id] for id in trace_ids}
+            all_ended = all(task["ended_at"] is not None for task in tasks)
+            if all_ended and all(any(span.is_request for span in trace) for trace in traces.values()):
+                return traces
+            await asyncio.sleep(0.05)
+
+
+async def order_status(url: str, reference: str) -> str:
+    """What a client asks for whose connection broke."""
+    async with httpx.AsyncClient(base_url=url) as client:
+        response = await client.get(f"/orders/{reference}")
+        return "unknown" if response.status_code == NOT_FOUND else str(response.json()["status"])
+
+
+def report(console: Console, all_visits: list[Visit], traces: dict[str, list[Span]], order: str) -> None:
+    """Print a tree for each visit, then the counts."""
+    for number, visit in enumerate(all_visits, start=1):
+        heading = Text.assemble(
+            (f"{number}. {visit.method} {visit.path}  ", "bold cyan"),
+            f"the client {visit.what} ({visit.ended})",
+        )
+        console.print(Group(heading, trace_tree(traces[visit.trace_id], hung_up_at=visit.left_at)), "")
+
+    spans = [span for trace in traces.values() for span in trace if span.is_task]
+    cancelled = [span for span in spans if span.outcome == "cancelled"]
+    console.print(f"tasks: {len(spans)}, of these cancelled: {len(cancelled)}")
+    for visit in all_visits:
+        stopped = [span.end for span in traces[visit.trace_id] if span.cancel_reason == "client_disconnect"]
+        if visit.left_at is not None and stopped:
+            took = (max(stopped) - visit.left_at) * 1000
+            console.print(f"{visit.method} {visit.path}: last task ended {took:.1f} ms after the hang-up")
+    console.print(f"the order whose client hung up: {order}")
+
+
+def print_next_steps(console: Console, url: str, *, serve: bool) -> None:
+    """How to see the same in Jaeger, and where the service is while it stays."""
+    console.print(
+        "\nThe same in Jaeger: docker compose up, then http://localhost:16686; the service is on port 8000."
+        "\nThese very traces:  OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4318 make demo"
+    )
+    if serve:
+        console.print(
+            f"\nThe service stays at {url} until Ctrl-C. Try it, and hang up with Ctrl-C or -m:\n"
+            f"  curl '{url}/search/Lisbon'\n"
+            f"  curl -m 0.3 '{url}/search/Lisbon'\n"
+            f"  curl '{url}/debug/spans'"
+        )
+
+
+def save_svg(console: Console, path: Path) -> None:
+    """Write the picture, without the web font that rich refers to: a README's pictures load nothing."""
+    svg = console.export_svg(title="make demo", unique_id="demo")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL), encoding="utf-8")
+
+
+async def run(options: argparse.Namespace) -> None:
+    """Let SIGTERM end the demo as Ctrl-C does: through its `finally` blocks."""
+    this_task = asyncio.current_task()
+    assert this_task is not None
+    with contextlib.suppress(NotImplementedError):  # there are no signal handlers on Windows
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this_task.cancel)
+    await main(serve=options.serve, svg=options.svg, port=options.port)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--serve", action="store_true", help="keep the service running until Ctrl-C")
+    parser.add_argument("--svg", type=Path, help="save the picture to this file")
+    parser.add_argument("--port", type=int, default=0, help="the service's port (default: a free one)")
+    try:
+        asyncio.run(run(parser.parse_args()))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""End-to-end tests: real servers in processes of their own, real sockets."""

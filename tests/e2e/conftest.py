@@ -1,0 +1,42 @@
+"""The servers that the end-to-end tests share, and the check that each of them ends up clean."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from .servers import KINDS, Case, Kind, Pool, pool_in
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """The servers of this session."""
+    yield from pool_in(tmp_path_factory.mktemp("servers"))
+
+
+@pytest.fixture
+def key() -> str:
+    """A name for this test's request that no other has."""
+    return f"k{next(_numbers)}"
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Each kind of server in turn."""
+    found: Kind = request.param
+    return found
+
+
+@pytest.fixture
+def case(kind: Kind, pool: Pool, key: str) -> Iterator[Case]:
+    """A scenario on a shared server, which afterwards has logged nothing bad and holds no task."""
+    case = Case(pool.shared(kind), key)
+    yield case
+    case.release()
+    case.wait_until_settled()
+    if not case.complaints_expected:
+        assert case.server.complaints(case.log_start) == [], case.server.log(case.log_start)

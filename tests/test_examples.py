@@ -1,0 +1,382 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import http.server
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from rich.console import Console
+
+from examples import fastapi_app
+from examples.trace_tree import Span, trace_tree
+from otel_tasks.testing import FakeConnection
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from otel_tasks import TaskInfo
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "examples" / "demo.py"
+LINUX = Path("/proc/self/environ").exists()
+
+
+# --- the service ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def fresh_service() -> Iterator[None]:
+    """No spans, orders or remembered tasks from another test."""
+    fastapi_app.recent_spans.spans.clear()
+    fastapi_app.orders.clear()
+    fastapi_app.manager.cleanup_completed_tasks()
+    yield
+    fastapi_app.manager.cleanup_completed_tasks()
+
+
+def infos() -> dict[str, TaskInfo]:
+    """What became of the tasks, by the last part of their id: the name."""
+    return {info.name: info for info in fastapi_app.manager.get_all_task_info().values()}
+
+
+def get(path: str, query: str = "") -> FakeConnection:
+    """A request without a body."""
+    connection = FakeConnection(path=path)
+    connection.scope["query_string"] = query.encode()
+    return connection
+
+
+def post(path: str, body: dict[str, str]) -> FakeConnection:
+    """A request with a JSON body."""
+    return FakeConnection(
+        method="POST",
+        path=path,
+        headers={"content-type": "application/json"},
+        body=json.dumps(body).encode(),
+    )
+
+
+async def hang_up_after(seconds: float, connection: FakeConnection) -> None:
+    """Run the request, and let its client leave after that time."""
+    request = asyncio.create_task(connection.run(fastapi_app.app))
+    await asyncio.sleep(seconds)
+    connection.disconnect()
+    await request
+
+
+async def test_search_answers_with_what_came_when_a_supplier_fails() -> None:
+    """A failed supplier is named as missing; the others' offers are there, both hotel chains included."""
+    connection = get("/search/Lisbon", "fail=trains")
+    await connection.run(fastapi_app.app)
+    answer = json.loads(connection.body)
+    assert connection.status == 200
+    assert set(answer["offers"]) == {"flights", "hotels", "events"}
+    assert len(answer["offers"]["hotels"]) == 4
+    assert answer["missing"] == {"trains": "SupplierError('trains answered 503')"}
+
+
+async def test_search_does_not_wait_for_a_supplier_past_its_timeout() -> None:
+    """A supplier that is too slow runs into its own timeout and is left out."""
+    clock = asyncio.get_running_loop().time
+    started = clock()
+    connection = get("/search/Rome", "slow=events")
+    await connection.run(fastapi_app.app)
+    assert set(json.loads(connection.body)["missing"]) == {"events"}
+    assert clock() - started == pytest.approx(0.8)
+
+
+async def test_a_failing_hotel_chain_cancels_the_other_and_counts_as_one_failure() -> None:
+    """The nested group is scoped: one failed chain ends it as a whole, and the request goes on."""
+    connection = get("/search/Rome", "fail=harbour")
+    await connection.run(fastapi_app.app)
+    assert set(json.loads(connection.body)["missing"]) == {"hotels"}
+    cause = infos()["station"].cause
+    assert cause is not None
+    assert cause.kind == "sibling_failed"
+
+
+async def test_hanging_up_a_search_stops_everything_below_it() -> None:
+    """All tasks that are still running end as cancelled, because the client left."""
+    connection = get("/search/Oslo")
+    await hang_up_after(0.27, connection)
+    assert connection.status == 499
+    causes = {name: info.cause.kind for name, info in infos().items() if info.cause}
+    assert causes == dict.fromkeys(["flights", "hotels", "harbour", "station", "events"], "client_disconnect")
+    assert infos()["trains"].status == "completed"
+
+
+async def test_an_order_whose_client_hangs_up_is_paid_and_confirmed() -> None:
+    """The payment is not torn and its message is sent; only what served the response alone is cancelled."""
+    connection = post("/orders", {"reference": "a-1", "city": "Oslo"})
+    await hang_up_after(0.12, connection)
+    assert fastapi_app.orders == {"a-1": "paid"}
+    await fastapi_app.manager.join()
+    assert fastapi_app.orders == {"a-1": "confirmed"}
+    ended = infos()
+    assert ended["charge"].status == "completed"
+    assert ended["send_confirmation"].status == "completed"
+    assert ended["draw_map"].status == "cancelled"
+
+
+async def test_an_order_can_be_read_afterwards() -> None:
+    """A client that waits gets the order and its map, and can ask again by its reference."""
+    placed = post("/orders", {"reference": "a-2", "city": "Oslo"})
+    await placed.run(fastapi_app.app)
+    assert json.loads(placed.body) == {"reference": "a-2", "status": "paid", "map": "map of Oslo"}
+    read = get("/orders/a-2")
+    await read.run(fastapi_app.app)
+    assert json.loads(read.body)["status"] == "confirmed"
+    unknown = get("/orders/a-3")
+    await unknown.run(fastapi_app.app)
+    assert unknown.status == 404
+
+
+async def test_a_stream_ends_with_its_client() -> None:
+    """Lines come until the client leaves; then the task that waits for the next one is cancelled."""
+    connection = get("/departures/Oslo")
+    await hang_up_after(0.35, connection)
+    assert len(connection.body.splitlines()) == 3
+    ends = [span.attributes for span in fastapi_app.recent_spans.spans if span.name == "next_departure"]
+    outcomes = [end["otel_tasks.task.outcome"] for end in ends if end is not None]
+    assert outcomes == ["success", "success", "success", "cancelled"]
+
+
+async def test_a_websockets_tasks_end_with_it() -> None:
+    """Each city that the client names is watched by a task, until the client closes."""
+    connection = FakeConnection.websocket("/alerts")
+    connection.feed("Oslo")
+    connection.feed("Rome")
+    await hang_up_after(0.5, connection)
+    texts = [message["text"] for message in connection.sent if message["type"] == "websocket.send"]
+    assert {text.split(":")[0] for text in texts} == {"Oslo", "Rome"}
+    ended = fastapi_app.manager.get_all_task_info().values()
+    assert [(info.status, info.cause.kind) for info in ended if info.cause] == [
+        ("cancelled", "client_disconnect")
+    ] * 2
+
+
+@pytest.mark.real_clock
+async def test_a_thread_sees_that_the_client_has_left() -> None:
+    """A `def` endpoint cannot be cancelled, but stops at once because it reads the group's event."""
+    connection = get("/brochure/Oslo", "pages=100000")
+    async with asyncio.timeout(20.0):
+        await hang_up_after(0.2, connection)
+    assert connection.status in (499, None)
+
+
+async def test_the_services_spans_form_one_trace() -> None:
+    """A request's tasks are below its span, the nested group's below the group's."""
+    await hang_up_after(0.27, get("/search/Oslo"))
+    spans = {span.name: span for span in fastapi_app.recent_spans.spans}
+    assert (
+        set(spans)
+        == {
+            "GET /search/{city}",
+            "flights",
+            "hotels",
+            "trains",
+            "events",
+            "harbour",
+            "station",
+        }
+        or len(fastapi_app.recent_spans.spans) == 8
+    )
+    request = next(span for span in fastapi_app.recent_spans.spans if span.name == "GET /search/{city}")
+    assert len({span.context.trace_id for span in fastapi_app.recent_spans.spans if span.context}) == 1
+    assert request.attributes is not None
+    assert request.attributes["http.response.status_code"] == 499
+    assert request.attributes["otel_tasks.request.outcome"] == "client_disconnect"
+
+
+# --- the picture ---------------------------------------------------------------------------------------
+
+
+def span(name: str, start: float, end: float, parent: str | None = None, **attributes: Any) -> Span:
+    """A span whose id is its name."""
+    return Span("t", name, parent, name, start, end, {"otel_tasks.task.name": name} | attributes, "", None)
+
+
+def drawn(*spans: Span, **options: Any) -> list[str]:
+    """The lines of the picture."""
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(trace_tree(spans, **options))
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+def test_a_tree_is_drawn_with_children_below_parents() -> None:
+    """Children stand below their parent in the order of their start, and so do their bars."""
+    lines = drawn(span("late", 0.5, 1.0, "root"), span("root", 0.0, 1.0), span("early", 0.0, 0.5, "root"))
+    assert [line.split("  ")[0].strip() for line in lines[1:]] == ["root", "├─ early", "└─ late"]
+    assert [line.count("█") for line in lines[1:]] == [30, 15, 15]
+    assert lines[3].index("█") == lines[2].rindex("█") + 1
+
+
+def test_the_moment_of_the_hang_up_is_marked() -> None:
+    """The mark stands above the place in the bars at which the client left, on either side of its words."""
+    late = drawn(span("root", 0.0, 1.0), hung_up_at=0.5)[0]
+    early = drawn(span("root", 0.0, 1.0), hung_up_at=0.0)[0]
+    assert "client leaves ▼" in late
+    assert "▼ client leaves" in early
+    bar = drawn(span("root", 0.0, 1.0))[1].index("█")
+    assert late.index("▼") == bar + 15
+    assert early.index("▼") == bar
+
+
+def test_a_span_whose_parent_is_elsewhere_is_a_root() -> None:
+    """The client's own span is not in this process; its child is drawn all the same."""
+    assert drawn(span("request", 0.0, 1.0, "the client's"))[1].startswith(" request")
+
+
+# --- the demo ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """An environment that marks all processes of one test, and leads no spans elsewhere."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+    return kept | {"TEST_EXAMPLES_MARK": os.urandom(8).hex()}
+
+
+def marked_processes(environment: dict[str, str]) -> set[int]:
+    """The ids of the processes that a test has started, directly or not."""
+    mark = environment["TEST_EXAMPLES_MARK"].encode()
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark in path.read_bytes():
+                found.add(int(path.parent.name))
+    return found
+
+
+@pytest.mark.e2e
+def test_the_demo_shows_each_request_as_a_tree(tmp_path: Path, environment: dict[str, str]) -> None:
+    """The demo ends well, draws four trees with outcomes and causes, counts, and leaves no process."""
+    picture = tmp_path / "images" / "demo.svg"
+    done = subprocess.run(
+        [sys.executable, DEMO, "--svg", picture],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    first, second, third, fourth = re.split(r"^\d\. ", done.stdout, flags=re.MULTILINE)[1:]
+    assert re.search(r"trains .*error: trains answered 503", first)
+    assert re.search(r"GET /search/\{city\} .* 200", first)
+    assert re.search(r"GET /search/\{city\} .* 499 client_disconnect \(tasks cancelled: \d\)", second)
+    for name in ("flights", "hotels", "station", "events"):
+        assert re.search(rf"─ {name} .* cancelled: client_disconnect <- GET /search", second), name
+    assert "client leaves ▼" in second
+    assert re.search(r"events .* timeout", third)
+    assert re.search(r"draw_map .* cancelled: client_disconnect", fourth)
+    assert re.search(r"charge .* success", fourth)
+    assert re.search(r"send_confirmation .* success", fourth)
+    assert "the order whose client hung up: confirmed" in done.stdout
+    took = re.findall(r"last task ended ([\d.]+) ms after the hang-up", done.stdout)
+    assert len(took) == 2
+    assert "http://localhost:16686" in done.stdout
+    assert picture.read_text().startswith("<svg")
+    assert marked_processes(environment) == set()
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(not LINUX, reason="looks for the service's process in /proc")
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
+def test_a_serving_demo_ends_its_service_when_interrupted(
+    ended_by: signal.Signals, environment: dict[str, str]
+) -> None:
+    """With --serve the service stays and answers, until Ctrl-C or SIGTERM ends both."""
+    demo = subprocess.Popen(
+        [sys.executable, DEMO, "--serve"], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert demo.stdout is not None
+        while line := demo.stdout.readline():
+            if "The service stays at http://127.0.0.1:" in line:
+                break
+        assert len(marked_processes(environment)) == 2
+        demo.send_signal(ended_by)
+        assert demo.wait(timeout=20) == 130
+    finally:
+        demo.kill()
+        demo.communicate()
+    assert marked_processes(environment) == set()
+
+
+@pytest.mark.e2e
+def test_a_demo_whose_service_does_not_start_says_why(environment: dict[str, str]) -> None:
+    """The service's own words are shown and the demo fails; it does not wait for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = subprocess.run(
+            [sys.executable, DEMO, "--port", str(taken.getsockname()[1])],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert "the service did not start" in done.stderr
+    assert "address already in use" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert marked_processes(environment) == set()
+
+
+@pytest.mark.e2e
+def test_the_demos_spans_reach_a_collector(environment: dict[str, str]) -> None:
+    """With an OTLP endpoint all spans are sent, the last ones when the service stops."""
+    with collector() as (endpoint, names):
+        done = subprocess.run(
+            [sys.executable, DEMO],
+            env=environment | {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 0, done.stderr
+    assert names["GET /search/{city}"] == 3
+    assert names["hotels"] == 6
+    assert names["POST /orders"] == names["send_confirmation"] == 1
+
+
+@contextlib.contextmanager
+def collector() -> Iterator[tuple[str, Counter[str]]]:
+    """An OTLP/HTTP receiver: where it listens, and how many spans of which name have come."""
+    names: Counter[str] = Counter()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            if self.headers["content-encoding"] == "gzip":
+                body = gzip.decompress(body)
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                names.update(span.name for scope in resource.scope_spans for span in scope.spans)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", names
+        finally:
+            server.shutdown()
+            thread.join()

@@ -1,0 +1,593 @@
+"""TaskGroup: names and conflicts, nesting by dots, cancelling what is below, the current group."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from otel_tasks import (
+    CancelCause,
+    CancelKind,
+    GroupClosedError,
+    TaskExistsError,
+    TaskGroup,
+    TaskManager,
+    TaskStatus,
+    create_task,
+    current_cancel_event,
+    current_group,
+    current_task,
+    global_task_manager,
+)
+from otel_tasks.testing import SpanRecorder
+from tests.helpers import fail, give, ignore_cancels, now, rest, settle
+
+if TYPE_CHECKING:
+    from otel_tasks._group import OnConflict
+
+DISCONNECT = CancelCause(CancelKind.CLIENT_DISCONNECT, "gone")
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+async def test_name_is_made_from_the_functions_name() -> None:
+    """Without a name a task is called after its function, with a number."""
+    manager = TaskManager()
+    assert [manager.create_task(give(n)).name for n in range(2)] == ["give-1", "give-2"]
+    await manager.join()
+
+
+async def test_made_name_avoids_a_given_one() -> None:
+    """A made name that somebody has given already is passed over."""
+    manager = TaskManager()
+    manager.create_task(give(0), name="give-1")
+    assert manager.create_task(give(1)).name == "give-2"
+    await manager.join()
+
+
+async def test_names_are_unique_among_all_labelled_groups() -> None:
+    """A name is taken for the whole manager, whatever the labelled group."""
+    manager = TaskManager()
+    manager.create_task(rest(), name="a", group="one")
+    with pytest.raises(TaskExistsError):
+        manager.create_task(rest(), name="a", group="two", on_conflict="error")
+    await manager.shutdown(0)
+
+
+async def test_scoped_group_has_names_of_its_own() -> None:
+    """In a scoped group a name is unique among its own tasks, and its id has the group's before it."""
+    manager = TaskManager()
+    outside = manager.create_task(give(1), name="a")
+    async with manager.group("load") as group:
+        inside = group.create_task(give(2), name="a", on_conflict="error")
+        assert (outside.id, inside.id) == ("a", f"{group.id}/a")
+        assert group.id.startswith("load#")
+
+
+async def test_name_is_free_again_after_the_end() -> None:
+    """Only live tasks hold their names; one that is done does not, even before its callbacks have run."""
+    manager = TaskManager()
+    manager.create_task(give(1), name="a")
+    await asyncio.sleep(0)
+    second = manager.create_task(give(2), name="a", on_conflict="error")
+    assert await second == 2
+    assert second.name == "a"
+    assert manager.stats().completed == 2
+
+
+async def test_conflict_error_names_the_task_and_the_mends() -> None:
+    """on_conflict="error" refuses, closes the coroutine, and leaves the live one alone."""
+    manager = TaskManager()
+    first = manager.create_task(rest(), name="mail", group="outbox")
+    with pytest.raises(
+        TaskExistsError,
+        match=r"^cannot create task 'mail': one of that name is pending in group 'outbox'; wait for it, "
+        r'choose another name, or pass on_conflict="suffix", "return" or "replace"$',
+    ):
+        manager.create_task(rest(), name="mail", on_conflict="error")
+    assert manager.get_task("mail") is first
+    assert first.cancelling() == 0
+    await manager.shutdown(0)
+
+
+async def test_conflict_suffix_makes_another_name() -> None:
+    """on_conflict="suffix", create_task's own, makes fetch-2, and then numbers that are free."""
+    manager = TaskManager()
+    names = [manager.create_task(rest(), name="fetch").name for _ in range(3)]
+    assert names[:2] == ["fetch", "fetch-2"]
+    assert len(set(names)) == 3
+    await manager.shutdown(0)
+
+
+async def test_conflict_return_gives_the_live_task() -> None:
+    """on_conflict="return" gives the live one and closes the coroutine."""
+    manager = TaskManager()
+    first = manager.create_task(rest(), name="a")
+    assert manager.create_task(rest(), name="a", on_conflict="return") is first
+    assert manager.stats().created == 1
+    await manager.shutdown(0)
+    gc.collect()
+
+
+async def test_conflict_replace_waits_for_the_old_ones_end() -> None:
+    """on_conflict="replace" cancels the old one, which has ended before the new one's first step."""
+    manager = TaskManager()
+    order: list[str] = []
+
+    async def tidy() -> None:
+        try:
+            await rest()
+        finally:
+            await asyncio.sleep(3)
+            order.append("old ended")
+
+    async def work() -> None:
+        order.append("new began")
+
+    old = manager.create_task(tidy(), name="a")
+    await settle()
+    new = manager.create_task(work(), name="a", on_conflict="replace")
+    assert manager.get_task("a") is new
+    assert new.status is TaskStatus.PENDING
+    await asyncio.sleep(1)
+    assert new.status is TaskStatus.PENDING
+    await new
+    assert order == ["old ended", "new began"]
+    assert old.cause is not None
+    assert (old.cause.kind, old.cause.message) == (CancelKind.REPLACED, "replaced by a new task 'a'")
+    assert new.cause is None
+
+
+async def test_replaced_replacement_still_waits_for_the_first() -> None:
+    """A third task waits for the first one too, although the second has never begun."""
+    manager = TaskManager()
+    first = manager.create_task(ignore_cancels(50), name="a")
+    await settle()
+    second = manager.create_task(rest(), name="a", on_conflict="replace")
+    await settle()
+
+    async def look() -> bool:
+        return first.done()
+
+    assert await manager.create_task(look(), name="a", on_conflict="replace") is True
+    assert second.status is TaskStatus.CANCELLED
+    assert second.info().started_at is None
+
+
+async def test_replacing_task_can_be_cancelled_while_it_waits() -> None:
+    """A replacement that is cancelled before its turn runs none of its code."""
+    manager = TaskManager()
+    first = manager.create_task(ignore_cancels(5), name="a")
+    await settle()
+    second = manager.create_task(rest(), name="a", on_conflict="replace")
+    await settle()
+    second.cancel()
+    await asyncio.wait([second])
+    assert second.status is TaskStatus.CANCELLED
+    assert second.info().started_at is None
+    await first
+    gc.collect()
+
+
+async def test_timeout_of_a_replacement_counts_from_its_creation() -> None:
+    """Waiting for the old one is part of a replacement's time."""
+    manager = TaskManager()
+    first = manager.create_task(ignore_cancels(5), name="a")
+    await settle()
+    start = now()
+    with pytest.raises(TimeoutError):
+        await manager.create_task(rest(), name="a", on_conflict="replace", timeout=2)
+    assert now() - start == 2
+    await first
+    gc.collect()
+
+
+async def test_refused_replacement_leaves_the_old_one_alone() -> None:
+    """Arguments are checked before anything is cancelled."""
+    manager = TaskManager()
+    old = manager.create_task(rest(), name="a")
+    with pytest.raises(ValueError, match="timeout"):
+        manager.create_task(rest(), name="a", on_conflict="replace", timeout=-1)
+    assert old.cancelling() == 0
+    assert manager.get_task("a") is old
+    await manager.shutdown(0)
+
+
+@pytest.mark.parametrize("on_conflict", ["suffix", "error", "return", "replace"])
+async def test_conflict_with_a_task_that_is_just_done_is_none(on_conflict: OnConflict) -> None:
+    """A task that is done, its callbacks still to come, is in nobody's way."""
+    manager = TaskManager()
+    old = manager.create_task(give("old"), name="a")
+    await asyncio.sleep(0)
+    assert old.done()
+    new = manager.create_task(give("new"), name="a", on_conflict=on_conflict)
+    assert await new == "new"
+    assert new.name == "a"
+    await settle()
+    assert manager.stats()[:3] == (2, 0, 2)
+    assert not manager._root.tasks
+
+
+# -- labelled groups --------------------------------------------------------------------------------
+
+
+async def test_labelled_group_is_made_on_first_use_and_kept_while_used() -> None:
+    """The same name is the same group for as long as somebody uses it."""
+    manager = TaskManager()
+    task = manager.create_task(rest(), group="ingest")
+    group = manager.get_group("ingest")
+    assert task.group is group
+    assert (group.name, group.id, group.scoped) == ("ingest", "ingest", False)
+    assert group.tasks == (task,)
+    assert manager.get_group("root") is group.parent
+    await manager.shutdown(0)
+
+
+async def test_groups_nest_by_dots() -> None:
+    """A group "a.b.c" is below "a.b", which is below "a"."""
+    manager = TaskManager()
+    group = manager.get_group("a.b.c")
+    above: list[str] = []
+    while group.parent is not None:
+        group = group.parent
+        above.append(group.name)
+    assert above == ["a.b", "a", "root"]
+
+
+async def test_emptied_labelled_group_costs_nothing() -> None:
+    """With its last task a labelled group leaves the tree and is freed."""
+    manager = TaskManager()
+    group = weakref.ref(manager.get_group("a.b"))
+    await manager.create_task(give(1), group="a.b")
+    await settle()
+    gc.collect()
+    assert group() is None
+    assert not manager._ledger.labels
+    assert not manager._root._children
+
+
+async def test_failure_in_a_labelled_group_is_its_tasks_own() -> None:
+    """Siblings of a failed task in a labelled group go on."""
+    manager = TaskManager()
+    sibling = manager.create_task(asyncio.sleep(1, "fine"), group="g")
+    with pytest.raises(ValueError, match="no"):
+        await manager.create_task(fail(ValueError("no")), group="g")
+    assert await sibling == "fine"
+
+
+async def test_cancelling_a_group_reaches_what_is_below_and_nothing_else() -> None:
+    """Cancelling "ingest" cancels "ingest.fetch" and scoped groups below it; the rest goes on."""
+    manager = TaskManager()
+    inside = [manager.create_task(rest(), group=name) for name in ("ingest", "ingest.fetch", "ingest.a.b")]
+    outside = [manager.create_task(rest(), group=name) for name in ("ingestion", "other", None)]
+    await settle()
+    manager.get_group("ingest").cancel("enough")
+    assert [task.cause and task.cause.message for task in inside] == ["enough"] * 3
+    assert [task.cause for task in outside] == [None] * 3
+    await asyncio.wait(inside)
+    assert all(task.cancelled() for task in inside)
+    await manager.shutdown(0)
+
+
+async def test_group_cancels_newest_first() -> None:
+    """An older task may own what a newer one uses: the newest is cancelled first."""
+    manager = TaskManager()
+    order: list[int] = []
+
+    async def work(number: int) -> None:
+        try:
+            await rest()
+        finally:
+            order.append(number)
+
+    for number in range(3):
+        manager.create_task(work(number), group="g")
+    await settle()
+    manager.get_group("g").cancel()
+    await manager.join()
+    assert order == [2, 1, 0]
+
+
+async def test_cancelled_labelled_group_has_a_fresh_event() -> None:
+    """A labelled group stays usable: new tasks see an event that is not set."""
+    manager = TaskManager()
+    task = manager.create_task(rest(), group="g")
+    group = manager.get_group("g")
+    event = group.cancel_event
+    group.cancel("enough")
+    assert event.is_set()
+    assert event.cause is not None
+    assert event.cause.message == "enough"
+    assert not group.cancel_event.is_set()
+    await asyncio.wait([task])
+    assert await group.create_task(give(1)) == 1
+
+
+async def test_empty_groups_below_have_fresh_events_too() -> None:
+    """A group that is empty while one above it is cancelled is usable afterwards."""
+    manager = TaskManager()
+    below, deeper = manager.get_group("a.b"), manager.get_group("a.b.c")
+    events = [below.cancel_event, deeper.cancel_event]
+    manager.get_group("a").cancel()
+    assert all(event.is_set() for event in events)
+    assert not deeper.cancel_event.is_set()
+    assert not below.cancel_event.is_set()
+    assert deeper.cancel_event.parent is below.cancel_event
+
+
+async def test_held_event_keeps_its_group_connected() -> None:
+    """Whoever holds the event of an empty labelled group is told when that group is cancelled later."""
+    manager = TaskManager()
+    event = manager.get_group("g").cancel_event
+    gc.collect()
+    manager.get_group("g").cancel()
+    assert event.is_set()
+
+
+async def test_task_of_a_cancelled_group_that_awaits_another_is_asked_once() -> None:
+    """A cancellation that arrives through an awaited task of the same group counts as the group's."""
+    manager = TaskManager()
+    inner = manager.create_task(rest(), group="g")
+
+    async def outer() -> None:
+        await inner
+
+    task = manager.create_task(outer(), group="g")
+    await settle()
+    manager.get_group("g").cancel("enough")
+    assert (task.cancelling(), inner.cancelling()) == (1, 1)
+    assert inner.cause is task.cause
+    await asyncio.wait([task, inner])
+
+
+async def test_join_waits_for_all_that_is_below() -> None:
+    """join() of a group returns when nothing is live in it and below it."""
+    manager = TaskManager()
+    manager.create_task(asyncio.sleep(2), group="a")
+    manager.create_task(asyncio.sleep(5), group="a.b")
+    manager.create_task(asyncio.sleep(9), group="c")
+    start = now()
+    await manager.get_group("a").join()
+    assert now() - start == 5
+    await manager.join()
+
+
+async def test_join_waits_for_tasks_created_meanwhile() -> None:
+    """A task that starts another one while somebody joins is waited for with it."""
+    manager = TaskManager()
+    group = manager.get_group("g")
+
+    async def parent() -> None:
+        await asyncio.sleep(1)
+        group.create_task(asyncio.sleep(3))
+
+    group.create_task(parent())
+    start = now()
+    await group.join()
+    assert now() - start == 4
+
+
+async def test_join_of_a_task_that_is_just_done_returns() -> None:
+    """A task whose callbacks have still to run does not keep join() busy."""
+    manager = TaskManager()
+    task = manager.create_task(give(1))
+    await asyncio.sleep(0)
+    assert task.done()
+    await manager.join()
+    assert manager.stats().live == 0
+
+
+async def test_task_that_joins_its_own_group_does_not_wait_for_itself() -> None:
+    """The calling task is left out of a join."""
+    manager = TaskManager()
+    manager.create_task(asyncio.sleep(2), group="g")
+    await manager.create_task(manager.get_group("g").join(), group="g")
+    assert manager.stats().live == 0
+
+
+async def test_labelled_group_cannot_be_entered() -> None:
+    """A labelled group is open already; the message shows what can be entered."""
+    with pytest.raises(
+        RuntimeError,
+        match=r"^group 'mail' is open already and cannot be entered: "
+        r'async with manager\.group\("name"\) makes one that can$',
+    ):
+        async with TaskManager().get_group("mail"):
+            raise AssertionError("unreachable")
+
+
+async def test_repr_says_what_a_group_is_doing() -> None:
+    """The repr shows id, state and number of live tasks."""
+    manager = TaskManager()
+    manager.create_task(rest(), group="g")
+    assert repr(manager.get_group("g")) == "<TaskGroup 'g' is open, 1 live tasks>"
+    assert repr(TaskGroup("load")) == "<TaskGroup 'load' has not been entered, 0 live tasks>"
+    manager.get_group("g")._announce(DISCONNECT)
+    assert repr(manager.get_group("g")) == "<TaskGroup 'g' is being cancelled, 1 live tasks>"
+    await manager.shutdown(0)
+
+
+# -- groups without a block: a request's ---------------------------------------------------------------
+
+
+async def test_request_group_is_named_late_and_found_by_its_number() -> None:
+    """A request's group gets its route's name later; it is found and removed all the same."""
+    manager = TaskManager()
+    name = ["GET"]
+    group = manager._open_group(lambda: name[0], binding=None, host=None, span=False)
+    early = group.id
+    name[0] = "GET /orders/{id}"
+    task = group.create_task(rest(), name="work")
+    assert group.id == f"GET /orders/{{id}}#{early.partition('#')[2]}"
+    assert manager.get_task(f"{group.id}/work") is task
+    group.cancel()
+    await asyncio.wait([task])
+    await settle()
+    group._seal()
+    assert not manager._ledger.scopes
+    assert not manager._root._children
+
+
+async def test_sealed_request_group_takes_no_more_and_leaves_when_empty() -> None:
+    """A sealed group refuses new tasks and leaves the tree with its last one."""
+    manager = TaskManager()
+    binding = manager.get_group("root")
+    group = manager._open_group("GET /orders", binding=binding, host=None, span=False)
+    task = group.create_task(rest())
+    group._seal(DISCONNECT)
+    with pytest.raises(
+        GroupClosedError,
+        match=rf"^cannot create task 'send_mail': group '{group.id}' is closed \(client_disconnect\); "
+        r"work that outlives the request belongs in manager\.create_task\(\.\.\., group=\.\.\.\)$",
+    ):
+        group.create_task(rest(), name="send_mail")
+    assert manager._ledger.scopes
+    task.cancel()
+    await asyncio.wait([task])
+    await settle()
+    assert not manager._ledger.scopes
+
+
+async def test_sealed_group_without_a_cause_is_finished() -> None:
+    """A group that was sealed because its request ended says so; sealing twice changes nothing."""
+    group = TaskManager()._open_group("GET", binding=None, host=None, span=False)
+    group._seal()
+    group._seal(DISCONNECT)
+    with pytest.raises(GroupClosedError, match="is finished; work that outlives the block belongs in"):
+        group.create_task(rest())
+
+
+async def test_request_group_has_a_span_if_asked_for(spans: SpanRecorder) -> None:
+    """span=True gives a request's group a span that its tasks are children of."""
+    manager = TaskManager(tracer_provider=spans.provider)
+    group = manager._open_group("GET /orders", binding=None, host=None, span=True)
+    await group.create_task(give(1), name="work")
+    await settle()
+    group._seal()
+    assert [span.name for span in spans.children(spans.span("GET /orders"))] == ["work"]
+
+
+async def test_cancel_spares_who_it_is_told_to_spare() -> None:
+    """The caller that is going to wait, or a task that has the message already, is left alone."""
+    manager = TaskManager()
+    spared, other = manager.create_task(rest(), group="g"), manager.create_task(rest(), group="g")
+    assert manager.get_group("g")._cancel_tasks(DISCONNECT, spared=[spared]) == 1
+    assert spared.cancelling() == 0
+    assert other.cause is DISCONNECT
+    await manager.shutdown(0)
+
+
+# -- the current group ------------------------------------------------------------------------------------
+
+
+async def test_create_task_joins_the_enclosing_tasks_group() -> None:
+    """create_task() in a managed task creates in that task's group."""
+    manager = TaskManager()
+
+    async def parent() -> list[Any]:
+        child = create_task(give(1))
+        task = current_task()
+        return [task and task.name, current_group(), child.group, current_cancel_event(), await child]
+
+    group = manager.get_group("g")
+    found = await group.create_task(parent(), name="parent")
+    assert found == ["parent", group, group, group.cancel_event, 1]
+
+
+async def test_outside_of_all_tasks_the_current_group_is_the_global_root() -> None:
+    """Where nothing else says so, a task belongs to the global manager."""
+    assert current_task() is None
+    assert current_group() is global_task_manager.get_group("root")
+    task = create_task(give(1))
+    assert task.group is current_group()
+    assert await task == 1
+
+
+def test_current_things_can_be_asked_for_without_a_loop() -> None:
+    """Outside of a loop there is no current task, and the current group is the global root."""
+    assert current_task() is None
+    assert current_group() is global_task_manager.get_group("root")
+    assert not current_cancel_event().is_set()
+
+
+async def test_binding_in_the_context_beats_the_current_task() -> None:
+    """A request's handler has its group by context; a task started from it elsewhere has its own group."""
+    manager = TaskManager()
+    from otel_tasks._group import _bound
+
+    bound = manager.get_group("request")
+    token = _bound.set(bound)
+    try:
+        assert current_group() is bound
+
+        async def look() -> TaskGroup:
+            return current_group()
+
+        assert await create_task(look()) is bound
+        assert await manager.create_task(look(), group="outbox") is manager.get_group("outbox")
+        plain = asyncio.create_task(look())
+        assert await plain is bound
+    finally:
+        _bound.reset(token)
+
+
+async def test_create_task_closes_the_coroutine_where_the_binding_refuses() -> None:
+    """Whatever stands for the current group may refuse; the coroutine is closed then."""
+    from otel_tasks._group import _bound
+
+    class Refusing:
+        @property
+        def task_group(self) -> TaskGroup:
+            raise LookupError("no request")
+
+    token = _bound.set(Refusing())
+    try:
+        with pytest.raises(LookupError):
+            create_task(rest())
+    finally:
+        _bound.reset(token)
+    gc.collect()
+
+
+async def test_task_runs_in_the_context_it_is_given() -> None:
+    """context= is where a task runs; without tracing it is not copied."""
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="")
+    context = contextvars.copy_context()
+
+    async def work() -> None:
+        variable.set("changed")
+
+    await TaskManager().create_task(work(), context=context)
+    assert context[variable] == "changed"
+    assert variable.get() == ""
+
+
+async def test_given_context_is_copied_for_a_span(spans: SpanRecorder) -> None:
+    """With tracing the user's own context object is left alone."""
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="")
+    context = contextvars.copy_context()
+    before = list(context.items())
+
+    async def work() -> None:
+        variable.set("changed")
+
+    await TaskManager(tracer_provider=spans.provider).create_task(work(), context=context)
+    assert list(context.items()) == before
+
+
+async def test_detached_task_begins_a_new_trace(spans: SpanRecorder) -> None:
+    """detached=True links to the creator's span instead of being its child."""
+    manager = TaskManager(tracer_provider=spans.provider)
+    with spans.provider.get_tracer("test").start_as_current_span("creator") as creator:
+        await manager.create_task(give(1), name="child")
+        await manager.create_task(give(1), name="loose", detached=True)
+    assert [span.name for span in spans.children(spans.span("creator"))] == ["child"]
+    loose = spans.span("loose")
+    assert loose.parent is None
+    assert [link.context for link in loose.links] == [creator.get_span_context()]

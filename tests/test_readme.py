@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS: list[str] = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+
+# Appended to a block that makes an `app`: asks it as a client would.
+ASK_THE_APP = """
+async def ask_the_app():
+    import httpx
+
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        for path in {paths!r}:
+            response = await client.get(path)
+            print(response.status_code, response.text)
+
+
+import asyncio
+
+asyncio.run(ask_the_app())
+"""
+
+
+def run_block(code: str) -> str:
+    """Run it in an interpreter of its own (a block may set the global tracer provider)."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def block(words: str) -> str:
+    """The one Python block that contains these words."""
+    (found,) = [code for code in BLOCKS if words in code]
+    return found
+
+
+def test_the_blocks_are_found() -> None:
+    """All five Python blocks of the README are seen by this module."""
+    assert len(BLOCKS) == 5
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=lambda code: code.strip().splitlines()[-1][:40])
+def test_every_block_runs(code: str) -> None:
+    """Each Python block runs by itself, without a warning and without a word on stderr."""
+    run_block(code)
+
+
+def test_the_fastapi_block_answers() -> None:
+    """The middleware's example serves the request it shows."""
+    printed = run_block(block("async def report") + ASK_THE_APP.format(paths=["/report/7"]))
+    assert printed.strip() == '200 {"prices":"prices: 3 offers","stock":"stock: 3 offers"}'
+
+
+def test_the_block_with_contrib_telemetry_answers() -> None:
+    """The order of middleware that the README tells can be served."""
+    printed = run_block(block("OpenTelemetryMiddleware)") + ASK_THE_APP.format(paths=["/openapi.json"]))
+    assert printed.startswith("200 ")
+
+
+def test_the_library_block_prints_what_its_comments_say() -> None:
+    """What stands beside each print is what it prints."""
+    code = block('TaskManager("crawler")')
+    promised = re.findall(r"print\(.*\) +# (.*)", code)
+    assert run_block(code).splitlines() == promised
+
+
+def test_the_decorator_block_prints_the_tasks_name() -> None:
+    """The decorated function runs as a task that is named after it."""
+    assert re.fullmatch(r"resize\S* to 640\n", run_block(block("@managed_task")))
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
+def test_links_to_files_lead_somewhere(target: str) -> None:
+    """Every relative link and picture of the README is in the repository."""
+    assert (ROOT / target).exists()

@@ -1,0 +1,201 @@
+"""Uses of the public interface, with the types that a checker must find for them.
+
+Read by mypy and pyright in `tests/test_typing.py`; never run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any, Literal, assert_type
+
+from otel_tasks import (
+    CancelCause,
+    CancelEvent,
+    CancelKind,
+    ManagedTask,
+    ShutdownReport,
+    TaskGroup,
+    TaskInfo,
+    TaskManager,
+    TaskPriority,
+    TaskStats,
+    TaskStatus,
+    cancel_all_tasks,
+    cancel_group,
+    create_task,
+    current_cancel_event,
+    current_group,
+    current_task,
+    get_all_task_info,
+    global_task_manager,
+    managed_task,
+    start_task,
+    wait_for_task,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+async def count(first: int, *, step: int = 1) -> int:
+    """A coroutine function with arguments."""
+    return first + step
+
+
+async def nothing() -> None:
+    """A coroutine function without."""
+
+
+async def creating(manager: TaskManager) -> None:
+    """A task has the type of what its coroutine returns."""
+    assert_type(create_task(count(1)), ManagedTask[int])
+    assert_type(await create_task(count(1)), int)
+    assert_type(create_task(nothing(), name="n", priority=TaskPriority.HIGH), ManagedTask[None])
+    assert_type(manager.create_task(count(1), group="a.b", timeout=1), ManagedTask[int])
+    assert_type(manager.create_task(count(1), group=manager.get_group("a")), ManagedTask[int])
+    assert_type(
+        manager.create_task(
+            count(1),
+            name="n",
+            timeout=1.5,
+            metadata={"order": 1},
+            on_conflict="replace",
+            detached=True,
+            context=copy_context(),
+        ).result(),
+        int,
+    )
+
+
+async def starting(manager: TaskManager) -> None:
+    """start_task takes a factory, a coroutine function or a coroutine."""
+    assert_type(await manager.start_task("n", lambda: count(1)), ManagedTask[int])
+    assert_type(await manager.start_task("n", nothing), ManagedTask[None])
+    assert_type(await manager.start_task("n", count(1), cancel_existing=True), ManagedTask[int])
+    assert_type(await start_task("n", nothing, on_conflict="return"), ManagedTask[None])
+
+
+async def grouping(manager: TaskManager) -> None:
+    """A scoped group is its own context manager."""
+    async with manager.group("load", on_error="isolate", timeout=5, span=True) as group:
+        assert_type(group, TaskGroup)
+        assert_type(group.create_task(count(1)), ManagedTask[int])
+        async with group.group("nested") as nested:
+            assert_type(nested, TaskGroup)
+    async with TaskGroup() as plain, TaskGroup("named", manager=manager):
+        assert_type(await plain.create_task(count(1)), int)
+    assert_type(group.tasks, tuple[ManagedTask[Any], ...])
+    assert_type(group.cancel_event, CancelEvent)
+    assert_type(group.parent, TaskGroup | None)
+    assert_type(await group.join(), None)
+
+
+async def managing() -> None:
+    """A manager is its own context manager too."""
+    async with TaskManager("shop", history=10) as manager:
+        assert_type(manager, TaskManager)
+    assert_type(global_task_manager, TaskManager)
+    assert_type(await manager.shutdown(grace=1, timeout=None), ShutdownReport)
+    assert_type(await manager.cancel_task("n", "why"), bool)
+    assert_type(await manager.cancel_group("g", "why", grace=1, timeout=None), int)
+    assert_type(await cancel_group("g"), int)
+    assert_type(await cancel_all_tasks(), int)
+    assert_type(await wait_for_task("n", timeout=1), Any)
+    assert_type(manager.get_task("n"), ManagedTask[Any])
+    assert_type(manager.get_task_info("n"), TaskInfo | None)
+    assert_type(get_all_task_info(), dict[str, TaskInfo])
+    assert_type(manager.get_group_tasks("g"), dict[str, TaskInfo])
+    assert_type(manager.stats(), TaskStats)
+    assert_type(manager.stats().live, int)
+
+
+def looking(task: ManagedTask[int], info: TaskInfo) -> None:
+    """What a task and its snapshot say."""
+    assert_type(task.id, str)
+    assert_type(task.group, TaskGroup)
+    assert_type(task.priority, TaskPriority)
+    assert_type(task.status, TaskStatus)
+    assert_type(task.status.is_final, bool)
+    assert_type(task.cause, CancelCause | None)
+    assert_type(task.metadata, dict[str, Any])
+    assert_type(task.trace_id, str | None)
+    assert_type(task.info(), TaskInfo)
+    assert_type(task.cancel("why"), bool)
+    assert_type(info.status, TaskStatus)
+    assert_type(info.duration, float | None)
+    assert_type(info.cause, CancelCause | None)
+    assert_type(info.to_dict(), dict[str, Any])
+    if info.cause is not None:
+        assert_type(info.cause.kind, CancelKind)
+
+
+def current() -> None:
+    """What is current may be nothing, the group aside."""
+    assert_type(current_task(), ManagedTask[Any] | None)
+    assert_type(current_group(), TaskGroup)
+    assert_type(current_cancel_event(), CancelEvent)
+
+
+async def mixing() -> None:
+    """A managed task goes wherever an asyncio task goes."""
+    task = create_task(count(1))
+    plain: asyncio.Task[int] = task
+    assert_type(await asyncio.wait_for(task, 1), int)
+    assert_type(await asyncio.gather(task, create_task(nothing())), tuple[int, None])
+    task.add_done_callback(lambda done: print(done.result() + 1))
+    await asyncio.wait([task, plain])
+
+
+@managed_task
+async def bare(first: int, *, step: int = 1) -> str:
+    """Decorated without parentheses."""
+    return str(first + step)
+
+
+@managed_task(name="n", group="g", priority=TaskPriority.LOW, timeout=1, manager=global_task_manager)
+async def called(first: int, *rest: str) -> bytes:
+    """Decorated with options."""
+    return first.to_bytes()
+
+
+class Shop:
+    """The decorator on methods."""
+
+    @managed_task
+    async def sell(self, item: str, *, price: float) -> int:
+        """Decorated without parentheses."""
+        return round(price) + len(item)
+
+    @managed_task(group="shop", record=lambda shop, item: {"item": item})
+    async def buy(self, item: str) -> list[str]:
+        """Decorated with options."""
+        return [item]
+
+
+async def decorated(shop: Shop) -> None:
+    """Arguments and results keep their types, ``self`` is bound."""
+    assert_type(await bare(1, step=2), str)
+    assert_type(bare.start(1), ManagedTask[str])
+    assert_type(await called(1, "a", "b"), bytes)
+    assert_type(called.start(1, "a"), ManagedTask[bytes])
+    assert_type(await shop.sell("tea", price=1.0), int)
+    assert_type(shop.sell.start("tea", price=1.0), ManagedTask[int])
+    assert_type(await shop.buy("tea"), list[str])
+    assert_type(shop.buy.start(item="tea"), ManagedTask[list[str]])
+    assert_type(await Shop.buy(shop, "tea"), list[str])
+
+
+def listening(manager: TaskManager) -> None:
+    """Listeners and error handlers."""
+
+    def told(event: Literal["created", "cancelling", "ended"], info: TaskInfo) -> None:
+        print(event, info.id)
+
+    def failed(info: TaskInfo, error: BaseException) -> None:
+        print(info.id, error)
+
+    manager.add_listener(told)
+    TaskManager(on_error=failed)
+    recorder: Callable[..., Mapping[str, Any]] = dict
+    assert_type(managed_task(record=recorder)(count).start(1, step=2), ManagedTask[int])

@@ -1,0 +1,56 @@
+"""Wrong uses of the public interface, each of which a checker must refuse.
+
+A comment that ignores nothing is an error (mypy: warn_unused_ignores; pyright: below), so each of
+them says that the line is refused. Read by mypy and pyright in `tests/test_typing.py`; never run.
+"""
+
+# pyright: reportUnnecessaryTypeIgnoreComment=error
+
+from __future__ import annotations
+
+from otel_tasks import CancelEvent, TaskGroup, TaskInfo, TaskManager, TaskStatus, create_task, managed_task
+
+
+async def count(first: int) -> int:
+    """A coroutine function."""
+    return first
+
+
+def plain() -> int:
+    """No coroutine function."""
+    return 1
+
+
+async def refused(manager: TaskManager, group: TaskGroup, info: TaskInfo, event: CancelEvent) -> None:
+    """One mistake a line."""
+    create_task(count)  # type: ignore[arg-type]  # the function, not its coroutine
+    create_task(plain())  # type: ignore[arg-type]  # no coroutine
+    create_task(count(1), "name")  # type: ignore[call-arg]  # options are keyword-only
+    create_task(count(1), nmae="n")  # type: ignore[call-arg]  # misspelt
+    create_task(count(1), priority="high")  # type: ignore[arg-type]  # a TaskPriority
+    create_task(count(1), timeout="1s")  # type: ignore[arg-type]  # seconds
+    create_task(count(1), on_conflict="ignore")  # type: ignore[arg-type]  # no such choice
+    group.create_task(count)  # type: ignore[arg-type]  # the function, not its coroutine
+    manager.create_task(count(1), group=17)  # type: ignore[arg-type]  # a name or a group
+    await manager.start_task("n", plain)  # type: ignore[arg-type]  # makes no coroutine
+    await manager.start_task(lambda: count(1))  # type: ignore[call-arg, arg-type]  # the name comes first
+    manager.group("load", on_error="raise")  # type: ignore[arg-type]  # no such choice
+    managed_task(plain)  # type: ignore[arg-type]  # not a coroutine function
+    info.status = TaskStatus.FAILED  # type: ignore[misc]  # a snapshot is frozen
+    text: str = await create_task(count(1))  # type: ignore[arg-type]  # an int
+    print(text, event.set("why"))  # type: ignore[arg-type, func-returns-value]  # a cause
+
+
+@managed_task
+async def work(first: int) -> int:
+    """Decorated."""
+    return first
+
+
+async def refused_too() -> None:
+    """The decorator keeps the parameters."""
+    await work("1")  # type: ignore[arg-type]  # an int
+    work.start()  # type: ignore[call-arg]  # an argument is missing
+    work.start(1, second=2)  # type: ignore[call-arg]  # one too many
+    number: str = work.start(1).result()  # type: ignore[assignment]  # an int
+    print(number)
