@@ -133,8 +133,10 @@ class Connection:
                 message = self._disconnect_message()
             finally:
                 self._reading = False
-                self._back_to_sweep()
-                self._wake()
+                if self._ripe:
+                    self._back_to_sweep()
+                if self._waiting:
+                    self._wake()
             if self._note(message, asyncio.current_task):
                 return message
 
@@ -252,16 +254,15 @@ class Connection:
         if self._buffer:
             message = self._buffer.popleft()
             self._buffered -= _weight(message)
-            if self._buffered < self.sweeper.buffer_limit:
+            if self._ripe and self._buffered < self.sweeper.buffer_limit:
                 self._back_to_sweep()
             return message
         assert self._last is not None  # noqa: S101  # the caller has looked
         return dict(self._last)
 
     def _back_to_sweep(self) -> None:
-        if self._ripe and self._last is None:
-            self._ripe = False
-            self._sweep = self.sweeper.add(self)
+        self._ripe = False
+        self._sweep = self.sweeper.add(self)
 
     async def _news(self) -> None:
         """Wait until the reader has brought something, or has stopped."""

@@ -11,7 +11,7 @@ import re
 from functools import lru_cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
-from weakref import WeakKeyDictionary, WeakSet, finalize
+from weakref import WeakKeyDictionary, finalize, ref
 
 from opentelemetry import context as otel_context
 from opentelemetry import metrics, trace
@@ -137,8 +137,9 @@ class _Instruments:
 
     def __init__(self, provider: MeterProvider) -> None:
         meter = provider.get_meter(SCOPE, VERSION)
-        # Weak: a provider lives as long as the process, a manager need not.
-        self._sources: WeakSet[MetricsSource] = WeakSet()
+        # Weak: a provider lives as long as the process, a manager need not. Replaced and never
+        # changed: the metric reader's thread may be walking it.
+        self._sources: tuple[ref[MetricsSource], ...] = ()
         # What managers had counted that are gone: a counter never goes back.
         self._past: dict[tuple[str, str], int] = {}
         self.duration = meter.create_histogram(
@@ -162,12 +163,16 @@ class _Instruments:
 
     def watch(self, source: MetricsSource) -> None:
         """Read ``source`` from now on."""
-        self._sources.add(source)
-        finalize(source, _add_up, self._past, source.cancelled_by)
+        self._sources = (*(link for link in self._sources if link() is not None), ref(source))
+        # Not at the interpreter's exit, when the source is still read by the last export.
+        finalize(source, _add_up, self._past, source.cancelled_by).atexit = False
+
+    def _alive(self) -> list[MetricsSource]:
+        return [source for link in self._sources if (source := link()) is not None]
 
     def _observe_active(self, _: CallbackOptions) -> Iterable[Observation]:
         totals: dict[str, int] = {}
-        for source in list(self._sources):
+        for source in self._alive():
             _add_up(totals, source.active())
         return [
             Observation(count, {GROUP_NAME: group, "otel_tasks.task.state": "active"})
@@ -176,7 +181,7 @@ class _Instruments:
 
     def _observe_cancellations(self, _: CallbackOptions) -> Iterable[Observation]:
         totals = self._past.copy()
-        for source in list(self._sources):
+        for source in self._alive():
             _add_up(totals, source.cancelled_by.copy())
         return [
             Observation(count, {GROUP_NAME: group, CANCEL_REASON: reason})
@@ -198,7 +203,9 @@ _global_instruments: list[_Instruments] = []
 def _instruments_of(provider: MeterProvider | None) -> _Instruments:
     if provider is None or provider is metrics.get_meter_provider():
         if not _global_instruments:
-            _global_instruments.append(_Instruments(metrics.get_meter_provider()))
+            current = metrics.get_meter_provider()
+            # It may have been injected somewhere before it became the global one.
+            _global_instruments.append(_instruments.get(current) or _Instruments(current))
         return _global_instruments[0]
     if provider not in _instruments:
         _instruments[provider] = _Instruments(provider)

@@ -45,7 +45,8 @@ async def respond(send: Send) -> None:
 
 def span_id(span: ReadableSpan) -> int:
     assert span.context is not None
-    return span.context.span_id
+    number: int = span.context.span_id
+    return number
 
 
 class Journal(list[str]):
@@ -494,7 +495,7 @@ async def test_handler_that_swallows_the_cancel_is_not_left_cancelled(
         await connection.run(TaskGroupMiddleware(app, manager=manager))
         await asyncio.sleep(1)
         task = asyncio.current_task()
-        served.append(task and task.cancelling())
+        served.append(None if task is None else task.cancelling())
 
     connection = FakeConnection()
     task = asyncio.create_task(server())

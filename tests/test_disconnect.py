@@ -323,7 +323,7 @@ async def test_body_read_ahead_is_delivered_in_order_without_suspending() -> Non
 
 async def test_message_is_not_lost_by_a_waiter_that_is_cancelled() -> None:
     """Being cancelled while the watcher reads, even with a message on its way, loses nothing."""
-    bodies = []
+    bodies: list[bytes] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(LONG)
@@ -407,6 +407,22 @@ async def test_disconnect_behind_the_buffer_limit_is_seen_after_reading_on() -> 
     assert seen == [0]
     assert asyncio.get_running_loop().time() < 1000 + 10.1
     assert server.connection.status == 499
+
+
+async def test_watching_resumes_only_below_the_limit() -> None:
+    """Taking a small message from in front of a big one does not start the watcher yet."""
+    taken = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for _ in range(3):
+            await asyncio.sleep(1)
+            taken.append(server.connection.received)
+            await receive()
+        await respond(send)
+
+    server = Server(app, FakeConnection(method="POST", body=[b"a", bytes(10_000), b"c"]), buffer_limit=300)
+    await server.task
+    assert taken == [2, 2, 3]
 
 
 @pytest.mark.parametrize("wait", [0.0, LONG])

@@ -269,14 +269,18 @@ async def test_suffix_of_a_conflict_is_not_on_the_span(manager: TaskManager, spa
         ("page 3.14", "page"),
         ("import/2026/11", "import"),
         ("load#5-2", "load"),
+        ("order-4711-pay", "order-pay"),
+        ("job-9f8b7c6d", "job"),
+        ("job-deadbeef", "job-deadbeef"),
         ("GET /report/{id}", "GET /report/{id}"),
+        ("GET /v/2/users", "GET /v/2/users"),
         ("17", "17"),
         ("utf8", "utf8"),
         ("decade", "decade"),
     ],
 )
 def test_low_cardinality_cuts_numbers_and_ids(name: str, expected: str) -> None:
-    """A number or a UUID at the end of a name is cut off; a name that is all number stays."""
+    """Numbers, UUIDs and hexadecimal ids that are a part of their own are cut; what is nothing else stays."""
     assert telemetry.low_cardinality(name) == expected
 
 
@@ -449,6 +453,24 @@ async def test_ignored_cancellation_is_visible(manager: TaskManager, spans: Span
         "otel_tasks.cancel.duration": 0.0,
     }
     assert span.status.status_code is StatusCode.UNSET
+
+
+async def test_task_that_cancels_itself_keeps_its_reason(manager: TaskManager, spans: SpanRecorder) -> None:
+    """It is explicit, with the message; there is nobody to link to."""
+
+    async def give_up() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel("gave up")
+        await asyncio.sleep(1)
+
+    await ended(manager.create_task(give_up(), name="work"))
+
+    span = spans.span("work")
+    assert attributes(span)["otel_tasks.task.outcome"] == "cancelled"
+    assert attributes(span)["otel_tasks.cancel.reason"] == "explicit"
+    assert attributes(span)["otel_tasks.cancel.message"] == "gave up"
+    assert span.links == ()
 
 
 async def test_failing_clean_up_is_an_error_with_its_reason(
@@ -917,6 +939,21 @@ async def test_group_span_tells_what_cancelled_it(
     assert (span.attributes or {})["otel_tasks.cancel.message"] == "enough"
     assert links(span) == [(span_id(spans.span("operator")), CAUSED_BY)]
     assert span.status.status_code is StatusCode.UNSET
+
+
+async def test_open_group_has_a_span_if_asked_for(
+    manager: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
+) -> None:
+    """The span of a group without a block, as a request's, ends when the group is sealed and empty."""
+    with tracer.start_as_current_span("GET"):
+        group = manager._open_group("GET /report", binding=None, host=None, span=True)
+        task = group.create_task(work(), name="query")
+        group._seal()
+        await task
+    await group.join()
+
+    assert parent_id(spans.span("GET /report")) == span_id(spans.span("GET"))
+    assert parent_id(spans.span("query")) == span_id(spans.span("GET /report"))
 
 
 async def test_no_group_span_unless_asked_for(manager: TaskManager, spans: SpanRecorder) -> None:

@@ -23,7 +23,6 @@ from otel_tasks.testing import (
     run,
 )
 
-
 T = TypeVar("T")
 
 

@@ -383,9 +383,12 @@ async def state() -> dict[str, Any]:
         for info in each.get_all_task_info().values()
         if not info.status.is_final
     ]
-    coroutines = [getattr(task.get_coro(), "__qualname__", "?") for task in asyncio.all_tasks()]
+    tasks = asyncio.all_tasks()
+    coroutines = [getattr(task.get_coro(), "__qualname__", "?") for task in tasks]
+    ours = [task.get_name() for task in tasks if task.get_name().startswith("otel_tasks")]
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return {"pid": os.getpid(), "live": live, "asyncio": sorted(coroutines), "rss": pages * os.sysconf("SC_PAGE_SIZE")}
+    memory = pages * os.sysconf("SC_PAGE_SIZE")
+    return {"pid": os.getpid(), "live": live, "ours": ours, "asyncio": sorted(coroutines), "rss": memory}
 
 
 @control.get("/spans/{stack}")
@@ -443,12 +446,13 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await control(scope, receive, send)
         return
     path = f"/{rest}"
-    await chosen({**scope, "path": path, "raw_path": path.encode()}, receive, _noting(send, path))
-
-
-def _noting(send: Send, path: str) -> Send:
-    """Note which status leaves the outermost layer, also when nobody is there to read it."""
     key = path.rsplit("/", 1)[-1]
+    with noted(key, "app"):
+        await chosen({**scope, "path": path, "raw_path": path.encode()}, receive, _noting(send, key))
+
+
+def _noting(send: Send, key: str) -> Send:
+    """Note which status leaves the outermost layer, also when nobody is there to read it."""
 
     async def noting(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -7,15 +7,20 @@ from collections.abc import Iterator
 
 import pytest
 
-from .servers import KINDS, Case, Kind, Pool, pool_in
+from .servers import KINDS, Case, Kind, Pool
 
 _numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    """The servers of this session."""
-    yield from pool_in(tmp_path_factory.mktemp("servers"))
+    """The servers of this session, which at its end have come to rest."""
+    pool = Pool(tmp_path_factory.mktemp("servers"))
+    try:
+        yield pool
+        pool.wait_until_quiet()
+    finally:
+        pool.close()
 
 
 @pytest.fixture

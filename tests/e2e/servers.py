@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
+
+_ENDS = ("returned", "raised", "cancelled")
 
 DEADLINE = 10.0
 """Seconds after which an event that did not come fails the test. No test asserts on how long it took."""
@@ -113,6 +115,7 @@ class Server:
         self._journal.touch()
         self._journal_read = 0
         self._events: dict[str, list[dict[str, Any]]] = {}
+        self._tasks_at_start = 0
         self._log = directory / "log"
         environment = {
             **os.environ,
@@ -137,6 +140,7 @@ class Server:
     def wait_until_ready(self) -> None:
         """Wait until it answers; fail with its log when it ends instead."""
         eventually(self._answers, lambda: f"{self.kind.name} did not start:\n{self.log()}", within=START_DEADLINE)
+        self._tasks_at_start = self._tasks_at_start or len(self.state()["asyncio"])
 
     def _answers(self) -> bool:
         assert self.process.poll() is None, f"{self.kind.name} ended at its start:\n{self.log()}"
@@ -209,6 +213,18 @@ class Server:
             self._events.setdefault(event["key"], []).append(event)
         return self._events.get(key, [])
 
+    def calls_are_over(self) -> bool:
+        """Whether the application was left as often as it was entered."""
+        whats = [event["what"] for events in self._events.values() for event in events]
+        return whats.count("app entered") == sum(whats.count(f"app {end}") for end in _ENDS)
+
+    def wait_until_quiet(self) -> None:
+        """Wait until the process runs no more asyncio tasks than when it had just started."""
+        eventually(
+            lambda: len(self.state()["asyncio"]) <= self._tasks_at_start,
+            lambda: f"{self.kind.name} had {self._tasks_at_start} tasks, and now {self.state()}",
+        )
+
 
 class Case:
     """One scenario: a request, known by its key, to one variant of the application on one server."""
@@ -217,7 +233,6 @@ class Case:
         self.server = server
         self.key = key
         self.log_start = server.log_size()
-        self._asyncio_tasks = len(server.state()["asyncio"])
         self.complaints_expected = False
         """Set by a test in which the server has reason to log an error, and which looks at the log itself."""
 
@@ -281,13 +296,13 @@ class Case:
         assert not self.has("task cancelled"), self.story()
 
     def wait_until_settled(self) -> None:
-        """Wait until no managed task is left, and no more asyncio tasks than before the scenario."""
+        """Wait until each call of the application has ended, and no managed task and no watcher is left."""
 
         def settled() -> bool:
             state = self.server.state()
-            return not state["live"] and len(state["asyncio"]) <= self._asyncio_tasks
+            return self.server.calls_are_over() and not state["live"] and not state["ours"]
 
-        eventually(settled, lambda: f"{self._asyncio_tasks} tasks were before: {self.server.state()}\n{self.story()}")
+        eventually(settled, lambda: f"not settled: {self.server.state()}\n{self.story()}")
 
     def story(self) -> str:
         """All that is known, for a failure's message."""
@@ -319,16 +334,12 @@ class Pool:
         self._started.append(server)
         return server
 
+    def wait_until_quiet(self) -> None:
+        """Wait until each shared server is at rest."""
+        for server in self._shared.values():
+            server.wait_until_quiet()
+
     def close(self) -> None:
         """End every server."""
         for server in self._started:
             server.kill()
-
-
-def pool_in(directory: Path) -> Iterator[Pool]:
-    """A pool that leaves no process behind."""
-    pool = Pool(directory)
-    try:
-        yield pool
-    finally:
-        pool.close()

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import pytest
 
-from .servers import Case, Kind, Pool
+from .servers import KINDS, Case, Kind, Pool, Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.real_clock]
 
 
-@pytest.mark.parametrize("method", ["get", "post"])
-def test_stopping_the_server_is_a_shutdown_and_no_disconnect(kind: Kind, pool: Pool, key: str, method: str) -> None:
-    """SIGTERM during a request cancels its tasks with cause `shutdown`, and the server comes to its end."""
+@pytest.fixture(scope="module")
+def doomed(pool: Pool) -> dict[str, Server]:
+    """A server of each kind that may be ended; started at the same time, to save some."""
+    return {kind.name: pool.start(kind) for kind in KINDS if not kind.outlives_shutdown}
+
+
+def test_stopping_the_server_is_a_shutdown_and_no_disconnect(kind: Kind, doomed: dict[str, Server], key: str) -> None:
+    """SIGTERM during requests cancels their tasks with cause `shutdown`, once, and then the application's."""
     if kind.outlives_shutdown:
         pytest.skip(kind.outlives_shutdown)
-    server = pool.start(kind)
+    server = doomed[kind.name]
     server.wait_until_ready()
-    case = Case(server, key)
-    with server.connect() as client:
-        getattr(client, method)(case.path("plain/wait"))
-        case.wait_for_start()
-        case.let_it_age()
+    cases = {method: Case(server, f"{key}-{method}") for method in ("get", "post")}
+    with server.connect() as one, server.connect() as two:
+        one.get(cases["get"].path("plain/wait"))
+        two.post(cases["post"].path("plain/wait"))
+        for case in cases.values():
+            case.wait_for_start()
+            case.let_it_age()
         server.terminate()
-        case.wait_for("task cancelled", task="first")
+        for case in cases.values():
+            expect_shutdown(case)
+
+
+def expect_shutdown(case: Case) -> None:
+    """Every task of the request and of the application ended by the shutdown, once, and by nothing else."""
     for task in ("first", "second", "outbox"):
-        case.wait_for("task cancelled", task=task, kind="shutdown")
+        case.wait_for("task cancelled", task=task)
         assert case.count("task cancelled", task=task) == 1, case.story()
-    assert not case.has("task cancelled", kind="client_disconnect"), case.story()
+        assert case.has("task cancelled", task=task, kind="shutdown"), case.story()

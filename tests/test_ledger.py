@@ -1,0 +1,668 @@
+"""The books of a manager: failures, counters, history, listeners, and the loop it belongs to."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import logging
+import threading
+import warnings
+from typing import Any
+
+import pytest
+
+from otel_tasks import (
+    CancelCause,
+    CancelKind,
+    ManagedTask,
+    ManagerClosedError,
+    TaskInfo,
+    TaskManager,
+    TaskStats,
+    TaskStatus,
+    WrongLoopError,
+    WrongThreadError,
+)
+from otel_tasks._history import without_frames
+from otel_tasks.testing import SpanRecorder, VirtualClockLoop, run
+from tests.helpers import fail, give, ignore_cancels, rest, settle
+
+Failure = tuple[TaskInfo, BaseException]
+
+
+# -- failures: never silent, never twice ----------------------------------------------------------------
+
+
+async def test_failure_that_nobody_awaits_is_logged_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Without on_error such a failure is logged at ERROR with its traceback, and not again by asyncio."""
+    TaskManager().create_task(fail(ValueError("no")), name="bad")
+    await settle()
+    [record] = caplog.records
+    assert (record.name, record.levelno) == ("otel_tasks", logging.ERROR)
+    assert record.getMessage() == "task 'bad' failed and nobody awaits it"
+    assert record.exc_info is not None
+    assert "in fail" in caplog.text
+    gc.collect()
+    assert len(caplog.records) == 1
+
+
+async def test_logged_failure_names_its_trace(
+    spans: SpanRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With tracing the log line has the trace id."""
+    task = TaskManager(tracer_provider=spans.provider).create_task(fail(ValueError("no")), name="bad")
+    await settle()
+    assert caplog.messages == [f"task 'bad' failed and nobody awaits it (trace {task.trace_id})"]
+
+
+async def test_failure_that_somebody_awaits_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever waits is told, and nobody else."""
+    manager = TaskManager(on_error=lambda info, error: pytest.fail("reported"))
+    with pytest.raises(ValueError, match="no"):
+        await manager.create_task(fail(ValueError("no")))
+    await asyncio.gather(manager.create_task(fail(ValueError("no"))), return_exceptions=True)
+    task = manager.create_task(fail(ValueError("no")), name="bad")
+    with pytest.raises(ValueError, match="no"):
+        await manager.wait_for_task("bad")
+    del task
+    await settle()
+    gc.collect()
+    assert not caplog.messages
+
+
+async def test_failure_after_the_awaiter_gave_up_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """A waiter that has gone does not count as one who waits."""
+    manager = TaskManager()
+
+    async def work() -> None:
+        await asyncio.sleep(5)
+        raise ValueError("no")
+
+    manager.create_task(work(), name="bad")
+    with pytest.raises(TimeoutError):
+        await manager.wait_for_task("bad", timeout=1)
+    await manager.join()
+    await settle()
+    assert caplog.messages == ["task 'bad' failed and nobody awaits it"]
+
+
+async def test_waiter_that_never_looks_leaves_it_to_asyncio(caplog: pytest.LogCaptureFixture) -> None:
+    """A failure that a waiter was told of and did not take is logged by asyncio, as for any task."""
+    task: ManagedTask[None] | None = TaskManager().create_task(fail(ValueError("no")))
+    assert task is not None
+    await asyncio.wait([task])
+    await settle()
+    assert not caplog.messages
+    task = None
+    gc.collect()
+    [message] = caplog.messages
+    assert message.startswith("ManagedTask exception was never retrieved")
+
+
+async def test_join_does_not_count_as_awaiting(caplog: pytest.LogCaptureFixture) -> None:
+    """join() tells nobody of a failure, so it is logged."""
+    manager = TaskManager()
+    manager.create_task(fail(ValueError("no")), name="bad")
+    await manager.join()
+    assert caplog.messages == ["task 'bad' failed and nobody awaits it"]
+
+
+async def test_on_error_is_called_instead_of_logging(caplog: pytest.LogCaptureFixture) -> None:
+    """on_error gets the snapshot and the exception itself."""
+    reported: list[Failure] = []
+    error = ValueError("no")
+    manager = TaskManager(on_error=lambda *failure: reported.append(failure))
+    manager.create_task(fail(error), name="bad")
+    await settle()
+    [(info, seen)] = reported
+    assert (info.name, info.status) == ("bad", TaskStatus.FAILED)
+    assert seen is error
+    gc.collect()
+    assert not caplog.messages
+
+
+async def test_on_error_that_raises_is_logged_and_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    """A broken on_error is logged once; the failures are logged from then on."""
+    calls: list[int] = []
+
+    def broken(info: TaskInfo, error: BaseException) -> None:
+        calls.append(1)
+        raise LookupError("broken")
+
+    manager = TaskManager("mine", on_error=broken)
+    manager.create_task(fail(ValueError("no")), name="a")
+    manager.create_task(fail(ValueError("no")), name="b")
+    await settle()
+    assert caplog.messages == [
+        "on_error of manager 'mine' raised and is dropped",
+        "task 'a' failed and nobody awaits it",
+        "task 'b' failed and nobody awaits it",
+    ]
+    assert len(calls) == 1
+
+
+async def test_cancelled_task_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    """A cancelled task is neither reported nor logged."""
+    TaskManager().create_task(rest()).cancel()
+    await settle()
+    assert not caplog.messages
+
+
+async def test_timeout_that_nobody_awaits_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """A task that runs into its timeout has failed."""
+    manager = TaskManager()
+    manager.create_task(rest(), name="slow", timeout=1)
+    await manager.join()
+    assert caplog.messages == ["task 'slow' failed and nobody awaits it"]
+
+
+async def test_error_without_a_text_breaks_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """An exception whose __str__ raises is recorded as far as it can be."""
+
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise ValueError("no text")
+
+    manager = TaskManager(on_error=lambda info, error: None)
+    manager.create_task(fail(Mute()), name="mute")
+    await settle()
+    info = manager.get_task_info("mute")
+    assert info is not None
+    assert (info.error_type, info.error) == ("Mute", "<no text: ValueError in its __str__>")
+    assert not manager._root.tasks
+    assert not caplog.messages
+
+
+async def test_error_that_is_false_is_an_error_all_the_same() -> None:
+    """An exception with a length of zero is one: it fails its task."""
+
+    class Empty(Exception):
+        def __len__(self) -> int:
+            return 0
+
+    reported: list[Failure] = []
+    manager = TaskManager(on_error=lambda *failure: reported.append(failure))
+    manager.create_task(fail(Empty()), name="bad")
+    await manager.start_task("named", lambda: fail(Empty()))
+    await settle()
+    assert manager.stats().failed == 2  # core bug 28
+    assert len(reported) == 2
+    with pytest.raises(Empty):
+        await manager.wait_for_task("named")
+
+
+# -- counters ----------------------------------------------------------------------------------------------
+
+
+async def test_counters_add_up() -> None:
+    """Created is live + completed + failed + cancelled at any moment."""
+    manager = TaskManager(on_error=lambda info, error: None)
+    manager.create_task(give(1))
+    manager.create_task(fail(ValueError("no")))
+    stubborn = manager.create_task(ignore_cancels(5))
+    cancelled = manager.create_task(rest())
+    assert manager.stats() == TaskStats(4, 4, 0, 0, 0, 0, 0)
+    await settle()
+    stubborn.cancel()
+    cancelled.cancel()
+    await settle()
+    assert manager.stats() == TaskStats(4, 1, 1, 1, 1, 0, 3)
+    await manager.join()
+    assert manager.stats() == TaskStats(4, 0, 2, 1, 1, 1, 4)
+
+
+async def test_counters_survive_the_history() -> None:
+    """What is forgotten stays counted."""
+    manager = TaskManager(history=1)
+    for number in range(3):
+        await manager.create_task(give(number))
+    assert manager.stats() == TaskStats(3, 0, 3, 0, 0, 0, 1)
+    assert manager.cleanup_completed_tasks() == 1
+    assert manager.stats() == TaskStats(3, 0, 3, 0, 0, 0, 0)
+
+
+async def test_active_tasks_are_counted_by_group() -> None:
+    """The metric's source counts live tasks by group, numbers cut off, root apart."""
+    manager = TaskManager()
+    manager.create_task(rest())
+    manager.create_task(rest(), group="mail")
+    manager.create_task(rest(), group="shard-7")
+    async with manager.group("load") as group:
+        group.create_task(rest())
+        assert manager._ledger.active() == {"mail": 1, "shard": 1, "load": 1, "root": 1}
+        group.cancel()
+    await manager.shutdown(0)
+
+
+async def test_cancellations_are_counted_by_group_and_reason() -> None:
+    """The metric's source counts cancelled tasks by group and kind of cause."""
+    manager = TaskManager()
+    manager.create_task(rest(), group="mail")
+    manager.create_task(fail(asyncio.CancelledError()), group="mail")
+    await settle()
+    await manager.cancel_group("mail")
+    assert manager._ledger.cancelled_by == {("mail", "explicit"): 1, ("mail", "foreign"): 1}
+
+
+# -- history ----------------------------------------------------------------------------------------------------
+
+
+async def test_history_keeps_the_newest() -> None:
+    """History is bounded by count; the oldest go first."""
+    manager = TaskManager(history=2)
+    for name in "abc":
+        await manager.create_task(give(name), name=name)
+    assert sorted(manager.get_all_task_info()) == ["b", "c"]
+    assert manager.get_task_info("a") is None
+
+
+async def test_history_of_zero_remembers_nothing() -> None:
+    """history=0 keeps no record."""
+    manager = TaskManager(history=0)
+    await manager.start_task("a", lambda: give(1))
+    await settle()
+    assert manager.get_all_task_info() == {}
+    assert manager.stats().completed == 1
+
+
+async def test_newest_record_of_a_name_counts() -> None:
+    """Of two tasks of one name the later one is shown."""
+    manager = TaskManager(on_error=lambda info, error: None)
+    await manager.create_task(give(1), name="a")
+    manager.create_task(fail(ValueError("no")), name="a")
+    await settle()
+    info = manager.get_task_info("a")
+    assert info is not None
+    assert info.status is TaskStatus.FAILED
+    assert manager.get_all_task_info()["a"] == info
+
+
+async def test_record_of_a_task_that_simply_returned_is_complete() -> None:
+    """The short way for plain tasks remembers the same as the long one."""
+    manager = TaskManager()
+
+    async def work() -> None:
+        await asyncio.sleep(2)
+
+    plain = manager.create_task(work(), name="plain", group="g")
+    told = manager.create_task(work(), name="told", group="g", metadata={})
+    await asyncio.wait([plain, told])
+    short, long = manager.get_task_info("plain"), manager.get_task_info("told")
+    assert short is not None
+    assert long is not None
+    assert short._replace(id="told", name="told") == long
+    assert short == plain.info()
+
+
+async def test_cleanup_by_age_keeps_the_younger_ones() -> None:
+    """cleanup_completed_tasks(max_age) forgets what ended longer ago."""
+    manager = TaskManager()
+    await manager.create_task(give(1), name="old")
+    await asyncio.sleep(10)
+    await manager.start_task("young", lambda: give(2))
+    await asyncio.sleep(5)
+    assert manager.cleanup_completed_tasks(20) == 0
+    assert manager.cleanup_completed_tasks(float("inf")) == 0
+    assert manager.cleanup_completed_tasks(7) == 1
+    assert list(manager.get_all_task_info()) == ["young"]
+    assert await manager.wait_for_task("young") == 2
+    assert manager.cleanup_completed_tasks(0) == 1
+
+
+def test_cleanup_before_the_first_task_does_nothing() -> None:
+    """A manager without a loop has nothing to forget."""
+    assert TaskManager().cleanup_completed_tasks(5) == 0
+
+
+# -- exceptions that are kept ---------------------------------------------------------------------------------------
+
+
+class OwnOSError(OSError):
+    def __init__(self, key: str, cause: OSError) -> None:
+        self.key = key
+        super().__init__(cause.errno, cause.strerror)
+
+
+class Slotted(Exception):
+    __slots__ = ("code", "unset")
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+class Uncopyable(Exception):
+    def __new__(cls, first: int, second: int) -> Uncopyable:
+        return super().__new__(cls, first)
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(f"{first}{second}")
+
+
+def raised(error: BaseException) -> BaseException:
+    try:
+        raise error
+    except BaseException as caught:
+        return caught
+
+
+def test_kept_exception_has_no_frames() -> None:
+    """The copy has type, arguments and attributes of the original, and no traceback; that one is not changed."""
+    error = raised(LookupError("a", 1))
+    error.add_note("a note")
+    copy = without_frames(error)
+    assert type(copy) is LookupError
+    assert (copy.args, copy.__notes__) == (("a", 1), ["a note"])
+    assert copy.__traceback__ is None
+    assert error.__traceback__ is not None
+
+
+def test_kept_builtin_exceptions_keep_what_their_init_set() -> None:
+    """Built-in classes keep fields in C: they are set on the copy too."""
+    decode = without_frames(raised(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")))
+    assert str(decode) == "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"
+    missing = without_frames(raised(FileNotFoundError(errno.ENOENT, "gone", "a.txt")))
+    assert isinstance(missing, FileNotFoundError)
+    assert (missing.errno, missing.filename) == (errno.ENOENT, "a.txt")  # core bug 30
+
+
+def test_kept_exceptions_of_the_users_are_not_constructed_again() -> None:
+    """A class with arguments of its own, or slots, is copied without calling it."""
+    own = without_frames(raised(OwnOSError("key", OSError(errno.ENOENT, "gone"))))
+    assert isinstance(own, OwnOSError)
+    assert (own.key, own.errno) == ("key", errno.ENOENT)
+    slotted = without_frames(raised(Slotted(7)))
+    assert isinstance(slotted, Slotted)
+    assert slotted.code == 7
+
+
+def test_kept_exception_group_is_copied_through() -> None:
+    """The parts of a group lose their frames as well."""
+    group = raised(ExceptionGroup("several", [raised(ValueError("a")), raised(LookupError("b"))]))
+    copy = without_frames(group)
+    assert isinstance(copy, ExceptionGroup)
+    assert copy.message == "several"
+    assert [repr(part) for part in copy.exceptions] == ["ValueError('a')", "LookupError('b')"]
+    assert [part.__traceback__ for part in copy.exceptions] == [None, None]
+
+
+def test_kept_exception_keeps_its_cause() -> None:
+    """`raise ... from ...` is kept, without frames too."""
+    error = ValueError("outer")
+    error.__cause__ = raised(LookupError("inner"))
+    copy = without_frames(raised(error))
+    assert repr(copy.__cause__) == "LookupError('inner')"
+    assert copy.__cause__ is not None
+    assert copy.__cause__.__traceback__ is None
+    assert copy.__suppress_context__ is True
+
+
+def test_exception_that_cannot_be_copied_is_kept_itself() -> None:
+    """Better with frames than not at all."""
+    error = raised(Uncopyable(1, 2))
+    assert without_frames(error) is error
+
+
+# -- listeners -----------------------------------------------------------------------------------------------------------
+
+
+async def test_listeners_are_told_of_the_life_of_a_task() -> None:
+    """A listener sees created, cancelling and ended, each with a snapshot of that moment."""
+    heard: list[tuple[str, str, TaskStatus]] = []
+    manager = TaskManager()
+    manager.add_listener(lambda event, info: heard.append((event, info.name, info.status)))
+    task = manager.create_task(rest(), name="a")
+    await settle()
+    task.cancel()
+    task.cancel()
+    await settle()
+    assert heard == [
+        ("created", "a", TaskStatus.PENDING),
+        ("cancelling", "a", TaskStatus.CANCELLING),
+        ("ended", "a", TaskStatus.CANCELLED),
+    ]
+
+
+async def test_listeners_are_told_of_group_cancellations() -> None:
+    """A cancellation by group is told as one by task, with its cause."""
+    heard: list[CancelKind | None] = []
+    manager = TaskManager()
+    manager.create_task(rest(), group="g")
+    await settle()
+    manager.add_listener(lambda event, info: heard.append(info.cause and info.cause.kind))
+    await manager.cancel_group("g")
+    assert heard == [CancelKind.EXPLICIT, CancelKind.EXPLICIT]
+
+
+async def test_removed_listener_hears_nothing() -> None:
+    """remove_listener() takes back what add_listener() did; a stranger is an error."""
+    heard: list[str] = []
+
+    def listen(event: str, info: TaskInfo) -> None:
+        heard.append(event)
+
+    manager = TaskManager()
+    manager.add_listener(listen)
+    manager.remove_listener(listen)
+    await manager.create_task(give(1))
+    assert not heard
+    with pytest.raises(ValueError, match="not in list"):
+        manager.remove_listener(listen)
+
+
+async def test_raising_listener_is_logged_once_and_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    """A broken listener breaks neither the task nor the other listeners."""
+    heard: list[str] = []
+
+    def broken(event: str, info: TaskInfo) -> None:
+        raise LookupError("broken")
+
+    manager = TaskManager()
+    manager.add_listener(broken)
+    manager.add_listener(lambda event, info: heard.append(event))
+    assert await manager.create_task(give(1)) == 1
+    assert heard == ["created", "ended"]
+    assert len(caplog.messages) == 1
+    assert "raised and is dropped" in caplog.messages[0]
+
+
+async def test_listener_may_remove_itself_and_raise() -> None:
+    """A listener that has gone already is not removed twice."""
+    manager = TaskManager()
+
+    def once(event: str, info: TaskInfo) -> None:
+        manager.remove_listener(once)
+        raise LookupError("and broken")
+
+    manager.add_listener(once)
+    assert await manager.create_task(give(1)) == 1
+    await settle()
+    assert not manager._root.tasks
+
+
+# -- broken telemetry ---------------------------------------------------------------------------------------------------------
+
+
+async def test_raising_exporter_breaks_no_task(caplog: pytest.LogCaptureFixture) -> None:
+    """A span processor that raises is complained of once; results, groups and shutdown are as ever."""
+    from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+
+    class Broken(SpanProcessor):
+        def on_end(self, span: ReadableSpan) -> None:
+            raise RuntimeError("broken")
+
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(Broken())
+    manager = TaskManager(tracer_provider=provider)
+    async with manager.group("load", span=True) as group:
+        task = group.create_task(give(1))
+    assert task.result() == 1
+    assert not manager._ledger.scopes
+    stubborn = manager.create_task(ignore_cancels(50))
+    await settle()
+    assert not (await manager.shutdown(0, 1)).clean
+    await stubborn
+    complaints = [message for message in caplog.messages if "not logged" in message]
+    assert len(complaints) == 1
+
+
+# -- loops and threads ------------------------------------------------------------------------------------------------------------
+
+
+def test_task_cannot_be_created_where_no_loop_runs() -> None:
+    """Without a running loop create_task() raises, and closes the coroutine."""
+    with pytest.raises(
+        WrongThreadError,
+        match=r"^manager 'mine' creates tasks in a running event loop, and none runs in this thread: "
+        r"call it from a coroutine, or hand it over with loop\.call_soon_threadsafe\(\.\.\.\)$",
+    ):
+        TaskManager("mine").create_task(rest())
+    gc.collect()
+
+
+async def test_task_cannot_be_created_from_another_thread() -> None:
+    """A thread of its own has no running loop."""
+    manager = TaskManager()
+    errors: list[type[BaseException]] = []
+
+    def work() -> None:
+        try:
+            manager.create_task(rest())
+        except WrongThreadError as error:
+            errors.append(type(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert errors == [WrongThreadError]
+    gc.collect()
+
+
+def test_manager_with_live_tasks_refuses_another_loop() -> None:
+    """Tasks live in one loop: from another one nothing may be created, waited for or cancelled."""
+    manager = TaskManager("mine")
+    first = VirtualClockLoop()
+    message = (
+        r"^manager 'mine' has 1 live tasks in another event loop: "
+        r"use one TaskManager per loop, or shut it down there first$"
+    )
+
+    async def use() -> None:
+        task = manager.create_task(rest(), name="a")
+        await settle()
+        del task
+
+    async def misuse() -> None:
+        with pytest.raises(WrongLoopError, match=message):
+            manager.create_task(rest())
+        for refused in (
+            manager.wait_for_task("a"),
+            manager.cancel_task("a"),
+            manager.cancel_all_tasks(),
+            manager.join(),
+            manager.shutdown(),
+        ):
+            with pytest.raises(WrongLoopError, match=message):
+                await refused
+
+    first.run_until_complete(use())
+    run(misuse())
+    assert manager.get_task("a").cancelling() == 0
+    first.run_until_complete(manager.shutdown(0))
+    first.close()
+    gc.collect()
+
+
+def test_manager_without_live_tasks_binds_to_a_new_loop() -> None:
+    """A manager can be used in one asyncio.run() after the other."""
+    manager = TaskManager()
+
+    async def use() -> int:
+        return await manager.create_task(give(1))
+
+    assert [run(use()), run(use())] == [1, 1]
+    assert manager.stats().completed == 2
+
+
+def leave_behind(manager: TaskManager, *, in_block: bool = False) -> None:
+    """Close a loop under a live task, without any clean-up."""
+
+    async def block() -> None:
+        async with manager.group("block") as group:
+            group.create_task(rest(), name="lost")
+
+    async def use() -> None:
+        hold = asyncio.create_task(block()) if in_block else manager.create_task(rest(), name="lost")
+        await settle()
+        del hold
+
+    loop = VirtualClockLoop()
+    loop.run_until_complete(use())
+    loop.close()
+
+
+@pytest.fixture
+def destroyed_tasks_are_expected() -> Any:
+    """asyncio logs tasks that are destroyed while pending; their coroutines may complain of the closed loop."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
+
+
+@pytest.mark.usefixtures("destroyed_tasks_are_expected")
+@pytest.mark.parametrize("in_block", [False, True])
+def test_tasks_of_a_closed_loop_are_let_go(
+    in_block: bool, spans: SpanRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A loop that was closed under live tasks does not block the manager; they count as failed."""
+    manager = TaskManager(tracer_provider=spans.provider)
+    leave_behind(manager, in_block=in_block)
+
+    async def use() -> int:
+        return await manager.create_task(give(1))
+
+    assert run(use()) == 1
+    assert manager.stats()[:5] == (2, 0, 1, 1, 0)
+    [message] = [text for text in caplog.messages if "left behind" in text]
+    assert message.endswith("lost' was left behind in an event loop that is closed")
+    assert not manager._ledger.scopes
+    assert not manager._ledger.hosts
+
+
+@pytest.mark.usefixtures("destroyed_tasks_are_expected")
+def test_shutdown_in_a_new_loop_lets_go_of_a_closed_ones_tasks() -> None:
+    """shutdown() and the rest do not touch tasks that can never end."""
+    manager = TaskManager()
+    leave_behind(manager)
+    report = run(manager.shutdown())
+    assert report.clean
+    assert manager.stats().live == 0
+
+
+async def test_closed_manager_refuses_tasks() -> None:
+    """After shutdown() a task is refused, its coroutine closed, its factory not called."""
+    manager = TaskManager("mine")
+    await manager.shutdown()
+    message = (
+        r"^manager 'mine' is shut down and takes no new tasks: "
+        r"create them before shutdown\(\), or open it again with async with$"
+    )
+    with pytest.raises(ManagerClosedError, match=message):
+        manager.create_task(rest())
+    with pytest.raises(ManagerClosedError, match=message):
+        await manager.start_task("a", lambda: pytest.fail("called"))
+    with pytest.raises(ManagerClosedError, match=message):
+        async with manager.group("load"):
+            raise AssertionError("unreachable")
+    gc.collect()
+
+
+async def test_ask_all_asks_each_once() -> None:
+    """One pass cancels all, and tells how many were newly asked."""
+    manager = TaskManager()
+    tasks = [manager.create_task(rest()) for _ in range(3)]
+    tasks[0].cancel()
+    assert manager._ledger.ask_all(tasks, CancelCause(CancelKind.SHUTDOWN)) == 2
+    assert [task.cancelling() for task in tasks] == [1, 1, 1]
+    await asyncio.wait(tasks)

@@ -1,0 +1,894 @@
+"""TaskManager: starting, looking, waiting, cancelling and shutting down; each of its awaits cancelled in turn."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import gc
+import traceback
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+import otel_tasks
+from otel_tasks import (
+    CancelKind,
+    ManagedTask,
+    ShutdownReport,
+    TaskExistsError,
+    TaskGroup,
+    TaskManager,
+    TaskNotFoundError,
+    TaskPriority,
+    TaskStatus,
+    global_task_manager,
+    managed_task,
+)
+from otel_tasks.testing import SpanRecorder
+from tests.helpers import cancel_at_each_await, fail, give, ignore_cancels, now, rest, settle
+
+
+def kind_of(task: ManagedTask[Any]) -> CancelKind | None:
+    return task.cause and task.cause.kind
+
+
+# -- start_task -----------------------------------------------------------------------------------------
+
+
+async def test_start_task_returns_before_the_task_has_ended() -> None:
+    """start_task() gives the live task; it takes a factory, a coroutine function or a coroutine."""
+    manager = TaskManager()
+    task = await manager.start_task("a", lambda: asyncio.sleep(1, "factory"))
+    assert not task.done()
+
+    async def function() -> str:
+        return "function"
+
+    assert await task == "factory"
+    assert await (await manager.start_task("b", function)) == "function"
+    assert await (await manager.start_task("c", give("coroutine"))) == "coroutine"
+
+
+async def test_start_task_takes_all_that_create_task_takes() -> None:
+    """Group, priority, timeout and metadata are the task's."""
+    manager = TaskManager()
+    task = await manager.start_task(
+        "a", rest, group="g", priority=TaskPriority.LOW, timeout=2, metadata={"user": 7}
+    )
+    assert (task.group.name, task.priority, task.metadata) == ("g", TaskPriority.LOW, {"user": 7})
+    with pytest.raises(TimeoutError):
+        await task
+
+
+async def test_start_task_with_a_taken_name_is_refused() -> None:
+    """on_conflict is "error" unless told otherwise; the factory is not called, a coroutine is closed."""
+    manager = TaskManager()
+    await manager.start_task("a", rest)
+    with pytest.raises(TaskExistsError, match=r"^cannot create task 'a': one of that name is pending"):
+        await manager.start_task("a", lambda: pytest.fail("called"))
+    with pytest.raises(TaskExistsError):
+        await manager.start_task("a", rest())
+    await manager.shutdown(0)
+    gc.collect()
+
+
+async def test_start_task_suffix_and_return() -> None:
+    """The other forms of on_conflict are create_task's; "return" calls no factory."""
+    manager = TaskManager()
+    first = await manager.start_task("a", rest)
+    assert (await manager.start_task("a", rest, on_conflict="suffix")).name == "a-2"
+    assert await manager.start_task("a", lambda: pytest.fail("called"), on_conflict="return") is first
+    assert await manager.start_task("a", rest(), on_conflict="return") is first
+    third = await manager.start_task("b", lambda: give(3), on_conflict="return")
+    assert await third == 3
+    await manager.shutdown(0)
+    gc.collect()
+
+
+@pytest.mark.parametrize("options", [{"on_conflict": "replace"}, {"cancel_existing": True}])
+async def test_start_task_replaces_after_the_old_ones_end(options: dict[str, Any]) -> None:
+    """Replacing returns once the old task has ended; the new one is not marked cancelled."""
+    manager = TaskManager()
+    start = now()
+    old = await manager.start_task("a", lambda: ignore_cancels(5))
+    await settle()
+    new = await manager.start_task("a", lambda: give(2), **options)
+    assert now() - start == 5
+    assert old.done()
+    assert kind_of(old) is CancelKind.REPLACED
+    assert await new == 2
+    assert new.cause is None
+    assert await manager.wait_for_task("a") == 2
+
+
+async def test_concurrent_replacing_leaves_one_live() -> None:
+    """Of several who replace at the same time each replaces the one before; never two live, one is left."""
+    manager = TaskManager()
+    live: set[int] = set()
+    most: list[int] = []
+
+    async def work(number: int) -> None:
+        live.add(number)
+        most.append(len(live))
+        try:
+            await rest()
+        finally:
+            await asyncio.sleep(1)
+            live.discard(number)
+
+    async def start(number: int) -> ManagedTask[None]:
+        return await manager.start_task("a", lambda: work(number), cancel_existing=True)
+
+    await start(0)
+    await settle()
+    tasks = await asyncio.gather(*(start(number) for number in range(1, 5)))
+    await settle()
+    assert sum(not task.done() for task in tasks) == 1
+    assert set(most) == {1}
+    await manager.shutdown(0)
+
+
+async def test_start_task_replaces_one_that_is_just_done() -> None:
+    """A task whose callbacks are still to come is no reason to wait for ever."""
+    manager = TaskManager()
+    manager.create_task(give(1), name="a")
+    await asyncio.sleep(0)
+    assert await (await manager.start_task("a", lambda: give(2), cancel_existing=True)) == 2
+
+
+async def test_start_task_replaces_a_replacement_that_still_waits() -> None:
+    """Replacing one that waits for its predecessor waits for that as well."""
+    manager = TaskManager()
+    first = manager.create_task(ignore_cancels(50), name="a")
+    await settle()
+    manager.create_task(rest(), name="a", on_conflict="replace")
+    await settle()
+    task = await manager.start_task("a", lambda: give(3), cancel_existing=True)
+    assert first.done()
+    assert await task == 3
+
+
+async def test_factory_that_raises_starts_nothing() -> None:
+    """What the factory raises is the caller's."""
+    manager = TaskManager()
+
+    def broken() -> Coroutine[Any, Any, None]:
+        raise LookupError("broken")
+
+    with pytest.raises(LookupError, match="broken"):
+        await manager.start_task("a", broken)
+    assert manager.stats().created == 0
+
+
+# -- looking --------------------------------------------------------------------------------------------------
+
+
+async def test_get_task_gives_live_tasks_only() -> None:
+    """get_task() raises TaskNotFoundError, a KeyError, once a task has ended."""
+    manager = TaskManager()
+    task = manager.create_task(give(1), name="a")
+    assert manager.get_task("a") is task
+    await task
+    with pytest.raises(
+        TaskNotFoundError,
+        match=r"^task 'a' has ended \(completed\): only start_task\(\) keeps results, "
+        r"of others keep the object that create_task\(\) returned$",
+    ):
+        manager.get_task("a")
+    with pytest.raises(
+        KeyError, match=r"^no task is called 'b': it was never started, or is forgotten by now$"
+    ):
+        manager.get_task("b")
+
+
+async def test_task_of_a_scoped_group_is_found_by_its_id() -> None:
+    """The id has slashes where names have them, too; what looks like one and is not finds nothing."""
+    manager = TaskManager()
+    async with manager.group("GET /orders") as group:
+        task = group.create_task(rest(), name="a/b")
+        assert manager.get_task(task.id) is task
+        assert task.id == f"{group.id}/a/b"
+        for stranger in (f"{group.id}/a", "x#y/a/b", "x#99/a/b", "a/b"):
+            assert manager.get_task_info(stranger) is None
+        group.cancel()
+    info = manager.get_task_info(task.id)
+    assert info is not None
+    assert info.status is TaskStatus.CANCELLED
+
+
+async def test_all_task_info_is_live_then_remembered() -> None:
+    """All tasks by id: the live ones first, then the newest of the ended ones."""
+    manager = TaskManager()
+    await manager.create_task(give(1), name="old")
+    await manager.create_task(give(1), name="again")
+    manager.create_task(rest(), name="live")
+    manager.create_task(rest(), name="again")
+    infos = manager.get_all_task_info()
+    assert list(infos)[:2] == ["live", "again"]
+    assert infos["again"].status is TaskStatus.PENDING
+    assert infos["old"].status is TaskStatus.COMPLETED
+    await manager.shutdown(0)
+
+
+async def test_group_tasks_are_those_below() -> None:
+    """get_group_tasks() takes a name, an id or the group, and finds live and remembered ones below it."""
+    manager = TaskManager()
+    await manager.create_task(give(1), name="ended", group="a.b")
+    manager.create_task(rest(), name="live", group="a")
+    manager.create_task(rest(), name="other", group="ab")
+    assert list(manager.get_group_tasks("a")) == ["live", "ended"]
+    assert list(manager.get_group_tasks(manager.get_group("a"))) == ["live", "ended"]
+    assert list(manager.get_group_tasks("root")) == ["live", "other", "ended"]
+    assert manager.get_group_tasks("nobody") == {}
+    async with manager.group("load") as group:
+        group.create_task(give(1), name="x")
+        assert list(manager.get_group_tasks("load")) == [f"{group.id}/x"]
+    assert list(manager.get_group_tasks(group)) == list(manager.get_group_tasks(group.id))
+    assert list(manager.get_group_tasks(group.id)) == [f"{group.id}/x"]
+    await manager.shutdown(0)
+
+
+async def test_manager_says_its_name_and_state() -> None:
+    """The repr has name, state and number of live tasks."""
+    manager = TaskManager("mine")
+    manager.create_task(rest())
+    assert manager.name == "mine"
+    assert repr(manager) == "<TaskManager 'mine' open, 1 live tasks>"
+    await manager.shutdown(0)
+    assert repr(manager) == "<TaskManager 'mine' shut down, 0 live tasks>"
+
+
+def test_functions_of_the_package_are_the_global_managers() -> None:
+    """start_task and the like need no manager."""
+    for name in ("start_task", "wait_for_task", "cancel_group", "cancel_all_tasks", "get_all_task_info"):
+        assert getattr(otel_tasks, name) == getattr(global_task_manager, name)
+
+
+# -- waiting ------------------------------------------------------------------------------------------------------
+
+
+async def test_wait_for_a_live_task() -> None:
+    """wait_for_task() gives the result of a live task, however it was started."""
+    manager = TaskManager()
+    manager.create_task(asyncio.sleep(1, "created"), name="a")
+    await manager.start_task("b", lambda: asyncio.sleep(1, "started"))
+    assert await manager.wait_for_task("a") == "created"
+    assert await manager.wait_for_task("b", timeout=float("inf")) == "started"
+
+
+async def test_wait_for_a_finished_task() -> None:
+    """The result of a task started by name is there as long as it is remembered."""
+    manager = TaskManager()
+    await manager.start_task("a", lambda: give([1, 2]))
+    await asyncio.sleep(5)
+    assert await manager.wait_for_task("a") == [1, 2]
+    assert await manager.wait_for_task("a") == [1, 2]
+    manager.cleanup_completed_tasks()
+    with pytest.raises(TaskNotFoundError, match="no task is called 'a'"):
+        await manager.wait_for_task("a")
+
+
+async def test_wait_for_a_finished_task_whose_result_was_not_kept() -> None:
+    """Results of create_task() are not kept; the error says so."""
+    manager = TaskManager()
+    await manager.create_task(give(1), name="a")
+    with pytest.raises(TaskNotFoundError, match=r"^task 'a' has ended \(completed\): only start_task\(\)"):
+        await manager.wait_for_task("a")
+
+
+async def test_result_of_a_former_task_is_not_given_for_a_later_one() -> None:
+    """A later task of the same name hides the kept result of the former."""
+    manager = TaskManager()
+    await (await manager.start_task("a", lambda: give(1)))
+    await manager.create_task(give(2), name="a")
+    with pytest.raises(TaskNotFoundError):
+        await manager.wait_for_task("a")
+
+
+async def test_wait_for_a_task_that_fails() -> None:
+    """wait_for_task() raises what the task raised, live or ended, a fresh copy each time."""
+    manager = TaskManager()
+    await manager.start_task("a", lambda: fail(ValueError("no")))
+    with pytest.raises(ValueError, match="no"):
+        await manager.wait_for_task("a")
+    with pytest.raises(ValueError, match="no") as first:
+        await manager.wait_for_task("a")
+    with pytest.raises(ValueError, match="no") as second:
+        await manager.wait_for_task("a")
+    assert first.value is not second.value
+    frames = [frame.name for frame in traceback.extract_tb(second.value.__traceback__)]
+    assert "fail" not in frames
+
+
+async def test_wait_for_a_task_that_is_cancelled() -> None:
+    """wait_for_task() raises CancelledError for a cancelled task, live or ended."""
+    manager = TaskManager()
+    task = await manager.start_task("a", rest)
+    asyncio.get_running_loop().call_later(1, task.cancel)
+    with pytest.raises(asyncio.CancelledError):
+        await manager.wait_for_task("a")
+    with pytest.raises(asyncio.CancelledError, match="task 'a' was cancelled"):
+        await manager.wait_for_task("a")
+    me = asyncio.current_task()
+    assert me is not None
+    assert me.cancelling() == 0
+
+
+@pytest.mark.parametrize("timeout", [0, 2.5])
+async def test_waiters_timeout_leaves_the_task_alone(timeout: float) -> None:
+    """A waiter's timeout raises TimeoutError; the task goes on."""
+    manager = TaskManager()
+    task = manager.create_task(asyncio.sleep(5, "done"), name="a")
+    await settle()
+    start = now()
+    with pytest.raises(
+        TimeoutError, match=rf"^task 'a' is still running after {timeout:g} s, and goes on$"
+    ):
+        await manager.wait_for_task("a", timeout=timeout)
+    assert now() - start == timeout
+    assert task.cancelling() == 0
+    assert await task == "done"
+
+
+async def test_waiters_cancellation_leaves_the_task_alone() -> None:
+    """A cancelled waiter is cancelled, and the task goes on."""
+    manager = TaskManager()
+    task = manager.create_task(asyncio.sleep(5, "done"), name="a")
+    waiter = asyncio.create_task(manager.wait_for_task("a"))
+    await settle()
+    waiter.cancel()
+    await asyncio.wait([waiter])
+    assert waiter.cancelled()
+    assert await task == "done"
+
+
+async def test_task_cannot_wait_for_itself() -> None:
+    """Waiting for oneself is an error, not a deadlock."""
+    manager = TaskManager()
+    task = manager.create_task(manager.wait_for_task("a"), name="a")
+    with pytest.raises(RuntimeError, match=r"^task 'a' cannot wait for itself$"):
+        await task
+
+
+async def test_join_of_an_unknown_group_returns() -> None:
+    """There is nothing to wait for in a group that nobody uses."""
+    manager = TaskManager()
+    manager.create_task(asyncio.sleep(3), group="a")
+    start = now()
+    await manager.join("b")
+    assert now() == start
+    await manager.join("a")
+    assert now() == start + 3
+
+
+# -- cancelling -------------------------------------------------------------------------------------------------------
+
+
+async def test_cancel_task_waits_for_the_end() -> None:
+    """cancel_task() is true once the task has ended by it."""
+    manager = TaskManager()
+    task = manager.create_task(rest(), name="a")
+    await settle()
+    assert await manager.cancel_task("a", "enough") is True
+    assert task.cancelled()
+    assert task.cause is not None
+    assert task.cause.message == "enough"
+
+
+async def test_cancel_task_that_is_not_there_is_false() -> None:
+    """Unknown, ended or just done: there is nothing to cancel."""
+    manager = TaskManager()
+    assert await manager.cancel_task("a") is False
+    manager.create_task(give(1), name="a")
+    await asyncio.sleep(0)
+    assert await manager.cancel_task("a") is False
+
+
+async def test_cancel_task_that_completes_all_the_same_is_false() -> None:
+    """A task that ignored its cancellation did not end by it."""
+    manager = TaskManager()
+    manager.create_task(ignore_cancels(3), name="a")
+    await settle()
+    assert await manager.cancel_task("a") is False
+
+
+async def test_cancel_task_gives_up_after_its_timeout(caplog: pytest.LogCaptureFixture) -> None:
+    """Past its timeout cancel_task() returns false, and logs what still runs."""
+    manager = TaskManager()
+    manager.create_task(ignore_cancels(30), name="a")
+    await settle()
+    start = now()
+    assert await manager.cancel_task("a", timeout=2) is False
+    assert now() - start == 2
+    assert caplog.messages == ["cancelled and still running after 2.0 s: 'a'"]
+    assert manager.get_task("a").status is TaskStatus.CANCELLING
+    await manager.join()
+
+
+async def test_task_may_cancel_itself_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    """A task that cancels itself by name is not waited for, and ends at its next await."""
+    manager = TaskManager()
+    seen: list[bool] = []
+
+    async def work() -> None:
+        seen.append(await manager.cancel_task("a", "I quit"))
+        await rest()
+
+    task = manager.create_task(work(), name="a")
+    await asyncio.wait([task])
+    assert seen == [False]
+    assert task.status is TaskStatus.CANCELLED
+    assert not caplog.messages
+
+
+async def test_cancel_group_counts_what_ended_by_it() -> None:
+    """The count leaves out those that ignored it, that had ended before, and that run on."""
+    manager = TaskManager()
+    manager.create_task(rest(), group="g")
+    manager.create_task(rest(), group="g.sub")
+    manager.create_task(ignore_cancels(3), group="g")
+    manager.create_task(ignore_cancels(30), group="g")
+    manager.create_task(give(1), group="g")
+    await asyncio.sleep(0)
+    assert await manager.cancel_group("g", "enough", timeout=5) == 2
+    assert manager.stats().live == 1
+    await manager.join()
+
+
+async def test_cancel_group_sets_the_event_and_waits_out_the_grace() -> None:
+    """With grace the event comes first; who acts on it is never cancelled, and counts."""
+    manager = TaskManager()
+    group = manager.get_group("g")
+
+    async def cooperative() -> str:
+        await group.cancel_event.wait()
+        await asyncio.sleep(1)
+        return "tidy"
+
+    polite, deaf = group.create_task(cooperative()), group.create_task(rest())
+    await settle()
+    start = now()
+    assert await manager.cancel_group("g", grace=3) == 2
+    assert now() - start == 3
+    assert polite.result() == "tidy"
+    assert not polite.cancel_ignored
+    assert deaf.cancelled()
+
+
+async def test_grace_ends_early_when_all_have_stopped() -> None:
+    """Nobody waits for a grace that is not needed."""
+    manager = TaskManager()
+    group = manager.get_group("g")
+
+    async def cooperative() -> None:
+        await group.cancel_event.wait()
+
+    group.create_task(cooperative())
+    await settle()
+    start = now()
+    assert await manager.cancel_group(group, grace=100) == 1
+    assert now() == start
+
+
+async def test_cancel_group_without_bound_waits() -> None:
+    """timeout=None waits for the last one, however long."""
+    manager = TaskManager()
+    manager.create_task(ignore_cancels(300), group="g")
+    await settle()
+    start = now()
+    assert await manager.cancel_group("g", timeout=None) == 0
+    assert now() - start == 300
+
+
+async def test_cancelled_caller_in_the_grace_still_cancels_the_group() -> None:
+    """A caller that is cancelled during the grace leaves no half-cancelled group."""
+    manager = TaskManager()
+    task = manager.create_task(rest(), group="g")
+    group = manager.get_group("g")
+    caller = asyncio.create_task(manager.cancel_group("g", grace=10))
+    await asyncio.sleep(1)
+    caller.cancel()
+    await asyncio.wait([caller, task])
+    assert caller.cancelled()
+    assert task.cancelled()
+    assert not group.cancel_event.is_set()
+
+
+async def test_cancel_group_spares_the_calling_task() -> None:
+    """A task may cancel its own group, and go on; the count leaves it out."""
+    manager = TaskManager()
+    sibling = manager.create_task(rest(), group="g")
+    caller = manager.create_task(manager.cancel_group("g"), group="g")
+    assert await caller == 1
+    assert sibling.cancelled()
+
+
+async def test_cancel_unknown_group_is_zero() -> None:
+    """A group that nobody uses has nothing to cancel."""
+    assert await TaskManager().cancel_group("nobody") == 0
+
+
+async def test_cancel_all_tasks_leaves_the_manager_usable() -> None:
+    """All tasks of all groups are cancelled; new ones can be created in the same groups."""
+    manager = TaskManager()
+    group = manager.get_group("g")
+    event = group.cancel_event
+    manager.create_task(rest())
+    manager.create_task(rest(), group="g.sub")
+    assert await manager.cancel_all_tasks("enough") == 2
+    assert event.is_set()
+    assert not group.cancel_event.is_set()
+    assert await manager.create_task(give(1), group="g") == 1
+
+
+async def test_two_cancellations_of_one_group_share_it() -> None:
+    """A second cancellation during the first one's grace asks nobody twice."""
+    manager = TaskManager()
+    task = manager.create_task(ignore_cancels(3), group="g")
+    await settle()
+    first = asyncio.create_task(manager.cancel_group("g", "first", grace=1))
+    await settle()
+    assert await manager.cancel_group("g", "second") == 0
+    assert await first == 0
+    assert task.cancelling() == 1
+    assert not manager.get_group("g").cancel_event.is_set()
+
+
+# -- shutdown ---------------------------------------------------------------------------------------------------------------
+
+
+async def test_shutdown_lets_tasks_finish_in_the_grace() -> None:
+    """What ends within the grace is not cancelled; shutdown returns as soon as nothing is live."""
+    manager = TaskManager()
+    task = manager.create_task(asyncio.sleep(2, "done"))
+    start = now()
+    assert await manager.shutdown() == ShutdownReport(completed=1)
+    assert now() - start == 2
+    assert task.result() == "done"
+
+
+async def test_shutdown_sets_the_events_first() -> None:
+    """Who waits for its cancel event is told at once."""
+    manager = TaskManager()
+    heard: list[CancelKind | None] = []
+    event = manager.get_group("a.b").cancel_event
+
+    async def cooperative() -> None:
+        await event.wait()
+        heard.append(event.cause and event.cause.kind)
+
+    manager.create_task(cooperative(), group="a.b")
+    await settle()
+    start = now()
+    await manager.shutdown(grace=50)
+    assert now() == start
+    assert heard == [CancelKind.SHUTDOWN]
+
+
+async def test_shutdown_cancels_by_rising_priority() -> None:
+    """The low ones end before the critical ones are asked."""
+    manager = TaskManager()
+    order: list[str] = []
+
+    async def work(priority: TaskPriority) -> None:
+        try:
+            await rest()
+        finally:
+            order.append(f"{priority.name} asked")
+            await asyncio.sleep(0.5)
+            order.append(f"{priority.name} ended")
+
+    for priority in (TaskPriority.CRITICAL, TaskPriority.LOW, TaskPriority.HIGH):
+        manager.create_task(work(priority), priority=priority)
+    await settle()
+    report = await manager.shutdown(grace=0)
+    assert order == [
+        f"{name} {what}" for name in ("LOW", "HIGH", "CRITICAL") for what in ("asked", "ended")
+    ]
+    assert report == ShutdownReport(cancelled=3)
+
+
+async def test_shutdown_reports_what_became_of_each() -> None:
+    """The report counts the tasks that were live, and names those that ignored it."""
+    manager = TaskManager(on_error=lambda info, error: None)
+
+    async def break_on_cancel() -> None:
+        try:
+            await rest()
+        finally:
+            raise ValueError("clean-up")
+
+    manager.create_task(give(0))
+    await manager.join()
+    manager.create_task(asyncio.sleep(1))
+    manager.create_task(rest())
+    manager.create_task(break_on_cancel())
+    manager.create_task(ignore_cancels(3), name="deaf")
+    await settle()
+    report = await manager.shutdown(grace=2)
+    assert report == ShutdownReport(completed=2, failed=1, cancelled=1, cancel_ignored=("deaf",))
+    assert report.clean
+
+
+async def test_stubborn_task_is_cancelled_twice_and_reported_with_its_stack(
+    spans: SpanRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What will not stop is asked once more, then named with the line where it is; its span ends."""
+    manager = TaskManager(tracer_provider=spans.provider)
+    task = manager.create_task(ignore_cancels(100), name="stubborn")
+    await settle()
+    start = now()
+    report = await manager.shutdown(grace=1, timeout=4)
+    assert now() - start == 5
+    assert task.cancelling() == 2
+    assert list(report.still_running) == ["stubborn"]
+    assert "in ignore_cancels" in report.still_running["stubborn"]
+    assert not report.clean
+    assert caplog.messages[0].startswith("task 'stubborn' would not stop at shutdown; it is at\n")
+    attributes = spans.span("stubborn").attributes
+    assert attributes is not None
+    assert attributes["otel_tasks.task.outcome"] == "abandoned"
+    await task
+
+
+async def test_every_level_has_its_share_of_the_time() -> None:
+    """A stubborn low task does not use up the time of the critical ones."""
+    manager = TaskManager()
+
+    async def slow() -> None:
+        try:
+            await rest()
+        finally:
+            await asyncio.sleep(2)
+
+    manager.create_task(ignore_cancels(100), priority=TaskPriority.LOW)
+    critical = manager.create_task(slow(), priority=TaskPriority.CRITICAL)
+    await settle()
+    start = now()
+    report = await manager.shutdown(grace=0, timeout=9)
+    assert now() - start == 9
+    assert critical.cancelled()
+    assert len(report.still_running) == 1
+    await manager.join()
+
+
+async def test_shutdown_without_bound_waits_for_the_last() -> None:
+    """timeout=None waits however long it takes."""
+    manager = TaskManager()
+    manager.create_task(ignore_cancels(1000))
+    await settle()
+    assert (await manager.shutdown(grace=0, timeout=None)).completed == 1
+
+
+async def test_second_shutdown_has_nothing_to_do() -> None:
+    """shutdown() can be called again."""
+    manager = TaskManager()
+    manager.create_task(rest())
+    assert await manager.shutdown(0) == ShutdownReport(cancelled=1)
+    start = now()
+    assert await manager.shutdown() == ShutdownReport()
+    assert now() == start
+
+
+async def test_concurrent_shutdowns_ask_once() -> None:
+    """Two who shut down at the same time do not tear the clean-up."""
+    manager = TaskManager()
+    task = manager.create_task(ignore_cancels(1))
+    await settle()
+    reports = await asyncio.gather(manager.shutdown(0), manager.shutdown(0))
+    assert task.cancelling() == 1
+    assert [report.completed for report in reports] == [1, 1]
+
+
+async def test_shutdown_from_inside_spares_the_caller() -> None:
+    """A managed task may shut its manager down."""
+    manager = TaskManager()
+    other = manager.create_task(rest())
+    task = manager.create_task(manager.shutdown(0))
+    assert (await task).cancelled == 1
+    assert other.cancelled()
+    assert task.cause is None
+
+
+async def test_cancelled_shutdown_leaves_the_manager_closed() -> None:
+    """A caller that is cancelled while it shuts down stops waiting; a second call finishes."""
+    manager = TaskManager()
+    manager.create_task(rest())
+    caller = asyncio.create_task(manager.shutdown(grace=10))
+    await asyncio.sleep(1)
+    caller.cancel()
+    await asyncio.wait([caller])
+    assert caller.cancelled()
+    assert repr(manager) == "<TaskManager 'default' shut down, 1 live tasks>"
+    assert (await manager.shutdown(0)).cancelled == 1
+
+
+async def test_shutdown_ends_blocks_in_plain_tasks() -> None:
+    """A block that runs in a plain task is left, with its group closed by cause shutdown."""
+    manager = TaskManager()
+    groups: list[TaskGroup] = []
+
+    async def host() -> str:
+        async with manager.group("load") as group:
+            groups.append(group)
+            await rest()
+        return "went on"
+
+    task = asyncio.create_task(host())
+    await settle()
+    await manager.shutdown(0)
+    assert await task == "went on"
+    assert groups[0].cancel_event.cause is not None
+    assert groups[0].cancel_event.cause.kind is CancelKind.SHUTDOWN
+
+
+async def test_manager_is_shut_down_at_the_end_of_its_block() -> None:
+    """async with opens a manager, and shuts it down."""
+    async with TaskManager() as manager:
+        task = manager.create_task(rest())
+    assert task.cancelled()
+    assert kind_of(task) is CancelKind.SHUTDOWN
+
+
+async def test_manager_opens_again_with_its_block() -> None:
+    """A manager that was shut down takes tasks again inside `async with`, in all its groups."""
+    manager = TaskManager()
+    group = manager.get_group("g")
+    stubborn = group.create_task(ignore_cancels(50))
+    event = group.cancel_event
+    await settle()
+    await manager.shutdown(0, 1)
+    assert event.is_set()
+    async with manager:
+        assert not group.cancel_event.is_set()
+        assert not manager.get_group("root").cancel_event.is_set()
+        async with group.group("block") as block:
+            assert await block.create_task(give(1)) == 1
+    await asyncio.wait([stubborn])
+    await settle()
+
+
+def test_report_is_frozen_and_clean_by_default() -> None:
+    """A report is plain data."""
+    report = ShutdownReport()
+    assert report.clean
+    assert dataclasses.asdict(report) == {
+        "completed": 0,
+        "failed": 0,
+        "cancelled": 0,
+        "cancel_ignored": (),
+        "still_running": {},
+    }
+
+
+# -- every await, cancelled in turn ---------------------------------------------------------------------------------------------
+
+
+async def waiting_for_a_task(manager: TaskManager) -> None:
+    await manager.start_task("a", lambda: asyncio.sleep(5, "done"))
+    await manager.wait_for_task("a")
+    await manager.start_task("b", lambda: asyncio.sleep(5))
+    with pytest.raises(TimeoutError):
+        await manager.wait_for_task("b", timeout=1)
+
+
+async def joining(manager: TaskManager) -> None:
+    manager.create_task(asyncio.sleep(5))
+    manager.create_task(give(1), group="g")
+    await manager.join("g")
+    await manager.join()
+
+
+async def cancelling_a_task(manager: TaskManager) -> None:
+    manager.create_task(ignore_cancels(5), name="a")
+    await asyncio.sleep(0)
+    await manager.cancel_task("a", timeout=1)
+    manager.create_task(rest(), name="b")
+    await manager.cancel_task("b")
+
+
+async def cancelling_a_group(manager: TaskManager) -> None:
+    manager.create_task(ignore_cancels(5), group="g")
+    manager.create_task(rest(), group="g.sub")
+    async with manager.get_group("g").group("block") as block:
+        block.create_task(rest())
+        await asyncio.sleep(0)
+        await manager.cancel_group("g", grace=1, timeout=2)
+
+
+async def shutting_down(manager: TaskManager) -> None:
+    manager.create_task(ignore_cancels(5), priority=TaskPriority.LOW)
+    manager.create_task(rest())
+    manager.create_task(asyncio.sleep(1), priority=TaskPriority.HIGH)
+    await asyncio.sleep(0)
+    await manager.shutdown(grace=0.5, timeout=2)
+
+
+async def managing(manager: TaskManager) -> None:
+    async with manager:
+        manager.create_task(ignore_cancels(8))
+        await asyncio.sleep(1)
+
+
+async def replacing(manager: TaskManager) -> None:
+    await manager.start_task("a", lambda: ignore_cancels(5))
+    await asyncio.sleep(0)
+    await manager.start_task("a", rest, cancel_existing=True)
+    new = manager.create_task(asyncio.sleep(1), name="a", on_conflict="replace")
+    await new
+
+
+async def grouping(manager: TaskManager) -> None:
+    async with manager.group("load", span=True) as group:
+        group.create_task(asyncio.sleep(2))
+        group.create_task(ignore_cancels(3))
+        async with manager.group("inner") as inner:
+            inner.create_task(asyncio.sleep(1))
+            await asyncio.sleep(0.5)
+        await asyncio.sleep(0.5)
+
+
+async def grouping_with_a_cancel(manager: TaskManager) -> None:
+    async with manager.group("load") as group:
+        group.create_task(ignore_cancels(3))
+        await asyncio.sleep(1)
+        group.cancel()
+    await asyncio.sleep(1)
+
+
+async def grouping_with_a_failure(manager: TaskManager) -> None:
+    with pytest.raises(ExceptionGroup):
+        async with manager.group("load", span=True) as group:
+            group.create_task(rest())
+            group.create_task(ignore_cancels(3))
+            group.create_task(fail(ValueError("no")))
+            await asyncio.sleep(1)
+    await asyncio.sleep(1)
+
+
+async def grouping_with_a_timeout(manager: TaskManager) -> None:
+    with pytest.raises(TimeoutError):
+        async with manager.group("load", timeout=1) as group:
+            group.create_task(rest())
+            group.create_task(ignore_cancels(3))
+    await asyncio.sleep(1)
+
+
+async def grouping_in_a_task(manager: TaskManager) -> None:
+    await manager.create_task(grouping(manager), name="host")
+
+
+async def calling_a_decorated_function(manager: TaskManager) -> None:
+    @managed_task(manager=manager, timeout=5)
+    async def work() -> None:
+        await asyncio.sleep(1)
+        await asyncio.sleep(1)
+
+    await work()
+
+
+@pytest.mark.parametrize(
+    ("scenario", "awaits"),
+    [
+        (waiting_for_a_task, 2),
+        (joining, 2),
+        (cancelling_a_task, 3),
+        (cancelling_a_group, 3),
+        (shutting_down, 4),
+        (managing, 3),
+        (replacing, 3),
+        (grouping, 4),
+        (grouping_with_a_cancel, 3),
+        (grouping_with_a_failure, 3),
+        (grouping_with_a_timeout, 2),
+        (grouping_in_a_task, 1),
+        (calling_a_decorated_function, 1),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_nothing_leaks_whichever_await_is_cancelled(
+    scenario: Any, awaits: int, spans: SpanRecorder
+) -> None:
+    """Cancelled at any of its awaits, a scenario leaves no task, no open span, and no warning."""
+    assert cancel_at_each_await(scenario, spans) >= awaits
