@@ -116,7 +116,7 @@ def without_frames(error: BaseException) -> BaseException:
         copy = _copied(error)
     except Exception:
         return error
-    copy.__cause__ = error.__cause__ and without_frames(error.__cause__)
+    copy.__cause__ = None if error.__cause__ is None else without_frames(error.__cause__)
     copy.__suppress_context__ = error.__suppress_context__
     return copy
 
@@ -125,14 +125,15 @@ def _copied(error: BaseException) -> BaseException:
     if isinstance(error, BaseExceptionGroup):
         return error.derive([without_frames(part) for part in error.exceptions])
     cls = type(error)
-    copy = cls.__new__(cls, *error.args)
-    # The nearest built-in class sets what is its own (errno, the parts of a UnicodeError); a
-    # class of the user's is not called, it may want arguments that are gone.
-    base = next(
+    # The nearest built-in class knows how to make itself again (errno and file name, the parts of
+    # a UnicodeError); a class of the user's is not called, it may want arguments that are gone.
+    base: Any = next(
         parent for parent in cls.__mro__ if parent.__module__ == "builtins" and "__init__" in vars(parent)
     )
-    vars(base)["__init__"](copy, *error.args)
-    copy.__dict__.update(error.__dict__)
+    _, arguments, *state = base.__reduce__(error)
+    copy: BaseException = cls.__new__(cls, *arguments)
+    vars(base)["__init__"](copy, *arguments)
+    copy.__setstate__(*state or [None])
     for parent in cls.__mro__:
         for slot in parent.__dict__.get("__slots__", ()):
             if hasattr(error, slot):

@@ -228,7 +228,8 @@ class Ledger:
         task._ended_at = ended_at = task.get_loop().time()
         group = task._group
         plain = task._extras is None and task._span is None and not task.cancelling()
-        if not plain or task.cancelled() or failure_of(task) or self.listeners or self.telemetry.metered():
+        raised = task.cancelled() or failure_of(task) is not None
+        if not plain or raised or self.listeners or self.telemetry.metered():
             try:
                 self._take_story(task)
             finally:

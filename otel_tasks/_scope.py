@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from otel_tasks._state import CancelKind
 from otel_tasks._task import ManagedTask, _cancel, _uncancel, cancel_message
+from otel_tasks._telemetry import text_of
 from otel_tasks.cancellation import CancelCause
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Scope:
             self._base_error = error
         if group._cause is None:
             origin = None if task._span is None else task._span.get_span_context()
-            message = f"{task.name} failed: {error!r}"
+            message = f"{task.name} failed: {text_of(error, repr)}"
             now = task.get_loop().time()
             self.abort(group, CancelCause(CancelKind.SIBLING_FAILED, message, task.name, now, origin))
         return True
@@ -172,7 +173,7 @@ class Scope:
 
     def _abort_because_of(self, group: TaskGroup, error: BaseException) -> None:
         if not isinstance(error, asyncio.CancelledError):
-            cause = CancelCause.make(CancelKind.SCOPE_ENDED, f"the block raised {error!r}")
+            cause = CancelCause.make(CancelKind.SCOPE_ENDED, f"the block raised {text_of(error, repr)}")
         elif isinstance(self.host, ManagedTask) and self.host._cause is not None:
             cause = self.host._cause
         else:

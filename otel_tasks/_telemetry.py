@@ -33,7 +33,7 @@ from opentelemetry.trace import (
 from otel_tasks._state import CancelKind, Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from otel_tasks.cancellation import CancelCause
 
@@ -88,12 +88,12 @@ def error_type(error: BaseException) -> str:
     return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def text_of(error: BaseException) -> str:
-    """``str(error)``, also of an exception whose own ``__str__`` is broken."""
+def text_of(error: BaseException, text: Callable[[object], str] = str) -> str:
+    """``str(error)``, or its ``repr``, also of an exception that breaks when it is asked for it."""
     try:
-        return str(error)
+        return text(error)
     except Exception as broken:
-        return f"<no text: {type(broken).__name__} in its __str__>"
+        return f"<{type(error).__name__} without text: {type(broken).__name__}>"
 
 
 def current_span_context(context: contextvars.Context | None = None) -> SpanContext | None:

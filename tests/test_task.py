@@ -292,7 +292,7 @@ async def test_task_that_cancels_itself_is_explicit() -> None:
 
     task = TaskManager().create_task(suicidal())
     await asyncio.wait([task])
-    assert task.cause == CancelCause(CancelKind.EXPLICIT, "I quit")  # core bug 27
+    assert task.cause == CancelCause(CancelKind.EXPLICIT, "I quit")
 
 
 async def test_cancel_from_a_callback_is_explicit_at_the_end() -> None:

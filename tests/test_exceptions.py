@@ -1,0 +1,271 @@
+"""The errors of this package, and wrong use: each refused with a message that names the value and the mend."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import re
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from otel_tasks import (
+    GroupClosedError,
+    IllegalTransitionError,
+    ManagerClosedError,
+    OtelTasksError,
+    TaskExistsError,
+    TaskGroup,
+    TaskManager,
+    TaskNotFoundError,
+    WrongLoopError,
+    WrongThreadError,
+    managed_task,
+)
+from tests.helpers import give, rest
+
+Use = Callable[[TaskManager], object]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TaskNotFoundError,
+        TaskExistsError,
+        GroupClosedError,
+        ManagerClosedError,
+        WrongLoopError,
+        WrongThreadError,
+        IllegalTransitionError,
+    ],
+)
+def test_every_error_has_one_base(error: type[Exception]) -> None:
+    """Catching OtelTasksError catches them all."""
+    assert issubclass(error, OtelTasksError)
+
+
+def test_errors_are_also_what_the_standard_library_raises() -> None:
+    """Who catches KeyError or RuntimeError, as around asyncio's own, is served."""
+    assert issubclass(TaskNotFoundError, KeyError)
+    for error in (GroupClosedError, ManagerClosedError, WrongLoopError, WrongThreadError):
+        assert issubclass(error, RuntimeError)
+
+
+def test_not_found_reads_as_a_sentence() -> None:
+    """KeyError would show its message with quotes around it."""
+    assert str(TaskNotFoundError("no task is called 'a'")) == "no task is called 'a'"
+
+
+async def coroutine_function() -> None:
+    raise AssertionError("never runs")
+
+
+def plain_function() -> int:
+    return 1
+
+
+def future() -> Any:
+    return asyncio.get_running_loop().create_future()
+
+
+CREATING: list[tuple[Use, type[Exception], str]] = [
+    (
+        lambda manager: manager.create_task(coroutine_function),  # type: ignore[arg-type]  # the mistake under test
+        TypeError,
+        "create_task() takes a coroutine, got the function coroutine_function: "
+        "write create_task(coroutine_function(...))",
+    ),
+    (
+        lambda manager: manager.create_task(future()),
+        TypeError,
+        "create_task() takes a coroutine, got a Future: "
+        "await it inside a coroutine function, and pass that one's coroutine",
+    ),
+    (
+        lambda manager: manager.create_task(5),  # type: ignore[arg-type]  # the mistake under test
+        TypeError,
+        "create_task() takes a coroutine, got 5: write create_task(work(...)) with `async def work(...)`",
+    ),
+    (
+        lambda manager: manager.create_task(rest(), name=""),
+        ValueError,
+        "task name must not be empty: leave it out to have one made",
+    ),
+    (
+        lambda manager: manager.create_task(rest(), name=["a"]),  # type: ignore[arg-type]  # the mistake under test
+        TypeError,
+        "task name must be a string, got ['a']",
+    ),
+    (
+        lambda manager: manager.create_task(rest(), group=""),
+        ValueError,
+        "group name must not be empty: leave it out to have one made",
+    ),
+    (
+        lambda manager: manager.create_task(rest(), group="a..b"),
+        ValueError,
+        "group name must not have empty parts between its dots, got 'a..b'",
+    ),
+    (
+        lambda manager: manager.create_task(rest(), group=7),  # type: ignore[arg-type]  # the mistake under test
+        TypeError,
+        "group must be a name or a TaskGroup, got 7",
+    ),
+    (
+        lambda manager: manager.create_task(rest(), group=TaskManager("other").get_group("g")),
+        ValueError,
+        "group 'g' belongs to manager 'other', not to 'mine'",
+    ),
+    (
+        lambda manager: manager.create_task(rest(), timeout=-1),
+        ValueError,
+        "timeout must be at least 0 seconds, got -1",
+    ),
+    (
+        lambda manager: manager.create_task(rest(), timeout=float("nan")),
+        ValueError,
+        "timeout must be at least 0 seconds, got nan",
+    ),
+    (
+        lambda manager: manager.create_task(rest(), timeout="5"),  # type: ignore[arg-type]  # the mistake under test
+        TypeError,
+        "timeout must be seconds as a number, or None for no bound, got '5'",
+    ),
+    (
+        lambda manager: manager.create_task(rest(), timeout=True),
+        TypeError,
+        "timeout must be seconds as a number, or None for no bound, got True",
+    ),
+    (
+        lambda manager: manager.create_task(rest(), priority="urgent"),  # type: ignore[arg-type]  # the mistake under test
+        ValueError,
+        "priority must be one of TaskPriority.LOW, TaskPriority.NORMAL, TaskPriority.HIGH, "
+        "TaskPriority.CRITICAL, got 'urgent'",
+    ),
+    (
+        lambda manager: manager.create_task(rest(), on_conflict="ignore"),  # type: ignore[arg-type]  # the mistake under test
+        ValueError,
+        "on_conflict must be one of 'error', 'suffix', 'return', 'replace', got 'ignore'",
+    ),
+    (
+        lambda manager: manager.create_task(rest(), metadata=5),  # type: ignore[arg-type]  # the mistake under test
+        TypeError,
+        "'int' object is not iterable",
+    ),
+    (lambda manager: manager.group(""), ValueError, "group name must not be empty: leave it out to have one made"),
+    (
+        lambda manager: manager.group("load", on_error="raise"),  # type: ignore[arg-type]  # the mistake under test
+        ValueError,
+        "on_error must be one of 'cancel', 'isolate', got 'raise'",
+    ),
+    (lambda manager: TaskGroup("load", timeout=-2), ValueError, "timeout must be at least 0 seconds, got -2"),
+    (lambda manager: TaskManager(""), ValueError, "manager name must not be empty: leave it out to have one made"),
+    (
+        lambda manager: TaskManager(history=-1),
+        ValueError,
+        "history must be a whole number of tasks, at least 0, got -1",
+    ),
+    (
+        lambda manager: TaskManager(history=1.5),  # type: ignore[arg-type]  # the mistake under test
+        ValueError,
+        "history must be a whole number of tasks, at least 0, got 1.5",
+    ),
+    (
+        lambda manager: TaskManager(history=True),
+        ValueError,
+        "history must be a whole number of tasks, at least 0, got True",
+    ),
+    (
+        lambda manager: manager.cleanup_completed_tasks(-1),
+        ValueError,
+        "max_age must be at least 0 seconds, got -1",
+    ),
+    (
+        lambda manager: managed_task(timeout=-1),
+        ValueError,
+        "timeout must be at least 0 seconds, got -1",
+    ),
+    (lambda manager: managed_task(name=""), ValueError, "task name must not be empty: leave it out to have one made"),
+]
+
+
+@pytest.mark.parametrize(("use", "error", "message"), CREATING, ids=lambda value: value if isinstance(value, str) else "")
+async def test_wrong_use_says_who_did_what_and_the_mend(
+    use: Use, error: type[Exception], message: str
+) -> None:
+    """A refusal names the value and the right form, changes nothing, and closes the coroutine."""
+    manager = TaskManager("mine")
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        use(manager)
+    assert manager.stats().created == 0
+    gc.collect()
+
+
+STARTING: list[tuple[Any, str]] = [
+    (
+        5,
+        "start_task() takes what makes a coroutine, got 5: write start_task(name, lambda: work(1))",
+    ),
+    (
+        plain_function,
+        "start_task() takes what makes a coroutine, and plain_function() made 1: "
+        "declare it as `async def plain_function(...)`",
+    ),
+]
+
+
+@pytest.mark.parametrize(("factory", "message"), STARTING, ids=["number", "function"])
+async def test_start_task_with_no_coroutine_shows_the_right_line(factory: Any, message: str) -> None:
+    """What makes no coroutine is refused with what would."""
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        await TaskManager().start_task("a", factory)
+
+
+WAITING: list[tuple[Callable[[TaskManager], Coroutine[Any, Any, object]], str]] = [
+    (lambda manager: manager.start_task("", rest), "task name must not be empty: leave it out to have one made"),
+    (lambda manager: manager.wait_for_task("a", timeout=-1), "timeout must be at least 0 seconds, got -1"),
+    (lambda manager: manager.cancel_task("a", timeout=-1), "timeout must be at least 0 seconds, got -1"),
+    (lambda manager: manager.cancel_group("a", grace=-1), "grace must be at least 0 seconds, got -1"),
+    (lambda manager: manager.cancel_group("a", timeout=-1), "timeout must be at least 0 seconds, got -1"),
+    (lambda manager: manager.cancel_all_tasks(grace=-1), "grace must be at least 0 seconds, got -1"),
+    (lambda manager: manager.shutdown(grace=-1), "grace must be at least 0 seconds, got -1"),
+    (lambda manager: manager.shutdown(timeout=-1), "timeout must be at least 0 seconds, got -1"),
+]
+
+
+@pytest.mark.parametrize(("use", "message"), WAITING)
+async def test_wrong_value_is_refused_before_anything_happens(
+    use: Callable[[TaskManager], Coroutine[Any, Any, object]], message: str
+) -> None:
+    """A wrong duration or name neither cancels nor closes anything."""
+    manager = TaskManager()
+    task = manager.create_task(give(1), name="a", group="a")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        await use(manager)
+    assert task.cancelling() == 0
+    assert await manager.create_task(give(2)) == 2
+
+
+async def test_group_of_another_manager_is_refused_when_cancelling() -> None:
+    """cancel_group() takes groups of its own manager only."""
+    other = TaskManager("other").get_group("g")
+    with pytest.raises(ValueError, match=r"^group 'g' belongs to manager 'other', not to 'default'$"):
+        await TaskManager().cancel_group(other)
+
+
+async def test_refused_coroutine_function_is_not_called() -> None:
+    """A refused start_task() closes the coroutine that it was given."""
+    with pytest.raises(TypeError, match=r"^task name must be a string, got 7$"):
+        await TaskManager().start_task(7, rest())  # type: ignore[arg-type]  # the mistake under test
+    gc.collect()
+
+
+async def test_callable_object_is_named_by_its_class() -> None:
+    """What has no name of its own is named by its type."""
+
+    class Work:
+        def __call__(self) -> None: ...
+
+    with pytest.raises(TypeError, match=r"got the function Work: write create_task\(Work\(\.\.\.\)\)$"):
+        TaskManager().create_task(Work())  # type: ignore[arg-type]  # the mistake under test
