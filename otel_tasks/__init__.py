@@ -5,9 +5,11 @@ Where things are:
 - ``_manager``: ``TaskManager``, the global one, ``create_task`` and the ``current_*`` functions
 - ``_group``, ``_scope``: ``TaskGroup``, the tree of work, and its ``async with`` block
 - ``_task``: ``ManagedTask`` and its snapshot, ``TaskInfo``
+- ``_admission``: places under a limit, and the queue before them
 - ``_ledger``: what a manager keeps about its tasks, and the one place that takes their end
 - ``_decorator``: ``managed_task``
 - ``cancellation``: ``CancelCause``, ``CancelEvent``
+- ``progress``: what a task reports of its own progress
 - ``_state``: statuses, priorities, the table of transitions
 - ``_telemetry``: spans and metrics, the only module that imports OpenTelemetry
 - ``exceptions``: every error of this package
@@ -40,22 +42,28 @@ from otel_tasks.exceptions import (
     IllegalTransitionError,
     ManagerClosedError,
     OtelTasksError,
+    QueueFullError,
     TaskExistsError,
     TaskNotFoundError,
     WrongLoopError,
     WrongThreadError,
 )
+from otel_tasks.progress import GroupProgress, Progress, ProgressWatch, TaskProgress
 
 __all__ = [
     "CancelCause",
     "CancelEvent",
     "CancelKind",
     "GroupClosedError",
+    "GroupProgress",
     "IllegalTransitionError",
     "ManagedFunction",
     "ManagedTask",
     "ManagerClosedError",
     "OtelTasksError",
+    "QueueFullError",
+    "Progress",
+    "ProgressWatch",
     "ShutdownReport",
     "TaskExistsError",
     "TaskGroup",
@@ -63,6 +71,7 @@ __all__ = [
     "TaskManager",
     "TaskNotFoundError",
     "TaskPriority",
+    "TaskProgress",
     "TaskStats",
     "TaskStatus",
     "WrongLoopError",

@@ -139,6 +139,8 @@ class Connection:
                     self._wake()
             if self._note(message, asyncio.current_task):
                 return message
+            # A turn for the others, should the server say the same again and again without waiting.
+            await asyncio.sleep(0)
 
     async def send(self, message: Message) -> None:
         """Pass ``message`` on to the server, unless the client has left.
@@ -175,7 +177,7 @@ class Connection:
 
     def ripen(self) -> None:
         """Begin to watch, now that the request has turned out to be a long one."""
-        if self._last is not None or self.complete:
+        if self._last is not None or self.complete or self.closed:
             return
         if self._reading or self._buffered >= self.sweeper.buffer_limit:
             self._ripe = True
@@ -199,8 +201,11 @@ class Connection:
                 message = await self._read_ahead()
                 if message is None:
                     return
-                if self._note(message, _nobody):
-                    self._keep(message)
+                if not self._note(message, _nobody):
+                    # Later: of a server that says it again and again the loop would see no end.
+                    self._back_to_sweep()
+                    return
+                self._keep(message)
             self._ripe = self._last is None
         finally:
             self._reading = False

@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
+import time
 from asyncio import _get_running_loop
 from contextvars import ContextVar, copy_context
+from functools import partial
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Protocol, TypedDict, TypeVar, get_args
 
+from otel_tasks._admission import Limiter, Ticket, admit, would_wait
+from otel_tasks._checks import checked_seconds as checked_seconds
 from otel_tasks._scope import OnError, Scope
 from otel_tasks._state import CancelKind, TaskPriority
 from otel_tasks._task import (
@@ -23,6 +28,8 @@ from otel_tasks._task import (
     ManagedTask,
     add_done_callback,
     ask,
+    init_task,
+    reported,
     run_when,
     snapshot,
     wait_until_done,
@@ -42,19 +49,23 @@ from otel_tasks._telemetry import (
     start_span,
 )
 from otel_tasks.cancellation import CancelCause, CancelEvent
-from otel_tasks.exceptions import GroupClosedError, TaskExistsError
+from otel_tasks.exceptions import GroupClosedError, QueueFullError, TaskExistsError
+from otel_tasks.progress import add_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
     from contextvars import Context
     from types import TracebackType
-    from typing import Self
+    from typing import Self, Unpack
 
     from otel_tasks._ledger import Ledger
     from otel_tasks._manager import TaskManager
     from otel_tasks._telemetry import GroupSpan, Span, Tracer
+    from otel_tasks.progress import GroupProgress
 
 T = TypeVar("T")
+
+EAGER = sys.version_info >= (3, 12)
 OnConflict = Literal["error", "suffix", "return", "replace"]
 
 
@@ -72,6 +83,20 @@ class Binding(Protocol):
 _bound: ContextVar[Binding | None] = ContextVar("otel_tasks_group", default=None)
 
 
+class TaskOptions(TypedDict, total=False):
+    """The options of ``create_task``, for functions that pass them on."""
+
+    name: str | None
+    priority: TaskPriority
+    timeout: float | None
+    queue_timeout: float | None
+    metadata: Mapping[str, Any] | None
+    on_conflict: OnConflict
+    detached: bool
+    context: Context | None
+    eager_start: bool | None
+
+
 class TaskGroup:
     """A group of tasks, and of groups below it; with ``async with`` a drop-in for ``asyncio.TaskGroup``.
 
@@ -81,6 +106,9 @@ class TaskGroup:
             ``ExceptionGroup``; ``"isolate"``: it is reported and the others go on.
         timeout: Seconds that the block may take, at least 0; then everything in it is cancelled
             and it raises ``TimeoutError``. None is without bound.
+        max_concurrency: How many of its tasks run at a time, at least 1; the others wait for a
+            place, highest priority first. None is without bound. The manager's limit holds too.
+        max_queue: How many may wait, at least 0; one more is refused. None is without bound.
         span: Give the block a span of its own.
         manager: Whose tasks they are; None is the global manager.
 
@@ -105,6 +133,7 @@ class TaskGroup:
         "_host",
         "_id",
         "_ledger",
+        "_limiter",
         "_linked",
         "_live",
         "_name",
@@ -112,6 +141,8 @@ class TaskGroup:
         "_number",
         "_owns_span",
         "_parent",
+        "_past_progress",
+        "_queued",
         "_refusal",
         "_scope",
         "_sealed",
@@ -120,6 +151,7 @@ class TaskGroup:
 
     _refusal: str | None
     _scope: Scope | None
+    _limiter: Limiter | None
 
     def __init__(
         self,
@@ -127,6 +159,8 @@ class TaskGroup:
         *,
         on_error: OnError = "cancel",
         timeout: float | None = None,
+        max_concurrency: int | None = None,
+        max_queue: int | None = None,
         span: bool = False,
         manager: TaskManager | None = None,
     ) -> None:
@@ -136,6 +170,7 @@ class TaskGroup:
         self._set_up(root._ledger, label, None)
         self._scope = Scope(on_error, checked_seconds("timeout", timeout), span=span)
         self._refusal = "has not been entered"
+        self._limiter = checked_limiter(max_concurrency, max_queue)
 
     def _set_up(self, ledger: Ledger, name: str | Callable[[], str], parent: TaskGroup | None) -> None:
         self._ledger = ledger
@@ -156,9 +191,14 @@ class TaskGroup:
         self._event: CancelEvent | None = None
         # Why it is being cancelled; for good in a scoped group, for the moment in a labelled one.
         self._cause: CancelCause | None = None
+        # How many of its ended tasks had reported progress, and how much they did; of a scoped group only.
+        self._past_progress: tuple[int, float] | None = None
         # Why it takes no new tasks; None while it does.
         self._refusal = None
         self._scope = None
+        self._limiter = None
+        # Of the live tasks, those that wait for a place.
+        self._queued = 0
         self._binding: Binding | None = None
         # The task in which a request's handler runs.
         self._host: asyncio.Task[Any] | None = None
@@ -231,6 +271,12 @@ class TaskGroup:
         return self._event
 
     @property
+    def progress(self) -> GroupProgress:
+        """What the tasks here and below have reported of their progress, added up now."""
+        past = [group._past_progress for group in self._below() if group._past_progress is not None]
+        return add_up(map(reported, self._every_live()), past)
+
+    @property
     def task_group(self) -> TaskGroup:
         """Itself: a group may stand for the current group."""
         return self
@@ -248,20 +294,75 @@ class TaskGroup:
         name: str | None = None,
         priority: TaskPriority = TaskPriority.NORMAL,
         timeout: float | None = None,
+        queue_timeout: float | None = None,
         metadata: Mapping[str, Any] | None = None,
         on_conflict: OnConflict = "suffix",
         detached: bool = False,
         context: Context | None = None,
+        eager_start: bool | None = None,
     ) -> ManagedTask[T]:
         """Create a task in this group; the parameters are those of ``TaskManager.create_task``.
 
         Raises:
             GroupClosedError: The group takes no new tasks; ``coro`` is closed.
+            QueueFullError: No place is free and no more tasks may wait; ``coro`` is closed.
         """
-        return self._create(coro, name, priority, timeout, metadata, on_conflict, detached, context, False)
+        return self._create(
+            coro,
+            name,
+            priority,
+            timeout,
+            queue_timeout,
+            metadata,
+            on_conflict,
+            detached,
+            context,
+            eager_start,
+            False,
+        )
+
+    async def put_task(self, coro: Coroutine[Any, Any, T], **options: Unpack[TaskOptions]) -> ManagedTask[T]:
+        """Create a task as soon as it may wait for its place: ``create_task`` with patience.
+
+        As ``asyncio.Queue.put`` is to ``put_nowait``: where ``create_task`` would raise
+        ``QueueFullError`` this waits for room in the queue. The parameters are the same.
+
+        Cancellation: of the caller, while it waits for room: ``coro`` is closed, no task is created.
+        """
+        try:
+            await self._room()
+            return self.create_task(coro, **options)
+        except BaseException:
+            close_quietly(coro)
+            raise
+        finally:
+            # What this one did not need, or leaves over, is for the next in line.
+            for limiter in self._limiters():
+                self._ledger.wake_putter(limiter)
+
+    @property
+    def max_concurrency(self) -> int | None:
+        """How many of its tasks run at a time; may be changed while they do. None is without bound."""
+        return None if self._limiter is None else self._limiter.limit
+
+    @max_concurrency.setter
+    def max_concurrency(self, limit: int | None) -> None:
+        # A lower one waits for running tasks to end, it stops none.
+        checked_limiter(limit, None)
+        if self._limiter is None:
+            self._limiter = Limiter(None, None)
+            self._ledger.adopt(self.tasks, self._limiter, before=True)
+        self._ledger.change_limit(self._limiter, limit)
 
     def group(
-        self, name: str, *, on_error: OnError = "cancel", timeout: float | None = None, span: bool = False
+        self,
+        name: str,
+        *,
+        on_error: OnError = "cancel",
+        timeout: float | None = None,
+        max_concurrency: int | None = None,
+        max_queue: int | None = None,
+        span: bool = False,
     ) -> TaskGroup:
         """Make a scoped group below this one; enter it with ``async with``.
 
@@ -269,9 +370,19 @@ class TaskGroup:
             name: What it is called.
             on_error: What a failing task does to its siblings, as for ``TaskGroup``.
             timeout: Seconds that the block may take; None is without bound.
+            max_concurrency: How many of its tasks run at a time; this group's limit, if it has
+                one, does not count for it.
+            max_queue: How many may wait for a place.
             span: Give the block a span of its own.
         """
-        group = TaskGroup(name, on_error=on_error, timeout=timeout, span=span)
+        group = TaskGroup(
+            name,
+            on_error=on_error,
+            timeout=timeout,
+            max_concurrency=max_concurrency,
+            max_queue=max_queue,
+            span=span,
+        )
         group._ledger = self._ledger
         group._parent = self
         return group
@@ -390,12 +501,15 @@ class TaskGroup:
         name: str | None,
         priority: TaskPriority,
         timeout: float | None,
+        queue_timeout: float | None,
         metadata: Mapping[str, Any] | None,
         on_conflict: OnConflict,
         detached: bool,
         context: Context | None,
+        eager_start: bool | None,
         keep_result: bool,
     ) -> ManagedTask[T]:
+        ticket = None
         try:
             if type(coro) is not CoroutineType:
                 check_coroutine(coro)
@@ -408,8 +522,16 @@ class TaskGroup:
             if type(priority) is not TaskPriority:
                 priority = checked_priority(priority)
             extras = None
-            if timeout is not None or metadata is not None or keep_result:
-                extras = Extras(metadata, keep_result, checked_seconds("timeout", timeout))
+            if timeout is not None or metadata is not None or keep_result or queue_timeout is not None:
+                extras = Extras(
+                    metadata,
+                    keep_result,
+                    checked_seconds("timeout", timeout),
+                    checked_seconds("queue_timeout", queue_timeout),
+                )
+            limited = self._limiter is not None or ledger.limiter.limit is not None
+            if limited:
+                self._check_queue(name or function_name(coro))
             if on_conflict != "suffix":
                 check_choice("on_conflict", on_conflict, OnConflict)
             previous: tuple[asyncio.Task[Any], ...] = ()
@@ -424,7 +546,10 @@ class TaskGroup:
                 key, previous = self._make_way(name, taken, on_conflict)
             created_at = loop.time()
             work = coro
-            if previous or (extras is not None and extras.seconds is not None):
+            if limited:
+                extras = extras or Extras()
+                ticket = self._claim(extras, priority, created_at, loop)
+            if previous or (extras is not None and (extras.seconds is not None or extras.gate is not None)):
                 extras = extras or Extras()
                 work = run_when(coro, extras, previous, created_at)
             tracer = ledger.telemetry.tracer()
@@ -434,10 +559,26 @@ class TaskGroup:
             if tracer is not None or stranger:
                 # A context that the user passed is copied as soon as something is put into it.
                 context = copy_context() if context is None else context.copy()
-                span = context.run(self._prepare, tracer, stranger, key, coro, priority, detached)
+                if stranger:
+                    context.run(_bound.set, self._binding or self)
+                if tracer is not None:
+                    if extras is None or extras.gate is None:
+                        span = context.run(self._start_task_span, tracer, key, coro, priority, detached)
+                    else:
+                        # The span of a task that queues is begun when it gets its place.
+                        extras.context = context
+            if extras is not None and extras.gate is not None:
+                extras.begin = partial(self._begin, coro, detached)
+            eager = EAGER and (ledger.eager_start if eager_start is None else eager_start)
             # Built directly: create_task() of the loop would ask for a factory and set the name again.
-            task = ManagedTask(work, loop=loop, name=key, context=context)
+            task = (
+                ManagedTask.__new__(ManagedTask)
+                if eager
+                else ManagedTask(work, loop=loop, name=key, context=context)
+            )
         except BaseException:
+            if ticket is not None:
+                self._ledger.give_back(ticket)
             close_quietly(coro)
             raise
         task._group = self
@@ -449,25 +590,42 @@ class TaskGroup:
         task._waiters = 0
         ledger.created += 1
         self._add(key, task)
-        add_done_callback(task, ledger.on_done, context=NOBODYS_CONTEXT)
+        if eager:
+            self._run_first_step(task, work, loop, key, context)
+        else:
+            add_done_callback(task, ledger.on_done, context=NOBODYS_CONTEXT)
         if ledger.listeners:
             ledger.tell("created", snapshot(task))
         return task
 
-    def _prepare(
+    def _run_first_step(
         self,
-        tracer: Tracer | None,
-        stranger: bool,
+        task: ManagedTask[Any],
+        work: Coroutine[Any, Any, Any],
+        loop: asyncio.AbstractEventLoop,
+        key: str,
+        context: Context | None,
+    ) -> None:
+        """Run the first step of a task that is in the books already, eagerly (Python 3.12)."""
+        try:
+            init_task(task, work, loop=loop, name=key, context=context, eager_start=True)
+        finally:
+            # Also where the step raises SystemExit through us: the task has ended by that.
+            if task.done():
+                self._ledger.on_done(task)
+            else:
+                add_done_callback(task, self._ledger.on_done, context=NOBODYS_CONTEXT)
+
+    def _start_task_span(
+        self,
+        tracer: Tracer,
         key: str,
         coro: Coroutine[Any, Any, Any],
         priority: TaskPriority,
         detached: bool,
+        start_time: int | None = None,
     ) -> Span | None:
-        """Bind the group and start the span, inside the context made for the task."""
-        if stranger:
-            _bound.set(self._binding or self)
-        if tracer is None:
-            return None
+        """Start a task's span, inside the context made for the task."""
         name = low_cardinality(key)
         attributes = {
             TASK_NAME: name,
@@ -480,10 +638,74 @@ class TaskGroup:
         }
         try:
             parent = None if self._span is None else self._span.parent()
-            return start_span(tracer, name, attributes, parent=parent, detached=detached)
+            return start_span(
+                tracer, name, attributes, parent=parent, detached=detached, start_time=start_time
+            )
         except Exception:
             self._ledger.complain("starting a span for task %r raised", key)
             return None
+
+    # -- places -----------------------------------------------------------------------------
+
+    def _limiters(self) -> tuple[Limiter, ...]:
+        """What a new task has to pass: the group's own limit, and the manager's."""
+        shared = self._ledger.limiter
+        if self._limiter is None:
+            return (shared,) if shared.limit is not None else ()
+        return (self._limiter, shared) if shared.limit is not None else (self._limiter,)
+
+    def _full(self) -> Limiter | None:
+        """The limiter in whose queue a new task would have to stand, and may not."""
+        limiters = self._limiters()
+        if not would_wait(limiters):
+            return None
+        return next((limiter for limiter in limiters if limiter.queue_full), None)
+
+    def _check_queue(self, name: str) -> None:
+        full = self._full()
+        if full is not None:
+            whose = f"group {self.id!r}" if full is self._limiter else f"manager {self._ledger.name!r}"
+            raise QueueFullError(
+                f"cannot create task {name!r}: {full.waiting} tasks wait for a place in {whose} already "
+                f"(max_concurrency={full.limit}, max_queue={full.max_queue}); "
+                "wait for room with await put_task(...), or do without it"
+            )
+
+    def _claim(
+        self, extras: Extras, priority: TaskPriority, now: float, loop: asyncio.AbstractEventLoop
+    ) -> Ticket:
+        """Claim a place, and make the gate at which the task waits if there is none."""
+        payload = (self, extras)
+        extras.ticket = ticket = Ticket(self._limiters(), priority, now, self._ledger.ageing, payload)
+        if not admit(ticket):
+            extras.gate = loop.create_future()
+            self._queued += 1
+        return ticket
+
+    async def _room(self) -> None:
+        """Wait until a new task may stand in the queue."""
+        while (full := self._full()) is not None and self._refusal is None and not self._ledger.closed:
+            waiter = self._ledger.add_putter(full)
+            try:
+                await waiter
+            except BaseException:
+                # Woken and cancelled in one turn: the room is for the next in line.
+                self._ledger.drop_putter(full, waiter)
+                raise
+
+    def _begin(self, coro: Coroutine[Any, Any, Any], detached: bool, task: ManagedTask[Any]) -> None:
+        """Begin the span of a task that had to wait, inside its own context, as of its creation."""
+        ledger = self._ledger
+        tracer = ledger.telemetry.tracer()
+        extras = task._extras
+        waited = task.get_loop().time() - task._created_at
+        if tracer is not None:
+            created = time.time_ns() - int(waited * 1e9)
+            task._span = self._start_task_span(
+                tracer, task.get_name(), coro, task._priority, detached, start_time=created
+            )
+        if extras is not None and extras.started_at is not None:
+            ledger.dequeued(task, waited)
 
     def _numbered(self, base: str) -> str:
         ledger = self._ledger
@@ -602,8 +824,16 @@ class TaskGroup:
         parent = self._parent
         if parent is not None:
             parent._children.pop(self, None)
+            if self._past_progress is not None:
+                parent._keep_progress(*self._past_progress)
             if not parent._live:
                 parent._emptied()
+
+    def _keep_progress(self, tasks: int, done: float) -> None:
+        """Count ended tasks that had reported progress with what they did, until the group is closed."""
+        if self.scoped:
+            before = self._past_progress or (0, 0)
+            self._past_progress = (before[0] + tasks, before[1] + done)
 
     def _below(self) -> list[TaskGroup]:
         """This group and all below it."""
@@ -758,22 +988,6 @@ def checked_name(what: str, name: object) -> str:
     return name
 
 
-def checked_seconds(what: str, seconds: float | None) -> float | None:
-    """Give back a duration; infinity becomes None, without bound.
-
-    Raises:
-        TypeError: It is not a number.
-        ValueError: It is negative or not a number at all (NaN).
-    """
-    if seconds is None or seconds == float("inf"):
-        return None
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise TypeError(f"{what} must be seconds as a number, or None for no bound, got {seconds!r}")
-    if not seconds >= 0:
-        raise ValueError(f"{what} must be at least 0 seconds, got {seconds!r}")
-    return float(seconds)
-
-
 def checked_priority(priority: object) -> TaskPriority:
     """Give back a TaskPriority for one or its number.
 
@@ -785,6 +999,27 @@ def checked_priority(priority: object) -> TaskPriority:
     except ValueError:
         names = ", ".join(f"TaskPriority.{level.name}" for level in TaskPriority)
         raise ValueError(f"priority must be one of {names}, got {priority!r}") from None
+
+
+def checked_limiter(limit: int | None, max_queue: int | None) -> Limiter | None:
+    """Make the limiter for these options; None where there is nothing to limit.
+
+    Raises:
+        ValueError: The limit is below 1, the queue's below 0, or there is a queue without a limit.
+    """
+    check_count("max_concurrency", limit, 1)
+    check_count("max_queue", max_queue, 0)
+    if limit is None:
+        if max_queue is not None:
+            raise ValueError(f"max_queue={max_queue} needs max_concurrency: without it no task ever waits")
+        return None
+    return Limiter(limit, max_queue)
+
+
+def check_count(what: str, count: object, least: int) -> None:
+    """Raise a ValueError unless ``count`` is None or a whole number of at least ``least``."""
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < least):
+        raise ValueError(f"{what} must be at least {least}, or None for no bound, got {count!r}")
 
 
 def check_choice(what: str, value: object, choices: Any) -> None:

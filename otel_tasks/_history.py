@@ -101,6 +101,7 @@ def _info(entry: Brief | TaskInfo | Ending) -> TaskInfo:
         error=None,
         cause=None,
         cancel_ignored=False,
+        progress=None,
         metadata={},
         trace_id=None,
         span_id=None,

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
+from otel_tasks._admission import Limiter, Ticket, adopt, release, set_limit
 from otel_tasks._history import Ending, History, without_frames
 from otel_tasks._state import Outcome, TaskStatus
 from otel_tasks._task import (
+    NOBODYS_CONTEXT,
+    Extras,
     ManagedTask,
     ask,
     cause_at_end,
@@ -21,9 +25,16 @@ from otel_tasks._task import (
     failure_of,
     final_status,
     outcome_of,
+    queue_time,
     snapshot,
 )
-from otel_tasks._telemetry import Telemetry, end_span, low_cardinality
+from otel_tasks._telemetry import (
+    Telemetry,
+    end_span,
+    low_cardinality,
+    note_cancel_requested,
+    note_started,
+)
 from otel_tasks.exceptions import ManagerClosedError, WrongLoopError, WrongThreadError
 
 if TYPE_CHECKING:
@@ -32,10 +43,11 @@ if TYPE_CHECKING:
     from otel_tasks._group import TaskGroup
     from otel_tasks._task import TaskInfo
     from otel_tasks.cancellation import CancelCause
+    from otel_tasks.progress import TaskProgress
 
 logger = logging.getLogger("otel_tasks")
 
-TaskEvent = Literal["created", "cancelling", "ended"]
+TaskEvent = Literal["created", "dequeued", "cancelling", "ended"]
 
 
 class TaskStats(NamedTuple):
@@ -50,6 +62,7 @@ class TaskStats(NamedTuple):
         failed: Tasks that raised, timeouts included.
         cancelled: Tasks that ended cancelled.
         cancel_ignored: Of the completed ones, those that were cancelled and completed all the same.
+        queued: Of the live ones, those that wait for a place.
         remembered: Ended tasks that the history holds now.
     """
 
@@ -59,6 +72,7 @@ class TaskStats(NamedTuple):
     failed: int
     cancelled: int
     cancel_ignored: int
+    queued: int
     remembered: int
 
 
@@ -71,11 +85,20 @@ class Ledger:
         telemetry: Telemetry,
         history: int,
         on_error: Callable[[TaskInfo, BaseException], object] | None,
+        limiter: Limiter,
+        ageing: float,
+        eager_start: bool,
     ) -> None:
         self.name = name
         self.telemetry = telemetry
         self.on_error = on_error
         self.root: TaskGroup
+        # The manager's own limit; without one it is there all the same, and asked nothing.
+        self.limiter = limiter
+        self.ageing = ageing
+        self.eager_start = eager_start
+        # Who waits for room in a queue.
+        self.putters: dict[Limiter, deque[asyncio.Future[None]]] = {}
         self.loop: asyncio.AbstractEventLoop | None = None
         self.closed = False
         # The cause of the pass that is cancelling tasks just now: a task that is cancelled
@@ -150,9 +173,12 @@ class Ledger:
             logger.warning("task %r was left behind in an event loop that is closed", task.id)
             self.abandon(task)
             self.failed += 1
+            task._group._queued = 0
             task._group._remove(task)
+        self.limiter.clear()
         self.scopes.clear()
         self.hosts.clear()
+        self.putters.clear()
 
     def next_number(self) -> int:
         """A number that no other task or group of this manager has."""
@@ -202,24 +228,112 @@ class Ledger:
             self.failed,
             self.cancelled,
             self.cancel_ignored,
+            sum(group._queued for group in self.root._below()),
             len(self.history),
         )
 
-    def active(self) -> Mapping[str, int]:
-        """Live tasks by group; read on the metric reader's thread, hence the copies."""
-        counts: dict[str, int] = {}
-        labelled = 0
+    def active(self) -> Mapping[tuple[str, str], int]:
+        """Live tasks by group and state; read on the metric reader's thread, hence the copies."""
         # Lists made in one step each: groups come and go on the loop's thread meanwhile.
         labels = [group for link in self.labels.valuerefs() if (group := link()) is not None]
-        for group in [*labels, *list(self.scopes.values())]:
-            size = len(group._live)
-            labelled += 0 if group.scoped else size
-            name = low_cardinality(group.name)
-            counts[name] = counts.get(name, 0) + size
+        sizes = [(group, len(group._live)) for group in [*labels, *list(self.scopes.values())]]
         # The root's table is the name space of all labelled groups, too.
-        own = max(0, len(self.root._live) - labelled)
-        counts[self.root.name] = counts.get(self.root.name, 0) + own
+        labelled = sum(size for group, size in sizes if not group.scoped)
+        sizes.append((self.root, max(0, len(self.root._live) - labelled)))
+        counts: dict[tuple[str, str], int] = {}
+        for group, size in sizes:
+            name = low_cardinality(group.name)
+            counts[name, "active"] = counts.get((name, "active"), 0) + size - group._queued
+            if self.limiter.limit is not None or group._limiter is not None:
+                counts[name, "queued"] = counts.get((name, "queued"), 0) + group._queued
         return counts
+
+    # -- places -----------------------------------------------------------------------------
+
+    def give_back(self, ticket: Ticket) -> None:
+        """Take back a task's places, or its claim to them, and let others start."""
+        if ticket.queue is not None:
+            ticket.payload[0]._queued -= 1
+        limiters = ticket.limiters
+        self.open_gates(release(ticket))
+        for limiter in limiters:
+            self.wake_putter(limiter)
+
+    def open_gates(self, ready: Iterable[Ticket]) -> None:
+        """Let the tasks of these tickets begin; one that was cancelled meanwhile ends by itself."""
+        for ticket in ready:
+            group, extras = ticket.payload
+            group._queued -= 1
+            if not extras.gate.done():
+                extras.gate.set_result(None)
+            for limiter in ticket.limiters:
+                self.wake_putter(limiter)
+
+    def dequeued(self, task: ManagedTask[Any], waited: float) -> None:
+        """Note that a task which had to wait for its place has got it and begins."""
+        try:
+            if task._span is not None:
+                note_started(task._span)
+            if self.telemetry.metered():
+                self.telemetry.record_queue(task._group.name, int(task._priority), waited)
+        except Exception:
+            self.complain("telemetry of task %r raised", task.id)
+        if self.listeners:
+            self.tell("dequeued", snapshot(task))
+
+    def drop_queue(self, tasks: Iterable[ManagedTask[Any]], cause: CancelCause) -> None:
+        """Cancel those that wait for a place, and wake who waits for room: nobody gets any more."""
+        waiting = [task for task in tasks if task._extras is not None and task._extras.queued]
+        self.ask_all(waiting, cause)
+        for line in self.putters.values():
+            for waiter in line:
+                if not waiter.done():
+                    waiter.set_result(None)
+        self.putters.clear()
+
+    def change_limit(self, limiter: Limiter, limit: int | None) -> None:
+        """Set a limit anew and let those start for whom there is room now."""
+        self.open_gates(set_limit(limiter, limit))
+        for _ in range(len(self.putters.get(limiter, ()))):
+            self.wake_putter(limiter)
+
+    def adopt(self, tasks: Iterable[ManagedTask[Any]], limiter: Limiter, *, before: bool) -> None:
+        """Count tasks that are live already for a limiter that was not there when they came."""
+        for task in tasks:
+            if task.done():
+                continue
+            extras = extras_of(task)
+            if extras.ticket is None:
+                now = task._created_at
+                extras.ticket = Ticket((), task._priority, now, self.ageing, (task._group, extras))
+                extras.ticket.started = True
+            if limiter not in extras.ticket.limiters:
+                adopt(extras.ticket, limiter, before=before)
+
+    def add_putter(self, limiter: Limiter) -> asyncio.Future[None]:
+        """Stand in line for room in a limiter's queue."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.putters.setdefault(limiter, deque()).append(waiter)
+        return waiter
+
+    def drop_putter(self, limiter: Limiter, waiter: asyncio.Future[None]) -> None:
+        """Leave the line."""
+        line = self.putters.get(limiter)
+        if line is not None and waiter in line:
+            line.remove(waiter)
+
+    def wake_putter(self, limiter: Limiter) -> None:
+        """Wake the first in line for a limiter's queue, if there is room or no more will come."""
+        line = self.putters.get(limiter)
+        if line is None or (limiter.queue_full and not self.closed):
+            return
+        while line:
+            waiter = line.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                break
+        if not line:
+            del self.putters[limiter]
 
     # -- the end of a task ------------------------------------------------------------------
 
@@ -233,6 +347,10 @@ class Ledger:
             try:
                 self._take_story(task)
             finally:
+                if task._extras is not None and task._extras.progress is not None:
+                    self._end_progress(group, task._extras.progress)
+                if task._extras is not None and task._extras.ticket is not None:
+                    self.give_back(task._extras.ticket)
                 group._remove(task)
         else:
             # A shorter way to the same books for tasks that simply returned: 2 of 6 us.
@@ -251,12 +369,19 @@ class Ledger:
             )
             group._remove(task)
 
+    def _end_progress(self, group: TaskGroup, progress: TaskProgress) -> None:
+        progress.end()
+        last = progress.snapshot()
+        if last is not None:
+            group._keep_progress(1, last.done)
+
     def _take_story(self, task: ManagedTask[Any]) -> None:
         status = final_status(task)
         error = failure_of(task) if status is TaskStatus.FAILED else None
         task._cause = cause_at_end(task, status)
         ignored = self._count(task, status)
-        self._close_unstarted(task)
+        if task._extras is not None:
+            self._close_unstarted(task, task._extras)
         info = snapshot(task)
         self._remember(task, info, error)
         self._report_end(task, status, error, ignored=ignored)
@@ -282,10 +407,16 @@ class Ledger:
             self.cancelled_by[key] = self.cancelled_by.get(key, 0) + 1
         return False
 
-    def _close_unstarted(self, task: ManagedTask[Any]) -> None:
-        # A wrapper that never ran leaves the user's coroutine behind, unawaited.
-        if task._extras is not None and task._extras.inner is not None:
-            task._extras.inner.close()
+    def _close_unstarted(self, task: ManagedTask[Any], extras: Extras) -> None:
+        """End what a task had begun that never got as far as its own code."""
+        if extras.begin is not None and extras.started_at is None:
+            # Cancelled while it waited for a place: its span is all of its life, in one.
+            (extras.context or NOBODYS_CONTEXT.copy()).run(extras.begin, task)
+            if task._span is not None and task._cause is not None:
+                note_cancel_requested(task._span, task._cause)
+        if extras.inner is not None:
+            # A wrapper that never ran leaves the user's coroutine behind, unawaited.
+            extras.inner.close()
 
     def _report_end(
         self,
@@ -302,7 +433,15 @@ class Ledger:
         outcome = outcome_of(task, status)
         try:
             if span is not None:
-                end_span(span, outcome, error, task._cause, ignored=ignored, now=task._ended_at)
+                end_span(
+                    span,
+                    outcome,
+                    error,
+                    task._cause,
+                    ignored=ignored,
+                    now=task._ended_at,
+                    queued=queue_time(task),
+                )
             if metered:
                 seconds = task._ended_at - task._created_at
                 self.telemetry.record(task.get_name(), task._group.name, outcome, error, seconds, span)

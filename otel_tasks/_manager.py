@@ -6,8 +6,10 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from otel_tasks._admission import Limiter
 from otel_tasks._group import (
     TaskGroup,
+    checked_limiter,
     checked_name,
     checked_seconds,
     close_quietly,
@@ -25,9 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping
     from contextvars import Context
     from types import TracebackType
-    from typing import Self
+    from typing import Self, Unpack
 
-    from otel_tasks._group import Binding, OnConflict
+    from otel_tasks._group import Binding, OnConflict, TaskOptions
     from otel_tasks._ledger import TaskEvent, TaskStats
     from otel_tasks._scope import OnError
     from otel_tasks._telemetry import MeterProvider, TracerProvider
@@ -67,6 +69,13 @@ class TaskManager:
 
     Args:
         name: What it is called in traces.
+        max_concurrency: How many tasks run at a time, at least 1; the others wait for a place,
+            highest priority first. A running task that waits for a queued one keeps its place. None
+            is without bound.
+        max_queue: How many may wait, at least 0; one more is refused. None is without bound.
+        ageing: Seconds of waiting that are worth one level of priority, above 0, so that nothing
+            waits for ever; infinity is strict priority.
+        eager_start: Run the first step of each task when it is created (Python 3.12; ignored before).
         history: How many ended tasks to remember, at least 0; counters do not depend on it.
         on_error: Called with the snapshot and the exception of each task that fails while
             nobody waits for it; without one the failure is logged at ERROR.
@@ -82,6 +91,10 @@ class TaskManager:
         self,
         name: str = "default",
         *,
+        max_concurrency: int | None = None,
+        max_queue: int | None = None,
+        ageing: float = 10.0,
+        eager_start: bool = False,
         history: int = 1000,
         on_error: Callable[[TaskInfo, BaseException], object] | None = None,
         tracer_provider: TracerProvider | None = None,
@@ -90,7 +103,17 @@ class TaskManager:
         checked_name("manager", name)
         if not isinstance(history, int) or isinstance(history, bool) or history < 0:
             raise ValueError(f"history must be a whole number of tasks, at least 0, got {history!r}")
-        self._ledger = Ledger(name, Telemetry(name, tracer_provider, meter_provider), history, on_error)
+        if not isinstance(ageing, int | float) or isinstance(ageing, bool) or not ageing > 0:
+            raise ValueError(f"ageing must be more than 0 seconds, got {ageing!r}")
+        self._ledger = Ledger(
+            name,
+            Telemetry(name, tracer_provider, meter_provider),
+            history,
+            on_error,
+            checked_limiter(max_concurrency, max_queue) or Limiter(None, None),
+            float(ageing),
+            eager_start,
+        )
         self._root = TaskGroup._labelled(self._ledger, "root", None)
         self._ledger.root = self._root
 
@@ -98,6 +121,20 @@ class TaskManager:
     def name(self) -> str:
         """What it is called in traces."""
         return self._ledger.name
+
+    @property
+    def max_concurrency(self) -> int | None:
+        """How many tasks run at a time; may be changed while they do. None is without bound."""
+        return self._ledger.limiter.limit
+
+    @max_concurrency.setter
+    def max_concurrency(self, limit: int | None) -> None:
+        # A lower one waits for running tasks to end, it stops none.
+        checked_limiter(limit, None)
+        ledger = self._ledger
+        if limit is not None:
+            ledger.adopt(self._root._every_live(), ledger.limiter, before=False)
+        ledger.change_limit(ledger.limiter, limit)
 
     def __repr__(self) -> str:
         state = "shut down" if self._ledger.closed else "open"
@@ -113,10 +150,12 @@ class TaskManager:
         group: str | TaskGroup | None = None,
         priority: TaskPriority = TaskPriority.NORMAL,
         timeout: float | None = None,
+        queue_timeout: float | None = None,
         metadata: Mapping[str, Any] | None = None,
         on_conflict: OnConflict = "suffix",
         detached: bool = False,
         context: Context | None = None,
+        eager_start: bool | None = None,
     ) -> ManagedTask[T]:
         """Create a task; it runs from the loop's next turn on, as after ``asyncio.create_task``.
 
@@ -129,17 +168,21 @@ class TaskManager:
             priority: How urgent.
             timeout: Seconds from now, at least 0, until it is cancelled and raises ``TimeoutError``;
                 None is without bound.
+            queue_timeout: Seconds that it may wait for a place under ``max_concurrency``; then it
+                fails with ``TimeoutError`` without having run.
             metadata: Kept with the task and its record, never put on spans.
             on_conflict: What to do where a live task has the name: ``"suffix"`` makes another name,
                 ``"error"`` raises, ``"return"`` returns the live one, ``"replace"`` cancels it and
                 begins once it has ended.
             detached: Begin a new trace, linked to this one, instead of being a child of the current span.
             context: Where it runs; None is a copy of the current context. With tracing a copy of it.
+            eager_start: Run its first step now (Python 3.12; ignored before); None is the manager's.
 
         Raises:
             TaskExistsError: The name is taken and ``on_conflict`` is ``"error"``.
             ManagerClosedError: The manager is shut down.
             GroupClosedError: ``group`` takes no new tasks.
+            QueueFullError: No place is free, and no more tasks may wait.
             WrongThreadError: No event loop runs in this thread.
             WrongLoopError: The manager has live tasks in another loop.
             TypeError: ``coro`` is no coroutine.
@@ -151,7 +194,36 @@ class TaskManager:
             >>> task = manager.create_task(send_mail(user), group="mail")
         """
         where = self._root if group is None else self._group_for(group, coro)
-        return where._create(coro, name, priority, timeout, metadata, on_conflict, detached, context, False)
+        return where._create(
+            coro,
+            name,
+            priority,
+            timeout,
+            queue_timeout,
+            metadata,
+            on_conflict,
+            detached,
+            context,
+            eager_start,
+            False,
+        )
+
+    async def put_task(
+        self,
+        coro: Coroutine[Any, Any, T],
+        *,
+        group: str | TaskGroup | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> ManagedTask[T]:
+        """Create a task as soon as it may wait for its place: ``create_task`` with patience.
+
+        As ``asyncio.Queue.put`` is to ``put_nowait``: where ``create_task`` would raise
+        ``QueueFullError`` this waits for room in the queue. The parameters are the same.
+
+        Cancellation: of the caller, while it waits for room: ``coro`` is closed, no task is created.
+        """
+        where = self._root if group is None else self._group_for(group, coro)
+        return await where.put_task(coro, **options)
 
     async def start_task(
         self,
@@ -161,11 +233,13 @@ class TaskManager:
         group: str | TaskGroup | None = None,
         priority: TaskPriority = TaskPriority.NORMAL,
         timeout: float | None = None,
+        queue_timeout: float | None = None,
         metadata: Mapping[str, Any] | None = None,
         on_conflict: OnConflict = "error",
         cancel_existing: bool = False,
         detached: bool = False,
         context: Context | None = None,
+        eager_start: bool | None = None,
     ) -> ManagedTask[T]:
         """Start a task by name; its result is kept with its record for ``wait_for_task``.
 
@@ -175,12 +249,14 @@ class TaskManager:
                 itself); a coroutine is taken too. It is not called if the task is refused.
             group: As for ``create_task``.
             priority: How urgent.
-            timeout: Seconds from its start until it is cancelled; None is without bound.
+            timeout: Seconds from its creation until it is cancelled; None is without bound.
+            queue_timeout: Seconds that it may wait for a place.
             metadata: Kept with the task and its record.
             on_conflict: As for ``create_task``, but ``"error"`` unless told otherwise.
             cancel_existing: The same as ``on_conflict="replace"``.
             detached: Begin a new trace.
             context: Where it runs.
+            eager_start: As for ``create_task``.
 
         Returns:
             The running task; it returns before the task has ended.
@@ -207,14 +283,31 @@ class TaskManager:
                 return taken
             coro = made_coroutine(factory)
             return where._create(
-                coro, name, priority, timeout, metadata, on_conflict, detached, context, True
+                coro,
+                name,
+                priority,
+                timeout,
+                queue_timeout,
+                metadata,
+                on_conflict,
+                detached,
+                context,
+                eager_start,
+                True,
             )
         except BaseException:
             close_quietly(factory)
             raise
 
     def group(
-        self, name: str, *, on_error: OnError = "cancel", timeout: float | None = None, span: bool = False
+        self,
+        name: str,
+        *,
+        on_error: OnError = "cancel",
+        timeout: float | None = None,
+        max_concurrency: int | None = None,
+        max_queue: int | None = None,
+        span: bool = False,
     ) -> TaskGroup:
         """Make a scoped group of this manager; enter it with ``async with``.
 
@@ -225,9 +318,19 @@ class TaskManager:
             name: What it is called in traces.
             on_error: What a failing task does to its siblings, as for ``TaskGroup``.
             timeout: Seconds that the block may take; None is without bound.
+            max_concurrency: How many of its tasks run at a time, as for ``TaskGroup``.
+            max_queue: How many may wait for a place.
             span: Give the block a span of its own.
         """
-        return TaskGroup(name, on_error=on_error, timeout=timeout, span=span, manager=self)
+        return TaskGroup(
+            name,
+            on_error=on_error,
+            timeout=timeout,
+            max_concurrency=max_concurrency,
+            max_queue=max_queue,
+            span=span,
+            manager=self,
+        )
 
     def get_group(self, name: str) -> TaskGroup:
         """Give the labelled group of this name, made on first use; ``"root"`` is the manager's own.
@@ -304,7 +407,9 @@ class TaskManager:
         return self._ledger.history.forget(now)
 
     def add_listener(self, callback: Callable[[TaskEvent, TaskInfo], object]) -> None:
-        """Call ``callback(event, info)`` whenever a task is ``"created"``, ``"cancelling"`` or ``"ended"``.
+        """Call ``callback(event, info)`` when a task is created, dequeued, cancelling or ended.
+
+        The event is one of these four words; ``"dequeued"`` is for tasks that had to wait for a place.
 
         It is called on the spot and must not block; one that raises is logged and dropped.
         """
@@ -449,6 +554,7 @@ class TaskManager:
         tasks = self._others([self._root])
         cause = CancelCause.make(CancelKind.SHUTDOWN, f"manager {self.name!r} is shutting down")
         self._root._announce(cause)
+        self._ledger.drop_queue(tasks, cause)
         if patience != 0.0:
             await wait_until_done(tasks, patience)
         await self._cancel_by_priority(tasks, cause, seconds, caller)
@@ -675,10 +781,12 @@ def create_task(
     name: str | None = None,
     priority: TaskPriority = TaskPriority.NORMAL,
     timeout: float | None = None,
+    queue_timeout: float | None = None,
     metadata: Mapping[str, Any] | None = None,
     on_conflict: OnConflict = "suffix",
     detached: bool = False,
     context: Context | None = None,
+    eager_start: bool | None = None,
 ) -> ManagedTask[T]:
     """Create a task in the current group; the parameters are those of ``TaskManager.create_task``.
 
@@ -690,7 +798,19 @@ def create_task(
     except BaseException:
         close_quietly(coro)
         raise
-    return where._create(coro, name, priority, timeout, metadata, on_conflict, detached, context, False)
+    return where._create(
+        coro,
+        name,
+        priority,
+        timeout,
+        queue_timeout,
+        metadata,
+        on_conflict,
+        detached,
+        context,
+        eager_start,
+        False,
+    )
 
 
 # What the global manager does by name, for those who need no other.

@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import io
-import time
+import threading
 from contextvars import Context
-from datetime import UTC, datetime
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from otel_tasks._admission import Ticket, lift
 from otel_tasks._state import CancelKind, Outcome, Signal, TaskPriority, TaskStatus, next_status
 from otel_tasks._telemetry import note_cancel_requested, span_ids, text_of
-from otel_tasks.cancellation import CancelCause
+from otel_tasks.cancellation import CancelCause, ask_to_end
+from otel_tasks.progress import TaskProgress, wall_clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine, Mapping
 
     from otel_tasks._group import TaskGroup
     from otel_tasks._telemetry import Span
+    from otel_tasks.progress import Progress
 
 T = TypeVar("T")
 
 # asyncio's own, past our overrides: for what is done to a task on nobody's behalf.
 add_done_callback: Callable[..., None] = asyncio.Task.add_done_callback
+init_task: Callable[..., None] = asyncio.Task.__init__
 _remove_done_callback = asyncio.Task.remove_done_callback
 _cancel = asyncio.Task.cancel
 _uncancel = asyncio.Task.uncancel
@@ -36,21 +39,32 @@ _uncancel = asyncio.Task.uncancel
 # Done-callbacks run in it, one after another: no context is copied for each.
 NOBODYS_CONTEXT = Context()
 
+# A task's progress may be used from threads: two that come at once must not make two.
+_making = threading.RLock()
+
 
 class Extras:
     """What only some tasks need: a timeout, metadata, a result to keep, a shield."""
 
     __slots__ = (
         "abandoned",
+        "begin",
+        "context",
         "deferred",
+        "gate",
         "inner",
         "keep_result",
         "message",
         "metadata",
         "never_ran",
         "previous",
+        "progress",
+        "queue_seconds",
+        "queue_timed_out",
         "seconds",
         "shields",
+        "started_at",
+        "ticket",
         "timeout",
     )
 
@@ -59,22 +73,38 @@ class Extras:
         metadata: Mapping[str, Any] | None = None,
         keep_result: bool = False,
         seconds: float | None = None,
+        queue_seconds: float | None = None,
     ) -> None:
         self.metadata = None if metadata is None else dict(metadata)
         self.keep_result = keep_result
         # The task's own timeout, and asyncio's while it runs.
         self.seconds = seconds
         self.timeout: asyncio.Timeout | None = None
+        # Its claim to a place, if places are limited; the gate opens when it gets one.
+        self.ticket: Ticket | None = None
+        self.gate: asyncio.Future[None] | None = None
+        self.queue_seconds = queue_seconds
+        self.queue_timed_out = False
+        # Of a task that had to wait: when it first ran, how its span is begun then, and where.
+        self.started_at: float | None = None
+        self.begin: Callable[[ManagedTask[Any]], None] | None = None
+        self.context: Context | None = None
         # The user's coroutine inside of the one that the task runs.
         self.inner: Coroutine[Any, Any, Any] | None = None
         # The tasks that have to end before this one begins.
         self.previous: tuple[asyncio.Task[Any], ...] = ()
+        self.progress: TaskProgress | None = None
         # Of a cancel() that left no cause.
         self.message: str | None = None
         self.never_ran = False
         self.abandoned = False
         self.shields = 0
         self.deferred: CancelCause | None = None
+
+    @property
+    def queued(self) -> bool:
+        """It waits for a place."""
+        return self.gate is not None and not self.gate.done()
 
 
 class TaskInfo(NamedTuple):
@@ -96,6 +126,7 @@ class TaskInfo(NamedTuple):
         error: The text of what it raised.
         cause: Why it was or is being cancelled.
         cancel_ignored: It was cancelled and completed all the same.
+        progress: What it reported last of its progress; None if it never did.
         metadata: What was given at its creation.
         trace_id: In hex; None without tracing.
         span_id: In hex; None without tracing.
@@ -114,6 +145,7 @@ class TaskInfo(NamedTuple):
     error: str | None
     cause: CancelCause | None
     cancel_ignored: bool
+    progress: Progress | None
     metadata: dict[str, Any]
     trace_id: str | None
     span_id: str | None
@@ -127,10 +159,11 @@ class TaskInfo(NamedTuple):
         """Give the snapshot as JSON-ready data (metadata is passed through as it is)."""
         data = self._asdict()
         for key in ("created_at", "started_at", "ended_at"):
-            data[key] = _wall_clock(data[key])
+            data[key] = None if data[key] is None else wall_clock(data[key])
         data["priority"] = self.priority.name
         data["status"] = str(self.status)
         data["cause"] = self.cause and self.cause.to_dict()
+        data["progress"] = self.progress and self.progress.to_dict()
         data["duration"] = self.duration
         return data
 
@@ -183,6 +216,11 @@ class ManagedTask(asyncio.Task[T]):
         if extras.metadata is None:
             extras.metadata = {}
         return extras.metadata
+
+    @property
+    def progress(self) -> TaskProgress:
+        """What it reports of its progress (``update``, ``advance``), and how others ``watch`` it; made on first use."""
+        return progress_of(self)
 
     @property
     def status(self) -> TaskStatus:
@@ -261,6 +299,8 @@ class ManagedTask(asyncio.Task[T]):
         """As ``asyncio.Task.add_done_callback``; counted, to know whether anybody waits."""
         super().add_done_callback(fn, context=context)
         self._waiters += 1
+        if self._extras is not None and self._extras.gate is not None:
+            lift_for_waiter(self, self._extras)
 
     def remove_done_callback(self, fn: Callable[[Any], object], /) -> int:
         """As ``asyncio.Task.remove_done_callback``."""
@@ -290,6 +330,10 @@ def ask(task: ManagedTask[Any], cause: CancelCause, text: str | None = None) -> 
     _cancel(task, text or str(cause))
     task._group._ledger.cancelling(task)
     return True
+
+
+# By this `cancellation`, which knows nothing of managed tasks, hands on a cause to one.
+ask_to_end.register(ManagedTask, ask)
 
 
 def note_request(task: ManagedTask[Any], message: object) -> bool:
@@ -326,8 +370,29 @@ def with_predecessors(task: ManagedTask[Any]) -> tuple[asyncio.Task[Any], ...]:
 def extras_of(task: ManagedTask[Any]) -> Extras:
     """Give a task's extras, made on first use."""
     if task._extras is None:
-        task._extras = Extras()
+        with _making:
+            if task._extras is None:
+                task._extras = Extras()
     return task._extras
+
+
+def progress_of(task: ManagedTask[Any]) -> TaskProgress:
+    """Give a task's progress, made on first use."""
+    extras = extras_of(task)
+    if extras.progress is None:
+        with _making:
+            if extras.progress is None:
+                extras.progress = TaskProgress(task.get_loop())
+        if task.done():
+            # Also where it ended while a thread was here: whoever takes the end has seen no progress.
+            extras.progress.end()
+    return extras.progress
+
+
+def reported(task: ManagedTask[Any]) -> Progress | None:
+    """What a task has reported last, if it has."""
+    extras = task._extras
+    return None if extras is None or extras.progress is None else extras.progress.snapshot()
 
 
 def has_started(task: ManagedTask[Any]) -> bool:
@@ -352,8 +417,10 @@ def failure_of(task: asyncio.Task[Any]) -> BaseException | None:
 
 def timed_out(task: ManagedTask[Any]) -> bool:
     """True if the task's own timeout has expired."""
-    timeout = task._extras and task._extras.timeout
-    return bool(timeout and timeout.expired())
+    extras = task._extras
+    if extras is None:
+        return False
+    return extras.queue_timed_out or (extras.timeout is not None and extras.timeout.expired())
 
 
 def final_signal(task: ManagedTask[Any]) -> Signal:
@@ -385,7 +452,7 @@ def cause_at_end(task: ManagedTask[Any], status: TaskStatus) -> CancelCause | No
     A request that was not noted left its count and its message; without a count nobody asked.
     """
     if timed_out(task) and task._extras is not None:
-        return task._cause or CancelCause(CancelKind.TIMEOUT, f"timeout of {task._extras.seconds:g} s")
+        return task._cause or CancelCause(CancelKind.TIMEOUT, timeout_text(task._extras))
     if task._cause is not None or status is not TaskStatus.CANCELLED:
         return task._cause
     if not task.cancelling():
@@ -406,8 +473,6 @@ def snapshot(task: ManagedTask[Any]) -> TaskInfo:
     extras = task._extras
     error = failure_of(task) if status is TaskStatus.FAILED else None
     trace_id, span_id = span_ids(task._span)
-    never_ran = extras is not None and extras.never_ran and status is TaskStatus.CANCELLED
-    ran = not never_ran and status is not TaskStatus.PENDING
     return TaskInfo(
         id=group._task_id(name),
         name=name,
@@ -416,16 +481,51 @@ def snapshot(task: ManagedTask[Any]) -> TaskInfo:
         priority=task._priority,
         status=status,
         created_at=task._created_at,
-        started_at=task._created_at if ran else None,
+        started_at=started_at(task, status),
         ended_at=getattr(task, "_ended_at", None),
         error_type=None if error is None else type(error).__name__,
         error=None if error is None else text_of(error),
         cause=task._cause,
         cancel_ignored=task.cancel_ignored,
+        progress=reported(task),
         metadata={} if extras is None or extras.metadata is None else dict(extras.metadata),
         trace_id=trace_id,
         span_id=span_id,
     )
+
+
+def started_at(task: ManagedTask[Any], status: TaskStatus) -> float | None:
+    """When it was handed to the loop, or got its place; None for one that has run none of its code."""
+    extras = task._extras
+    if status is TaskStatus.PENDING:
+        return None
+    if extras is None:
+        return task._created_at
+    if extras.gate is not None:
+        return extras.started_at
+    return None if extras.never_ran and status is TaskStatus.CANCELLED else task._created_at
+
+
+def queue_time(task: ManagedTask[Any]) -> float | None:
+    """Seconds for which an ended task waited for its place; None if it never had to."""
+    extras = task._extras
+    if extras is None or extras.gate is None:
+        return None
+    return (task._ended_at if extras.started_at is None else extras.started_at) - task._created_at
+
+
+def timeout_text(extras: Extras) -> str:
+    """Say which timeout a task ran into."""
+    if extras.queue_timed_out:
+        return f"queue timeout of {extras.queue_seconds:g} s"
+    return f"timeout of {extras.seconds:g} s"
+
+
+def lift_for_waiter(task: ManagedTask[Any], extras: Extras) -> None:
+    """Let a queued task count as urgent as the task that is about to wait for it."""
+    waiter = asyncio.current_task()
+    if extras.ticket is not None and isinstance(waiter, ManagedTask):
+        lift(extras.ticket, waiter._priority)
 
 
 def shield(task: ManagedTask[Any]) -> None:
@@ -456,13 +556,29 @@ def run_when(
 async def _run_when(coro: Coroutine[Any, Any, T], extras: Extras, deadline: float | None) -> T:
     try:
         async with asyncio.timeout_at(deadline) as extras.timeout:
+            if extras.gate is not None:
+                await _wait_for_place(extras.gate, extras)
             await wait_until_done(extras.previous)
             extras.previous = ()
             return await coro
     except TimeoutError:
-        if extras.timeout is not None and extras.timeout.expired():
-            raise TimeoutError(f"the task ran into its timeout of {extras.seconds:g} s") from None
+        if extras.timeout is not None and (extras.queue_timed_out or extras.timeout.expired()):
+            raise TimeoutError(f"the task ran into its {timeout_text(extras)}") from None
         raise
+
+
+async def _wait_for_place(gate: asyncio.Future[None], extras: Extras) -> None:
+    try:
+        async with asyncio.timeout(extras.queue_seconds):
+            await gate
+    except TimeoutError:
+        extras.queue_timed_out = True
+        raise
+    task = asyncio.current_task()
+    if extras.begin is not None and isinstance(task, ManagedTask):
+        begin, extras.begin, extras.context = extras.begin, None, None
+        extras.started_at = task.get_loop().time()
+        begin(task)
 
 
 async def wait_until_done(tasks: Collection[asyncio.Task[Any]], timeout: float | None = None) -> None:
@@ -499,10 +615,3 @@ async def wait_until_done(tasks: Collection[asyncio.Task[Any]], timeout: float |
             timer.cancel()
         for task in tasks:
             _remove_done_callback(task, one_done)
-
-
-def _wall_clock(moment: float | None) -> str | None:
-    if moment is None:
-        return None
-    ago = time.monotonic() - moment
-    return datetime.fromtimestamp(time.time() - ago, UTC).isoformat(timespec="milliseconds")

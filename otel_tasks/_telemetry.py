@@ -48,6 +48,7 @@ SCOPE = "otel_tasks"
 TASK_NAME = "otel_tasks.task.name"
 TASK_ID = "otel_tasks.task.id"
 TASK_PRIORITY = "otel_tasks.task.priority"
+TASK_STATE = "otel_tasks.task.state"
 TASK_OUTCOME = "otel_tasks.task.outcome"
 GROUP_NAME = "otel_tasks.group.name"
 GROUP_ID = "otel_tasks.group.id"
@@ -61,6 +62,8 @@ CANCEL_COUNT = "otel_tasks.cancel.count"
 REQUEST_OUTCOME = "otel_tasks.request.outcome"
 ERROR_TYPE = "error.type"
 LINK = "otel_tasks.link"
+QUEUE_DURATION = "otel_tasks.task.queue.duration"
+STARTED = "otel_tasks.started"
 CANCEL_REQUESTED = "otel_tasks.cancel_requested"
 
 _READABLE = hasattr(trace, "_TRACER_PROVIDER")
@@ -127,8 +130,8 @@ class MetricsSource(Protocol):
     # Cancelled tasks by group name and reason, since the start.
     cancelled_by: dict[tuple[str, str], int]
 
-    def active(self) -> Mapping[str, int]:
-        """Live tasks by group name."""
+    def active(self) -> Mapping[tuple[str, str], int]:
+        """Live tasks by group name and state, ``active`` or ``queued``."""
         ...
 
 
@@ -146,6 +149,12 @@ class _Instruments:
             "otel_tasks.task.duration",
             unit="s",
             description="From the creation of a task to its end.",
+            explicit_bucket_boundaries_advisory=_DURATION_BUCKETS,
+        )
+        self.queue_duration = meter.create_histogram(
+            QUEUE_DURATION,
+            unit="s",
+            description="From the creation of a task to the place that it had to wait for.",
             explicit_bucket_boundaries_advisory=_DURATION_BUCKETS,
         )
         meter.create_observable_up_down_counter(
@@ -171,12 +180,12 @@ class _Instruments:
         return [source for link in self._sources if (source := link()) is not None]
 
     def _observe_active(self, _: CallbackOptions) -> Iterable[Observation]:
-        totals: dict[str, int] = {}
+        totals: dict[tuple[str, str], int] = {}
         for source in self._alive():
             _add_up(totals, source.active())
         return [
-            Observation(count, {GROUP_NAME: group, "otel_tasks.task.state": "active"})
-            for group, count in totals.items()
+            Observation(count, {GROUP_NAME: group, TASK_STATE: state})
+            for (group, state), count in totals.items()
         ]
 
     def _observe_cancellations(self, _: CallbackOptions) -> Iterable[Observation]:
@@ -292,6 +301,15 @@ class Telemetry:
         context = None if span is None else trace.set_span_in_context(span, otel_context.Context())
         self._metrics.duration.record(seconds, attributes, context)
 
+    def record_queue(self, group: str, priority: int, seconds: float) -> None:
+        """Record in ``otel_tasks.task.queue.duration`` how long a task waited for its place."""
+        if self._metrics is not None:
+            attributes: dict[str, str | int] = {
+                GROUP_NAME: low_cardinality(group),
+                TASK_PRIORITY: priority,
+            }
+            self._metrics.queue_duration.record(seconds, attributes)
+
 
 class GroupSpan(NamedTuple):
     """The span of a scoped group, and the span that was current around its block."""
@@ -320,7 +338,13 @@ def start_group_span(
 
 
 def start_span(
-    tracer: Tracer, name: str, attributes: Mapping[str, Any], *, parent: Span | None, detached: bool
+    tracer: Tracer,
+    name: str,
+    attributes: Mapping[str, Any],
+    *,
+    parent: Span | None,
+    detached: bool,
+    start_time: int | None = None,
 ) -> Span:
     """Start a span and make it current in the context that this runs in.
 
@@ -333,6 +357,7 @@ def start_span(
         attributes: What samplers may ask for.
         parent: The parent; None is the current span.
         detached: Begin a new trace, with a link to the span that would have been the parent.
+        start_time: Nanoseconds since the epoch; None is now.
     """
     surroundings = otel_context.get_current()
     if parent is not None:
@@ -347,6 +372,7 @@ def start_span(
         surroundings,
         attributes=attributes,
         links=links,
+        start_time=start_time,
         record_exception=False,
         set_status_on_exception=False,
     )
@@ -360,6 +386,12 @@ def note_cancel_requested(span: Span, cause: CancelCause) -> None:
         span.add_event(CANCEL_REQUESTED, {CANCEL_REASON: str(cause.kind)})
 
 
+def note_started(span: Span) -> None:
+    """Mark the moment at which a task that had to wait got its place."""
+    if span.is_recording():
+        span.add_event(STARTED)
+
+
 def end_span(
     span: Span,
     outcome: Outcome,
@@ -368,6 +400,7 @@ def end_span(
     *,
     ignored: bool = False,
     now: float = 0.0,
+    queued: float | None = None,
 ) -> None:
     """Write the end of a task onto its span, and end it; a span that has ended is left alone.
 
@@ -378,6 +411,7 @@ def end_span(
         cause: Why it was cancelled, if it was.
         ignored: It was cancelled and completed all the same.
         now: Seconds on the loop's clock, for how long the cancellation took.
+        queued: Seconds for which it waited for a place.
     """
     if not span.is_recording():
         return
@@ -386,6 +420,8 @@ def end_span(
         _describe_cancel(span, attributes, cause, now)
     if ignored:
         attributes[CANCEL_IGNORED] = True
+    if queued is not None:
+        attributes[QUEUE_DURATION] = queued
     raised = error if outcome is Outcome.ERROR else None
     if outcome in (Outcome.ERROR, Outcome.TIMEOUT, Outcome.ABANDONED):
         attributes[ERROR_TYPE] = str(outcome) if raised is None else error_type(raised)

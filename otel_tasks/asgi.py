@@ -75,7 +75,8 @@ class TaskGroupMiddleware:
         detect_after: Seconds between two looks at the requests in flight. A request is watched once it has
             lived through one or two of them.
         buffer_limit: Bytes of an unread body that are read ahead while looking for the disconnect; at least
-            1. Behind more than that a disconnect is not seen before the application reads on.
+            1. Behind more than that a disconnect is not seen before the application reads on. (A client that
+            waits for ``100 Continue`` gets it from the server by this reading, after one or two looks.)
         grace: Seconds that tasks and handler have to act upon the cancel event before they are cancelled; 0
             cancels in the same turn of the loop.
         on_exit: What happens to the group's tasks when the request ends, background tasks included:

@@ -33,6 +33,10 @@ class ManagerClosedError(OtelTasksError, RuntimeError):
     """A task was to be created in a manager that is shut down."""
 
 
+class QueueFullError(OtelTasksError):
+    """No place is free, and as many tasks wait for one as may."""
+
+
 class WrongLoopError(OtelTasksError, RuntimeError):
     """A manager with live tasks in one event loop was used from another one."""
 

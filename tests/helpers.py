@@ -13,6 +13,7 @@ from otel_tasks.testing import assert_no_tasks_left, run
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator
 
+    from otel_tasks import CancelKind, ManagedTask
     from otel_tasks.testing import SpanRecorder
 
 T = TypeVar("T")
@@ -49,6 +50,16 @@ async def settle() -> None:
     """Let everything that is ready run, callbacks of ended tasks included."""
     for _ in range(5):
         await asyncio.sleep(0)
+
+
+def kind_of(task: ManagedTask[Any]) -> CancelKind | None:
+    """The kind of a task's cause."""
+    return None if task.cause is None else task.cause.kind
+
+
+def counters(manager: TaskManager) -> dict[str, int]:
+    """A manager's counters, those that are not zero."""
+    return {name: count for name, count in manager.stats()._asdict().items() if count}
 
 
 def now() -> float:

@@ -8,12 +8,15 @@ import gc
 import json
 import threading
 import weakref
+from typing import TYPE_CHECKING
 
 import pytest
 
 from otel_tasks import CancelCause, CancelEvent, CancelKind
-from otel_tasks.testing import SpanRecorder
 from tests.helpers import now, settle
+
+if TYPE_CHECKING:
+    from otel_tasks.testing import SpanRecorder
 
 CAUSE = CancelCause(CancelKind.CLIENT_DISCONNECT, "the client left")
 

@@ -440,6 +440,48 @@ async def test_spurious_empty_request_after_the_body_is_dropped(wait: float) -> 
     assert messages == [{"type": "http.disconnect"}]
 
 
+@pytest.mark.parametrize("reads", [True, False])
+async def test_server_that_repeats_an_empty_request_does_not_stop_the_loop(reads: bool) -> None:
+    """A receive() that returns the same message at once, as in hand-made tests, starves nobody."""
+    calls = []
+
+    async def receive() -> Any:
+        calls.append(True)
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if reads:
+            await receive()
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(receive(), 0)
+        await asyncio.sleep(1)
+        await respond(send)
+
+    connection = FakeConnection()
+    connection.receive = receive
+    await Server(app, connection).task
+    assert connection.status == 200
+    # Tried again now and then, no more.
+    assert len(calls) < 100
+
+
+async def test_request_that_ended_while_it_was_to_be_watched_is_forgotten() -> None:
+    """A stray task that reads after the end of its request does not bring the request back."""
+    strays = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await drain(receive)
+        strays.append(asyncio.create_task(receive()))  # type: ignore[arg-type]  # it is a coroutine
+        await asyncio.sleep(LONG)
+        await respond(send)
+
+    server = Server(app)
+    await server.task
+    await asyncio.gather(*strays)
+    await asyncio.sleep(LONG)
+    assert watchers() == []
+
+
 async def test_empty_chunk_inside_the_body_is_kept() -> None:
     """Only what comes after the end of the body is dropped."""
     bodies: list[bytes] = []

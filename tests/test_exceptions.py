@@ -1,4 +1,4 @@
-"""The errors of this package, and wrong use: each refused with a message that names the value and the mend."""
+"""The errors of this package, and wrong use: refused with a message that names the value and the mend."""
 
 from __future__ import annotations
 
@@ -153,14 +153,22 @@ CREATING: list[tuple[Use, type[Exception], str]] = [
         TypeError,
         "'int' object is not iterable",
     ),
-    (lambda manager: manager.group(""), ValueError, "group name must not be empty: leave it out to have one made"),
+    (
+        lambda manager: manager.group(""),
+        ValueError,
+        "group name must not be empty: leave it out to have one made",
+    ),
     (
         lambda manager: manager.group("load", on_error="raise"),  # type: ignore[arg-type]  # the mistake under test
         ValueError,
         "on_error must be one of 'cancel', 'isolate', got 'raise'",
     ),
     (lambda manager: TaskGroup("load", timeout=-2), ValueError, "timeout must be at least 0 seconds, got -2"),
-    (lambda manager: TaskManager(""), ValueError, "manager name must not be empty: leave it out to have one made"),
+    (
+        lambda manager: TaskManager(""),
+        ValueError,
+        "manager name must not be empty: leave it out to have one made",
+    ),
     (
         lambda manager: TaskManager(history=-1),
         ValueError,
@@ -186,11 +194,17 @@ CREATING: list[tuple[Use, type[Exception], str]] = [
         ValueError,
         "timeout must be at least 0 seconds, got -1",
     ),
-    (lambda manager: managed_task(name=""), ValueError, "task name must not be empty: leave it out to have one made"),
+    (
+        lambda manager: managed_task(name=""),
+        ValueError,
+        "task name must not be empty: leave it out to have one made",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("use", "error", "message"), CREATING, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("use", "error", "message"), CREATING, ids=lambda value: value if isinstance(value, str) else ""
+)
 async def test_wrong_use_says_who_did_what_and_the_mend(
     use: Use, error: type[Exception], message: str
 ) -> None:
@@ -223,7 +237,10 @@ async def test_start_task_with_no_coroutine_shows_the_right_line(factory: Any, m
 
 
 WAITING: list[tuple[Callable[[TaskManager], Coroutine[Any, Any, object]], str]] = [
-    (lambda manager: manager.start_task("", rest), "task name must not be empty: leave it out to have one made"),
+    (
+        lambda manager: manager.start_task("", rest),
+        "task name must not be empty: leave it out to have one made",
+    ),
     (lambda manager: manager.wait_for_task("a", timeout=-1), "timeout must be at least 0 seconds, got -1"),
     (lambda manager: manager.cancel_task("a", timeout=-1), "timeout must be at least 0 seconds, got -1"),
     (lambda manager: manager.cancel_group("a", grace=-1), "grace must be at least 0 seconds, got -1"),

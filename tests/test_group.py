@@ -24,11 +24,11 @@ from otel_tasks import (
     current_task,
     global_task_manager,
 )
-from otel_tasks.testing import SpanRecorder
-from tests.helpers import fail, give, ignore_cancels, now, rest, settle
+from tests.helpers import counters, fail, give, ignore_cancels, now, rest, settle
 
 if TYPE_CHECKING:
     from otel_tasks._group import OnConflict
+    from otel_tasks.testing import SpanRecorder
 
 DISCONNECT = CancelCause(CancelKind.CLIENT_DISCONNECT, "gone")
 
@@ -210,11 +210,11 @@ async def test_conflict_with_a_task_that_is_just_done_is_none(on_conflict: OnCon
     assert await new == "new"
     assert new.name == "a"
     await settle()
-    assert manager.stats()[:3] == (2, 0, 2)
+    assert counters(manager) == {"created": 2, "completed": 2, "remembered": 2}
     assert not manager._root.tasks
 
 
-# -- labelled groups --------------------------------------------------------------------------------
+# -- labelled groups -------------------------------------------------------------------------------
 
 
 async def test_labelled_group_is_made_on_first_use_and_kept_while_used() -> None:
@@ -413,7 +413,7 @@ async def test_repr_says_what_a_group_is_doing() -> None:
     await manager.shutdown(0)
 
 
-# -- groups without a block: a request's ---------------------------------------------------------------
+# -- groups without a block: a request's -----------------------------------------------------------
 
 
 async def test_request_group_is_named_late_and_found_by_its_number() -> None:
@@ -483,7 +483,7 @@ async def test_cancel_spares_who_it_is_told_to_spare() -> None:
     await manager.shutdown(0)
 
 
-# -- the current group ------------------------------------------------------------------------------------
+# -- the current group -----------------------------------------------------------------------------
 
 
 async def test_create_task_joins_the_enclosing_tasks_group() -> None:

@@ -1,4 +1,4 @@
-"""TaskManager: starting, looking, waiting, cancelling and shutting down; each of its awaits cancelled in turn."""
+"""TaskManager: starting, looking, waiting, cancelling, shutting down; each await cancelled in turn."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import asyncio
 import dataclasses
 import gc
 import traceback
-from collections.abc import Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import otel_tasks
 from otel_tasks import (
+    CancelCause,
     CancelKind,
+    GroupClosedError,
     ManagedTask,
     ShutdownReport,
     TaskExistsError,
@@ -25,15 +26,15 @@ from otel_tasks import (
     global_task_manager,
     managed_task,
 )
-from otel_tasks.testing import SpanRecorder
-from tests.helpers import cancel_at_each_await, fail, give, ignore_cancels, now, rest, settle
+from tests.helpers import cancel_at_each_await, fail, give, ignore_cancels, kind_of, now, rest, settle
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from otel_tasks.testing import SpanRecorder
 
 
-def kind_of(task: ManagedTask[Any]) -> CancelKind | None:
-    return task.cause and task.cause.kind
-
-
-# -- start_task -----------------------------------------------------------------------------------------
+# -- start_task ------------------------------------------------------------------------------------
 
 
 async def test_start_task_returns_before_the_task_has_ended() -> None:
@@ -84,6 +85,15 @@ async def test_start_task_suffix_and_return() -> None:
     assert await third == 3
     await manager.shutdown(0)
     gc.collect()
+
+
+async def test_start_task_in_a_closed_group_is_refused() -> None:
+    """A scoped group that is over refuses before the factory is called."""
+    manager = TaskManager()
+    async with manager.group("load") as group:
+        assert await (await manager.start_task("a", lambda: give(1), group=group)) == 1
+    with pytest.raises(GroupClosedError, match=rf"^cannot create task 'a': group '{group.id}' is finished; "):
+        await manager.start_task("a", lambda: pytest.fail("called"), group=group)
 
 
 @pytest.mark.parametrize("options", [{"on_conflict": "replace"}, {"cancel_existing": True}])
@@ -161,7 +171,7 @@ async def test_factory_that_raises_starts_nothing() -> None:
     assert manager.stats().created == 0
 
 
-# -- looking --------------------------------------------------------------------------------------------------
+# -- looking ---------------------------------------------------------------------------------------
 
 
 async def test_get_task_gives_live_tasks_only() -> None:
@@ -245,7 +255,7 @@ def test_functions_of_the_package_are_the_global_managers() -> None:
         assert getattr(otel_tasks, name) == getattr(global_task_manager, name)
 
 
-# -- waiting ------------------------------------------------------------------------------------------------------
+# -- waiting ---------------------------------------------------------------------------------------
 
 
 async def test_wait_for_a_live_task() -> None:
@@ -322,9 +332,7 @@ async def test_waiters_timeout_leaves_the_task_alone(timeout: float) -> None:
     task = manager.create_task(asyncio.sleep(5, "done"), name="a")
     await settle()
     start = now()
-    with pytest.raises(
-        TimeoutError, match=rf"^task 'a' is still running after {timeout:g} s, and goes on$"
-    ):
+    with pytest.raises(TimeoutError, match=rf"^task 'a' is still running after {timeout:g} s, and goes on$"):
         await manager.wait_for_task("a", timeout=timeout)
     assert now() - start == timeout
     assert task.cancelling() == 0
@@ -362,7 +370,7 @@ async def test_join_of_an_unknown_group_returns() -> None:
     assert now() == start + 3
 
 
-# -- cancelling -------------------------------------------------------------------------------------------------------
+# -- cancelling ------------------------------------------------------------------------------------
 
 
 async def test_cancel_task_waits_for_the_end() -> None:
@@ -535,7 +543,7 @@ async def test_two_cancellations_of_one_group_share_it() -> None:
     assert not manager.get_group("g").cancel_event.is_set()
 
 
-# -- shutdown ---------------------------------------------------------------------------------------------------------------
+# -- shutdown --------------------------------------------------------------------------------------
 
 
 async def test_shutdown_lets_tasks_finish_in_the_grace() -> None:
@@ -551,19 +559,19 @@ async def test_shutdown_lets_tasks_finish_in_the_grace() -> None:
 async def test_shutdown_sets_the_events_first() -> None:
     """Who waits for its cancel event is told at once."""
     manager = TaskManager()
-    heard: list[CancelKind | None] = []
+    heard: list[CancelCause | None] = []
     event = manager.get_group("a.b").cancel_event
 
     async def cooperative() -> None:
         await event.wait()
-        heard.append(event.cause and event.cause.kind)
+        heard.append(event.cause)
 
     manager.create_task(cooperative(), group="a.b")
     await settle()
     start = now()
     await manager.shutdown(grace=50)
     assert now() == start
-    assert heard == [CancelKind.SHUTDOWN]
+    assert [cause and cause.kind for cause in heard] == [CancelKind.SHUTDOWN]
 
 
 async def test_shutdown_cancels_by_rising_priority() -> None:
@@ -583,9 +591,7 @@ async def test_shutdown_cancels_by_rising_priority() -> None:
         manager.create_task(work(priority), priority=priority)
     await settle()
     report = await manager.shutdown(grace=0)
-    assert order == [
-        f"{name} {what}" for name in ("LOW", "HIGH", "CRITICAL") for what in ("asked", "ended")
-    ]
+    assert order == [f"{name} {what}" for name in ("LOW", "HIGH", "CRITICAL") for what in ("asked", "ended")]
     assert report == ShutdownReport(cancelled=3)
 
 
@@ -762,7 +768,7 @@ def test_report_is_frozen_and_clean_by_default() -> None:
     }
 
 
-# -- every await, cancelled in turn ---------------------------------------------------------------------------------------------
+# -- every await, cancelled in turn ----------------------------------------------------------------
 
 
 async def waiting_for_a_task(manager: TaskManager) -> None:
@@ -887,8 +893,6 @@ async def calling_a_decorated_function(manager: TaskManager) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_nothing_leaks_whichever_await_is_cancelled(
-    scenario: Any, awaits: int, spans: SpanRecorder
-) -> None:
+def test_nothing_leaks_whichever_await_is_cancelled(scenario: Any, awaits: int, spans: SpanRecorder) -> None:
     """Cancelled at any of its awaits, a scenario leaves no task, no open span, and no warning."""
     assert cancel_at_each_await(scenario, spans) >= awaits

@@ -1,4 +1,4 @@
-"""Scoped groups: ``async with`` as asyncio.TaskGroup's, and what it adds (cancel, timeout, isolate, nesting)."""
+"""Scoped groups: ``async with`` as asyncio.TaskGroup's, and what it adds (cancel, timeout, nesting)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,9 @@ from otel_tasks import (
     global_task_manager,
 )
 from otel_tasks.testing import SpanRecorder, run
-from tests.helpers import fail, give, ignore_cancels, now, rest, settle
+from tests.helpers import fail, give, ignore_cancels, kind_of, now, rest, settle
 
-
-def kind_of(task: ManagedTask[Any]) -> CancelKind | None:
-    return task.cause and task.cause.kind
-
-
-# -- the block --------------------------------------------------------------------------------------
+# -- the block -------------------------------------------------------------------------------------
 
 
 async def test_block_waits_for_its_tasks() -> None:
@@ -115,9 +110,7 @@ async def test_group_can_be_entered_once() -> None:
 
 async def test_group_cannot_be_left_before_it_is_entered() -> None:
     """__aexit__ by hand without __aenter__ is an error."""
-    with pytest.raises(
-        RuntimeError, match=r"^group 'load' has not been entered: use it with async with$"
-    ):
+    with pytest.raises(RuntimeError, match=r"^group 'load' has not been entered: use it with async with$"):
         await TaskGroup("load").__aexit__(None, None, None)
 
 
@@ -139,7 +132,7 @@ def test_group_cannot_be_entered_outside_of_a_task() -> None:
     assert str(errors[0]) == "group 'load' cannot determine the parent task: enter it in a task"
 
 
-# -- errors ------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 async def test_failing_task_cancels_its_siblings_and_the_body() -> None:
@@ -204,6 +197,37 @@ async def test_isolated_group_reports_failures_and_goes_on() -> None:
     assert reported == ["bad: no"]
 
 
+async def test_failure_without_a_repr_ends_the_group_all_the_same() -> None:
+    """An exception whose __repr__ raises cancels the siblings, and is raised, as any other."""
+
+    class Mute(Exception):
+        def __repr__(self) -> str:
+            raise ValueError("no repr")
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with TaskManager().group("load") as group:
+            sibling = group.create_task(rest())
+            group.create_task(fail(Mute()))
+    assert isinstance(caught.value.exceptions[0], Mute)
+    assert kind_of(sibling) is CancelKind.SIBLING_FAILED
+    with pytest.raises(ExceptionGroup):
+        async with TaskManager().group("load"):
+            raise Mute
+
+
+async def test_failure_in_a_block_that_was_never_left_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """Where the host has ended without leaving its block, nobody would raise the failure: it is logged."""
+    group = TaskManager().group("load")
+
+    async def careless() -> None:
+        await group.__aenter__()
+        group.create_task(fail(ValueError("no")), name="bad")
+
+    await asyncio.create_task(careless())
+    await settle()
+    assert caplog.messages == [f"task '{group.id}/bad' failed and nobody awaits it"]
+
+
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
 @pytest.mark.parametrize("on_error", ["cancel", "isolate"])
 def test_system_exit_of_a_task_ends_the_group_bare(error: BaseException, on_error: Any) -> None:
@@ -254,7 +278,7 @@ async def test_body_that_raises_system_exit_is_not_wrapped() -> None:
     assert kind_of(task) is CancelKind.SCOPE_ENDED
 
 
-# -- cancel() ------------------------------------------------------------------------------------------
+# -- cancel() --------------------------------------------------------------------------------------
 
 
 async def test_cancel_in_the_body_leaves_the_block_silently() -> None:
@@ -392,7 +416,7 @@ async def test_body_that_swallows_the_cancel_goes_on() -> None:
     await asyncio.sleep(1)
 
 
-# -- cancelled from outside --------------------------------------------------------------------------------
+# -- cancelled from outside ------------------------------------------------------------------------
 
 
 async def test_external_cancel_of_the_host_cancels_the_tasks_and_goes_on() -> None:
@@ -541,7 +565,7 @@ async def test_cancelled_task_does_not_disturb_its_siblings() -> None:
     assert other.result() == "fine"
 
 
-# -- timeouts ------------------------------------------------------------------------------------------------
+# -- timeouts --------------------------------------------------------------------------------------
 
 
 async def test_group_timeout_ends_body_and_tasks() -> None:
@@ -622,7 +646,7 @@ async def test_asyncio_timeout_around_the_block() -> None:
     assert host.cancelling() == 0
 
 
-# -- nesting -----------------------------------------------------------------------------------------------------
+# -- nesting ---------------------------------------------------------------------------------------
 
 
 async def test_block_inside_a_block_is_below_it() -> None:
@@ -751,7 +775,9 @@ async def test_failing_nested_block_fails_its_host() -> None:
     with pytest.raises(ExceptionGroup) as caught:
         async with manager.group("outer") as outer:
             outer.create_task(nested())
-    assert [str(error) for error in caught.value.exceptions[0].exceptions] == ["deep"]  # type: ignore[attr-defined]  # a group
+    [inner_group] = caught.value.exceptions
+    assert isinstance(inner_group, ExceptionGroup)
+    assert [str(error) for error in inner_group.exceptions] == ["deep"]
 
 
 async def test_asyncio_task_group_inside_a_block() -> None:
@@ -791,7 +817,7 @@ async def test_cancel_group_from_outside_ends_the_body() -> None:
     assert await task == "went on"
 
 
-# -- span ------------------------------------------------------------------------------------------------------------
+# -- span ------------------------------------------------------------------------------------------
 
 
 async def test_block_with_a_span_is_the_parent_of_its_tasks(spans: SpanRecorder) -> None:
@@ -801,6 +827,12 @@ async def test_block_with_a_span_is_the_parent_of_its_tasks(spans: SpanRecorder)
         group.create_task(give(1), name="inside")
         await manager.create_task(give(1), name="beside")
     assert [span.name for span in spans.children(spans.span("load"))] == ["inside"]
+
+
+async def test_block_with_a_span_needs_no_sdk() -> None:
+    """span=True does nothing where no SDK is set up."""
+    async with TaskManager().group("load", span=True) as group:
+        assert await group.create_task(give(1)) == 1
 
 
 async def test_block_whose_span_cannot_start_runs_all_the_same(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,7 @@ import pytest
 from otel_tasks import CancelCause, CancelKind, ManagedTask, TaskManager, TaskPriority, TaskStatus
 from otel_tasks._task import ask, shield, unshield, wait_until_done
 from otel_tasks.testing import SpanRecorder, run
-from tests.helpers import fail, give, ignore_cancels, now, rest, settle
+from tests.helpers import counters, fail, give, ignore_cancels, kind_of, now, rest, settle
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 DISCONNECT = CancelCause(CancelKind.CLIENT_DISCONNECT, "gone")
 
 
-def kind_of(task: ManagedTask[Any]) -> CancelKind | None:
-    return task.cause and task.cause.kind
-
-
-# -- the statuses -------------------------------------------------------------------------------
+# -- the statuses ----------------------------------------------------------------------------------
 
 
 async def test_task_goes_from_pending_over_running_to_completed() -> None:
@@ -111,7 +107,7 @@ async def test_task_that_raises_while_cancelling_is_failed() -> None:
     assert not task.cancel_ignored
 
 
-# -- the facts of asyncio -------------------------------------------------------------------------
+# -- the facts of asyncio --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("timeout", [None, 5.0])
@@ -145,7 +141,7 @@ async def test_cancel_from_a_callback_before_the_first_step_is_recorded_too() ->
 
 
 async def test_swallowed_cancellation_is_completed_and_visible(caplog: pytest.LogCaptureFixture) -> None:
-    """A task that swallows its cancellation is completed, flagged, warned of, and not counted as cancelled."""
+    """Such a task is completed, flagged, warned of, and not counted as cancelled."""
     manager = TaskManager()
     task = manager.create_task(ignore_cancels(5), name="stubborn")
     await settle()
@@ -155,7 +151,7 @@ async def test_swallowed_cancellation_is_completed_and_visible(caplog: pytest.Lo
     assert task.status is TaskStatus.COMPLETED
     assert task.cancel_ignored
     assert task.info().cancel_ignored
-    assert manager.stats()[2:6] == (1, 0, 0, 1)
+    assert counters(manager) == {"created": 1, "completed": 1, "cancel_ignored": 1, "remembered": 1}
     assert caplog.messages == ["task 'stubborn' ignored its cancellation (explicit: enough) and completed"]
 
 
@@ -325,7 +321,7 @@ async def test_cancel_of_an_ended_task_is_false_and_notes_nothing() -> None:
 
 
 async def test_await_forwards_the_awaiters_cancellation() -> None:
-    """Plain `await task` is the standard library's: cancelling the awaiter cancels the task, with its message."""
+    """Plain `await task` is the standard library's: cancelling the awaiter cancels the task."""
     task = TaskManager().create_task(rest())
 
     async def wait() -> None:
@@ -408,7 +404,7 @@ def test_system_exit_is_recorded_and_passes_through(
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-# -- its own timeout ---------------------------------------------------------------------------
+# -- its own timeout -------------------------------------------------------------------------------
 
 
 async def test_timeout_fails_the_task_with_timeout_error() -> None:
@@ -486,7 +482,7 @@ async def test_cancel_before_the_timeout_keeps_its_cause() -> None:
     assert task.cause.message == "enough"
 
 
-# -- what it shows -------------------------------------------------------------------------------
+# -- what it shows ---------------------------------------------------------------------------------
 
 
 async def test_task_shows_what_it_was_created_with() -> None:
@@ -657,7 +653,7 @@ async def test_ended_task_can_be_renamed() -> None:
     assert not manager._root.tasks
 
 
-# -- what only this package uses ----------------------------------------------------------------------
+# -- what only this package uses -------------------------------------------------------------------
 
 
 async def test_shielded_task_is_not_stopped_by_a_disconnect_until_released() -> None:

@@ -189,7 +189,7 @@ async def decorated(shop: Shop) -> None:
 def listening(manager: TaskManager) -> None:
     """Listeners and error handlers."""
 
-    def told(event: Literal["created", "cancelling", "ended"], info: TaskInfo) -> None:
+    def told(event: Literal["created", "dequeued", "cancelling", "ended"], info: TaskInfo) -> None:
         print(event, info.id)
 
     def failed(info: TaskInfo, error: BaseException) -> None:

@@ -1,0 +1,195 @@
+"""Who may start now and who waits: limits, a bounded queue, priority with ageing.
+
+All of it is sync and pure: the functions change the books and return the tickets that may start;
+whoever calls them starts those. Invariants, each checked by the property tests:
+
+1. Never more tickets hold a place of a limiter than its limit.
+2. A place is taken in all limiters of a ticket or in none: nobody holds one place while waiting
+   for another.
+3. No place stays free while a ticket waits that could take it.
+4. Higher priority first, first come first served within a level; ``ageing`` seconds of waiting
+   are worth one level, so nothing waits for ever. As all tickets age at the same rate, their
+   order never changes: the key is fixed when they come, and one heap does without sorting again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from otel_tasks._state import TaskPriority
+
+_numbers = itertools.count()
+
+
+class Limiter:
+    """At most ``limit`` places, and at most ``max_queue`` tickets that wait for one.
+
+    Args:
+        limit: Places, at least 1; None is without bound.
+        max_queue: Waiting tickets, at least 0; None is without bound.
+    """
+
+    __slots__ = ("_heap", "limit", "max_queue", "used", "waiting")
+
+    def __init__(self, limit: int | None, max_queue: int | None) -> None:
+        self.limit = limit
+        self.max_queue = max_queue
+        # Places taken, and tickets that wait and will take one (in whatever queue they stand).
+        self.used = 0
+        self.waiting = 0
+        self._heap: list[tuple[tuple[float, float], int, int, Ticket]] = []
+
+    def room(self) -> float:
+        """Free places; negative after the limit was lowered."""
+        return float("inf") if self.limit is None else self.limit - self.used
+
+    @property
+    def queue_full(self) -> bool:
+        """True if no more tickets may wait."""
+        return self.max_queue is not None and self.waiting >= self.max_queue
+
+    def push(self, ticket: Ticket) -> None:
+        """Let a ticket wait here."""
+        ticket.queue = self
+        ticket.version += 1
+        # What was pushed before with an older version is passed over when it comes up.
+        heappush(self._heap, (ticket.key(), ticket.number, ticket.version, ticket))
+
+    def pump(self, ready: list[Ticket]) -> None:
+        """Offer the free places to those who wait, best first; those that start are added to ``ready``."""
+        offered = 0
+        while self._heap and self.room() > offered:
+            _, _, version, ticket = heappop(self._heap)
+            if ticket.queue is not self or ticket.version != version:
+                continue
+            if _place(ticket):
+                ready.append(ticket)
+            elif ticket.limiters[0] is self:
+                # It now waits for the manager's place. This one is kept in mind for it, so that
+                # the whole queue does not move after it.
+                offered += 1
+
+    def clear(self) -> None:
+        """Forget everybody."""
+        self.used = self.waiting = 0
+        self._heap.clear()
+
+
+class Ticket:
+    """One task's claim to places.
+
+    Args:
+        limiters: The group's (if it has one) before the manager's (if it has one); at least one.
+        level: The task's priority.
+        arrived: When it came, in seconds on the loop's clock.
+        ageing: Seconds of waiting that are worth one level; infinity is strict priority.
+        payload: Whose it is.
+    """
+
+    __slots__ = ("ageing", "arrived", "level", "limiters", "number", "payload", "queue", "started", "version")
+
+    def __init__(
+        self, limiters: tuple[Limiter, ...], level: TaskPriority, arrived: float, ageing: float, payload: Any
+    ) -> None:
+        self.limiters = limiters
+        self.level = level
+        self.arrived = arrived
+        self.ageing = ageing
+        self.payload = payload
+        self.number = next(_numbers)
+        # Where it waits; None once it has started or is gone.
+        self.queue: Limiter | None = None
+        self.started = False
+        self.version = 0
+
+    def key(self) -> tuple[float, float]:
+        """The place in the order: smaller is sooner."""
+        if self.ageing == float("inf"):
+            return (-float(self.level), self.arrived)
+        return (self.arrived - self.level * self.ageing, 0.0)
+
+
+def would_wait(limiters: Iterable[Limiter]) -> bool:
+    """True if a ticket that comes now could not start at once."""
+    return any(limiter.room() < 1 for limiter in limiters)
+
+
+def admit(ticket: Ticket) -> bool:
+    """Take a new ticket in; True if it may start at once, False if it waits."""
+    if _place(ticket):
+        return True
+    for limiter in ticket.limiters:
+        limiter.waiting += 1
+    return False
+
+
+def release(ticket: Ticket) -> list[Ticket]:
+    """Take a ticket out, started or waiting; returns those that may start now."""
+    ready: list[Ticket] = []
+    for limiter in ticket.limiters:
+        if ticket.started:
+            limiter.used -= 1
+        elif ticket.queue is not None:
+            limiter.waiting -= 1
+    ticket.started = False
+    ticket.queue = None
+    for limiter in ticket.limiters:
+        # Of one that waited too: a place that was kept in mind for it is free for others.
+        limiter.pump(ready)
+    return _no_longer_waiting(ready)
+
+
+def lift(ticket: Ticket, level: TaskPriority) -> None:
+    """Let a waiting ticket count as one of a higher priority, because such a task waits for it."""
+    if ticket.queue is not None and level > ticket.level:
+        ticket.level = level
+        # Anew in all limiters: it may have become better than the one that is kept in mind for a
+        # free place of its group. It cannot start by this: what could start has started.
+        _place(ticket)
+
+
+def set_limit(limiter: Limiter, limit: int | None) -> list[Ticket]:
+    """Change a limit; returns the tickets that may start now. A lower one waits for tasks to end."""
+    limiter.limit = limit
+    ready: list[Ticket] = []
+    limiter.pump(ready)
+    return _no_longer_waiting(ready)
+
+
+def _place(ticket: Ticket) -> bool:
+    for limiter in ticket.limiters:
+        if limiter.room() < 1:
+            limiter.push(ticket)
+            return False
+    for limiter in ticket.limiters:
+        limiter.used += 1
+    ticket.queue = None
+    ticket.started = True
+    return True
+
+
+def adopt(ticket: Ticket, limiter: Limiter, *, before: bool) -> None:
+    """Let a ticket count for one more limiter, one that was set while the task was live.
+
+    Args:
+        ticket: Started or waiting.
+        limiter: Not one of its own yet.
+        before: It is a group's, to be asked before the manager's.
+    """
+    ticket.limiters = (limiter, *ticket.limiters) if before else (*ticket.limiters, limiter)
+    if ticket.started:
+        limiter.used += 1
+    else:
+        limiter.waiting += 1
+
+
+def _no_longer_waiting(ready: list[Ticket]) -> list[Ticket]:
+    for ticket in ready:
+        for limiter in ticket.limiters:
+            limiter.waiting -= 1
+    return ready
