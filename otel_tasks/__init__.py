@@ -8,7 +8,8 @@ Where things are:
 - ``_admission``: places under a limit, and the queue before them
 - ``_ledger``: what a manager keeps about its tasks, and the one place that takes their end
 - ``_decorator``: ``managed_task``
-- ``cancellation``: ``CancelCause``, ``CancelEvent``
+- ``cancellation``: ``CancelCause``, ``CancelEvent``, waiting with events
+- ``tracking``, ``_awaiters``: ``TaskTracker`` and clean-up, for tasks of any origin
 - ``progress``: what a task reports of its own progress
 - ``_state``: statuses, priorities, the table of transitions
 - ``_telemetry``: spans and metrics, the only module that imports OpenTelemetry
@@ -36,7 +37,13 @@ from otel_tasks._manager import (
 from otel_tasks._state import CancelKind, TaskPriority, TaskStatus
 from otel_tasks._task import ManagedTask, TaskInfo
 from otel_tasks._telemetry import VERSION as __version__
-from otel_tasks.cancellation import CancelCause, CancelEvent
+from otel_tasks.cancellation import (
+    CancelCause,
+    CancelEvent,
+    WaitOutcome,
+    propagate_cancellation,
+    wait_with_cancellation,
+)
 from otel_tasks.exceptions import (
     GroupClosedError,
     IllegalTransitionError,
@@ -49,11 +56,20 @@ from otel_tasks.exceptions import (
     WrongThreadError,
 )
 from otel_tasks.progress import GroupProgress, Progress, ProgressWatch, TaskProgress
+from otel_tasks.tracking import (
+    CancelCounts,
+    CancelReport,
+    TaskTracker,
+    cancel_and_wait,
+    cleanup_lingering_tasks,
+)
 
 __all__ = [
     "CancelCause",
+    "CancelCounts",
     "CancelEvent",
     "CancelKind",
+    "CancelReport",
     "GroupClosedError",
     "GroupProgress",
     "IllegalTransitionError",
@@ -61,9 +77,9 @@ __all__ = [
     "ManagedTask",
     "ManagerClosedError",
     "OtelTasksError",
-    "QueueFullError",
     "Progress",
     "ProgressWatch",
+    "QueueFullError",
     "ShutdownReport",
     "TaskExistsError",
     "TaskGroup",
@@ -74,11 +90,15 @@ __all__ = [
     "TaskProgress",
     "TaskStats",
     "TaskStatus",
+    "TaskTracker",
+    "WaitOutcome",
     "WrongLoopError",
     "WrongThreadError",
     "__version__",
     "cancel_all_tasks",
+    "cancel_and_wait",
     "cancel_group",
+    "cleanup_lingering_tasks",
     "create_task",
     "current_cancel_event",
     "current_group",
@@ -86,6 +106,8 @@ __all__ = [
     "get_all_task_info",
     "global_task_manager",
     "managed_task",
+    "propagate_cancellation",
     "start_task",
     "wait_for_task",
+    "wait_with_cancellation",
 ]

@@ -848,9 +848,6 @@ class TaskGroup:
         for group in self._below():
             yield from group.tasks
 
-    def _live_count(self) -> int:
-        return sum(1 for _ in self._every_live())
-
     # -- cancelling: the deciding steps, without waiting ------------------------------------
 
     def _announce(self, cause: CancelCause) -> list[TaskGroup]:

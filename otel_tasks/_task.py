@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
+from collections.abc import Mapping
 from contextvars import Context
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -21,7 +22,7 @@ from otel_tasks.cancellation import CancelCause, ask_to_end
 from otel_tasks.progress import TaskProgress, wall_clock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine, Mapping
+    from collections.abc import Callable, Collection, Coroutine
 
     from otel_tasks._group import TaskGroup
     from otel_tasks._telemetry import Span
@@ -51,6 +52,7 @@ class Extras:
         "begin",
         "context",
         "deferred",
+        "dropped",
         "gate",
         "inner",
         "keep_result",
@@ -75,7 +77,7 @@ class Extras:
         seconds: float | None = None,
         queue_seconds: float | None = None,
     ) -> None:
-        self.metadata = None if metadata is None else dict(metadata)
+        self.metadata = None if metadata is None else checked_metadata(metadata)
         self.keep_result = keep_result
         # The task's own timeout, and asyncio's while it runs.
         self.seconds = seconds
@@ -94,6 +96,8 @@ class Extras:
         # The tasks that have to end before this one begins.
         self.previous: tuple[asyncio.Task[Any], ...] = ()
         self.progress: TaskProgress | None = None
+        # The cause that the last uncancel() took away.
+        self.dropped: CancelCause | None = None
         # Of a cancel() that left no cause.
         self.message: str | None = None
         self.never_ran = False
@@ -105,6 +109,17 @@ class Extras:
     def queued(self) -> bool:
         """It waits for a place."""
         return self.gate is not None and not self.gate.done()
+
+
+def checked_metadata(metadata: object) -> dict[str, Any]:
+    """Copy a task's metadata.
+
+    Raises:
+        TypeError: It is not a mapping.
+    """
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata must be a mapping of names to values, got {metadata!r}")
+    return dict(metadata)
 
 
 class TaskInfo(NamedTuple):
@@ -219,7 +234,7 @@ class ManagedTask(asyncio.Task[T]):
 
     @property
     def progress(self) -> TaskProgress:
-        """What it reports of its progress (``update``, ``advance``), and how others ``watch`` it; made on first use."""
+        """Where it reports its progress, by ``update`` or ``advance``, and others ``watch`` it."""
         return progress_of(self)
 
     @property
@@ -254,10 +269,7 @@ class ManagedTask(asyncio.Task[T]):
 
     def stack(self) -> str:
         """Say where it waits, as lines of a traceback; empty once it is done."""
-        out = io.StringIO()
-        if not self.done():
-            self.print_stack(file=out)
-        return out.getvalue()
+        return stack_of(self)
 
     def cancel(self, msg: Any | None = None) -> bool:
         """Ask for its cancellation, exactly as ``asyncio.Task.cancel`` does.
@@ -286,7 +298,8 @@ class ManagedTask(asyncio.Task[T]):
     def uncancel(self) -> int:
         """Take one request back, exactly as ``asyncio.Task.uncancel``; the last takes the cause with it."""
         remaining = super().uncancel()
-        if not remaining:
+        if not remaining and self._cause is not None:
+            extras_of(self).dropped = self._cause
             self._cause = None
         return remaining
 
@@ -346,6 +359,10 @@ def note_request(task: ManagedTask[Any], message: object) -> bool:
         take_note(task, cascade)
         return True
     asker = asyncio.current_task(task.get_loop())
+    if asker is task and message is None and task._extras is not None:
+        # What asyncio.TaskGroup does from 3.13 on, when it fails in a task that is being
+        # cancelled: uncancel() and cancel() again. The cause is the same as before.
+        task._cause = task._extras.dropped
     if asker is None or asker is task:
         return False
     text = None if message is None else str(message)
@@ -526,6 +543,14 @@ def lift_for_waiter(task: ManagedTask[Any], extras: Extras) -> None:
     waiter = asyncio.current_task()
     if extras.ticket is not None and isinstance(waiter, ManagedTask):
         lift(extras.ticket, waiter._priority)
+
+
+def stack_of(task: asyncio.Task[Any]) -> str:
+    """Say where a task waits, managed or not, as lines of a traceback; empty once it is done."""
+    out = io.StringIO()
+    if not task.done():
+        task.print_stack(file=out)
+    return out.getvalue()
 
 
 def shield(task: ManagedTask[Any]) -> None:

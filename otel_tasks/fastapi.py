@@ -1,4 +1,4 @@
-"""A thin adapter for FastAPI: the request's group as a dependency, and a lifespan for the manager.
+"""A thin adapter for FastAPI: the request's group as a dependency, a lifespan, progress as events.
 
 The middleware itself knows no framework: ``app.add_middleware(TaskGroupMiddleware)`` comes from
 ``otel_tasks.asgi``.
@@ -6,13 +6,17 @@ The middleware itself knows no framework: ``app.add_middleware(TaskGroupMiddlewa
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from zlib import crc32
 
+import fastapi
 from fastapi import Depends
 
 from otel_tasks._group import TaskGroup, checked_seconds
 from otel_tasks._manager import global_task_manager
+from otel_tasks._task import ManagedTask, TaskInfo, wait_until_done
 from otel_tasks.asgi import (
     TaskGroupMiddleware,
     checked_manager,
@@ -26,8 +30,10 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from fastapi import FastAPI
+    from fastapi.sse import ServerSentEvent
 
     from otel_tasks._manager import TaskManager
+    from otel_tasks.progress import Progress, ProgressWatch
 
 __all__ = [
     "RequestTasks",
@@ -36,6 +42,7 @@ __all__ = [
     "keep_handler_on_disconnect",
     "lifespan",
     "make_lifespan",
+    "progress_events",
     "request_group",
     "uncancellable",
 ]
@@ -167,3 +174,129 @@ async def _opened(manager: TaskManager, grace: float, timeout: float | None) -> 
         yield
     finally:
         await manager.shutdown(grace, timeout)
+
+
+def progress_events(
+    task: ManagedTask[Any] | TaskInfo,
+    *,
+    last_event_id: str | None = None,
+    interval: float = 0.1,
+    keep_alive: float | None = None,
+) -> AsyncGenerator[ServerSentEvent]:
+    """Give a task's progress as the events of a route with ``response_class=EventSourceResponse``.
+
+    An event ``progress`` carries the newest snapshot (``Progress.to_dict()``), and the last event, ``ended``,
+    how the task ended: ``status``, ``cancel_reason``, ``duration`` and the last ``progress``. It does *not*
+    tell the text of an exception, which may say what a client should not read. Each has an id, and a client
+    that comes back with the last one gets only what is newer; with that of ``ended``, nothing. A browser
+    comes back by itself until its ``EventSource`` is closed: it should be, on ``ended``.
+
+    Args:
+        task: Which; or the snapshot of one that has ended, for clients that come late.
+        last_event_id: The request's ``Last-Event-ID`` header. Anything that is not an id of this task's
+            events counts as none.
+        interval: Seconds between two ``progress`` events, at least 0. What is reported in between is left
+            out; the end of the task is told at once.
+        keep_alive: Seconds of silence after which a comment is sent, greater than ``interval``. None leaves
+            that to FastAPI, which does it each 15 s.
+
+    Raises:
+        RuntimeError: This FastAPI knows no server-sent events; those from 0.135 on do.
+        TypeError: ``task`` is neither.
+        ValueError: ``task`` is the snapshot of a live task, or a duration out of its range.
+
+    **Cancellation**: of the request, because the client has left, ends the watching. The task goes on,
+    unless it belongs to the group of that request.
+
+    Example:
+        >>> @app.get("/exports/{name}/progress", response_class=EventSourceResponse)
+        ... async def export_progress(
+        ...     name: str, last_event_id: Annotated[str | None, Header()] = None
+        ... ) -> AsyncIterator[ServerSentEvent]:
+        ...     async for event in progress_events(manager.get_task(name), last_event_id=last_event_id):
+        ...         yield event
+    """
+    try:
+        from fastapi.sse import ServerSentEvent
+    except ImportError:
+        raise RuntimeError(
+            "progress_events() needs the server-sent events of FastAPI 0.135 or newer, "
+            f"and this is {fastapi.__version__}"
+        ) from None
+    _check_watchable(task)
+    pause = checked_seconds("interval", interval)
+    patience = checked_seconds("keep_alive", keep_alive)
+    if patience is not None and (pause is None or patience <= pause):
+        raise ValueError(f"keep_alive must be greater than interval ({interval!r} s), got {keep_alive!r}")
+    return _events(task, last_event_id, pause, patience, ServerSentEvent)
+
+
+async def _events(
+    task: ManagedTask[Any] | TaskInfo,
+    last_event_id: str | None,
+    interval: float | None,
+    keep_alive: float | None,
+    event: type[ServerSentEvent],
+) -> AsyncGenerator[ServerSentEvent]:
+    info = task if isinstance(task, TaskInfo) else task.info()
+    # Names are used again, by a later task or after a restart: then the client's id tells nothing.
+    key = f"{crc32(f'{info.name} {info.created_at!r}'.encode()):08x}"
+    seen = _seen(key, last_event_id)
+    if seen is None:
+        return
+    if isinstance(task, ManagedTask):
+        watch = task.progress.watch(after=seen)
+        while True:
+            try:
+                progress = await _next(watch, keep_alive)
+            except StopAsyncIteration:
+                break
+            if progress is None:
+                yield event(comment="keep-alive")
+            else:
+                yield event(event="progress", id=f"{key}-{progress.number}", data=progress.to_dict())
+                await wait_until_done([task], interval)
+        # The watching ends with the task, its books may be written a turn later.
+        await wait_until_done([task])
+        info = task.info()
+    yield event(event="ended", id=f"{key}-end", data=_ending(info))
+
+
+async def _next(watch: ProgressWatch, timeout: float | None) -> Progress | None:
+    try:
+        async with asyncio.timeout(timeout):
+            return await anext(watch)
+    except TimeoutError:
+        return None
+
+
+def _check_watchable(task: ManagedTask[Any] | TaskInfo) -> None:
+    if not isinstance(task, ManagedTask | TaskInfo):
+        raise TypeError(
+            f"progress_events() takes a ManagedTask, or the TaskInfo of an ended one, got {task!r}"
+        )
+    if isinstance(task, TaskInfo) and not task.status.is_final:
+        raise ValueError(
+            f"progress_events() got a snapshot of task {task.name!r}, which is {task.status}: "
+            f"pass the task itself, manager.get_task({task.id!r})"
+        )
+
+
+def _seen(key: str, last_event_id: str | None) -> int | None:
+    """The number of the last snapshot that the client knows, 0 for none; None if it knows the end."""
+    prefix, _, number = (last_event_id or "").rpartition("-")
+    if prefix != key:
+        return 0
+    if number == "end":
+        return None
+    # The header is the client's: int() is slow with thousands of digits.
+    return int(number) if number.isdecimal() and len(number) < 20 else 0
+
+
+def _ending(info: TaskInfo) -> dict[str, Any]:
+    return {
+        "status": str(info.status),
+        "cancel_reason": info.cause and str(info.cause.kind),
+        "duration": info.duration,
+        "progress": info.progress and info.progress.to_dict(),
+    }

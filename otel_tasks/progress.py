@@ -1,16 +1,17 @@
 """What a task reports of its own progress, and who watches it.
 
-``task.progress`` is made on first use; a task that never reports has none. Rules, each with a test of its own:
+``task.progress`` is made on first use; a task that never reports has none. Rules, each with a test:
 
-1. A report replaces the one before: there is one newest snapshot and never a backlog, however slow a watcher is.
-2. A watcher gets the current snapshot first, if there is one, and the last one before the end; it ends with the
-   task, also with one that never reports.
-3. A watcher is a future while it waits and nothing at all in between: no task, no timer, no entry in a list. One
-   that is cancelled, or simply dropped in the middle of its loop, leaves nothing behind.
+1. A report replaces the one before: there is one newest snapshot and never a backlog, however slow a
+   watcher is.
+2. A watcher gets the current snapshot first, if there is one, and the last one before the end; it ends with
+   the task, also with one that never reports.
+3. A watcher is a future while it waits and nothing at all in between: no task, no timer, no entry in a list.
+   One that is cancelled, or simply dropped in the middle of its loop, leaves nothing behind.
 4. Reports may come from any thread; watching belongs to the event loop of the task.
 5. A report after the end of the task is dropped: a thread that runs on reports to nobody.
-6. A wrong estimate is no error: ``done`` may pass ``total`` (the fraction stops at 1), and may go back (the rate is
-   measured anew). What is no number at all, or below 0, is one.
+6. A wrong estimate is no error: ``done`` may pass ``total`` (the fraction stops at 1), and may go back (the
+   rate is measured anew). What is no number at all, or below 0, is one.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     Waiters = dict[asyncio.Future[None], None]
 
-# The rate is that of the last one to two of these, in seconds: long enough to be calm, short enough to follow.
+# The rate is that of the last one to two of these, in seconds: long enough to be calm, and it still follows.
 _RATE_SPAN = 15.0
 
 
@@ -66,7 +67,7 @@ class Progress(NamedTuple):
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds from the report to the end at this rate; None while total or rate is unknown, or the rate 0."""
+        """Seconds from the report to the end at this rate; None while they cannot be told."""
         if self.total is None:
             return None
         left = self.total - self.done
@@ -86,11 +87,11 @@ class Progress(NamedTuple):
 class GroupProgress(NamedTuple):
     """What the tasks of a group and of all groups below it have reported, added up.
 
-    Numbers are added as they are, so within one group they should be in one unit. A task that has not reported
-    counts in ``tasks`` alone. One that has ended counts, in a scoped group and until that is closed, with
-    what it did: as much done as there was to do, whatever it had expected. So the fraction of a block goes to
-    1 as its tasks end, failed and cancelled ones included. A labelled group goes on for ever; its ended
-    tasks do not count at all.
+    Numbers are added as they are, so within one group they should be in one unit. A task that has not
+    reported counts in ``tasks`` alone. One that has ended counts, in a scoped group and until that is closed,
+    with what it did: as much done as there was to do, whatever it had expected. So the fraction of a block
+    goes to 1 as its tasks end, failed and cancelled ones included. A labelled group goes on for ever; its
+    ended tasks do not count at all.
 
     Attributes:
         tasks: Live tasks.
@@ -110,7 +111,7 @@ class GroupProgress(NamedTuple):
 
     @property
     def fraction(self) -> float | None:
-        """The part that is done, from 0 to 1; None while one of the reporting tasks does not know its total."""
+        """The part that is done, from 0 to 1; None while a reporting task does not know its total."""
         return None if self.unknown else _fraction(self.done, self.total)
 
     def to_dict(self) -> dict[str, Any]:
@@ -216,7 +217,7 @@ class TaskProgress:
                 )
             return self._snapshot
 
-    def watch(self) -> ProgressWatch:
+    def watch(self, *, after: int = 0) -> ProgressWatch:
         """Give an iterator over the newest snapshots: ``async for progress in task.progress.watch()``.
 
         It gives the current one at once, if there is one, then each time the newest that it has not given,
@@ -225,10 +226,13 @@ class TaskProgress:
         watchers, and one may be left at any moment, by ``break`` or by cancellation, without closing it.
         A task that watches itself waits for ever.
 
+        Args:
+            after: The ``number`` of a snapshot that is known already: it begins with the next one.
+
         Raises:
             WrongLoopError: When it is iterated in another event loop than the task's.
         """
-        return ProgressWatch(self)
+        return ProgressWatch(self, after)
 
     def end(self) -> None:
         """End all watching; for the library, which calls it when the task has ended."""
@@ -269,7 +273,7 @@ class TaskProgress:
         return _finite((self._done - done) / seconds) if seconds > 0 else None
 
     def _take_waiters(self) -> Waiters | None:
-        # Taken, not left to be woken again: of a thousand reports from a thread the first alone asks the loop.
+        # Taken, not left to be woken again: of a thousand reports from a thread only the first asks the loop.
         waiters, self._waiters = self._waiters, None
         return waiters
 
@@ -300,13 +304,13 @@ class TaskProgress:
 
 
 class ProgressWatch(AsyncIterator[Progress]):
-    """What ``watch()`` gives; not an async generator, so that dropping it in mid-loop leaves nothing to close."""
+    """What ``watch()`` gives; not an async generator, so that one dropped in mid-loop needs no closing."""
 
     __slots__ = ("_closed", "_progress", "_seen", "_waiter")
 
-    def __init__(self, progress: TaskProgress) -> None:
+    def __init__(self, progress: TaskProgress, after: int) -> None:
         self._progress = progress
-        self._seen = 0
+        self._seen = after
         self._closed = False
         self._waiter: asyncio.Future[None] | None = None
 
@@ -331,7 +335,7 @@ class ProgressWatch(AsyncIterator[Progress]):
                 self._waiter = None
                 progress._forget(waiter)
         newest = progress.snapshot()
-        if self._closed or newest is None or newest.number == self._seen:
+        if self._closed or newest is None or newest.number <= self._seen:
             self._closed = True
             raise StopAsyncIteration
         self._seen = newest.number

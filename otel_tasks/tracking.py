@@ -1,14 +1,14 @@
-"""For asyncio tasks of any origin: keep track of them, end them, find what would linger.
+"""For asyncio tasks of any origin: keep track of them, end them, find those that linger.
 
 Rules, each with a test of its own:
 
 1. All that are to end are asked in one pass and waited for together, under one deadline.
 2. The calling task is never asked, nor one that waits for it: by ``await``, by ``asyncio.gather``,
-   ``shield``, ``wait``, ``wait_for`` or ``as_completed``, or as the task of an ``asyncio.TaskGroup`` or
-   a ``TaskGroup`` in which the caller runs. The cancellation would come back to the caller.
+   ``shield``, ``wait``, ``wait_for`` or ``as_completed``, or as the host of an ``asyncio.TaskGroup`` or a
+   ``TaskGroup`` in which the caller runs. The cancellation would come back to the caller.
 3. A task is asked once, however often these functions meet it, so that its clean-up is not torn.
-4. What would not stop is reported with its stack, not logged. A failure is not taken out of its task: it is
-   reported as that of any task which nobody awaits.
+4. What would not stop is reported with its stack. A failure stays with its task, and is reported as that
+   of any task that nobody awaits.
 5. A tracker forgets a task once it is done.
 """
 
@@ -16,25 +16,30 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import io
-import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from otel_tasks._awaiters import with_awaiters
 from otel_tasks._checks import checked_seconds
+from otel_tasks._group import close_quietly
+from otel_tasks._ledger import logger
 from otel_tasks._state import CancelKind
-from otel_tasks._task import NOBODYS_CONTEXT, ManagedTask, add_done_callback, failure_of, wait_until_done
+from otel_tasks._task import (
+    NOBODYS_CONTEXT,
+    add_done_callback,
+    failure_of,
+    stack_of,
+    wait_until_done,
+)
 from otel_tasks.cancellation import CancelCause, ask_to_end
 from otel_tasks.exceptions import WrongLoopError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from types import TracebackType
     from typing import Self
 
-T = TypeVar("T")
-
-logger = logging.getLogger("otel_tasks")
+TaskT = TypeVar("TaskT", bound=asyncio.Task[Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +50,8 @@ class CancelReport:
         cancelled: How many ended cancelled.
         completed: How many returned all the same.
         failed: How many raised something else.
-        still_running: The names of those that would not stop, each with the stack where it is. A name that
-            is there already gets a number behind it.
+        still_running: The names of those that would not stop, each with the stack where it is. A name
+            that is taken has a number behind it.
     """
 
     cancelled: int = 0
@@ -60,11 +65,9 @@ class CancelReport:
         return not self.still_running
 
     def __str__(self) -> str:
-        counts = f"{self.cancelled} cancelled, {self.completed} completed, {self.failed} failed"
-        if self.clean:
-            return f"{counts}, none still running"
-        names = ", ".join(map(repr, self.still_running))
-        return f"{counts}, {len(self.still_running)} still running: {names}"
+        ended = f"{self.cancelled} cancelled, {self.completed} completed, {self.failed} failed"
+        names = ", ".join(map(repr, self.still_running)) or "none"
+        return f"{ended}, still running: {names}"
 
 
 class CancelCounts(NamedTuple):
@@ -80,46 +83,41 @@ class CancelCounts(NamedTuple):
 
 
 class TaskTracker:
-    """A set of running tasks that empties itself: a task is in it until it is done.
+    """The tasks that run now, of any origin: each is in it until it is done.
 
-    It holds its tasks, which the event loop alone does not. With ``async with`` nothing is left at the end
-    of the block: what still runs is cancelled (``await tracker.wait()`` as its last line lets it finish).
+    It holds its tasks; the event loop alone does not. With ``async with`` nothing is left at the end of
+    the block: what still runs is cancelled. ``await tracker.wait()`` as its last line lets it finish.
 
-    Args:
-        timeout: Seconds that ``cancel_all`` and the end of the block wait, at least 0, unless told
-            otherwise; None is without bound.
-
-    Cancellation: while the end of the block waits, it goes on its way; the tasks stay cancelled.
+    Cancellation: of the end of a block goes on its way; the tasks stay cancelled.
 
     Example:
         >>> async with TaskTracker() as tracker:
         ...     reader = tracker.add(asyncio.create_task(read()))
     """
 
-    def __init__(self, *, timeout: float | None = 10.0) -> None:
-        self._timeout = checked_seconds("timeout", timeout)
-        # A dict for its order. The callback is bound to it and not to the tracker.
+    def __init__(self) -> None:
+        # A dict, for its order. The callback is bound to it and does not hold the tracker.
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._forget = functools.partial(_forget, self._tasks)
         self._closed = False
         self._report: CancelReport | None = None
 
-    def add(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
+    def add(self, task: TaskT) -> TaskT:
         """Track a task until it is done, and give it back.
 
         Raises:
             RuntimeError: The tracker is closed; the task runs on.
             TypeError: It is not a task; a coroutine is closed.
         """
-        if not isinstance(task, asyncio.Task):
-            raise _no_task("tracker.add()", task)
+        _check_tasks("tracker.add()", [task])
         if self._closed:
             raise RuntimeError(
                 f"cannot track task {task.get_name()!r}: the tracker is closed; "
-                "add tasks before close() and before the end of its block"
+                "add tasks before close() and before its block ends"
             )
         if not task.done() and task not in self._tasks:
             self._tasks[task] = None
+            # Not counted as somebody who would be told of a failure.
             add_done_callback(task, self._forget, context=NOBODYS_CONTEXT)
         return task
 
@@ -129,20 +127,226 @@ class TaskTracker:
 
     @property
     def closed(self) -> bool:
-        """True once it takes no more tasks."""
+        """True while it takes no tasks."""
         return self._closed
 
     @property
     def last_report(self) -> CancelReport | None:
-        """What the last ``cancel_all``, or the end of the block, found; None before."""
+        """What the last ``cancel_all``, or the end of the block, has found; None before."""
         return self._report
 
     def get_count(self) -> int:
-        """How many tasks are tracked; the same as ``len(tracker)``."""
+        """How many tasks are tracked, as ``len()``; one that ended is out of it in the loop's next turn."""
         return len(self._tasks)
 
-    async def cancel_all(
-        self, timeout: float | None = ..., reason: str | None = None  # type: ignore[assignment]
-    ) -> CancelCounts:
-        """Cancel all tracked tasks at once, and wait for them together."""
-        raise NotImplementedError
+    async def cancel_all(self, timeout: float | None = 10.0, *, reason: str | None = None) -> CancelCounts:
+        """Cancel all tracked tasks at once, and wait for them together.
+
+        The calling task and those that wait for it are left alone. What would not stop stays tracked,
+        and is in ``last_report`` with its stack.
+
+        Args:
+            timeout: Seconds for all of them, at least 0; None is without bound.
+            reason: Noted with the cause of each managed task, and the message of any other.
+
+        Returns:
+            ``(success_count, error_count)``: how many ended cancelled, and how many did not.
+
+        Raises:
+            WrongLoopError: A tracked task runs in another event loop.
+
+        Cancellation: of the caller ends the waiting; the tasks stay cancelled.
+        """
+        seconds = checked_seconds("timeout", timeout)
+        report = await _end(self._others(), seconds, reason or "cancelled by its tracker")
+        self._report = report
+        errors = report.completed + report.failed + len(report.still_running)
+        return CancelCounts(report.cancelled, errors)
+
+    async def wait(self, timeout: float | None = None) -> bool:
+        """Wait until all tracked tasks have ended, those that are added meanwhile included.
+
+        It raises nothing of what they raise. The calling task, and those that wait for it, are not
+        waited for.
+
+        Args:
+            timeout: Seconds, at least 0; None is without bound. The tasks run on after it.
+
+        Returns:
+            True if none of them runs any more.
+
+        Raises:
+            WrongLoopError: A tracked task runs in another event loop.
+
+        Cancellation: of the caller leaves the tasks alone.
+        """
+        seconds = checked_seconds("timeout", timeout)
+        loop = asyncio.get_running_loop()
+        deadline = None if seconds is None else loop.time() + seconds
+        while others := self._others():
+            await wait_until_done(others, None if deadline is None else max(0.0, deadline - loop.time()))
+            if deadline is not None and loop.time() >= deadline:
+                return not self._others()
+        return True
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __contains__(self, task: object) -> bool:
+        return task in self._tasks
+
+    def __iter__(self) -> Iterator[asyncio.Task[Any]]:
+        """Go through the tasks that are tracked now, oldest first."""
+        return iter(list(self._tasks))
+
+    def __repr__(self) -> str:
+        return f"<TaskTracker {'closed' if self._closed else 'open'}, {len(self._tasks)} tasks>"
+
+    async def __aenter__(self) -> Self:
+        """Open it, again if it was closed."""
+        self._closed = False
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+        await self.cancel_all(reason="its tracker's block has ended")
+        if self._report is not None and not self._report.clean:
+            # Nobody is there to take a report.
+            logger.warning("at the end of a tracker's block: %s", self._report)
+
+    def _others(self) -> list[asyncio.Task[Any]]:
+        """What is tracked and still runs, the caller and what waits for it aside."""
+        for task in list(self._tasks):
+            if task.get_loop().is_closed():
+                # It can never end.
+                del self._tasks[task]
+        return _without_awaiters(self._tasks)
+
+
+async def cancel_and_wait(
+    *tasks: asyncio.Task[Any], timeout: float | None = 10.0, reason: str | None = None
+) -> CancelReport:
+    """Cancel tasks at once, managed or not, and wait until they have ended.
+
+    The calling task, and those that wait for it, are left alone.
+
+    Args:
+        tasks: Which; those that are done are passed over.
+        timeout: Seconds for all of them, at least 0; None is without bound.
+        reason: Noted with the cause of each managed task, and the message of any other.
+
+    Returns:
+        What became of them. It raises nothing of what they raise.
+
+    Raises:
+        TypeError: One is not a task; coroutines are closed.
+        WrongLoopError: A task runs in another event loop.
+
+    Cancellation: of the caller ends the waiting; the tasks stay cancelled.
+
+    Example:
+        >>> report = await cancel_and_wait(reader, writer, timeout=2.0)
+    """
+    seconds = checked_seconds("timeout", timeout)
+    _check_tasks("cancel_and_wait()", tasks)
+    return await _end(_without_awaiters(tasks), seconds, reason)
+
+
+async def cleanup_lingering_tasks(
+    timeout: float | None = 10.0, exclude: Iterable[asyncio.Task[Any]] = ()
+) -> CancelReport:
+    """Cancel every task of the running event loop at once, and wait for them together.
+
+    For scripts and tests, which own their loop. In a service the loop also runs the server's tasks
+    and those of other libraries: there, shut the manager down, or cancel a tracker's tasks.
+
+    Args:
+        timeout: Seconds for all of them, at least 0; None is without bound.
+        exclude: Tasks to leave alone. The calling task, and those that wait for it, always are.
+
+    Returns:
+        What became of them. What was started meanwhile is not cancelled, but reported as still running.
+
+    Raises:
+        TypeError: ``exclude`` does not consist of tasks.
+
+    Cancellation: of the caller ends the waiting; the tasks stay cancelled.
+
+    Example:
+        >>> report = await cleanup_lingering_tasks(timeout=2.0)
+        >>> assert report.clean, report
+    """
+    seconds = checked_seconds("timeout", timeout)
+    if isinstance(exclude, asyncio.Future):
+        raise TypeError(f"exclude must be several tasks, got {exclude!r}: put it in a list")
+    kept = set(exclude)
+    _check_tasks("cleanup_lingering_tasks(exclude=...)", kept)
+    tasks = _without_awaiters(asyncio.all_tasks() - kept)
+    ended = await _end(tasks, seconds, "lingering task")
+    later = _without_awaiters(asyncio.all_tasks() - kept - set(tasks))
+    return _report_on([*tasks, *later]) if later else ended
+
+
+async def _end(tasks: list[asyncio.Task[Any]], timeout: float | None, reason: str | None) -> CancelReport:
+    cause = CancelCause.make(CancelKind.EXPLICIT, reason)
+    # Newest first: an older task may own what a newer one is using.
+    for task in reversed(tasks):
+        ask_to_end(task, cause)
+    await wait_until_done(tasks, timeout)
+    return _report_on(tasks)
+
+
+def _report_on(tasks: Iterable[asyncio.Task[Any]]) -> CancelReport:
+    cancelled = completed = failed = 0
+    still_running: dict[str, str] = {}
+    for task in tasks:
+        if not task.done():
+            still_running[_free_name(task.get_name(), still_running)] = stack_of(task)
+        elif task.cancelled():
+            cancelled += 1
+        elif failure_of(task) is None:
+            completed += 1
+        else:
+            failed += 1
+    return CancelReport(cancelled, completed, failed, still_running)
+
+
+def _free_name(name: str, taken: Mapping[str, str]) -> str:
+    number, free = 1, name
+    while free in taken:
+        number += 1
+        free = f"{name}#{number}"
+    return free
+
+
+def _check_tasks(where: str, tasks: Iterable[object]) -> None:
+    wrong = [task for task in tasks if not isinstance(task, asyncio.Task)]
+    for task in wrong:
+        close_quietly(task)
+    if wrong:
+        mend = "make it one with asyncio.create_task(...)" if asyncio.iscoroutine(wrong[0]) else "pass tasks"
+        raise TypeError(f"{where} takes tasks, got {wrong[0]!r}: {mend}")
+
+
+def _forget(tasks: dict[asyncio.Task[Any], None], task: asyncio.Task[Any]) -> None:
+    tasks.pop(task, None)
+
+
+def _without_awaiters(tasks: Iterable[asyncio.Task[Any]]) -> list[asyncio.Task[Any]]:
+    """Those that run in this loop and are neither the caller nor wait for it, each once.
+
+    Raises:
+        WrongLoopError: One runs in another loop.
+    """
+    loop = asyncio.get_running_loop()
+    spared = with_awaiters(asyncio.current_task())
+    others = [task for task in dict.fromkeys(tasks) if not task.done() and task not in spared]
+    for task in others:
+        if task.get_loop() is not loop and not task.get_loop().is_closed():
+            raise WrongLoopError(
+                f"task {task.get_name()!r} runs in another event loop: cancel it there, or from here with "
+                "loop.call_soon_threadsafe(task.cancel)"
+            )
+    return [task for task in others if task.get_loop() is loop]

@@ -722,7 +722,7 @@ async def test_swallowed_disconnect_and_shutdown_in_one_turn_pass_on(manager: Ta
         try:
             await asyncio.sleep(60)
         except asyncio.CancelledError:
-            task.cancel()
+            asyncio.get_running_loop().call_soon(task.cancel)
 
     connection = FakeConnection()
     task = serve(app, manager, connection)

@@ -467,7 +467,7 @@ async def test_server_that_repeats_an_empty_request_does_not_stop_the_loop(reads
 
 async def test_request_that_ended_while_it_was_to_be_watched_is_forgotten() -> None:
     """A stray task that reads after the end of its request does not bring the request back."""
-    strays = []
+    strays: list[asyncio.Task[Any]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await drain(receive)

@@ -36,11 +36,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from otel_tasks import ManagedTask, TaskManager, create_task, current_group, current_task
 from otel_tasks.asgi import TaskGroupMiddleware, uncancellable
+from otel_tasks.fastapi import make_lifespan
 
 # Servers give only their own loggers a handler; what asyncio, OpenTelemetry and the library log must
 # reach the log that the tests read as well.
 logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-
 
 
 def _end_with_the_tests() -> None:
@@ -144,6 +144,13 @@ def add_routes(app: FastAPI) -> None:
     async def await_task(key: str) -> dict[str, str]:
         with noted(key):
             return {"done": await start_work(key)}
+
+    @app.post("/one-by-one/{key}")
+    async def one_by_one(key: str) -> dict[str, str]:
+        with noted(key):
+            start_work(key)
+            await released(key)
+            return {"done": await create_task(work(key, "third"), name="third")}
 
     @app.post("/read/{key}")
     async def read(key: str, request: Request, late: bool = False) -> dict[str, str | int]:
@@ -364,7 +371,18 @@ variants: dict[str, ASGIApp] = {
 
 # --- what the tests ask of the process -----------------------------------------------------------
 
-control = FastAPI(telemetry={"tracing": False})
+
+@asynccontextmanager
+async def _stacks_running(_: FastAPI) -> AsyncIterator[None]:
+    async with contextlib.AsyncExitStack() as running:
+        for stack in stacks.values():
+            await running.enter_async_context(stack.manager)
+        yield
+
+
+# Below the servers' own second, as one would have it.
+_lifespan = make_lifespan(_stacks_running, manager=manager, grace=0.1, timeout=0.5)
+control = FastAPI(telemetry={"tracing": False}, lifespan=_lifespan)
 
 
 @control.post("/release/{key}")
@@ -378,10 +396,7 @@ async def state() -> dict[str, Any]:
     """What lives in this process: managed tasks, asyncio tasks, memory."""
     managers = [manager, *(stack.manager for stack in stacks.values())]
     live = [
-        info.id
-        for each in managers
-        for info in each.get_all_task_info().values()
-        if not info.status.is_final
+        info.id for each in managers for info in each.get_all_task_info().values() if not info.status.is_final
     ]
     tasks = asyncio.all_tasks()
     coroutines = [getattr(task.get_coro(), "__qualname__", "?") for task in tasks]
@@ -417,28 +432,10 @@ def _span_as_dict(span: ReadableSpan) -> dict[str, Any]:
     }
 
 
-@asynccontextmanager
-async def _managers() -> AsyncIterator[None]:
-    async with contextlib.AsyncExitStack() as running:
-        await running.enter_async_context(manager)
-        for stack in stacks.values():
-            await running.enter_async_context(stack.manager)
-        yield
-
-
-async def _lifespan(receive: Receive, send: Send) -> None:
-    await receive()
-    async with _managers():
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        note("server", "lifespan shutdown")
-    await send({"type": "lifespan.shutdown.complete"})
-
-
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
     """Hand a request to the variant that its path begins with."""
     if scope["type"] == "lifespan":
-        await _lifespan(receive, send)
+        await control(scope, receive, send)
         return
     _, first, rest = (*scope["path"].split("/", 2), "")[:3]
     chosen = variants.get(first)
@@ -460,4 +457,3 @@ def _noting(send: Send, key: str) -> Send:
         await send(message)
 
     return noting
-

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from .servers import KINDS, Case, Kind, Pool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _numbers = itertools.count(1)
 
@@ -38,10 +41,11 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 @pytest.fixture
 def case(kind: Kind, pool: Pool, key: str) -> Iterator[Case]:
-    """A scenario on a shared server, which afterwards has logged nothing bad and holds no task."""
+    """A scenario on a shared server, to which afterwards no error, no cancellation and no task is left."""
     case = Case(pool.shared(kind), key)
     yield case
     case.release()
     case.wait_until_settled()
+    assert not case.has("app cancelled"), case.story()
     if not case.complaints_expected:
         assert case.server.complaints(case.log_start) == [], case.server.log(case.log_start)

@@ -12,12 +12,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .clients import Client
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 T = TypeVar("T")
 
@@ -33,7 +35,8 @@ START_DEADLINE = 40.0
 """The same for the start of a server, of which several import everything at the same time."""
 
 COMPLAINT = re.compile(
-    r"error|critical|traceback|exception|never awaited|never retrieved|destroyed but|warning|failed", re.IGNORECASE
+    r"error|critical|traceback|exception|never awaited|never retrieved|destroyed but|warning|failed",
+    re.IGNORECASE,
 )
 """What no server may log in a scenario where nothing is wrong."""
 
@@ -83,14 +86,30 @@ def _granian(port: int) -> list[str]:
 
 def _gunicorn(port: int) -> list[str]:
     address = ("-b", f"127.0.0.1:{port}")
-    return ["gunicorn", "app:app", "-k", "asgi", *address, "-w", "1", "--graceful-timeout", "1", "--no-control-socket"]
+    return [
+        "gunicorn",
+        "app:app",
+        "-k",
+        "asgi",
+        *address,
+        "-w",
+        "1",
+        "--graceful-timeout",
+        "1",
+        "--no-control-socket",
+    ]
 
 
 KINDS = (
     Kind("uvicorn-httptools", _uvicorn("httptools", "uvloop")),
     Kind("uvicorn-h11", _uvicorn("h11", "asyncio")),
     Kind("hypercorn", _hypercorn, http2=True, hangs_with_large_uploads=True),
-    Kind("granian", _granian, http2=True, outlives_shutdown="granian waits for its requests, then kills its worker"),
+    Kind(
+        "granian",
+        _granian,
+        http2=True,
+        outlives_shutdown="granian waits for its requests, then kills its worker",
+    ),
     Kind("gunicorn", _gunicorn, logs_failures=False),
 )
 
@@ -144,7 +163,9 @@ class Server:
 
     def wait_until_ready(self) -> None:
         """Wait until it answers; fail with its log when it ends instead."""
-        eventually(self._answers, lambda: f"{self.kind.name} did not start:\n{self.log()}", within=START_DEADLINE)
+        eventually(
+            self._answers, lambda: f"{self.kind.name} did not start:\n{self.log()}", within=START_DEADLINE
+        )
         if not self.was_used:
             self.was_used = True
             self._tasks_at_start = len(self.state()["asyncio"])
@@ -280,7 +301,9 @@ class Case:
 
     def wait_for_log(self, text: str) -> str:
         """Wait until the server has logged `text`; all that it logged since the scenario began."""
-        eventually(lambda: text in self.server.log(self.log_start), lambda: f"not logged: {text!r}\n{self.story()}")
+        eventually(
+            lambda: text in self.server.log(self.log_start), lambda: f"not logged: {text!r}\n{self.story()}"
+        )
         return self.server.log(self.log_start)
 
     def wait_for_start(self, *, tasks: int = 3) -> None:
@@ -293,7 +316,8 @@ class Case:
     def count(self, what: str, **details: object) -> int:
         """How often something has happened."""
         return sum(
-            event["what"] == what and details.items() <= event.items() for event in self.server.events(self.key)
+            event["what"] == what and details.items() <= event.items()
+            for event in self.server.events(self.key)
         )
 
     def let_it_age(self) -> None:

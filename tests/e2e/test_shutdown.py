@@ -15,7 +15,9 @@ def doomed(pool: Pool) -> dict[str, Server]:
     return {kind.name: pool.start(kind) for kind in KINDS if not kind.outlives_shutdown}
 
 
-def test_stopping_the_server_is_a_shutdown_and_no_disconnect(kind: Kind, doomed: dict[str, Server], key: str) -> None:
+def test_stopping_the_server_is_a_shutdown_and_no_disconnect(
+    kind: Kind, doomed: dict[str, Server], key: str
+) -> None:
     """SIGTERM during requests cancels their tasks with cause `shutdown`, once, and then the application's."""
     if kind.outlives_shutdown:
         pytest.skip(kind.outlives_shutdown)
