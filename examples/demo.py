@@ -1,4 +1,4 @@
-"""Starts the example service, lets four clients use it at once, and draws what happened to each.
+"""Starts the example service, lets five clients use it at once, and draws what happened to each.
 
     python examples/demo.py              # or: make demo
     python examples/demo.py --serve      # keep the service running afterwards; or: make demo SERVE=1
@@ -10,6 +10,7 @@ Takes a few seconds, needs no network but the loopback interface, and leaves no 
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import re
 import signal
@@ -18,9 +19,11 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 from rich.console import Console, Group
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +52,7 @@ class Visit:
 
 
 def visits() -> list[Visit]:
-    """The four clients."""
+    """The clients that send one request each; the fifth one watches a long job, see `watch_export`."""
     return [
         Visit(
             "GET", "/search/Lisbon?fail=trains", "waits; one supplier fails, and the answer comes without it"
@@ -73,12 +76,16 @@ async def main(*, serve: bool, svg: Path | None, port: int) -> None:
         all_visits = visits()
         try:
             async with asyncio.timeout(TIME_LIMIT):
-                await asyncio.gather(*(visit_service(url, visit) for visit in all_visits))
+                with export_bar() as bar:
+                    await asyncio.gather(
+                        watch_export(url, bar), *(visit_service(url, visit) for visit in all_visits)
+                    )
                 traces = await fetch_traces(url, [visit.trace_id for visit in all_visits])
                 order = await order_status(url, "order-1")
         except TimeoutError:
             raise SystemExit(f"not all requests have left a trace within {TIME_LIMIT:.0f} s") from None
         report(console, all_visits, traces, order)
+        console.print("an export that its client watches:", bar)
         if svg is not None:
             save_svg(console, svg)
         print_next_steps(console, url, serve=serve)
@@ -95,6 +102,8 @@ async def service(port: int) -> AsyncIterator[str]:
         *command,
         "--timeout-graceful-shutdown",
         "2",
+        # It looks at its stdout for whether to colour its stderr, which is read here.
+        "--no-use-colors",
         cwd=ROOT,
         env=os.environ | {"KEEP_SPANS": "1"},
         stderr=asyncio.subprocess.PIPE,
@@ -176,6 +185,41 @@ async def visit_service(url: str, visit: Visit) -> None:
         request.cancel()
         await asyncio.wait([request])
         visit.ended = f"left after {visit.leaves_after} s"
+
+
+def export_bar() -> Progress:
+    """A bar that moves while the demo runs in a terminal; what it shows in the end is printed once more."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(30),
+        TextColumn("{task.completed:.0f} of {task.total:.0f} pages, {task.fields[state]}"),
+        transient=True,
+    )
+
+
+async def watch_export(url: str, bar: Progress) -> None:
+    """Start a long job, and draw the snapshots of its progress that the service sends until it has ended."""
+    async with httpx.AsyncClient(base_url=url, timeout=10.0) as client:
+        started = (await client.post("/exports", json={"city": "Lisbon", "pages": 24})).json()
+        line = bar.add_task(started["name"], total=24, state="begins")
+        async with client.stream("GET", started["progress"]) as response:
+            async for event, data in server_sent_events(response):
+                if event == "ended":
+                    bar.update(line, state=data["status"])
+                else:
+                    left = "" if data["seconds_left"] is None else f"{data['seconds_left']:.1f} s left"
+                    bar.update(line, completed=data["done"], total=data["total"], state=left)
+
+
+async def server_sent_events(response: httpx.Response) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    """Name and data of each event; a browser's `EventSource` does the same, and comes back by itself."""
+    event = "message"
+    async for line in response.aiter_lines():
+        field, _, value = line.partition(": ")
+        if field == "event":
+            event = value
+        elif field == "data":
+            yield event, json.loads(value)
 
 
 async def fetch_traces(url: str, trace_ids: list[str]) -> dict[str, list[Span]]:

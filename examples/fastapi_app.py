@@ -4,7 +4,8 @@ Run it with ``uvicorn examples.fastapi_app:app``, or see it at work with ``make 
 
 What to look for, from the top: how tracing is set up once and handed to whoever records spans (1); the one
 line that binds work to its request (2); what a handler looks like when everything it starts ends with it (3);
-and how work that must not be torn by an impatient client is kept apart from the rest (4).
+how work that must not be torn by an impatient client is kept apart from the rest (4); and a long job that
+belongs to nobody's request, whose progress any client may watch (5).
 """
 
 import asyncio
@@ -15,10 +16,11 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException, WebSocket
+from fastapi import Depends, FastAPI, Header, HTTPException, WebSocket
 from fastapi.responses import StreamingResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import (
@@ -29,9 +31,17 @@ from opentelemetry.sdk.trace.export import (
 )
 from pydantic import BaseModel, Field
 
-from otel_tasks import TaskManager, TaskPriority, create_task, current_group
+from otel_tasks import (
+    ManagedTask,
+    TaskInfo,
+    TaskManager,
+    TaskPriority,
+    create_task,
+    current_group,
+    current_task,
+)
 from otel_tasks.asgi import TaskGroupMiddleware, uncancellable
-from otel_tasks.fastapi import RequestTasks, make_lifespan
+from otel_tasks.fastapi import RequestTasks, make_lifespan, progress_events
 
 # --- 1. Tracing ------------------------------------------------------------------------------------------
 
@@ -273,6 +283,65 @@ async def draw_map(city: str) -> str:
     """Stand in for something slow that only the client's own screen needs."""
     await asyncio.sleep(0.6)
     return f"map of {city}"
+
+
+# --- 5. A long job, and who watches it -------------------------------------------------------------------
+
+
+class Export(BaseModel):
+    """What is to be written."""
+
+    city: str
+    pages: int = Field(20, ge=1, le=10_000)
+
+
+@app.post("/exports", status_code=202)
+async def start_export(export: Export) -> dict[str, str]:
+    """Begin, and say where to watch. The job is the application's: it goes on when this request has ended."""
+    # Without a name of its own it gets a number, so that each job has an address that no other has.
+    task = manager.create_task(write_export(export), group="exports", priority=TaskPriority.LOW)
+    return {"name": task.name, "progress": f"/exports/{task.name}/progress"}
+
+
+async def write_export(export: Export) -> None:
+    """Stand in for pages of a report. What it reports is kept with the task, whether anybody looks or not."""
+    task = current_task()
+    assert task is not None
+    task.progress.update(total=export.pages, message=f"looking for offers in {export.city}")
+    for number in range(1, export.pages + 1):
+        await asyncio.sleep(0.05)
+        task.progress.update(done=number, message=f"page {number} of {export.pages}")
+
+
+@app.get("/exports")
+async def read_exports() -> dict[str, Any]:
+    """All exports that run now, added up."""
+    return manager.get_group("exports").progress.to_dict()
+
+
+async def find_export(name: str) -> ManagedTask[Any] | TaskInfo:
+    """The job, or the record of one that has ended: a client may come late. No other tasks are shown."""
+    info = manager.get_task_info(name)
+    if info is None or info.group != "exports":
+        raise HTTPException(404, f"no export {name!r}")
+    return info if info.status.is_final else manager.get_task(name)
+
+
+@app.get("/exports/{name}/progress", response_class=EventSourceResponse)
+async def watch_export(
+    export: Annotated[ManagedTask[Any] | TaskInfo, Depends(find_export)],
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> AsyncIterator[ServerSentEvent]:
+    """Server-sent events until the job has ended; a client that leaves ends the watching, not the job.
+
+    In a browser::
+
+        const source = new EventSource(`/exports/${name}/progress`);
+        source.addEventListener("progress", (event) => (bar.value = JSON.parse(event.data).fraction));
+        source.addEventListener("ended", () => source.close());  // else it would come back for more
+    """
+    async for event in progress_events(export, last_event_id=last_event_id):
+        yield event
 
 
 # --- For the demo; a service that is reachable from outside would not have these ------------------------

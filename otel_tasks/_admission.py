@@ -63,16 +63,22 @@ class Limiter:
     def pump(self, ready: list[Ticket]) -> None:
         """Offer the free places to those who wait, best first; those that start are added to ``ready``."""
         offered = 0
+        shared: Limiter | None = None
         while self._heap and self.room() > offered:
             _, _, version, ticket = heappop(self._heap)
             if ticket.queue is not self or ticket.version != version:
                 continue
-            if _place(ticket):
-                ready.append(ticket)
-            elif ticket.limiters[0] is self:
-                # It now waits for the manager's place. This one is kept in mind for it, so that
-                # the whole queue does not move after it.
+            last = ticket.limiters[-1]
+            if last is not self:
+                # It has to stand in the manager's queue too, or it would overtake those who wait
+                # there. The place here is kept in mind for it, so that not all move after it.
+                last.push(ticket)
+                shared = last
                 offered += 1
+            elif _place(ticket):
+                ready.append(ticket)
+        if shared is not None:
+            shared.pump(ready)
 
     def clear(self) -> None:
         """Forget everybody."""

@@ -13,7 +13,7 @@ import inspect
 import sys
 import time
 from asyncio import _get_running_loop
-from contextvars import ContextVar, copy_context
+from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Protocol, TypedDict, TypeVar, get_args
@@ -23,11 +23,11 @@ from otel_tasks._checks import checked_seconds as checked_seconds
 from otel_tasks._scope import OnError, Scope
 from otel_tasks._state import CancelKind, TaskPriority
 from otel_tasks._task import (
-    NOBODYS_CONTEXT,
     Extras,
     ManagedTask,
     add_done_callback,
     ask,
+    failure_of,
     init_task,
     reported,
     run_when,
@@ -54,7 +54,6 @@ from otel_tasks.progress import add_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
-    from contextvars import Context
     from types import TracebackType
     from typing import Self, Unpack
 
@@ -337,8 +336,7 @@ class TaskGroup:
             raise
         finally:
             # What this one did not need, or leaves over, is for the next in line.
-            for limiter in self._limiters():
-                self._ledger.wake_putter(limiter)
+            self._ledger.wake_putter()
 
     @property
     def max_concurrency(self) -> int | None:
@@ -352,6 +350,10 @@ class TaskGroup:
         if self._limiter is None:
             self._limiter = Limiter(None, None)
             self._ledger.adopt(self.tasks, self._limiter, before=True)
+        # A labelled group is forgotten when it is empty; not one with a limit.
+        self._ledger.limited.discard(self)
+        if limit is not None:
+            self._ledger.limited.add(self)
         self._ledger.change_limit(self._limiter, limit)
 
     def group(
@@ -476,6 +478,7 @@ class TaskGroup:
                 ledger.hosts[host] = scope.outer
         self._refusal = self._refusal or "is finished"
         self._leave_tree()
+        ledger.wake_putter()
 
     def _surroundings(self) -> TaskGroup:
         """The current group, if it is one of this manager's; else the manager's root."""
@@ -510,6 +513,7 @@ class TaskGroup:
         keep_result: bool,
     ) -> ManagedTask[T]:
         ticket = None
+        work = coro
         try:
             if type(coro) is not CoroutineType:
                 check_coroutine(coro)
@@ -529,23 +533,27 @@ class TaskGroup:
                     checked_seconds("timeout", timeout),
                     checked_seconds("queue_timeout", queue_timeout),
                 )
+            if on_conflict != "suffix":
+                check_choice("on_conflict", on_conflict, OnConflict)
+            taken = None if name is None else self._holder(name)
+            if taken is not None and on_conflict == "return":
+                coro.close()
+                return taken
+            if taken is not None and on_conflict == "error":
+                self._refuse_name(taken)
             limited = self._limiter is not None or ledger.limiter.limit is not None
             if limited:
                 self._check_queue(name or function_name(coro))
-            if on_conflict != "suffix":
-                check_choice("on_conflict", on_conflict, OnConflict)
             previous: tuple[asyncio.Task[Any], ...] = ()
             if name is None:
                 key = self._numbered(function_name(coro))
-            elif (taken := self._holder(name)) is None:
+            elif taken is None:
                 key = name
-            elif on_conflict == "return":
-                coro.close()
-                return taken
             else:
                 key, previous = self._make_way(name, taken, on_conflict)
+            if context is not None and not isinstance(context, Context):
+                raise TypeError(f"context must be a contextvars.Context, got {context!r}")
             created_at = loop.time()
-            work = coro
             if limited:
                 extras = extras or Extras()
                 ticket = self._claim(extras, priority, created_at, loop)
@@ -570,6 +578,8 @@ class TaskGroup:
             if extras is not None and extras.gate is not None:
                 extras.begin = partial(self._begin, coro, detached)
             eager = EAGER and (ledger.eager_start if eager_start is None else eager_start)
+            if eager and context is not None:
+                eager = is_free(context)
             # Built directly: create_task() of the loop would ask for a factory and set the name again.
             task = (
                 ManagedTask.__new__(ManagedTask)
@@ -579,6 +589,7 @@ class TaskGroup:
         except BaseException:
             if ticket is not None:
                 self._ledger.give_back(ticket)
+            close_quietly(work)
             close_quietly(coro)
             raise
         task._group = self
@@ -592,8 +603,8 @@ class TaskGroup:
         self._add(key, task)
         if eager:
             self._run_first_step(task, work, loop, key, context)
-        else:
-            add_done_callback(task, ledger.on_done, context=NOBODYS_CONTEXT)
+            return task
+        add_done_callback(task, ledger.on_done, context=ledger.context)
         if ledger.listeners:
             ledger.tell("created", snapshot(task))
         return task
@@ -607,14 +618,18 @@ class TaskGroup:
         context: Context | None,
     ) -> None:
         """Run the first step of a task that is in the books already, eagerly (Python 3.12)."""
+        ledger = self._ledger
+        if ledger.listeners:
+            work = told_first(work, ledger)
         try:
             init_task(task, work, loop=loop, name=key, context=context, eager_start=True)
         finally:
-            # Also where the step raises SystemExit through us: the task has ended by that.
-            if task.done():
-                self._ledger.on_done(task)
+            # Also where the step raises SystemExit through us: the task has ended by that. A
+            # failure is booked a turn later, as any: whoever awaits it has it by then.
+            if task.done() and not task.cancelled() and failure_of(task) is None:
+                ledger.on_done(task)
             else:
-                add_done_callback(task, self._ledger.on_done, context=NOBODYS_CONTEXT)
+                add_done_callback(task, ledger.on_done, context=ledger.context)
 
     def _start_task_span(
         self,
@@ -683,15 +698,28 @@ class TaskGroup:
         return ticket
 
     async def _room(self) -> None:
-        """Wait until a new task may stand in the queue."""
-        while (full := self._full()) is not None and self._refusal is None and not self._ledger.closed:
-            waiter = self._ledger.add_putter(full)
+        """Wait until a new task may stand in the queue, or none will ever."""
+        ledger = self._ledger
+        if not ledger.putters and not self._stands_in_line():
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        ledger.putters.append((self, waiter))
+        # Those before it may all wait for room elsewhere.
+        ledger.wake_putter()
+        while True:
             try:
                 await waiter
-            except BaseException:
-                # Woken and cancelled in one turn: the room is for the next in line.
-                self._ledger.drop_putter(full, waiter)
-                raise
+            finally:
+                ledger.putter_left(waiter)
+            if not self._stands_in_line():
+                return
+            # Somebody who did not stand in line was faster: again, and at its head.
+            waiter = asyncio.get_running_loop().create_future()
+            ledger.putters.appendleft((self, waiter))
+
+    def _stands_in_line(self) -> bool:
+        """True if a new task would be refused now, but not for ever."""
+        return self._refusal is None and not self._ledger.closed and self._full() is not None
 
     def _begin(self, coro: Coroutine[Any, Any, Any], detached: bool, task: ManagedTask[Any]) -> None:
         """Begin the span of a task that had to wait, inside its own context, as of its creation."""
@@ -708,9 +736,7 @@ class TaskGroup:
             ledger.dequeued(task, waited)
 
     def _numbered(self, base: str) -> str:
-        ledger = self._ledger
-        ledger.numbers = number = ledger.numbers + 1
-        key = f"{base}-{number}"
+        key = f"{base}-{self._ledger.next_number()}"
         # Only where somebody has called a task just that.
         return key if key not in self._names else self._numbered(base)
 
@@ -726,12 +752,16 @@ class TaskGroup:
         if self._refusal is not None:
             self._refuse(name)
         check_choice("on_conflict", on_conflict, OnConflict)
-        if on_conflict == "error" and (taken := self._holder(name)) is not None:
-            self._refuse_name(name, taken)
+        taken = self._holder(name)
+        if taken is not None and on_conflict == "error":
+            self._refuse_name(taken)
+        if taken is None or on_conflict != "return":
+            self._check_queue(name)
 
-    def _refuse_name(self, name: str, taken: ManagedTask[Any]) -> NoReturn:
+    def _refuse_name(self, taken: ManagedTask[Any]) -> NoReturn:
         raise TaskExistsError(
-            f"cannot create task {name!r}: one of that name is {taken.status} in group {taken.group.id!r}; "
+            f"cannot create task {taken.name!r}: one of that name is {taken.status} "
+            f"in group {taken.group.id!r}; "
             'wait for it, choose another name, or pass on_conflict="suffix", "return" or "replace"'
         )
 
@@ -739,8 +769,6 @@ class TaskGroup:
         self, name: str, taken: ManagedTask[Any], on_conflict: OnConflict
     ) -> tuple[str, tuple[asyncio.Task[Any], ...]]:
         """Decide the name of a task whose name is taken, and after which tasks it may begin."""
-        if on_conflict == "error":
-            self._refuse_name(name, taken)
         if on_conflict == "suffix":
             second = f"{name}-2"
             return (second if self._holder(second) is None else self._numbered(name)), ()
@@ -864,6 +892,7 @@ class TaskGroup:
                     group._refusal = group._refusal or f"is closed ({cause.kind})"
         if self._event is not None:
             self._event.set(cause)
+        self._ledger.wake_putter()
         return groups
 
     def _cancel_tasks(self, cause: CancelCause, *, spared: Collection[asyncio.Task[Any] | None] = ()) -> int:
@@ -908,6 +937,7 @@ class TaskGroup:
             self._refusal = "is finished" if cause is None else f"is closed ({cause.kind})"
         if self._is_empty():
             self._leave_tree()
+        self._ledger.wake_putter()
 
     def _child_failed(self, task: ManagedTask[Any], error: BaseException) -> bool:
         """True if the failure is raised here, False if it has to be reported."""
@@ -931,6 +961,23 @@ def current_group_or_none() -> TaskGroup | None:
     except RuntimeError:
         return None
     return task._group if isinstance(task, ManagedTask) else None
+
+
+def is_free(context: Context) -> bool:
+    """True if no code runs in this context just now: a first step cannot, eagerly, where some does."""
+    try:
+        context.run(int)
+    except RuntimeError:
+        return False
+    return True
+
+
+async def told_first(work: Coroutine[Any, Any, T], ledger: Ledger) -> T:
+    """Run ``work`` after the listeners have been told of its task, which is not made before it runs."""
+    task = asyncio.current_task()
+    if isinstance(task, ManagedTask):
+        ledger.tell("created", snapshot(task))
+    return await work
 
 
 def function_name(coro: Any) -> str:

@@ -7,8 +7,10 @@ that is cancelled before its first step runs none of its code, a wrapper's ``fin
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import deque
+from contextvars import Context
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -16,7 +18,6 @@ from otel_tasks._admission import Limiter, Ticket, adopt, release, set_limit
 from otel_tasks._history import Ending, History, without_frames
 from otel_tasks._state import Outcome, TaskStatus
 from otel_tasks._task import (
-    NOBODYS_CONTEXT,
     Extras,
     ManagedTask,
     ask,
@@ -97,8 +98,11 @@ class Ledger:
         self.limiter = limiter
         self.ageing = ageing
         self.eager_start = eager_start
-        # Who waits for room in a queue.
-        self.putters: dict[Limiter, deque[asyncio.Future[None]]] = {}
+        # Labelled groups with a limit of their own.
+        self.limited: set[TaskGroup] = set()
+        # Who waits for room in a queue, first come first; and the one that was woken for it.
+        self.putters: deque[tuple[TaskGroup, asyncio.Future[None]]] = deque()
+        self._woken: asyncio.Future[None] | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self.closed = False
         # The cause of the pass that is cancelling tasks just now: a task that is cancelled
@@ -119,9 +123,13 @@ class Ledger:
         self.cancelled_by: dict[tuple[str, str], int] = {}
         self.history = History(history)
         self._complained = False
-        self.numbers = 0
+        # A number that no other task or group of this manager has. In one step: threads make groups too.
+        self.next_number = itertools.count(1).__next__
         # Bound once: each task's list of callbacks then holds the same object.
         self.on_done = self._take_end
+        # Where it runs, for one task after another: nobody's. Not one for all managers: a context
+        # that two threads enter at a time refuses the second.
+        self.context = Context()
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -173,17 +181,17 @@ class Ledger:
             logger.warning("task %r was left behind in an event loop that is closed", task.id)
             self.abandon(task)
             self.failed += 1
+            if task._extras is not None and task._extras.inner is not None:
+                task._extras.inner.close()
             task._group._queued = 0
+            if task._group._limiter is not None:
+                task._group._limiter.clear()
             task._group._remove(task)
         self.limiter.clear()
         self.scopes.clear()
         self.hosts.clear()
         self.putters.clear()
-
-    def next_number(self) -> int:
-        """A number that no other task or group of this manager has."""
-        self.numbers += 1
-        return self.numbers
+        self._woken = None
 
     def scope(self, group_id: str) -> TaskGroup | None:
         """The open scoped group with this id; what is before the ``#`` may have changed since."""
@@ -254,10 +262,8 @@ class Ledger:
         """Take back a task's places, or its claim to them, and let others start."""
         if ticket.queue is not None:
             ticket.payload[0]._queued -= 1
-        limiters = ticket.limiters
         self.open_gates(release(ticket))
-        for limiter in limiters:
-            self.wake_putter(limiter)
+        self.wake_putter()
 
     def open_gates(self, ready: Iterable[Ticket]) -> None:
         """Let the tasks of these tickets begin; one that was cancelled meanwhile ends by itself."""
@@ -266,8 +272,6 @@ class Ledger:
             group._queued -= 1
             if not extras.gate.done():
                 extras.gate.set_result(None)
-            for limiter in ticket.limiters:
-                self.wake_putter(limiter)
 
     def dequeued(self, task: ManagedTask[Any], waited: float) -> None:
         """Note that a task which had to wait for its place has got it and begins."""
@@ -285,17 +289,12 @@ class Ledger:
         """Cancel those that wait for a place, and wake who waits for room: nobody gets any more."""
         waiting = [task for task in tasks if task._extras is not None and task._extras.queued]
         self.ask_all(waiting, cause)
-        for line in self.putters.values():
-            for waiter in line:
-                if not waiter.done():
-                    waiter.set_result(None)
-        self.putters.clear()
+        self.wake_putter()
 
     def change_limit(self, limiter: Limiter, limit: int | None) -> None:
         """Set a limit anew and let those start for whom there is room now."""
         self.open_gates(set_limit(limiter, limit))
-        for _ in range(len(self.putters.get(limiter, ()))):
-            self.wake_putter(limiter)
+        self.wake_putter()
 
     def adopt(self, tasks: Iterable[ManagedTask[Any]], limiter: Limiter, *, before: bool) -> None:
         """Count tasks that are live already for a limiter that was not there when they came."""
@@ -310,30 +309,27 @@ class Ledger:
             if limiter not in extras.ticket.limiters:
                 adopt(extras.ticket, limiter, before=before)
 
-    def add_putter(self, limiter: Limiter) -> asyncio.Future[None]:
-        """Stand in line for room in a limiter's queue."""
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.putters.setdefault(limiter, deque()).append(waiter)
-        return waiter
+    def putter_left(self, waiter: asyncio.Future[None]) -> None:
+        """Take one out of the line of those who wait for room: woken, or cancelled."""
+        if self._woken is waiter:
+            self._woken = None
+        else:
+            self.putters = deque(entry for entry in self.putters if entry[1] is not waiter)
 
-    def drop_putter(self, limiter: Limiter, waiter: asyncio.Future[None]) -> None:
-        """Leave the line."""
-        line = self.putters.get(limiter)
-        if line is not None and waiter in line:
-            line.remove(waiter)
+    def wake_putter(self) -> None:
+        """Wake the first in line who gets room now, or never will.
 
-    def wake_putter(self, limiter: Limiter) -> None:
-        """Wake the first in line for a limiter's queue, if there is room or no more will come."""
-        line = self.putters.get(limiter)
-        if line is None or (limiter.queue_full and not self.closed):
+        One at a time: what it leaves over is the next one's, whom it wakes when it is done.
+        """
+        if not self.putters or self._woken is not None:
             return
-        while line:
-            waiter = line.popleft()
-            if not waiter.done():
+        for entry in self.putters:
+            group, waiter = entry
+            if not group._stands_in_line() and not waiter.done():
+                self.putters.remove(entry)
+                self._woken = waiter
                 waiter.set_result(None)
-                break
-        if not line:
-            del self.putters[limiter]
+                return
 
     # -- the end of a task ------------------------------------------------------------------
 
@@ -411,7 +407,7 @@ class Ledger:
         """End what a task had begun that never got as far as its own code."""
         if extras.begin is not None and extras.started_at is None:
             # Cancelled while it waited for a place: its span is all of its life, in one.
-            (extras.context or NOBODYS_CONTEXT.copy()).run(extras.begin, task)
+            (extras.context or Context()).run(extras.begin, task)
             if task._span is not None and task._cause is not None:
                 note_cancel_requested(task._span, task._cause)
         if extras.inner is not None:
@@ -449,7 +445,7 @@ class Ledger:
             self.complain("telemetry of task %r raised", task.id)
 
     def _report_failure(self, task: ManagedTask[Any], info: TaskInfo, error: BaseException) -> None:
-        if task._waiters:
+        if task._waiters or not getattr(task, "_log_traceback", True):
             # Somebody will be told; if they never look, asyncio logs it as for any task.
             return
         # Marks it as retrieved, else asyncio would report it a second time.

@@ -37,9 +37,6 @@ _remove_done_callback = asyncio.Task.remove_done_callback
 _cancel = asyncio.Task.cancel
 _uncancel = asyncio.Task.uncancel
 
-# Done-callbacks run in it, one after another: no context is copied for each.
-NOBODYS_CONTEXT = Context()
-
 # A task's progress may be used from threads: two that come at once must not make two.
 _making = threading.RLock()
 
@@ -629,9 +626,11 @@ async def wait_until_done(tasks: Collection[asyncio.Task[Any]], timeout: float |
         if not waiter.done():
             waiter.set_result(None)
 
+    # The callbacks run in it one after another: no context is copied for each.
+    context = Context()
     # Of done tasks too: their own done-callback may still be to come, and is called before this one.
     for task in tasks:
-        add_done_callback(task, one_done, context=NOBODYS_CONTEXT)
+        add_done_callback(task, one_done, context=context)
     timer = None if timeout is None else loop.call_later(timeout, finish)
     try:
         await waiter

@@ -142,7 +142,11 @@ class TaskGroupMiddleware:
                 # Tested; but Python 3.11's tracer sees nothing of a coroutine after a throw into sleep(0).
                 raise asyncio.CancelledError  # pragma: no cover
         finally:
-            request.close()
+            # As `request.close()`, without the call.
+            request.closed = True
+            request._sweep.discard(request)
+            if request._watcher is not None:
+                request._watcher.cancel()
             _bound.reset(token)
 
     def new_sweeper(self, loop: asyncio.AbstractEventLoop) -> Sweeper:
@@ -248,7 +252,11 @@ class _Request(Connection):
         self._reading = self._ripe = self._body_ended = self._trailers = False
         self._buffered = 0
         self._watcher = self._buffer = self._last = self._waiting = self.send_error = None
-        self._sweep = sweeper.add(self)
+        # As `sweeper.add(self)`, without the call.
+        self._sweep = sweep = sweeper._new
+        sweep.add(self)
+        if sweeper._timer is None:
+            sweeper._arm()
         self.group: TaskGroup | None = None
         self.cause: CancelCause | None = None
         self.cancel_handler: bool | None = None

@@ -8,6 +8,7 @@ Rules of the tree of events, each with a test of its own:
 4. An event is set once; the first cause stays.
 5. Either end may be dropped first: a parent holds its children weakly, a child holds its
    parent, so that a dropped event in the middle does not cut off what hangs below it.
+6. An event may be made, set and looked at in any thread: who waits is woken in the loop where it waits.
 
 Rules of waiting with events, for any asyncio task:
 
@@ -23,11 +24,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import threading
 import time
 import weakref
+from asyncio import _get_running_loop
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from otel_tasks._checks import checked_seconds
 from otel_tasks._state import CancelKind
@@ -38,6 +41,10 @@ if TYPE_CHECKING:
     from contextvars import Context
 
     from otel_tasks._telemetry import SpanContext
+
+# Held while trees of events change, for threads change them too. Re-entrant: a finalizer or a signal
+# handler may come in between, and set an event.
+TREE_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +104,8 @@ class CancelCause:
 class CancelEvent(asyncio.Event):
     """An ``asyncio.Event`` with a parent, children and a cause; it is one-way.
 
-    It is a signal to act upon, it cancels nothing by itself. ``is_set()`` may be read from
-    any thread; everything else belongs to the event loop's thread.
+    It is a signal to act upon, it cancels nothing by itself. It may be made, set and looked at
+    in any thread; ``wait()`` belongs to one event loop.
 
     Args:
         parent: The event whose ``set()`` sets this one too.
@@ -107,6 +114,10 @@ class CancelEvent(asyncio.Event):
         >>> shutdown = CancelEvent()
         >>> request = CancelEvent(parent=shutdown)
     """
+
+    # asyncio's own, 3.11 to 3.14: the loop of those who wait, None before somebody has.
+    _loop: asyncio.AbstractEventLoop | None
+    _get_loop: Callable[[], asyncio.AbstractEventLoop]
 
     def __init__(self, parent: CancelEvent | None = None) -> None:
         super().__init__()
@@ -138,11 +149,27 @@ class CancelEvent(asyncio.Event):
             return
         if cause is None:
             cause = CancelCause.make(CancelKind.EXPLICIT)
+        here = _get_running_loop()
+        elsewhere: list[CancelEvent] = []
         reached: list[CancelEvent] = [self]
-        # The list grows while it is walked: a loop over the tree, without recursion.
-        for event in reached:
-            if not event._value:
-                reached.extend(event._set_one(cause))
+        with TREE_LOCK:
+            # The list grows while it is walked: a loop over the tree, without recursion.
+            for event in reached:
+                if not event._value:
+                    reached.extend(event._set_one(cause, here, elsewhere))
+        if elsewhere:
+            _wake_elsewhere(elsewhere)
+
+    async def wait(self) -> Literal[True]:
+        """Wait until it is set.
+
+        Cancellation: of the caller ends the waiting.
+        """
+        if not self._value:
+            # Bound to the loop before the flag is looked at once more: a thread that sets it in
+            # between then knows where to wake.
+            self._get_loop()
+        return await super().wait()
 
     def clear(self) -> NoReturn:
         """Refuse: work may have stopped because of it already.
@@ -153,25 +180,47 @@ class CancelEvent(asyncio.Event):
         raise RuntimeError("a CancelEvent is one-way: make a new one instead of clearing it")
 
     def _adopt(self, child: CancelEvent) -> None:
-        if self._value:
-            child.set(self._cause)
-            return
-        if self._children is None:
-            self._children = set()
-        # The callback is the set's own method: it keeps neither parent nor child in being.
-        self._children.add(weakref.ref(child, self._children.discard))
+        with TREE_LOCK:
+            if self._value:
+                child.set(self._cause)
+                return
+            if self._children is None:
+                self._children = set()
+            # The callback is the set's own method: it keeps neither parent nor child in being.
+            self._children.add(weakref.ref(child, self._children.discard))
 
-    def _set_one(self, cause: CancelCause) -> list[CancelEvent]:
-        self._value = True
+    def _set_one(
+        self, cause: CancelCause, here: asyncio.AbstractEventLoop | None, elsewhere: list[CancelEvent]
+    ) -> list[CancelEvent]:
+        # The cause first: a thread that sees the flag may ask for it.
         self._cause = cause
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(True)
+        self._value = True
+        if self._loop is here or self._loop is None:
+            self._wake()
+        else:
+            elsewhere.append(self)
         if self._children is None:
             return []
         # A list first: a collected child takes itself out of the set at any moment.
         links, self._children = list(self._children), None
         return [child for link in links if (child := link()) is not None]
+
+    def _wake(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(True)
+
+
+def _wake_elsewhere(events: list[CancelEvent]) -> None:
+    """Wake those who wait in other loops than the one that runs here, each in its own."""
+    for loop in {event._loop for event in events if event._loop is not None}:
+        with contextlib.suppress(RuntimeError):  # A closed one: nobody waits in it any more.
+            loop.call_soon_threadsafe(_wake_all, [event for event in events if event._loop is loop])
+
+
+def _wake_all(events: list[CancelEvent]) -> None:
+    for event in events:
+        event._wake()
 
 
 class WaitOutcome(StrEnum):
@@ -347,13 +396,16 @@ class _Wait:
     def _ended(self, future: asyncio.Future[Any]) -> None:
         if self.outcome.done():
             return
+        # Not asked by exception(): that would keep asyncio from logging what nobody ever takes.
+        error = None if future.cancelled() else future._exception
         if future.cancelled():
             self.outcome.set_result(self._if_cancelled)
-        elif future._exception is None:
-            self.outcome.set_result(WaitOutcome.COMPLETED)
+        elif isinstance(error, asyncio.CancelledError):
+            # So gather() says that it was cancelled; as a failure it would be logged.
+            future.exception()
+            self.outcome.set_result(self._if_cancelled)
         else:
-            # Not asked by exception(): that would keep asyncio from logging what nobody ever takes.
-            self.outcome.set_result(WaitOutcome.FAILED)
+            self.outcome.set_result(WaitOutcome.COMPLETED if error is None else WaitOutcome.FAILED)
 
     def _completed(self, _: object = None) -> None:
         # Set in a `finally`, it comes with the end of the task, which has more to say.

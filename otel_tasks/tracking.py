@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -24,13 +25,7 @@ from otel_tasks._checks import checked_seconds
 from otel_tasks._group import close_quietly
 from otel_tasks._ledger import logger
 from otel_tasks._state import CancelKind
-from otel_tasks._task import (
-    NOBODYS_CONTEXT,
-    add_done_callback,
-    failure_of,
-    stack_of,
-    wait_until_done,
-)
+from otel_tasks._task import add_done_callback, failure_of, stack_of, wait_until_done
 from otel_tasks.cancellation import CancelCause, ask_to_end
 from otel_tasks.exceptions import WrongLoopError
 
@@ -118,7 +113,7 @@ class TaskTracker:
         if not task.done() and task not in self._tasks:
             self._tasks[task] = None
             # Not counted as somebody who would be told of a failure.
-            add_done_callback(task, self._forget, context=NOBODYS_CONTEXT)
+            add_done_callback(task, self._forget, context=Context())
         return task
 
     def close(self) -> None:

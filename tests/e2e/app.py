@@ -178,13 +178,15 @@ def add_routes(app: FastAPI) -> None:
         return StreamingResponse(chunks(), media_type="text/plain")
 
     @app.get("/background/{key}")
-    async def background(key: str, later: BackgroundTasks) -> dict[str, str]:
+    async def background(key: str, later: BackgroundTasks, late: bool = False) -> dict[str, str]:
         async def afterwards() -> None:
             with noted(key, "background"):
                 await released(key)
 
         create_task(stubborn_work(key), name="first")
         later.add_task(afterwards)
+        if late:
+            await released(f"{key}-answer")
         return {"key": key}
 
     @app.get("/polled/{key}")
@@ -272,6 +274,10 @@ async def raw(scope: Scope, receive: Receive, send: Send) -> None:
             message = await receive()
             note(key, message["type"], length=len(message.get("body", b"")))
             if message["type"] == "http.disconnect":
+                # Some servers say it once, and would let a further call wait for ever.
+                async with asyncio.timeout(PATIENCE):
+                    for _ in range(3):
+                        note(key, f"{(await receive())['type']} again")
                 return
             if not message.get("more_body", False) and scope["method"] == "POST":
                 await send({"type": "http.response.start", "status": 200, "headers": []})

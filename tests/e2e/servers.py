@@ -271,9 +271,9 @@ class Case:
         """The path of `route` (`plain/wait`) for this scenario's key."""
         return f"/{route}/{self.key}" + (f"?{query}" if query else "")
 
-    def release(self) -> None:
-        """Let the handler and the tasks of this scenario go on."""
-        self.server.control("POST", f"/release/{self.key}")
+    def release(self, what: str = "") -> None:
+        """Let the handler and the tasks of this scenario go on, or only `what` of them."""
+        self.server.control("POST", f"/release/{self.key}{what}")
 
     def has(self, what: str, **details: object) -> dict[str, Any] | None:
         """The first such event, if it has happened."""

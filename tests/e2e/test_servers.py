@@ -209,6 +209,24 @@ def test_body_read_late_arrives_whole(case: Case, size: int) -> None:
     assert json.loads(answer) == {"length": len(body), "sha256": hashlib.sha256(body).hexdigest()}
 
 
+def test_handler_and_watcher_never_both_wait_for_the_body(case: Case) -> None:
+    """A handler that begins to read while the watcher waits for the rest of the body gets all of it."""
+    first, second = bytes(range(256)) * 40, bytes(reversed(range(256))) * 40
+    with case.server.connect() as client:
+        client.head("POST", case.path("plain/read", "late=1"), content_length=2 * len(first))
+        client.send(first)
+        case.wait_for_start()
+        case.let_it_age()
+        case.release()
+        case.let_it_age()
+        for start in range(0, len(second), 2_048):
+            client.send(second[start : start + 2_048])
+            case.let_it_age()
+        status, answer = client.response()
+    assert status == 200
+    assert json.loads(answer)["sha256"] == hashlib.sha256(first + second).hexdigest()
+
+
 def test_unread_body_does_not_keep_the_client_from_its_answer(case: Case) -> None:
     """A POST of 200 kB that the handler never reads gets its answer."""
     with case.server.connect() as client:
@@ -311,6 +329,24 @@ def test_client_that_leaves_after_the_response_cancels_nothing(case: Case, route
         case.wait_for("task cancelled", task="first", kind="scope_ended")
 
 
+@pytest.mark.parametrize("leave", ["stay", "close", "reset", "half_close"])
+def test_background_task_of_a_watched_request_runs_on(case: Case, leave: str) -> None:
+    """The same for a request so old that it is being watched when its response is complete."""
+    with case.server.connect() as client:
+        client.get(case.path("plain/background", "late=1"))
+        case.wait_for("task started")
+        case.let_it_age()
+        case.release("-answer")
+        assert client.response()[0] == 200
+        case.wait_for("background entered")
+        if leave != "stay":
+            getattr(client, leave)()
+        case.nothing_is_cancelled()
+        case.release()
+        case.wait_for("background returned")
+        case.wait_for("task cancelled", task="first", kind="scope_ended")
+
+
 def test_background_task_runs_on_for_a_client_that_stays(case: Case) -> None:
     """The disconnect that servers report once a response is complete means nothing."""
     with case.server.connect() as client:
@@ -381,13 +417,14 @@ def test_failing_handler_gives_what_it_gives_without_us(case: Case, how: str) ->
 
 
 def test_application_that_reads_by_itself_gets_every_message(case: Case) -> None:
-    """A raw ASGI application gets the body and the disconnect, and is not cancelled while it handles it."""
+    """A raw ASGI application gets the disconnect as often as it asks, and is not cancelled meanwhile."""
     with case.server.connect() as client:
         client.get(case.path("raw"))
         case.wait_for_start()
         case.let_it_age()
     case.wait_for("http.disconnect")
     case.wait_for("handler returned")
+    assert case.count("http.disconnect again") == 3
     expect_group_cancelled(case)
 
 
