@@ -511,6 +511,7 @@ class TaskGroup:
         context: Context | None,
         eager_start: bool | None,
         keep_result: bool,
+        supervises: bool = False,
     ) -> ManagedTask[T]:
         ticket = None
         work = coro
@@ -541,7 +542,7 @@ class TaskGroup:
                 return taken
             if taken is not None and on_conflict == "error":
                 self._refuse_name(taken)
-            limited = self._limiter is not None or ledger.limiter.limit is not None
+            limited = (self._limiter is not None or ledger.limiter.limit is not None) and not supervises
             if limited:
                 self._check_queue(name or function_name(coro))
             previous: tuple[asyncio.Task[Any], ...] = ()
@@ -554,6 +555,9 @@ class TaskGroup:
             if context is not None and not isinstance(context, Context):
                 raise TypeError(f"context must be a contextvars.Context, got {context!r}")
             created_at = loop.time()
+            if supervises:
+                extras = extras or Extras()
+                extras.supervises = True
             if limited:
                 extras = extras or Extras()
                 ticket = self._claim(extras, priority, created_at, loop)
@@ -569,7 +573,7 @@ class TaskGroup:
                 context = copy_context() if context is None else context.copy()
                 if stranger:
                     context.run(_bound.set, self._binding or self)
-                if tracer is not None:
+                if tracer is not None and not supervises:
                     if extras is None or extras.gate is None:
                         span = context.run(self._start_task_span, tracer, key, coro, priority, detached)
                     else:

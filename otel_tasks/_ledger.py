@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from asyncio import _get_running_loop
 from collections import deque
 from contextvars import Context
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
     from otel_tasks._group import TaskGroup
     from otel_tasks._task import TaskInfo
+    from otel_tasks._threads import Threads
     from otel_tasks.cancellation import CancelCause
     from otel_tasks.progress import TaskProgress
 
@@ -89,6 +92,7 @@ class Ledger:
         limiter: Limiter,
         ageing: float,
         eager_start: bool,
+        threads: Threads,
     ) -> None:
         self.name = name
         self.telemetry = telemetry
@@ -98,12 +102,15 @@ class Ledger:
         self.limiter = limiter
         self.ageing = ageing
         self.eager_start = eager_start
+        self.threads = threads
         # Labelled groups with a limit of their own.
         self.limited: set[TaskGroup] = set()
         # Who waits for room in a queue, first come first; and the one that was woken for it.
         self.putters: deque[tuple[TaskGroup, asyncio.Future[None]]] = deque()
         self._woken: asyncio.Future[None] | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
+        # The thread in which that loop runs.
+        self.thread: int | None = None
         self.closed = False
         # The cause of the pass that is cancelling tasks just now: a task that is cancelled
         # only because its awaiter is takes this cause too.
@@ -146,40 +153,70 @@ class Ledger:
         except RuntimeError:
             raise WrongThreadError(
                 f"manager {self.name!r} creates tasks in a running event loop, and none runs in this thread: "
-                "call it from a coroutine, or hand it over with loop.call_soon_threadsafe(...)"
+                "write create_task_threadsafe(...), or call it from a coroutine"
             ) from None
         if loop is not self.loop:
             self.bind(loop)
+        self._check_open()
+        return loop
+
+    def _check_open(self) -> None:
         if self.closed:
             raise ManagerClosedError(
                 f"manager {self.name!r} is shut down and takes no new tasks: "
                 "create them before shutdown(), or open it again with async with"
             )
-        return loop
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Belong to ``loop`` from now on.
+        """Belong to ``loop`` from now on, which runs in this thread.
 
         Raises:
             WrongLoopError: Tasks are live in another loop that is not closed.
         """
         if self.loop is loop:
+            self.thread = get_ident()
             return
         if self.live and self.loop is not None:
             if not self.loop.is_closed():
                 raise WrongLoopError(
                     f"manager {self.name!r} has {self.live} live tasks in another event loop: "
-                    "use one TaskManager per loop, or shut it down there first"
+                    "use one TaskManager per loop, hand the work over with create_task_threadsafe(...), "
+                    "or shut it down there first"
                 )
             self._drop_dead()
         self.loop = loop
+        self.thread = get_ident()
+        self.threads.bind(loop)
         self.telemetry.watch(self)
+
+    def elsewhere(self) -> asyncio.AbstractEventLoop | None:
+        """The loop, if this is another thread than its own; None here, or before there is one."""
+        if get_ident() == self.thread or _get_running_loop() is self.loop:
+            return None
+        return self.loop
+
+    def loop_for_others(self) -> asyncio.AbstractEventLoop:
+        """The loop to which a thread may hand over a task.
+
+        Raises:
+            ManagerClosedError: The manager is shut down.
+            WrongLoopError: There is none, or it is closed.
+        """
+        self._check_open()
+        if self.loop is None or self.loop.is_closed():
+            raise WrongLoopError(
+                f"manager {self.name!r} runs in no event loop by now: enter it there with async with, "
+                "or create a first task there"
+            )
+        return self.loop
 
     def _drop_dead(self) -> None:
         """Let go of tasks whose loop was closed under them: they can never end."""
         for task in list(self.root._every_live()):
             logger.warning("task %r was left behind in an event loop that is closed", task.id)
             self.abandon(task)
+            for future in extras_of(task).futures:
+                future.refuse(WrongLoopError(f"the event loop of task {task.id!r} was closed under it"))
             self.failed += 1
             if task._extras is not None and task._extras.inner is not None:
                 task._extras.inner.close()
@@ -302,6 +339,8 @@ class Ledger:
             if task.done():
                 continue
             extras = extras_of(task)
+            if extras.supervises:
+                continue
             if extras.ticket is None:
                 now = task._created_at
                 extras.ticket = Ticket((), task._priority, now, self.ageing, (task._group, extras))
@@ -445,7 +484,8 @@ class Ledger:
             self.complain("telemetry of task %r raised", task.id)
 
     def _report_failure(self, task: ManagedTask[Any], info: TaskInfo, error: BaseException) -> None:
-        if task._waiters or not getattr(task, "_log_traceback", True):
+        awaited = task._extras is not None and any(future.awaited for future in task._extras.futures)
+        if task._waiters or awaited or not getattr(task, "_log_traceback", True):
             # Somebody will be told; if they never look, asyncio logs it as for any task.
             return
         # Marks it as retrieved, else asyncio would report it a second time.

@@ -20,6 +20,7 @@ from otel_tasks._ledger import Ledger, logger
 from otel_tasks._state import CancelKind, TaskPriority, TaskStatus
 from otel_tasks._task import ManagedTask, TaskInfo, _cancel, ask, wait_until_done, with_predecessors
 from otel_tasks._telemetry import Telemetry
+from otel_tasks._threads import Threads, checked_threads, current_worker
 from otel_tasks.cancellation import CancelCause, CancelEvent
 from otel_tasks.exceptions import TaskNotFoundError
 
@@ -75,6 +76,8 @@ class TaskManager:
         max_queue: How many may wait, at least 0; one more is refused. None is without bound.
         ageing: Seconds of waiting that are worth one level of priority, above 0, so that nothing
             waits for ever; infinity is strict priority.
+        max_threads: How many threads of ``run_in_thread`` may work at a time, at least 1, those included
+            that were abandoned. None is without bound.
         eager_start: Run the first step of each task when it is created (Python 3.12; ignored before).
         history: How many ended tasks to remember, at least 0; counters do not depend on it.
         on_error: Called with the snapshot and the exception of each task that fails while
@@ -94,6 +97,7 @@ class TaskManager:
         max_concurrency: int | None = None,
         max_queue: int | None = None,
         ageing: float = 10.0,
+        max_threads: int | None = 40,
         eager_start: bool = False,
         history: int = 1000,
         on_error: Callable[[TaskInfo, BaseException], object] | None = None,
@@ -113,6 +117,7 @@ class TaskManager:
             checked_limiter(max_concurrency, max_queue) or Limiter(None, None),
             float(ageing),
             eager_start,
+            Threads(checked_threads(max_threads), float(ageing)),
         )
         self._root = TaskGroup._labelled(self._ledger, "root", None)
         self._ledger.root = self._root

@@ -10,8 +10,11 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
+from asyncio import _get_running_loop
 from collections.abc import Mapping
 from contextvars import Context
+from dataclasses import replace
+from threading import get_ident
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
     from otel_tasks._group import TaskGroup
     from otel_tasks._telemetry import Span
+    from otel_tasks._threads import TaskFuture, Worker
     from otel_tasks.progress import Progress
 
 T = TypeVar("T")
@@ -50,6 +54,7 @@ class Extras:
         "context",
         "deferred",
         "dropped",
+        "futures",
         "gate",
         "inner",
         "keep_result",
@@ -63,8 +68,10 @@ class Extras:
         "seconds",
         "shields",
         "started_at",
+        "supervises",
         "ticket",
         "timeout",
+        "worker",
     )
 
     def __init__(
@@ -95,9 +102,14 @@ class Extras:
         self.progress: TaskProgress | None = None
         # The cause that the last uncancel() took away.
         self.dropped: CancelCause | None = None
+        # What stands for it in other threads; the thread in which its function runs.
+        self.futures: tuple[TaskFuture[Any], ...] = ()
+        self.worker: Worker[Any] | None = None
         # Of a cancel() that left no cause.
         self.message: str | None = None
         self.never_ran = False
+        # It only looks after other tasks, which have the spans and take the places.
+        self.supervises = False
         self.abandoned = False
         self.shields = 0
         self.deferred: CancelCause | None = None
@@ -266,21 +278,26 @@ class ManagedTask(asyncio.Task[T]):
 
     def stack(self) -> str:
         """Say where it waits, as lines of a traceback; empty once it is done."""
-        return stack_of(self)
+        worker = None if self._extras is None else self._extras.worker
+        # Of a function in a thread, where the thread is.
+        return (worker and worker.stack()) or stack_of(self)
 
     def cancel(self, msg: Any | None = None) -> bool:
-        """Ask for its cancellation, exactly as ``asyncio.Task.cancel`` does.
+        """Ask for its cancellation, exactly as ``asyncio.Task.cancel`` does; from any thread.
 
         Args:
             msg: The reason; handed to the CancelledError, and noted with the cause.
 
         Returns:
-            False if it had ended already; True says asked for, not ended.
+            False if it had ended already; True says asked for, not ended. From another thread
+            the loop is told, and asks in its next turn.
 
         Telemetry: an event ``otel_tasks.cancel_requested`` on its span, and a link to the span
         that is current here. Neither if the request comes from a bare loop callback: that is how
         ``asyncio.timeout`` and ``asyncio.TaskGroup`` inside the task cancel it for themselves.
         """
+        if get_ident() != self._group._ledger.thread and _get_running_loop() is not self.get_loop():
+            return _cancel_from_elsewhere(self, msg)
         if not has_started(self):
             extras_of(self).never_ran = True
         noted = self._cause is None and note_request(self, msg)
@@ -340,6 +357,34 @@ def ask(task: ManagedTask[Any], cause: CancelCause, text: str | None = None) -> 
     _cancel(task, text or str(cause))
     task._group._ledger.cancelling(task)
     return True
+
+
+def _cancel_from_elsewhere(task: ManagedTask[Any], message: object) -> bool:
+    """Have the loop of a task cancel it, for a cause of this thread."""
+    if task.done():
+        return False
+    loop = task.get_loop()
+    cause = cause_elsewhere(loop, None if message is None else str(message))
+
+    def cancel() -> None:
+        noted = task._cause is None and not task.done()
+        if noted:
+            take_note(task, cause)
+        _cancel(task, message)
+        if noted:
+            task._group._ledger.cancelling(task)
+
+    try:
+        loop.call_soon_threadsafe(cancel)
+    except RuntimeError:
+        # It is closed: the task can neither be cancelled nor end.
+        return False
+    return True
+
+
+def cause_elsewhere(loop: asyncio.AbstractEventLoop, message: str | None) -> CancelCause:
+    """Note a cause in a thread, by the clock of the loop that it is for."""
+    return replace(CancelCause.make(CancelKind.EXPLICIT, message), at=loop.time())
 
 
 # By this `cancellation`, which knows nothing of managed tasks, hands on a cause to one.

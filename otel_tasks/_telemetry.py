@@ -66,6 +66,8 @@ QUEUE_DURATION = "otel_tasks.task.queue.duration"
 STARTED = "otel_tasks.started"
 CANCEL_REQUESTED = "otel_tasks.cancel_requested"
 
+# Where the context of a task that is to be started again says which span was the one before.
+_PREDECESSOR = otel_context.create_key("otel_tasks.predecessor")
 _READABLE = hasattr(trace, "_TRACER_PROVIDER")
 _DESCRIPTION_LIMIT = 256
 # A number or an id as a part of a name of its own: "fetch-17", "order_4711_pay", "job:9f8b7c6d".
@@ -356,7 +358,8 @@ def start_span(
         name: The span's name, of low cardinality.
         attributes: What samplers may ask for.
         parent: The parent; None is the current span.
-        detached: Begin a new trace, with a link to the span that would have been the parent.
+        detached: Begin a new trace, with a link to the span that would have been the parent, or to the
+            one that ``link_restart`` has named.
         start_time: Nanoseconds since the epoch; None is now.
     """
     surroundings = otel_context.get_current()
@@ -364,8 +367,9 @@ def start_span(
         surroundings = trace.set_span_in_context(parent, surroundings)
     links = None
     if detached:
-        creator = trace.get_current_span(surroundings).get_span_context()
-        links = [Link(creator, {LINK: "spawned_by"})] if creator.is_valid else None
+        links = _links_of_detached(surroundings)
+        # The predecessor is the task's own, and none of what the task starts in its turn.
+        surroundings = otel_context.set_value(_PREDECESSOR, None, surroundings)
         surroundings = trace.set_span_in_context(INVALID_SPAN, surroundings)
     span = tracer.start_span(
         name,
@@ -378,6 +382,23 @@ def start_span(
     )
     otel_context.attach(trace.set_span_in_context(span, surroundings))
     return span
+
+
+def _links_of_detached(surroundings: otel_context.Context) -> list[Link] | None:
+    predecessor = otel_context.get_value(_PREDECESSOR, surroundings)
+    if isinstance(predecessor, SpanContext):
+        return [Link(predecessor, {LINK: "restart_of"})]
+    creator = trace.get_current_span(surroundings).get_span_context()
+    return [Link(creator, {LINK: "spawned_by"})] if creator.is_valid else None
+
+
+def link_restart(context: contextvars.Context, predecessor: Span) -> None:
+    """Let the next detached span that begins in ``context`` link to the one that it takes the place of."""
+
+    def note() -> None:
+        otel_context.attach(otel_context.set_value(_PREDECESSOR, predecessor.get_span_context()))
+
+    context.run(note)
 
 
 def note_cancel_requested(span: Span, cause: CancelCause) -> None:

@@ -457,6 +457,17 @@ async def _in_thread(threads: Threads, function: Callable[[], T], *, abandon: bo
     return await Worker(threads, task, function).run(abandon=abandon)
 
 
+def checked_threads(limit: int | None) -> int | None:
+    """Give back a number of threads.
+
+    Raises:
+        ValueError: It is not a whole number, or less than 1.
+    """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"max_threads must be a whole number of threads, at least 1, or None, got {limit!r}")
+    return limit
+
+
 def check_function(function: object) -> None:
     """Raise a TypeError that shows the right line, unless ``function`` is a plain function."""
     if asyncio.iscoroutine(function):
