@@ -352,7 +352,7 @@ class TaskGroup:
             self._ledger.adopt(self.tasks, self._limiter, before=True)
         # A labelled group is forgotten when it is empty; not one with a limit.
         self._ledger.limited.discard(self)
-        if limit is not None:
+        if limit is not None and not self.scoped:
             self._ledger.limited.add(self)
         self._ledger.change_limit(self._limiter, limit)
 
@@ -704,13 +704,14 @@ class TaskGroup:
     async def _room(self) -> None:
         """Wait until a new task may stand in the queue, or none will ever."""
         ledger = self._ledger
-        if not ledger.putters and not self._stands_in_line():
+        if not ledger.line_is_busy and not self._stands_in_line():
             return
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        ledger.putters.append((self, waiter))
-        # Those before it may all wait for room elsewhere.
-        ledger.wake_putter()
+        stand = ledger.putters.append
         while True:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            stand((self, waiter))
+            # Those before it may all wait for room elsewhere.
+            ledger.wake_putter()
             try:
                 await waiter
             finally:
@@ -718,8 +719,7 @@ class TaskGroup:
             if not self._stands_in_line():
                 return
             # Somebody who did not stand in line was faster: again, and at its head.
-            waiter = asyncio.get_running_loop().create_future()
-            ledger.putters.appendleft((self, waiter))
+            stand = ledger.putters.appendleft
 
     def _stands_in_line(self) -> bool:
         """True if a new task would be refused now, but not for ever."""

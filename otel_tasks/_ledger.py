@@ -348,12 +348,19 @@ class Ledger:
             if limiter not in extras.ticket.limiters:
                 adopt(extras.ticket, limiter, before=before)
 
+    @property
+    def line_is_busy(self) -> bool:
+        """True if somebody waits for room, or was woken for it and has not taken it yet."""
+        return bool(self.putters) or self._woken is not None
+
     def putter_left(self, waiter: asyncio.Future[None]) -> None:
         """Take one out of the line of those who wait for room: woken, or cancelled."""
         if self._woken is waiter:
             self._woken = None
         else:
-            self.putters = deque(entry for entry in self.putters if entry[1] is not waiter)
+            line = [entry for entry in self.putters if entry[1] is not waiter]
+            self.putters.clear()
+            self.putters.extend(line)
 
     def wake_putter(self) -> None:
         """Wake the first in line who gets room now, or never will.
