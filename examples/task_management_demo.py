@@ -1,10 +1,10 @@
-"""Shows five things that one does with tasks: stop them by an event, stop a tree of them, keep track, watch, queue.
+"""Five things that one does with tasks: stop one by an event, stop a tree, keep track, watch, queue.
 
     python examples/task_management_demo.py                  # all five parts
     python examples/task_management_demo.py --only tracking  # one of them
 
-Needs no server, no tracing and no network, and takes about two seconds. Each part ends with a look at the event loop:
-a task that is still there would be a leak, and makes the demo fail.
+Needs no server, no tracing and no network, and takes about two seconds. Each part ends with a look at the
+event loop: a task that is still there would be a leak, and makes the demo fail.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from anywhere, with nothing installed
 
-from otel_tasks import (  # noqa: E402 - found by the line above
+from otel_tasks import (
     CancelCause,
     CancelEvent,
     CancelKind,
@@ -32,7 +32,7 @@ from otel_tasks import (  # noqa: E402 - found by the line above
 
 
 async def download(pages: int, complete: asyncio.Event | None = None) -> str:
-    """Fetch one page after the other; being cancelled is no error to be caught, but to be cleaned up after."""
+    """Fetch one page after the other; a cancellation is not caught, but cleaned up after."""
     fetched = 0
     try:
         for _ in range(pages):
@@ -80,9 +80,11 @@ async def event() -> None:
 
 async def work_until(stop: asyncio.Event, name: str) -> None:
     """Some work that looks at its event between two steps and leaves in good order."""
+    steps = 0
     while not stop.is_set():
         await asyncio.sleep(0.01)
-    print(f"  {name} has stopped")
+        steps += 1
+    print(f"  {name} has stopped{'' if steps else ' before it began'}")
 
 
 async def propagation() -> None:
@@ -154,7 +156,7 @@ async def tracking() -> None:
     print("a task that was forgotten is found:")
     forgotten = asyncio.create_task(asyncio.sleep(60), name="forgotten")
     report = await cleanup_lingering_tasks(timeout=1.0)
-    print(f"  {report}; {forgotten.get_name()!r} was it")
+    print(f"  {forgotten.get_name()}: {report}")
 
 
 # --- progress: see how far a task is -------------------------------------------------------------------
@@ -182,15 +184,11 @@ async def progress() -> None:
 
         print("the newest only, by a slow one:")
         task = manager.create_task(load(10))
-        seen = 0
+        given = []
         async for report in task.progress.watch():
-            seen += 1
-            last = report.done
+            given.append(report.done)
             await asyncio.sleep(0.2)
-        print(
-            f"  fewer than {task.progress.snapshot().number} reports seen: "  # type: ignore[union-attr]
-            f"{seen < 11}, the last one among them: {last == 10}"
-        )
+        print(f"  {len(given)} of 11 reports, from {given[0]:g} to {given[-1]:g}")
 
 
 # --- priority: who goes first where places are few -----------------------------------------------------
@@ -243,7 +241,7 @@ async def run_part(name: str) -> None:
 
 def main() -> None:
     """Read the command line and run the parts, each in an event loop of its own."""
-    parser = argparse.ArgumentParser(description="Shows five things that one does with tasks.")
+    parser = argparse.ArgumentParser(description="Five things that one does with tasks.")
     parser.add_argument("--only", choices=PARTS, help="run this part alone")
     only = parser.parse_args().only
     for name in PARTS if only is None else [only]:

@@ -4,11 +4,13 @@ Where things are:
 
 - ``_manager``: ``TaskManager``, the global one, ``create_task`` and the ``current_*`` functions
 - ``_group``, ``_scope``: ``TaskGroup``, the tree of work, and its ``async with`` block
+- ``_service``: tasks that are begun again when they fail, and ``RestartPolicy``
 - ``_task``: ``ManagedTask`` and its snapshot, ``TaskInfo``
+- ``_threads``: what threads hand over to the loop, and tasks whose function runs in one
 - ``_admission``: places under a limit, and the queue before them
 - ``_ledger``: what a manager keeps about its tasks, and the one place that takes their end
 - ``_decorator``: ``managed_task``
-- ``cancellation``: ``CancelCause``, ``CancelEvent``, waiting with events
+- ``cancellation``, ``_events``: ``CancelCause``, ``CancelEvent``, waiting with events
 - ``tracking``, ``_awaiters``: ``TaskTracker`` and clean-up, for tasks of any origin
 - ``progress``: what a task reports of its own progress
 - ``_state``: statuses, priorities, the table of transitions
@@ -26,14 +28,18 @@ from otel_tasks._manager import (
     cancel_all_tasks,
     cancel_group,
     create_task,
+    create_task_threadsafe,
     current_cancel_event,
     current_group,
     current_task,
     get_all_task_info,
     global_task_manager,
+    run_in_thread,
+    start_service,
     start_task,
     wait_for_task,
 )
+from otel_tasks._service import RestartPolicy
 from otel_tasks._state import CancelKind, TaskPriority, TaskStatus
 from otel_tasks._task import ManagedTask, TaskInfo
 from otel_tasks._telemetry import VERSION as __version__
@@ -80,6 +86,7 @@ __all__ = [
     "Progress",
     "ProgressWatch",
     "QueueFullError",
+    "RestartPolicy",
     "ShutdownReport",
     "TaskExistsError",
     "TaskGroup",
@@ -100,6 +107,7 @@ __all__ = [
     "cancel_group",
     "cleanup_lingering_tasks",
     "create_task",
+    "create_task_threadsafe",
     "current_cancel_event",
     "current_group",
     "current_task",
@@ -107,6 +115,8 @@ __all__ = [
     "global_task_manager",
     "managed_task",
     "propagate_cancellation",
+    "run_in_thread",
+    "start_service",
     "start_task",
     "wait_for_task",
     "wait_with_cancellation",

@@ -13,10 +13,22 @@ import inspect
 import sys
 import time
 from asyncio import _get_running_loop
+from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Protocol, TypedDict, TypeVar, get_args
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NoReturn,
+    Protocol,
+    TypedDict,
+    TypeVar,
+    TypeVarTuple,
+    get_args,
+)
 
 from otel_tasks._admission import Limiter, Ticket, admit, would_wait
 from otel_tasks._checks import checked_seconds as checked_seconds
@@ -27,6 +39,7 @@ from otel_tasks._task import (
     ManagedTask,
     add_done_callback,
     ask,
+    cause_elsewhere,
     failure_of,
     init_task,
     reported,
@@ -48,11 +61,13 @@ from otel_tasks._telemetry import (
     start_group_span,
     start_span,
 )
-from otel_tasks.cancellation import CancelCause, CancelEvent
+from otel_tasks._threads import current_worker, hand_over, in_thread
+from otel_tasks.cancellation import TREE_LOCK, CancelCause, CancelEvent
 from otel_tasks.exceptions import GroupClosedError, QueueFullError, TaskExistsError
 from otel_tasks.progress import add_up
 
 if TYPE_CHECKING:
+    import concurrent.futures
     from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
     from types import TracebackType
     from typing import Self, Unpack
@@ -63,6 +78,7 @@ if TYPE_CHECKING:
     from otel_tasks.progress import GroupProgress
 
 T = TypeVar("T")
+Args = TypeVarTuple("Args")
 
 EAGER = sys.version_info >= (3, 12)
 OnConflict = Literal["error", "suffix", "return", "replace"]
@@ -261,13 +277,12 @@ class TaskGroup:
 
     @property
     def cancel_event(self) -> CancelEvent:
-        """Set when the group or one above it is cancelled; made on first use, for a labelled group anew."""
-        if self._event is None or (self._event.is_set() and self._cause is None and not self.scoped):
-            self._event = CancelEvent(None if self._parent is None else self._parent.cancel_event)
-            self._event._owner = self
-            if self._cause is not None:
-                self._event.set(self._cause)
-        return self._event
+        """Set when the group or one above it is cancelled; made on first use, for a labelled group anew.
+
+        It may be asked for in any thread.
+        """
+        event = self._event
+        return self._make_event() if event is None or self._is_used_up(event) else event
 
     @property
     def progress(self) -> GroupProgress:
@@ -319,6 +334,83 @@ class TaskGroup:
             eager_start,
             False,
         )
+
+    def create_task_threadsafe(
+        self,
+        work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
+        **options: Unpack[TaskOptions],
+    ) -> concurrent.futures.Future[T]:
+        """Create a task in this group from another thread, as ``asyncio.run_coroutine_threadsafe`` would.
+
+        Args:
+            work: A coroutine, or a function that makes one; it is called in the event loop.
+            **options: As for ``create_task``. The task runs in a copy of the context that is current
+                here, and so belongs to its trace.
+
+        Returns:
+            What ends when the task has ended. Its ``cancel()`` cancels the task. Do not wait for it in
+            the loop's own thread: the task would never begin.
+
+        Raises:
+            GroupClosedError: The group takes no new tasks.
+            ManagerClosedError: The manager is shut down.
+            WrongLoopError: The manager has not been used in an event loop yet, or that one is closed.
+            TypeError: ``work`` is neither, or an option is of the wrong type.
+            ValueError: An option is out of its range.
+
+        What only the loop can tell is raised by the future, as a name that is taken. A coroutine is
+        closed on every refusal.
+
+        Example:
+            >>> price = group.create_task_threadsafe(fetch_price(7)).result(timeout=5.0)
+        """
+        return self._hand_over(work, lambda: self, options)
+
+    def run_in_thread(
+        self,
+        function: Callable[[*Args], T],
+        /,
+        *args: *Args,
+        abandon: bool = False,
+        **options: Unpack[TaskOptions],
+    ) -> ManagedTask[T]:
+        """Create a task that calls a plain function in a thread of its own.
+
+        The function runs in the task's context: ``current_task()``, ``current_group()`` and
+        ``current_cancel_event()`` work in it, and what it traces belongs to the task's span. No
+        more than the manager's ``max_threads`` work at a time; the others wait, highest priority first.
+
+        Args:
+            function: What to call; ``functools.partial`` gives it keyword arguments.
+            *args: What to call it with.
+            abandon: What becomes of the thread when the task is cancelled or runs into its timeout. A
+                thread cannot be stopped; both ways its cancel event is set. False: the task ends when
+                the function has returned. True: it ends at once, and the thread runs on, named in the
+                log and in ``manager.abandoned_threads`` until it returns.
+            **options: As for ``create_task``.
+
+        Returns:
+            The task. Once cancelled it ends as cancelled, also if the function returns a value after
+            that; if it raises, other than CancelledError, the task has failed.
+
+        Raises:
+            TypeError: ``function`` is no plain function.
+            GroupClosedError: The group takes no new tasks.
+
+        Example:
+            >>> def resize(paths):
+            ...     for path in paths:
+            ...         if current_cancel_event().is_set():
+            ...             return
+            ...         shrink(path)
+            >>> await group.run_in_thread(resize, paths, timeout=60.0)
+        """
+        coro = in_thread(self._ledger.threads, function, args, abandon=abandon)
+        try:
+            return self.create_task(coro, **options)
+        except BaseException:
+            close_quietly(coro)
+            raise
 
     async def put_task(self, coro: Coroutine[Any, Any, T], **options: Unpack[TaskOptions]) -> ManagedTask[T]:
         """Create a task as soon as it may wait for its place: ``create_task`` with patience.
@@ -394,12 +486,20 @@ class TaskGroup:
 
         The block of a scoped group is left without an exception; it takes no new tasks from
         now on. A labelled group stays usable. The calling task is cancelled too if it is one of
-        the group's; ``manager.cancel_group`` spares it, and waits.
+        the group's; ``manager.cancel_group`` spares it, and waits. From another thread the loop is
+        told, and does it in its next turn.
 
         Args:
             reason: Noted with the cause of each task.
         """
-        cause = CancelCause.make(CancelKind.EXPLICIT, reason)
+        loop = self._ledger.elsewhere()
+        if loop is None:
+            self._cancel_all(CancelCause.make(CancelKind.EXPLICIT, reason))
+            return
+        with suppress(RuntimeError):  # It is closed: nothing in it can be cancelled any more.
+            loop.call_soon_threadsafe(self._cancel_all, cause_elsewhere(loop, reason))
+
+    def _cancel_all(self, cause: CancelCause) -> None:
         announced = self._announce(cause)
         self._cancel_tasks(cause)
         if self._scope is not None:
@@ -534,6 +634,8 @@ class TaskGroup:
                     checked_seconds("timeout", timeout),
                     checked_seconds("queue_timeout", queue_timeout),
                 )
+                # A supervisor always keeps its result: no other task has to be asked.
+                extras.supervises = supervises
             if on_conflict != "suffix":
                 check_choice("on_conflict", on_conflict, OnConflict)
             taken = None if name is None else self._holder(name)
@@ -555,9 +657,6 @@ class TaskGroup:
             if context is not None and not isinstance(context, Context):
                 raise TypeError(f"context must be a contextvars.Context, got {context!r}")
             created_at = loop.time()
-            if supervises:
-                extras = extras or Extras()
-                extras.supervises = True
             if limited:
                 extras = extras or Extras()
                 ticket = self._claim(extras, priority, created_at, loop)
@@ -663,6 +762,28 @@ class TaskGroup:
         except Exception:
             self._ledger.complain("starting a span for task %r raised", key)
             return None
+
+    def _hand_over(
+        self,
+        work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
+        where: Callable[[], TaskGroup],
+        options: TaskOptions,
+    ) -> concurrent.futures.Future[T]:
+        """Have a task created in the loop, by the group that ``where`` gives there."""
+        try:
+            if not asyncio.iscoroutine(work) and not callable(work):
+                raise TypeError(
+                    "create_task_threadsafe() takes a coroutine, or a function that makes one, "
+                    f"got {work!r}: write create_task_threadsafe(work(...)) with `async def work(...)`"
+                )
+            check_options("create_task_threadsafe", options)
+            loop = self._ledger.loop_for_others()
+            if self._refusal is not None:
+                self._refuse(options.get("name") or function_name(work))
+        except BaseException:
+            close_quietly(work)
+            raise
+        return hand_over(loop, work, lambda coro: where().create_task(coro, **options))
 
     # -- places -----------------------------------------------------------------------------
 
@@ -882,6 +1003,22 @@ class TaskGroup:
 
     # -- cancelling: the deciding steps, without waiting ------------------------------------
 
+    def _is_used_up(self, event: CancelEvent) -> bool:
+        return event._value and self._cause is None and not self.scoped
+
+    def _make_event(self) -> CancelEvent:
+        # Two threads that ask at a time must get the same one.
+        with TREE_LOCK:
+            event = self._event
+            if event is None or self._is_used_up(event):
+                event = CancelEvent(None if self._parent is None else self._parent.cancel_event)
+                event._owner = self
+                # Before the look at the cause: the loop notes a cause before it looks for an event.
+                self._event = event
+                if self._cause is not None:
+                    event.set(self._cause)
+            return event
+
     def _announce(self, cause: CancelCause) -> list[TaskGroup]:
         """Set the cancel event here and below; scoped groups take no new tasks from now on.
 
@@ -963,7 +1100,8 @@ def current_group_or_none() -> TaskGroup | None:
     try:
         task = asyncio.current_task()
     except RuntimeError:
-        return None
+        worker = current_worker()
+        return None if worker is None else worker.task._group
     return task._group if isinstance(task, ManagedTask) else None
 
 
@@ -999,7 +1137,28 @@ def code_name(coro: Coroutine[Any, Any, Any]) -> str:
     qualified = getattr(coro, "__qualname__", None) or type(coro).__qualname__
     frame = getattr(coro, "cr_frame", None)
     module = None if frame is None else frame.f_globals.get("__name__")
+    if module == in_thread.__module__:
+        # Named, with its module, after the function that it is going to call in a thread.
+        return qualified
     return f"{module}.{qualified}" if module else qualified
+
+
+def check_options(who: str, options: TaskOptions) -> None:
+    """Raise what ``create_task`` would raise for its options, as far as it can be told without a loop.
+
+    Raises:
+        TypeError: There is no such option, or it is of the wrong type.
+        ValueError: One is out of its range.
+    """
+    unknown = options.keys() - TaskOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"{who}() got an unexpected keyword argument {min(unknown)!r}")
+    if options.get("name") is not None:
+        checked_name("task", options.get("name"))
+    checked_priority(options.get("priority", TaskPriority.NORMAL))
+    checked_seconds("timeout", options.get("timeout"))
+    checked_seconds("queue_timeout", options.get("queue_timeout"))
+    check_choice("on_conflict", options.get("on_conflict", "suffix"), OnConflict)
 
 
 def check_coroutine(coro: object) -> None:

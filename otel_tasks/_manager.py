@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from otel_tasks._admission import Limiter
 from otel_tasks._group import (
     TaskGroup,
+    check_count,
     checked_limiter,
     checked_name,
     checked_seconds,
@@ -17,14 +19,16 @@ from otel_tasks._group import (
     renew,
 )
 from otel_tasks._ledger import Ledger, logger
+from otel_tasks._service import DEFAULT_POLICY, RestartPolicy, start_supervisor
 from otel_tasks._state import CancelKind, TaskPriority, TaskStatus
 from otel_tasks._task import ManagedTask, TaskInfo, _cancel, ask, wait_until_done, with_predecessors
 from otel_tasks._telemetry import Telemetry
-from otel_tasks._threads import Threads, checked_threads, current_worker
+from otel_tasks._threads import Threads, current_worker
 from otel_tasks.cancellation import CancelCause, CancelEvent
 from otel_tasks.exceptions import TaskNotFoundError
 
 if TYPE_CHECKING:
+    import concurrent.futures
     from collections.abc import Callable, Coroutine, Iterable, Mapping
     from contextvars import Context
     from types import TracebackType
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from otel_tasks._telemetry import MeterProvider, TracerProvider
 
 T = TypeVar("T")
+Args = TypeVarTuple("Args")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,8 @@ class ShutdownReport:
         cancelled: How many ended cancelled.
         cancel_ignored: The ids of those that were cancelled and completed all the same.
         still_running: The ids of those that would not stop, each with the stack where it is.
+        abandoned_threads: The ids of tasks that have ended, now or before, while their function runs on
+            in a thread, each with the stack where it is.
     """
 
     completed: int = 0
@@ -55,11 +62,12 @@ class ShutdownReport:
     cancelled: int = 0
     cancel_ignored: tuple[str, ...] = ()
     still_running: Mapping[str, str] = field(default_factory=dict)
+    abandoned_threads: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def clean(self) -> bool:
         """True if nothing runs on."""
-        return not self.still_running
+        return not self.still_running and not self.abandoned_threads
 
 
 class TaskManager:
@@ -107,6 +115,7 @@ class TaskManager:
         checked_name("manager", name)
         if not isinstance(history, int) or isinstance(history, bool) or history < 0:
             raise ValueError(f"history must be a whole number of tasks, at least 0, got {history!r}")
+        check_count("max_threads", max_threads, 1)
         if not isinstance(ageing, int | float) or isinstance(ageing, bool) or not ageing > 0:
             raise ValueError(f"ageing must be more than 0 seconds, got {ageing!r}")
         self._ledger = Ledger(
@@ -117,7 +126,7 @@ class TaskManager:
             checked_limiter(max_concurrency, max_queue) or Limiter(None, None),
             float(ageing),
             eager_start,
-            Threads(checked_threads(max_threads), float(ageing)),
+            Threads(max_threads, float(ageing)),
         )
         self._root = TaskGroup._labelled(self._ledger, "root", None)
         self._ledger.root = self._root
@@ -140,6 +149,22 @@ class TaskManager:
         if limit is not None:
             ledger.adopt(self._root._every_live(), ledger.limiter, before=False)
         ledger.change_limit(ledger.limiter, limit)
+
+    @property
+    def max_threads(self) -> int | None:
+        """How many threads of ``run_in_thread`` work at a time; may be changed while they do."""
+        return self._ledger.threads.limit
+
+    @max_threads.setter
+    def max_threads(self, limit: int | None) -> None:
+        # A lower one waits for threads to return.
+        check_count("max_threads", limit, 1)
+        self._ledger.threads.limit = limit
+
+    @property
+    def abandoned_threads(self) -> tuple[str, ...]:
+        """The ids of the tasks that have ended while their function runs on in its thread."""
+        return tuple(worker.task.id for worker in self._ledger.threads.abandoned())
 
     def __repr__(self) -> str:
         state = "shut down" if self._ledger.closed else "open"
@@ -212,6 +237,53 @@ class TaskManager:
             eager_start,
             False,
         )
+
+    def create_task_threadsafe(
+        self,
+        work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
+        *,
+        group: str | TaskGroup | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> concurrent.futures.Future[T]:
+        """Create a task from another thread; the rest is as for ``TaskGroup.create_task_threadsafe``.
+
+        Args:
+            work: A coroutine, or a function that makes one; it is called in the event loop.
+            group: As for ``create_task``.
+            **options: As for ``create_task``.
+
+        Example:
+            >>> manager.create_task_threadsafe(send_mail(user), group="mail").result(timeout=5.0)
+        """
+        if isinstance(group, str):
+            # Made, or found, in the loop.
+            return self._root._hand_over(work, functools.partial(self.get_group, group), options)
+        where = self._root if group is None else self._group_for(group, work)
+        return where.create_task_threadsafe(work, **options)
+
+    def run_in_thread(
+        self,
+        function: Callable[[*Args], T],
+        /,
+        *args: *Args,
+        group: str | TaskGroup | None = None,
+        abandon: bool = False,
+        **options: Unpack[TaskOptions],
+    ) -> ManagedTask[T]:
+        """Create a task that calls a plain function in a thread; see ``TaskGroup.run_in_thread``.
+
+        Args:
+            function: What to call.
+            *args: What to call it with.
+            group: As for ``create_task``.
+            abandon: Whether the task, when it is cancelled, ends before the function has returned.
+            **options: As for ``create_task``.
+
+        Example:
+            >>> task = manager.run_in_thread(render, page, group="render", timeout=30.0)
+        """
+        where = self._root if group is None else self._group_for(group, function)
+        return where.run_in_thread(function, *args, abandon=abandon, **options)
 
     async def put_task(
         self,
@@ -303,6 +375,59 @@ class TaskManager:
         except BaseException:
             close_quietly(factory)
             raise
+
+    async def start_service(
+        self,
+        name: str,
+        factory: Callable[[], Coroutine[Any, Any, T]],
+        *,
+        restart: RestartPolicy = DEFAULT_POLICY,
+        group: str | TaskGroup | None = None,
+        priority: TaskPriority = TaskPriority.CRITICAL,
+        metadata: Mapping[str, Any] | None = None,
+        on_conflict: OnConflict = "error",
+    ) -> ManagedTask[T]:
+        """Start what is meant to go on for the life of the application, and is begun again when it fails.
+
+        The task that this gives looks after the attempts, of which each is a task of its own: ``prices#1``,
+        ``prices#2``. It has no span and takes no place under ``max_concurrency``, the attempts do.
+
+        Args:
+            name: Unique among the live tasks.
+            factory: What makes the coroutine of each attempt: ``lambda: work(1)``, or the coroutine
+                function itself. It runs where ``start_service`` was called: in a copy of that context.
+            restart: What counts as a failure, how long to wait after one, when to give up.
+            group: A labelled group, by its name or itself; None is the manager's root.
+            priority: How urgent, its attempts too: unless told otherwise they are the last to be cancelled
+                in a shutdown.
+            metadata: Kept with it and with each attempt.
+            on_conflict: As for ``start_task``; ``"replace"`` starts it once the old one has ended.
+
+        Returns:
+            The service. It returns what an attempt returned; it is cancelled with an attempt that somebody
+            cancelled; given up, it fails with the last failure.
+
+        Raises:
+            TaskExistsError: A live task has the name.
+            ManagerClosedError: The manager is shut down.
+            ValueError: ``group`` is a scoped one, which ends before a service does.
+            TypeError: ``factory`` cannot be called again and again, or ``restart`` is no policy.
+
+        A failure is logged as a warning, with the time until the next attempt; the last one is the service's,
+        and reported as that of any task. In a shutdown nothing is begun again. A service gets its ``grace``
+        as any task: one that can stop sooner waits for ``current_cancel_event()`` too.
+
+        Cancellation: of the caller, while it waits for the service that is to be replaced: no new one is
+        started; the old one stays cancelled. Of the service: its attempt is cancelled, for the same cause.
+
+        Telemetry: a span for each attempt, in a trace of its own, linked to the attempt before it
+        (``restart_of``), the first one to the span that is current here.
+
+        Example:
+            >>> await manager.start_service("prices", refresh_prices, restart=RestartPolicy(max_delay=30))
+        """
+        where = self._root if group is None else self._group_for(group, factory)
+        return await start_supervisor(where, name, factory, restart, priority, metadata, on_conflict)
 
     def group(
         self,
@@ -722,7 +847,14 @@ class TaskManager:
             cancelled=statuses.count(TaskStatus.CANCELLED),
             cancel_ignored=tuple(info.id for _, info in infos if info.cancel_ignored),
             still_running=running,
+            abandoned_threads=self._abandoned_threads(),
         )
+
+    def _abandoned_threads(self) -> dict[str, str]:
+        stacks = {worker.task.id: worker.stack() for worker in self._ledger.threads.abandoned()}
+        for task_id, stack in stacks.items():
+            logger.error("the thread of task %r has not returned at shutdown; it is at\n%s", task_id, stack)
+        return stacks
 
 
 def _merged(live: Iterable[ManagedTask[Any]], remembered: Iterable[TaskInfo]) -> dict[str, TaskInfo]:
@@ -759,11 +891,12 @@ TaskGroup._default_root = global_task_manager._root
 
 
 def current_task() -> ManagedTask[Any] | None:
-    """The managed task that runs here; None outside of one."""
+    """The managed task that runs here, or whose function does in its thread; None outside of one."""
     try:
         task = asyncio.current_task()
     except RuntimeError:
-        return None
+        worker = current_worker()
+        return None if worker is None else worker.task
     return task if isinstance(task, ManagedTask) else None
 
 
@@ -776,8 +909,12 @@ def current_group() -> TaskGroup:
 
 
 def current_cancel_event() -> CancelEvent:
-    """The cancel event of the current group, to wait for or to look at between two steps."""
-    return current_group().cancel_event
+    """The cancel event of the current group, to wait for or to look at between two steps.
+
+    In the thread of ``run_in_thread`` the task's own, which is set when the task is cancelled too.
+    """
+    worker = current_worker()
+    return current_group().cancel_event if worker is None else worker.event
 
 
 def create_task(
@@ -818,8 +955,44 @@ def create_task(
     )
 
 
+def create_task_threadsafe(
+    work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]], **options: Unpack[TaskOptions]
+) -> concurrent.futures.Future[T]:
+    """Create a task in the current group from another thread; see ``TaskGroup.create_task_threadsafe``.
+
+    Example:
+        >>> @app.get("/report")
+        ... def report():
+        ...     return create_task_threadsafe(fetch_report()).result()
+    """
+    try:
+        where = current_group()
+    except BaseException:
+        close_quietly(work)
+        raise
+    return where.create_task_threadsafe(work, **options)
+
+
+def run_in_thread(
+    function: Callable[[*Args], T],
+    /,
+    *args: *Args,
+    abandon: bool = False,
+    **options: Unpack[TaskOptions],
+) -> ManagedTask[T]:
+    """Create a task in the current group that calls a plain function in a thread.
+
+    See ``TaskGroup.run_in_thread``.
+
+    Example:
+        >>> digest = await run_in_thread(hash_file, path)
+    """
+    return current_group().run_in_thread(function, *args, abandon=abandon, **options)
+
+
 # What the global manager does by name, for those who need no other.
 start_task = global_task_manager.start_task
+start_service = global_task_manager.start_service
 wait_for_task = global_task_manager.wait_for_task
 cancel_group = global_task_manager.cancel_group
 cancel_all_tasks = global_task_manager.cancel_all_tasks

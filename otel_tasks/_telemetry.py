@@ -103,7 +103,8 @@ def text_of(error: BaseException, text: Callable[[object], str] = str) -> str:
 
 def current_span_context(context: contextvars.Context | None = None) -> SpanContext | None:
     """Give the identity of the span current in ``context`` (None: here), None if there is none."""
-    span = trace.get_current_span() if context is None else context.run(trace.get_current_span)
+    # A copy, for one that is entered already, be it by another thread, refuses.
+    span = trace.get_current_span() if context is None else context.copy().run(trace.get_current_span)
     span_context = span.get_span_context()
     return span_context if span_context.is_valid else None
 

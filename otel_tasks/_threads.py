@@ -32,7 +32,7 @@ import traceback
 from contextlib import suppress
 from contextvars import ContextVar, copy_context
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from otel_tasks._state import TaskStatus
 from otel_tasks._task import (
@@ -81,7 +81,8 @@ class TaskFuture(concurrent.futures.Future[T]):
         condition: threading.Condition = self._condition
         with condition:
             # The first callback is ours. The future's own `_waiters` are those of `concurrent.futures.wait`.
-            waiting = getattr(condition, "_waiters", ()) or self._waiters or len(self._done_callbacks) > 1
+            callbacks = vars(self)["_done_callbacks"]
+            waiting = getattr(condition, "_waiters", ()) or self._waiters or len(callbacks) > 1
             return bool(waiting) and not self.cancelled()
 
     def attach(self, task: ManagedTask[T]) -> None:
@@ -288,9 +289,13 @@ class Worker(Generic[T]):
 
     def stack(self) -> str:
         """Say where the thread is, as lines of a traceback; empty if it has none that works."""
-        number = None if self._thread is None else self._thread.ident
-        frame = None if number is None or self._over else sys._current_frames().get(number)
-        return "" if frame is None else "".join(traceback.format_stack(frame))
+        number = None if self._thread is None or self._over else self._thread.ident
+        frame = None if number is None else sys._current_frames().get(number)
+        outer, depth = frame, 0
+        # Without what is below the function: this module, and how a thread begins.
+        while outer is not None and outer.f_code is not Worker.work.__code__:
+            outer, depth = outer.f_back, depth + 1
+        return "" if outer is None else "".join(traceback.format_stack(frame, depth))
 
     async def run(self, *, abandon: bool) -> T:
         """Take a place, start the thread, and wait until it has returned.
@@ -440,44 +445,29 @@ def in_thread(
 ) -> Coroutine[Any, Any, T]:
     """Make the coroutine of a task that runs ``function(*args)`` in a thread, named after the function."""
     check_function(function)
-    coro = _in_thread(threads, functools.partial(function, *args), abandon=abandon)
+    coro = cast("Any", _in_thread(threads, functools.partial(function, *args), abandon=abandon))
     named: Any = function
     while isinstance(named, functools.partial):
         named = named.func
     coro.__name__ = getattr(named, "__name__", type(named).__name__)
     qualified = getattr(named, "__qualname__", type(named).__qualname__)
     coro.__qualname__ = f"{getattr(named, '__module__', None) or type(named).__module__}.{qualified}"
-    return coro
+    return cast("Coroutine[Any, Any, T]", coro)
 
 
 async def _in_thread(threads: Threads, function: Callable[[], T], *, abandon: bool) -> T:
-    task = asyncio.current_task()
-    if not isinstance(task, ManagedTask):
-        raise RuntimeError("only a managed task runs this")
+    task = cast("ManagedTask[T]", asyncio.current_task())
     return await Worker(threads, task, function).run(abandon=abandon)
-
-
-def checked_threads(limit: int | None) -> int | None:
-    """Give back a number of threads.
-
-    Raises:
-        ValueError: It is not a whole number, or less than 1.
-    """
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"max_threads must be a whole number of threads, at least 1, or None, got {limit!r}")
-    return limit
 
 
 def check_function(function: object) -> None:
     """Raise a TypeError that shows the right line, unless ``function`` is a plain function."""
+    name = getattr(function, "__name__", repr(function))
     if asyncio.iscoroutine(function):
-        name = function.__name__
         function.close()
-    elif inspect.iscoroutinefunction(function):
-        name = function.__name__
-    elif callable(function):
+    elif callable(function) and not inspect.iscoroutinefunction(function):
         return
-    else:
+    elif not callable(function):
         raise TypeError(
             f"run_in_thread() takes a function and its arguments, got {function!r}: "
             "write run_in_thread(work, 1), not run_in_thread(work(1))"

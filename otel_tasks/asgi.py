@@ -17,8 +17,10 @@ Rules, each with a test of its own:
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import math
+import threading
 from contextlib import asynccontextmanager, suppress
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -55,7 +57,17 @@ _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "QUERY"})
 # What may stand in a group's name. A client may send any word as a method.
 _KNOWN_METHODS = _SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE", "CONNECT", "TRACE"}
 _ANSWER_TIMEOUT = 1.0
+# GroupClosedError: work that was to be started for a client that is gone. The CancelledError of
+# concurrent.futures: a `def` endpoint has waited for a task that was cancelled.
+_OUR_DEPARTURES = (
+    asyncio.CancelledError,
+    concurrent.futures.CancelledError,
+    ClientDisconnected,
+    GroupClosedError,
+)
 _NO_TASKS: frozenset[asyncio.Task[Any]] = frozenset()
+# A ``def`` endpoint may ask for its request's group while the loop, or another thread, does.
+_making = threading.RLock()
 
 
 class TaskGroupMiddleware:
@@ -138,6 +150,8 @@ class TaskGroupMiddleware:
             if not await request.finish(error):
                 raise
         else:
+            # Before the look at the group: a thread that makes one just now seals it itself.
+            request.closed = True
             if (request.left or request.group is not None) and not await request.finish(None):
                 # Tested; but Python 3.11's tracer sees nothing of a coroutine after a throw into sleep(0).
                 raise asyncio.CancelledError  # pragma: no cover
@@ -279,15 +293,19 @@ class _Request(Connection):
         return self
 
     def _make_group(self) -> TaskGroup:
-        group = self._settings.manager._open_group(
-            self._name, binding=self, host=self.host, span=self._settings.span
-        )
-        self.group = group
-        if self.cause is not None:
-            group._announce(self.cause)
-        if self.closed:
-            group._seal(self.cause or self._make_cause(CancelKind.SCOPE_ENDED))
-        return group
+        with _making:
+            if self.group is not None:
+                return self.group
+            group = self._settings.manager._open_group(
+                self._name, binding=self, host=self.host, span=self._settings.span
+            )
+            # Before the looks at what has happened: the loop notes that before it looks for a group.
+            self.group = group
+            if self.cause is not None:
+                group._announce(self.cause)
+            if self.closed:
+                group._seal(self.cause or self._make_cause(CancelKind.SCOPE_ENDED))
+            return group
 
     def _name(self) -> str:
         method = "WS" if self.scope["type"] == "websocket" else self.scope["method"]
@@ -428,9 +446,9 @@ class _Request(Connection):
             return all(
                 self._is_departure(part) for part in cast("tuple[BaseException, ...]", error.exceptions)
             )
-        # GroupClosedError: work that was to be started for a client that is gone.
-        ours = isinstance(error, asyncio.CancelledError | ClientDisconnected | GroupClosedError)
-        return ours or error is self.send_error or _is_starlettes_departure(error)
+        return (
+            isinstance(error, _OUR_DEPARTURES) or error is self.send_error or _is_starlettes_departure(error)
+        )
 
     async def _answer(self) -> None:
         if self.started or self.scope["type"] != "http":

@@ -251,11 +251,12 @@ async def _events(
                 progress = await _next(watch, keep_alive)
             except StopAsyncIteration:
                 break
-            if progress is None:
-                yield event(comment="keep-alive")
-            else:
-                yield event(event="progress", id=f"{key}-{progress.number}", data=progress.to_dict())
-                await wait_until_done([task], interval)
+            yield (
+                event(comment="keep-alive")
+                if progress is None
+                else event(event="progress", id=f"{key}-{progress.number}", data=progress.to_dict())
+            )
+            await wait_until_done([task], 0.0 if progress is None else interval)
         # The watching ends with the task, its books may be written a turn later.
         await wait_until_done([task])
         info = task.info()

@@ -79,7 +79,7 @@ def run(coro: Coroutine[Any, Any, T], *, timeout: float = 3600.0) -> T:
 class VirtualClockLoop(asyncio.SelectorEventLoop):
     """An event loop whose ``time()`` jumps to the next timer as soon as nothing else is to be done.
 
-    While a thread works for the loop (``run_in_executor``, ``asyncio.to_thread``, anyio's worker threads),
+    While a thread works for the loop (``run_in_executor``, ``run_in_thread``, anyio's worker threads),
     time passes at its real pace: nobody can know what the thread will bring. A socket is polled at each turn
     but never waited for as long as a timer is set.
 
@@ -121,7 +121,11 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         self._threads_out -= 1
 
     def _a_thread_works(self) -> bool:
-        return self._threads_out > 0 or any(map(self._is_busy_anyio_worker, threading.enumerate()))
+        return self._threads_out > 0 or any(map(self._is_busy, threading.enumerate()))
+
+    def _is_busy(self, thread: threading.Thread) -> bool:
+        # `works_for`: of `run_in_thread`, until this loop knows that it is back.
+        return self._is_busy_anyio_worker(thread) or getattr(thread, "works_for", None) is self
 
     def _is_busy_anyio_worker(self, thread: threading.Thread) -> bool:
         # anyio (hence Starlette's ``def`` endpoints) does not use run_in_executor. Its worker puts itself

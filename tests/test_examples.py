@@ -169,6 +169,49 @@ async def test_a_websockets_tasks_end_with_it() -> None:
     ] * 2
 
 
+async def test_an_export_goes_on_without_its_request_and_tells_how_far_it_is() -> None:
+    """The job is the application's; its stream ends with it, and who comes late is told the end."""
+    started = post("/exports", {"city": "Oslo"})
+    await started.run(fastapi_app.app)
+    assert started.status == 202
+    name, path = json.loads(started.body).values()
+    assert fastapi_app.manager.get_task(name).group.name == "exports"
+    await asyncio.sleep(0.51)
+    running = get("/exports")
+    await running.run(fastapi_app.app)
+    assert json.loads(running.body)["fraction"] == 0.5
+    watching, late = get(path), get(path)
+    await watching.run(fastapi_app.app)
+    lines = watching.body.decode().splitlines()
+    assert [line for line in lines if line.startswith("event")][-2:] == ["event: progress", "event: ended"]
+    assert '"message": "page 20 of 20"' in lines[-3]
+    assert infos()[name].status == "completed"
+    await late.run(fastapi_app.app)
+    assert late.body.decode().splitlines()[0] == "event: ended"
+
+
+async def test_an_export_goes_on_when_who_watches_it_leaves() -> None:
+    """A client that hangs up ends its own stream alone."""
+    started = post("/exports", {"city": "Oslo"})
+    await started.run(fastapi_app.app)
+    name, path = json.loads(started.body).values()
+    watching = get(path)
+    await hang_up_after(0.3, watching)
+    assert b"ended" not in watching.body
+    await fastapi_app.manager.join()
+    assert infos()[name].status == "completed"
+
+
+@pytest.mark.parametrize("name", ["nobody", "send_confirmation"])
+async def test_only_exports_can_be_watched(name: str) -> None:
+    """What is no export is not there, also where a task of another group has that name."""
+    task = fastapi_app.manager.create_task(asyncio.sleep(1), name="send_confirmation", group="outbox")
+    unknown = get(f"/exports/{name}/progress")
+    await unknown.run(fastapi_app.app)
+    assert unknown.status == 404
+    await task
+
+
 @pytest.mark.real_clock
 async def test_a_thread_sees_that_the_client_has_left() -> None:
     """A `def` endpoint cannot be cancelled, but stops at once because it reads the group's event."""
@@ -264,7 +307,7 @@ def marked_processes(environment: dict[str, str]) -> set[int]:
 
 @pytest.mark.e2e
 def test_the_demo_shows_each_request_as_a_tree(tmp_path: Path, environment: dict[str, str]) -> None:
-    """The demo ends well, draws four trees with outcomes and causes, counts, and leaves no process."""
+    """The demo ends well, draws four trees with outcomes and causes, a bar, counts, and leaves no process."""
     picture = tmp_path / "images" / "demo.svg"
     done = subprocess.run(
         [sys.executable, DEMO, "--svg", picture],
@@ -288,10 +331,30 @@ def test_the_demo_shows_each_request_as_a_tree(tmp_path: Path, environment: dict
     assert re.search(r"charge .* success", fourth)
     assert re.search(r"send_confirmation .* success", fourth)
     assert "the order whose client hung up: confirmed" in done.stdout
+    assert re.search(r"its client watches:\nwrite_export-\d+ ━+ 24 of 24 pages, completed", done.stdout)
     took = re.findall(r"last task ended ([\d.]+) ms after the hang-up", done.stdout)
     assert len(took) == 2
     assert "http://localhost:16686" in done.stdout
     assert picture.read_text().startswith("<svg")
+    assert marked_processes(environment) == set()
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(not LINUX, reason="needs a pseudo-terminal")
+def test_the_demo_draws_a_moving_bar_in_a_terminal(environment: dict[str, str]) -> None:
+    """There the export's bar is drawn again and again while it grows, and the demo ends well."""
+    shown: list[bytes] = []
+    screen, terminal = os.openpty()
+    with open(screen, "rb", buffering=0) as screen_file:
+        demo = subprocess.Popen([sys.executable, DEMO], env=environment | {"TERM": "xterm"}, stdout=terminal)
+        os.close(terminal)
+        with contextlib.suppress(OSError):  # how Linux tells the end of a terminal
+            while data := screen_file.read(65536):
+                shown.append(data)
+        assert demo.wait(timeout=60) == 0
+    pages = {int(done) for done in re.findall(rb"(\d+) of 24 pages, [\d.]+ s left", b"".join(shown))}
+    assert len(pages) > 2
+    assert b"24 of 24 pages, completed" in b"".join(shown)
     assert marked_processes(environment) == set()
 
 

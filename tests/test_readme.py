@@ -1,17 +1,13 @@
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.blocks import ROOT, promised_output, python_blocks, run_block
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS: list[str] = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+BLOCKS = python_blocks("README.md")
 
 # Appended to a block that makes an `app`: asks it as a client would.
 ASK_THE_APP = """
@@ -30,20 +26,19 @@ import asyncio
 asyncio.run(ask_the_app())
 """
 
+# The same, for the block that starts exports and streams their progress.
+WATCH_AN_EXPORT = """
+async def watch_an_export():
+    import httpx
 
-def run_block(code: str) -> str:
-    """Run it in an interpreter of its own (a block may set the global tracer provider)."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return done.stdout
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        print((await client.post("/exports/july")).status_code)
+        print((await client.get("/exports/july/progress")).text)
+
+
+asyncio.run(watch_an_export())
+"""
 
 
 def block(words: str) -> str:
@@ -53,8 +48,8 @@ def block(words: str) -> str:
 
 
 def test_the_blocks_are_found() -> None:
-    """All five Python blocks of the README are seen by this module."""
-    assert len(BLOCKS) == 5
+    """All six Python blocks of the README are seen by this module."""
+    assert len(BLOCKS) == 6
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=lambda code: code.strip().splitlines()[-1][:40])
@@ -75,11 +70,18 @@ def test_the_block_with_contrib_telemetry_answers() -> None:
     assert printed.startswith("200 ")
 
 
+def test_the_progress_block_streams_its_events() -> None:
+    """A started export tells its progress until it has ended."""
+    printed = run_block(block("progress_events") + WATCH_AN_EXPORT)
+    assert printed.startswith("202\nevent: progress\n")
+    assert '"done": 20, "total": 20, "message": "writing"' in printed
+    assert 'event: ended\ndata: {"status": "completed"' in printed
+
+
 def test_the_library_block_prints_what_its_comments_say() -> None:
     """What stands beside each print is what it prints."""
     code = block('TaskManager("crawler")')
-    promised = re.findall(r"print\(.*\) +# (.*)", code)
-    assert run_block(code).splitlines() == promised
+    assert run_block(code).splitlines() == promised_output(code)
 
 
 def test_the_decorator_block_prints_the_tasks_name() -> None:

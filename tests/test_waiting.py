@@ -177,6 +177,22 @@ async def test_event_that_is_set_and_cleared_at_once_counts() -> None:
     assert await wait is WaitOutcome.CANCELLED
 
 
+async def test_event_set_by_a_thread_while_the_wait_begins_counts() -> None:
+    """An event that is set after it was looked at, before it is waited for, is not missed."""
+
+    class SetMeanwhile(asyncio.Event):
+        def is_set(self) -> bool:
+            self.set()
+            return False
+
+    begun = now()
+    assert await wait_with_cancellation(rest(), SetMeanwhile(), timeout=5.0) is WaitOutcome.CANCELLED
+    task = asyncio.create_task(asyncio.sleep(1.0))
+    assert await wait_with_cancellation(task, completion_event=SetMeanwhile())
+    assert now() == begun
+    await task
+
+
 async def test_cause_of_the_event_is_that_of_the_managed_task(spans: SpanRecorder) -> None:
     """A CancelEvent hands its cause, and the span it came from, on to the task that it cancels."""
     with spans.provider.get_tracer("test").start_as_current_span("request") as request:
@@ -783,7 +799,7 @@ async def test_wrong_events_are_refused(parent: Any, children: Any, message: str
         await propagate_cancellation(parent, children)
 
 
-# --- the naive ways, for comparison --------------------------------------------------------------------
+# --- how it tells --------------------------------------------------------------------------------------
 
 
 async def test_works_beside_a_manager_that_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:

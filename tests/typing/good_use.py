@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, assert_type
 
 from otel_tasks import (
     CancelCause,
+    CancelCounts,
     CancelEvent,
     CancelKind,
+    CancelReport,
     ManagedTask,
     ShutdownReport,
     TaskGroup,
@@ -21,8 +23,12 @@ from otel_tasks import (
     TaskPriority,
     TaskStats,
     TaskStatus,
+    TaskTracker,
+    WaitOutcome,
     cancel_all_tasks,
+    cancel_and_wait,
     cancel_group,
+    cleanup_lingering_tasks,
     create_task,
     current_cancel_event,
     current_group,
@@ -30,8 +36,10 @@ from otel_tasks import (
     get_all_task_info,
     global_task_manager,
     managed_task,
+    propagate_cancellation,
     start_task,
     wait_for_task,
+    wait_with_cancellation,
 )
 
 if TYPE_CHECKING:
@@ -89,6 +97,30 @@ async def grouping(manager: TaskManager) -> None:
     assert_type(group.cancel_event, CancelEvent)
     assert_type(group.parent, TaskGroup | None)
     assert_type(await group.join(), None)
+
+
+async def waiting_with_events(task: asyncio.Task[int]) -> None:
+    """Plain tasks, managed ones and coroutines; plain events and CancelEvents."""
+    assert_type(await wait_with_cancellation(task, asyncio.Event(), timeout=1), WaitOutcome)
+    assert_type(await wait_with_cancellation(create_task(count(1)), CancelEvent()), WaitOutcome)
+    assert_type(await wait_with_cancellation(count(1), completion_event=asyncio.Event()), WaitOutcome)
+    assert_type(await propagate_cancellation(asyncio.Event(), [CancelEvent(), asyncio.Event()]), None)
+
+
+async def tracking(task: asyncio.Task[int]) -> None:
+    """What is added comes back as what it is."""
+    async with TaskTracker() as tracker:
+        assert_type(tracker, TaskTracker)
+        assert_type(tracker.add(task), asyncio.Task[int])
+        assert_type(tracker.add(create_task(count(1))), ManagedTask[int])
+        success_count, error_count = await tracker.cancel_all(timeout=1)
+        assert_type(success_count, int)
+        assert_type(error_count, int)
+        assert_type(await tracker.cancel_all(None, reason="why"), CancelCounts)
+        assert_type(await tracker.wait(timeout=1), bool)
+        assert_type(tracker.last_report, CancelReport | None)
+    assert_type(await cancel_and_wait(task, *tracker, timeout=1, reason="why"), CancelReport)
+    assert_type(await cleanup_lingering_tasks(1, exclude=[task]), CancelReport)
 
 
 async def managing() -> None:

@@ -1,0 +1,212 @@
+"""Cancellation as data and as an event: who asked, why, and the tree that carries it down.
+
+Rules of the tree of events, each with a test of its own:
+
+1. ``set()`` has reached every descendant before it returns.
+2. A child's ``set()`` reaches neither its parent nor its siblings.
+3. A child of a set parent is born set, with the parent's cause.
+4. An event is set once; the first cause stays.
+5. Either end may be dropped first: a parent holds its children weakly, a child holds its
+   parent, so that a dropped event in the middle does not cut off what hangs below it.
+6. An event may be made, set and looked at in any thread: who waits is woken in the loop where it waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+import weakref
+from asyncio import _get_running_loop
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from otel_tasks._state import CancelKind
+from otel_tasks._telemetry import current_span_context
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextvars import Context
+
+    from otel_tasks._telemetry import SpanContext
+
+# Held while trees of events change, for threads change them too. Re-entrant: a finalizer or a signal
+# handler may come in between, and set an event.
+TREE_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True, slots=True)
+class CancelCause:
+    """Who asked for a cancellation, why, when, and from which span.
+
+    Attributes:
+        kind: Why.
+        message: The reason in the asker's words, None if it gave none.
+        asked_by: The name of the asyncio task that asked, None if no task did.
+        at: When it was asked for, in seconds on the loop's clock; None if that was not seen.
+        origin: The span that was current where it was asked for; a cancelled task's span links to it.
+    """
+
+    kind: CancelKind
+    message: str | None = None
+    asked_by: str | None = None
+    at: float | None = None
+    origin: SpanContext | None = None
+
+    @classmethod
+    def make(
+        cls, kind: CancelKind, message: str | None = None, *, context: Context | None = None
+    ) -> CancelCause:
+        """Note a cause here and now.
+
+        Args:
+            kind: Why.
+            message: The reason in words.
+            context: Where to look for the span that caused it; None is the current context.
+        """
+        try:
+            at = asyncio.get_running_loop().time()
+            asker = asyncio.current_task()
+        except RuntimeError:
+            # No loop runs in this thread; the loops of asyncio and uvloop count monotonic time.
+            at, asker = time.monotonic(), None
+        return cls(
+            kind, message, None if asker is None else asker.get_name(), at, current_span_context(context)
+        )
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.message}" if self.message else str(self.kind)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the cause as JSON-ready data; ids in hex as tracing back-ends show them."""
+        origin = self.origin
+        return {
+            "kind": str(self.kind),
+            "message": self.message,
+            "asked_by": self.asked_by,
+            "trace_id": origin and f"{origin.trace_id:032x}",
+            "span_id": origin and f"{origin.span_id:016x}",
+        }
+
+
+class CancelEvent(asyncio.Event):
+    """An ``asyncio.Event`` with a parent, children and a cause; it is one-way.
+
+    It is a signal to act upon, it cancels nothing by itself. It may be made, set and looked at
+    in any thread; ``wait()`` belongs to one event loop.
+
+    Args:
+        parent: The event whose ``set()`` sets this one too.
+
+    Example:
+        >>> shutdown = CancelEvent()
+        >>> request = CancelEvent(parent=shutdown)
+    """
+
+    # asyncio's own, 3.11 to 3.14: the loop of those who wait, None before somebody has.
+    _loop: asyncio.AbstractEventLoop | None
+    _get_loop: Callable[[], asyncio.AbstractEventLoop]
+
+    def __init__(self, parent: CancelEvent | None = None) -> None:
+        super().__init__()
+        self._parent = parent
+        self._cause: CancelCause | None = None
+        self._children: set[weakref.ref[CancelEvent]] | None = None
+        # Keeps the labelled group of this event in being for as long as somebody waits here.
+        self._owner: object = None
+        if parent is not None:
+            parent._adopt(self)
+
+    @property
+    def parent(self) -> CancelEvent | None:
+        """The event above this one."""
+        return self._parent
+
+    @property
+    def cause(self) -> CancelCause | None:
+        """What set it; None until then."""
+        return self._cause
+
+    def set(self, cause: CancelCause | None = None) -> None:
+        """Set this event and all that hang below it, and wake their waiters.
+
+        Args:
+            cause: Why; None notes an ``explicit`` one. Without effect on an event that is set.
+        """
+        if self._value:
+            return
+        if cause is None:
+            cause = CancelCause.make(CancelKind.EXPLICIT)
+        here = _get_running_loop()
+        elsewhere: list[CancelEvent] = []
+        reached: list[CancelEvent] = [self]
+        with TREE_LOCK:
+            # The list grows while it is walked: a loop over the tree, without recursion.
+            for event in reached:
+                if not event._value:
+                    reached.extend(event._set_one(cause, here, elsewhere))
+        if elsewhere:
+            _wake_elsewhere(elsewhere)
+
+    async def wait(self) -> Literal[True]:
+        """Wait until it is set.
+
+        Cancellation: of the caller ends the waiting.
+        """
+        if not self._value:
+            # Bound to the loop before the flag is looked at once more: a thread that sets it in
+            # between then knows where to wake.
+            self._get_loop()
+        return await super().wait()
+
+    def clear(self) -> NoReturn:
+        """Refuse: work may have stopped because of it already.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError("a CancelEvent is one-way: make a new one instead of clearing it")
+
+    def _adopt(self, child: CancelEvent) -> None:
+        with TREE_LOCK:
+            if self._value:
+                child.set(self._cause)
+                return
+            if self._children is None:
+                self._children = set()
+            # The callback is the set's own method: it keeps neither parent nor child in being.
+            self._children.add(weakref.ref(child, self._children.discard))
+
+    def _set_one(
+        self, cause: CancelCause, here: asyncio.AbstractEventLoop | None, elsewhere: list[CancelEvent]
+    ) -> list[CancelEvent]:
+        # The cause first: a thread that sees the flag may ask for it.
+        self._cause = cause
+        self._value = True
+        if self._loop is here or self._loop is None:
+            self._wake()
+        else:
+            elsewhere.append(self)
+        if self._children is None:
+            return []
+        # A list first: a collected child takes itself out of the set at any moment.
+        links, self._children = list(self._children), None
+        return [child for link in links if (child := link()) is not None]
+
+    def _wake(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(True)
+
+
+def _wake_elsewhere(events: list[CancelEvent]) -> None:
+    """Wake those who wait in other loops than the one that runs here, each in its own."""
+    for loop in {event._loop for event in events if event._loop is not None}:
+        with contextlib.suppress(RuntimeError):  # A closed one: nobody waits in it any more.
+            loop.call_soon_threadsafe(_wake_all, [event for event in events if event._loop is loop])
+
+
+def _wake_all(events: list[CancelEvent]) -> None:
+    for event in events:
+        event._wake()

@@ -1,0 +1,377 @@
+"""Services: work that is meant to go on for the life of the application, begun again when it fails.
+
+Rules, each with a test of its own:
+
+1. A service is a *supervisor*, the handle that ``start_service`` gives, and its *attempts*, one after
+   another, each a managed task: ``prices#1``, ``prices#2``.
+2. The supervisor has no span, which would be exported when the application ends, and takes no place under
+   a limit. Each attempt has a trace of its own, linked to the attempt before it, and takes a place.
+3. Only a failure is followed by another attempt: an exception, or a CancelledError that nobody asked for.
+   One that returned, or that somebody cancelled, ends the service, as with systemd's
+   ``Restart=on-failure`` and Erlang's ``transient``. A policy may count returning as a failure.
+4. A service ends as its last attempt ended. Cancelled, it passes that on to its attempt, cause included, as
+   often as it is asked, and waits for it.
+5. Once its group is being cancelled, or its manager shut down, nothing is begun again.
+6. A failure is reported once: as a warning with what comes next, or, if nothing does, as the service's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+from collections import deque
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
+
+from otel_tasks._group import check_choice, check_count, checked_name, close_quietly
+from otel_tasks._ledger import logger
+from otel_tasks._state import CancelKind, TaskStatus
+from otel_tasks._task import _cancel, ask, cancel_message, cause_at_end, wait_until_done, with_predecessors
+from otel_tasks._telemetry import link_restart, text_of
+from otel_tasks.cancellation import CancelCause
+from otel_tasks.exceptions import ManagerClosedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
+
+    from otel_tasks._group import OnConflict, TaskGroup
+    from otel_tasks._state import TaskPriority
+    from otel_tasks._task import ManagedTask
+
+def _check_number(*a): ...
+def _check_finite(*a): ...
+T = TypeVar("T")
+
+RestartOn = Literal["failure", "always"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartPolicy:
+    """When a service is started again, how soon, and how often before it is given up.
+
+    Each delay is ``factor`` times the one before, up to ``max_delay``; half of it is left to chance, so that
+    what fell together does not come back together ("equal jitter" of
+    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/; its "full jitter" may be no
+    pause at all).
+
+    Args:
+        on: ``"failure"``: only what failed is started again; ``"always"``: returning is a failure too.
+        delay: Seconds before the first restart, at least 0.
+        factor: What each failure multiplies the delay by, at least 1.
+        max_delay: Seconds that no delay exceeds, at least ``delay``.
+        max_failures: The failure that is one too many if it is the last of so many ``within`` seconds, at
+            least 1; None never gives up.
+        within: Seconds, above 0. An attempt that has run for so long has the delay begin anew. Infinity
+            counts every failure since the start.
+        jitter: Gives a number from 0 to 1: how much of the half that is left to chance is waited for.
+
+    Example:
+        >>> RestartPolicy(delay=0.5, max_failures=None)
+    """
+
+    on: RestartOn = "failure"
+    delay: float = 1.0
+    factor: float = 2.0
+    max_delay: float = 60.0
+    max_failures: int | None = 10
+    within: float = 600.0
+    jitter: Callable[[], float] = field(default=random.random, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_choice("on", self.on, RestartOn)
+        _check_number("delay", self.delay, 0)
+        _check_number("max_delay", self.max_delay, 0)
+        _check_number("factor", self.factor, 1)
+        if self.max_delay < self.delay:
+            raise ValueError(f"max_delay must be at least delay={self.delay!r}, got {self.max_delay!r}")
+        check_count("max_failures", self.max_failures, 1)
+        if self.within != math.inf:
+            _check_number("within", self.within, 0)
+        if self.within == 0:
+            raise ValueError("within must be more than 0 seconds, got 0")
+        if not callable(self.jitter):
+            raise TypeError(f"jitter must be a function that gives a number, got {self.jitter!r}")
+
+
+DEFAULT_POLICY = RestartPolicy()
+
+
+async def start_supervisor(
+    group: TaskGroup,
+    name: str,
+    factory: Callable[[], Coroutine[Any, Any, T]],
+    policy: RestartPolicy,
+    priority: TaskPriority,
+    metadata: Mapping[str, Any] | None,
+    on_conflict: OnConflict,
+) -> ManagedTask[T]:
+    """Start a service in a labelled group; see ``TaskManager.start_service``."""
+    _check_factory(factory)
+    checked_name("service", name)
+    if not isinstance(policy, RestartPolicy):
+        raise TypeError(f"restart must be a RestartPolicy, got {policy!r}")
+    if group.scoped:
+        raise ValueError(
+            f"cannot start service {name!r}: group {group.id!r} ends with its block or its request, and a "
+            "service goes on; name a group of the manager"
+        )
+    while on_conflict == "replace" and (taken := group._holder(name)) is not None:
+        ask(taken, CancelCause.make(CancelKind.REPLACED, f"replaced by a new service {name!r}"))
+        await wait_until_done(with_predecessors(taken))
+    service = Service(group, factory, policy, priority, metadata)
+    return group._create(
+        service.run(),
+        name,
+        priority,
+        None,
+        None,
+        metadata,
+        on_conflict,
+        False,
+        # Not the caller's: log records of the supervisor would go under its trace for days.
+        Context(),
+        False,
+        True,
+        supervises=True,
+    )
+
+
+class Service(Generic[T]):
+    """What one supervisor knows, and does."""
+
+    def __init__(
+        self,
+        group: TaskGroup,
+        factory: Callable[[], Coroutine[Any, Any, T]],
+        policy: RestartPolicy,
+        priority: TaskPriority,
+        metadata: Mapping[str, Any] | None,
+    ) -> None:
+        self._group = group
+        self._factory = factory
+        self._policy = policy
+        self._priority = priority
+        self._metadata = metadata
+        # Each attempt gets a copy: none sees what another has set.
+        self._context = copy_context()
+        self._failures = Failures(policy)
+        self._attempts = 0
+
+    async def run(self) -> T:
+        """Run one attempt after another until one is the last, and end as it did."""
+        service = cast("ManagedTask[T]", asyncio.current_task())
+        attempt: ManagedTask[T] | None = None
+        failure: Exception | None = None
+        try:
+            while True:
+                attempt = await self._begin(service)
+                await _until_ended(service, attempt)
+                failure = self._failure_of(service, attempt)
+                if failure is None:
+                    return attempt.result()
+                if not await self._pause(service, attempt, failure):
+                    raise failure
+        finally:
+            # What is raised here holds this frame, and is not to be held by it.
+            del service, attempt, failure
+
+    async def _begin(self, service: ManagedTask[T]) -> ManagedTask[T]:
+        """Create the next attempt, as soon as it may stand in the queue."""
+        self._attempts += 1
+        coro = self._context.run(make_attempt, self._factory)
+        try:
+            return await self._group.put_task(
+                coro,
+                name=f"{service.get_name()}#{self._attempts}",
+                priority=self._priority,
+                metadata=self._metadata,
+                detached=True,
+                context=self._context.copy(),
+                # It might fail before anybody waits for it, and be reported as nobody's.
+                eager_start=False,
+            )
+        except ManagerClosedError:
+            cause = self._group.cancel_event.cause or CancelCause.make(CancelKind.SHUTDOWN)
+        _end_cancelled(service, cause)
+
+    def _failure_of(self, service: ManagedTask[T], attempt: ManagedTask[T]) -> Exception | None:
+        """Say what another attempt may mend; None if this one was the last."""
+        error = None if attempt.cancelled() else attempt.exception()
+        if isinstance(error, SystemExit | KeyboardInterrupt):
+            # It has gone through the loop, to whoever runs that; the service does not send it there again.
+            text = f"{attempt.name} raised {text_of(error, repr)}"
+            _end_cancelled(service, CancelCause.make(CancelKind.SIBLING_FAILED, text))
+        if service.cancelling():
+            return None
+        if attempt.cancelled():
+            return _failure_of_cancelled(service, attempt)
+        if error is None and self._policy.on == "always" and not self._group.cancel_event.is_set():
+            return RuntimeError(f"attempt {attempt.name!r} returned, and is meant to go on")
+        return error if isinstance(error, Exception) else None
+
+    async def _pause(self, service: ManagedTask[T], attempt: ManagedTask[T], failure: Exception) -> bool:
+        """Wait until it is time for the next attempt; False to give up."""
+        event = self._group.cancel_event
+        if event.cause is not None:
+            _warn(service, attempt, failure, f"not started again ({event.cause})")
+            _end_cancelled(service, event.cause)
+        delay = self._failures.add(attempt._ended_at, _seconds_of(attempt))
+        if delay is None:
+            # Not a log record of its own: the failure is reported with the service that ends by it.
+            failure.add_note(
+                f"service {service.id!r} is given up after {self._policy.max_failures} failures within "
+                f"{self._policy.within:g} s; the last was that of {_known_as(attempt)}"
+            )
+            return False
+        _warn(service, attempt, failure, f"started again in {delay:.3g} s")
+        if attempt._span is not None:
+            link_restart(self._context, attempt._span)
+        await _sleep(delay, event)
+        if event.cause is not None:
+            _end_cancelled(service, event.cause)
+        return True
+
+
+class Failures:
+    """Counts the failures of one service; pure: what a policy comes to can be seen without a clock."""
+
+    def __init__(self, policy: RestartPolicy) -> None:
+        self._policy = policy
+        self._next_delay = float(policy.delay)
+        # When the last ones were, oldest first; as many as are one too many.
+        self._recent: deque[float] = deque(maxlen=policy.max_failures or 0)
+
+    def add(self, now: float, ran: float) -> float | None:
+        """Count one more failure.
+
+        Args:
+            now: When it was.
+            ran: For how many seconds the attempt had run.
+
+        Returns:
+            Seconds until the next attempt; None to give up.
+        """
+        policy = self._policy
+        self._recent.append(now)
+        if len(self._recent) == policy.max_failures and now - self._recent[0] < policy.within:
+            return None
+        if ran >= policy.within:
+            self._next_delay = float(policy.delay)
+        delay = self._next_delay
+        self._next_delay = min(delay * policy.factor, policy.max_delay)
+        return delay / 2 + delay / 2 * policy.jitter()
+
+
+def make_attempt(factory: Callable[[], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
+    """Call a service's factory; one that raises makes an attempt that fails.
+
+    Raises:
+        TypeError: It makes no coroutine, and will make none the next time.
+    """
+    try:
+        made = factory()
+    except Exception as error:
+        return _fail(error)
+    if not asyncio.iscoroutine(made):
+        name = getattr(factory, "__name__", repr(factory))
+        raise TypeError(
+            f"start_service() takes what makes a coroutine, and {name}() made {made!r}: "
+            f"declare it as `async def {name}(...)`"
+        )
+    return made
+
+
+async def _fail(error: Exception) -> NoReturn:
+    raise error
+
+
+async def _until_ended(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> None:
+    """Wait for an attempt; a cancellation of the service meanwhile is passed on to it, and noticed later."""
+    while not attempt.done():
+        try:
+            # This counts as somebody who will be told of a failure. `await attempt` would too, but hands
+            # a cancellation on without its cause.
+            await asyncio.wait([attempt])
+        except asyncio.CancelledError:
+            _pass_on(service, attempt)
+
+
+def _pass_on(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> None:
+    """Ask an attempt to end once for each time that its service was asked."""
+    if attempt.cancelling() >= service.cancelling():
+        # Who cancels their group, or shuts the manager down, has asked both.
+        return
+    cause = cause_at_end(service, TaskStatus.CANCELLED)
+    if cause is None or not ask(attempt, cause):
+        _cancel(attempt, cancel_message(service))
+
+
+def _end_cancelled(service: ManagedTask[Any], cause: CancelCause) -> NoReturn:
+    """End a service as if it had been asked itself."""
+    ask(service, cause)
+    raise asyncio.CancelledError(str(cause))
+
+
+def _failure_of_cancelled(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> Exception | None:
+    """Tell a CancelledError that came out of something inside of the attempt from one that was asked for."""
+    cause = attempt.cause
+    if cause is not None and cause.kind is not CancelKind.FOREIGN:
+        ask(service, cause)
+        return None
+    try:
+        attempt.result()
+    except asyncio.CancelledError as error:
+        failure = RuntimeError(f"attempt {attempt.name!r} ended by a CancelledError that nobody asked for")
+        # Whose traceback says what the attempt was waiting for.
+        failure.__cause__ = error
+        return failure
+    raise AssertionError("unreachable")
+
+
+def _seconds_of(attempt: ManagedTask[Any]) -> float:
+    """For how long an ended attempt has run, without what it waited for its place."""
+    started_at = attempt.info().started_at
+    return 0.0 if started_at is None else attempt._ended_at - started_at
+
+
+async def _sleep(seconds: float, event: asyncio.Event) -> None:
+    """Sleep until ``event`` is set, for ``seconds`` at most."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+
+
+def _warn(service: ManagedTask[Any], attempt: ManagedTask[Any], failure: Exception, fate: str) -> None:
+    logger.warning(
+        "service %r failed in %s and is %s", service.id, _known_as(attempt), fate, exc_info=failure
+    )
+
+
+def _known_as(attempt: ManagedTask[Any]) -> str:
+    trace = f" (trace {attempt.trace_id})" if attempt.trace_id else ""
+    return f"attempt {attempt.id!r}{trace}"
+
+
+def _check_factory(factory: object) -> None:
+    if asyncio.iscoroutine(factory):
+        close_quietly(factory)
+        raise TypeError(
+            f"a service may be started again, and the coroutine {factory!r} runs only once: "
+            "write start_service(name, lambda: work(1))"
+        )
+    if not callable(factory):
+        raise TypeError(
+            f"start_service() takes what makes a coroutine, got {factory!r}: "
+            "write start_service(name, lambda: work(1))"
+        )
+
+
+def _check_number(what: str, value: object, least: int) -> None:
+    """Raise unless ``value`` is a finite number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{what} must be a number, got {value!r}")
+    if not least <= value < math.inf:
+        raise ValueError(f"{what} must be at least {least} and finite, got {value!r}")
