@@ -18,7 +18,6 @@ Rules, each with a test of its own:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import random
 from collections import deque
@@ -31,7 +30,7 @@ from otel_tasks._ledger import logger
 from otel_tasks._state import CancelKind, TaskStatus
 from otel_tasks._task import _cancel, ask, cancel_message, cause_at_end, wait_until_done, with_predecessors
 from otel_tasks._telemetry import link_restart, text_of
-from otel_tasks.cancellation import CancelCause
+from otel_tasks.cancellation import CancelCause, _call_when_set
 from otel_tasks.exceptions import ManagerClosedError
 
 if TYPE_CHECKING:
@@ -321,14 +320,13 @@ def _failure_of_cancelled(service: ManagedTask[Any], attempt: ManagedTask[Any]) 
     if cause is not None and cause.kind is not CancelKind.FOREIGN:
         ask(service, cause)
         return None
+    failure = RuntimeError(f"attempt {attempt.name!r} ended by a CancelledError that nobody asked for")
     try:
         attempt.result()
     except asyncio.CancelledError as error:
-        failure = RuntimeError(f"attempt {attempt.name!r} ended by a CancelledError that nobody asked for")
-        # Whose traceback says what the attempt was waiting for.
+        # Its traceback says what the attempt was waiting for.
         failure.__cause__ = error
-        return failure
-    raise AssertionError("unreachable")
+    return failure
 
 
 def _seconds_of(attempt: ManagedTask[Any]) -> float:
@@ -338,10 +336,22 @@ def _seconds_of(attempt: ManagedTask[Any]) -> float:
 
 
 async def _sleep(seconds: float, event: asyncio.Event) -> None:
-    """Sleep until ``event`` is set, for ``seconds`` at most."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()
+    """Sleep until ``event``, which is not set, is set; for ``seconds`` at most."""
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[None] = loop.create_future()
+
+    def wake(_: object = None) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    timer = loop.call_later(seconds, wake)
+    # Not asyncio.timeout(): that would cancel the service, for whoever looks at its status just then.
+    forget = _call_when_set(event, wake)
+    try:
+        await waiter
+    finally:
+        timer.cancel()
+        forget()
 
 
 def _warn(service: ManagedTask[Any], attempt: ManagedTask[Any], failure: Exception, fate: str) -> None:

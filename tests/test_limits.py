@@ -315,9 +315,7 @@ async def await_it(manager: TaskManager, task: ManagedTask[Any]) -> None:
 
 async def wait_for_it(manager: TaskManager, task: ManagedTask[Any]) -> None:
     """By its name."""
-    with contextlib.suppress(TaskNotFoundError):
-        # Its result is not kept by the manager, and not what this is about.
-        await manager.wait_for_task(task.name)
+    await manager.wait_for_task(task.name)
 
 
 async def wait_for_any(manager: TaskManager, task: ManagedTask[Any]) -> None:

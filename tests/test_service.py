@@ -31,7 +31,7 @@ from otel_tasks import (
     start_service,
 )
 from otel_tasks._service import Failures, Service
-from otel_tasks.testing import SpanRecorder, assert_no_tasks_left, run
+from otel_tasks.testing import SpanRecorder, VirtualClockLoop, assert_no_tasks_left, run
 from tests.helpers import CancelledAt, counters, give, ignore_cancels, kind_of, now, rest, settle
 
 if TYPE_CHECKING:
@@ -108,6 +108,12 @@ def test_delays_grow_up_to_their_bound() -> None:
     """Each delay is a multiple of the one before, and none is longer than the longest."""
     failures = Failures(RestartPolicy(delay=1, factor=3, max_delay=20, max_failures=None, jitter=lambda: 1))
     assert [failures.add(0.0, 0.0) for _ in range(5)] == [1, 3, 9, 20, 20]
+
+
+def test_every_failure_since_the_start_may_count() -> None:
+    """Without an end to the time in which failures count, none is forgotten and no delay begins anew."""
+    failures = Failures(RestartPolicy(max_failures=3, within=float("inf"), jitter=lambda: 1))
+    assert [failures.add(0, 0), failures.add(1e6, 1e6), failures.add(2e6, 1e6)] == [1, 2, None]
 
 
 def test_delays_grow_for_ever_without_overflow() -> None:
@@ -469,7 +475,7 @@ def test_exit_passes_through_the_loop_once(cancelled: bool, caplog: pytest.LogCa
             kept[0].cancel("enough")
         await rest()
 
-    with asyncio.Runner() as runner:
+    with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
         with pytest.raises(SystemExit):
             runner.run(main())
         runner.run(settle())
