@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from otel_tasks._state import TaskPriority
     from otel_tasks._task import ManagedTask
 
-def _check_number(*a): ...
-def _check_finite(*a): ...
 T = TypeVar("T")
 
 RestartOn = Literal["failure", "always"]
@@ -93,9 +91,6 @@ class RestartPolicy:
             raise ValueError("within must be more than 0 seconds, got 0")
         if not callable(self.jitter):
             raise TypeError(f"jitter must be a function that gives a number, got {self.jitter!r}")
-
-
-DEFAULT_POLICY = RestartPolicy()
 
 
 async def start_supervisor(
@@ -385,3 +380,7 @@ def _check_number(what: str, value: object, least: int) -> None:
         raise TypeError(f"{what} must be a number, got {value!r}")
     if not least <= value < math.inf:
         raise ValueError(f"{what} must be at least {least} and finite, got {value!r}")
+
+
+# Made last: by now there is what it is checked with.
+DEFAULT_POLICY = RestartPolicy()

@@ -114,7 +114,7 @@ def test_higher_priority_first() -> None:
 
 
 def test_waiting_is_worth_priority() -> None:
-    """`ageing` seconds are worth one level: 9 are not enough, after 10 they are equal, and who came first goes first."""
+    """`ageing` seconds are worth one level: 9 are not enough, with 10 they are equal, and first come goes first."""
     limiter = Limiter(1, None)
     running = ticket("running", limiter)
     admit(running)
@@ -302,7 +302,7 @@ def test_the_managers_place_goes_to_the_best_of_all_groups() -> None:
     admit(low)
     admit(critical)
 
-    assert names(release(running)) == ["critical"]  # bug A-1
+    assert names(release(running)) == ["critical"]
     assert names(release(critical)) == ["low"]
 
 
@@ -536,6 +536,5 @@ class Admission(RuleBasedStateMachine):
 
 def test_random_tickets_keep_the_rules() -> None:
     """Whoever comes, goes, is lifted or finds a new limit: exactly those start that the model lets start."""
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]  # hypothesis has no types for it
-        Admission, settings=settings(max_examples=200, stateful_step_count=40, deadline=None, derandomize=True)
-    )
+    bounds = settings(max_examples=200, stateful_step_count=40, deadline=None, derandomize=True)
+    run_state_machine_as_test(Admission, settings=bounds)

@@ -151,7 +151,7 @@ CREATING: list[tuple[Use, type[Exception], str]] = [
     (
         lambda manager: manager.create_task(rest(), metadata=5),  # type: ignore[arg-type]  # the mistake under test
         TypeError,
-        "'int' object is not iterable",
+        "metadata must be a mapping of names to values, got 5",
     ),
     (
         lambda manager: manager.group(""),

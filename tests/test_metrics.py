@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DURATION = "otel_tasks.task.duration"
 ACTIVE = "otel_tasks.task.active"
 CANCELLATIONS = "otel_tasks.task.cancellations"
+QUEUE_DURATION = "otel_tasks.task.queue.duration"
 
 
 @pytest.fixture
@@ -298,6 +299,119 @@ async def test_metrics_may_be_read_while_groups_and_managers_come_and_go(
         reader.join()
         sys.setswitchinterval(pace)
     assert faults == []
+
+
+# -- tasks that wait for a place ----------------------------------------------------------------
+
+
+def states(spans: SpanRecorder) -> dict[tuple[str, str], int]:
+    """Live tasks by group and state, zeros included."""
+    return {
+        (point.attributes["otel_tasks.group.name"], point.attributes["otel_tasks.task.state"]): point.value
+        for point in spans.metrics().get(ACTIVE, [])
+    }
+
+
+def queue_durations(spans: SpanRecorder) -> dict[tuple[str, int], tuple[int, float]]:
+    """Count and sum by group and priority; there are no other attributes."""
+    points = spans.metrics().get(QUEUE_DURATION, [])
+    assert all(len(point.attributes) == 2 for point in points)
+    return {
+        (point.attributes["otel_tasks.group.name"], point.attributes["otel_tasks.task.priority"]): (
+            point.count,
+            point.sum,
+        )
+        for point in points
+    }
+
+
+async def test_active_tells_queued_tasks_from_running_ones(manager: TaskManager, spans: SpanRecorder) -> None:
+    """Each live task is counted once, in the state in which it is."""
+    manager.max_concurrency = 2
+    async with manager.group("load", max_concurrency=1) as group:
+        for _ in range(3):
+            group.create_task(work())
+        for _ in range(2):
+            manager.create_task(work(), group="jobs")
+        manager.create_task(work(60))
+        assert states(spans) == {
+            ("load", "active"): 1,
+            ("load", "queued"): 2,
+            ("jobs", "active"): 1,
+            ("jobs", "queued"): 1,
+            ("root", "active"): 0,
+            ("root", "queued"): 1,
+        }
+        assert manager.stats().queued == 4
+        await manager.cancel_group("root")
+        assert {key: count for key, count in states(spans).items() if count} == {}
+
+
+async def test_active_has_no_queued_state_without_a_limit(manager: TaskManager, spans: SpanRecorder) -> None:
+    """A series that can only be zero is not there; with a group's limit it is that group's alone."""
+    async with manager.group("load", max_concurrency=1) as group:
+        group.create_task(work())
+        manager.create_task(work())
+        assert states(spans) == {("load", "active"): 1, ("load", "queued"): 0, ("root", "active"): 1}
+    await manager.join()
+
+
+async def test_queue_duration_by_group_and_priority(manager: TaskManager, spans: SpanRecorder) -> None:
+    """Seconds from creation to the place, of those that had to wait for it and got it."""
+    manager.max_concurrency = 1
+    manager.create_task(work(2), group="jobs-1")
+    for _ in range(2):
+        manager.create_task(work(1), group="jobs-1", priority=TaskPriority.LOW)
+    manager.create_task(work(4), priority=TaskPriority.HIGH)
+    victim = manager.create_task(work(), priority=TaskPriority.LOW)
+    late = manager.create_task(work(), priority=TaskPriority.LOW, queue_timeout=1)
+    await asyncio.sleep(0)
+    victim.cancel()
+    await ended(late, victim)
+    await manager.join()
+
+    assert queue_durations(spans) == {("root", 2): (1, 2.0), ("jobs", 0): (2, 6.0 + 7.0)}
+
+
+async def test_queue_duration_instrument(manager: TaskManager, spans: SpanRecorder) -> None:
+    """Seconds, with the buckets of the duration."""
+    manager.max_concurrency = 1
+    await asyncio.gather(manager.create_task(work()), manager.create_task(work()))
+
+    duration = metric(spans, QUEUE_DURATION)
+    [point] = duration.data.data_points
+    assert duration.unit == "s"
+    assert duration.description
+    assert point.explicit_bounds == metric(spans, DURATION).data.data_points[0].explicit_bounds
+
+
+async def test_duration_includes_the_time_in_the_queue(manager: TaskManager, spans: SpanRecorder) -> None:
+    """It is from creation to end, as the span."""
+    manager.max_concurrency = 1
+    await asyncio.gather(
+        manager.create_task(work(1), name="a"),
+        manager.create_task(work(2), name="b"),
+    )
+    assert {attributes["otel_tasks.task.name"]: seconds for attributes, _, seconds in durations(spans)} == {
+        "a": pytest.approx(1.0),
+        "b": pytest.approx(3.0),
+    }
+
+
+async def test_raising_queue_instrument_breaks_no_task(
+    manager: TaskManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is logged once, and the tasks get their places as ever."""
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("broken meter")
+
+    manager.max_concurrency = 1
+    monkeypatch.setattr(manager._ledger.telemetry, "record_queue", broken)
+    await asyncio.gather(*[manager.create_task(work()) for _ in range(3)])
+
+    assert manager.stats().completed == 3
+    assert len([record for record in caplog.records if record.exc_info]) == 1
 
 
 # -- cancellations ------------------------------------------------------------------------------

@@ -535,6 +535,38 @@ def test_each_wait_of_a_watcher_can_be_cancelled(spans: SpanRecorder) -> None:
     assert cancel_at_each_await(scenario, spans) >= 4
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    reports=st.lists(st.floats(0, 3), max_size=20),
+    paces=st.lists(st.tuples(st.floats(0, 20), st.floats(0, 5)), min_size=1, max_size=4),
+)
+def test_every_watcher_goes_forward_and_sees_the_last(
+    reports: list[float], paces: list[tuple[float, float]]
+) -> None:
+    """Whenever it begins and however slow it is: numbers only grow, and the last report is not missed."""
+
+    async def work() -> None:
+        for pause in reports:
+            mine().advance()
+            await asyncio.sleep(pause)
+
+    async def watch(task: ManagedTask[None], begin: float, pause: float) -> list[int]:
+        await asyncio.sleep(begin)
+        numbers = []
+        async for progress in task.progress.watch():
+            numbers.append(progress.number)
+            await asyncio.sleep(pause)
+        return numbers
+
+    async def story() -> list[list[int]]:
+        task = TaskManager("property").create_task(work())
+        return await asyncio.gather(*(watch(task, *pace) for pace in paces))
+
+    for numbers in run(story()):
+        assert numbers == sorted(set(numbers))
+        assert numbers[-1:] == ([len(reports)] if reports else [])
+
+
 # --- threads and loops -----------------------------------------------------------------------------------
 
 
@@ -565,6 +597,31 @@ async def test_a_thread_reports_to_the_loops_watchers() -> None:
     assert found[-1] == 8000
     assert newest(task).number == 8001
     await task
+
+
+@pytest.mark.real_clock
+async def test_a_function_in_a_thread_reports_as_a_coroutine_does() -> None:
+    """What `run_in_thread` runs has a task, and that task's progress."""
+    manager = TaskManager("threads")
+    gate = threading.Event()
+
+    def work() -> int:
+        for _ in range(3):
+            assert gate.wait(20)
+            gate.clear()
+            mine().advance()
+        return 3
+
+    task = manager.run_in_thread(work)
+    watcher = asyncio.create_task(seen(task.progress.watch()))
+    for number in range(3):
+        gate.set()
+        async with asyncio.timeout(20):
+            async for progress in task.progress.watch(after=number):
+                assert progress.done == number + 1
+                break
+    assert await task == 3
+    assert (await watcher)[-1] == 3
 
 
 @pytest.mark.real_clock

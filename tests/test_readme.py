@@ -48,8 +48,8 @@ def block(words: str) -> str:
 
 
 def test_the_blocks_are_found() -> None:
-    """All six Python blocks of the README are seen by this module."""
-    assert len(BLOCKS) == 6
+    """All seven Python blocks of the README are seen by this module."""
+    assert len(BLOCKS) == 7
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=lambda code: code.strip().splitlines()[-1][:40])
@@ -82,6 +82,12 @@ def test_the_library_block_prints_what_its_comments_say() -> None:
     """What stands beside each print is what it prints."""
     code = block('TaskManager("crawler")')
     assert run_block(code).splitlines() == promised_output(code)
+
+
+def test_the_limits_block_prints_in_the_order_it_tells() -> None:
+    """Its last comment is what it prints."""
+    code = block("put_task")
+    assert ", ".join(run_block(code).splitlines()) == code.strip().rpartition("# ")[2]
 
 
 def test_the_decorator_block_prints_the_tasks_name() -> None:

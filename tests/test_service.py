@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry import trace
 
 from otel_tasks import (
     CancelKind,
@@ -36,6 +37,8 @@ from tests.helpers import CancelledAt, counters, give, ignore_cancels, kind_of, 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+
+    from opentelemetry.sdk.trace import ReadableSpan
 
     from otel_tasks import ManagedTask, TaskInfo
 
@@ -69,6 +72,23 @@ class Flaky:
     def gaps(self) -> list[float]:
         """Seconds between the beginnings."""
         return [after - before for before, after in itertools.pairwise(self.began)]
+
+
+def context_of(span: ReadableSpan) -> trace.SpanContext:
+    """What links name a span by."""
+    context = span.get_span_context()
+    assert context is not None
+    return context
+
+
+def links_of(span: ReadableSpan) -> list[tuple[trace.SpanContext, object]]:
+    """To which spans it is linked, and how."""
+    return [(link.context, (link.attributes or {})["otel_tasks.link"]) for link in span.links]
+
+
+def attribute(span: ReadableSpan, name: str) -> object:
+    """What stands on a span."""
+    return (span.attributes or {}).get(name)
 
 
 # -- the policy ------------------------------------------------------------------------------------
@@ -322,7 +342,7 @@ async def test_return_may_count_as_a_failure(caplog: pytest.LogCaptureFixture) -
     work = Flaky(0, returns=True)
     policy = RestartPolicy(on="always", max_failures=3, delay=0)
     service = await manager.start_service("prices", work, restart=policy)
-    with pytest.raises(RuntimeError, match="^attempt 'prices#3' returned, and is meant to go on"):
+    with pytest.raises(RuntimeError, match=r"^attempt 'prices#3' returned, and is meant to go on"):
         await service
     assert len(work.began) == 3
     assert counters(manager) == {"created": 4, "completed": 3, "failed": 1, "remembered": 4}
@@ -370,7 +390,7 @@ async def test_given_up_with_the_last_error(caplog: pytest.LogCaptureFixture) ->
     assert (
         "service 'prices' is given up after 3 failures within 60 s; the last was that of attempt 'prices#3'"
     ) in text
-    with pytest.raises(ConnectionError, match="^failure 3"):
+    with pytest.raises(ConnectionError, match=r"^failure 3"):
         await manager.wait_for_task("prices")
 
 
@@ -434,7 +454,8 @@ async def test_factory_that_makes_no_coroutine_is_given_up_at_once() -> None:
     def factory() -> int:
         return 1
 
-    service = await manager.start_service("prices", factory)  # type: ignore[arg-type]  # that is the test
+    wrong: Any = factory
+    service = await manager.start_service("prices", wrong)
     with pytest.raises(TypeError, match="declare it as `async def factory") as caught:
         await service
     assert "factory() made 1" in str(caught.value)
@@ -817,7 +838,7 @@ async def test_coroutine_instead_of_a_factory_is_refused_and_closed(options: Any
     """A coroutine can run only once: it is closed, and the message shows what to write."""
     manager = TaskManager()
     coro: Any = give(1)
-    with pytest.raises(TypeError, match="runs only once|group must be"):
+    with pytest.raises(TypeError, match=r"runs only once|group must be"):
         await manager.start_service("prices", coro, **options)
     assert coro.cr_frame is None
 
@@ -917,8 +938,7 @@ async def test_attempt_that_will_not_stop_is_listed_with_its_service(
     report = await manager.shutdown(grace=0, timeout=4)
     assert set(report.still_running) == {"prices", "prices#1"}
     await manager.join()
-    assert spans.span("prices").attributes is not None
-    assert dict(spans.span("prices").attributes or {})["otel_tasks.task.outcome"] == "abandoned"
+    assert attribute(spans.span("prices"), "otel_tasks.task.outcome") == "abandoned"
     assert "would not stop" in caplog.text
 
 
@@ -1033,29 +1053,20 @@ async def test_each_attempt_is_a_trace_linked_to_the_one_before(spans: SpanRecor
     with spans.provider.get_tracer("test").start_as_current_span("startup") as startup:
         service = await manager.start_service("prices", Flaky(2, returns=True), restart=STEADY)
     await service
-    first, second, third = spans.spans("prices")
+    attempts = spans.spans("prices")
+    first, second, third = map(context_of, attempts)
     assert len(spans.finished) == 4
-    assert [span.parent for span in (first, second, third)] == [None] * 3
-    assert len({span.context.trace_id for span in (first, second, third)}) == 3
-    expected = [
-        (startup.get_span_context(), "spawned_by"),
-        (first.context, "restart_of"),
-        (second.context, "restart_of"),
+    assert [span.parent for span in attempts] == [None, None, None]
+    assert len({first.trace_id, second.trace_id, third.trace_id}) == 3
+    assert [links_of(span) for span in attempts] == [
+        [(startup.get_span_context(), "spawned_by")],
+        [(first, "restart_of")],
+        [(second, "restart_of")],
     ]
-    links = [
-        [(link.context, dict(link.attributes or {})) for link in span.links] for span in spans.spans("prices")
-    ]
-    assert links == [[(context, {"otel_tasks.link": word})] for context, word in expected]
-    assert [(span.attributes or {})["otel_tasks.task.id"] for span in (first, second, third)] == [
-        "prices#1",
-        "prices#2",
-        "prices#3",
-    ]
-    assert [(span.attributes or {})["otel_tasks.task.outcome"] for span in (first, second, third)] == [
-        "error",
-        "error",
-        "success",
-    ]
+    ids = [attribute(span, "otel_tasks.task.id") for span in attempts]
+    assert ids == ["prices#1", "prices#2", "prices#3"]
+    outcomes = [attribute(span, "otel_tasks.task.outcome") for span in attempts]
+    assert outcomes == ["error", "error", "success"]
     assert service.trace_id is None
 
 
@@ -1082,9 +1093,7 @@ async def test_link_to_the_predecessor_is_the_attempts_own(spans: SpanRecorder) 
     await (await manager.start_service("prices", work))
     await manager.join()
     for child, attempt in zip(spans.spans("child"), spans.spans("prices"), strict=True):
-        (link,) = child.links
-        assert link.context == attempt.context
-        assert dict(link.attributes or {}) == {"otel_tasks.link": "spawned_by"}
+        assert links_of(child) == [(context_of(attempt), "spawned_by")]
 
 
 async def test_attempt_that_queued_is_linked_too(spans: SpanRecorder) -> None:
@@ -1096,9 +1105,7 @@ async def test_attempt_that_queued_is_linked_too(spans: SpanRecorder) -> None:
     await service
     first, second = spans.spans("prices")
     assert second.parent is None
-    assert [(link.context, dict(link.attributes or {})) for link in second.links] == [
-        (first.context, {"otel_tasks.link": "restart_of"})
-    ]
+    assert links_of(second) == [(context_of(first), "restart_of")]
     await manager.join()
 
 
@@ -1111,25 +1118,26 @@ async def test_cancelled_attempt_is_linked_to_what_cancelled_the_service(spans: 
         service.cancel("enough")
     await manager.join()
     span = spans.span("prices")
-    assert [(link.context, dict(link.attributes or {})) for link in span.links] == [
-        (admin.get_span_context(), {"otel_tasks.link": "cancelled_by"})
-    ]
-    assert (span.attributes or {})["otel_tasks.cancel.message"] == "enough"
+    assert links_of(span) == [(admin.get_span_context(), "cancelled_by")]
+    assert attribute(span, "otel_tasks.cancel.message") == "enough"
 
 
 async def test_log_names_the_trace_and_is_not_the_callers(
     spans: SpanRecorder, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The warning has the attempt's trace id in it, and is not logged inside the span of the starter."""
-    from opentelemetry import trace
+    current: list[trace.Span] = []
 
-    current = []
-    caplog.handler.addFilter(lambda record: current.append(trace.get_current_span()) or True)
+    def note(_: logging.LogRecord) -> bool:
+        current.append(trace.get_current_span())
+        return True
+
+    caplog.handler.addFilter(note)
     manager = TaskManager(tracer_provider=spans.provider)
     with spans.provider.get_tracer("test").start_as_current_span("request"):
         await manager.start_service("prices", Flaky(9), restart=RestartPolicy(max_failures=2))
     await asyncio.sleep(100)
-    first, second = (f"{span.context.trace_id:032x}" for span in spans.spans("prices"))
+    first, second = (f"{context_of(span).trace_id:032x}" for span in spans.spans("prices"))
     assert f"attempt 'prices#1' (trace {first}) and is started again" in caplog.messages[0]
     assert f"attempt 'prices#2' (trace {second})" in caplog.text
     assert [span.get_span_context().is_valid for span in current] == [False, False]
@@ -1160,7 +1168,7 @@ SCENARIOS: dict[str, Scenario] = {
 def test_cancelled_at_each_await_it_leaves_nothing(
     name: str, monkeypatch: pytest.MonkeyPatch, spans: SpanRecorder
 ) -> None:
-    """A supervisor that is cancelled at its first await, at its second, ... ends cancelled with its attempt."""
+    """A supervisor that is cancelled at its first await, at its second, ... ends with its attempt."""
     options, factory = SCENARIOS[name]
     supervise = Service.run
     for number in itertools.count(1):

@@ -1170,6 +1170,224 @@ def test_annotate_request_writes_onto_the_span_of_its_context(
     assert span.status.status_code is StatusCode.UNSET
 
 
+# -- tasks that had to wait for a place ---------------------------------------------------------
+
+
+@pytest.fixture
+def narrow(spans: SpanRecorder) -> TaskManager:
+    """A manager with one place."""
+    return TaskManager(
+        "test",
+        max_concurrency=1,
+        tracer_provider=spans.provider,
+        meter_provider=spans.meter_provider,
+    )
+
+
+def seconds_from_start(span: ReadableSpan, stamp: int | None) -> float:
+    """How far into a span a moment is: the virtual clock's part of it, as no real time passes."""
+    assert stamp is not None
+    assert span.start_time is not None
+    return round((stamp - span.start_time) / 1e9)
+
+
+async def test_queued_task_is_one_span_from_its_creation(
+    narrow: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
+) -> None:
+    """It begins when the task was created, has the wait on it, and an event where it was over."""
+    for _ in range(3):
+        narrow.create_task(work(), name="before")
+    with tracer.start_as_current_span("caller") as caller:
+        task = narrow.create_task(work(), name="work-7", group="ingest", priority=TaskPriority.LOW)
+    await asyncio.sleep(0.5)
+    assert [span.name for span in spans.open] == ["before"]
+    assert (task.trace_id, task.info().span_id) == (None, None)
+    await asyncio.sleep(3)
+    assert task.trace_id == f"{caller.get_span_context().trace_id:032x}"
+    await task
+
+    span = spans.span("work")
+    assert seconds_from_start(span, span.events[0].timestamp) == 3
+    assert seconds_from_start(span, span.end_time) == 3  # the virtual second in which it ran is no real one
+    assert events(span) == ["otel_tasks.started"]
+    assert attributes(span) == {
+        "otel_tasks.task.outcome": "success",
+        "otel_tasks.task.queue.duration": 3.0,
+    }
+    assert span.attributes is not None
+    assert span.attributes["otel_tasks.task.priority"] == 0
+    assert span.attributes["otel_tasks.group.name"] == "ingest"
+    assert str(span.attributes["code.function.name"]).endswith("test_telemetry.work")
+    assert parent_id(span) == caller.get_span_context().span_id
+
+
+async def test_task_with_a_place_tells_of_no_queue(narrow: TaskManager, spans: SpanRecorder) -> None:
+    """Who did not have to wait has neither the attribute nor the event."""
+    await narrow.create_task(work(), name="work")
+
+    span = spans.span("work")
+    assert attributes(span) == {"otel_tasks.task.outcome": "success"}
+    assert events(span) == []
+
+
+async def test_queued_span_is_current_inside_the_task_alone(
+    narrow: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
+) -> None:
+    """The task's own spans are below it, and it has the context variables of its creation."""
+
+    async def look() -> str:
+        with tracer.start_as_current_span("inside"):
+            return here.get()
+
+    first = narrow.create_task(work())
+    here.set("creator")
+    task = narrow.create_task(look(), name="queued")
+    here.set("afterwards")
+    await ended(first, task)
+
+    assert task.result() == "creator"
+    assert parent_id(spans.span("inside")) == span_id(spans.span("queued"))
+    assert current_span_id() == 0
+
+
+async def test_queued_task_of_a_block_is_a_child_of_its_span(
+    narrow: TaskManager, spans: SpanRecorder
+) -> None:
+    """The parent is that of its creation: the block's, also if it gets its place after others have come."""
+    async with narrow.group("load", span=True) as group:
+        group.create_task(work(), name="first")
+        group.create_task(work(), name="queued")
+        victim = group.create_task(work(), name="victim")
+        await started()
+        victim.cancel()
+
+    children = {span.name for span in spans.children(spans.span("load"))}
+    assert children == {"first", "queued", "victim"}
+
+
+async def test_queued_detached_task_links_to_its_creator(
+    narrow: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
+) -> None:
+    """A trace of its own, as for one that need not wait."""
+    first = narrow.create_task(work())
+    with tracer.start_as_current_span("caller") as caller:
+        task = narrow.create_task(work(), name="queued", detached=True)
+    await ended(first, task)
+
+    span = spans.span("queued")
+    assert parent_id(span) is None
+    assert links(span) == [(caller.get_span_context().span_id, {"otel_tasks.link": "spawned_by"})]
+
+
+@pytest.mark.parametrize("turns", [0, 3])
+async def test_task_cancelled_in_the_queue_has_its_span(
+    narrow: TaskManager, spans: SpanRecorder, tracer: trace.Tracer, turns: int
+) -> None:
+    """From its creation to its end, with why and by whom, and without having started."""
+    first = narrow.create_task(fail(ValueError("bad")))
+    with tracer.start_as_current_span("creator") as creator:
+        task = narrow.create_task(work(), name="queued")
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    if turns:
+        await asyncio.sleep(0.5)
+    with tracer.start_as_current_span("canceller") as canceller:
+        task.cancel("not needed")
+    await ended(task)
+
+    span = spans.span("queued")
+    assert attributes(span) == {
+        "otel_tasks.task.outcome": "cancelled",
+        "otel_tasks.cancel.reason": "explicit",
+        "otel_tasks.cancel.message": "not needed",
+        "otel_tasks.cancel.duration": 0.0,
+        "otel_tasks.task.queue.duration": 0.5 if turns else 0.0,
+    }
+    assert span.status.status_code is StatusCode.UNSET
+    assert events(span) == ["otel_tasks.cancel_requested"]
+    assert links(span) == [(canceller.get_span_context().span_id, CAUSED_BY)]
+    assert parent_id(span) == creator.get_span_context().span_id
+    await ended(first)
+
+
+async def test_task_dropped_at_shutdown_has_its_span(narrow: TaskManager, spans: SpanRecorder) -> None:
+    """What waited for a place is in the trace, too."""
+    narrow.create_task(work(), name="running")
+    narrow.create_task(work(), name="queued")
+    await narrow.shutdown(grace=10)
+
+    assert attributes(spans.span("running")) == {"otel_tasks.task.outcome": "success"}
+    assert attributes(spans.span("queued"))["otel_tasks.cancel.reason"] == "shutdown"
+
+
+async def test_queue_timeout_is_a_timeout(narrow: TaskManager, spans: SpanRecorder) -> None:
+    """Its outcome is that of any timeout, with the time in the queue on it."""
+    first = narrow.create_task(asyncio.sleep(60))
+    task = narrow.create_task(work(), name="late", queue_timeout=5)
+    await ended(task)
+
+    span = spans.span("late")
+    assert attributes(span) == {
+        "otel_tasks.task.outcome": "timeout",
+        "otel_tasks.cancel.reason": "timeout",
+        "otel_tasks.cancel.message": "queue timeout of 5 s",
+        "otel_tasks.task.queue.duration": 5.0,
+        "error.type": "timeout",
+    }
+    assert span.status.description == "the task ran into its queue timeout of 5 s"
+    assert "otel_tasks.started" not in events(span)
+    first.cancel()
+    await ended(first)
+
+
+async def test_queued_task_that_fails_is_an_error(narrow: TaskManager, spans: SpanRecorder) -> None:
+    """The exception comes after the start."""
+    await ended(narrow.create_task(work()), narrow.create_task(fail(ValueError("bad")), name="bad"))
+
+    span = spans.span("bad")
+    assert events(span) == ["otel_tasks.started", "exception"]
+    assert attributes(span)["otel_tasks.task.queue.duration"] == 1.0
+    assert span.status.description == "bad"
+
+
+async def test_queued_task_that_is_sampled_out() -> None:
+    """The sampler is asked when the span is made; sampled out, the task works and has its ids."""
+    sampler = NotingSampler()
+    for provider in (own_provider(ALWAYS_OFF), own_provider(sampler)):
+        manager = TaskManager(max_concurrency=1, tracer_provider=provider)
+        first = manager.create_task(work(), name="first")
+        task, victim = manager.create_task(work(), name="queued"), manager.create_task(work(), name="victim")
+        await started()
+        assert [name for name, _, _ in sampler.told] in ([], ["first"])
+        victim.cancel()
+        await ended(first, task, victim)
+        assert (task.result(), victim.cancelled()) == ("done", True)
+        assert task.trace_id is not None
+    assert [name for name, _, _ in sampler.told] == ["first", "victim", "queued"]
+    assert sampler.told[-1][2]["otel_tasks.task.id"] == "queued"
+
+
+async def test_queued_task_without_an_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No span, no complaint; one that is set up while it waits is used from then on."""
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", None)
+    manager = TaskManager(max_concurrency=1)
+    tasks = [manager.create_task(work()) for _ in range(2)]
+    victim = manager.create_task(work())
+    await started()
+    victim.cancel()
+    await ended(*tasks, victim)
+    assert [task.trace_id for task in (*tasks, victim)] == [None] * 3
+
+    tasks = [manager.create_task(work(), name="work") for _ in range(2)]
+    victim = manager.create_task(work())
+    await started()
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", own_provider())
+    victim.cancel()
+    await ended(*tasks, victim)
+    assert [task.trace_id is None for task in (*tasks, victim)] == [True, False, False]
+    assert current_span_id() == 0
+
+
 # -- sampled out, broken, absent ----------------------------------------------------------------
 
 
@@ -1240,6 +1458,23 @@ async def test_broken_telemetry_breaks_no_task(broken: TaskManager, caplog: pyte
     assert [task.result() for task in good] == ["done"] * 3
     assert victim.cancelled()
     assert broken.stats().live == 0
+    assert len(complaints(caplog)) == 1
+
+
+async def test_broken_telemetry_breaks_no_queue(
+    broken: TaskManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Queued tasks get their places, run, and are cancelled as ever."""
+    broken.max_concurrency = 1
+    good = [broken.create_task(work()) for _ in range(3)]
+    victim = broken.create_task(work())
+    await started()
+    victim.cancel()
+    await ended(*good, victim)
+
+    assert [task.result() for task in good] == ["done"] * 3
+    assert victim.cancelled()
+    assert (broken.stats().live, broken._ledger.limiter.used) == (0, 0)
     assert len(complaints(caplog)) == 1
 
 

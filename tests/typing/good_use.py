@@ -16,6 +16,7 @@ from otel_tasks import (
     CancelKind,
     CancelReport,
     ManagedTask,
+    RestartPolicy,
     ShutdownReport,
     TaskGroup,
     TaskInfo,
@@ -37,6 +38,7 @@ from otel_tasks import (
     global_task_manager,
     managed_task,
     propagate_cancellation,
+    start_service,
     start_task,
     wait_for_task,
     wait_with_cancellation,
@@ -82,6 +84,7 @@ async def starting(manager: TaskManager) -> None:
     assert_type(await manager.start_task("n", nothing), ManagedTask[None])
     assert_type(await manager.start_task("n", count(1), cancel_existing=True), ManagedTask[int])
     assert_type(await start_task("n", nothing, on_conflict="return"), ManagedTask[None])
+    assert_type(await start_service("n", lambda: count(1), restart=RestartPolicy(delay=2)), ManagedTask[int])
 
 
 async def grouping(manager: TaskManager) -> None:

@@ -33,6 +33,7 @@ async def refused(manager: TaskManager, group: TaskGroup, info: TaskInfo, event:
     group.create_task(count)  # type: ignore[arg-type]  # the function, not its coroutine
     manager.create_task(count(1), group=17)  # type: ignore[arg-type]  # a name or a group
     await manager.start_task("n", plain)  # type: ignore[arg-type]  # makes no coroutine
+    await manager.start_service("n", count(1))  # type: ignore[arg-type]  # can be run only once
     await manager.start_task(lambda: count(1))  # type: ignore[call-arg, arg-type]  # the name comes first
     manager.group("load", on_error="raise")  # type: ignore[arg-type]  # no such choice
     managed_task(plain)  # type: ignore[arg-type]  # not a coroutine function
