@@ -18,6 +18,8 @@ import itertools
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any
 
+from otel_tasks._checks import check_count
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -199,3 +201,18 @@ def _no_longer_waiting(ready: list[Ticket]) -> list[Ticket]:
         for limiter in ticket.limiters:
             limiter.waiting -= 1
     return ready
+
+
+def checked_limiter(limit: int | None, max_queue: int | None) -> Limiter | None:
+    """Make the limiter for these options; None where there is nothing to limit.
+
+    Raises:
+        ValueError: The limit is below 1, the queue's below 0, or there is a queue without a limit.
+    """
+    check_count("max_concurrency", limit, 1)
+    check_count("max_queue", max_queue, 0)
+    if limit is None:
+        if max_queue is not None:
+            raise ValueError(f"max_queue={max_queue} needs max_concurrency: without it no task ever waits")
+        return None
+    return Limiter(limit, max_queue)

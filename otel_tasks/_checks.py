@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
+from otel_tasks._state import TaskPriority
+
 
 def checked_seconds(what: str, seconds: float | None) -> float | None:
     """Give back a duration; infinity becomes None, without bound.
@@ -17,3 +21,43 @@ def checked_seconds(what: str, seconds: float | None) -> float | None:
     if not seconds >= 0:
         raise ValueError(f"{what} must be at least 0 seconds, got {seconds!r}")
     return float(seconds)
+
+
+def checked_name(what: str, name: object) -> str:
+    """Give back a usable name.
+
+    Raises:
+        TypeError: It is not a string.
+        ValueError: It is empty.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"{what} name must be a string, got {name!r}")
+    if not name:
+        raise ValueError(f"{what} name must not be empty: leave it out to have one made")
+    return name
+
+
+def checked_priority(priority: object) -> TaskPriority:
+    """Give back a TaskPriority for one or its number.
+
+    Raises:
+        ValueError: There is no such priority.
+    """
+    try:
+        return TaskPriority(priority)  # type: ignore[arg-type]  # anything may come in: that is what is checked
+    except ValueError:
+        names = ", ".join(f"TaskPriority.{level.name}" for level in TaskPriority)
+        raise ValueError(f"priority must be one of {names}, got {priority!r}") from None
+
+
+def check_count(what: str, count: object, least: int) -> None:
+    """Raise a ValueError unless ``count`` is None or a whole number of at least ``least``."""
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < least):
+        raise ValueError(f"{what} must be at least {least}, or None for no bound, got {count!r}")
+
+
+def check_choice(what: str, value: object, choices: Any) -> None:
+    """Raise a ValueError unless ``value`` is one of a ``Literal``'s."""
+    if value not in get_args(choices):
+        listed = ", ".join(repr(choice) for choice in get_args(choices))
+        raise ValueError(f"{what} must be one of {listed}, got {value!r}")

@@ -8,7 +8,7 @@ import inspect
 import sys
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
-from otel_tasks._group import checked_name, checked_priority, checked_seconds
+from otel_tasks._checks import checked_name, checked_priority, checked_seconds
 from otel_tasks._manager import create_task, global_task_manager
 from otel_tasks._state import TaskPriority
 

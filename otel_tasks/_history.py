@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # What is kept of a task that simply returned: most do, and a TaskInfo of each would cost them
-# 1 us more. Id, name, group name, group id, priority, created at, ended at.
-Brief = tuple[str, str, str, str, TaskPriority, float, float]
+# 1 us more. Name; the group's name, id and whether it is scoped; priority, created at, ended at.
+Brief = tuple[str, tuple[str, str, bool], TaskPriority, float, float]
 
 
 class Ending(NamedTuple):
@@ -75,10 +75,18 @@ class History:
     def _newest(self, task_id: str) -> Brief | TaskInfo | Ending | None:
         entry: Brief | TaskInfo | Ending
         for entry in reversed(self._entries):
-            known: str = entry.info.id if isinstance(entry, Ending) else entry[0]
-            if known == task_id:
+            if _id(entry) == task_id:
                 return entry
         return None
+
+
+def _id(entry: Brief | TaskInfo | Ending) -> str:
+    if isinstance(entry, Ending):
+        return entry.info.id
+    if isinstance(entry, TaskInfo):
+        return entry.id
+    name, (_, group_id, scoped), *_rest = entry
+    return f"{group_id}/{name}" if scoped else name
 
 
 def _info(entry: Brief | TaskInfo | Ending) -> TaskInfo:
@@ -86,9 +94,9 @@ def _info(entry: Brief | TaskInfo | Ending) -> TaskInfo:
         return entry.info
     if isinstance(entry, TaskInfo):
         return entry
-    task_id, name, group, group_id, priority, created_at, ended_at = entry
+    name, (group, group_id, _), priority, created_at, ended_at = entry
     return TaskInfo(
-        id=task_id,
+        id=_id(entry),
         name=name,
         group=group,
         group_id=group_id,

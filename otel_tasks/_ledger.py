@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from asyncio import _get_running_loop
 from collections import deque
 from contextvars import Context
@@ -38,16 +39,17 @@ from otel_tasks._telemetry import (
     note_cancel_requested,
     note_started,
 )
+from otel_tasks._tree import emptied
 from otel_tasks.exceptions import ManagerClosedError, WrongLoopError, WrongThreadError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from otel_tasks._group import TaskGroup
+    from otel_tasks.progress import TaskProgress
     from otel_tasks._task import TaskInfo
     from otel_tasks._threads import Threads
     from otel_tasks.cancellation import CancelCause
-    from otel_tasks.progress import TaskProgress
 
 logger = logging.getLogger("otel_tasks")
 
@@ -112,6 +114,8 @@ class Ledger:
         # The thread in which that loop runs.
         self.thread: int | None = None
         self.closed = False
+        # The loop's, without the method around it where there is one: 0.1 us a task.
+        self.clock: Callable[[], float] = time.monotonic
         # The cause of the pass that is cancelling tasks just now: a task that is cancelled
         # only because its awaiter is takes this cause too.
         self.asking: CancelCause | None = None
@@ -185,6 +189,8 @@ class Ledger:
                 )
             self._drop_dead()
         self.loop = loop
+        own = type(loop).time is not asyncio.BaseEventLoop.time
+        self.clock = loop.time if own else time.monotonic
         self.thread = get_ident()
         self.threads.bind(loop)
         self.telemetry.watch(self)
@@ -380,36 +386,33 @@ class Ledger:
     # -- the end of a task ------------------------------------------------------------------
 
     def _take_end(self, task: ManagedTask[Any]) -> None:
-        # Out of the group last: whoever waits for that finds the books in order.
-        task._ended_at = ended_at = task.get_loop().time()
+        task._ended_at = ended_at = self.clock()
+        if (
+            task._extras is not None
+            or task._span is not None
+            or self.listeners
+            or task.cancelling()
+            or task.cancelled()
+            or failure_of(task) is not None
+            or self.telemetry.metered()
+        ):
+            self._take_story(task)
+            return
+        # A shorter way to the same books for tasks that simply returned, in a third of the time.
+        self.completed += 1
         group = task._group
-        plain = task._extras is None and task._span is None and not task.cancelling()
-        raised = task.cancelled() or failure_of(task) is not None
-        if not plain or raised or self.listeners or self.telemetry.metered():
-            try:
-                self._take_story(task)
-            finally:
-                if task._extras is not None and task._extras.progress is not None:
-                    self._end_progress(group, task._extras.progress)
-                if task._extras is not None and task._extras.ticket is not None:
-                    self.give_back(task._extras.ticket)
-                group._remove(task)
-        else:
-            # A shorter way to the same books for tasks that simply returned: 2 of 6 us.
-            self.completed += 1
-            name = task.get_name()
-            self.history.add(
-                (
-                    group._task_id(name),
-                    name,
-                    group.name,
-                    group.id,
-                    task._priority,
-                    task._created_at,
-                    ended_at,
-                )
-            )
-            group._remove(task)
+        name = task.get_name()
+        label = group._label or (group.name, group.id, True)
+        self.history.add((name, label, task._priority, task._created_at, ended_at))
+        names = group._names
+        # Its entry may be another's by now: a name is free as soon as its task is done.
+        if names.get(name) is task:
+            del names[name]
+        live = group._live
+        if live is not names and live.get(name) is task:
+            del live[name]
+        if not live:
+            emptied(group)
 
     def _end_progress(self, group: TaskGroup, progress: TaskProgress) -> None:
         progress.end()
@@ -418,6 +421,18 @@ class Ledger:
             group._keep_progress(1, last.done)
 
     def _take_story(self, task: ManagedTask[Any]) -> None:
+        try:
+            self._write_story(task)
+        finally:
+            extras = task._extras
+            if extras is not None and extras.progress is not None:
+                self._end_progress(task._group, extras.progress)
+            if extras is not None and extras.ticket is not None:
+                self.give_back(extras.ticket)
+            # Out of the group last: whoever waits for that finds the books in order.
+            task._group._remove(task)
+
+    def _write_story(self, task: ManagedTask[Any]) -> None:
         status = final_status(task)
         error = failure_of(task) if status is TaskStatus.FAILED else None
         task._cause = cause_at_end(task, status)

@@ -7,23 +7,17 @@ import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
-from otel_tasks._admission import Limiter
-from otel_tasks._group import (
-    TaskGroup,
-    check_count,
-    checked_limiter,
-    checked_name,
-    checked_seconds,
-    close_quietly,
-    current_group_or_none,
-    renew,
-)
+from otel_tasks._admission import Limiter, checked_limiter
+from otel_tasks._checks import check_count, checked_name, checked_seconds
+from otel_tasks._create import close_quietly, create_plain
+from otel_tasks._group import TaskGroup, current_group_or_none
 from otel_tasks._ledger import Ledger, logger
 from otel_tasks._service import DEFAULT_POLICY, RestartPolicy, start_supervisor
 from otel_tasks._state import CancelKind, TaskPriority, TaskStatus
 from otel_tasks._task import ManagedTask, TaskInfo, _cancel, ask, wait_until_done, with_predecessors
 from otel_tasks._telemetry import Telemetry
 from otel_tasks._threads import Threads, current_worker
+from otel_tasks._tree import renew
 from otel_tasks.cancellation import CancelCause, CancelEvent
 from otel_tasks.exceptions import TaskNotFoundError
 
@@ -34,7 +28,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self, Unpack
 
-    from otel_tasks._group import Binding, OnConflict, TaskOptions
+    from otel_tasks._create import Binding, OnConflict, TaskOptions
     from otel_tasks._ledger import TaskEvent, TaskStats
     from otel_tasks._scope import OnError
     from otel_tasks._telemetry import MeterProvider, TracerProvider
@@ -164,7 +158,7 @@ class TaskManager:
     @property
     def abandoned_threads(self) -> tuple[str, ...]:
         """The ids of the tasks that have ended while their function runs on in its thread."""
-        return tuple(worker.task.id for worker in self._ledger.threads.abandoned())
+        return tuple(worker.id for worker in self._ledger.threads.abandoned())
 
     def __repr__(self) -> str:
         state = "shut down" if self._ledger.closed else "open"
@@ -224,6 +218,15 @@ class TaskManager:
             >>> task = manager.create_task(send_mail(user), group="mail")
         """
         where = self._root if group is None else self._group_for(group, coro)
+        if (
+            timeout is None
+            and queue_timeout is None
+            and metadata is None
+            and context is None
+            and eager_start is None
+            and on_conflict == "suffix"
+        ):
+            return create_plain(where, coro, name, priority, detached)
         return where._create(
             coro,
             name,
@@ -851,7 +854,7 @@ class TaskManager:
         )
 
     def _abandoned_threads(self) -> dict[str, str]:
-        stacks = {worker.task.id: worker.stack() for worker in self._ledger.threads.abandoned()}
+        stacks = {worker.id: worker.stack() for worker in self._ledger.threads.abandoned()}
         for task_id, stack in stacks.items():
             logger.error("the thread of task %r has not returned at shutdown; it is at\n%s", task_id, stack)
         return stacks
@@ -940,6 +943,15 @@ def create_task(
     except BaseException:
         close_quietly(coro)
         raise
+    if (
+        timeout is None
+        and queue_timeout is None
+        and metadata is None
+        and context is None
+        and eager_start is None
+        and on_conflict == "suffix"
+    ):
+        return create_plain(where, coro, name, priority, detached)
     return where._create(
         coro,
         name,

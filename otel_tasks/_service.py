@@ -25,7 +25,8 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
 
-from otel_tasks._group import check_choice, check_count, checked_name, close_quietly
+from otel_tasks._checks import check_choice, check_count, checked_name
+from otel_tasks._create import close_quietly
 from otel_tasks._ledger import logger
 from otel_tasks._state import CancelKind, TaskStatus
 from otel_tasks._task import _cancel, ask, cancel_message, cause_at_end, wait_until_done, with_predecessors
@@ -36,7 +37,8 @@ from otel_tasks.exceptions import ManagerClosedError
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
-    from otel_tasks._group import OnConflict, TaskGroup
+    from otel_tasks._create import OnConflict
+    from otel_tasks._group import TaskGroup
     from otel_tasks._state import TaskPriority
     from otel_tasks._task import ManagedTask
 

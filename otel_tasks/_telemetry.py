@@ -69,6 +69,7 @@ CANCEL_REQUESTED = "otel_tasks.cancel_requested"
 # Where the context of a task that is to be started again says which span was the one before.
 _PREDECESSOR = otel_context.create_key("otel_tasks.predecessor")
 _READABLE = hasattr(trace, "_TRACER_PROVIDER")
+_METERS_READABLE = hasattr(metrics_internal, "_METER_PROVIDER")
 _DESCRIPTION_LIMIT = 256
 # A number or an id as a part of a name of its own: "fetch-17", "order_4711_pay", "job:9f8b7c6d".
 _ID = r"(?:[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}|\d+|(?=[a-fA-F]*\d)[0-9a-fA-F]{8,})"
@@ -279,7 +280,7 @@ class Telemetry:
         if self._meter_provider is not None:
             return not isinstance(self._meter_provider, NoOpMeterProvider)
         # As for the tracer; the placeholder of metrics has no public name at all.
-        return getattr(metrics_internal, "_METER_PROVIDER", None) is not None
+        return _METERS_READABLE and metrics_internal._METER_PROVIDER is not None
 
     def record(
         self,

@@ -206,7 +206,8 @@ class Threads:
         # Those that have a place: it is given back by the thread itself, whatever became of its loop.
         self.workers: dict[Worker[Any], None] = {}
         self._waiting: list[tuple[float, int, Worker[Any]]] = []
-        self.loop: asyncio.AbstractEventLoop | None = None
+        # The manager's; there is one before there is a worker.
+        self.loop: asyncio.AbstractEventLoop
 
     @property
     def limit(self) -> int | None:
@@ -265,6 +266,7 @@ class Worker(Generic[T]):
 
     def __init__(self, threads: Threads, task: ManagedTask[T], function: Callable[[], T]) -> None:
         self.task = task
+        self.id = task.id
         self.event = CancelEvent(task.group.cancel_event)
         # The task has ended; its thread may not have returned.
         self.abandoned = False
@@ -323,6 +325,9 @@ class Worker(Generic[T]):
             extras.worker = None
             # Also where the coroutine was closed, because its loop was.
             self._leave()
+            if self._over:
+                # The traceback of an error leads here, and the task to the error: no cycle of it.
+                del self.task
 
     async def _start(self) -> None:
         try:
@@ -330,7 +335,7 @@ class Worker(Generic[T]):
                 await self._wait()
             context = copy_context()
             context.run(_here.set, self)
-            self._thread = _WorkerThread(self, context)
+            self._thread = _WorkerThread(self._threads, self, context)
             self._thread.start()
         except BaseException:
             # Cancelled while it waited, or just when it got its place; or no thread could be started.
@@ -347,10 +352,11 @@ class Worker(Generic[T]):
             self._result = context.run(self._function)
         except BaseException as error:
             self._error = error
+        # What it was called with is not kept by an error, nor while an abandoned thread is in the books.
+        del self._function
         self._threads.workers.pop(self, None)
-        loop = self._threads.loop or self.task.get_loop()
         try:
-            loop.call_soon_threadsafe(self._returned)
+            self._threads.loop.call_soon_threadsafe(self._returned)
         except RuntimeError:
             # It is closed: nobody waits in it any more.
             self.abandoned = True
@@ -359,7 +365,7 @@ class Worker(Generic[T]):
     def _returned(self) -> None:
         self._over = True
         if self._thread is not None:
-            self._thread.works_for = None
+            self._thread.is_back = True
         self._threads.pass_on()
         self.wake()
         self._report()
@@ -400,7 +406,7 @@ class Worker(Generic[T]):
         if self.abandoned and self in self._threads.workers:
             logger.warning(
                 "the thread of task %r runs on after the task (%s); its cancel event is set",
-                self.task.id,
+                self.id,
                 self.event.cause,
             )
 
@@ -410,27 +416,31 @@ class Worker(Generic[T]):
             return
         error, self._error = self._error, None
         if error is None or isinstance(error, _CANCELLED):
-            logger.info("the thread of task %r has returned", self.task.id)
+            logger.info("the thread of task %r has returned", self.id)
         else:
-            logger.error("the thread of task %r failed after the task", self.task.id, exc_info=error)
+            logger.error("the thread of task %r failed after the task", self.id, exc_info=error)
 
 
 class _WorkerThread(threading.Thread):
     """A daemon: at exit the interpreter does not wait for one that hangs."""
 
-    def __init__(self, worker: Worker[Any], context: Context) -> None:
-        super().__init__(
-            target=worker.work, args=(context,), name=f"otel_tasks {worker.task.id}", daemon=True
-        )
-        # For the virtual clock of `testing`, which has to wait while a thread works for its loop.
-        # None once the loop knows that the thread has returned.
-        self.works_for: asyncio.AbstractEventLoop | None = worker.task.get_loop()
+    def __init__(self, threads: Threads, worker: Worker[Any], context: Context) -> None:
+        super().__init__(target=worker.work, args=(context,), name=f"otel_tasks {worker.id}", daemon=True)
+        self._threads = threads
+        # The loop knows that the thread has returned.
+        self.is_back = False
+
+    @property
+    def works_for(self) -> asyncio.AbstractEventLoop | None:
+        """The loop that this one will tell: for the virtual clock of `testing`, which waits for it."""
+        return None if self.is_back else self._threads.loop
 
 
 def current_worker() -> Worker[Any] | None:
     """The worker in whose thread this runs; None elsewhere."""
     worker = _here.get()
-    if worker is None:
+    if worker is None or worker._over:
+        # The function has left its context to something that outlives it.
         return None
     try:
         task = asyncio.current_task()
@@ -456,8 +466,8 @@ def in_thread(
 
 
 async def _in_thread(threads: Threads, function: Callable[[], T], *, abandon: bool) -> T:
-    task = cast("ManagedTask[T]", asyncio.current_task())
-    return await Worker(threads, task, function).run(abandon=abandon)
+    worker = Worker(threads, cast("ManagedTask[T]", asyncio.current_task()), function)
+    return await worker.run(abandon=abandon)
 
 
 def check_function(function: object) -> None:

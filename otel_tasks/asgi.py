@@ -26,8 +26,9 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from otel_tasks import _task
+from otel_tasks._create import _bound
 from otel_tasks._disconnect import ClientDisconnected, Connection, Message, Receive, Scope, Send, Sweeper
-from otel_tasks._group import TaskGroup, _bound
+from otel_tasks._group import TaskGroup
 from otel_tasks._manager import TaskManager, global_task_manager
 from otel_tasks._state import CancelKind
 from otel_tasks._telemetry import annotate_request

@@ -14,7 +14,8 @@ from zlib import crc32
 import fastapi
 from fastapi import Depends
 
-from otel_tasks._group import TaskGroup, checked_seconds
+from otel_tasks._checks import checked_seconds
+from otel_tasks._group import TaskGroup
 from otel_tasks._manager import global_task_manager
 from otel_tasks._task import ManagedTask, TaskInfo, wait_until_done
 from otel_tasks.asgi import (

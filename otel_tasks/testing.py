@@ -158,6 +158,10 @@ class _JumpingSelector(selectors.DefaultSelector):
             return events
         if self._loop._a_thread_works():
             return self._select_really(timeout)
+        # Between the two looks a thread may have told the loop and ended.
+        events = super().select(0)
+        if events:
+            return events
         if timeout is not None:
             self._loop._jump(timeout)
             return events

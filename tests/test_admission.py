@@ -114,7 +114,7 @@ def test_higher_priority_first() -> None:
 
 
 def test_waiting_is_worth_priority() -> None:
-    """`ageing` seconds are worth one level: 9 are not enough, with 10 they are equal, and first come goes first."""
+    """`ageing` seconds are worth a level: 9 are not enough, with 10 they are equal, first come goes first."""
     limiter = Limiter(1, None)
     running = ticket("running", limiter)
     admit(running)

@@ -217,9 +217,9 @@ async def test_eager_tasks_inside_of_eager_tasks(manager: TaskManager) -> None:
 
     async def parent() -> None:
         create_task(child(), name="one")
-        seen.append(current_task().name)  # type: ignore[union-attr]
+        seen.append(current_task().name)  # type: ignore[union-attr]  # in a managed task
         await create_task(child(), name="two")
-        seen.append(current_task().name)  # type: ignore[union-attr]
+        seen.append(current_task().name)  # type: ignore[union-attr]  # in a managed task
 
     task = manager.create_task(parent(), name="parent", group="family")
     assert seen == ["one", "parent", "two", "parent"]

@@ -27,7 +27,7 @@ from otel_tasks import (
 from tests.helpers import counters, fail, give, ignore_cancels, now, rest, settle
 
 if TYPE_CHECKING:
-    from otel_tasks._group import OnConflict
+    from otel_tasks._create import OnConflict
     from otel_tasks.testing import SpanRecorder
 
 DISCONNECT = CancelCause(CancelKind.CLIENT_DISCONNECT, "gone")
@@ -519,7 +519,7 @@ def test_current_things_can_be_asked_for_without_a_loop() -> None:
 async def test_binding_in_the_context_beats_the_current_task() -> None:
     """A request's handler has its group by context; a task started from it elsewhere has its own group."""
     manager = TaskManager()
-    from otel_tasks._group import _bound
+    from otel_tasks._create import _bound
 
     bound = manager.get_group("request")
     token = _bound.set(bound)
@@ -539,7 +539,7 @@ async def test_binding_in_the_context_beats_the_current_task() -> None:
 
 async def test_create_task_closes_the_coroutine_where_the_binding_refuses() -> None:
     """Whatever stands for the current group may refuse; the coroutine is closed then."""
-    from otel_tasks._group import _bound
+    from otel_tasks._create import _bound
 
     class Refusing:
         @property

@@ -501,7 +501,7 @@ def test_task_cannot_be_created_where_no_loop_runs() -> None:
     with pytest.raises(
         WrongThreadError,
         match=r"^manager 'mine' creates tasks in a running event loop, and none runs in this thread: "
-        r"call it from a coroutine, or hand it over with loop\.call_soon_threadsafe\(\.\.\.\)$",
+        r"write create_task_threadsafe\(\.\.\.\), or call it from a coroutine$",
     ):
         TaskManager("mine").create_task(rest())
     gc.collect()
@@ -531,7 +531,8 @@ def test_manager_with_live_tasks_refuses_another_loop() -> None:
     first = VirtualClockLoop()
     message = (
         r"^manager 'mine' has 1 live tasks in another event loop: "
-        r"use one TaskManager per loop, or shut it down there first$"
+        r"use one TaskManager per loop, hand the work over with create_task_threadsafe\(\.\.\.\), "
+        r"or shut it down there first$"
     )
 
     async def use() -> None:

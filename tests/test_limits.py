@@ -472,7 +472,7 @@ async def test_a_refusal_under_a_limit_leaves_nothing(log: Log) -> None:
     for _ in range(2):
         refused = log.work("no")
         with pytest.raises(TypeError):
-            manager.create_task(refused, timeout=1, context="mine")  # type: ignore[arg-type]
+            manager.create_task(refused, timeout=1, context="mine")  # type: ignore[arg-type]  # the mistake under test
         assert is_closed(refused)
         manager.create_task(log.work())
     await manager.join()

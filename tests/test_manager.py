@@ -765,6 +765,7 @@ def test_report_is_frozen_and_clean_by_default() -> None:
         "cancelled": 0,
         "cancel_ignored": (),
         "still_running": {},
+        "abandoned_threads": {},
     }
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from opentelemetry import trace
 
 from otel_tasks import (
+    CancelEvent,
     CancelKind,
     ManagerClosedError,
     RestartPolicy,
@@ -31,7 +32,7 @@ from otel_tasks import (
     global_task_manager,
     start_service,
 )
-from otel_tasks._service import Failures, Service
+from otel_tasks._service import Failures, Service, _sleep
 from otel_tasks.testing import SpanRecorder, VirtualClockLoop, assert_no_tasks_left, run
 from tests.helpers import CancelledAt, counters, give, ignore_cancels, kind_of, now, rest, settle
 
@@ -918,6 +919,21 @@ async def test_service_in_its_delay_does_not_hold_up_a_shutdown() -> None:
     assert (service.status, kind_of(service)) == (TaskStatus.CANCELLED, CancelKind.SHUTDOWN)
 
 
+async def test_group_cancelled_in_the_delay_begins_nothing_in_its_grace() -> None:
+    """A service that waits for its next attempt ends when its group's cancel event is set, for that cause."""
+    manager = TaskManager()
+    work = Flaky(99)
+    service = await manager.start_service("prices", work, group="feeds", restart=RestartPolicy(delay=2))
+    manager.create_task(asyncio.sleep(5), group="feeds")
+    await settle()
+    start = now()
+    await manager.cancel_group("feeds", "enough", grace=10)
+    assert service.info().ended_at == start
+    assert service.cause is not None
+    assert service.cause.message == "enough"
+    assert len(work.began) == 1
+
+
 async def test_service_begun_in_the_turn_of_a_shutdown_ends_with_it() -> None:
     """A service that has not made its first attempt yet makes none, and fails at nothing."""
     manager = TaskManager()
@@ -1223,3 +1239,28 @@ async def test_given_up_service_holds_nothing(caplog: pytest.LogCaptureFixture) 
         assert [task() for task in tasks] == [None] * 3
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("how", ["cancelled", "woken"])
+async def test_delay_leaves_no_timer_and_no_waiter(how: str) -> None:
+    """A delay that was cut short is not in the loop's timers, nor among those who wait for the event."""
+    loop: Any = asyncio.get_running_loop()
+    event = CancelEvent()
+    task = asyncio.create_task(_sleep(500, event))
+    await settle()
+    if how == "woken":
+        event.set()
+    else:
+        task.cancel()
+    await asyncio.wait([task])
+    assert not event._waiters
+    assert [timer for timer in loop._scheduled if not timer.cancelled()] == []
+
+
+async def test_delay_of_nothing_ends_in_the_next_turn() -> None:
+    """Without a delay the next attempt begins at once, and the event is forgotten all the same."""
+    event = CancelEvent()
+    start = now()
+    await _sleep(0, event)
+    assert now() == start
+    assert not event._waiters

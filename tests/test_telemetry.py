@@ -1521,7 +1521,7 @@ async def test_without_an_sdk_no_span_work_is_done(monkeypatch: pytest.MonkeyPat
         raise AssertionError("span work without an SDK")
 
     for name in ("copy_context", "start_span", "code_name"):
-        monkeypatch.setattr(f"otel_tasks._group.{name}", never)
+        monkeypatch.setattr(f"otel_tasks._create.{name}", never)
     for name in ("end_span", "outcome_of"):
         monkeypatch.setattr(f"otel_tasks._ledger.{name}", never)
     manager = TaskManager()

@@ -1,0 +1,172 @@
+"""The applications that serve the requests, each with the middleware to be compared around it.
+
+``uvicorn --factory benchmarks.apps:from_environment`` serves one of them; ``BENCH_APP`` names application and side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from fastapi import FastAPI
+from pydantic import BaseModel
+from starlette.middleware.base import BaseHTTPMiddleware
+
+from otel_tasks.asgi import TaskGroupMiddleware
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, MutableMapping
+
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    Message = MutableMapping[str, Any]
+    Receive = Callable[[], Awaitable[Message]]
+    Send = Callable[[Message], Awaitable[None]]
+    App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+NONE = "no middleware"
+OURS = "otel_tasks"
+WATCHER = "a watcher task per request"
+ANYIO = "an anyio task group per request"
+BASE_HTTP = "BaseHTTPMiddleware that does nothing"
+SIDES = (NONE, OURS, WATCHER, ANYIO, BASE_HTTP)
+
+
+async def raw(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    """Answer without ever giving the loop a turn."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+async def raw_suspending(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    """Answer after a turn of the loop."""
+    await asyncio.sleep(0)
+    await raw(scope, receive, send)
+
+
+class Order(BaseModel):
+    """The body of the POST."""
+
+    item: str
+    count: int
+
+
+def fastapi_app() -> FastAPI:
+    """A small service."""
+    app = FastAPI()
+
+    @app.get("/hello/{name}")
+    async def hello(name: str) -> dict[str, str]:
+        return {"hello": name}
+
+    @app.post("/orders")
+    async def order(order: Order) -> Order:
+        return order
+
+    return app
+
+
+class Watcher:
+    """What is written by hand: a task for each request that reads ahead and cancels the handler."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Serve a request, beside its watcher."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        messages: asyncio.Queue[Message] = asyncio.Queue()
+        watcher = asyncio.create_task(watch(receive, messages, asyncio.current_task()))
+        try:
+            await self.app(scope, messages.get, send)
+        finally:
+            watcher.cancel()
+
+
+async def watch(receive: Receive, messages: asyncio.Queue[Message], host: asyncio.Task[Any] | None) -> None:
+    """Read on behalf of the application, until the client has left."""
+    while True:
+        message = await receive()
+        messages.put_nowait(message)
+        if message["type"] == "http.disconnect":
+            if host is not None:
+                host.cancel()
+            return
+
+
+class AnyioGroup:
+    """The same with anyio: the watcher runs in a task group, and cancels its scope."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Serve a request in a task group."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        messages: asyncio.Queue[Message] = asyncio.Queue()
+        async with anyio.create_task_group() as group:
+            group.start_soon(self.watch, receive, messages, group.cancel_scope)
+            await self.app(scope, messages.get, send)
+            group.cancel_scope.cancel()
+
+    async def watch(self, receive: Receive, messages: asyncio.Queue[Message], scope: anyio.CancelScope) -> None:
+        """Read on behalf of the application, until the client has left."""
+        while True:
+            message = await receive()
+            messages.put_nowait(message)
+            if message["type"] == "http.disconnect":
+                scope.cancel()
+                return
+
+
+class DoNothing(BaseHTTPMiddleware):
+    """Starlette's convenient base class, with nothing in it."""
+
+    async def dispatch(self, request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        """Pass on."""
+        return await call_next(request)
+
+
+def _probed() -> App:
+    from benchmarks.disconnect import Probed
+
+    return Probed()
+
+
+MIDDLEWARE: dict[str, Any] = {
+    NONE: None,
+    OURS: TaskGroupMiddleware,
+    WATCHER: Watcher,
+    ANYIO: AnyioGroup,
+    BASE_HTTP: DoNothing,
+}
+APPS: dict[str, Any] = {
+    "raw": lambda: raw,
+    "raw-suspending": lambda: raw_suspending,
+    "fastapi": fastapi_app,
+    "probed": _probed,
+}
+
+
+def make_app(kind: str, side: str) -> Any:
+    """An application with one middleware around it, put there as its framework wants it."""
+    app, middleware = APPS[kind](), MIDDLEWARE[side]
+    if middleware is None:
+        return app
+    if isinstance(app, FastAPI):
+        app.add_middleware(middleware)
+        return app
+    return middleware(app)
+
+
+def from_environment() -> Any:
+    """The application that ``BENCH_APP`` names, as ``kind:side``."""
+    kind, _, side = os.environ["BENCH_APP"].partition(":")
+    return make_app(kind, side)

@@ -1,0 +1,179 @@
+"""What the middleware costs a request, on uvicorn's own protocol with a transport that leads nowhere.
+
+So nothing is measured but uvicorn, the application and what stands between them. Where ``wrk`` is installed,
+also requests per second over loopback: that is wall time, with a client that competes for the CPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from benchmarks.apps import NONE, SIDES, make_app
+from benchmarks.measure import Effort, Table, cpu_clock, tabulate, take_turns
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benchmarks.measure import Side
+
+COUNT = 500
+BODY = b'{"item": "lamp", "count": 2}'
+GET = b"GET /hello/you HTTP/1.1\r\nhost: localhost\r\n\r\n"
+POST = (
+    b"POST /orders HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: "
+    + str(len(BODY)).encode()
+    + b"\r\n\r\n"
+    + BODY
+)
+KINDS = {
+    "raw": ("raw ASGI application that does not suspend", "raw", GET),
+    "raw-suspending": ("raw ASGI application that suspends once", "raw-suspending", GET),
+    "fastapi-get": ("FastAPI, GET", "fastapi", GET),
+    "fastapi-post": ("FastAPI, POST with a body", "fastapi", POST),
+}
+
+
+def run(effort: Effort) -> list[Table]:
+    """Measure CPU time for each kind of application, then throughput."""
+    tables = [asyncio.run(_measure(kind, effort.less(0.16))) for kind in KINDS]
+    if shutil.which("wrk") is not None:
+        tables.append(_throughput(effort.less(0.36)))
+    return tables
+
+
+async def _measure(kind: str, effort: Effort) -> Table:
+    what, app, request = KINDS[kind]
+    sides = {side: _requests(make_app(app, side), request) for side in SIDES}
+    table = Table(f"middleware-{kind}", f"A request: {what}", "µs per request", NONE, 0)
+    return tabulate(table, await take_turns(sides, effort))
+
+
+def _requests(app: Any, request: bytes) -> Side:
+    async def side() -> float:
+        protocol = _connected(app)
+        begin = cpu_clock()
+        for _ in range(COUNT):
+            protocol.data_received(request)
+            while not protocol.cycle.response_complete:
+                await asyncio.sleep(0)
+        took = (cpu_clock() - begin) / COUNT
+        protocol.connection_lost(None)
+        # For whoever has to notice that.
+        await asyncio.sleep(0.01)
+        return took
+
+    return side
+
+
+class Nowhere(asyncio.Transport):
+    """A transport that takes everything and sends nothing."""
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Addresses, as uvicorn asks for them."""
+        return {"sockname": ("127.0.0.1", 8000), "peername": ("127.0.0.1", 54321)}.get(name, default)
+
+    def write(self, data: Any) -> None:
+        """Drop it."""
+
+    def is_closing(self) -> bool:
+        """Stays open."""
+        return False
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def pause_reading(self) -> None:
+        """Nothing is read."""
+
+    def resume_reading(self) -> None:
+        """Nothing is read."""
+
+
+def _connected(app: Any) -> Any:
+    config = Config(app=app, http=HttpToolsProtocol, lifespan="off", access_log=False, log_config=None)
+    config.load()
+    protocol = HttpToolsProtocol(config=config, server_state=ServerState(), app_state={})
+    protocol.connection_made(Nowhere())
+    return protocol
+
+
+# Over loopback.
+
+
+def _throughput(effort: Effort) -> Table:
+    table = Table(
+        "middleware-wrk",
+        "FastAPI GET over loopback, 16 connections: requests per second (wrk)",
+        "requests/s",
+        NONE,
+        0,
+        note="Wall time, and wrk runs on the same machine.",
+    )
+    seconds = max(1, round(effort.seconds / (len(SIDES) * 4)))
+    with _servers() as ports:
+        sides = {side: _wrk(port, seconds) for side, port in ports.items()}
+        figures = asyncio.run(take_turns(sides, effort, collect=False))
+    return tabulate(table, figures, scale=1.0)
+
+
+def _wrk(port: int, seconds: int) -> Side:
+    async def side() -> float:
+        command = ["wrk", "-t1", "-c16", f"-d{seconds}s", f"http://127.0.0.1:{port}/hello/you"]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout  # noqa: ASYNC221  # nothing else runs in this loop
+        found = re.search(r"Requests/sec:\s*([\d.]+)", out)
+        if found is None or "Non-2xx" in out:
+            raise RuntimeError(f"wrk did not get its answers: {out}")
+        return float(found[1])
+
+    return side
+
+
+@contextmanager
+def _servers() -> Iterator[dict[str, int]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        first = probe.getsockname()[1]
+    ports = {side: first + number for number, side in enumerate(SIDES)}
+    processes = [serve(f"fastapi:{side}", port) for side, port in ports.items()]
+    try:
+        for port in ports.values():
+            wait_for_port(port)
+        yield ports
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.wait(10)
+
+
+def serve(app: str, port: int) -> subprocess.Popen[bytes]:
+    """Start uvicorn with one of the applications."""
+    command = [sys.executable, "-m", "uvicorn", "--factory", "benchmarks.apps:from_environment"]
+    options = ["--port", str(port), "--no-access-log", "--log-level", "error", "--http", "httptools"]
+    return subprocess.Popen([*command, *options], env={**os.environ, "BENCH_APP": app})
+
+
+def wait_for_port(port: int) -> None:
+    """Wait until somebody listens there."""
+    for _ in range(200):
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    raise TimeoutError(f"nobody listens on port {port}")

@@ -1,0 +1,554 @@
+"""How a group creates a task: its name, its place under a limit, its span and its context.
+
+The functions belong to ``TaskGroup``, which has those as methods that others call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import sys
+import time
+from asyncio import _get_running_loop
+from contextvars import Context, ContextVar, copy_context
+from functools import partial
+from types import CoroutineType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, TypedDict, TypeVar
+
+from otel_tasks._admission import Limiter, Ticket, admit, would_wait
+from otel_tasks._checks import check_choice, checked_name, checked_priority, checked_seconds
+from otel_tasks._state import CancelKind, TaskPriority
+from otel_tasks._task import (
+    Extras,
+    ManagedTask,
+    add_done_callback,
+    ask,
+    failure_of,
+    init_task,
+    run_when,
+    snapshot,
+    with_predecessors,
+)
+from otel_tasks._telemetry import (
+    CODE_FUNCTION,
+    GROUP_ID,
+    GROUP_NAME,
+    MANAGER_NAME,
+    TASK_ID,
+    TASK_NAME,
+    TASK_PRIORITY,
+    low_cardinality,
+    start_span,
+)
+from otel_tasks._threads import hand_over, in_thread
+from otel_tasks._tree import add, link
+from otel_tasks.cancellation import CancelCause
+from otel_tasks.exceptions import GroupClosedError, QueueFullError, TaskExistsError
+
+if TYPE_CHECKING:
+    import concurrent.futures
+    from collections.abc import Callable, Coroutine, Mapping
+
+    from otel_tasks._group import TaskGroup
+    from otel_tasks._ledger import Ledger
+    from otel_tasks._telemetry import Span, Tracer
+
+T = TypeVar("T")
+
+EAGER = sys.version_info >= (3, 12)
+OnConflict = Literal["error", "suffix", "return", "replace"]
+
+
+class Binding(Protocol):
+    """What stands for the current group in a context: a group, or what makes one when it is needed."""
+
+    @property
+    def task_group(self) -> TaskGroup:
+        """The group that new tasks join."""
+        ...
+
+
+# Set where the current task alone does not tell the group: in a request's handler, and in
+# tasks that were started from one into another group.
+_bound: ContextVar[Binding | None] = ContextVar("otel_tasks_group", default=None)
+
+
+class TaskOptions(TypedDict, total=False):
+    """The options of ``create_task``, for functions that pass them on."""
+
+    name: str | None
+    priority: TaskPriority
+    timeout: float | None
+    queue_timeout: float | None
+    metadata: Mapping[str, Any] | None
+    on_conflict: OnConflict
+    detached: bool
+    context: Context | None
+    eager_start: bool | None
+
+
+def create_plain(
+    group: TaskGroup, coro: Coroutine[Any, Any, T], name: str | None, priority: TaskPriority, detached: bool
+) -> ManagedTask[T]:
+    """Create a task that has no options, where nobody traces, listens or limits: most do, and most are that.
+
+    The same as ``create`` in a third of its time, with all that cannot matter here left out and
+    the calls inlined; whatever is unusual is handed on to it.
+    """
+    ledger = group._ledger
+    loop = ledger.loop
+    names = group._names
+    bound = _bound.get()
+    if (
+        loop is None
+        or _get_running_loop() is not loop
+        or type(coro) is not CoroutineType
+        or type(priority) is not TaskPriority
+        or group._refusal is not None
+        or group._limiter is not None
+        or ledger.limiter.limit is not None
+        or ledger.closed
+        or ledger.eager_start
+        or ledger.listeners
+        or ledger.telemetry.tracer() is not None
+        or (bound is not None and bound is not (group._binding or group))
+    ):
+        return create(group, coro, name, priority, detached=detached)
+    key = f"{coro.__name__}-{ledger.next_number()}" if name is None else name
+    if type(key) is not str or not key or key in names:
+        return create(group, coro, name, priority)
+    # Built directly: create_task() of the loop would ask for a factory and set the name again.
+    task = ManagedTask(coro, loop=loop, name=key)
+    task._group = group
+    task._priority = priority
+    task._created_at = ledger.clock()
+    task._span = None
+    task._cause = None
+    task._extras = None
+    task._waiters = 0
+    ledger.created += 1
+    names[key] = task
+    if group._live is not names:
+        group._live[key] = task
+    if not group._linked and group._parent is not None:
+        link(group._parent, group)
+    add_done_callback(task, ledger.on_done, context=ledger.context)
+    return task
+
+
+def create(
+    group: TaskGroup,
+    coro: Coroutine[Any, Any, T],
+    name: str | None,
+    priority: TaskPriority,
+    timeout: float | None = None,
+    queue_timeout: float | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    on_conflict: OnConflict = "suffix",
+    detached: bool = False,
+    context: Context | None = None,
+    eager_start: bool | None = None,
+    keep_result: bool = False,
+    supervises: bool = False,
+) -> ManagedTask[T]:
+    """Create a task in ``group``; what its options mean stands at ``TaskManager.create_task``."""
+    ticket = None
+    work = coro
+    try:
+        if type(coro) is not CoroutineType:
+            check_coroutine(coro)
+        ledger = group._ledger
+        loop = _get_running_loop()
+        if loop is None or loop is not ledger.loop or ledger.closed:
+            loop = ledger.enter()
+        if group._refusal is not None:
+            refuse(group, name or function_name(coro))
+        if type(priority) is not TaskPriority:
+            priority = checked_priority(priority)
+        extras = None
+        if timeout is not None or metadata is not None or keep_result or queue_timeout is not None:
+            extras = Extras(
+                metadata,
+                keep_result,
+                checked_seconds("timeout", timeout),
+                checked_seconds("queue_timeout", queue_timeout),
+            )
+            # A supervisor always keeps its result: no other task has to be asked.
+            extras.supervises = supervises
+        if on_conflict != "suffix":
+            check_choice("on_conflict", on_conflict, OnConflict)
+        taken = None if name is None else holder(group, name)
+        if taken is not None and on_conflict == "return":
+            coro.close()
+            return taken
+        if taken is not None and on_conflict == "error":
+            refuse_name(group, taken)
+        limited = (group._limiter is not None or ledger.limiter.limit is not None) and not supervises
+        if limited:
+            check_queue(group, name or function_name(coro))
+        previous: tuple[asyncio.Task[Any], ...] = ()
+        if name is None:
+            key = numbered(group, function_name(coro))
+        elif taken is None:
+            key = name
+        else:
+            key, previous = make_way(group, name, taken, on_conflict)
+        if context is not None and not isinstance(context, Context):
+            raise TypeError(f"context must be a contextvars.Context, got {context!r}")
+        created_at = ledger.clock()
+        if limited:
+            extras = extras or Extras()
+            ticket = claim(group, extras, priority, created_at, loop)
+        if previous or (extras is not None and (extras.seconds is not None or extras.gate is not None)):
+            extras = extras or Extras()
+            work = run_when(coro, extras, previous, created_at)
+        tracer = ledger.telemetry.tracer()
+        bound = _bound.get() if context is None else context.get(_bound)
+        stranger = bound is not None and bound is not (group._binding or group)
+        span = None
+        if tracer is not None or stranger:
+            # A context that the user passed is copied as soon as something is put into it.
+            context = copy_context() if context is None else context.copy()
+            if stranger:
+                context.run(_bound.set, group._binding or group)
+            if tracer is not None and not supervises:
+                if extras is None or extras.gate is None:
+                    span = context.run(start_task_span, group, tracer, key, coro, priority, detached)
+                else:
+                    # The span of a task that queues is begun when it gets its place.
+                    extras.context = context
+        if extras is not None and extras.gate is not None:
+            extras.begin = partial(begin_late, group, coro, detached)
+        eager = EAGER and (ledger.eager_start if eager_start is None else eager_start)
+        if eager and context is not None:
+            eager = is_free(context)
+        # Built directly: create_task() of the loop would ask for a factory and set the name again.
+        task = (
+            ManagedTask.__new__(ManagedTask)
+            if eager
+            else ManagedTask(work, loop=loop, name=key, context=context)
+        )
+    except BaseException:
+        if ticket is not None:
+            group._ledger.give_back(ticket)
+        close_quietly(work)
+        close_quietly(coro)
+        raise
+    task._group = group
+    task._priority = priority
+    task._created_at = created_at
+    task._span = span
+    task._cause = None
+    task._extras = extras
+    task._waiters = 0
+    ledger.created += 1
+    add(group, key, task)
+    if eager:
+        run_first_step(group, task, work, loop, key, context)
+        return task
+    add_done_callback(task, ledger.on_done, context=ledger.context)
+    if ledger.listeners:
+        ledger.tell("created", snapshot(task))
+    return task
+
+
+def run_first_step(
+    group: TaskGroup,
+    task: ManagedTask[Any],
+    work: Coroutine[Any, Any, Any],
+    loop: asyncio.AbstractEventLoop,
+    key: str,
+    context: Context | None,
+) -> None:
+    """Run the first step of a task that is in the books already, eagerly (Python 3.12)."""
+    ledger = group._ledger
+    if ledger.listeners:
+        work = told_first(work, ledger)
+    try:
+        init_task(task, work, loop=loop, name=key, context=context, eager_start=True)
+    finally:
+        # Also where the step raises SystemExit through us: the task has ended by that. A
+        # failure is booked a turn later, as any: whoever awaits it has it by then.
+        if task.done() and not task.cancelled() and failure_of(task) is None:
+            ledger.on_done(task)
+        else:
+            add_done_callback(task, ledger.on_done, context=ledger.context)
+
+
+def start_task_span(
+    group: TaskGroup,
+    tracer: Tracer,
+    key: str,
+    coro: Coroutine[Any, Any, Any],
+    priority: TaskPriority,
+    detached: bool,
+    start_time: int | None = None,
+) -> Span | None:
+    """Start a task's span, inside the context made for the task."""
+    name = low_cardinality(key)
+    attributes = {
+        TASK_NAME: name,
+        TASK_ID: group._task_id(key),
+        TASK_PRIORITY: int(priority),
+        GROUP_NAME: group.name,
+        GROUP_ID: group.id,
+        MANAGER_NAME: group._ledger.name,
+        CODE_FUNCTION: code_name(coro),
+    }
+    try:
+        parent = None if group._span is None else group._span.parent()
+        return start_span(tracer, name, attributes, parent=parent, detached=detached, start_time=start_time)
+    except Exception:
+        group._ledger.complain("starting a span for task %r raised", key)
+        return None
+
+
+def hand_over_to(
+    group: TaskGroup,
+    work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
+    where: Callable[[], TaskGroup],
+    options: TaskOptions,
+) -> concurrent.futures.Future[T]:
+    """Have a task created in the loop, by the group that ``where`` gives there."""
+    try:
+        if not asyncio.iscoroutine(work) and not callable(work):
+            raise TypeError(
+                "create_task_threadsafe() takes a coroutine, or a function that makes one, "
+                f"got {work!r}: write create_task_threadsafe(work(...)) with `async def work(...)`"
+            )
+        check_options("create_task_threadsafe", options)
+        loop = group._ledger.loop_for_others()
+        if group._refusal is not None:
+            refuse(group, options.get("name") or function_name(work))
+    except BaseException:
+        close_quietly(work)
+        raise
+    return hand_over(loop, work, lambda coro: where().create_task(coro, **options))
+
+
+def limiters(group: TaskGroup) -> tuple[Limiter, ...]:
+    """What a new task has to pass: the group's own limit, and the manager's."""
+    shared = group._ledger.limiter
+    if group._limiter is None:
+        return (shared,) if shared.limit is not None else ()
+    return (group._limiter, shared) if shared.limit is not None else (group._limiter,)
+
+
+def full_limiter(group: TaskGroup) -> Limiter | None:
+    """The limiter in whose queue a new task would have to stand, and may not."""
+    passed = limiters(group)
+    if not would_wait(passed):
+        return None
+    return next((limiter for limiter in passed if limiter.queue_full), None)
+
+
+def check_queue(group: TaskGroup, name: str) -> None:
+    full = full_limiter(group)
+    if full is not None:
+        whose = f"group {group.id!r}" if full is group._limiter else f"manager {group._ledger.name!r}"
+        raise QueueFullError(
+            f"cannot create task {name!r}: {full.waiting} tasks wait for a place in {whose} already "
+            f"(max_concurrency={full.limit}, max_queue={full.max_queue}); "
+            "wait for room with await put_task(...), or do without it"
+        )
+
+
+def claim(
+    group: TaskGroup, extras: Extras, priority: TaskPriority, now: float, loop: asyncio.AbstractEventLoop
+) -> Ticket:
+    """Claim a place, and make the gate at which the task waits if there is none."""
+    payload = (group, extras)
+    extras.ticket = ticket = Ticket(limiters(group), priority, now, group._ledger.ageing, payload)
+    if not admit(ticket):
+        extras.gate = loop.create_future()
+        group._queued += 1
+    return ticket
+
+
+async def wait_for_room(group: TaskGroup) -> None:
+    """Wait until a new task may stand in the queue, or none will ever."""
+    ledger = group._ledger
+    if not ledger.line_is_busy and not stands_in_line(group):
+        return
+    stand = ledger.putters.append
+    while True:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        stand((group, waiter))
+        # Those before it may all wait for room elsewhere.
+        ledger.wake_putter()
+        try:
+            await waiter
+        finally:
+            ledger.putter_left(waiter)
+        if not stands_in_line(group):
+            return
+        # Somebody who did not stand in line was faster: again, and at its head.
+        stand = ledger.putters.appendleft
+
+
+def stands_in_line(group: TaskGroup) -> bool:
+    """True if a new task would be refused now, but not for ever."""
+    return group._refusal is None and not group._ledger.closed and full_limiter(group) is not None
+
+
+def begin_late(
+    group: TaskGroup, coro: Coroutine[Any, Any, Any], detached: bool, task: ManagedTask[Any]
+) -> None:
+    """Begin the span of a task that had to wait, inside its own context, as of its creation."""
+    ledger = group._ledger
+    tracer = ledger.telemetry.tracer()
+    extras = task._extras
+    waited = task.get_loop().time() - task._created_at
+    if tracer is not None:
+        created = time.time_ns() - int(waited * 1e9)
+        task._span = start_task_span(
+            group, tracer, task.get_name(), coro, task._priority, detached, start_time=created
+        )
+    if extras is not None and extras.started_at is not None:
+        ledger.dequeued(task, waited)
+
+
+def numbered(group: TaskGroup, base: str) -> str:
+    key = f"{base}-{group._ledger.next_number()}"
+    # Only where somebody has called a task just that.
+    return key if key not in group._names else numbered(group, base)
+
+
+def holder(group: TaskGroup, name: str) -> ManagedTask[Any] | None:
+    """The live task that has this name."""
+    task = group._names.get(checked_name("task", name))
+    # One that is done gives its name up, even if its done-callback is still to come.
+    return None if task is None or task.done() else task
+
+
+def admit_name(group: TaskGroup, name: str, on_conflict: OnConflict) -> None:
+    """Raise what ``_create`` would raise for a task of this name, before its coroutine is made."""
+    group._ledger.enter()
+    if group._refusal is not None:
+        refuse(group, name)
+    check_choice("on_conflict", on_conflict, OnConflict)
+    taken = holder(group, name)
+    if taken is not None and on_conflict == "error":
+        refuse_name(group, taken)
+    if taken is None or on_conflict != "return":
+        check_queue(group, name)
+
+
+def refuse_name(group: TaskGroup, taken: ManagedTask[Any]) -> NoReturn:
+    raise TaskExistsError(
+        f"cannot create task {taken.name!r}: one of that name is {taken.status} "
+        f"in group {taken.group.id!r}; "
+        'wait for it, choose another name, or pass on_conflict="suffix", "return" or "replace"'
+    )
+
+
+def make_way(
+    group: TaskGroup, name: str, taken: ManagedTask[Any], on_conflict: OnConflict
+) -> tuple[str, tuple[asyncio.Task[Any], ...]]:
+    """Decide the name of a task whose name is taken, and after which tasks it may begin."""
+    if on_conflict == "suffix":
+        second = f"{name}-2"
+        return (second if holder(group, second) is None else numbered(group, name)), ()
+    previous = with_predecessors(taken)
+    # The old one keeps its place in the books under another name until it has ended.
+    taken.set_name(numbered(group, name))
+    ask(taken, CancelCause.make(CancelKind.REPLACED, f"replaced by a new task {name!r}"))
+    return name, previous
+
+
+def refuse(group: TaskGroup, name: str) -> NoReturn:
+    if group._scope is not None and group._scope.host is None and group._cause is None:
+        mend = "enter it first: async with group"
+    elif group._binding is not None:
+        mend = "work that outlives the request belongs in manager.create_task(..., group=...)"
+    else:
+        mend = "work that outlives the block belongs in manager.create_task(...)"
+    raise GroupClosedError(f"cannot create task {name!r}: group {group.id!r} {group._refusal}; {mend}")
+
+
+def rename(group: TaskGroup, task: ManagedTask[Any], name: str) -> str:
+    old = task.get_name()
+    if group._live.get(old) is not task:
+        # It has ended, and is in no table any more.
+        return name
+    key = name if holder(group, name) in (None, task) else numbered(group, name)
+    for table in (group._live, group._names):
+        table.pop(old, None)
+        table[key] = task
+    return key
+
+
+def is_free(context: Context) -> bool:
+    """True if no code runs in this context just now: a first step cannot, eagerly, where some does."""
+    try:
+        context.run(int)
+    except RuntimeError:
+        return False
+    return True
+
+
+async def told_first(work: Coroutine[Any, Any, T], ledger: Ledger) -> T:
+    """Run ``work`` after the listeners have been told of its task, which is not made before it runs."""
+    task = asyncio.current_task()
+    if isinstance(task, ManagedTask):
+        ledger.tell("created", snapshot(task))
+    return await work
+
+
+def function_name(coro: Any) -> str:
+    """The name of the function that made a coroutine."""
+    try:
+        name: str = coro.__name__
+    except AttributeError:
+        # Cython's and other objects that are coroutines by their methods alone.
+        name = type(coro).__name__
+    return name
+
+
+def code_name(coro: Coroutine[Any, Any, Any]) -> str:
+    """Module and qualified name, as the semantic conventions want it in ``code.function.name``."""
+    qualified = getattr(coro, "__qualname__", None) or type(coro).__qualname__
+    frame = getattr(coro, "cr_frame", None)
+    module = None if frame is None else frame.f_globals.get("__name__")
+    if module == in_thread.__module__:
+        # Named, with its module, after the function that it is going to call in a thread.
+        return qualified
+    return f"{module}.{qualified}" if module else qualified
+
+
+def check_options(who: str, options: TaskOptions) -> None:
+    """Raise what ``create_task`` would raise for its options, as far as it can be told without a loop.
+
+    Raises:
+        TypeError: There is no such option, or it is of the wrong type.
+        ValueError: One is out of its range.
+    """
+    unknown = options.keys() - TaskOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"{who}() got an unexpected keyword argument {min(unknown)!r}")
+    if options.get("name") is not None:
+        checked_name("task", options.get("name"))
+    checked_priority(options.get("priority", TaskPriority.NORMAL))
+    checked_seconds("timeout", options.get("timeout"))
+    checked_seconds("queue_timeout", options.get("queue_timeout"))
+    check_choice("on_conflict", options.get("on_conflict", "suffix"), OnConflict)
+
+
+def check_coroutine(coro: object) -> None:
+    """Raise a TypeError that shows the right line, unless ``coro`` is a coroutine."""
+    if type(coro) is CoroutineType or asyncio.iscoroutine(coro):
+        return
+    if callable(coro):
+        name = getattr(coro, "__name__", type(coro).__name__)
+        what = f"the function {name}: write create_task({name}(...))"
+    elif inspect.isawaitable(coro):
+        what = f"a {type(coro).__name__}: await it inside a coroutine function, and pass that one's coroutine"
+    else:
+        what = f"{coro!r}: write create_task(work(...)) with `async def work(...)`"
+    raise TypeError(f"create_task() takes a coroutine, got {what}")
+
+
+def close_quietly(coro: object) -> None:
+    """Close a refused coroutine, so that Python does not warn that nobody awaited it."""
+    if asyncio.iscoroutine(coro):
+        coro.close()

@@ -1,0 +1,1742 @@
+"""Threads: what they hand over to the loop, what they cancel, and functions that run in one."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import contextvars
+import functools
+import gc
+import itertools
+import logging
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+
+import otel_tasks
+from otel_tasks import (
+    CancelEvent,
+    CancelKind,
+    GroupClosedError,
+    ManagedTask,
+    ManagerClosedError,
+    TaskExistsError,
+    TaskGroup,
+    TaskInfo,
+    TaskManager,
+    TaskPriority,
+    TaskStatus,
+    WrongLoopError,
+    WrongThreadError,
+    create_task,
+    create_task_threadsafe,
+    current_cancel_event,
+    current_group,
+    current_task,
+    run_in_thread,
+)
+from otel_tasks._threads import TaskFuture, hand_over
+from otel_tasks.asgi import TaskGroupMiddleware, request_group
+from otel_tasks.fastapi import RequestTasks
+from otel_tasks.testing import FakeConnection, SpanRecorder, VirtualClockLoop, run
+from tests.helpers import cancel_at_each_await, fail, give, ignore_cancels, rest, settle
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+PATIENCE = 20.0
+"""Real seconds after which a test gives up that waits for a thread."""
+
+in_a_thread = asyncio.to_thread
+
+colour: contextvars.ContextVar[str] = contextvars.ContextVar("colour", default="none")
+
+
+@pytest.fixture
+def manager(spans: SpanRecorder) -> TaskManager:
+    return TaskManager("test", tracer_provider=spans.provider, meter_provider=spans.meter_provider)
+
+
+class Gate:
+    """Where the function of a thread waits until the test lets it go on."""
+
+    def __init__(self) -> None:
+        self._entered = threading.Event()
+        self._open = threading.Event()
+
+    def __call__(self, result: Any = None) -> Any:
+        self._entered.set()
+        assert self._open.wait(PATIENCE), "nobody has opened the gate"
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def open(self) -> None:
+        self._open.set()
+
+    async def entered(self) -> None:
+        """Wait until the function has come here."""
+        assert await in_a_thread(self._entered.wait, PATIENCE)
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    # What a failed test leaves behind.
+    gate.open()
+
+
+async def until(holds: Callable[[], object]) -> None:
+    """Wait, in real time, until it holds."""
+
+    def look() -> None:
+        end = time.monotonic() + PATIENCE
+        while not holds():
+            assert time.monotonic() < end, "it has never come to hold"
+            time.sleep(0.001)
+
+    await in_a_thread(look)
+
+
+def stop_when_told() -> str:
+    """What a function in a thread does that heeds its cancel event."""
+    event = current_cancel_event()
+    end = time.monotonic() + PATIENCE
+    while not event.is_set():
+        assert time.monotonic() < end, "nobody has told it to stop"
+        time.sleep(0.001)
+    return "stopped early"
+
+
+def raise_when_told(error: BaseException) -> None:
+    stop_when_told()
+    raise error
+
+
+# -- create_task_threadsafe ------------------------------------------------------------------------
+
+
+async def test_thread_gets_the_result_of_its_task(manager: TaskManager) -> None:
+    """The future ends with what the task returns, and the task is one as any."""
+
+    def work() -> int:
+        future = manager.create_task_threadsafe(give(7), name="seven", group="mail", metadata={"for": "you"})
+        assert isinstance(future, concurrent.futures.Future)
+        return future.result(PATIENCE)
+
+    manager.create_task(give(None))
+    assert await in_a_thread(work) == 7
+    info = manager.get_task_info("seven")
+    assert info is not None
+    assert (info.group, info.status, info.metadata) == ("mail", TaskStatus.COMPLETED, {"for": "you"})
+
+
+async def test_books_are_in_order_when_the_future_ends(manager: TaskManager) -> None:
+    """Whoever waits for the future finds the task ended and counted."""
+    manager.create_task(give(None))
+
+    def work() -> tuple[int, int]:
+        manager.create_task_threadsafe(give(7)).result(PATIENCE)
+        stats = manager.stats()
+        return stats.live, stats.completed
+
+    assert await in_a_thread(work) == (0, 2)
+
+
+async def test_function_that_makes_a_coroutine_is_called_in_the_loop(manager: TaskManager) -> None:
+    """So it may use what belongs to the loop."""
+    manager.create_task(give(None))
+    called_in = []
+
+    def factory() -> Any:
+        called_in.append(asyncio.get_running_loop())
+        return give("made")
+
+    assert await in_a_thread(lambda: manager.create_task_threadsafe(factory).result(PATIENCE)) == "made"
+    assert called_in == [asyncio.get_running_loop()]
+
+
+async def test_task_of_a_thread_belongs_to_the_threads_trace(
+    manager: TaskManager, spans: SpanRecorder
+) -> None:
+    """What is current where the task is asked for is the parent of its span."""
+    tracer = spans.provider.get_tracer("test")
+    manager.create_task(give(None))
+
+    def work() -> None:
+        with tracer.start_as_current_span("work"):
+            colour.set("red")
+            assert manager.create_task_threadsafe(look).result(PATIENCE) == "red"
+
+    async def look() -> str:
+        return colour.get()
+
+    await in_a_thread(work)
+    assert spans.span("look").parent == spans.span("work").context
+
+
+async def test_given_context_is_where_the_task_runs() -> None:
+    """As for create_task."""
+    manager = TaskManager()
+    context = contextvars.Context()
+    context.run(colour.set, "blue")
+
+    async def look() -> str:
+        return colour.get()
+
+    async with manager:
+        future = manager.create_task_threadsafe(look(), context=context)
+        assert await asyncio.wrap_future(future) == "blue"
+
+
+async def test_current_group_of_a_thread_gets_the_task(manager: TaskManager) -> None:
+    """The function without a group or a manager uses the group in which the thread works."""
+
+    async def where() -> tuple[TaskGroup, ManagedTask[Any] | None]:
+        return current_group(), current_task()
+
+    def work() -> Any:
+        return create_task_threadsafe(where, name="inner").result(PATIENCE)
+
+    async with manager.group("scope") as group:
+        task = group.run_in_thread(work)
+        found, inner = await task
+    assert found is group
+    assert inner is not None
+    assert (inner.name, inner.status) == ("inner", TaskStatus.COMPLETED)
+
+
+async def test_group_object_and_its_own_method_lead_to_the_group(manager: TaskManager) -> None:
+    """Both ways the task is the group's."""
+    async with manager.group("scope") as group:
+        first = manager.create_task_threadsafe(rest(), group=group)
+        second = group.create_task_threadsafe(rest())
+        await settle()
+        assert [task.group for task in group.tasks] == [group, group]
+        group.cancel()
+    await settle()
+    assert first.cancelled()
+    assert second.cancelled()
+
+
+async def test_loop_may_hand_over_to_itself(manager: TaskManager) -> None:
+    """From the loop's own thread it works too, as long as nobody blocks it."""
+    async with manager:
+        assert await asyncio.wrap_future(manager.create_task_threadsafe(give(1))) == 1
+
+
+async def test_taken_name_gives_the_future_of_the_live_task(manager: TaskManager) -> None:
+    """With on_conflict="return" several futures stand for one task."""
+    task = manager.create_task(asyncio.sleep(5, "slept"), name="one")
+    first, second = (
+        manager.create_task_threadsafe(rest(), name="one", on_conflict="return") for _ in range(2)
+    )
+    assert await task == "slept"
+    await settle()
+    assert (first.result(), second.result()) == ("slept", "slept")
+
+
+async def test_failure_is_raised_in_the_thread_that_waits(
+    manager: TaskManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who waits is told, and nobody else."""
+    manager.create_task(give(None))
+
+    def work() -> None:
+        manager.create_task_threadsafe(fail_late).result(PATIENCE)
+
+    async def fail_late() -> None:
+        await asyncio.sleep(0.05)
+        raise LookupError("none")
+
+    with pytest.raises(LookupError, match="none"):
+        await in_a_thread(work)
+    gc.collect()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("way", ["callback", "wait"])
+async def test_failure_is_told_to_who_has_asked_for_it(
+    way: str, manager: TaskManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A callback counts as somebody who waits, and so does concurrent.futures.wait()."""
+    manager.create_task(give(None))
+    told = []
+    handed = threading.Event()
+
+    async def fail_late() -> None:
+        await in_a_thread(handed.wait, PATIENCE)
+        raise LookupError("none")
+
+    def work() -> None:
+        future = manager.create_task_threadsafe(fail_late)
+        if way == "callback":
+            future.add_done_callback(lambda ended: told.append(ended.exception()))
+            handed.set()
+        else:
+            threading.Timer(0.05, handed.set).start()
+            told.extend(ended.exception() for ended in concurrent.futures.wait([future], PATIENCE).done)
+
+    await in_a_thread(work)
+    await until(lambda: told)
+    assert isinstance(told[0], LookupError)
+    assert not caplog.records
+
+
+async def test_failure_that_nobody_waits_for_is_reported(spans: SpanRecorder) -> None:
+    """A future that is left alone does not make a failure silent."""
+    failures: list[tuple[str, str]] = []
+
+    def note(info: TaskInfo, error: BaseException) -> None:
+        failures.append((info.name, str(error)))
+
+    async with TaskManager(on_error=note, tracer_provider=spans.provider) as manager:
+        future = manager.create_task_threadsafe(fail(LookupError("none")), name="lost")
+        await manager.join()
+        await settle()
+    assert failures == [("lost", "none")]
+    assert isinstance(future.exception(), LookupError)
+
+
+async def test_failure_after_the_future_was_cancelled_is_reported(spans: SpanRecorder) -> None:
+    """A cancelled future tells nobody anything, not even its callbacks."""
+    failures: list[str] = []
+
+    async def stumble() -> None:
+        try:
+            await rest()
+        finally:
+            raise LookupError("while cleaning up")
+
+    async with TaskManager(on_error=lambda _, error: failures.append(str(error))) as manager:
+        future = manager.create_task_threadsafe(stumble)
+        future.add_done_callback(lambda _: None)
+        await settle()
+        assert future.cancel()
+        await manager.join()
+    assert failures == ["while cleaning up"]
+    assert future.cancelled()
+
+
+async def test_cancelling_the_future_cancels_the_task(manager: TaskManager, spans: SpanRecorder) -> None:
+    """The cause has the span of the thread that asked, and the loop's time."""
+    tracer = spans.provider.get_tracer("test")
+    task = manager.create_task(rest(), name="victim")
+
+    def work() -> None:
+        future = manager.create_task_threadsafe(rest(), name="victim", on_conflict="return")
+        while not task._extras or not task._extras.futures:
+            time.sleep(0.001)
+        with tracer.start_as_current_span("asker"):
+            assert future.cancel()
+        assert future.cancel()
+        assert future.cancelled()
+        done, _ = concurrent.futures.wait([future], PATIENCE)
+        # It is told only when the task has ended.
+        assert done == {future}
+        assert task.done()
+
+    await in_a_thread(work)
+    assert task.cancelled()
+    cause = task.cause
+    assert cause is not None
+    assert (cause.kind, cause.message) == (CancelKind.EXPLICIT, "its future was cancelled")
+    assert cause.origin == spans.span("asker").context
+    assert cause.at is not None
+    assert 1000 <= cause.at <= asyncio.get_running_loop().time()
+
+
+async def test_future_cancelled_before_its_task_is_created_creates_none(manager: TaskManager) -> None:
+    """The coroutine is closed, and whoever waits for the future is told."""
+    async with manager:
+        coro = rest()
+        future = manager.create_task_threadsafe(coro)
+        assert future.cancel()
+        await in_a_thread(concurrent.futures.wait, [future], PATIENCE)
+        assert coro.cr_frame is None
+        assert manager.stats().created == 0
+
+
+async def test_end_of_a_cancelled_task_cancels_its_future(manager: TaskManager) -> None:
+    """As asyncio's run_coroutine_threadsafe() does."""
+    async with manager:
+        future = manager.create_task_threadsafe(rest(), name="a")
+        await settle()
+        manager.get_task("a").cancel()
+        await settle()
+    with pytest.raises(concurrent.futures.CancelledError):
+        future.result()
+
+
+async def test_task_that_ignores_its_cancellation_leaves_its_future_cancelled(manager: TaskManager) -> None:
+    """The future has been cancelled for good; the books say what the task did."""
+    async with manager:
+        future = manager.create_task_threadsafe(ignore_cancels(1.0), name="a")
+        await settle()
+        future.cancel()
+        await manager.join()
+        info = manager.get_task_info("a")
+        assert info is not None
+        assert info.cancel_ignored
+        assert future.cancelled()
+
+
+REFUSALS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "name of another type": (TypeError, "task name must be a string, got 7", {"name": 7}),
+    "empty name": (ValueError, "task name must not be empty", {"name": ""}),
+    "negative timeout": (ValueError, "timeout must be at least 0 seconds, got -1", {"timeout": -1}),
+    "timeout in the queue": (ValueError, "queue_timeout must be at least 0", {"queue_timeout": -1}),
+    "priority": (ValueError, "priority must be one of", {"priority": 17}),
+    "conflict": (ValueError, "on_conflict must be one of", {"on_conflict": "ask"}),
+    "unknown option": (TypeError, r"^create_task_threadsafe\(\) got an unexpected .* 'nam'$", {"nam": "a"}),
+    "group of another type": (TypeError, "group must be a name or a TaskGroup, got 7", {"group": 7}),
+    "strange group": (ValueError, "belongs to manager", {"group": TaskManager("other").get_group("a")}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+async def test_wrong_option_is_refused_at_once(case: str, manager: TaskManager) -> None:
+    """The error is raised where the mistake is, and the coroutine closed."""
+    error, message, options = REFUSALS[case]
+    coro = rest()
+    async with manager:
+        with pytest.raises(error, match=message):
+            manager.create_task_threadsafe(coro, **options)
+    assert coro.cr_frame is None
+
+
+async def test_what_makes_no_coroutine_is_refused_at_once(manager: TaskManager) -> None:
+    """The message shows the right line."""
+    async with manager:
+        with pytest.raises(TypeError, match=r"takes a coroutine, or a function that makes one, got 7: write "):
+            manager.create_task_threadsafe(7)  # type: ignore[arg-type]  # the mistake in question
+
+
+async def test_function_that_makes_no_coroutine_is_refused_by_the_future(manager: TaskManager) -> None:
+    """What it makes is seen in the loop alone."""
+    async with manager:
+        future = manager.create_task_threadsafe(lambda: 7)  # type: ignore[arg-type, return-value]  # as above
+        await settle()
+        assert isinstance(future.exception(), TypeError)
+
+
+async def test_manager_that_is_shut_down_refuses_a_thread(manager: TaskManager) -> None:
+    """At once, and the coroutine is closed."""
+    async with manager:
+        pass
+    coro = rest()
+    with pytest.raises(ManagerClosedError, match="is shut down and takes no new tasks"):
+        manager.create_task_threadsafe(coro)
+    assert coro.cr_frame is None
+
+
+async def test_group_that_is_closed_refuses_a_thread(manager: TaskManager) -> None:
+    """At once, by the name that the task would have had."""
+    async with manager.group("scope") as group:
+        pass
+    coro = rest()
+    with pytest.raises(GroupClosedError, match=r"cannot create task 'rest': group 'scope#1' is finished"):
+        group.create_task_threadsafe(coro)
+    assert coro.cr_frame is None
+    with pytest.raises(GroupClosedError, match="cannot create task 'mine'"):
+        group.create_task_threadsafe(rest, name="mine")
+
+
+async def test_group_that_closes_meanwhile_refuses_by_the_future(manager: TaskManager) -> None:
+    """What was handed over comes too late; the coroutine is closed."""
+    coro = rest()
+    async with manager.group("scope") as group:
+        future = group.create_task_threadsafe(coro)
+        group.cancel()
+    await settle()
+    assert isinstance(future.exception(), GroupClosedError)
+    assert coro.cr_frame is None
+
+
+async def test_taken_name_is_refused_by_the_future(manager: TaskManager) -> None:
+    """Who has a name is known in the loop alone."""
+    async with manager:
+        manager.create_task(rest(), name="a")
+        coro = rest()
+        future = manager.create_task_threadsafe(coro, name="a", on_conflict="error")
+        await settle()
+        assert isinstance(future.exception(), TaskExistsError)
+        assert coro.cr_frame is None
+        await manager.cancel_all_tasks()
+
+
+async def test_failing_factory_fails_the_future(manager: TaskManager) -> None:
+    """What it raises goes to the thread, and nothing is created."""
+
+    def factory() -> Any:
+        raise LookupError("no such work")
+
+    async with manager:
+        future = manager.create_task_threadsafe(factory)
+        await settle()
+        assert str(future.exception()) == "no such work"
+
+
+def test_exit_asked_for_by_a_factory_passes_through_the_loop() -> None:
+    """SystemExit ends the loop's run, and the future tells of it too."""
+    futures = []
+
+    def factory() -> Any:
+        raise SystemExit(3)
+
+    async def main() -> None:
+        manager = TaskManager()
+        async with manager:
+            futures.append(manager.create_task_threadsafe(factory))
+            await rest()
+
+    with pytest.raises(SystemExit):
+        run(main())
+    assert isinstance(futures[0].exception(), SystemExit)
+
+
+def test_manager_without_a_loop_refuses_a_thread() -> None:
+    """It says how the manager gets one."""
+    coro = rest()
+    with pytest.raises(WrongLoopError, match=r"^manager 'm' runs in no event loop by now: enter it there"):
+        TaskManager("m").create_task_threadsafe(coro)
+    assert coro.cr_frame is None
+
+
+def test_manager_of_a_closed_loop_refuses_a_thread() -> None:
+    """Nothing could ever run there."""
+    manager = TaskManager("m")
+
+    async def use() -> None:
+        await manager.create_task(give(None))
+
+    run(use())
+    with pytest.raises(WrongLoopError, match="runs in no event loop by now"):
+        manager.create_task_threadsafe(rest())
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_loop_that_is_closed_before_the_task_is_created_refuses_it(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """The coroutine is closed, and a thread that waits is told."""
+    manager = TaskManager("m")
+    loop = new_loop()
+
+    async def use() -> None:
+        await manager.create_task(give(None))
+
+    loop.run_until_complete(use())
+    coro = rest()
+    future = manager.create_task_threadsafe(coro)
+    function = manager.create_task_threadsafe(rest)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = pool.submit(future.exception, PATIENCE)
+        loop.close()
+        gc.collect()
+        error = waiting.result()
+    assert isinstance(error, WrongLoopError)
+    assert "the event loop was closed before the task was created" in str(error)
+    assert isinstance(function.exception(), WrongLoopError)
+    assert coro.cr_frame is None
+
+
+def test_loop_that_is_closed_in_the_very_moment_refuses_by_the_future() -> None:
+    """Between the look at the loop and the handing over it may go."""
+    loop = asyncio.new_event_loop()
+    loop.close()
+    coro = rest()
+    future = hand_over(loop, coro, lambda _: pytest.fail("created"))
+    assert isinstance(future.exception(), WrongLoopError)
+    assert coro.cr_frame is None
+
+
+def test_loop_that_is_closed_under_a_task_ends_its_future() -> None:
+    """As soon as the manager is used in another loop, that is: a future that waits on gets its error."""
+    manager = TaskManager("m")
+    loop = VirtualClockLoop()
+    futures: list[concurrent.futures.Future[Any]] = []
+
+    async def leave() -> None:
+        manager.create_task(give(None))
+        futures.append(manager.create_task_threadsafe(rest(), name="left"))
+        await settle()
+
+    loop.run_until_complete(leave())
+    task = manager.get_task("left")
+    loop.close()
+    assert not futures[0].done()
+
+    async def use() -> None:
+        await manager.create_task(give(None))
+
+    run(use())
+    assert isinstance(futures[0].exception(), WrongLoopError)
+    # The interpreter would complain of a task that is destroyed while it is pending.
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # of asyncio
+    task.get_coro().close()  # type: ignore[union-attr]  # it has one
+
+
+def test_cancelling_the_future_of_a_closed_loop_changes_nothing_there() -> None:
+    """The task is gone with its loop; the future is cancelled all the same."""
+    loop = asyncio.new_event_loop()
+    future: TaskFuture[Any] = TaskFuture(loop)
+    loop.close()
+    assert future.cancel()
+
+
+async def test_create_task_in_a_thread_says_what_to_write(manager: TaskManager) -> None:
+    """The mend is named."""
+    manager.create_task(give(None))
+
+    def work() -> None:
+        manager.create_task(rest())
+
+    with pytest.raises(WrongThreadError, match=r"none runs in this thread: write create_task_threadsafe\(\.\.\.\)"):
+        await in_a_thread(work)
+
+
+async def test_module_function_closes_the_coroutine_where_no_group_is_to_be_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A binding that fails is a refusal as any."""
+
+    def broken() -> TaskGroup:
+        raise LookupError("no group")
+
+    monkeypatch.setattr("otel_tasks._manager.current_group", broken)
+    coro = rest()
+    with pytest.raises(LookupError):
+        create_task_threadsafe(coro)
+    assert coro.cr_frame is None
+
+
+# -- cancelling from a thread ----------------------------------------------------------------------
+
+
+async def test_task_is_cancelled_from_a_thread(manager: TaskManager, spans: SpanRecorder) -> None:
+    """With reason, origin and the loop's time, and the listeners are told in the loop."""
+    tracer = spans.provider.get_tracer("test")
+    told_in: list[threading.Thread] = []
+    manager.add_listener(lambda event, _: event == "cancelling" and told_in.append(threading.current_thread()))
+    task = manager.create_task(rest())
+    await settle()
+
+    def work() -> bool:
+        with tracer.start_as_current_span("asker"):
+            return task.cancel("no longer wanted")
+
+    assert await in_a_thread(work)
+    with pytest.raises(asyncio.CancelledError, match="no longer wanted"):
+        await task
+    cause = task.cause
+    assert cause is not None
+    assert (cause.kind, cause.message) == (CancelKind.EXPLICIT, "no longer wanted")
+    assert cause.origin == spans.span("asker").context
+    assert cause.at is not None
+    assert 1000 <= cause.at <= asyncio.get_running_loop().time()
+    assert told_in == [threading.current_thread()]
+
+
+async def test_queued_task_cancelled_from_a_thread_never_runs() -> None:
+    """As for a cancel() in the loop; without a reason the cause has none."""
+    async with TaskManager(max_concurrency=1) as manager:
+        first = manager.create_task(rest())
+        task = manager.create_task(rest())
+        await settle()
+        await in_a_thread(task.cancel)
+        await asyncio.wait([task])
+        assert task.info().started_at is None
+        assert task.cause is not None
+        assert (task.cause.kind, task.cause.message) == (CancelKind.EXPLICIT, None)
+        first.cancel()
+
+
+async def test_each_cancel_from_a_thread_counts(manager: TaskManager) -> None:
+    """The second has no cause to note, and is delivered as asyncio's would be."""
+    task = manager.create_task(ignore_cancels(5.0))
+    await settle()
+    for reason in ("first", "second"):
+        assert await in_a_thread(task.cancel, reason)
+        await settle()
+    assert task.cancelling() == 2
+    assert task.cause is not None
+    assert task.cause.message == "first"
+    await task
+
+
+async def test_cancel_from_a_thread_says_no_to_a_task_that_has_ended(manager: TaskManager) -> None:
+    """Also where it ends between the look and the loop's turn: then nothing happens."""
+    task = manager.create_task(give(1))
+    thread = threading.Thread(target=task.cancel)
+    await task
+    thread.start()
+    thread.join()
+    assert not await in_a_thread(task.cancel)
+    late = manager.create_task(asyncio.sleep(0, "done"))
+    asyncio.get_running_loop().call_soon(thread_cancels, late)
+    assert await late == "done"
+    await settle()
+    assert late.cause is None
+
+
+def thread_cancels(task: ManagedTask[Any]) -> None:
+    """Cancel from a thread in this turn, so that it takes effect in the next."""
+    thread = threading.Thread(target=task.cancel)
+    thread.start()
+    thread.join()
+
+
+def test_cancel_from_a_thread_says_no_where_the_loop_is_closed() -> None:
+    """Neither a task nor a group of it can be cancelled any more."""
+    manager = TaskManager()
+    loop = VirtualClockLoop()
+
+    async def leave() -> None:
+        manager.create_task(rest(), name="left")
+        await settle()
+
+    loop.run_until_complete(leave())
+    loop.close()
+    task = manager.get_task("left")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert not pool.submit(task.cancel).result()
+        pool.submit(manager.get_group("root").cancel).result()
+    assert not task.cancelling()
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # of asyncio
+    task.get_coro().close()  # type: ignore[union-attr]  # it has one
+
+
+def test_cancel_works_where_the_loop_has_moved_to_another_thread() -> None:
+    """The loop counts, not the thread in which it ran first."""
+    manager = TaskManager()
+    loop = VirtualClockLoop()
+
+    async def begin() -> ManagedTask[None]:
+        return manager.create_task(rest())
+
+    async def end(task: ManagedTask[None]) -> bool:
+        asked = task.cancel("here")
+        group_before = task.cancelling()
+        await asyncio.wait([task])
+        return asked and group_before == 1
+
+    async def note() -> None:
+        await manager.join()
+
+    task = loop.run_until_complete(begin())
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(loop.run_until_complete, end(task)).result()
+        pool.submit(loop.run_until_complete, note()).result()
+        assert manager._ledger.thread == pool.submit(threading.get_ident).result()
+    loop.close()
+
+
+async def test_group_is_cancelled_from_a_thread(manager: TaskManager) -> None:
+    """Its block is left, its tasks end, with the reason given in the thread."""
+    async with manager.group("scope") as group:
+        task = group.create_task(rest())
+        await in_a_thread(group.cancel, "enough")
+        await rest()
+    assert task.cause is not None
+    assert (task.cause.kind, task.cause.message) == (CancelKind.EXPLICIT, "enough")
+
+
+async def test_thread_cancels_its_own_group(manager: TaskManager) -> None:
+    """current_group() in the function is the task's, and it may cancel it."""
+
+    def work() -> None:
+        current_group().cancel("from inside")
+        stop_when_told()
+
+    task = manager.run_in_thread(work, group="pack")
+    other = manager.create_task(rest(), group="pack")
+    await asyncio.wait([task, other])
+    assert {task.status, other.status} == {TaskStatus.CANCELLED}
+
+
+def test_group_without_a_loop_is_cancelled_from_any_thread() -> None:
+    """There is no loop to tell yet."""
+    group = TaskManager().group("scope")
+    thread = threading.Thread(target=group.cancel)
+    thread.start()
+    thread.join()
+    assert group.cancel_event.is_set()
+
+
+# -- cancel events in threads ----------------------------------------------------------------------
+
+
+async def test_event_set_in_a_thread_is_set_for_all_before_set_returns() -> None:
+    """The whole tree is, and who waits is woken in the loop."""
+    root = CancelEvent()
+    leaves = [CancelEvent(CancelEvent(root)) for _ in range(3)]
+    waiters = [asyncio.ensure_future(leaf.wait()) for leaf in leaves]
+    await settle()
+
+    def work() -> list[bool]:
+        root.set()
+        return [leaf.is_set() for leaf in leaves]
+
+    assert await in_a_thread(work) == [True, True, True]
+    assert await asyncio.gather(*waiters) == [True, True, True]
+    assert leaves[0].cause is root.cause
+
+
+async def test_event_made_in_a_thread_works_in_the_loop() -> None:
+    """It belongs to the loop in which somebody waits for it."""
+    parent = CancelEvent()
+    child = await in_a_thread(CancelEvent, parent)
+    waiter = asyncio.ensure_future(child.wait())
+    await settle()
+    parent.set()
+    assert await waiter
+    assert await CancelEvent(parent).wait()
+
+
+def test_one_set_wakes_waiters_in_two_loops() -> None:
+    """Each in its own; a loop that is closed has nobody left to wake."""
+    root = CancelEvent()
+    ready = threading.Barrier(3)
+
+    async def wait() -> bool:
+        event = CancelEvent(root)
+        waiter = asyncio.ensure_future(event.wait())
+        await asyncio.sleep(0)
+        ready.wait(PATIENCE)
+        return await waiter
+
+    closed = asyncio.new_event_loop()
+    forgotten = CancelEvent(root)
+    with contextlib.suppress(TimeoutError):
+        closed.run_until_complete(asyncio.wait_for(forgotten.wait(), 0.01))
+    closed.close()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        results = [pool.submit(asyncio.run, wait()) for _ in range(2)]
+        ready.wait(PATIENCE)
+        root.set()
+        assert [result.result(PATIENCE) for result in results] == [True, True]
+    assert forgotten.is_set()
+
+
+@pytest.mark.real_clock
+async def test_no_wait_misses_a_set_of_another_thread() -> None:
+    """Whenever the set comes: before the wait, in the middle of its beginning, after it."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for _ in range(500):
+            event = CancelEvent()
+            pool.submit(event.set)
+            async with asyncio.timeout(PATIENCE):
+                await event.wait()
+
+
+@pytest.mark.real_clock
+async def test_no_child_is_lost_when_threads_make_events_at_a_time(manager: TaskManager) -> None:
+    """Groups and events that several threads ask for at a time are made once, and hang in one tree."""
+    for number in range(100):
+        async with manager.group(f"g{number}") as group:
+            ready = threading.Barrier(4)
+
+            def ask(group: TaskGroup = group, ready: threading.Barrier = ready) -> tuple[CancelEvent, CancelEvent]:
+                ready.wait(PATIENCE)
+                event = group.cancel_event
+                return event, CancelEvent(event)
+
+            async with asyncio.TaskGroup() as askers:
+                asked = [askers.create_task(in_a_thread(ask)) for _ in range(4)]
+            events = [task.result() for task in asked]
+            assert len({event for event, _ in events}) == 1
+            group.cancel()
+        assert all(child.is_set() for _, child in events)
+
+
+# -- run_in_thread ---------------------------------------------------------------------------------
+
+
+async def test_function_runs_in_a_thread_and_gives_the_task_its_result(
+    manager: TaskManager, spans: SpanRecorder
+) -> None:
+    """The task is called after the function, and its span says which one that is."""
+
+    def add(one: int, other: int) -> tuple[int, str, bool]:
+        thread = threading.current_thread()
+        return one + other, thread.name, thread.daemon
+
+    task = manager.run_in_thread(add, 3, 4, group="sums", metadata={"kind": "sum"})
+    assert await task == (7, f"otel_tasks {task.id}", True)
+    assert task.name.startswith("add-")
+    assert (task.group.name, task.metadata) == ("sums", {"kind": "sum"})
+    assert spans.span("add").attributes is not None
+    function = spans.span("add").attributes["code.function.name"]
+    assert function == f"{__name__}.{add.__qualname__}"
+
+
+async def test_partial_and_callable_object_are_called_after_what_they_call(manager: TaskManager) -> None:
+    """A partial after its function, an object after its class."""
+
+    class Adder:
+        def __call__(self, number: int) -> int:
+            return number + 1
+
+    task = manager.run_in_thread(functools.partial(functools.partial(give_plain, 1), other=2))
+    assert task.name.startswith("give_plain-")
+    assert await task == (1, 2)
+    task_of_object = manager.run_in_thread(Adder(), 1)
+    assert task_of_object.name.startswith("Adder-")
+    assert await task_of_object == 2
+
+
+def give_plain(value: int, other: int = 0) -> tuple[int, int]:
+    """Return at once."""
+    return value, other
+
+
+async def test_function_sees_task_group_event_and_context(manager: TaskManager, spans: SpanRecorder) -> None:
+    """As a coroutine would; what it traces belongs to the task's span, what it sets is its own."""
+    tracer = spans.provider.get_tracer("test")
+    colour.set("green")
+
+    def look() -> tuple[Any, ...]:
+        with tracer.start_as_current_span("inside"):
+            before = colour.get()
+            colour.set("of the thread")
+            return current_task(), current_group(), current_cancel_event(), before
+
+    async with manager.group("scope") as group:
+        task = group.run_in_thread(look)
+        seen, where, event, before = await task
+        assert seen is task
+        assert where is group
+        assert event.parent is group.cancel_event
+        assert before == colour.get() == "green"
+    assert spans.span("inside").parent == spans.span("look").context
+
+
+async def test_module_function_uses_the_current_group(manager: TaskManager) -> None:
+    """As create_task() does."""
+
+    async def work() -> str:
+        return (await run_in_thread(current_group)).name
+
+    assert await manager.create_task(work(), group="here") == "here"
+    assert await manager.run_in_thread(current_group, group=manager.get_group("there")) is not None
+
+
+async def test_nothing_is_current_in_the_threads_of_tasks_that_a_thread_has_started(
+    manager: TaskManager,
+) -> None:
+    """What a task hands to other threads is not the function's from which it was started."""
+
+    async def ask_a_thread() -> ManagedTask[Any] | None:
+        return await in_a_thread(current_task)
+
+    def work() -> Any:
+        return create_task_threadsafe(ask_a_thread).result(PATIENCE)
+
+    assert await manager.run_in_thread(work) is None
+
+
+async def test_loop_that_the_function_runs_itself_has_its_own_current_task(manager: TaskManager) -> None:
+    """Its plain tasks still see the function's cancel event, its managed ones that of their group."""
+
+    async def inner() -> tuple[Any, ...]:
+        async with TaskManager("inner") as own:
+
+            async def managed() -> tuple[Any, ...]:
+                return current_task(), current_cancel_event()
+
+            task = own.create_task(managed(), group="inner")
+            assert await task == (task, own.get_group("inner").cancel_event)
+        return current_task(), current_cancel_event()
+
+    def work() -> tuple[Any, ...]:
+        assert asyncio.run(inner()) == (None, current_cancel_event())
+        return (current_task(),)
+
+    task = manager.run_in_thread(work)
+    assert await task == (task,)
+
+
+async def test_failure_of_the_function_is_the_tasks(manager: TaskManager) -> None:
+    """It is raised with the lines of the function."""
+
+    def work() -> None:
+        raise LookupError("none")
+
+    task = manager.run_in_thread(work)
+    with pytest.raises(LookupError, match="none") as caught:
+        await task
+    assert caught.traceback[-1].name == "work"
+    assert task.status is TaskStatus.FAILED
+
+
+async def test_nothing_of_a_function_is_kept_after_its_end(manager: TaskManager) -> None:
+    """Neither its error nor its result stays in a cycle that only the collector would find."""
+
+    class Thing:
+        pass
+
+    class Mistake(LookupError):
+        pass
+
+    def work(wrong: bool, thing: Thing) -> Thing:
+        if wrong:
+            raise Mistake
+        return thing
+
+    gc.collect()
+    gc.disable()
+    try:
+        thing = Thing()
+        task = manager.run_in_thread(work, False, thing)
+        await task
+        failed = manager.run_in_thread(work, True, thing)
+        await asyncio.wait([failed])
+        links = [weakref.ref(thing), weakref.ref(task), weakref.ref(failed), weakref.ref(failed.exception())]
+        del thing, task, failed
+        await settle()
+        await until(lambda: not any(thread.name.startswith("otel_tasks") for thread in threading.enumerate()))
+        assert [link() for link in links] == [None] * 4
+    finally:
+        gc.enable()
+
+
+async def test_stop_iteration_of_a_function_is_a_runtime_error(manager: TaskManager) -> None:
+    """As for a coroutine: it would end the one that awaits it."""
+
+    def work() -> None:
+        raise StopIteration
+
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        await manager.run_in_thread(work)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (give, r"takes a plain function, got the coroutine give: write create_task\(give\(\.\.\.\)\)"),
+        (7, r"takes a function and its arguments, got 7: write run_in_thread\(work, 1\), not"),
+    ],
+)
+async def test_what_is_no_plain_function_is_refused(
+    function: Any, message: str, manager: TaskManager
+) -> None:
+    """The message shows the right line."""
+    with pytest.raises(TypeError, match=message):
+        manager.run_in_thread(function)
+    assert manager.stats().created == 0
+
+
+async def test_coroutine_for_a_thread_is_closed(manager: TaskManager) -> None:
+    """Given by mistake for the function that makes it, or made by it: both are refused and closed."""
+    coro: Any = rest()
+    with pytest.raises(TypeError, match="got the coroutine rest"):
+        manager.run_in_thread(coro)
+    with pytest.raises(TypeError, match=r"the function of task '<lambda>-\d' gave a coroutine: run_in_thread"):
+        await manager.run_in_thread(lambda: rest())
+    with pytest.raises(TypeError, match="group must be a name"):
+        manager.run_in_thread(rest(), group=7)  # type: ignore[arg-type]  # the mistake in question
+
+
+async def test_refused_function_is_not_called(manager: TaskManager) -> None:
+    """Nor is a coroutine left behind."""
+    async with manager.group("scope") as group:
+        pass
+    with pytest.raises(GroupClosedError):
+        group.run_in_thread(pytest.fail, "called")
+    with pytest.raises(TypeError, match="nam"):
+        manager.run_in_thread(pytest.fail, "called", nam="a")  # type: ignore[call-arg]  # the mistake in question
+
+
+# -- cancelling a function in a thread -------------------------------------------------------------
+
+
+async def test_cancelled_task_ends_when_its_function_has_returned(manager: TaskManager) -> None:
+    """The function is told by its own event, with the cause; the task ends as cancelled."""
+    seen = []
+
+    def work() -> str:
+        result = stop_when_told()
+        seen.append(current_cancel_event().cause)
+        return result
+
+    task = manager.run_in_thread(work)
+    other = manager.run_in_thread(stop_when_told)
+    await settle()
+    task.cancel("enough")
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert seen == [task.cause]
+    assert not other.done()
+    other.cancel()
+    await asyncio.wait([other])
+
+
+async def test_result_that_comes_after_the_cancellation_does_not_undo_it(
+    manager: TaskManager, gate: Gate
+) -> None:
+    """A timeout around the await holds, though the function cannot be stopped."""
+    task = manager.run_in_thread(gate, "late")
+    await gate.entered()
+    awaiter = asyncio.ensure_future(await_it(task))
+    await settle()
+    awaiter.cancel()
+    await settle()
+    assert (task.status, task.done()) == (TaskStatus.CANCELLING, False)
+    gate.open()
+    await asyncio.wait([awaiter])
+    assert awaiter.cancelled()
+    assert task.cancelled()
+
+
+async def await_it(task: ManagedTask[Any]) -> Any:
+    """Be a task that awaits another."""
+    return await task
+
+
+async def test_every_cancellation_is_waited_through(manager: TaskManager, gate: Gate) -> None:
+    """A second one, as of a shutdown, does not tear the task from its thread; the first message stays."""
+    task = manager.run_in_thread(gate)
+    await gate.entered()
+    for reason in ("first", "second"):
+        task.cancel(reason)
+        await settle()
+    gate.open()
+    with pytest.raises(asyncio.CancelledError, match="first"):
+        await task
+
+
+async def test_function_that_stops_in_the_grace_has_completed(manager: TaskManager) -> None:
+    """The group's event reaches it before anybody cancels the task."""
+    task = manager.run_in_thread(stop_when_told, group="pack")
+    await settle()
+    assert await manager.cancel_group("pack", grace=PATIENCE) == 1
+    assert task.status is TaskStatus.COMPLETED
+    assert task.result() == "stopped early"
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, concurrent.futures.CancelledError])
+async def test_function_that_raises_cancelled_in_the_grace_is_cancelled(
+    error: type[BaseException], manager: TaskManager
+) -> None:
+    """Its cause is that of the event which it obeys."""
+    task = manager.run_in_thread(raise_when_told, error(), group="pack")
+    await settle()
+    await manager.cancel_group("pack", "enough", grace=PATIENCE)
+    assert task.cancelled()
+    assert task.cause is not None
+    assert (task.cause.kind, task.cause.message) == (CancelKind.EXPLICIT, "enough")
+
+
+async def test_function_that_cancels_its_own_task_in_the_grace_keeps_that_cause(manager: TaskManager) -> None:
+    """A cause that was noted is not written over."""
+    task = manager.create_task(rest())
+    worker = run_worker_of(task)
+    worker.event.set()
+    first = otel_tasks.CancelCause(CancelKind.SHUTDOWN)
+    task._cause = first
+    assert isinstance(worker._stopped_by(asyncio.CancelledError()), asyncio.CancelledError)
+    assert task.cause is first
+    task.cancel()
+    await asyncio.wait([task])
+
+
+def run_worker_of(task: ManagedTask[Any]) -> Any:
+    """A worker that has not begun."""
+    from otel_tasks._threads import Worker
+
+    return Worker(task.group._ledger.threads, task, lambda: None)
+
+
+async def test_function_that_raises_cancelled_of_its_own_accord(manager: TaskManager) -> None:
+    """Nobody asked: asyncio's ends the task as cancelled by a stranger, that of futures is an error."""
+    task = manager.run_in_thread(raise_plain, asyncio.CancelledError())
+    failed = manager.run_in_thread(raise_plain, concurrent.futures.CancelledError())
+    await asyncio.wait([task, failed])
+    assert task.cause is not None
+    assert task.cause.kind is CancelKind.FOREIGN
+    assert isinstance(failed.exception(), concurrent.futures.CancelledError)
+
+
+def raise_plain(error: BaseException) -> None:
+    """Raise at once."""
+    raise error
+
+
+async def test_function_that_waits_for_a_cancelled_future_is_cancelled(manager: TaskManager) -> None:
+    """The group's cancellation reaches it through what it waits for, and is no failure."""
+
+    def work() -> None:
+        create_task_threadsafe(rest()).result(PATIENCE)
+
+    task = manager.run_in_thread(work, group="pack")
+    await until(lambda: len(manager.get_group("pack").tasks) == 2)
+    await manager.cancel_group("pack")
+    assert task.cancelled()
+
+
+async def test_failure_after_the_cancellation_is_a_failure(manager: TaskManager) -> None:
+    """As for a coroutine whose clean-up fails."""
+    task = manager.run_in_thread(raise_when_told, LookupError("torn"))
+    await settle()
+    task.cancel()
+    with pytest.raises(LookupError, match="torn"):
+        await task
+    assert task.status is TaskStatus.FAILED
+
+
+async def test_timeout_tells_the_function_and_waits_for_it(manager: TaskManager) -> None:
+    """The task fails with TimeoutError once the function has returned, and the event says why."""
+    causes = []
+
+    def work() -> None:
+        stop_when_told()
+        causes.append(current_cancel_event().cause)
+
+    task = manager.run_in_thread(work, timeout=0.05)
+    with pytest.raises(TimeoutError, match=r"timeout of 0\.05 s"):
+        await task
+    assert causes[0] is not None
+    assert causes[0].kind is CancelKind.TIMEOUT
+
+
+async def test_task_cancelled_before_its_first_step_starts_no_thread(manager: TaskManager) -> None:
+    """Nor one whose function would be called in vain."""
+    task = manager.run_in_thread(pytest.fail, "called")
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert task.info().started_at is None
+
+
+async def test_function_in_a_thread_survives_no_shutdown_unreported(manager: TaskManager, gate: Gate) -> None:
+    """The report says where the thread is, in the function's own lines."""
+    task = manager.run_in_thread(gate, name="stuck")
+    await gate.entered()
+    assert task.stack().splitlines()[0].endswith("in __call__")
+    report = await manager.shutdown(0.0, 0.05)
+    assert list(report.still_running) == ["stuck"]
+    assert "in __call__" in report.still_running["stuck"]
+    assert not report.clean
+    gate.open()
+    await asyncio.wait([task])
+    assert task.stack() == ""
+
+
+# -- abandoned threads -----------------------------------------------------------------------------
+
+
+async def test_task_that_abandons_its_thread_ends_at_once(
+    manager: TaskManager, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The thread is named in the log, listed, and reported by a shutdown, until it returns."""
+    caplog.set_level(logging.INFO)
+    task = manager.run_in_thread(gate, name="stuck", abandon=True)
+    await gate.entered()
+    task.cancel("enough")
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert manager.abandoned_threads == ("stuck",)
+    assert caplog.messages == [
+        "the thread of task 'stuck' runs on after the task (explicit: enough); its cancel event is set"
+    ]
+    caplog.clear()
+    report = await manager.shutdown(0.0, 1.0)
+    assert not report.clean
+    assert list(report.abandoned_threads) == ["stuck"]
+    assert "in __call__" in report.abandoned_threads["stuck"]
+    assert caplog.messages[0].startswith("the thread of task 'stuck' has not returned at shutdown; it is at\n")
+    caplog.clear()
+    gate.open()
+    await until(lambda: caplog.messages)
+    assert manager.abandoned_threads == ()
+    assert caplog.messages == ["the thread of task 'stuck' has returned"]
+    assert (await manager.shutdown(0.0, 1.0)).clean
+
+
+async def test_timeout_abandons_the_thread_where_it_may(manager: TaskManager, gate: Gate) -> None:
+    """TimeoutError comes on time, whatever the function does."""
+    before = time.monotonic()
+    with pytest.raises(TimeoutError):
+        await manager.run_in_thread(gate, abandon=True, timeout=0.05)
+    assert time.monotonic() - before < PATIENCE / 2
+    gate.open()
+    await until(lambda: not manager.abandoned_threads)
+
+
+async def test_failure_of_an_abandoned_function_is_logged(
+    manager: TaskManager, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody else would ever be told."""
+    task = manager.run_in_thread(gate, LookupError("too late"), name="stuck", abandon=True)
+    await gate.entered()
+    task.cancel()
+    await asyncio.wait([task])
+    caplog.clear()
+    gate.open()
+    await until(lambda: caplog.messages)
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert record.message == "the thread of task 'stuck' failed after the task"
+    assert record.exc_info is not None
+    assert str(record.exc_info[1]) == "too late"
+
+
+async def test_thread_that_has_returned_already_is_not_called_abandoned(
+    manager: TaskManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cancellation that comes between its return and the loop's next turn finds no thread any more."""
+    loop = asyncio.get_running_loop()
+    task = manager.run_in_thread(give_plain, 1, abandon=True)
+    loop.call_soon(lambda: loop.call_soon(cancel_when_idle, manager, task))
+    await asyncio.wait([task])
+    await settle()
+    assert task.cancelled()
+    assert not caplog.records
+
+
+def cancel_when_idle(manager: TaskManager, task: ManagedTask[Any]) -> None:
+    """Block the loop until the thread has returned, then cancel the task before the loop hears of it."""
+    end = time.monotonic() + PATIENCE
+    while manager._ledger.threads.workers:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    task.cancel()
+
+
+def test_thread_whose_loop_is_closed_is_not_forgotten(
+    gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It stays listed until it returns, and what it raises then is logged by itself."""
+    manager = TaskManager()
+    loop = VirtualClockLoop()
+
+    async def leave() -> None:
+        manager.run_in_thread(gate, LookupError("too late"), name="left")
+        await gate.entered()
+
+    loop.run_until_complete(leave())
+    task = manager.get_task("left")
+    loop.close()
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # of asyncio
+    task.get_coro().close()  # type: ignore[union-attr]  # it has one
+    assert manager.abandoned_threads == ("left",)
+    caplog.clear()
+    gate.open()
+    end = time.monotonic() + PATIENCE
+    while not caplog.messages and time.monotonic() < end:
+        time.sleep(0.001)
+    assert caplog.messages == ["the thread of task 'left' failed after the task"]
+    assert manager.abandoned_threads == ()
+
+
+# -- places ----------------------------------------------------------------------------------------
+
+
+async def test_no_more_threads_work_than_there_are_places(spans: SpanRecorder) -> None:
+    """The others wait, and all come to their turn."""
+    working = itertools.count()
+    lock = threading.Lock()
+    now = most = 0
+
+    def work() -> int:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.002)
+        with lock:
+            now -= 1
+        return next(working)
+
+    async with TaskManager(max_threads=3) as manager:
+        tasks = [manager.run_in_thread(work) for _ in range(20)]
+        assert sorted([await task for task in tasks]) == list(range(20))
+    assert most == 3
+    assert not manager._ledger.threads.workers
+
+
+@pytest.mark.parametrize("ageing", [10.0, float("inf")])
+async def test_places_go_by_priority_then_first_come(ageing: float, gate: Gate) -> None:
+    """As under any limit."""
+    order: list[str] = []
+    async with TaskManager(max_threads=1, ageing=ageing) as manager:
+        first = manager.run_in_thread(gate)
+        await gate.entered()
+        tasks = [
+            manager.run_in_thread(order.append, name, priority=priority)
+            for name, priority in [
+                ("low", TaskPriority.LOW),
+                ("one", TaskPriority.NORMAL),
+                ("two", TaskPriority.NORMAL),
+                ("high", TaskPriority.HIGH),
+            ]
+        ]
+        await settle()
+        gate.open()
+        await asyncio.wait([first, *tasks])
+    assert order == ["high", "one", "two", "low"]
+
+
+async def test_abandoned_thread_keeps_its_place(gate: Gate) -> None:
+    """Else threads that hang would grow without bound."""
+    async with TaskManager(max_threads=1) as manager:
+        stuck = manager.run_in_thread(gate, abandon=True)
+        await gate.entered()
+        stuck.cancel()
+        next_one = manager.run_in_thread(give_plain, 1)
+        await asyncio.wait([stuck])
+        await settle()
+        assert not next_one.done()
+        gate.open()
+        assert await next_one == (1, 0)
+
+
+async def test_cancelled_in_the_queue_no_thread_is_started(gate: Gate) -> None:
+    """Its turn goes to the next one; so it does when it is cancelled just as it comes."""
+    async with TaskManager(max_threads=1) as manager:
+        first = manager.run_in_thread(gate)
+        await gate.entered()
+        waiting = manager.run_in_thread(pytest.fail, "called")
+        woken = manager.run_in_thread(pytest.fail, "called")
+        last = manager.run_in_thread(give_plain, 1)
+        await settle()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        gate.open()
+        while not any(worker.task is woken for worker in manager._ledger.threads.workers):  # noqa: ASYNC110 - as below
+            # There is no event for the moment between the giving of a place and the taking of it.
+            await asyncio.sleep(0)
+        woken.cancel()
+        assert await last == (1, 0)
+        await asyncio.wait([first])
+    assert woken.cancelled()
+
+
+async def test_more_places_let_those_start_who_wait(gate: Gate) -> None:
+    """The limit may be changed at any time; None is without bound."""
+    async with TaskManager(max_threads=1) as manager:
+        first = manager.run_in_thread(gate)
+        second = manager.run_in_thread(give_plain, 1)
+        await gate.entered()
+        manager.max_threads = 2
+        assert await second == (1, 0)
+        manager.max_threads = None
+        assert await manager.run_in_thread(give_plain, 2) == (2, 0)
+        assert manager.max_threads is None
+        gate.open()
+        await first
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, True, "4"])
+def test_number_of_threads_is_checked(number: Any) -> None:
+    """In the constructor and later."""
+    with pytest.raises(ValueError, match="max_threads must be at least 1, or None for no bound, got "):
+        TaskManager(max_threads=number)
+    manager = TaskManager()
+    with pytest.raises(ValueError, match="max_threads must be at least 1"):
+        manager.max_threads = number
+
+
+async def test_thread_that_cannot_be_started_fails_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves its place to the next."""
+
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async with TaskManager(max_threads=1) as manager:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_thread)
+            task = manager.run_in_thread(give_plain, 1)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                await task
+        assert await manager.run_in_thread(give_plain, 2) == (2, 0)
+
+
+def test_places_survive_a_change_of_the_loop(gate: Gate) -> None:
+    """What waited in the old loop is gone; a thread that runs on keeps its place and gives it back."""
+    manager = TaskManager(max_threads=1)
+
+    async def begin() -> None:
+        task = manager.run_in_thread(gate, abandon=True)
+        await gate.entered()
+        waiting = manager.run_in_thread(pytest.fail, "called")
+        await settle()
+        for each in (task, waiting):
+            each.cancel()
+        await asyncio.wait([task, waiting])
+
+    async def go_on() -> tuple[int, int]:
+        task = manager.run_in_thread(give_plain, 1)
+        await settle()
+        assert not task.done()
+        gate.open()
+        return await task
+
+    run(begin())
+    assert run(go_on()) == (1, 0)
+
+
+# -- every await, cancelled in turn ----------------------------------------------------------------
+
+
+async def running_a_function(manager: TaskManager) -> None:
+    await manager.run_in_thread(give_plain, 1)
+
+
+async def waiting_for_a_place(manager: TaskManager) -> None:
+    manager.max_threads = 1
+    first = manager.run_in_thread(stop_when_told)
+    second = manager.run_in_thread(give_plain, 1)
+    try:
+        await asyncio.sleep(0.01)
+        first.cancel()
+        await second
+    finally:
+        first.cancel()
+
+
+@pytest.mark.parametrize("scenario", [running_a_function, waiting_for_a_place])
+def test_cancelled_at_any_await_nothing_is_left(scenario: Any, spans: SpanRecorder) -> None:
+    """Wherever the cancellation strikes, the thread has returned and the books are in order."""
+    assert cancel_at_each_await(scenario, spans) >= 1
+
+
+# -- def endpoints ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def app(manager: TaskManager) -> FastAPI:
+    app = FastAPI()
+    app.add_middleware(TaskGroupMiddleware, manager=manager)
+
+    @app.get("/fan-out")
+    def fan_out() -> dict[str, Any]:
+        futures = [create_task_threadsafe(where_am_i) for _ in range(3)]
+        names = {future.result(PATIENCE) for future in futures}
+        return {"groups": sorted(names), "cancelled": current_cancel_event().is_set()}
+
+    @app.get("/wrong")
+    def wrong() -> str:
+        try:
+            create_task(rest())
+        except WrongThreadError as error:
+            return str(error)
+        return "created"
+
+    @app.post("/stuck")
+    def stuck(tasks: RequestTasks) -> None:
+        tasks.create_task_threadsafe(rest(), name="slow").result(PATIENCE)
+
+    @app.post("/watch")
+    def watch() -> None:
+        app.state.watched = stop_when_told()
+
+    return app
+
+
+async def where_am_i() -> str:
+    """Say in which group this runs."""
+    return current_group().name
+
+
+async def test_def_endpoint_creates_tasks_in_its_requests_group(app: FastAPI) -> None:
+    """By itself it finds the group; the event is there too."""
+    async with app.user_middleware[0].kwargs["manager"]:  # type: ignore[attr-defined]  # a TaskManager
+        connection = FakeConnection(path="/fan-out")
+        await connection.run(app)
+    assert connection.body == b'{"groups":["GET /fan-out"],"cancelled":false}'
+
+
+async def test_def_endpoint_that_creates_a_task_is_told_what_to_write(
+    app: FastAPI, manager: TaskManager
+) -> None:
+    """The coroutine is closed, and the request's group is in order."""
+    connection = FakeConnection(path="/wrong")
+    await connection.run(app)
+    assert b"write create_task_threadsafe(...)" in connection.body
+    assert not manager._ledger.scopes
+
+
+async def test_def_endpoint_that_waits_ends_when_the_client_leaves(
+    app: FastAPI, manager: TaskManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its task is cancelled, and what it raises for that is a departure, no error."""
+    async with manager:
+        connection = FakeConnection(path="/stuck", method="POST")
+        server = asyncio.create_task(connection.run(app))
+        await until(lambda: any("slow" in name for name in manager.get_all_task_info()))
+        connection.disconnect()
+        await server
+        (info,) = manager.get_all_task_info().values()
+    assert info.cause is not None
+    assert info.cause.kind is CancelKind.CLIENT_DISCONNECT
+    assert not caplog.records
+
+
+async def test_def_endpoint_sees_that_the_client_has_left(app: FastAPI) -> None:
+    """current_cancel_event() in its thread is the request's."""
+    connection = FakeConnection(path="/watch", method="POST")
+    server = asyncio.create_task(connection.run(app))
+    await asyncio.sleep(0.1)
+    connection.disconnect()
+    await server
+    assert app.state.watched == "stopped early"
+
+
+async def test_request_has_one_group_whoever_asks_first(manager: TaskManager) -> None:
+    """Threads that ask for it at a time get the same one."""
+    ready = threading.Barrier(4)
+    groups: list[TaskGroup] = []
+
+    def ask() -> TaskGroup:
+        ready.wait(PATIENCE)
+        return request_group()
+
+    async def endpoint(scope: Any, receive: Any, send: Any) -> None:
+        groups.extend(await asyncio.gather(*(in_a_thread(ask) for _ in range(4))))
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    for _ in range(50):
+        groups.clear()
+        await FakeConnection().run(TaskGroupMiddleware(endpoint, manager=manager))
+        assert len(set(groups)) == 1
+    assert not manager._ledger.scopes
+
+
+@contextlib.asynccontextmanager
+async def serving(app: FastAPI) -> AsyncIterator[int]:
+    """The port of a uvicorn that serves ``app`` in this loop, and has ended when the block is left."""
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, log_level="warning", ws="none", timeout_graceful_shutdown=5)
+    )
+    running = asyncio.create_task(server.serve())
+    try:
+        async with asyncio.timeout(PATIENCE):
+            while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+                await asyncio.sleep(0.01)
+        port: int = server.servers[0].sockets[0].getsockname()[1]
+        yield port
+    finally:
+        server.should_exit = True
+        await running
+
+
+@contextlib.asynccontextmanager
+async def asking(port: int, method: str, path: str) -> AsyncIterator[asyncio.StreamReader]:
+    """Send a request; the client hangs up at the end of the block."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(f"{method} {path} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n".encode())
+        await writer.drain()
+        yield reader
+    finally:
+        writer.close()
+        await writer.wait_closed()
+
+
+@pytest.mark.e2e
+@pytest.mark.real_clock
+async def test_def_endpoints_over_a_socket(app: FastAPI, manager: TaskManager) -> None:
+    """On a real server, with anyio's threads: tasks in the request's group, and the end by disconnect."""
+    async with asyncio.timeout(PATIENCE), manager, serving(app) as port:
+        async with asking(port, "GET", "/fan-out") as answer:
+            assert (await answer.read()).endswith(b'{"groups":["GET /fan-out"],"cancelled":false}')
+        async with asking(port, "GET", "/wrong") as answer:
+            assert b"write create_task_threadsafe(...)" in await answer.read()
+        async with asking(port, "POST", "/stuck"), asking(port, "POST", "/watch"):
+            await until(lambda: any("slow" in name for name in manager.get_all_task_info()))
+            # Past the moment from which a request is watched.
+            await asyncio.sleep(0.1)
+        await until(lambda: getattr(app.state, "watched", None))
+        await until(lambda: not manager.stats().live)
+        (slow,) = (info for info in manager.get_all_task_info().values() if info.name == "slow")
+        assert slow.cause is not None
+        assert slow.cause.kind is CancelKind.CLIENT_DISCONNECT
+
+
+# -- under load ------------------------------------------------------------------------------------
+
+
+@pytest.mark.real_clock
+async def test_two_loops_in_two_threads_lose_no_end_of_a_task() -> None:
+    """What runs at the end of a task is each manager's own: two threads may be there at a time."""
+    ends: list[int] = []
+
+    async def work() -> None:
+        async with TaskManager() as manager:
+            for _ in range(20):
+                await asyncio.wait([manager.create_task(asyncio.sleep(0)) for _ in range(200)])
+            await settle()
+            ends.append(manager.stats().completed)
+
+    interval = sys_switch_interval(1e-5)
+    try:
+        await asyncio.gather(*(in_a_thread(asyncio.run, work()) for _ in range(2)))
+    finally:
+        sys_switch_interval(interval)
+    assert ends == [4000, 4000]
+
+
+def sys_switch_interval(seconds: float) -> float:
+    """Set how long a thread may run before another has its turn; returns what it was."""
+    import sys
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(seconds)
+    return before
+
+
+THREADS, EACH = 8, 10_000
+
+
+@pytest.mark.real_clock
+async def test_none_of_80_000_tasks_of_8_threads_is_lost() -> None:
+    """Created and cancelled from threads, they all end, and are all counted."""
+
+    def create_and_cancel(manager: TaskManager) -> list[concurrent.futures.Future[None]]:
+        futures: list[concurrent.futures.Future[None]] = []
+        live: list[ManagedTask[Any]] = []
+
+        async def note_and_rest() -> None:
+            live.append(asyncio.current_task())  # type: ignore[arg-type]  # a ManagedTask
+            await rest()
+
+        for number in range(EACH):
+            # One that returns, one to be cancelled by its future, one by itself.
+            work = (give(None), rest(), note_and_rest())
+            futures.append(manager.create_task_threadsafe(work[number % 3]))
+            for other in range(3):
+                if other != number % 3:
+                    work[other].close()
+            if number >= 100 and number % 3 == 1:
+                futures[number - 99].cancel() if (number - 99) % 3 == 1 else futures[number - 100].cancel()
+            if live:
+                live.pop().cancel()
+        for future in futures:
+            future.cancel()
+        return futures
+
+    async with asyncio.timeout(60), TaskManager(history=0) as manager:
+        done = await asyncio.gather(*(in_a_thread(create_and_cancel, manager) for _ in range(THREADS)))
+        await manager.join()
+        await settle()
+        futures = list(itertools.chain.from_iterable(done))
+        assert len(futures) == THREADS * EACH
+        assert all(future.done() for future in futures)
+        stats = manager.stats()
+        assert stats.live == 0
+        assert stats.created == stats.completed + stats.cancelled
+        assert stats.failed == 0
+        returned = sum(not future.cancelled() for future in futures)
+        assert stats.completed >= returned > 0
+        assert not manager._root._live
