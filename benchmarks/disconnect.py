@@ -34,7 +34,7 @@ def run(effort: Effort) -> list[Table]:
 
 async def _measure(effort: Effort) -> list[Table]:
     tables = []
-    samples = 20 if effort.rounds <= 3 else 200
+    samples = 20 if effort.quick else 200
     for number, side in enumerate((OURS, WATCHER)):
         for busy in (0, BUSY):
             port = PORT + 2 * number + (busy > 0)

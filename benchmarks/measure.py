@@ -111,6 +111,11 @@ class Effort:
     rounds: int
     seconds: float
 
+    @property
+    def quick(self) -> bool:
+        """Only to see that all works: a few rounds, and nothing that takes long or much memory."""
+        return self.rounds <= 3
+
     def less(self, share: float) -> Effort:
         """A part of it."""
         return Effort(max(2, int(self.rounds * share)), self.seconds * share)

@@ -41,7 +41,7 @@ NEEDED_FOR_A_MILLION = 3 * 2**30
 def run(effort: Effort) -> list[Table]:
     """Measure; each side once, the figures do not vary."""
     tables = [_table(size, {name: asyncio.run(_traced(start, size)) for name, start in STARTS.items()}) for size in TRACED]
-    if effort.rounds > 3 and available() > NEEDED_FOR_A_MILLION:
+    if not effort.quick and available() > NEEDED_FOR_A_MILLION:
         tables.append(_table(MILLION, {name: _in_a_process(name, MILLION) for name in FEW}))
     return tables
 

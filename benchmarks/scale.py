@@ -28,7 +28,7 @@ COUNT = 200
 
 def run(effort: Effort) -> list[Table]:
     """Measure what is asked of a manager, and what its history costs."""
-    most = 1_000_000 if effort.rounds > 3 and available() > NEEDED_FOR_A_MILLION else 100_000
+    most = 1_000_000 if not effort.quick and available() > NEEDED_FOR_A_MILLION else 100_000
     sizes = [size for size in SIZES if size <= most]
     tables = asyncio.run(_by_size(effort.less(0.8), sizes))
     return [*tables, asyncio.run(_by_history(effort.less(0.2)))]

@@ -32,7 +32,8 @@ SERIAL: dict[str, Work] = {
 
 def run(effort: Effort) -> list[Table]:
     """Measure on asyncio's loop and on uvloop."""
-    on_asyncio = asyncio.run(_all_sizes(effort, "asyncio", (5_000, 100_000)))
+    sizes = (5_000, 20_000) if effort.quick else (5_000, 100_000)
+    on_asyncio = asyncio.run(_all_sizes(effort, "asyncio", sizes))
     on_uvloop = uvloop.run(_all_sizes(effort.less(0.5), "uvloop", (5_000,)))
     return [*on_asyncio, *on_uvloop]
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, TypeVarTuple
 from otel_tasks import _create as creating
 from otel_tasks import _tree as tree
 from otel_tasks._admission import Limiter, checked_limiter
+from otel_tasks._awaiters import with_awaiters
 from otel_tasks._checks import check_choice, checked_name, checked_seconds
 from otel_tasks._create import Binding, OnConflict, TaskOptions, _bound, close_quietly, create_plain
 from otel_tasks._scope import OnError, Scope
@@ -449,14 +450,14 @@ class TaskGroup:
         tree.renew(announced, cause)
 
     async def join(self) -> None:
-        """Wait until nothing is live in this group and below it, the calling task aside.
+        """Wait until nothing is live in this group and below it, the calling task and what awaits it aside.
 
         It raises nothing of what the tasks raise: that is reported where it belongs.
 
         Cancellation: of the caller leaves the tasks alone.
         """
-        caller = asyncio.current_task()
-        while live := [task for task in self._every_live() if task is not caller]:
+        spared = with_awaiters(asyncio.current_task())
+        while live := [task for task in self._every_live() if task not in spared]:
             await wait_until_done(live)
 
     # -- async with -------------------------------------------------------------------------

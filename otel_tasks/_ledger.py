@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from otel_tasks._group import TaskGroup
-    from otel_tasks.progress import TaskProgress
     from otel_tasks._task import TaskInfo
     from otel_tasks._threads import Threads
     from otel_tasks.cancellation import CancelCause
+    from otel_tasks.progress import TaskProgress
 
 logger = logging.getLogger("otel_tasks")
 

@@ -8,13 +8,22 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from otel_tasks._admission import Limiter, checked_limiter
+from otel_tasks._awaiters import with_awaiters
 from otel_tasks._checks import check_count, checked_name, checked_seconds
 from otel_tasks._create import close_quietly, create_plain
 from otel_tasks._group import TaskGroup, current_group_or_none
 from otel_tasks._ledger import Ledger, logger
 from otel_tasks._service import DEFAULT_POLICY, RestartPolicy, start_supervisor
 from otel_tasks._state import CancelKind, TaskPriority, TaskStatus
-from otel_tasks._task import ManagedTask, TaskInfo, _cancel, ask, wait_until_done, with_predecessors
+from otel_tasks._task import (
+    ManagedTask,
+    TaskInfo,
+    _cancel,
+    ask,
+    goes_on,
+    wait_until_done,
+    with_predecessors,
+)
 from otel_tasks._telemetry import Telemetry
 from otel_tasks._threads import Threads, current_worker
 from otel_tasks._tree import renew
@@ -23,7 +32,7 @@ from otel_tasks.exceptions import TaskNotFoundError
 
 if TYPE_CHECKING:
     import concurrent.futures
-    from collections.abc import Callable, Coroutine, Iterable, Mapping
+    from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
     from contextvars import Context
     from types import TracebackType
     from typing import Self, Unpack
@@ -389,6 +398,7 @@ class TaskManager:
         priority: TaskPriority = TaskPriority.CRITICAL,
         metadata: Mapping[str, Any] | None = None,
         on_conflict: OnConflict = "error",
+        drains: bool = False,
     ) -> ManagedTask[T]:
         """Start what is meant to go on for the life of the application, and is begun again when it fails.
 
@@ -405,6 +415,8 @@ class TaskManager:
                 in a shutdown.
             metadata: Kept with it and with each attempt.
             on_conflict: As for ``start_task``; ``"replace"`` starts it once the old one has ended.
+            drains: It ends by itself when ``current_cancel_event()`` is set, and the grace of a shutdown is
+                to wait for it. A service that does not would make every shutdown last its whole grace.
 
         Returns:
             The service. It returns what an attempt returned; it is cancelled with an attempt that somebody
@@ -417,8 +429,8 @@ class TaskManager:
             TypeError: ``factory`` cannot be called again and again, or ``restart`` is no policy.
 
         A failure is logged as a warning, with the time until the next attempt; the last one is the service's,
-        and reported as that of any task. In a shutdown nothing is begun again. A service gets its ``grace``
-        as any task: one that can stop sooner waits for ``current_cancel_event()`` too.
+        and reported as that of any task. In a shutdown nothing is begun again, and unless ``drains`` it is
+        cancelled when all other tasks have ended.
 
         Cancellation: of the caller, while it waits for the service that is to be replaced: no new one is
         started; the old one stays cancelled. Of the service: its attempt is cancelled, for the same cause.
@@ -430,7 +442,9 @@ class TaskManager:
             >>> await manager.start_service("prices", refresh_prices, restart=RestartPolicy(max_delay=30))
         """
         where = self._root if group is None else self._group_for(group, factory)
-        return await start_supervisor(where, name, factory, restart, priority, metadata, on_conflict)
+        return await start_supervisor(
+            where, name, factory, restart, priority, metadata, on_conflict, drains=drains
+        )
 
     def group(
         self,
@@ -646,8 +660,8 @@ class TaskManager:
         A task that somebody has cancelled before is not asked again, so that its clean-up is
         not torn; ``shutdown`` alone asks twice.
 
-        Cancellation: of the caller ends the waiting, or the grace; the tasks are cancelled. A
-        calling task that is one of the group's is spared.
+        Cancellation: of the caller ends the waiting, or the grace; the tasks are cancelled. The
+        calling task is spared, and so is what awaits it.
         """
         return await self._cancel(self._find_groups(group), reason, grace, timeout)
 
@@ -669,28 +683,29 @@ class TaskManager:
         rising priority, the critical tasks last; what ignored that is cancelled once more.
 
         Args:
-            grace: Seconds to finish in, at least 0.
+            grace: Seconds to finish in, at least 0. It waits for services only if they drain.
             timeout: Seconds for all that comes after, at least 0; None is without bound.
 
         Returns:
             What became of the tasks; also logged, if one would not stop.
 
         Cancellation: of the caller ends the waiting; the manager stays closed. The calling
-        task, if it is managed, is spared.
+        task is spared, and so is what awaits it.
 
         Telemetry: the spans of tasks that would not stop are ended as ``abandoned``.
         """
         seconds = checked_seconds("timeout", timeout)
         patience = checked_seconds("grace", grace)
-        caller = self._caller()
+        spared = with_awaiters(self._caller())
         self._ledger.closed = True
-        tasks = self._others([self._root])
+        tasks = self._others([self._root], spared)
         cause = CancelCause.make(CancelKind.SHUTDOWN, f"manager {self.name!r} is shutting down")
         self._root._announce(cause)
         self._ledger.drop_queue(tasks, cause)
         if patience != 0.0:
-            await wait_until_done(tasks, patience)
-        await self._cancel_by_priority(tasks, cause, seconds, caller)
+            # Most services do not end by themselves: every shutdown would last its whole grace.
+            await wait_until_done([task for task in tasks if not goes_on(task)], patience)
+        await self._cancel_by_priority(tasks, cause, seconds, spared)
         return self._report(tasks)
 
     async def __aenter__(self) -> Self:
@@ -777,11 +792,12 @@ class TaskManager:
         self._ledger.bind(asyncio.get_running_loop())
         return asyncio.current_task()
 
-    def _others(self, groups: Iterable[TaskGroup]) -> list[ManagedTask[Any]]:
-        """The tasks of these groups and below that are not done, the calling one aside."""
-        caller = asyncio.current_task()
+    def _others(
+        self, groups: Iterable[TaskGroup], spared: Collection[asyncio.Future[Any]]
+    ) -> list[ManagedTask[Any]]:
+        """The tasks of these groups and below that are not done, some aside."""
         return [
-            task for group in groups for task in group._every_live() if task is not caller and not task.done()
+            task for group in groups for task in group._every_live() if task not in spared and not task.done()
         ]
 
     async def _cancel(
@@ -789,9 +805,10 @@ class TaskManager:
     ) -> int:
         patience = checked_seconds("grace", grace)
         seconds = checked_seconds("timeout", timeout)
-        caller = self._caller()
+        # Who awaits the caller cannot end before it, and would hand the cancellation on to it.
+        spared = with_awaiters(self._caller())
         cause = CancelCause.make(CancelKind.EXPLICIT, reason)
-        tasks = self._others(groups)
+        tasks = self._others(groups, spared)
         announced = [node for group in groups for node in group._announce(cause)]
         try:
             if patience != 0.0:
@@ -799,8 +816,8 @@ class TaskManager:
         finally:
             # Also when the caller is cancelled in the grace: what has been announced is done.
             for group in groups:
-                group._cancel_tasks(cause, spared=[caller])
-                if group._scope is not None and group._scope.host is not caller:
+                group._cancel_tasks(cause, spared=spared)
+                if group._scope is not None and group._scope.host not in spared:
                     group._scope.cancel_body(cause)
             renew(announced, cause)
         return await self._wait_for_end(tasks, seconds)
@@ -818,7 +835,7 @@ class TaskManager:
         tasks: list[ManagedTask[Any]],
         cause: CancelCause,
         timeout: float | None,
-        caller: asyncio.Task[Any] | None,
+        spared: Collection[asyncio.Future[Any]],
     ) -> None:
         loop = asyncio.get_running_loop()
         deadline = None if timeout is None else loop.time() + timeout
@@ -829,7 +846,7 @@ class TaskManager:
             # An even share of what is left for each level and for the last step.
             left = None if deadline is None else max(0.0, deadline - loop.time()) / (len(levels) - number + 1)
             await wait_until_done(chosen, left)
-        self._root._cancel_bodies(self._root._below(), cause, [caller])
+        self._root._cancel_bodies(self._root._below(), cause, spared)
         stubborn = [task for task in tasks if not task.done()]
         for task in stubborn:
             # The one place that asks again: what is not done by now has swallowed the first.

@@ -29,7 +29,15 @@ from otel_tasks._checks import check_choice, check_count, checked_name
 from otel_tasks._create import close_quietly
 from otel_tasks._ledger import logger
 from otel_tasks._state import CancelKind, TaskStatus
-from otel_tasks._task import _cancel, ask, cancel_message, cause_at_end, wait_until_done, with_predecessors
+from otel_tasks._task import (
+    _cancel,
+    ask,
+    cancel_message,
+    cause_at_end,
+    extras_of,
+    wait_until_done,
+    with_predecessors,
+)
 from otel_tasks._telemetry import link_restart, text_of
 from otel_tasks.cancellation import CancelCause, _call_when_set
 from otel_tasks.exceptions import ManagerClosedError
@@ -103,6 +111,8 @@ async def start_supervisor(
     priority: TaskPriority,
     metadata: Mapping[str, Any] | None,
     on_conflict: OnConflict,
+    *,
+    drains: bool,
 ) -> ManagedTask[T]:
     """Start a service in a labelled group; see ``TaskManager.start_service``."""
     _check_factory(factory)
@@ -117,8 +127,8 @@ async def start_supervisor(
     while on_conflict == "replace" and (taken := group._holder(name)) is not None:
         ask(taken, CancelCause.make(CancelKind.REPLACED, f"replaced by a new service {name!r}"))
         await wait_until_done(with_predecessors(taken))
-    service = Service(group, factory, policy, priority, metadata)
-    return group._create(
+    service = Service(group, factory, policy, priority, metadata, drains=drains)
+    supervisor = group._create(
         service.run(),
         name,
         priority,
@@ -133,6 +143,8 @@ async def start_supervisor(
         True,
         supervises=True,
     )
+    extras_of(supervisor).goes_on = not drains
+    return supervisor
 
 
 class Service(Generic[T]):
@@ -145,7 +157,10 @@ class Service(Generic[T]):
         policy: RestartPolicy,
         priority: TaskPriority,
         metadata: Mapping[str, Any] | None,
+        *,
+        drains: bool,
     ) -> None:
+        self._drains = drains
         self._group = group
         self._factory = factory
         self._policy = policy
@@ -179,7 +194,7 @@ class Service(Generic[T]):
         self._attempts += 1
         coro = self._context.run(make_attempt, self._factory)
         try:
-            return await self._group.put_task(
+            attempt = await self._group.put_task(
                 coro,
                 name=f"{service.get_name()}#{self._attempts}",
                 priority=self._priority,
@@ -189,6 +204,8 @@ class Service(Generic[T]):
                 # It might fail before anybody waits for it, and be reported as nobody's.
                 eager_start=False,
             )
+            extras_of(attempt).goes_on = not self._drains
+            return attempt
         except ManagerClosedError:
             cause = self._group.cancel_event.cause or CancelCause.make(CancelKind.SHUTDOWN)
         _end_cancelled(service, cause)

@@ -56,6 +56,7 @@ class Extras:
         "dropped",
         "futures",
         "gate",
+        "goes_on",
         "inner",
         "keep_result",
         "message",
@@ -110,6 +111,8 @@ class Extras:
         self.never_ran = False
         # It only looks after other tasks, which have the spans and take the places.
         self.supervises = False
+        # It is a service that does not end by itself, or an attempt of such.
+        self.goes_on = False
         self.abandoned = False
         self.shields = 0
         self.deferred: CancelCause | None = None
@@ -563,6 +566,11 @@ def started_at(task: ManagedTask[Any], status: TaskStatus) -> float | None:
     if extras.gate is not None:
         return extras.started_at
     return None if extras.never_ran and status is TaskStatus.CANCELLED else task._created_at
+
+
+def goes_on(task: ManagedTask[Any]) -> bool:
+    """True for a service that does not end by itself, and its attempts."""
+    return task._extras is not None and task._extras.goes_on
 
 
 def queue_time(task: ManagedTask[Any]) -> float | None:

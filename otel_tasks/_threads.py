@@ -272,7 +272,8 @@ class Worker(Generic[T]):
         self.abandoned = False
         self._threads = threads
         self._function = function
-        self._thread: _WorkerThread | None = None
+        # Set when it is started.
+        self._thread: _WorkerThread
         # The thread has returned, and the loop knows.
         self._over = False
         self._waiter: asyncio.Future[None] | None = None
@@ -291,7 +292,8 @@ class Worker(Generic[T]):
 
     def stack(self) -> str:
         """Say where the thread is, as lines of a traceback; empty if it has none that works."""
-        number = None if self._thread is None or self._over else self._thread.ident
+        thread = getattr(self, "_thread", None)
+        number = None if thread is None or self._over else thread.ident
         frame = None if number is None else sys._current_frames().get(number)
         outer, depth = frame, 0
         # Without what is below the function: this module, and how a thread begins.
@@ -364,8 +366,7 @@ class Worker(Generic[T]):
 
     def _returned(self) -> None:
         self._over = True
-        if self._thread is not None:
-            self._thread.is_back = True
+        self._thread.is_back = True
         self._threads.pass_on()
         self.wake()
         self._report()

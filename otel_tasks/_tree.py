@@ -131,7 +131,7 @@ def announce(group: TaskGroup, cause: CancelCause) -> list[TaskGroup]:
 
 
 def cancel_tasks(
-    group: TaskGroup, cause: CancelCause, *, spared: Collection[asyncio.Task[Any] | None] = ()
+    group: TaskGroup, cause: CancelCause, *, spared: Collection[asyncio.Future[Any] | None] = ()
 ) -> int:
     """Cancel every live task here and below in one pass; returns how many were newly asked.
 
@@ -154,7 +154,7 @@ def cancel_bodies(
     group: TaskGroup,
     groups: list[TaskGroup],
     cause: CancelCause,
-    spared: Collection[asyncio.Task[Any] | None],
+    spared: Collection[asyncio.Future[Any] | None],
 ) -> None:
     """Cancel the blocks below whose task nobody else here cancels.
 

@@ -897,3 +897,21 @@ async def calling_a_decorated_function(manager: TaskManager) -> None:
 def test_nothing_leaks_whichever_await_is_cancelled(scenario: Any, awaits: int, spans: SpanRecorder) -> None:
     """Cancelled at any of its awaits, a scenario leaves no task, no open span, and no warning."""
     assert cancel_at_each_await(scenario, spans) >= awaits
+
+
+async def test_shutdown_spares_what_awaits_its_caller() -> None:
+    """A task that shuts its manager down is awaited by others: they would hand the cancellation on to it."""
+    manager = TaskManager()
+    reports: list[ShutdownReport] = []
+
+    async def helper() -> None:
+        reports.append(await manager.shutdown(grace=2, timeout=1))
+
+    async def outer() -> None:
+        await manager.create_task(helper(), name="helper")
+
+    task = manager.create_task(outer())
+    other = manager.create_task(rest())
+    await asyncio.wait([task])
+    assert task.status is TaskStatus.COMPLETED
+    assert (reports[0].cancelled, other.status) == (1, TaskStatus.CANCELLED)

@@ -358,7 +358,8 @@ async def test_return_in_a_shutdown_is_no_failure(caplog: pytest.LogCaptureFixtu
         await current_cancel_event().wait()
         return "drained"
 
-    service = await manager.start_service("prices", work, restart=RestartPolicy(on="always"))
+    policy = RestartPolicy(on="always")
+    service = await manager.start_service("prices", work, restart=policy, drains=True)
     await settle()
     start = now()
     report = await manager.shutdown(grace=5)
@@ -882,6 +883,19 @@ async def test_services_are_cancelled_last() -> None:
     assert order == ["low", "high", "service"]
 
 
+async def test_shutdown_does_not_wait_its_grace_for_services() -> None:
+    """A service does not end by itself: it is cancelled as soon as all other tasks have ended."""
+    manager = TaskManager()
+    service = await manager.start_service("prices", rest)
+    manager.create_task(asyncio.sleep(2))
+    await settle()
+    start = now()
+    report = await manager.shutdown(grace=10)
+    assert now() - start == 2
+    assert report.completed == 1
+    assert kind_of(service) == CancelKind.SHUTDOWN
+
+
 async def test_service_may_be_less_urgent() -> None:
     """The priority that a service is given is its attempts' too."""
     manager = TaskManager()
@@ -896,10 +910,10 @@ async def test_failure_in_a_shutdown_is_not_started_again(caplog: pytest.LogCapt
     manager = TaskManager("app")
     work = Flaky(1, after=3)
     service = await manager.start_service("prices", work)
+    # The grace lasts as long as other work.
+    manager.create_task(asyncio.sleep(4))
     await settle()
-    start = now()
     await manager.shutdown(grace=10)
-    assert now() - start == 3
     assert (service.status, kind_of(service)) == (TaskStatus.CANCELLED, CancelKind.SHUTDOWN)
     assert len(work.began) == 1
     assert caplog.messages == [
