@@ -11,8 +11,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 UV := $(shell command -v uv 2>/dev/null)
 
+# The peers have an environment of their own: they want other versions than the tools do. Eager tasks are measured
+# in a newer Python where there is one, since the others are measured in $(PYTHON).
+BENCH := $(VENV)-bench
+EAGER_PYTHON ?= $(firstword $(foreach v,3.13 3.14 3.12,$(shell command -v python$(v) 2>/dev/null)) $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python3))
+EAGER_READY := $(if $(EAGER_PYTHON),$(BENCH)-eager/.ready)
+EAGER_OPTION := $(if $(EAGER_PYTHON),--eager-python $(BENCH)-eager/bin/python)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test cover check format clean
+.PHONY: help demo test cover check format bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -37,8 +44,11 @@ format: $(READY) ## Format, and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+bench: $(BENCH)/.ready $(EAGER_READY) ## Measure against the peers, under 10 minutes (ONLY=spawn: one part)
+	$(BENCH)/bin/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(EAGER_OPTION) $(ARGS)
+
 clean: ## Remove the virtual environment, caches and build results
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf .venv .venv-bench .venv-bench-eager build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # Made anew when pyproject.toml changes, and only then. The mark comes last: a half-made one is not taken.
@@ -58,3 +68,17 @@ else
 	$(BIN)/python -m pip install --quiet --group dev --editable .
 endif
 	@touch $@
+
+$(BENCH)/.ready: pyproject.toml
+	$(call make_environment,$(PYTHON),$(BENCH),--group bench)
+
+$(BENCH)-eager/.ready: pyproject.toml
+	$(call make_environment,$(EAGER_PYTHON),$(BENCH)-eager)
+
+define make_environment
+	@rm -rf "$(2)"
+	$(if $(UV),$(UV) venv --quiet --python "$(1)" "$(2)",$(1) -m venv "$(2)")
+	$(if $(UV),,$(2)/bin/python -m pip install --quiet --upgrade "pip>=25.1")
+	$(if $(UV),$(UV) pip install --quiet --python "$(2)/bin/python",$(2)/bin/python -m pip install --quiet) $(3) --editable .
+	@touch "$(2)/.ready"
+endef

@@ -1,7 +1,7 @@
 """What the library costs, next to its peers and to doing without.
 
-``make bench`` runs all parts, ``make bench ONLY=spawn`` one. Each figure compares sides that took turns in one
-process, by CPU time; see ``measure``. Goals are those of the design, and stand in ``goals``.
+``make bench`` runs all parts, ``make bench ONLY=spawn`` one. Each figure compares sides that took turns in
+one process, by CPU time; see ``measure``. Goals are those of the design, and stand in ``goals``.
 
 - ``spawn``, ``eager``: create, run and end a task, without an SDK.
 - ``span``: the same with one span for each task.

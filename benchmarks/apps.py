@@ -1,6 +1,7 @@
 """The applications that serve the requests, each with the middleware to be compared around it.
 
-``uvicorn --factory benchmarks.apps:from_environment`` serves one of them; ``BENCH_APP`` names application and side.
+``uvicorn --factory benchmarks.apps:from_environment`` serves one of them; ``BENCH_APP`` names application
+and side.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from starlette.middleware.base import BaseHTTPMiddleware
 
+from benchmarks.names import ANYIO, BASE_HTTP, NONE, OURS, WATCHER
 from otel_tasks.asgi import TaskGroupMiddleware
 
 if TYPE_CHECKING:
@@ -26,13 +28,6 @@ if TYPE_CHECKING:
     Receive = Callable[[], Awaitable[Message]]
     Send = Callable[[Message], Awaitable[None]]
     App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
-
-NONE = "no middleware"
-OURS = "otel_tasks"
-WATCHER = "a watcher task per request"
-ANYIO = "an anyio task group per request"
-BASE_HTTP = "BaseHTTPMiddleware that does nothing"
-SIDES = (NONE, OURS, WATCHER, ANYIO, BASE_HTTP)
 
 
 async def raw(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -81,9 +76,14 @@ class Watcher:
             await self.app(scope, receive, send)
             return
         messages: asyncio.Queue[Message] = asyncio.Queue()
-        watcher = asyncio.create_task(watch(receive, messages, asyncio.current_task()))
+        host = asyncio.current_task()
+        watcher = asyncio.create_task(watch(receive, messages, host))
         try:
             await self.app(scope, messages.get, send)
+        except asyncio.CancelledError:
+            if host is None or not watcher.done():
+                raise
+            host.uncancel()
         finally:
             watcher.cancel()
 
@@ -116,7 +116,9 @@ class AnyioGroup:
             await self.app(scope, messages.get, send)
             group.cancel_scope.cancel()
 
-    async def watch(self, receive: Receive, messages: asyncio.Queue[Message], scope: anyio.CancelScope) -> None:
+    async def watch(
+        self, receive: Receive, messages: asyncio.Queue[Message], scope: anyio.CancelScope
+    ) -> None:
         """Read on behalf of the application, until the client has left."""
         while True:
             message = await receive()
@@ -129,7 +131,9 @@ class AnyioGroup:
 class DoNothing(BaseHTTPMiddleware):
     """Starlette's convenient base class, with nothing in it."""
 
-    async def dispatch(self, request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    async def dispatch(
+        self, request: Request, call_next: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
         """Pass on."""
         return await call_next(request)
 

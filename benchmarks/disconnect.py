@@ -14,9 +14,9 @@ import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.apps import OURS, WATCHER
 from benchmarks.measure import Effort, Row, Spread, Table
 from benchmarks.middleware import serve, wait_for_port
+from benchmarks.names import OURS, WATCHER
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -127,7 +127,7 @@ class Probed:
         self.ended: dict[str, float] = {}
         self.taken: dict[str, list[float]] = {}
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             return

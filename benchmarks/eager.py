@@ -1,4 +1,7 @@
-"""Tasks that run their first step when they are created, from Python 3.12 on."""
+"""Tasks that run their first step when they are created, from Python 3.12 on.
+
+It may run in an interpreter that has none of the peers: nothing is imported from ``peers``.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import Effort, Table, per_piece, tabulate, take_turns
+from benchmarks.names import BARE, BARE_EAGER, GROUP, MANAGER
 from otel_tasks import TaskManager
 
 if TYPE_CHECKING:
     from benchmarks.measure import Side
 
-# Not from `peers`: this part may run in an interpreter that has none of them.
-BARE = "asyncio.create_task"
-BARE_EAGER = "asyncio.create_task, eager"
-GROUP = "otel_tasks group, eager"
-MANAGER = "otel_tasks manager, eager"
 COUNT = 5_000
 
 
@@ -31,9 +30,7 @@ async def work() -> None:
 
 async def _measure(effort: Effort) -> Table:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    table = Table(
-        "eager", f"Eager start, Python {version}: create and end a task", "µs per task", BARE, 0
-    )
+    table = Table("eager", f"Eager start, Python {version}: create and end a task", "µs per task", BARE, 0)
     return tabulate(table, await take_turns(_sides(TaskManager("bench")), effort))
 
 

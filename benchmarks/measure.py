@@ -2,7 +2,7 @@
 
 Rules:
 
-1. A figure is a ratio to a yardstick that ran in the same round, so that a slower or busier machine moves both.
+1. A figure is a ratio to a yardstick that ran in the same round: a slower or busier machine moves both.
 2. Many short rounds; the order is drawn anew in each; the median counts, and the quartiles are shown.
 3. The garbage collector runs as it does in production. What one side leaves behind is collected before the
    next begins, outside of the measured time.
@@ -92,7 +92,7 @@ class Table:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Table:
         """The way back from ``to_dict``."""
-        rows = [
+        rows: Any = [
             Row(
                 row["name"],
                 Spread(**row["value"]),
@@ -121,7 +121,9 @@ class Effort:
         return Effort(max(2, int(self.rounds * share)), self.seconds * share)
 
 
-async def take_turns(sides: dict[str, Side], effort: Effort, *, collect: bool = True) -> dict[str, list[float]]:
+async def take_turns(
+    sides: dict[str, Side], effort: Effort, *, collect: bool = True
+) -> dict[str, list[float]]:
     """Let the sides take turns, in an order that is drawn anew in each round.
 
     Args:

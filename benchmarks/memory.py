@@ -1,7 +1,7 @@
 """Bytes that a live task takes, beyond those of a bare one.
 
-Up to 100,000 tasks by tracemalloc, which counts to the byte what Python allocates; 1,000,000 by the resident size
-of a process that does nothing else, since tracemalloc would need more memory than what it measures.
+Up to 100,000 tasks by tracemalloc, which counts to the byte what Python allocates; 1,000,000 by the resident
+size of a process that does nothing else, since tracemalloc would need more memory than what it measures.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import aiotools
 import anyio
 import quattro
 
-from benchmarks import peers
+from benchmarks import names
 from benchmarks.measure import Effort, Row, Spread, Table
 from otel_tasks import TaskManager
 
@@ -34,13 +34,16 @@ if TYPE_CHECKING:
 TRACED = (10_000, 100_000)
 MILLION = 1_000_000
 # Of the others, too, a million fits into few machines.
-FEW = (peers.BARE, peers.TASK_GROUP, peers.MANAGER, peers.GROUP)
+FEW = (names.BARE, names.TASK_GROUP, names.MANAGER, names.GROUP)
 NEEDED_FOR_A_MILLION = 3 * 2**30
 
 
 def run(effort: Effort) -> list[Table]:
     """Measure; each side once, the figures do not vary."""
-    tables = [_table(size, {name: asyncio.run(_traced(start, size)) for name, start in STARTS.items()}) for size in TRACED]
+    tables = [
+        _table(size, {name: asyncio.run(_traced(start, size)) for name, start in STARTS.items()})
+        for size in TRACED
+    ]
     if not effort.quick and available() > NEEDED_FOR_A_MILLION:
         tables.append(_table(MILLION, {name: _in_a_process(name, MILLION) for name in FEW}))
     return tables
@@ -49,12 +52,16 @@ def run(effort: Effort) -> list[Table]:
 def _table(size: int, measured: dict[str, float]) -> Table:
     how = "resident size" if size == MILLION else "tracemalloc"
     table = Table(
-        f"memory-{size}", f"Memory of a live task: {size:,} that wait ({how})", "bytes per task", peers.BARE, 1
+        f"memory-{size}",
+        f"Memory of a live task: {size:,} that wait ({how})",
+        "bytes per task",
+        names.BARE,
+        1,
     )
-    base = measured[peers.BARE]
+    base = measured[names.BARE]
     for name, value in measured.items():
         row = Row(name, _exactly(value))
-        if name != peers.BARE:
+        if name != names.BARE:
             row.ratio, row.added = _exactly(value / base), _exactly(value - base)
         table.rows.append(row)
     return table
@@ -118,15 +125,15 @@ async def _by_manager(count: int, gate: asyncio.Future[None], stack: AsyncExitSt
 
 
 STARTS: dict[str, Start] = {
-    peers.BARE: _barest,
+    names.BARE: _barest,
     "asyncio.create_task, kept in a set": _bare,
-    peers.TASK_GROUP: _by_group(asyncio.TaskGroup),
+    names.TASK_GROUP: _by_group(asyncio.TaskGroup),
     "quattro": _by_group(quattro.TaskGroup),
     "aiotools": _by_group(aiotools.TaskScope),
     "aiojobs": _aiojobs,
     "anyio": _anyio,
-    peers.MANAGER: _by_manager,
-    peers.GROUP: _by_group(lambda: TaskManager("bench").group("batch")),
+    names.MANAGER: _by_manager,
+    names.GROUP: _by_group(lambda: TaskManager("bench").group("batch")),
 }
 
 

@@ -22,8 +22,9 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from benchmarks.apps import NONE, SIDES, make_app
+from benchmarks.apps import make_app
 from benchmarks.measure import Effort, Table, cpu_clock, tabulate, take_turns
+from benchmarks.names import NONE, SIDES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,7 +69,7 @@ def _requests(app: Any, request: bytes) -> Side:
         begin = cpu_clock()
         for _ in range(COUNT):
             protocol.data_received(request)
-            while not protocol.cycle.response_complete:
+            while not protocol.cycle.response_complete:  # noqa: ASYNC110  # to be told would cost more
                 await asyncio.sleep(0)
         took = (cpu_clock() - begin) / COUNT
         protocol.connection_lost(None)
@@ -163,7 +164,7 @@ def _servers() -> Iterator[dict[str, int]]:
 def serve(app: str, port: int) -> subprocess.Popen[bytes]:
     """Start uvicorn with one of the applications."""
     command = [sys.executable, "-m", "uvicorn", "--factory", "benchmarks.apps:from_environment"]
-    options = ["--port", str(port), "--no-access-log", "--log-level", "error", "--http", "httptools"]
+    options = ["--port", str(port), "--no-access-log", "--log-level", "critical", "--http", "httptools"]
     return subprocess.Popen([*command, *options], env={**os.environ, "BENCH_APP": app})
 
 

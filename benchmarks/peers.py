@@ -1,6 +1,6 @@
 """The same work in the words of each library: create tasks, let them run, be sure that they have ended.
 
-Each gets the cheapest form that it documents. Whoever collects what has to be waited for pays for it here too.
+Each gets the cheapest form that it documents. Whoever has to collect what it waits for pays for it here too.
 """
 
 from __future__ import annotations
@@ -13,18 +13,14 @@ import aiotools
 import anyio
 import quattro
 
-from otel_tasks import TaskManager
+from benchmarks.names import GROUP, MANAGER
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    Work = Callable[[int], Awaitable[object]]
+    from otel_tasks import TaskManager
 
-BARE = "asyncio.create_task"
-TASK_GROUP = "asyncio.TaskGroup"
-MANAGER = "otel_tasks manager"
-GROUP = "otel_tasks group"
-OURS = (GROUP, MANAGER)
+    Work = Callable[[int], Awaitable[object]]
 
 
 async def work() -> None:
@@ -67,11 +63,11 @@ async def batch_aiotools(count: int) -> None:
 
 
 async def batch_aiojobs(count: int) -> None:
-    """A scheduler without limit. It has no cheap way to wait for all, so nobody waits: turns until none is left."""
+    """A scheduler without limit; it has no cheap way to wait for all, so there are turns until none is left."""
     scheduler = aiojobs.Scheduler(limit=None)
     for _ in range(count):
         await scheduler.spawn(work())
-    while len(scheduler):
+    while len(scheduler):  # noqa: ASYNC110  # what would tell us costs more than one turn
         await asyncio.sleep(0)
     await scheduler.close()
 
@@ -113,7 +109,7 @@ def batch_ours(manager: TaskManager) -> dict[str, Work]:
         for task in [manager.create_task(work()) for _ in range(count)]:
             await task
         # asyncio hands the last ends to the manager in the turn after the first.
-        while manager.stats().live:
+        while manager.stats().live:  # noqa: ASYNC110  # one turn
             await asyncio.sleep(0)
 
     async def by_group(count: int) -> None:

@@ -1,7 +1,102 @@
-def write(*a): pass
-def print_goals(t): pass
-def as_text(table):
-    o=[f"== {table.id}: {table.title} [{table.unit}] rounds={table.rounds}"]
-    for r in table.rows:
-        o.append(f"{r.name:40} {r.value.median:9.2f} "+(f"{r.ratio.median:6.2f} ({r.ratio.low:.2f}-{r.ratio.high:.2f})" if r.ratio else ""))
-    return "\n".join(o)
+"""The figures as text: tables for the terminal and in Markdown, between markers in the documents."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.goals import GOALS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from benchmarks.measure import Row, Spread, Table
+
+BEGIN, END = "<!-- benchmarks: made by `make bench` -->", "<!-- benchmarks: end -->"
+
+
+def write(root: Path, tables: list[Table], machine: dict[str, Any]) -> None:
+    """Put goals and tables into ``docs/performance.md``, and chart and goals into the README."""
+    where = _machine(machine)
+    goals = "\n".join(_markdown(_goal_cells(tables)))
+    every = "\n\n".join(_table(table) for table in tables)
+    _between(root / "docs" / "performance.md", f"{where}\n\n{goals}\n\n{every}")
+    picture = "![Bars: what a task, a span, a cancellation and a request cost here and with peers]"
+    _between(root / "README.md", f"{picture}(docs/images/benchmarks.svg)\n\n{goals}\n\n{where}")
+
+
+def print_goals(tables: list[Table]) -> None:
+    """Show the goals beside what was measured."""
+    print("\n" + "\n".join(_columns(_goal_cells(tables))), flush=True)
+
+
+def as_text(table: Table) -> str:
+    """A table for the terminal."""
+    return "\n".join([table.title, *_columns(_cells(table)), *([table.note] if table.note else [])])
+
+
+def _goal_cells(tables: list[Table]) -> list[list[str]]:
+    cells = [["what", "yardstick", "goal", "measured", ""]]
+    for goal in GOALS:
+        figure = goal.measured(tables)
+        shown = "not measured" if figure is None else goal.show.format(figure)
+        verdict = "" if figure is None else ("met" if goal.is_met(figure) else "missed")
+        cells.append([goal.what, goal.yardstick, goal.text, shown, verdict])
+    return cells
+
+
+def _table(table: Table) -> str:
+    rounds = f"{table.rounds} rounds. " if table.rounds > 1 else ""
+    caption = f"### {table.title}\n\n{rounds}{table.note}".rstrip()
+    return "\n".join([caption, "", *_markdown(_cells(table))])
+
+
+def _cells(table: Table) -> list[list[str]]:
+    compared = any(row.ratio for row in table.rows)
+    header = ["", table.unit, *(["ratio", "quartiles"] if compared else ["p99"])]
+    return [header, *(_row(row, table.yardstick, compared) for row in table.rows)]
+
+
+def _row(row: Row, yardstick: str, compared: bool) -> list[str]:
+    cells = [row.name, _number(row.value.median)]
+    if not compared:
+        return [*cells, _number(row.value.high)]
+    if row.ratio is None:
+        return [*cells, "1" if row.name == yardstick else "", ""]
+    return [*cells, f"{row.ratio.median:.2f}", _quartiles(row.ratio)]
+
+
+def _quartiles(ratio: Spread) -> str:
+    return "" if ratio.low == ratio.high else f"{ratio.low:.2f} to {ratio.high:.2f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    peers = ", ".join(f"{name} {version}" for name, version in machine["peers"].items())
+    python = f"{machine['implementation']} {machine['python']}"
+    return f"{python}, {machine['system']}, {machine['cpus']} processors; {peers}."
+
+
+def _markdown(cells: list[list[str]]) -> list[str]:
+    header, *rows = cells
+    lines = [header, ["---", *(["---:"] * (len(header) - 1))], *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _columns(cells: list[list[str]]) -> list[str]:
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    ]
+
+
+def _between(path: Path, text: str) -> None:
+    old = path.read_text("utf-8")
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    if len(pattern.findall(old)) != 1:
+        raise ValueError(f"{path} must have once: {BEGIN} ... {END}")
+    path.write_text(pattern.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", old), encoding="utf-8")

@@ -1,6 +1,6 @@
 """What one task more costs where many are live: it must not depend on how many.
 
-Managers with 1,000 to 1,000,000 live tasks stand side by side in one process, and the same is asked of each in turn.
+Managers with 1,000 to 1,000,000 live tasks stand side by side in one process; each is asked the same in turn.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ async def by_hand(tracer: Tracer) -> None:
 
 async def by_hand_full(tracer: Tracer) -> None:
     """The same, with the attributes that this library records."""
-    attributes = {
+    attributes: dict[str, str | int] = {
         "otel_tasks.task.name": "work",
         "otel_tasks.task.id": "work-1",
         "otel_tasks.task.priority": 1,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
-from benchmarks import peers
+from benchmarks import names, peers
 from benchmarks.measure import Effort, Table, per_piece, tabulate, take_turns
 from otel_tasks import TaskManager
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from benchmarks.peers import Work
 
 BATCH: dict[str, Work] = {
-    peers.BARE: peers.batch_bare,
-    peers.TASK_GROUP: peers.batch_task_group,
+    names.BARE: peers.batch_bare,
+    names.TASK_GROUP: peers.batch_task_group,
     "quattro": peers.batch_quattro,
     "aiotools": peers.batch_aiotools,
     "aiojobs": peers.batch_aiojobs,
     "anyio": peers.batch_anyio,
 }
 SERIAL: dict[str, Work] = {
-    peers.BARE: peers.serial_bare,
-    peers.TASK_GROUP: peers.serial_task_group,
+    names.BARE: peers.serial_bare,
+    names.TASK_GROUP: peers.serial_task_group,
     "quattro": peers.serial_quattro,
     "aiojobs": peers.serial_aiojobs,
 }
@@ -42,14 +42,12 @@ async def _all_sizes(effort: Effort, loop: str, sizes: tuple[int, ...]) -> list[
     tables = []
     manager = TaskManager("bench")
     for size in sizes:
-        sides = {
-            name: per_piece(work, size) for name, work in (BATCH | peers.batch_ours(manager)).items()
-        }
+        sides = {name: per_piece(work, size) for name, work in (BATCH | peers.batch_ours(manager)).items()}
         table = Table(
             f"spawn-{loop}-{size}",
             f"Create, run and end a task: batches of {size:,}, {loop}",
             "µs per task",
-            peers.TASK_GROUP,
+            names.TASK_GROUP,
             0,
         )
         share = Effort(effort.rounds, effort.seconds / (len(sizes) + 1))
@@ -64,7 +62,7 @@ async def _one_after_another(effort: Effort, loop: str, manager: TaskManager) ->
         f"spawn-{loop}-serial",
         f"Create a task and await it, one after another, {loop}",
         "µs per task",
-        peers.TASK_GROUP,
+        names.TASK_GROUP,
         0,
     )
     return tabulate(table, await take_turns(sides, effort))

@@ -184,10 +184,12 @@ class CancelEvent(asyncio.Event):
         # The cause first: a thread that sees the flag may ask for it.
         self._cause = cause
         self._value = True
-        if self._loop is here or self._loop is None:
-            self._wake()
-        else:
-            elsewhere.append(self)
+        # Without a loop nobody has ever waited.
+        if self._loop is not None:
+            if self._loop is here:
+                self._wake()
+            else:
+                elsewhere.append(self)
         if self._children is None:
             return []
         # A list first: a collected child takes itself out of the set at any moment.

@@ -91,7 +91,7 @@ async def test_every_way_to_start_takes_it() -> None:
 async def test_it_is_ignored_where_python_has_none(manager: TaskManager, monkeypatch: Any) -> None:
     """Before 3.12 the option is taken, and the task runs from the next turn on."""
     if sys.version_info >= (3, 12):
-        monkeypatch.setattr("otel_tasks._group.EAGER", False)
+        monkeypatch.setattr("otel_tasks._create.EAGER", False)
     steps: list[str] = []
     tasks = [manager.create_task(note(steps)), manager.create_task(note(steps), eager_start=True)]
     assert steps == []

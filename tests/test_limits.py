@@ -371,6 +371,19 @@ async def test_lifting_out_of_a_full_group(log: Log) -> None:
     assert log.begun == ["first", "third", "second"]
 
 
+def test_a_queued_task_may_be_waited_for_from_outside_of_the_loop(log: Log) -> None:
+    """Nobody lends it anything there, and it is waited for as any task."""
+    manager = TaskManager(max_concurrency=1)
+
+    async def create() -> ManagedTask[object]:
+        manager.create_task(log.work("first"))
+        return manager.create_task(log.work("queued"))
+
+    with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
+        task = runner.run(create())
+        assert runner.get_loop().run_until_complete(task) == "queued"  # bug A-18
+
+
 # -- a full queue -------------------------------------------------------------------------------
 
 
@@ -478,6 +491,28 @@ async def test_a_refusal_under_a_limit_leaves_nothing(log: Log) -> None:
     await manager.join()
 
     assert places(manager) == [(0, 0)]
+
+
+async def test_a_fault_after_the_place_was_claimed_gives_it_back(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever breaks then breaks the creation, and leaves neither a claim nor a coroutine behind."""
+    manager = TaskManager(max_concurrency=1)
+
+    def no_memory(*args: object, **kwargs: object) -> None:
+        raise MemoryError
+
+    for running in (0, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr("otel_tasks._create.ManagedTask", no_memory)
+            refused = log.work("no")
+            with pytest.raises(MemoryError):
+                manager.create_task(refused, timeout=60)
+            assert is_closed(refused)
+        assert places(manager) == [(running, 0)]
+        assert manager.stats().queued == 0
+        manager.create_task(log.work())
+    await manager.join()
 
 
 # -- changing a limit ---------------------------------------------------------------------------
@@ -1162,6 +1197,18 @@ async def test_listeners_hear_of_the_queue(log: Log) -> None:
     }
     [ended] = [info for info in infos if info.status is TaskStatus.COMPLETED and info.name == "queued"]
     assert (ended.created_at, ended.started_at, ended.ended_at) == (created, created + 1, created + 2)
+
+
+async def test_listeners_hear_of_tasks_that_nothing_limits() -> None:
+    """Of each the same two events, be it the first of its manager or a later one."""
+    manager = TaskManager()
+    heard: list[tuple[str, str]] = []
+    await manager.create_task(give(1), name="before")
+    manager.add_listener(lambda event, info: heard.append((event, info.name)))
+    for name in ("a", "b"):
+        await manager.create_task(give(1), name=name)
+
+    assert heard == [("created", "a"), ("ended", "a"), ("created", "b"), ("ended", "b")]
 
 
 def test_each_await_may_be_cancelled(spans: SpanRecorder) -> None:

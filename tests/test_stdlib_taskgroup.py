@@ -6,11 +6,14 @@ import asyncio
 import importlib
 import sys
 import unittest
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 
 from otel_tasks import TaskGroup, global_task_manager
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 try:
     suite: ModuleType = importlib.import_module("test.test_asyncio.test_taskgroups")

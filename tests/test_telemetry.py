@@ -1461,6 +1461,24 @@ async def test_broken_telemetry_breaks_no_task(broken: TaskManager, caplog: pyte
     assert len(complaints(caplog)) == 1
 
 
+@pytest.mark.parametrize("limit", [None, 1])
+async def test_global_provider_without_a_tracer_breaks_no_task(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, limit: int | None
+) -> None:
+    """One that raises where it is asked for a tracer is as none: logged once, and tasks run."""
+
+    class NoTracer(TracerProvider):
+        def get_tracer(self, *args: Any, **kwargs: Any) -> trace.Tracer:
+            raise RuntimeError("broken provider")
+
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", NoTracer(shutdown_on_exit=False))
+    manager = TaskManager("test", max_concurrency=limit)
+    tasks = [manager.create_task(work()) for _ in range(2)]  # bug A-17
+    await ended(*tasks)
+    assert [task.result() for task in tasks] == ["done"] * 2
+    assert len(complaints(caplog)) == 1
+
+
 async def test_broken_telemetry_breaks_no_queue(
     broken: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:

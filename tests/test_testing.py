@@ -14,6 +14,7 @@ import anyio.to_thread
 import pytest
 
 import otel_tasks.testing
+from otel_tasks import TaskManager
 from otel_tasks.testing import (
     DeadlockError,
     FakeConnection,
@@ -128,6 +129,40 @@ def test_anyio_thread_is_waited_for_really() -> None:
     numbers, passed = run(main())
     assert numbers == [7, 7]
     assert passed < 30
+
+
+def test_thread_that_has_just_told_the_loop_and_ended_is_no_deadlock() -> None:
+    """Between the look for events and the look for threads it may have done both."""
+
+    async def wait() -> str:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualClockLoop)
+        answer: asyncio.Future[str] = loop.create_future()
+
+        def look() -> bool:
+            if not answer.done():
+                loop.call_soon_threadsafe(answer.set_result, "told")
+            return False
+
+        loop._a_thread_works = look  # type: ignore[method-assign]  # the moment in question
+        return await answer
+
+    assert run(wait()) == "told"
+
+
+def test_thread_of_a_task_is_waited_for_really() -> None:
+    """Those of `run_in_thread` are threads of their own."""
+
+    async def wait() -> tuple[str, float]:
+        loop = asyncio.get_running_loop()
+        before = loop.time()
+        async with TaskManager() as manager:
+            result = await manager.run_in_thread(slowly, "done")
+        return result, loop.time() - before
+
+    result, seconds = run(wait())
+    assert result == "done"
+    assert 0 < seconds < 10
 
 
 def test_thread_that_waits_for_a_timer_is_no_deadlock() -> None:

@@ -6,6 +6,7 @@ Read by mypy and pyright in `tests/test_typing.py`; never run.
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Literal, assert_type
 
@@ -31,6 +32,7 @@ from otel_tasks import (
     cancel_group,
     cleanup_lingering_tasks,
     create_task,
+    create_task_threadsafe,
     current_cancel_event,
     current_group,
     current_task,
@@ -38,6 +40,7 @@ from otel_tasks import (
     global_task_manager,
     managed_task,
     propagate_cancellation,
+    run_in_thread,
     start_service,
     start_task,
     wait_for_task,
@@ -234,3 +237,24 @@ def listening(manager: TaskManager) -> None:
     TaskManager(on_error=failed)
     recorder: Callable[..., Mapping[str, Any]] = dict
     assert_type(managed_task(record=recorder)(count).start(1, step=2), ManagedTask[int])
+
+
+def threads(manager: TaskManager, group: TaskGroup) -> None:
+    """What threads hand over, and what runs in them, keeps its types."""
+
+    def plain(number: int, text: str) -> bytes:
+        return text.encode() * number
+
+    async def work() -> float:
+        return 1.0
+
+    assert_type(group.run_in_thread(plain, 1, "a"), ManagedTask[bytes])
+    assert_type(
+        manager.run_in_thread(plain, 1, "a", group="g", abandon=True, timeout=1.0), ManagedTask[bytes]
+    )
+    assert_type(run_in_thread(plain, 1, "a", name="n", priority=TaskPriority.LOW), ManagedTask[bytes])
+    assert_type(group.create_task_threadsafe(work()), Future[float])
+    assert_type(manager.create_task_threadsafe(work, group="g", name="n"), Future[float])
+    assert_type(create_task_threadsafe(work, timeout=1.0), Future[float])
+    assert_type(manager.abandoned_threads, tuple[str, ...])
+    assert_type(manager.max_threads, int | None)

@@ -31,6 +31,8 @@ async def refused(manager: TaskManager, group: TaskGroup, info: TaskInfo, event:
     create_task(count(1), timeout="1s")  # type: ignore[arg-type]  # seconds
     create_task(count(1), on_conflict="ignore")  # type: ignore[arg-type]  # no such choice
     group.create_task(count)  # type: ignore[arg-type]  # the function, not its coroutine
+    group.run_in_thread(plain, 1)  # type: ignore[arg-type]  # it takes no argument
+    group.create_task_threadsafe(plain)  # type: ignore[arg-type]  # makes no coroutine
     manager.create_task(count(1), group=17)  # type: ignore[arg-type]  # a name or a group
     await manager.start_task("n", plain)  # type: ignore[arg-type]  # makes no coroutine
     await manager.start_service("n", count(1))  # type: ignore[arg-type]  # can be run only once

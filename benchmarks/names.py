@@ -1,0 +1,23 @@
+"""The names of rows that goals and chart look for; apart, so that these need none of the peers."""
+
+# Tasks.
+BARE = "asyncio.create_task"
+BARE_EAGER = "asyncio.create_task, eager"
+TASK_GROUP = "asyncio.TaskGroup"
+MANAGER = "otel_tasks manager"
+GROUP = "otel_tasks group"
+
+# Cancelling.
+LOOP = "asyncio: cancel() each"
+EVENTS = "asyncio.Event.set() each"
+LINKS = "a task for each link"
+WIDE = "CancelEvent, wide"
+DEEP = "CancelEvent, deep"
+
+# Middleware.
+NONE = "no middleware"
+OURS = "otel_tasks"
+WATCHER = "a watcher task per request"
+ANYIO = "an anyio task group per request"
+BASE_HTTP = "BaseHTTPMiddleware that does nothing"
+SIDES = (NONE, OURS, WATCHER, ANYIO, BASE_HTTP)
