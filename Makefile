@@ -12,11 +12,13 @@ READY := $(VENV)/.ready
 UV := $(shell command -v uv 2>/dev/null)
 
 # The peers have an environment of their own: they want other versions than the tools do. Eager tasks are measured
-# in a newer Python where there is one, since the others are measured in $(PYTHON).
+# in a newer Python, where there is one that runs (a shim of pyenv may not).
 BENCH := $(VENV)-bench
-EAGER_PYTHON ?= $(firstword $(foreach v,3.13 3.14 3.12,$(shell command -v python$(v) 2>/dev/null)) $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python3))
-EAGER_READY := $(if $(EAGER_PYTHON),$(BENCH)-eager/.ready)
-EAGER_OPTION := $(if $(EAGER_PYTHON),--eager-python $(BENCH)-eager/bin/python)
+ifneq ($(filter bench,$(MAKECMDGOALS)),)
+EAGER_PYTHON ?= $(shell for python in python3.13 "$$HOME"/.pyenv/versions/3.13.*/bin/python3 python3.14 python3.12; do \
+	"$$python" -c 'import venv' 2>/dev/null && echo "$$python" && break; done)
+EAGER := $(if $(EAGER_PYTHON),$(BENCH)-eager)
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test cover check format bench clean
@@ -44,8 +46,8 @@ format: $(READY) ## Format, and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(BENCH)/.ready $(EAGER_READY) ## Measure against the peers, under 10 minutes (ONLY=spawn: one part)
-	$(BENCH)/bin/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(EAGER_OPTION) $(ARGS)
+bench: $(BENCH)/.ready $(EAGER:%=%/.ready) ## Measure against the peers, under 10 minutes (ONLY=spawn: one part)
+	$(BENCH)/bin/python -m benchmarks $(ONLY:%=--only %) $(EAGER:%=--eager-python %/bin/python) $(ARGS)
 
 clean: ## Remove the virtual environment, caches and build results
 	rm -rf .venv .venv-bench .venv-bench-eager build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage

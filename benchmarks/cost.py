@@ -1,7 +1,8 @@
 """What a task and a request cost, in counts that do not depend on the machine: the guard in the tests.
 
 ``python -m benchmarks.cost`` prints them beside the baseline, ``--write`` makes them the baseline of this
-Python version, which ``tests/test_cost.py`` holds. Counted is what this package does, not what asyncio or an SDK do:
+Python version, which ``tests/test_cost.py`` holds. Counted is what this package does, not what asyncio or an
+SDK do:
 
 - ``calls``: functions of its own, and those that it calls itself, in Python or C;
 - ``instructions``: of Python's bytecode, in its own functions;

@@ -63,7 +63,7 @@ async def batch_aiotools(count: int) -> None:
 
 
 async def batch_aiojobs(count: int) -> None:
-    """A scheduler without limit; it has no cheap way to wait for all, so there are turns until none is left."""
+    """A scheduler without limit; it has no cheap way to wait for all, hence turns until none is left."""
     scheduler = aiojobs.Scheduler(limit=None)
     for _ in range(count):
         await scheduler.spawn(work())

@@ -20,9 +20,10 @@ def write(root: Path, tables: list[Table], machine: dict[str, Any]) -> None:
     where = _machine(machine)
     goals = "\n".join(_markdown(_goal_cells(tables)))
     every = "\n\n".join(_table(table) for table in tables)
-    _between(root / "docs" / "performance.md", f"{where}\n\n{goals}\n\n{every}")
     picture = "![Bars: what a task, a span, a cancellation and a request cost here and with peers]"
-    _between(root / "README.md", f"{picture}(docs/images/benchmarks.svg)\n\n{goals}\n\n{where}")
+    in_docs = [f"{picture}(images/benchmarks.svg)", where, goals, every]
+    _between(root / "docs" / "performance.md", "\n\n".join(in_docs))
+    _between(root / "README.md", "\n\n".join([f"{picture}(docs/images/benchmarks.svg)", goals, where]))
 
 
 def print_goals(tables: list[Table]) -> None:

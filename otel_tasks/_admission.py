@@ -15,7 +15,7 @@ whoever calls them starts those. Invariants, each checked by the property tests:
 from __future__ import annotations
 
 import itertools
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks._checks import check_count
@@ -36,7 +36,7 @@ class Limiter:
         max_queue: Waiting tickets, at least 0; None is without bound.
     """
 
-    __slots__ = ("_heap", "limit", "max_queue", "used", "waiting")
+    __slots__ = ("_heap", "_stale", "limit", "max_queue", "used", "waiting")
 
     def __init__(self, limit: int | None, max_queue: int | None) -> None:
         self.limit = limit
@@ -45,6 +45,8 @@ class Limiter:
         self.used = 0
         self.waiting = 0
         self._heap: list[tuple[tuple[float, float], int, int, Ticket]] = []
+        # How many entries of it are of tickets that have left, or have been pushed anew.
+        self._stale = 0
 
     def room(self) -> float:
         """Free places; negative after the limit was lowered."""
@@ -57,10 +59,22 @@ class Limiter:
 
     def push(self, ticket: Ticket) -> None:
         """Let a ticket wait here."""
+        if ticket.queue is not None:
+            ticket.queue.drop()
         ticket.queue = self
         ticket.version += 1
         # What was pushed before with an older version is passed over when it comes up.
         heappush(self._heap, (ticket.key(), ticket.number, ticket.version, ticket))
+
+    def drop(self) -> None:
+        """Note that an entry is of no use any more; the heap is cleared of such before they are the most."""
+        self._stale += 1
+        if self._stale > len(self._heap) // 2 + 8:
+            self._heap = [
+                entry for entry in self._heap if entry[3].queue is self and entry[3].version == entry[2]
+            ]
+            heapify(self._heap)
+            self._stale = 0
 
     def pump(self, ready: list[Ticket]) -> None:
         """Offer the free places to those who wait, best first; those that start are added to ``ready``."""
@@ -69,7 +83,10 @@ class Limiter:
         while self._heap and self.room() > offered:
             _, _, version, ticket = heappop(self._heap)
             if ticket.queue is not self or ticket.version != version:
+                self._stale -= 1
                 continue
+            # It is out of the heap; `push` is not to count it once more.
+            ticket.queue = None
             last = ticket.limiters[-1]
             if last is not self:
                 # It has to stand in the manager's queue too, or it would overtake those who wait
@@ -84,7 +101,7 @@ class Limiter:
 
     def clear(self) -> None:
         """Forget everybody."""
-        self.used = self.waiting = 0
+        self.used = self.waiting = self._stale = 0
         self._heap.clear()
 
 
@@ -145,7 +162,9 @@ def release(ticket: Ticket) -> list[Ticket]:
         elif ticket.queue is not None:
             limiter.waiting -= 1
     ticket.started = False
-    ticket.queue = None
+    if ticket.queue is not None:
+        queue, ticket.queue = ticket.queue, None
+        queue.drop()
     for limiter in ticket.limiters:
         # Of one that waited too: a place that was kept in mind for it is free for others.
         limiter.pump(ready)

@@ -27,6 +27,7 @@ from otel_tasks._task import (
     init_task,
     run_when,
     snapshot,
+    wait_until_done,
     with_predecessors,
 )
 from otel_tasks._telemetry import (
@@ -116,7 +117,7 @@ def create_plain(
         return create(group, coro, name, priority, detached=detached)
     key = f"{coro.__name__}-{ledger.next_number()}" if name is None else name
     if type(key) is not str or not key or key in names:
-        return create(group, coro, name, priority)
+        return create(group, coro, name, priority, detached=detached)
     # Built directly: create_task() of the loop would ask for a factory and set the name again.
     task = ManagedTask(coro, loop=loop, name=key)
     task._group = group
@@ -175,6 +176,10 @@ def create(
             )
             # A supervisor always keeps its result: no other task has to be asked.
             extras.supervises = supervises
+        if context is not None and not isinstance(context, Context):
+            raise TypeError(
+                f"context must be a contextvars.Context, got {context!r}: write contextvars.copy_context()"
+            )
         if on_conflict != "suffix":
             check_choice("on_conflict", on_conflict, OnConflict)
         taken = None if name is None else holder(group, name)
@@ -193,8 +198,6 @@ def create(
             key = name
         else:
             key, previous = make_way(group, name, taken, on_conflict)
-        if context is not None and not isinstance(context, Context):
-            raise TypeError(f"context must be a contextvars.Context, got {context!r}")
         created_at = ledger.clock()
         if limited:
             extras = extras or Extras()
@@ -368,6 +371,7 @@ def claim(
 async def wait_for_room(group: TaskGroup) -> None:
     """Wait until a new task may stand in the queue, or none will ever."""
     ledger = group._ledger
+    ledger.enter()
     if not ledger.line_is_busy and not stands_in_line(group):
         return
     stand = ledger.putters.append
@@ -440,6 +444,27 @@ def refuse_name(group: TaskGroup, taken: ManagedTask[Any]) -> NoReturn:
         f"in group {taken.group.id!r}; "
         'wait for it, choose another name, or pass on_conflict="suffix", "return" or "replace"'
     )
+
+
+async def clear_name(group: TaskGroup, name: str, reason: str) -> None:
+    """Cancel the live task of this name, if there is one, and wait until it has ended.
+
+    Raises:
+        RuntimeError: It is the calling task.
+
+    Cancellation: of the caller ends the waiting; the task stays cancelled.
+    """
+    group._ledger.enter()
+    if group._refusal is not None:
+        refuse(group, name)
+    while (taken := holder(group, name)) is not None:
+        if taken is asyncio.current_task():
+            raise RuntimeError(
+                f"task {name!r} cannot wait for its own end to be replaced: "
+                'write create_task(..., on_conflict="replace"), which begins after it'
+            )
+        ask(taken, CancelCause.make(CancelKind.REPLACED, reason))
+        await wait_until_done(with_predecessors(taken))
 
 
 def make_way(

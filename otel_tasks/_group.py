@@ -16,14 +16,23 @@ from otel_tasks import _create as creating
 from otel_tasks import _tree as tree
 from otel_tasks._admission import Limiter, checked_limiter
 from otel_tasks._awaiters import with_awaiters
-from otel_tasks._checks import check_choice, checked_name, checked_seconds
-from otel_tasks._create import Binding, OnConflict, TaskOptions, _bound, close_quietly, create_plain
+from otel_tasks._checks import check_choice, check_count, checked_name, checked_seconds
+from otel_tasks._create import (
+    Binding,
+    OnConflict,
+    TaskOptions,
+    _bound,
+    check_coroutine,
+    close_quietly,
+    create_plain,
+)
 from otel_tasks._scope import OnError, Scope
 from otel_tasks._state import CancelKind, TaskPriority
 from otel_tasks._task import ManagedTask, cause_elsewhere, reported, wait_until_done
 from otel_tasks._telemetry import GROUP_ID, GROUP_NAME, MANAGER_NAME, low_cardinality, start_group_span
 from otel_tasks._threads import current_worker, in_thread
 from otel_tasks.cancellation import CancelCause, CancelEvent
+from otel_tasks.exceptions import GroupClosedError
 from otel_tasks.progress import add_up
 
 if TYPE_CHECKING:
@@ -361,9 +370,15 @@ class TaskGroup:
         As ``asyncio.Queue.put`` is to ``put_nowait``: where ``create_task`` would raise
         ``QueueFullError`` this waits for room in the queue. The parameters are the same.
 
+        Raises:
+            GroupClosedError: The group takes no new tasks, or none any more.
+            ManagerClosedError: The manager is shut down, or was while this waited.
+            WrongLoopError: The manager has live tasks in another loop.
+
         Cancellation: of the caller, while it waits for room: ``coro`` is closed, no task is created.
         """
         try:
+            check_coroutine(coro)
             await self._room()
             return self.create_task(coro, **options)
         except BaseException:
@@ -381,7 +396,7 @@ class TaskGroup:
     @max_concurrency.setter
     def max_concurrency(self, limit: int | None) -> None:
         # A lower one waits for running tasks to end, it stops none.
-        checked_limiter(limit, None)
+        check_count("max_concurrency", limit, 1)
         if self._limiter is None:
             self._limiter = Limiter(None, None)
             self._ledger.adopt(self.tasks, self._limiter, before=True)
@@ -476,6 +491,13 @@ class TaskGroup:
             raise RuntimeError(f"group {self.name!r} cannot determine the parent task: enter it in a task")
         ledger = self._ledger
         loop = ledger.enter()
+        parent = self._parent
+        if parent is not None and parent.scoped and not parent._linked:
+            state = "is finished" if parent._number else "has not been entered"
+            raise GroupClosedError(
+                f"group {self.name!r} cannot be entered: the group above it, {parent.id!r}, {state}; "
+                "enter it inside of that one's block"
+            )
         scope.outer = outer = ledger.hosts.get(host)
         ledger.hosts[host] = self
         # What it inherits from above is no reason to cancel the body: whoever hosts it decides.
@@ -522,13 +544,16 @@ class TaskGroup:
             if scope.outer is not None and scope.outer._linked:
                 ledger.hosts[host] = scope.outer
         self._refusal = self._refusal or "is finished"
+        self._sealed = True
         self._leave_tree()
         ledger.wake_putter()
 
     def _surroundings(self) -> TaskGroup:
-        """The current group, if it is one of this manager's; else the manager's root."""
+        """The current group, if it is one of this manager's and not over; else the manager's root."""
         group = current_group_or_none()
-        return group if group is not None and group._ledger is self._ledger else self._ledger.root
+        if group is None or group._ledger is not self._ledger or (group.scoped and not group._linked):
+            return self._ledger.root
+        return group
 
     def _start_span(self) -> None:
         tracer = self._ledger.telemetry.tracer()

@@ -116,7 +116,7 @@ def _info(entry: Brief | TaskInfo | Ending) -> TaskInfo:
     )
 
 
-def without_frames(error: BaseException) -> BaseException:
+def without_frames(error: BaseException, seen: frozenset[int] = frozenset()) -> BaseException:
     """Copy an exception without its traceback, which would keep every frame of the task in being.
 
     The original is not changed, others may hold it. One that cannot be copied is kept as it is.
@@ -125,7 +125,10 @@ def without_frames(error: BaseException) -> BaseException:
         copy = _copied(error)
     except Exception:
         return error
-    copy.__cause__ = None if error.__cause__ is None else without_frames(error.__cause__)
+    cause = error.__cause__
+    # An exception may be its own cause, by whatever way around.
+    known = cause is None or id(cause) in seen or cause is error
+    copy.__cause__ = None if known or cause is None else without_frames(cause, seen | {id(error)})
     copy.__suppress_context__ = error.__suppress_context__
     return copy
 

@@ -12,7 +12,7 @@ import logging
 import time
 from asyncio import _get_running_loop
 from collections import deque
-from contextvars import Context
+from contextvars import Context, copy_context
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakValueDictionary
@@ -219,6 +219,10 @@ class Ledger:
     def _drop_dead(self) -> None:
         """Let go of tasks whose loop was closed under them: they can never end."""
         for task in list(self.root._every_live()):
+            if task.done():
+                # It had ended in time, and only its done-callback was never called.
+                self._take_end(task)
+                continue
             logger.warning("task %r was left behind in an event loop that is closed", task.id)
             self.abandon(task)
             for future in extras_of(task).futures:
@@ -517,7 +521,7 @@ class Ledger:
             return
         if self.on_error is not None:
             try:
-                self.on_error(info, error)
+                copy_context().run(self.on_error, info, error)
             except Exception:
                 logger.exception("on_error of manager %r raised and is dropped", self.name)
                 self.on_error = None
@@ -533,11 +537,12 @@ class Ledger:
 
     def abandon(self, task: ManagedTask[Any]) -> None:
         """Give up on a task that would not stop: its span ends here, so that it is not lost."""
-        extras_of(task).abandoned = True
         if task._span is not None:
             now = task.get_loop().time()
             try:
-                end_span(task._span, Outcome.ABANDONED, None, task._cause, ignored=True, now=now)
+                end_span(
+                    task._span, Outcome.ABANDONED, None, task._cause, ignored=task.cancelling() > 0, now=now
+                )
             except Exception:
                 self.complain("telemetry of task %r raised", task.id)
 
@@ -554,7 +559,8 @@ class Ledger:
         """Call the listeners; one that raises is logged and dropped."""
         for listener in list(self.listeners):
             try:
-                listener(event, info)
+                # In a copy: what one sets in its context is not to be seen by the next.
+                copy_context().run(listener, event, info)
             except Exception:
                 logger.exception("listener %r raised and is dropped", listener)
                 if listener in self.listeners:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 from otel_tasks._admission import Limiter, checked_limiter
 from otel_tasks._awaiters import with_awaiters
 from otel_tasks._checks import check_count, checked_name, checked_seconds
-from otel_tasks._create import close_quietly, create_plain
+from otel_tasks._create import clear_name, close_quietly, create_plain
 from otel_tasks._group import TaskGroup, current_group_or_none
 from otel_tasks._ledger import Ledger, logger
 from otel_tasks._service import DEFAULT_POLICY, RestartPolicy, start_supervisor
@@ -19,10 +19,8 @@ from otel_tasks._task import (
     ManagedTask,
     TaskInfo,
     _cancel,
-    ask,
     goes_on,
     wait_until_done,
-    with_predecessors,
 )
 from otel_tasks._telemetry import Telemetry
 from otel_tasks._threads import Threads, current_worker
@@ -147,7 +145,7 @@ class TaskManager:
     @max_concurrency.setter
     def max_concurrency(self, limit: int | None) -> None:
         # A lower one waits for running tasks to end, it stops none.
-        checked_limiter(limit, None)
+        check_count("max_concurrency", limit, 1)
         ledger = self._ledger
         if limit is not None:
             ledger.adopt(self._root._every_live(), ledger.limiter, before=False)
@@ -309,6 +307,11 @@ class TaskManager:
         As ``asyncio.Queue.put`` is to ``put_nowait``: where ``create_task`` would raise
         ``QueueFullError`` this waits for room in the queue. The parameters are the same.
 
+        Raises:
+            GroupClosedError: The group takes no new tasks, or none any more.
+            ManagerClosedError: The manager is shut down, or was while this waited.
+            WrongLoopError: The manager has live tasks in another loop.
+
         Cancellation: of the caller, while it waits for room: ``coro`` is closed, no task is created.
         """
         where = self._root if group is None else self._group_for(group, coro)
@@ -363,9 +366,9 @@ class TaskManager:
         try:
             checked_name("task", name)
             where = self._root if group is None else self._group_for(group)
-            while on_conflict == "replace" and (taken := where._holder(name)) is not None:
-                ask(taken, CancelCause.make(CancelKind.REPLACED, f"replaced by a new task {name!r}"))
-                await wait_until_done(with_predecessors(taken))
+            if on_conflict == "replace":
+                check_factory(factory)
+                await clear_name(where, name, f"replaced by a new task {name!r}")
             where._admit(name, on_conflict)
             if on_conflict == "return" and (taken := where._holder(name)) is not None:
                 close_quietly(factory)
@@ -710,9 +713,10 @@ class TaskManager:
 
     async def __aenter__(self) -> Self:
         """Open it, again if it was shut down."""
+        # First: an entry that is refused leaves a closed manager closed.
+        self._ledger.bind(asyncio.get_running_loop())
         if self._ledger.closed:
             self._ledger.reopen()
-        self._ledger.enter()
         return self
 
     async def __aexit__(
@@ -772,9 +776,10 @@ class TaskManager:
     def _find_groups(self, group: str | TaskGroup) -> list[TaskGroup]:
         if isinstance(group, TaskGroup):
             return [self._group_for(group)]
+        scoped = [node for node in list(self._ledger.scopes.values()) if group in (node.id, node.name)]
         if group in self._ledger.labels or group == "root":
-            return [self.get_group(group)]
-        return [node for node in list(self._ledger.scopes.values()) if group in (node.id, node.name)]
+            return [self.get_group(group), *scoped]
+        return scoped
 
     def _not_found(self, name: str) -> TaskNotFoundError:
         known = self._ledger.history.find(name)
@@ -813,6 +818,8 @@ class TaskManager:
         try:
             if patience != 0.0:
                 await wait_until_done(tasks, patience)
+            # Those too that were created in the grace: they are cancelled with the others.
+            tasks = list(dict.fromkeys([*tasks, *self._others(groups, spared)]))
         finally:
             # Also when the caller is cancelled in the grace: what has been announced is done.
             for group in groups:
@@ -885,17 +892,22 @@ def _merged(live: Iterable[ManagedTask[Any]], remembered: Iterable[TaskInfo]) ->
     return infos
 
 
+def check_factory(factory: object) -> None:
+    """Raise a TypeError that shows the right line, unless this makes a coroutine or is one."""
+    if not callable(factory) and not asyncio.iscoroutine(factory):
+        raise TypeError(
+            f"start_task() takes what makes a coroutine, got {factory!r}: "
+            "write start_task(name, lambda: work(1))"
+        )
+
+
 def made_coroutine(
     factory: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T],
 ) -> Coroutine[Any, Any, T]:
     """Call a factory, if it is one, and check what comes out."""
     if asyncio.iscoroutine(factory):
         return factory
-    if not callable(factory):
-        raise TypeError(
-            f"start_task() takes what makes a coroutine, got {factory!r}: "
-            "write start_task(name, lambda: work(1))"
-        )
+    check_factory(factory)
     made = factory()
     if not asyncio.iscoroutine(made):
         name = getattr(factory, "__name__", repr(factory))

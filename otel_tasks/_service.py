@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
 
 from otel_tasks._checks import check_choice, check_count, checked_name
-from otel_tasks._create import close_quietly
+from otel_tasks._create import clear_name, close_quietly
 from otel_tasks._ledger import logger
 from otel_tasks._state import CancelKind, TaskStatus
 from otel_tasks._task import (
@@ -35,8 +35,6 @@ from otel_tasks._task import (
     cancel_message,
     cause_at_end,
     extras_of,
-    wait_until_done,
-    with_predecessors,
 )
 from otel_tasks._telemetry import link_restart, text_of
 from otel_tasks.cancellation import CancelCause, _call_when_set
@@ -124,11 +122,10 @@ async def start_supervisor(
             f"cannot start service {name!r}: group {group.id!r} ends with its block or its request, and a "
             "service goes on; name a group of the manager"
         )
-    while on_conflict == "replace" and (taken := group._holder(name)) is not None:
-        ask(taken, CancelCause.make(CancelKind.REPLACED, f"replaced by a new service {name!r}"))
-        await wait_until_done(with_predecessors(taken))
+    if on_conflict == "replace":
+        await clear_name(group, name, f"replaced by a new service {name!r}")
     service = Service(group, factory, policy, priority, metadata, drains=drains)
-    supervisor = group._create(
+    return group._create(
         service.run(),
         name,
         priority,
@@ -143,8 +140,6 @@ async def start_supervisor(
         True,
         supervises=True,
     )
-    extras_of(supervisor).goes_on = not drains
-    return supervisor
 
 
 class Service(Generic[T]):
@@ -174,6 +169,7 @@ class Service(Generic[T]):
     async def run(self) -> T:
         """Run one attempt after another until one is the last, and end as it did."""
         service = cast("ManagedTask[T]", asyncio.current_task())
+        extras_of(service).goes_on = not self._drains
         attempt: ManagedTask[T] | None = None
         failure: Exception | None = None
         try:
@@ -314,10 +310,15 @@ async def _until_ended(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> 
 
 def _pass_on(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> None:
     """Ask an attempt to end once for each time that its service was asked."""
-    if attempt.cancelling() >= service.cancelling():
-        # Who cancels their group, or shuts the manager down, has asked both.
-        return
     cause = cause_at_end(service, TaskStatus.CANCELLED)
+    if (
+        attempt._cause is not None
+        and attempt._cause is cause
+        and attempt.cancelling() >= service.cancelling()
+    ):
+        # Who cancels their group, or shuts the manager down, has asked both. The count alone does
+        # not say so: a timeout inside of the attempt has one too, and takes it back.
+        return
     if cause is None or not ask(attempt, cause):
         _cancel(attempt, cancel_message(service))
 

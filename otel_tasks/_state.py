@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class TaskPriority(IntEnum):
-    """How urgent a task is; at shutdown the low ones are cancelled first, the critical ones last.
+    """How urgent a task is: who starts first under a limit, and who is cancelled last in a shutdown.
 
     Running tasks are never preempted, whatever their priority.
     """

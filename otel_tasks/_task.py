@@ -49,7 +49,6 @@ class Extras:
     """What only some tasks need: a timeout, metadata, a result to keep, a shield."""
 
     __slots__ = (
-        "abandoned",
         "begin",
         "context",
         "deferred",
@@ -113,7 +112,6 @@ class Extras:
         self.supervises = False
         # It is a service that does not end by itself, or an attempt of such.
         self.goes_on = False
-        self.abandoned = False
         self.shields = 0
         self.deferred: CancelCause | None = None
 
@@ -328,14 +326,14 @@ class ManagedTask(asyncio.Task[T]):
     def add_done_callback(self, fn: Callable[[Any], object], /, *, context: Context | None = None) -> None:
         """As ``asyncio.Task.add_done_callback``; counted, to know whether anybody waits."""
         super().add_done_callback(fn, context=context)
-        self._waiters += 1
+        self._waiters += waits(fn)
         if self._extras is not None and self._extras.gate is not None:
             lift_for_waiter(self, self._extras)
 
     def remove_done_callback(self, fn: Callable[[Any], object], /) -> int:
         """As ``asyncio.Task.remove_done_callback``."""
         removed = super().remove_done_callback(fn)
-        self._waiters -= removed
+        self._waiters -= removed * waits(fn)
         return removed
 
 
@@ -407,7 +405,7 @@ def note_request(task: ManagedTask[Any], message: object) -> bool:
     if asker is task and message is None and task._extras is not None:
         # What asyncio.TaskGroup does from 3.13 on, when it fails in a task that is being
         # cancelled: uncancel() and cancel() again. The cause is the same as before.
-        task._cause = task._extras.dropped
+        task._cause, task._extras.dropped = task._extras.dropped, None
     if asker is None or asker is task:
         return False
     text = None if message is None else str(message)
@@ -588,9 +586,14 @@ def timeout_text(extras: Extras) -> str:
     return f"timeout of {extras.seconds:g} s"
 
 
+def waits(callback: object) -> bool:
+    """Tell somebody who will be told of a failure from ``tasks.discard``, which keeps a set in order."""
+    return not isinstance(getattr(callback, "__self__", None), set | list | dict)
+
+
 def lift_for_waiter(task: ManagedTask[Any], extras: Extras) -> None:
     """Let a queued task count as urgent as the task that is about to wait for it."""
-    waiter = asyncio.current_task()
+    waiter = asyncio.current_task(task.get_loop())
     if extras.ticket is not None and isinstance(waiter, ManagedTask):
         lift(extras.ticket, waiter._priority)
 
@@ -606,6 +609,11 @@ def stack_of(task: asyncio.Task[Any]) -> str:
 def shield(task: ManagedTask[Any]) -> None:
     """Hold back client disconnects from a task until ``unshield`` has been called as often."""
     extras_of(task).shields += 1
+
+
+def is_shielded(task: ManagedTask[Any]) -> bool:
+    """True while client disconnects are held back from a task."""
+    return task._extras is not None and task._extras.shields > 0
 
 
 def unshield(task: ManagedTask[Any]) -> None:

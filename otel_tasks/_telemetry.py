@@ -7,6 +7,7 @@ set up (the global provider is still OpenTelemetry's placeholder) no span work i
 from __future__ import annotations
 
 import contextvars
+import logging
 import re
 from functools import lru_cache
 from importlib.metadata import version
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["MeterProvider", "Span", "SpanContext", "Tracer", "TracerProvider"]
 
 K = TypeVar("K")
+
+_logger = logging.getLogger("otel_tasks")
 
 VERSION = version("otel-tasks")
 SCOPE = "otel_tasks"
@@ -265,7 +268,13 @@ class Telemetry:
     def _use(self, provider: TracerProvider | None) -> None:
         self._provider = provider
         placeholder = provider is None or isinstance(provider, trace.ProxyTracerProvider | NoOpTracerProvider)
-        self._tracer = None if provider is None or placeholder else provider.get_tracer(SCOPE, VERSION)
+        self._tracer = None
+        if provider is not None and not placeholder:
+            try:
+                self._tracer = provider.get_tracer(SCOPE, VERSION)
+            except Exception:
+                # Asked again when another provider is set, not for each task.
+                _logger.exception("tracer provider %r gave no tracer; tasks have no spans", provider)
 
     def watch(self, source: MetricsSource) -> None:
         """Let the observable instruments read ``source`` from now on."""

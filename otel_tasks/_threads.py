@@ -223,6 +223,8 @@ class Threads:
         """Belong to another loop: who waited in the old one is gone, what runs on in a thread is not."""
         self.loop = loop
         self._waiting.clear()
+        for worker in list(self.workers):
+            worker.abandoned = True
 
     def abandoned(self) -> list[Worker[Any]]:
         """Those whose threads run on after their tasks."""
@@ -335,6 +337,8 @@ class Worker(Generic[T]):
         try:
             if not self._threads.take(self):
                 await self._wait()
+            # Its own, where the thread will report: the manager may belong to another by then.
+            self._loop = asyncio.get_running_loop()
             context = copy_context()
             context.run(_here.set, self)
             self._thread = _WorkerThread(self._threads, self, context)
@@ -358,11 +362,13 @@ class Worker(Generic[T]):
         del self._function
         self._threads.workers.pop(self, None)
         try:
-            self._threads.loop.call_soon_threadsafe(self._returned)
+            self._loop.call_soon_threadsafe(self._returned)
         except RuntimeError:
-            # It is closed: nobody waits in it any more.
+            # It is closed: nobody waits in it any more, but perhaps for the place, in another one.
             self.abandoned = True
             self._report()
+            with suppress(RuntimeError):
+                self._threads.loop.call_soon_threadsafe(self._threads.pass_on)
 
     def _returned(self) -> None:
         self._over = True

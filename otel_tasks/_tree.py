@@ -44,7 +44,7 @@ def is_empty(group: TaskGroup) -> bool:
 def emptied(group: TaskGroup) -> None:
     if group._children or not group._linked:
         return
-    if group._scope is not None:
+    if group._scope is not None and not group._sealed:
         group._scope.tasks_ended()
     elif group._sealed or not group.scoped:
         # A labelled group hangs in the tree only while there is something in it.
@@ -173,10 +173,10 @@ def cancel_bodies(
             scope.cancel_body(cause)
 
 
-def seal(group: TaskGroup, cause: CancelCause | None = None) -> None:
-    """Take no new tasks; leave the tree as soon as nothing is left in it."""
+def seal(group: TaskGroup, cause: CancelCause | None = None, *, refuse: bool = True) -> None:
+    """Take no new tasks (unless ``refuse`` is false); leave the tree as soon as nothing is left in it."""
     group._sealed = True
-    if group._refusal is None:
+    if refuse and group._refusal is None:
         group._refusal = "is finished" if cause is None else f"is closed ({cause.kind})"
     if is_empty(group):
         leave_tree(group)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import inspect
 import logging
 import math
 import threading
@@ -26,6 +27,7 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from otel_tasks import _task
+from otel_tasks._awaiters import with_awaiters
 from otel_tasks._create import _bound
 from otel_tasks._disconnect import ClientDisconnected, Connection, Message, Receive, Scope, Send, Sweeper
 from otel_tasks._group import TaskGroup
@@ -36,7 +38,7 @@ from otel_tasks.cancellation import CancelCause
 from otel_tasks.exceptions import GroupClosedError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 
     App = Callable[[Scope, Receive, Send], Awaitable[None]]
     CancelHandler = Literal["safe"] | bool | Callable[[Scope], bool]
@@ -58,6 +60,8 @@ _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "QUERY"})
 # What may stand in a group's name. A client may send any word as a method.
 _KNOWN_METHODS = _SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE", "CONNECT", "TRACE"}
 _ANSWER_TIMEOUT = 1.0
+# Seconds in which cancelled tasks are to end; as long as cancel_group() waits.
+_END_TIMEOUT = 10.0
 # GroupClosedError: work that was to be started for a client that is gone. The CancelledError of
 # concurrent.futures: a `def` endpoint has waited for a task that was cancelled.
 _OUR_DEPARTURES = (
@@ -305,7 +309,8 @@ class _Request(Connection):
             if self.cause is not None:
                 group._announce(self.cause)
             if self.closed:
-                group._seal(self.cause or self._make_cause(CancelKind.SCOPE_ENDED))
+                over = self.cause or self._make_cause(CancelKind.SCOPE_ENDED)
+                group._seal(over, refuse=self.left or self._settings.on_exit != "detach")
             return group
 
     def _name(self) -> str:
@@ -333,10 +338,21 @@ class _Request(Connection):
     def _stop(self) -> None:
         # Tasks first: the handler's cancel goes through it into the task that it awaits.
         self._grace_over = True
-        if self.group is not None and self.cause is not None:
-            spared = () if self.closed else self._told
-            self._asked += self.group._cancel_tasks(self.cause, spared=spared)
+        self._cancel_the_group(() if self.closed else self._told)
         self._cancel_the_handler()
+
+    def _cancel_the_group(self, told: Collection[asyncio.Future[Any]] = ()) -> None:
+        """Cancel the tasks of the group, but not what waits for one that is in ``uncancellable()``.
+
+        Its cancellation would be handed on, past the shield. It is asked when the shield is let go.
+        """
+        if self.group is None or self.cause is None:
+            return
+        spared = set(told)
+        for task in self.group._every_live():
+            if _task.is_shielded(task):
+                spared |= with_awaiters(task) - {task}
+        self._asked += self.group._cancel_tasks(self.cause, spared=spared)
 
     def _cancel_the_handler(self) -> bool:
         host = self.host
@@ -372,6 +388,9 @@ class _Request(Connection):
             delivered = task.cancelling() > before
             self._asked += delivered
         self._shields -= 1
+        if self._grace_over:
+            # Those that were spared because they waited for this one.
+            self._cancel_the_group()
         if self._owed and not self._shields:
             self._owed = False
             delivered |= self._cancel_the_handler()
@@ -389,7 +408,7 @@ class _Request(Connection):
         if await self._take_back_cancels(error):
             await self._shut_down()
             return False
-        await self._end_group()
+        await self._end_group(error)
         if not self.left:
             return error is None
         annotate_request(self._context, self._asked)
@@ -414,24 +433,39 @@ class _Request(Connection):
         self._cancels = 0
         return thrown and self.host.cancelling() > self._cancels_before
 
-    async def _end_group(self) -> None:
+    async def _end_group(self, error: BaseException | None) -> None:
         if self.group is None:
             return
-        on_exit = self._settings.on_exit
+        # A failing handler's 500 is still to be sent, by a layer outside: it does not wait for tasks.
+        failed = error is not None and not self.complete
+        on_exit = "cancel" if failed or self.left else self._settings.on_exit
         cause = self.cause or self._make_cause(CancelKind.SCOPE_ENDED)
         if on_exit == "cancel" and not self.left:
             self.group._announce(cause)
             self.group._cancel_tasks(cause)
-        self.group._seal(cause)
+        self.group._seal(cause, refuse=on_exit != "detach")
         if self._grace_over:
             # Those that were told had until now to end by themselves.
-            self._asked += self.group._cancel_tasks(cause)
-        if on_exit != "detach" or self.left:
-            try:
+            self._cancel_the_group()
+        try:
+            if on_exit == "wait":
                 await self.group.join()
-            except asyncio.CancelledError:
-                await self._shut_down()
-                raise
+            elif on_exit == "cancel":
+                await self._wait_for_end(self.group)
+        except asyncio.CancelledError:
+            await self._shut_down()
+            raise
+
+    async def _wait_for_end(self, group: TaskGroup) -> None:
+        """Wait for tasks that were cancelled, but not for ever: a response may depend on it."""
+        tasks = list(group._every_live())
+        await _task.wait_until_done(tasks, None if self._shields else _END_TIMEOUT)
+        live = [task for task in tasks if not task.done()]
+        if live:
+            names = ", ".join(repr(task.id) for task in live)
+            _logger.warning(
+                "request %r is over, and after %s s its tasks still run: %s", group.id, _END_TIMEOUT, names
+            )
 
     async def _shut_down(self) -> None:
         if self.group is None:
@@ -440,7 +474,7 @@ class _Request(Connection):
         self.group._announce(cause)
         self.group._cancel_tasks(cause)
         self.group._seal(cause)
-        await self.group.join()
+        await self._wait_for_end(self.group)
 
     def _is_departure(self, error: BaseException) -> bool:
         if isinstance(error, BaseExceptionGroup):
@@ -525,7 +559,11 @@ def _is_starlettes_departure(error: BaseException) -> bool:
 
 def _ask(rule: Callable[[Scope], bool], scope: Scope) -> bool:
     try:
-        return bool(rule(scope))
+        cancel = rule(scope)
+        if asyncio.iscoroutine(cancel):
+            cancel.close()
+            raise TypeError("it gave a coroutine, and nothing can be awaited here")
+        return bool(cancel)
     except Exception:
         _logger.exception("cancel_handler=%r raised; the handler is not cancelled", rule)
         return False
@@ -545,6 +583,11 @@ def checked_manager(manager: object) -> TaskManager:
 
 
 def _checked_cancel_handler(rule: CancelHandler) -> CancelHandler:
+    if inspect.iscoroutinefunction(rule) or inspect.iscoroutinefunction(type(rule).__call__):
+        raise TypeError(
+            f"cancel_handler must be a plain function of the scope, got the coroutine function {rule!r}: "
+            "it is asked where nothing can be awaited, write it with def"
+        )
     if rule == "safe" or isinstance(rule, bool) or callable(rule):
         return rule
     raise ValueError(f'cancel_handler must be "safe", True, False or a function of the scope, got {rule!r}')

@@ -7,7 +7,7 @@ The middleware itself knows no framework: ``app.add_middleware(TaskGroupMiddlewa
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import AsyncContextDecorator, asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from zlib import crc32
 
@@ -127,7 +127,8 @@ def make_lifespan(
     Args:
         inner: The application's own lifespan; what it yields is passed on as the state.
         manager: The manager to open and to shut down. None: ``global_task_manager``.
-        grace: Seconds that tasks have to finish in before they are cancelled.
+        grace: Seconds that tasks have to finish in before they are cancelled, finite: a server waits for no
+            one for ever.
         timeout: Seconds for all that comes after, None for no bound. Stay below the server's own limit
             (uvicorn: ``--timeout-graceful-shutdown``), or it ends the process first.
 
@@ -135,20 +136,50 @@ def make_lifespan(
         What ``FastAPI(lifespan=...)`` takes.
 
     Raises:
-        TypeError: ``manager`` is no TaskManager, or a duration no number.
-        ValueError: A duration is negative.
+        TypeError: ``inner`` is no lifespan, ``manager`` no TaskManager, or a duration no number.
+        ValueError: A duration is negative, or ``grace`` infinite.
 
     Example:
         >>> app = FastAPI(lifespan=make_lifespan(open_database, grace=2.0))
     """
+    _check_inner(inner)
     chosen = checked_manager(manager)
-    checked_seconds("grace", grace)
+    _check_grace(grace)
     checked_seconds("timeout", timeout)
 
     def run(app: FastAPI) -> AbstractAsyncContextManager[State]:
         return _run(inner, chosen, grace, timeout, app)
 
     return run
+
+
+def _check_inner(inner: object) -> None:
+    if isinstance(inner, AsyncContextDecorator):
+        # What an `@asynccontextmanager` function gives can be called too, as a decorator: it would fail late.
+        raise TypeError(
+            f"make_lifespan() takes the lifespan itself, got what calling it gives, {inner!r}: "
+            "write make_lifespan(open_database), without a call"
+        )
+    if inner is not None and not callable(inner):
+        raise TypeError(
+            f"make_lifespan() takes a lifespan, a function of the application, got {inner!r}; "
+            "durations are named: write make_lifespan(grace=5.0)"
+        )
+
+
+def _check_grace(grace: float) -> None:
+    _check_number("grace", grace, "leave it out for 5.0, or pass 0 for none")
+    if checked_seconds("grace", grace) is None:
+        raise ValueError(
+            f"grace must be a finite number of seconds, got {grace!r}: "
+            "the server ends the process at its own limit; stay below that"
+        )
+
+
+def _check_number(what: str, seconds: object, mend: str) -> None:
+    # For what must not be None: elsewhere that is "no bound", and `checked_seconds` takes it.
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise TypeError(f"{what} must be seconds as a number, got {seconds!r}: {mend}")
 
 
 @asynccontextmanager
@@ -197,13 +228,13 @@ def progress_events(
         last_event_id: The request's ``Last-Event-ID`` header. Anything that is not an id of this task's
             events counts as none.
         interval: Seconds between two ``progress`` events, at least 0. What is reported in between is left
-            out; the end of the task is told at once.
+            out; the end of the task is told at once. Infinity leaves the first event and the last.
         keep_alive: Seconds of silence after which a comment is sent, greater than ``interval``. None leaves
             that to FastAPI, which does it each 15 s.
 
     Raises:
         RuntimeError: This FastAPI knows no server-sent events; those from 0.135 on do.
-        TypeError: ``task`` is neither.
+        TypeError: ``task`` is neither, or a duration no number.
         ValueError: ``task`` is the snapshot of a live task, or a duration out of its range.
 
     **Cancellation**: of the request, because the client has left, ends the watching. The task goes on,
@@ -225,6 +256,7 @@ def progress_events(
             f"and this is {fastapi.__version__}"
         ) from None
     _check_watchable(task)
+    _check_number("interval", interval, "leave it out for 0.1, or pass 0 for every report")
     pause = checked_seconds("interval", interval)
     patience = checked_seconds("keep_alive", keep_alive)
     if patience is not None and (pause is None or patience <= pause):

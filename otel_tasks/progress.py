@@ -375,7 +375,9 @@ def add_up(live: Iterable[Progress | None], ended: Iterable[tuple[int, float]]) 
 
 def wall_clock(moment: float) -> str:
     """Write a moment on the loop's clock as the wall clock's time."""
-    ago = time.monotonic() - moment
+    # A loop may have a clock of its own, as that of `otel_tasks.testing` has; asyncio's is monotonic().
+    loop = _get_running_loop()
+    ago = (time.monotonic() if loop is None else loop.time()) - moment
     return datetime.fromtimestamp(time.time() - ago, UTC).isoformat(timespec="milliseconds")
 
 

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from otel_tasks.testing import SpanRecorder, assert_no_tasks_left, run
+# pyproject.toml keeps the plugin itself out, so that its import is measured.
+from otel_tasks.pytest_plugin import spans as spans
+from otel_tasks.pytest_plugin import virtual_clock as virtual_clock
+from otel_tasks.testing import assert_no_tasks_left, run
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator
+    from collections.abc import Coroutine
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -26,14 +29,6 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     else:
         run(test)
     return True
-
-
-@pytest.fixture
-def spans() -> Iterator[SpanRecorder]:
-    """Providers to inject; at the end every span must have ended once, and nothing been complained of."""
-    with SpanRecorder() as recorder:
-        yield recorder
-        recorder.check()
 
 
 async def _leaving_no_task(test: Coroutine[Any, Any, None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -339,6 +340,17 @@ async def test_mounted_app_with_its_own_middleware(app: FastAPI, manager: TaskMa
     assert groups[0].name == "GET /x/{id}"
 
 
+async def test_misspelt_middleware_option_is_refused_by_name(manager: TaskManager) -> None:
+    """A request, and the lifespan of a server's start, fail with a TypeError that names the option."""
+    app = FastAPI()
+    app.add_middleware(TaskGroupMiddleware, manager=manager, detect_afer=1)  # type: ignore[call-arg]  # misspelt
+    with pytest.raises(TypeError, match="detect_afer"):
+        await FakeConnection().run(app)
+    messages: asyncio.Queue[Any] = asyncio.Queue()
+    with pytest.raises(TypeError, match="detect_afer"):
+        await app({"type": "lifespan", "state": {}}, messages.get, messages.put)
+
+
 # --- lifespan ------------------------------------------------------------------------------------------
 
 
@@ -435,10 +447,33 @@ async def test_cancelled_lifespan_leaves_the_manager_closed(manager: TaskManager
 
 
 @pytest.mark.parametrize(
-    ("options", "error"),
-    [({"manager": "default"}, TypeError), ({"grace": -1}, ValueError), ({"timeout": "10s"}, TypeError)],
+    ("options", "error", "words"),
+    [
+        ({"manager": "default"}, TypeError, "'default'"),
+        ({"grace": -1}, ValueError, "grace must be at least 0 seconds, got -1"),
+        ({"grace": None}, TypeError, "grace must be seconds as a number, got None: leave it out for 5.0"),
+        ({"grace": True}, TypeError, "grace must be seconds as a number, got True: leave it out"),
+        ({"grace": math.inf}, ValueError, "grace must be a finite number of seconds, got inf: the server"),
+        ({"timeout": "10s"}, TypeError, "timeout must be seconds as a number"),
+        ({"inner": 5}, TypeError, r"got 5; durations are named: write make_lifespan\(grace=5.0\)"),
+    ],
 )
-def test_wrong_lifespan_options_are_refused(options: dict[str, Any], error: type[Exception]) -> None:
+def test_wrong_lifespan_options_are_refused(
+    options: dict[str, Any], error: type[Exception], words: str
+) -> None:
     """At once, and not when the server ends."""
-    with pytest.raises(error):
+    with pytest.raises(error, match=words):
         make_lifespan(**options)
+
+
+async def test_a_lifespan_that_was_called_is_refused() -> None:
+    """The function itself is taken; what its call gives would fail when the server starts."""
+
+    @asynccontextmanager
+    async def database(app: FastAPI) -> AsyncGenerator[None]:
+        yield
+
+    async with database(FastAPI()):
+        pass
+    with pytest.raises(TypeError, match="write make_lifespan\\(open_database\\), without a call"):
+        make_lifespan(database(FastAPI()))  # type: ignore[arg-type]  # pyright: ignore

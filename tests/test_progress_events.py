@@ -7,6 +7,8 @@ import contextlib
 import json
 import math
 import sys
+import time
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import pytest
@@ -17,6 +19,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from otel_tasks import ManagedTask, TaskInfo, TaskManager, current_task
 from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.fastapi import RequestTasks, progress_events
+from otel_tasks.progress import wall_clock
 from otel_tasks.testing import FakeConnection, SpanRecorder
 from tests.helpers import cancel_at_each_await, fail, give, rest, settle
 
@@ -400,6 +403,42 @@ async def test_durations_out_of_range_are_refused(
     with pytest.raises(ValueError, match=words):
         progress_events(task, **options)
     await task
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"interval": None}, "got None: leave it out for 0.1, or pass 0 for every report"),
+        ({"interval": "1s"}, "interval must be seconds as a number, got '1s': leave"),
+        ({"keep_alive": "1s"}, "keep_alive must be seconds as a number"),
+    ],
+)
+async def test_durations_that_are_no_numbers_are_refused(
+    manager: TaskManager, options: dict[str, Any], words: str
+) -> None:
+    """At once, in the route, and not as a stream that says nothing."""
+    task = manager.create_task(give(1))
+    with pytest.raises(TypeError, match=words):
+        progress_events(task, **options)
+    await task
+
+
+async def test_the_stamps_of_a_virtual_clock_are_of_today(manager: TaskManager) -> None:
+    """The wall clock is reckoned from the loop's own time, whatever clock that loop has."""
+    task = manager.create_task(count_to(2))
+    await asyncio.sleep(1000.0)
+    report = task.progress.snapshot()
+    assert report is not None
+    ago = asyncio.get_running_loop().time() - report.updated_at
+    stamp = datetime.fromisoformat(report.to_dict()["updated_at"]).timestamp()
+    assert stamp == pytest.approx(time.time() - ago, abs=60.0)
+    assert datetime.fromisoformat(task.info().to_dict()["ended_at"]).timestamp() == pytest.approx(stamp)
+
+
+def test_a_stamp_outside_of_any_loop_is_of_the_monotonic_clock() -> None:
+    """A snapshot may be written down in a thread, or when the loop has ended."""
+    stamp = datetime.fromisoformat(wall_clock(time.monotonic() - 5.0)).timestamp()
+    assert stamp == pytest.approx(time.time() - 5.0, abs=60.0)
 
 
 async def test_an_older_fastapi_is_told_what_it_lacks(

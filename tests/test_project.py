@@ -70,7 +70,7 @@ def test_every_module_stands_in_the_contracts() -> None:
     }
 
     assert modules - contracts["telemetry"] == {"otel_tasks._telemetry", "otel_tasks.testing"}
-    assert modules - contracts["testing"] == {"otel_tasks.testing"}
+    assert modules - contracts["testing"] == {"otel_tasks.testing", "otel_tasks.pytest_plugin"}
 
 
 def test_no_lock_file_is_tracked() -> None:
@@ -113,7 +113,7 @@ def test_every_test_has_its_sentence() -> None:
     assert silent == []
 
 
-@pytest.mark.parametrize("blocked", ["fastapi", "starlette", "opentelemetry.sdk", "rich"])
+@pytest.mark.parametrize("blocked", ["fastapi", "starlette", "opentelemetry.sdk", "pytest", "rich"])
 def test_core_needs_only_the_opentelemetry_api(blocked: str) -> None:
     """Package and middleware import where neither a framework nor an SDK is installed."""
     run_python(f"""
