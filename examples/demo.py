@@ -1,7 +1,7 @@
 """Starts the example service, lets five clients use it at once, and draws what happened to each.
 
     python examples/demo.py              # or: make demo
-    python examples/demo.py --serve      # keep the service running afterwards; or: make demo SERVE=1
+    python examples/demo.py --serve      # then draw what you send to it, until Ctrl-C; or: make demo SERVE=1
     python examples/demo.py --svg FILE   # save the picture as well
 
 Takes a few seconds, needs no network but the loopback interface, and leaves no process behind.
@@ -16,8 +16,9 @@ import re
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,12 @@ from examples.trace_tree import Span, trace_tree  # noqa: E402 - found by the li
 
 TIME_LIMIT = 15.0
 LISTENING = re.compile(r"running on (http://[\w.:]+)")
+# What the OTLP exporter says of a batch that a collector has not taken.
+UNDELIVERED = re.compile(r"(while exporting|Failed to export|Failed to encode|Dropping) spans? batch")
 NOT_FOUND = 404
+# While serving: seconds between two looks at the service, and trees that are drawn at each.
+LOOK_EVERY = 1.0
+TREES_PER_LOOK = 5
 
 
 @dataclass
@@ -49,6 +55,25 @@ class Visit:
     trace_id: str = ""
     ended: str = ""
     left_at: float | None = None
+
+
+@dataclass
+class Service:
+    """The service's process, and the last of what it says; once `console` is set, that is shown there too."""
+
+    process: asyncio.subprocess.Process
+    url: str = ""
+    log: deque[str] = field(default_factory=lambda: deque(maxlen=200))
+    undelivered: str = ""
+    console: Console | None = None
+
+    def take(self, line: str) -> None:
+        """Keep a line of its log, and show it where somebody looks."""
+        self.log.append(line)
+        if UNDELIVERED.search(line):
+            self.undelivered = line.strip()
+        if self.console is not None:
+            self.console.print(Text(line.rstrip(), "dim"), soft_wrap=True)
 
 
 def visits() -> list[Visit]:
@@ -72,7 +97,9 @@ def visits() -> list[Visit]:
 async def main(*, serve: bool, svg: Path | None, port: int) -> None:
     """Run the demo. Whatever ends it, the service has ended when this returns."""
     console = Console(record=svg is not None, width=120, highlight=False)
-    async with service(port) as url:
+    endpoint = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+    async with service(port) as running:
+        url = running.url
         all_visits = visits()
         try:
             async with asyncio.timeout(TIME_LIMIT):
@@ -88,13 +115,16 @@ async def main(*, serve: bool, svg: Path | None, port: int) -> None:
         console.print("an export that its client watches:", bar)
         if svg is not None:
             save_svg(console, svg)
-        print_next_steps(console, url, serve=serve)
+        print_next_steps(console, endpoint)
         if serve:
-            await asyncio.Event().wait()
+            await serve_on(console, running)
+    if endpoint:
+        # Now, for the last spans are sent when the service stops.
+        print_delivery(console, endpoint, running.undelivered)
 
 
 @contextlib.asynccontextmanager
-async def service(port: int) -> AsyncIterator[str]:
+async def service(port: int) -> AsyncIterator[Service]:
     """The example service as a child process; it has ended when the block is left, by whatever way."""
     command = ["-m", "uvicorn", "examples.fastapi_app:app", "--port", str(port), "--no-access-log"]
     process = await asyncio.create_subprocess_exec(
@@ -105,42 +135,44 @@ async def service(port: int) -> AsyncIterator[str]:
         # It looks at its stdout for whether to colour its stderr, which is read here.
         "--no-use-colors",
         cwd=ROOT,
-        env=os.environ | {"KEEP_SPANS": "1"},
+        # Without a collector, the exporter is to give up before the service is made to end.
+        env={"OTEL_EXPORTER_OTLP_TIMEOUT": "2"} | os.environ | {"KEEP_SPANS": "1"},
         stderr=asyncio.subprocess.PIPE,
     )
-    log: list[str] = []
+    running = Service(process)
     try:
-        url = await read_url(process, log)
-        # Read on, or the service would block once the pipe is full.
-        reader = asyncio.create_task(read_log(process, log))
+        running.url = await read_url(running)
+        # Read on to its end, or the service would block once the pipe is full.
+        reader = asyncio.create_task(read_log(running))
         try:
-            yield url
+            yield running
         finally:
+            await end(process)
+            await asyncio.wait([reader], timeout=1.0)
             reader.cancel()
     finally:
         await end(process)
-    if any("Traceback" in line for line in log):
-        raise SystemExit("the service reported an error:\n" + "".join(log))
+    if any("Traceback" in line for line in running.log):
+        raise SystemExit("the service reported an error:\n" + "".join(running.log))
 
 
-async def read_url(process: asyncio.subprocess.Process, log: list[str]) -> str:
+async def read_url(running: Service) -> str:
     """Wait until the service says where it listens (port 0 lets the system choose a free one)."""
-    assert process.stderr is not None
+    assert running.process.stderr is not None
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(TIME_LIMIT):
-            while line := await process.stderr.readline():
-                log.append(line.decode(errors="replace"))
-                if found := LISTENING.search(log[-1]):
+            while line := await running.process.stderr.readline():
+                running.take(line.decode(errors="replace"))
+                if found := LISTENING.search(running.log[-1]):
                     return found[1]
-    raise SystemExit("the service did not start:\n" + "".join(log))
+    raise SystemExit("the service did not start:\n" + "".join(running.log))
 
 
-async def read_log(process: asyncio.subprocess.Process, log: list[str]) -> None:
-    """Keep the last of what the service says, in case something has to be explained."""
-    assert process.stderr is not None
-    while line := await process.stderr.readline():
-        log.append(line.decode(errors="replace"))
-        del log[:-200]
+async def read_log(running: Service) -> None:
+    """Take what the service says, until it has ended."""
+    assert running.process.stderr is not None
+    while line := await running.process.stderr.readline():
+        running.take(line.decode(errors="replace"))
 
 
 async def end(process: asyncio.subprocess.Process) -> None:
@@ -242,6 +274,54 @@ async def order_status(url: str, reference: str) -> str:
         return "unknown" if response.status_code == NOT_FOUND else str(response.json()["status"])
 
 
+async def serve_on(console: Console, running: Service) -> None:
+    """Keep the service, and draw each new request, until Ctrl-C or SIGTERM: the end that was announced."""
+    this_task = asyncio.current_task()
+    assert this_task is not None
+    async with httpx.AsyncClient(base_url=running.url, timeout=5.0) as client:
+        seen = set(await ended_traces(client))
+        running.console = console
+        print_serving(console, running.url)
+        try:
+            while running.process.returncode is None:
+                seen = await draw_new_traces(console, client, seen)
+                await asyncio.sleep(LOOK_EVERY)
+        except asyncio.CancelledError:
+            # It ends well then, and `make` has nothing to complain of; a second one interrupts the end.
+            this_task.uncancel()
+            return
+    raise SystemExit("the service has ended by itself")
+
+
+async def draw_new_traces(console: Console, client: httpx.AsyncClient, seen: set[str]) -> set[str]:
+    """Draw the requests that have ended since the last look; returns what is known now."""
+    try:
+        traces = await ended_traces(client)
+    except httpx.TransportError:  # busy, or about to end: there is another look
+        return seen
+    new = [trace for trace_id, trace in traces.items() if trace_id not in seen]
+    for trace in new[:TREES_PER_LOOK]:
+        path = next(span.attributes.get("url.path", span.name) for span in trace if span.is_request)
+        console.print(Group("", Text(str(path), "bold cyan"), trace_tree(trace)))
+    if more := new[TREES_PER_LOOK:]:
+        console.print(f"\nand {len(more)} more requests, see {client.base_url}/debug/spans")
+    # What the service has forgotten need not be known any more.
+    return set(traces)
+
+
+async def ended_traces(client: httpx.AsyncClient) -> dict[str, list[Span]]:
+    """The traces of requests of which nothing runs any more, among the newest spans."""
+    # In this order: what ends between the two is left for the next look.
+    tasks = (await client.get("/debug/tasks")).json().values()
+    raw_spans = (await client.get("/debug/spans", params={"newest": 300})).json()
+    alive = {task["trace_id"] for task in tasks if task["ended_at"] is None}
+    traces: dict[str, list[Span]] = {}
+    for span in map(Span.from_json, raw_spans):
+        if span.trace_id not in alive:
+            traces.setdefault(span.trace_id, []).append(span)
+    return {id: trace for id, trace in traces.items() if any(span.is_request for span in trace)}
+
+
 def report(console: Console, all_visits: list[Visit], traces: dict[str, list[Span]], order: str) -> None:
     """Print a tree for each visit, then the counts."""
     for number, visit in enumerate(all_visits, start=1):
@@ -262,19 +342,34 @@ def report(console: Console, all_visits: list[Visit], traces: dict[str, list[Spa
     console.print(f"the order whose client hung up: {order}")
 
 
-def print_next_steps(console: Console, url: str, *, serve: bool) -> None:
-    """How to see the same in Jaeger, and where the service is while it stays."""
+def print_next_steps(console: Console, endpoint: str) -> None:
+    """How to see the same in Jaeger."""
     console.print(
         "\nThe same in Jaeger: docker compose up, then http://localhost:16686; the service is on port 8000."
-        "\nThese very traces:  OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4318 make demo"
     )
-    if serve:
-        console.print(
-            f"\nThe service stays at {url} until Ctrl-C. Try it, and hang up with Ctrl-C or -m:\n"
-            f"  curl '{url}/search/Lisbon'\n"
-            f"  curl -m 0.3 '{url}/search/Lisbon'\n"
-            f"  curl '{url}/debug/spans'"
-        )
+    if not endpoint:
+        console.print("These very traces:  OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4318 make demo")
+
+
+def print_serving(console: Console, url: str) -> None:
+    """Where the service is while it stays, and what to try."""
+    console.print(
+        f"\nThe service stays at {url} until Ctrl-C. Try it, and hang up with Ctrl-C or -m:\n"
+        f"  curl '{url}/search/Lisbon'\n"
+        f"  curl -m 0.3 '{url}/search/Lisbon'\n"
+        f"  curl '{url}/debug/tasks'    what is alive, and what became of the last ones\n"
+        f"  curl '{url}/debug/spans'    the newest spans\n"
+        "Each request is drawn here when it and all its tasks have ended, between the lines of the service's log."
+    )
+
+
+def print_delivery(console: Console, endpoint: str, undelivered: str) -> None:
+    """Whether the collector has the traces, by what the exporter has said."""
+    if undelivered:
+        console.print(f"The traces, sent to {endpoint}, could not be delivered:")
+        console.print(Text(undelivered), soft_wrap=True)
+    else:
+        console.print(f"These very traces: sent to {endpoint}")
 
 
 def save_svg(console: Console, path: Path) -> None:

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Header, HTTPException, WebSocket
+from fastapi import Depends, FastAPI, Header, HTTPException, Query, WebSocket
 from fastapi.responses import StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from opentelemetry.sdk.resources import Resource
@@ -348,9 +348,9 @@ async def watch_export(
 
 
 @app.get("/debug/spans", include_in_schema=False)
-async def debug_spans() -> list[dict[str, Any]]:
+async def debug_spans(newest: Annotated[int, Query(ge=1)] = 2000) -> list[dict[str, Any]]:
     """The newest ended spans, oldest first, in the SDK's own JSON."""
-    return [json.loads(span.to_json()) for span in recent_spans.spans]
+    return [json.loads(span.to_json()) for span in list(recent_spans.spans)[-newest:]]
 
 
 @app.get("/debug/tasks", include_in_schema=False)

@@ -1,7 +1,8 @@
 """The tools of ``testing`` as fixtures; pytest loads this module by itself where the library is installed.
 
 It is the only module that imports pytest, and is imported by none of the others. Loading it brings no
-OpenTelemetry SDK; the fixture ``spans`` does, for the tests that ask for it. ``-p no:otel_tasks`` keeps it out.
+OpenTelemetry SDK; the fixture ``spans`` does, for the tests that ask for it. ``-p no:otel_tasks`` keeps the
+plugin out.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -34,5 +35,28 @@ def run_block(code: str) -> str:
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def run_pytest(directory: Path, code: str, *options: str) -> str:
+    """Run a test module in an empty directory, where the library is installed, and give the report."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    # As an installer would write it: an editable install may be older than pyproject.toml.
+    metadata = directory / "otel_tasks-0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: otel-tasks\nVersion: 0\n")
+    lines = [f"{name} = {module}\n" for name, module in project["entry-points"]["pytest11"].items()]
+    (metadata / "entry_points.txt").write_text("[pytest11]\n" + "".join(lines))
+    (directory / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+    (directory / "test_it.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *options],
+        cwd=directory,
+        env=ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(directory), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.stderr == ""
     return done.stdout

@@ -943,6 +943,36 @@ async def test_uncancellable_keeps_a_task_of_the_group(manager: TaskManager, jou
         journal.clear()
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_uncancellable_is_not_torn_through_what_waits_for_it(
+    manager: TaskManager, journal: Journal, method: str
+) -> None:
+    """A task that awaits one in uncancellable() would hand its cancellation on: it is asked afterwards."""
+
+    async def pay() -> None:
+        async with uncancellable():
+            await journal.work("charge", 1)
+            await journal.work("book", 1)
+
+    async def checkout() -> None:
+        try:
+            await create_task(pay())
+            await journal.work("thanks")
+        except asyncio.CancelledError:
+            journal.append("checkout cancelled")
+            raise
+
+    async def body() -> None:
+        create_task(journal.work("map"))
+        await create_task(checkout())
+
+    connection = FakeConnection(method=method)
+    await hang_up_on(journal.handler(body), manager, connection)
+    assert journal[:3] == ["map cancelled", "charge finished", "book finished"]
+    assert "checkout cancelled" in journal
+    assert "thanks finished" not in journal
+
+
 async def test_work_started_inside_uncancellable_belongs_to_the_manager(
     manager: TaskManager, journal: Journal
 ) -> None:
@@ -1305,3 +1335,87 @@ async def test_server_without_asyncio_task_is_served(
     await over
     assert journal == ["task cancelled", "handler finished"]
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+# --- the end of a request that cannot wait ---------------------------------------------------------
+
+
+async def test_failing_handler_does_not_wait_for_tasks(manager: TaskManager, journal: Journal) -> None:
+    """With on_exit="wait" a handler that fails has its 500 still to be sent: its tasks are cancelled."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        create_task(journal.work("slow", 300))
+        await asyncio.sleep(0)
+        raise ValueError("broken")
+
+    start = asyncio.get_running_loop().time()
+    with pytest.raises(ValueError, match="broken"):
+        await serve(app, manager, FakeConnection(), on_exit="wait")
+    assert asyncio.get_running_loop().time() == start
+    assert journal == ["slow cancelled"]
+
+
+async def test_task_that_ignores_its_cancellation_does_not_hold_a_request_for_ever(
+    manager: TaskManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a bound the request goes on, and what still runs is named and stays with the manager."""
+
+    async def deaf() -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        await asyncio.sleep(20)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        create_task(deaf(), name="deaf")
+        await asyncio.sleep(0)
+        await respond(send)
+
+    start = asyncio.get_running_loop().time()
+    await serve(app, manager, FakeConnection())
+    assert asyncio.get_running_loop().time() - start == 10
+    assert caplog.messages == ["request 'GET#1' is over, and after 10.0 s its tasks still run: 'GET#1/deaf'"]
+    assert manager.stats().live == 1
+    await manager.join()
+
+
+async def test_detached_task_goes_on_creating_tasks(manager: TaskManager, journal: Journal) -> None:
+    """What is handed to the application works on, tasks of its own included."""
+
+    async def job() -> None:
+        await asyncio.sleep(1)
+        journal.append(await create_task(journal.work("step", 1)))
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        create_task(job())
+        await respond(send)
+
+    await serve(app, manager, FakeConnection(), on_exit="detach")
+    await manager.join()
+    assert journal == ["step finished", "step"]
+    assert not manager._ledger.scopes
+
+
+async def test_rule_for_handlers_is_a_plain_function(manager: TaskManager) -> None:
+    """A coroutine function would be true whatever it says: it is refused, with the mend."""
+
+    async def rule(scope: Scope) -> bool:
+        return False
+
+    with pytest.raises(TypeError, match=r"got the coroutine function .*rule.* write it with def"):
+        TaskGroupMiddleware(FakeConnection, manager=manager, cancel_handler=rule)  # type: ignore[arg-type]  # the mistake under test
+
+
+async def test_rule_that_gives_a_coroutine_keeps_the_handler(
+    manager: TaskManager, journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rule that gives something to be awaited has not decided: the handler goes on, and it is logged."""
+
+    async def decide() -> bool:
+        return True
+
+    async def body() -> None:
+        await journal.work("payment", 1)
+
+    await hang_up_on(journal.handler(body), manager, cancel_handler=lambda scope: decide())
+    assert journal == ["payment finished", "handler finished"]
+    assert "the handler is not cancelled" in caplog.text

@@ -17,11 +17,12 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from rich.console import Console
 
-from examples import fastapi_app
+from examples import demo, fastapi_app
 from examples.trace_tree import Span, trace_tree
 from otel_tasks.testing import FakeConnection
 
@@ -346,12 +347,14 @@ def test_the_demo_draws_a_moving_bar_in_a_terminal(environment: dict[str, str]) 
     shown: list[bytes] = []
     screen, terminal = os.openpty()
     with open(screen, "rb", buffering=0) as screen_file:
-        demo = subprocess.Popen([sys.executable, DEMO], env=environment | {"TERM": "xterm"}, stdout=terminal)
+        process = subprocess.Popen(
+            [sys.executable, DEMO], env=environment | {"TERM": "xterm"}, stdout=terminal
+        )
         os.close(terminal)
         with contextlib.suppress(OSError):  # how Linux tells the end of a terminal
             while data := screen_file.read(65536):
                 shown.append(data)
-        assert demo.wait(timeout=60) == 0
+        assert process.wait(timeout=60) == 0
     pages = {int(done) for done in re.findall(rb"(\d+) of 24 pages, [\d.]+ s left", b"".join(shown))}
     assert len(pages) > 2
     assert b"24 of 24 pages, completed" in b"".join(shown)
@@ -364,22 +367,104 @@ def test_the_demo_draws_a_moving_bar_in_a_terminal(environment: dict[str, str]) 
 def test_a_serving_demo_ends_its_service_when_interrupted(
     ended_by: signal.Signals, environment: dict[str, str]
 ) -> None:
-    """With --serve the service stays and answers, until Ctrl-C or SIGTERM ends both."""
-    demo = subprocess.Popen(
+    """With --serve the service stays and answers, until Ctrl-C or SIGTERM ends both, and that is no failure."""
+    process = subprocess.Popen(
         [sys.executable, DEMO, "--serve"], env=environment, stdout=subprocess.PIPE, text=True
     )
     try:
-        assert demo.stdout is not None
-        while line := demo.stdout.readline():
+        assert process.stdout is not None
+        while line := process.stdout.readline():
             if "The service stays at http://127.0.0.1:" in line:
                 break
         assert len(marked_processes(environment)) == 2
-        demo.send_signal(ended_by)
-        assert demo.wait(timeout=20) == 130
+        process.send_signal(ended_by)
+        assert process.wait(timeout=20) == 0
     finally:
-        demo.kill()
-        demo.communicate()
+        process.kill()
+        process.communicate()
     assert marked_processes(environment) == set()
+
+
+@pytest.mark.e2e
+def test_a_serving_demo_draws_each_request_and_shows_the_log(environment: dict[str, str]) -> None:
+    """What a newcomer sends is answered in the terminal: by its tree, once, and by the service's lines."""
+    process = subprocess.Popen(
+        [sys.executable, DEMO, "--serve"],
+        env=environment | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    killer = threading.Timer(40.0, process.kill)
+    killer.start()
+    try:
+        assert process.stdout is not None
+        url = ""
+        for line in process.stdout:
+            if found := re.search(r"curl '(http://[\w.:]+)/debug/tasks'", line):
+                url = found[1]
+            if line.startswith("Each request is drawn here"):
+                break
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.get(f"{url}/search/Lisbon", timeout=0.3)
+        assert httpx.get(f"{url}/nowhere").status_code == 404
+        lines: list[str] = []
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if re.search(r" 404$", line.rstrip()):
+                break
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=20)
+    finally:
+        killer.cancel()
+        process.kill()
+        process.wait()
+    assert process.returncode == 0
+    assert errors == ""
+    drawn = "\n".join(lines)
+    assert "/search/Lisbon\n request and its tasks" in drawn
+    assert drawn.count("499 client_disconnect (tasks cancelled: ") == 1
+    assert re.search(r"─ events .* cancelled: client_disconnect <- GET /search", drawn)
+    assert "POST /exports" not in drawn  # the demo's own
+    assert "INFO:     Application shutdown complete." in rest
+
+
+def test_of_very_many_requests_a_few_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load test does not flood the terminal; what has been drawn is not drawn again."""
+    traces = {f"t{n}": [request_span(f"t{n}")] for n in range(9)}
+
+    async def ended_traces(client: httpx.AsyncClient) -> dict[str, list[Span]]:
+        return traces
+
+    async def looks() -> set[str]:
+        async with httpx.AsyncClient(base_url="http://service") as client:
+            seen = await demo.draw_new_traces(console, client, {"t0"})
+            return await demo.draw_new_traces(console, client, seen)
+
+    monkeypatch.setattr(demo, "ended_traces", ended_traces)
+    console = Console(width=120, record=True, file=io.StringIO())
+    assert asyncio.run(looks()) == set(traces)
+    shown = console.export_text()
+    assert [int(n) for n in re.findall(r"^/path/t(\d)", shown, re.MULTILINE)] == [1, 2, 3, 4, 5]
+    assert "and 3 more requests, see http://service/debug/spans" in shown
+
+
+def test_a_service_that_does_not_answer_is_asked_again() -> None:
+    """A look that fails draws nothing and forgets nothing."""
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused")
+
+    async def look() -> set[str]:
+        async with httpx.AsyncClient(base_url="http://s", transport=httpx.MockTransport(refuse)) as client:
+            return await demo.draw_new_traces(Console(file=io.StringIO()), client, {"known"})
+
+    assert asyncio.run(look()) == {"known"}
+
+
+def request_span(name: str) -> Span:
+    """The span of a request."""
+    return span(name, 0.0, 1.0, **{"http.request.method": "GET", "url.path": f"/path/{name}"})
 
 
 @pytest.mark.e2e
@@ -412,9 +497,31 @@ def test_the_demos_spans_reach_a_collector(environment: dict[str, str]) -> None:
             timeout=60,
         )
     assert done.returncode == 0, done.stderr
+    assert f"These very traces: sent to {endpoint}\n" in done.stdout
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT" not in done.stdout
+    assert "could not be delivered" not in done.stdout
     assert names["GET /search/{city}"] == 3
     assert names["hotels"] == 6
     assert names["POST /orders"] == names["send_confirmation"] == 1
+
+
+@pytest.mark.e2e
+def test_a_demo_without_its_collector_says_that_nothing_was_delivered(environment: dict[str, str]) -> None:
+    """The exporter's own words are shown; the demo itself has not failed."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+    done = subprocess.run(
+        [sys.executable, DEMO],
+        env=environment | {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    *_, words, line = done.stdout.splitlines()
+    assert words == f"The traces, sent to {endpoint}, could not be delivered:"
+    assert re.search(demo.UNDELIVERED, line)
+    assert marked_processes(environment) == set()
 
 
 @contextlib.contextmanager

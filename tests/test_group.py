@@ -591,3 +591,53 @@ async def test_detached_task_begins_a_new_trace(spans: SpanRecorder) -> None:
     loose = spans.span("loose")
     assert loose.parent is None
     assert [link.context for link in loose.links] == [creator.get_span_context()]
+
+
+async def test_block_below_a_group_that_has_not_been_entered_is_refused() -> None:
+    """It would hang outside of the tree, where no shutdown sees it."""
+    manager = TaskManager()
+    with pytest.raises(
+        GroupClosedError,
+        match=r"^group 'b' cannot be entered: the group above it, 'a', has not been entered; "
+        r"enter it inside of that one's block$",
+    ):
+        async with manager.group("a").group("b"):
+            pass
+    assert not manager._ledger.hosts
+
+
+async def test_block_below_a_finished_group_is_refused() -> None:
+    """A group that is over takes no work by way of a block below it, and does not come back into the tree."""
+    manager = TaskManager()
+    async with manager.group("a") as over:
+        pass
+    with pytest.raises(GroupClosedError, match=r"the group above it, 'a#1', is finished"):
+        async with over.group("b"):
+            pass
+    assert not manager._root._children
+
+
+async def test_tasks_created_in_the_grace_are_waited_for_and_counted() -> None:
+    """cancel_group() cancels all that is live after its grace, and so it waits for all of that."""
+    manager = TaskManager()
+
+    async def first() -> None:
+        await asyncio.sleep(1)
+        manager.create_task(rest(), group="g")
+        await rest()
+
+    manager.create_task(first(), group="g")
+    assert await manager.cancel_group("g", grace=2) == 2
+    assert manager.stats().live == 0
+
+
+async def test_label_does_not_hide_blocks_of_its_name() -> None:
+    """cancel_group() by name reaches the labelled group and the blocks that are called so."""
+    manager = TaskManager()
+    manager.create_task(rest(), group="load")
+    async with manager.group("load") as block:
+        task = block.create_task(rest())
+        await settle()
+        assert await manager.cancel_group("load") == 2
+        await rest()
+    assert task.cancelled()

@@ -27,6 +27,7 @@ from otel_tasks import (
     TaskManager,
     TaskPriority,
     TaskStatus,
+    WrongLoopError,
     current_cancel_event,
     current_group,
     current_task,
@@ -1496,3 +1497,37 @@ def test_random_limits_keep_the_rules(
         assert len(set(dequeued)) == len(dequeued)
     # The young ones only: a full collection per example would take most of the time.
     gc.collect(1)
+
+
+async def test_tickets_that_left_the_queue_are_let_go() -> None:
+    """While all places are held, tasks that give up waiting do not pile up behind them."""
+    manager = TaskManager(max_concurrency=1)
+    manager.create_task(rest())
+    for _ in range(50):
+        for _ in range(10):
+            manager.create_task(rest()).cancel()
+        await settle()
+    assert len(manager._ledger.limiter._heap) < 40
+    assert manager.stats().queued == 0
+    await manager.shutdown(0)
+
+
+def test_putting_a_task_in_the_wrong_loop_is_refused() -> None:
+    """put_task() says so at once, instead of standing in the line of another loop."""
+    manager = TaskManager(max_concurrency=1, max_queue=0)
+    first = VirtualClockLoop()
+
+    async def use() -> None:
+        manager.create_task(rest())
+        await settle()
+
+    async def misuse() -> None:
+        with pytest.raises(WrongLoopError):
+            await manager.put_task(rest())
+        with pytest.raises(TypeError, match="takes a coroutine"):
+            await manager.put_task(rest)  # type: ignore[arg-type]  # the mistake under test
+
+    first.run_until_complete(use())
+    run(misuse())
+    first.run_until_complete(manager.shutdown(0))
+    first.close()

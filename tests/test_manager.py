@@ -23,9 +23,11 @@ from otel_tasks import (
     TaskNotFoundError,
     TaskPriority,
     TaskStatus,
+    WrongLoopError,
     global_task_manager,
     managed_task,
 )
+from otel_tasks.testing import VirtualClockLoop, run
 from tests.helpers import cancel_at_each_await, fail, give, ignore_cancels, kind_of, now, rest, settle
 
 if TYPE_CHECKING:
@@ -915,3 +917,63 @@ async def test_shutdown_spares_what_awaits_its_caller() -> None:
     await asyncio.wait([task])
     assert task.status is TaskStatus.COMPLETED
     assert (reports[0].cancelled, other.status) == (1, TaskStatus.CANCELLED)
+
+
+async def test_refused_replacement_leaves_the_old_task_alone() -> None:
+    """What is wrong with the new task is said before the old one is cancelled."""
+    manager = TaskManager()
+    old = manager.create_task(rest(), name="x")
+    await settle()
+    with pytest.raises(TypeError, match="context must be"):
+        manager.create_task(rest(), name="x", on_conflict="replace", context="bad")  # type: ignore[arg-type]  # the mistake under test
+    with pytest.raises(TypeError, match="takes what makes a coroutine"):
+        await manager.start_task("x", 42, cancel_existing=True)  # type: ignore[arg-type]  # the mistake under test
+    assert (old.name, old.cancelling()) == ("x", 0)
+    await manager.shutdown(0)
+
+
+async def test_task_cannot_wait_for_its_own_end_to_be_replaced() -> None:
+    """start_task() waits for the old task, which cannot be the caller; the message names what can."""
+    manager = TaskManager()
+
+    async def restart() -> None:
+        await manager.start_task("x", rest, cancel_existing=True)
+
+    task = await manager.start_task("x", restart)
+    with pytest.raises(RuntimeError, match=r"cannot wait for its own end to be replaced: write create_task"):
+        await task
+
+
+async def test_callback_that_keeps_a_set_in_order_waits_for_nothing() -> None:
+    """tasks.add_done_callback(background.discard), asyncio's own idiom, does not hide a failure."""
+    told: list[str] = []
+    manager = TaskManager(on_error=lambda info, error: told.append(info.name))
+    background: set[asyncio.Task[None]] = set()
+    task = manager.create_task(fail(ValueError("lost")), name="fire and forget")
+    background.add(task)
+    task.add_done_callback(background.discard)
+    await settle()
+    assert told == ["fire and forget"]
+    assert not background
+
+
+def test_refused_entry_leaves_a_closed_manager_closed() -> None:
+    """async with in the wrong loop does not open a manager that is shut down."""
+    manager = TaskManager()
+    first = VirtualClockLoop()
+
+    async def use() -> None:
+        manager.create_task(ignore_cancels(50))
+        await settle()
+        await manager.shutdown(0, 0)
+
+    async def misuse() -> None:
+        with pytest.raises(WrongLoopError):
+            await manager.__aenter__()
+
+    first.run_until_complete(use())
+    run(misuse())
+    assert "shut down" in repr(manager)
+    for task in asyncio.all_tasks(first):
+        first.run_until_complete(asyncio.wait([task]))
+    first.close()

@@ -1278,3 +1278,33 @@ async def test_delay_of_nothing_ends_in_the_next_turn() -> None:
     await _sleep(0, event)
     assert now() == start
     assert not event._waiters
+
+
+async def test_cancel_reaches_an_attempt_that_is_inside_its_own_timeout() -> None:
+    """The request that a timeout makes inside of the attempt is not taken for the service's."""
+    manager = TaskManager()
+
+    async def work() -> str:
+        try:
+            async with asyncio.timeout(1):
+                try:
+                    await rest()
+                finally:
+                    # The timeout has asked, and takes it back when this is over.
+                    await asyncio.sleep(2)
+        except TimeoutError:
+            await rest()
+        return "went on"
+
+    service = await manager.start_service("prices", work)
+    await asyncio.sleep(2)
+    assert await manager.cancel_task("prices", "enough", timeout=20)
+    assert service.cancelled()
+
+
+async def test_service_returned_for_its_name_is_left_as_it_is() -> None:
+    """on_conflict="return" gives the live task; that a shutdown waits for it does not change."""
+    manager = TaskManager()
+    task = manager.create_task(asyncio.sleep(1, "done"), name="x")
+    assert await manager.start_service("x", rest, on_conflict="return") is task
+    assert (await manager.shutdown(grace=2)).completed == 1

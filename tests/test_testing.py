@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.to_thread
 import pytest
@@ -23,6 +23,11 @@ from otel_tasks.testing import (
     assert_no_tasks_left,
     run,
 )
+from tests.blocks import run_pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 T = TypeVar("T")
 
@@ -405,6 +410,68 @@ def test_recorder_names_the_extra_it_needs() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "otel-tasks[otlp]" in result.stdout
+
+
+# --- the pytest plugin ---------------------------------------------------------------------------------
+
+USES_BOTH_FIXTURES = """
+import asyncio, sys, time
+
+def test_clock(virtual_clock):
+    assert "opentelemetry.sdk" not in sys.modules
+    begin = time.monotonic()
+    assert virtual_clock(asyncio.sleep(600, "done")) == "done"
+    assert time.monotonic() - begin < 10
+
+def test_spans(spans):
+    with spans.provider.get_tracer("test").start_as_current_span("work"):
+        pass
+    assert spans.names == ["work"]
+"""
+
+
+def test_plugin_is_loaded_where_the_library_is_installed(tmp_path: Path) -> None:
+    """Its entry point is found; loading it brings no SDK, no warning, and both fixtures."""
+    assert "2 passed" in run_pytest(tmp_path, USES_BOTH_FIXTURES)
+
+
+def test_plugin_can_be_switched_off(tmp_path: Path) -> None:
+    """With `-p no:otel_tasks` nothing of it is there."""
+    report = run_pytest(tmp_path, USES_BOTH_FIXTURES, "-p", "no:otel_tasks")
+    assert "fixture 'virtual_clock' not found" in report
+    assert "2 errors" in report
+
+
+def test_plugins_recorder_is_checked_at_the_end_of_the_test(tmp_path: Path) -> None:
+    """A span that never ended fails the test that left it."""
+    code = "def test_it(spans):\n    spans.provider.get_tracer('test').start_span('work')\n"
+    report = run_pytest(tmp_path, code)
+    assert "1 passed, 1 error" in report
+    assert "spans never ended: ['work']" in report
+
+
+def test_fixture_of_a_project_takes_the_place_of_the_plugins(tmp_path: Path) -> None:
+    """What a conftest.py calls `spans` is its own."""
+    (tmp_path / "conftest.py").write_text(
+        "import pytest\n\n@pytest.fixture\ndef spans():\n    return 'mine'\n"
+    )
+    assert "1 passed" in run_pytest(tmp_path, "def test_it(spans):\n    assert spans == 'mine'\n")
+
+
+def test_without_the_sdk_tests_with_spans_are_skipped(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """The reason says what to install."""
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(pytest.skip.Exception, match=r"pip install 'otel-tasks\[otlp\]'"):
+        request.getfixturevalue("spans")
+
+
+def test_clock_fixture_runs_a_coroutine(virtual_clock: Callable[..., Any]) -> None:
+    """It is `run()`, with its bound."""
+    assert virtual_clock(asyncio.sleep(600, "done")) == "done"
+    with pytest.raises(TimeoutError):
+        virtual_clock(asyncio.sleep(600), timeout=1)
 
 
 def test_examples_in_the_docstrings_run() -> None:
