@@ -367,7 +367,7 @@ def test_the_demo_draws_a_moving_bar_in_a_terminal(environment: dict[str, str]) 
 def test_a_serving_demo_ends_its_service_when_interrupted(
     ended_by: signal.Signals, environment: dict[str, str]
 ) -> None:
-    """With --serve the service stays and answers, until Ctrl-C or SIGTERM ends both, and that is no failure."""
+    """With --serve the service stays and answers, until Ctrl-C or SIGTERM ends both, which is no failure."""
     process = subprocess.Popen(
         [sys.executable, DEMO, "--serve"], env=environment, stdout=subprocess.PIPE, text=True
     )
@@ -405,7 +405,7 @@ def test_a_serving_demo_draws_each_request_and_shows_the_log(environment: dict[s
                 url = found[1]
             if line.startswith("Each request is drawn here"):
                 break
-        with pytest.raises(httpx.ReadTimeout):
+        with pytest.raises(httpx.TimeoutException):
             httpx.get(f"{url}/search/Lisbon", timeout=0.3)
         assert httpx.get(f"{url}/nowhere").status_code == 404
         lines: list[str] = []
