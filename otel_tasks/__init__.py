@@ -3,7 +3,8 @@
 Where things are:
 
 - ``_manager``: ``TaskManager``, the global one, ``create_task`` and the ``current_*`` functions
-- ``_group``, ``_scope``: ``TaskGroup``, the tree of work, and its ``async with`` block
+- ``_group``, ``_scope``: ``TaskGroup``, and its ``async with`` block
+- ``_create``, ``_tree``: how a group creates a task, and how groups hang together
 - ``_service``: tasks that are begun again when they fail, and ``RestartPolicy``
 - ``_task``: ``ManagedTask`` and its snapshot, ``TaskInfo``
 - ``_threads``: what threads hand over to the loop, and tasks whose function runs in one
@@ -16,7 +17,8 @@ Where things are:
 - ``_state``: statuses, priorities, the table of transitions
 - ``_telemetry``: spans and metrics, the only module that imports OpenTelemetry
 - ``exceptions``: every error of this package
-- ``asgi``: the middleware; ``fastapi``: the adapter; ``testing``: for your own tests
+- ``asgi``, ``_disconnect``: the middleware, and how it notices that a client has left
+- ``fastapi``: the adapter; ``testing``, ``pytest_plugin``: for your own tests
 """
 
 from otel_tasks._decorator import ManagedFunction, managed_task

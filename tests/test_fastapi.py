@@ -476,4 +476,4 @@ async def test_a_lifespan_that_was_called_is_refused() -> None:
     async with database(FastAPI()):
         pass
     with pytest.raises(TypeError, match="write make_lifespan\\(open_database\\), without a call"):
-        make_lifespan(database(FastAPI()))  # type: ignore[arg-type]  # pyright: ignore
+        make_lifespan(database(FastAPI()))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # refused
