@@ -21,13 +21,16 @@ EAGER := $(if $(EAGER_PYTHON),$(BENCH)-eager)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test cover check format bench clean
+.PHONY: help demo demo-services test cover check format docs bench clean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(READY) ## Run the example service and show its traces (SERVE=1: keep serving)
 	$(BIN)/python examples/demo.py $(if $(filter-out 0,$(SERVE)),--serve) $(ARGS)
+
+demo-services: $(READY) ## Run three services that call one another, and show one trace across them
+	$(BIN)/python -m examples.three_services
 
 test: $(READY) ## Run all tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -46,11 +49,14 @@ format: $(READY) ## Format, and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)-docs/.ready ## Build the documentation into build/site, warnings being errors (SERVE=1: show it while you write)
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs $(if $(filter-out 0,$(SERVE)),serve,build --strict --quiet) $(ARGS)
+
 bench: $(BENCH)/.ready $(EAGER:%=%/.ready) ## Measure against the peers, under 10 minutes (ONLY=spawn: one part)
 	$(BENCH)/bin/python -m benchmarks $(ONLY:%=--only %) $(EAGER:%=--eager-python %/bin/python) $(ARGS)
 
 clean: ## Remove the virtual environment, caches and build results
-	rm -rf .venv .venv-bench .venv-bench-eager build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf .venv .venv-docs .venv-bench .venv-bench-eager build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # Made anew when pyproject.toml changes, and only then. The mark comes last: a half-made one is not taken.
@@ -70,6 +76,9 @@ else
 	$(BIN)/python -m pip install --quiet --group dev --editable .
 endif
 	@touch $@
+
+$(VENV)-docs/.ready: pyproject.toml
+	$(call make_environment,$(PYTHON),$(VENV)-docs,--group docs)
 
 $(BENCH)/.ready: pyproject.toml
 	$(call make_environment,$(PYTHON),$(BENCH),--group bench)

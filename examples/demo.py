@@ -9,16 +9,13 @@ Takes a few seconds, needs no network but the loopback interface, and leaves no 
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import re
-import signal
 import sys
 import time
-from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +27,10 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python examples/demo.py` works from anywhere, with nothing installed
 
-from examples.trace_tree import Span, trace_tree  # noqa: E402 - found by the line above
+from examples.server_process import Service, end_on_sigterm, service  # noqa: E402 - found by the line above
+from examples.trace_tree import Span, trace_tree  # noqa: E402 - as well
 
 TIME_LIMIT = 15.0
-LISTENING = re.compile(r"running on (http://[\w.:]+)")
-# What the OTLP exporter says of a batch that a collector has not taken.
-UNDELIVERED = re.compile(r"(while exporting|Failed to export|Failed to encode|Dropping) spans? batch")
 NOT_FOUND = 404
 # While serving: seconds between two looks at the service, and trees that are drawn at each.
 LOOK_EVERY = 1.0
@@ -57,32 +52,13 @@ class Visit:
     left_at: float | None = None
 
 
-@dataclass
-class Service:
-    """The service's process, and the last of what it says; once `console` is set, that is shown there too."""
-
-    process: asyncio.subprocess.Process
-    url: str = ""
-    log: deque[str] = field(default_factory=lambda: deque(maxlen=200))
-    undelivered: str = ""
-    console: Console | None = None
-
-    def take(self, line: str) -> None:
-        """Keep a line of its log, and show it where somebody looks."""
-        self.log.append(line)
-        if UNDELIVERED.search(line):
-            self.undelivered = line.strip()
-        if self.console is not None:
-            self.console.print(Text(line.rstrip(), "dim"), soft_wrap=True)
-
-
 def visits() -> list[Visit]:
     """The clients that send one request each; the fifth one watches a long job, see `watch_export`."""
     return [
         Visit(
             "GET", "/search/Lisbon?fail=trains", "waits; one supplier fails, and the answer comes without it"
         ),
-        Visit("GET", "/search/Oslo", "hangs up in the middle", leaves_after=0.4),
+        Visit("GET", "/search/Oslo", "hangs up in the middle", leaves_after=0.45),
         Visit("GET", "/search/Rome?slow=events", "waits; one supplier is too slow and runs into its timeout"),
         Visit(
             "POST",
@@ -98,7 +74,7 @@ async def main(*, serve: bool, svg: Path | None, port: int) -> None:
     """Run the demo. Whatever ends it, the service has ended when this returns."""
     console = Console(record=svg is not None, width=120, highlight=False)
     endpoint = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
-    async with service(port) as running:
+    async with service("examples.fastapi_app:app", port=port, environment={"KEEP_SPANS": "1"}) as running:
         url = running.url
         all_visits = visits()
         try:
@@ -121,74 +97,6 @@ async def main(*, serve: bool, svg: Path | None, port: int) -> None:
     if endpoint:
         # Now, for the last spans are sent when the service stops.
         print_delivery(console, endpoint, running.undelivered)
-
-
-@contextlib.asynccontextmanager
-async def service(port: int) -> AsyncIterator[Service]:
-    """The example service as a child process; it has ended when the block is left, by whatever way."""
-    command = ["-m", "uvicorn", "examples.fastapi_app:app", "--port", str(port), "--no-access-log"]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *command,
-        "--timeout-graceful-shutdown",
-        "2",
-        # It looks at its stdout for whether to colour its stderr, which is read here.
-        "--no-use-colors",
-        cwd=ROOT,
-        # Without a collector, the exporter is to give up before the service is made to end.
-        env={"OTEL_EXPORTER_OTLP_TIMEOUT": "2"} | os.environ | {"KEEP_SPANS": "1"},
-        stderr=asyncio.subprocess.PIPE,
-    )
-    running = Service(process)
-    try:
-        running.url = await read_url(running)
-        # Read on to its end, or the service would block once the pipe is full.
-        reader = asyncio.create_task(read_log(running))
-        try:
-            yield running
-        finally:
-            await end(process)
-            await asyncio.wait([reader], timeout=1.0)
-            reader.cancel()
-    finally:
-        await end(process)
-    # Who served has seen the log as it was written.
-    if running.console is None and any("Traceback" in line for line in running.log):
-        raise SystemExit("the service reported an error:\n" + "".join(running.log))
-
-
-async def read_url(running: Service) -> str:
-    """Wait until the service says where it listens (port 0 lets the system choose a free one)."""
-    assert running.process.stderr is not None
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(TIME_LIMIT):
-            while line := await running.process.stderr.readline():
-                running.take(line.decode(errors="replace"))
-                if found := LISTENING.search(running.log[-1]):
-                    return found[1]
-    raise SystemExit("the service did not start:\n" + "".join(running.log))
-
-
-async def read_log(running: Service) -> None:
-    """Take what the service says, until it has ended."""
-    assert running.process.stderr is not None
-    while line := await running.process.stderr.readline():
-        running.take(line.decode(errors="replace"))
-
-
-async def end(process: asyncio.subprocess.Process) -> None:
-    """Ask the service to stop; after five seconds, or when interrupted again, make it."""
-    try:
-        if process.returncode is None:
-            process.terminate()
-        async with asyncio.timeout(5.0):
-            await process.wait()
-    except TimeoutError:
-        pass
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
 
 
 async def visit_service(url: str, visit: Visit) -> None:
@@ -381,11 +289,8 @@ def save_svg(console: Console, path: Path) -> None:
 
 
 async def run(options: argparse.Namespace) -> None:
-    """Let SIGTERM end the demo as Ctrl-C does: through its `finally` blocks."""
-    this_task = asyncio.current_task()
-    assert this_task is not None
-    with contextlib.suppress(NotImplementedError):  # there are no signal handlers on Windows
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this_task.cancel)
+    """Run the demo with the options of the command line."""
+    end_on_sigterm()
     await main(serve=options.serve, svg=options.svg, port=options.port)
 
 

@@ -142,7 +142,7 @@ async def ask_hotels(city: str, *, fail: str, slow: str) -> list[str]:
     """
     async with current_group().group("hotels", span=True) as group:
         harbour = group.create_task(ask("harbour", city, 0.30, fail=fail, slow=slow), name="harbour")
-        station = group.create_task(ask("station", city, 0.50, fail=fail, slow=slow), name="station")
+        station = group.create_task(ask("station", city, 0.60, fail=fail, slow=slow), name="station")
     return sorted(harbour.result() + station.result())
 
 
@@ -156,7 +156,7 @@ async def search(city: str, tasks: RequestTasks, fail: str = "", slow: str = "")
     offers = {
         # Ahead of the others where slots are scarce, and last to be cancelled in a shutdown.
         "flights": tasks.create_task(
-            ask("flights", city, 0.45, fail=fail, slow=slow),
+            ask("flights", city, 0.65, fail=fail, slow=slow),
             name="flights",
             priority=TaskPriority.HIGH,
             timeout=1.0,

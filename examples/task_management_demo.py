@@ -150,7 +150,8 @@ async def tracking() -> None:
     print(f"  {success_count} cancelled, {error_count} not")
     assert tracker.last_report is not None
     for name, stack in tracker.last_report.still_running.items():
-        print(f"  {name} is still at: {stack.splitlines()[-1].strip()}")
+        # The first line is where it is itself, the ones below what it has called.
+        print(f"  {name} is still at: {stack.splitlines()[1].strip()}")
     await tracker.wait()
 
     print("a task that was forgotten is found:")

@@ -1,7 +1,7 @@
 """Draws a trace as a tree with a time bar: what Jaeger shows, for a terminal."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -31,10 +31,19 @@ class Span:
     attributes: dict[str, Any]
     description: str
     cancelled_by: str | None
+    kind: str = "INTERNAL"
+    service: str = ""
+    status: str = "UNSET"
+    # What each link is for, and the span that it leads to.
+    links: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "Span":
         """Read what `ReadableSpan.to_json()` writes."""
+        links = [
+            (str(link["attributes"].get("otel_tasks.link", "")), str(link["context"]["span_id"]))
+            for link in raw["links"]
+        ]
         return cls(
             trace_id=raw["context"]["trace_id"].removeprefix("0x"),
             span_id=raw["context"]["span_id"],
@@ -44,13 +53,22 @@ class Span:
             end=_seconds(raw["end_time"]),
             attributes=raw["attributes"],
             description=raw["status"].get("description", ""),
-            cancelled_by=_cancelled_by(raw["links"]),
+            cancelled_by=cancelled_by(links),
+            kind=raw["kind"].removeprefix("SpanKind."),
+            service=raw["resource"]["attributes"].get("service.name", ""),
+            status=raw["status"]["status_code"],
+            links=tuple(links),
         )
 
     @property
     def is_request(self) -> bool:
         """A server's span, as against a task's or a group's."""
-        return "http.request.method" in self.attributes
+        return "http.request.method" in self.attributes and not self.is_call
+
+    @property
+    def is_call(self) -> bool:
+        """The span of a client, which calls a server."""
+        return self.kind == "CLIENT"
 
     @property
     def is_task(self) -> bool:
@@ -69,18 +87,24 @@ class Span:
             return str(self.attributes["otel_tasks.task.outcome"])
         if self.cancel_reason or "otel_tasks.request.outcome" in self.attributes:
             return "cancelled"
+        if self.is_call and "http.response.status_code" not in self.attributes:
+            return "error" if self.status == "ERROR" else "cancelled"
         return "error" if "error.type" in self.attributes else "success"
 
 
 def trace_tree(spans: Iterable[Span], *, hung_up_at: float | None = None) -> Table:
     """The spans of one trace, children below their parents in the order of their start.
 
+    A call from one service to another is one row, the server's: the client's span around it is drawn only
+    where the server's is not there.
+
     Args:
         spans: All spans of the trace; a span whose parent is not among them is a root.
         hung_up_at: When the client left (seconds since the epoch), drawn as a mark above the bars.
     """
-    rows = list(_walk(sorted(spans, key=lambda span: span.start)))
+    rows = list(_walk(_without_calls(sorted(spans, key=lambda span: span.start))))
     names = {span.span_id: span.name for _, span in rows}
+    several_services = len({span.service for _, span in rows}) > 1
     first = min(span.start for _, span in rows)
     last = max(span.end for _, span in rows)
     scale = BAR_WIDTH / max(last - first, 0.001)
@@ -92,13 +116,27 @@ def trace_tree(spans: Iterable[Span], *, hung_up_at: float | None = None) -> Tab
     table.add_column(Text("outcome and cause", "dim"), no_wrap=True)
     for guide, span in rows:
         colour = COLOURS[span.outcome]
-        name = Text.assemble((guide, "dim"), (span.name, "bold" if span.is_request else ""))
-        if not span.is_request and not span.is_task:
+        service = f"{span.service} " if several_services and span.is_request else ""
+        name = Text.assemble(
+            (guide, "dim"), (service, "cyan"), (span.name, "bold" if span.is_request else "")
+        )
+        if not span.is_request and not span.is_task and not span.is_call:
             name.append(" ").append("(group)", "dim")
         bar = _bar((span.start - first) * scale, (span.end - first) * scale, colour)
         milliseconds = f"{(span.end - span.start) * 1000:.0f}"
         table.add_row(name, bar, milliseconds, Text(_verdict(span, names), style=colour))
     return table
+
+
+def _without_calls(spans: list[Span]) -> list[Span]:
+    """Leave out each client's span that has a server's below it."""
+    answered = {span.parent_id for span in spans if span.is_request}
+    left_out = {span.span_id: span.parent_id for span in spans if span.is_call and span.span_id in answered}
+    return [
+        replace(span, parent_id=left_out.get(span.parent_id or "", span.parent_id))
+        for span in spans
+        if span.span_id not in left_out
+    ]
 
 
 def _walk(spans: list[Span]) -> Iterator[tuple[str, Span]]:
@@ -145,6 +183,8 @@ def _verdict(span: Span, names: dict[str, str]) -> str:
             words.append(str(span.attributes["otel_tasks.request.outcome"]))
             words.append(f"(tasks cancelled: {span.attributes.get('otel_tasks.cancel.count', 0)})")
         return " ".join(words)
+    if span.is_call:
+        return str(span.attributes.get("http.response.status_code", "no answer"))
     verdict = span.outcome
     if span.outcome == "cancelled":
         verdict += f": {span.cancel_reason}"
@@ -155,11 +195,9 @@ def _verdict(span: Span, names: dict[str, str]) -> str:
     return verdict
 
 
-def _cancelled_by(links: list[dict[str, Any]]) -> str | None:
-    for link in links:
-        if link["attributes"].get("otel_tasks.link") == "cancelled_by":
-            return str(link["context"]["span_id"])
-    return None
+def cancelled_by(links: Iterable[tuple[str, str]]) -> str | None:
+    """The span that a cancelled one links to as its cause."""
+    return next((span_id for purpose, span_id in links if purpose == "cancelled_by"), None)
 
 
 def _seconds(stamp: str) -> float:

@@ -8,6 +8,8 @@ Where things are:
 - ``_service``: tasks that are begun again when they fail, and ``RestartPolicy``
 - ``_task``: ``ManagedTask`` and its snapshot, ``TaskInfo``
 - ``_threads``: what threads hand over to the loop, and tasks whose function runs in one
+- ``_inspect``, ``_frames``, ``_signals``: ``manager.tree()``, what runs just now and where it waits
+- ``_watch``: warnings about tasks in trouble, ``manager.watch()``
 - ``_admission``: places under a limit, and the queue before them
 - ``_ledger``: what a manager keeps about its tasks, and the one place that takes their end
 - ``_decorator``: ``managed_task``
@@ -19,10 +21,14 @@ Where things are:
 - ``exceptions``: every error of this package
 - ``asgi``, ``_disconnect``: the middleware, and how it notices that a client has left
 - ``fastapi``: the adapter; ``testing``, ``pytest_plugin``: for your own tests
+- ``logs``, ``_log``: a filter that names the task in each log record, and the logger of this package
+- ``instrumentation``: what ``opentelemetry-instrument`` calls, for a start without code
 """
 
 from otel_tasks._decorator import ManagedFunction, managed_task
+from otel_tasks._frames import Location
 from otel_tasks._group import TaskGroup
+from otel_tasks._inspect import GroupNode, TaskNode, TaskTree
 from otel_tasks._ledger import TaskStats
 from otel_tasks._manager import (
     ShutdownReport,
@@ -79,8 +85,10 @@ __all__ = [
     "CancelKind",
     "CancelReport",
     "GroupClosedError",
+    "GroupNode",
     "GroupProgress",
     "IllegalTransitionError",
+    "Location",
     "ManagedFunction",
     "ManagedTask",
     "ManagerClosedError",
@@ -94,12 +102,14 @@ __all__ = [
     "TaskGroup",
     "TaskInfo",
     "TaskManager",
+    "TaskNode",
     "TaskNotFoundError",
     "TaskPriority",
     "TaskProgress",
     "TaskStats",
     "TaskStatus",
     "TaskTracker",
+    "TaskTree",
     "WaitOutcome",
     "WrongLoopError",
     "WrongThreadError",

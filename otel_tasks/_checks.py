@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, get_args
 
 from otel_tasks._state import TaskPriority
@@ -23,8 +24,23 @@ def checked_seconds(what: str, seconds: float | None) -> float | None:
     return float(seconds)
 
 
-def checked_name(what: str, name: object) -> str:
-    """Give back a usable name.
+def checked_finite_seconds(what: str, seconds: object, *, above_zero: bool = False) -> float:
+    """Give back a duration for which neither None nor infinity stands.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is negative, 0 where it must not be, infinite, or not a number at all (NaN).
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise TypeError(f"{what} must be a number of seconds, got {seconds!r}")
+    if not math.isfinite(seconds) or seconds < 0 or (above_zero and not seconds):
+        bound = "greater than 0" if above_zero else "at least 0"
+        raise ValueError(f"{what} must be {bound} and finite, in seconds, got {seconds!r}")
+    return seconds
+
+
+def checked_name(what: str, name: object, mend: str = "leave it out to have one made") -> str:
+    """Give back a usable name; ``mend`` says what to write instead of an empty one.
 
     Raises:
         TypeError: It is not a string.
@@ -33,7 +49,7 @@ def checked_name(what: str, name: object) -> str:
     if not isinstance(name, str):
         raise TypeError(f"{what} name must be a string, got {name!r}")
     if not name:
-        raise ValueError(f"{what} name must not be empty: leave it out to have one made")
+        raise ValueError(f"{what} name must not be empty: {mend}")
     return name
 
 
@@ -54,6 +70,12 @@ def check_count(what: str, count: object, least: int) -> None:
     """Raise a ValueError unless ``count`` is None or a whole number of at least ``least``."""
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < least):
         raise ValueError(f"{what} must be at least {least}, or None for no bound, got {count!r}")
+
+
+def check_flag(what: str, value: object) -> None:
+    """Raise a TypeError unless ``value`` is True or False: ``"no"`` is true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} must be True or False, got {value!r}")
 
 
 def check_choice(what: str, value: object, choices: Any) -> None:

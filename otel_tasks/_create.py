@@ -23,7 +23,9 @@ from otel_tasks._task import (
     ManagedTask,
     add_done_callback,
     ask,
-    failure_of,
+    base_name,
+    by_name,
+    full_name,
     init_task,
     run_when,
     snapshot,
@@ -42,7 +44,7 @@ from otel_tasks._telemetry import (
     start_span,
 )
 from otel_tasks._threads import hand_over, in_thread
-from otel_tasks._tree import add, link
+from otel_tasks._tree import add
 from otel_tasks.cancellation import CancelCause
 from otel_tasks.exceptions import GroupClosedError, QueueFullError, TaskExistsError
 
@@ -74,11 +76,9 @@ class Binding(Protocol):
 _bound: ContextVar[Binding | None] = ContextVar("otel_tasks_group", default=None)
 
 
-class TaskOptions(TypedDict, total=False):
-    """The options of ``create_task``, for functions that pass them on."""
+class RareOptions(TypedDict, total=False):
+    """What few give to ``create_task``: one dictionary, or none, is passed on, not nine arguments."""
 
-    name: str | None
-    priority: TaskPriority
     timeout: float | None
     queue_timeout: float | None
     metadata: Mapping[str, Any] | None
@@ -88,53 +88,25 @@ class TaskOptions(TypedDict, total=False):
     eager_start: bool | None
 
 
-def create_plain(
-    group: TaskGroup, coro: Coroutine[Any, Any, T], name: str | None, priority: TaskPriority, detached: bool
-) -> ManagedTask[T]:
-    """Create a task that has no options, where nobody traces, listens or limits: most do, and most are that.
+class TaskOptions(RareOptions, total=False):
+    """The options of ``create_task``, for functions that pass them on."""
 
-    The same as ``create`` in a third of its time, with all that cannot matter here left out and
-    the calls inlined; whatever is unusual is handed on to it.
-    """
-    ledger = group._ledger
-    loop = ledger.loop
-    names = group._names
-    bound = _bound.get()
-    if (
-        loop is None
-        or _get_running_loop() is not loop
-        or type(coro) is not CoroutineType
-        or type(priority) is not TaskPriority
-        or group._refusal is not None
-        or group._limiter is not None
-        or ledger.limiter.limit is not None
-        or ledger.closed
-        or ledger.eager_start
-        or ledger.listeners
-        or ledger.telemetry.tracer() is not None
-        or (bound is not None and bound is not (group._binding or group))
-    ):
-        return create(group, coro, name, priority, detached=detached)
-    key = f"{coro.__name__}-{ledger.next_number()}" if name is None else name
-    if type(key) is not str or not key or key in names:
-        return create(group, coro, name, priority, detached=detached)
-    # Built directly: create_task() of the loop would ask for a factory and set the name again.
-    task = ManagedTask(coro, loop=loop, name=key)
-    task._group = group
-    task._priority = priority
-    task._created_at = ledger.clock()
-    task._span = None
-    task._cause = None
-    task._extras = None
-    task._waiters = 0
-    ledger.created += 1
-    names[key] = task
-    if group._live is not names:
-        group._live[key] = task
-    if not group._linked and group._parent is not None:
-        link(group._parent, group)
-    add_done_callback(task, ledger.on_done, context=ledger.context)
-    return task
+    name: str | None
+    priority: TaskPriority
+
+
+def create_with(
+    group: TaskGroup,
+    coro: Coroutine[Any, Any, T],
+    name: str | None,
+    priority: TaskPriority,
+    options: RareOptions,
+) -> ManagedTask[T]:
+    """Create a task with the options of a caller, who may have given one that there is not."""
+    if not options.keys() <= RareOptions.__annotations__.keys():
+        close_quietly(coro)
+        check_options("create_task", options)
+    return create(group, coro, name, priority, **options)
 
 
 def create(
@@ -183,6 +155,7 @@ def create(
         if on_conflict != "suffix":
             check_choice("on_conflict", on_conflict, OnConflict)
         taken = None if name is None else holder(group, name)
+        base = function_name(coro) if name is None else name
         if taken is not None and on_conflict == "return":
             coro.close()
             return taken
@@ -190,14 +163,16 @@ def create(
             refuse_name(group, taken)
         limited = (group._limiter is not None or ledger.limiter.limit is not None) and not supervises
         if limited:
-            check_queue(group, name or function_name(coro))
+            check_queue(group, base)
         previous: tuple[asyncio.Task[Any], ...] = ()
+        key: str | int
         if name is None:
-            key = numbered(group, function_name(coro))
-        elif taken is None:
-            key = name
+            key = next_free(group, base)
         else:
-            key, previous = make_way(group, name, taken, on_conflict)
+            if taken is not None:
+                base, previous = make_way(group, name, taken, on_conflict)
+            key = base
+            ledger.note_name(key)
         created_at = ledger.clock()
         if limited:
             extras = extras or Extras()
@@ -216,7 +191,7 @@ def create(
                 context.run(_bound.set, group._binding or group)
             if tracer is not None and not supervises:
                 if extras is None or extras.gate is None:
-                    span = context.run(start_task_span, group, tracer, key, coro, priority, detached)
+                    span = context.run(start_task_span, group, tracer, base, key, coro, priority, detached)
                 else:
                     # The span of a task that queues is begun when it gets its place.
                     extras.context = context
@@ -229,7 +204,7 @@ def create(
         task = (
             ManagedTask.__new__(ManagedTask)
             if eager
-            else ManagedTask(work, loop=loop, name=key, context=context)
+            else ManagedTask(work, loop=loop, name=base, context=context)
         )
     except BaseException:
         if ticket is not None:
@@ -238,6 +213,7 @@ def create(
         close_quietly(coro)
         raise
     task._group = group
+    task._key = key
     task._priority = priority
     task._created_at = created_at
     task._span = span
@@ -247,7 +223,9 @@ def create(
     ledger.created += 1
     add(group, key, task)
     if eager:
-        run_first_step(group, task, work, loop, key, context)
+        if ledger.listeners:
+            work = told_first(work, ledger)
+        run_first_step(task, work, loop, base, context)
         return task
     add_done_callback(task, ledger.on_done, context=ledger.context)
     if ledger.listeners:
@@ -256,23 +234,20 @@ def create(
 
 
 def run_first_step(
-    group: TaskGroup,
     task: ManagedTask[Any],
     work: Coroutine[Any, Any, Any],
     loop: asyncio.AbstractEventLoop,
-    key: str,
+    base: str,
     context: Context | None,
 ) -> None:
     """Run the first step of a task that is in the books already, eagerly (Python 3.12)."""
-    ledger = group._ledger
-    if ledger.listeners:
-        work = told_first(work, ledger)
+    ledger = task._group._ledger
     try:
-        init_task(task, work, loop=loop, name=key, context=context, eager_start=True)
+        init_task(task, work, loop=loop, name=base, context=context, eager_start=True)
     finally:
         # Also where the step raises SystemExit through us: the task has ended by that. A
         # failure is booked a turn later, as any: whoever awaits it has it by then.
-        if task.done() and not task.cancelled() and failure_of(task) is None:
+        if task.done() and not task.cancelled() and task._exception is None:
             ledger.on_done(task)
         else:
             add_done_callback(task, ledger.on_done, context=ledger.context)
@@ -281,20 +256,23 @@ def run_first_step(
 def start_task_span(
     group: TaskGroup,
     tracer: Tracer,
-    key: str,
+    base: str,
+    key: str | int,
     coro: Coroutine[Any, Any, Any],
     priority: TaskPriority,
     detached: bool,
     start_time: int | None = None,
 ) -> Span | None:
     """Start a task's span, inside the context made for the task."""
-    name = low_cardinality(key)
+    name = low_cardinality(base)
+    full = full_name(base, key)
+    group_name, group_id, scoped = group._label or (group.name, group.id, group.scoped)
     attributes = {
         TASK_NAME: name,
-        TASK_ID: group._task_id(key),
+        TASK_ID: f"{group_id}/{full}" if scoped else full,
         TASK_PRIORITY: int(priority),
-        GROUP_NAME: group.name,
-        GROUP_ID: group.id,
+        GROUP_NAME: group_name,
+        GROUP_ID: group_id,
         MANAGER_NAME: group._ledger.name,
         CODE_FUNCTION: code_name(coro),
     }
@@ -302,7 +280,7 @@ def start_task_span(
         parent = None if group._span is None else group._span.parent()
         return start_span(tracer, name, attributes, parent=parent, detached=detached, start_time=start_time)
     except Exception:
-        group._ledger.complain("starting a span for task %r raised", key)
+        group._ledger.complain("starting a span for task %r raised", full)
         return None
 
 
@@ -406,21 +384,42 @@ def begin_late(
     if tracer is not None:
         created = time.time_ns() - int(waited * 1e9)
         task._span = start_task_span(
-            group, tracer, task.get_name(), coro, task._priority, detached, start_time=created
+            group,
+            tracer,
+            base_name(task),
+            task._key,
+            coro,
+            task._priority,
+            detached,
+            start_time=created,
         )
     if extras is not None and extras.started_at is not None:
         ledger.dequeued(task, waited)
 
 
+def next_free(group: TaskGroup, base: str) -> int:
+    """The next number that makes a free name of ``base``."""
+    number = group._ledger.next_number()
+    # Taken only where somebody has called a task just that.
+    return number if f"{base}-{number}" not in group._names else next_free(group, base)
+
+
 def numbered(group: TaskGroup, base: str) -> str:
-    key = f"{base}-{group._ledger.next_number()}"
-    # Only where somebody has called a task just that.
-    return key if key not in group._names else numbered(group, base)
+    """A free name that begins with ``base``."""
+    return f"{base}-{next_free(group, base)}"
+
+
+def is_free_name(ledger: Ledger, names: Mapping[str | int, ManagedTask[Any]], name: object) -> bool:
+    """True if no task stands under this name, and it is one."""
+    if type(name) is not str or not name or by_name(names, name) is not None:
+        return False
+    ledger.note_name(name)
+    return True
 
 
 def holder(group: TaskGroup, name: str) -> ManagedTask[Any] | None:
     """The live task that has this name."""
-    task = group._names.get(checked_name("task", name))
+    task = by_name(group._names, checked_name("task", name))
     # One that is done gives its name up, even if its done-callback is still to come.
     return None if task is None or task.done() else task
 
@@ -492,11 +491,12 @@ def refuse(group: TaskGroup, name: str) -> NoReturn:
 
 
 def rename(group: TaskGroup, task: ManagedTask[Any], name: str) -> str:
-    old = task.get_name()
+    old = task._key
     if group._live.get(old) is not task:
         # It has ended, and is in no table any more.
         return name
     key = name if holder(group, name) in (None, task) else numbered(group, name)
+    group._ledger.note_name(key)
     for table in (group._live, group._names):
         table.pop(old, None)
         table[key] = task
@@ -541,7 +541,7 @@ def code_name(coro: Coroutine[Any, Any, Any]) -> str:
     return f"{module}.{qualified}" if module else qualified
 
 
-def check_options(who: str, options: TaskOptions) -> None:
+def check_options(who: str, options: Mapping[str, Any]) -> None:
     """Raise what ``create_task`` would raise for its options, as far as it can be told without a loop.
 
     Raises:

@@ -25,7 +25,12 @@ S = TypeVar("S")
 
 
 class ManagedFunction(Generic[P, T]):
-    """A coroutine function whose calls run as managed tasks; made by ``managed_task``."""
+    """A coroutine function whose calls run as managed tasks; made by ``managed_task``.
+
+    A call, and ``start()``, raise what ``create_task`` raises: ``GroupClosedError`` where the current group
+    takes no new tasks, ``ManagerClosedError``, ``QueueFullError``, ``WrongLoopError`` and
+    ``WrongThreadError``; and what ``record`` raises. The function is not run then.
+    """
 
     def __init__(
         self,
@@ -46,12 +51,29 @@ class ManagedFunction(Generic[P, T]):
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run it as a managed task and give its result.
 
+        Raises:
+            GroupClosedError: The current group takes no new tasks.
+            ManagerClosedError: The manager is shut down.
+            QueueFullError: No place is free, and no more tasks may wait.
+            TimeoutError: The task ran into its ``timeout``.
+            WrongLoopError: The manager has live tasks in another loop.
+
+        What the function raises is raised here.
+
         Cancellation: of the caller cancels the task and waits for its end.
         """
         return await self.start(*args, **kwargs)
 
     def start(self, *args: P.args, **kwargs: P.kwargs) -> ManagedTask[T]:
-        """Start it as a managed task and return that without waiting."""
+        """Start it as a managed task and return that without waiting.
+
+        Raises:
+            GroupClosedError: The current group takes no new tasks.
+            ManagerClosedError: The manager is shut down.
+            QueueFullError: No place is free, and no more tasks may wait.
+            WrongLoopError: The manager has live tasks in another loop.
+            WrongThreadError: No event loop runs in this thread.
+        """
         metadata = None if self._record is None else self._record(*args, **kwargs)
         return self._create(self._function(*args, **kwargs), metadata)
 

@@ -104,7 +104,8 @@ class CancelEvent(asyncio.Event):
         >>> request = CancelEvent(parent=shutdown)
     """
 
-    # asyncio's own, 3.11 to 3.14: the loop of those who wait, None before somebody has.
+    # asyncio's own, 3.11 to 3.14: whether it is set; the loop of those who wait, None before somebody has.
+    _value: bool
     _loop: asyncio.AbstractEventLoop | None
     _get_loop: Callable[[], asyncio.AbstractEventLoop]
 
@@ -142,10 +143,28 @@ class CancelEvent(asyncio.Event):
         elsewhere: list[CancelEvent] = []
         reached: list[CancelEvent] = [self]
         with TREE_LOCK:
-            # The list grows while it is walked: a loop over the tree, without recursion.
+            # The list grows while it is walked: a loop over the tree, without recursion, and without
+            # a call for each, which took half as long again.
             for event in reached:
-                if not event._value:
-                    reached.extend(event._set_one(cause, here, elsewhere))
+                if event._value:
+                    continue
+                # The cause first: a thread that sees the flag may ask for it.
+                event._cause = cause
+                event._value = True
+                # Without a loop nobody has ever waited.
+                if event._loop is here and here is not None:
+                    event._wake()
+                elif event._loop is not None:
+                    elsewhere.append(event)
+                links = event._children
+                if links is None:
+                    continue
+                event._children = None
+                # A list first: a collected child takes itself out of the set at any moment.
+                for link in list(links):
+                    child = link()
+                    if child is not None:
+                        reached.append(child)
         if elsewhere:
             _wake_elsewhere(elsewhere)
 
@@ -177,24 +196,6 @@ class CancelEvent(asyncio.Event):
                 self._children = set()
             # The callback is the set's own method: it keeps neither parent nor child in being.
             self._children.add(weakref.ref(child, self._children.discard))
-
-    def _set_one(
-        self, cause: CancelCause, here: asyncio.AbstractEventLoop | None, elsewhere: list[CancelEvent]
-    ) -> list[CancelEvent]:
-        # The cause first: a thread that sees the flag may ask for it.
-        self._cause = cause
-        self._value = True
-        # Without a loop nobody has ever waited.
-        if self._loop is not None:
-            if self._loop is here:
-                self._wake()
-            else:
-                elsewhere.append(self)
-        if self._children is None:
-            return []
-        # A list first: a collected child takes itself out of the set at any moment.
-        links, self._children = list(self._children), None
-        return [child for link in links if (child := link()) is not None]
 
     def _wake(self) -> None:
         for waiter in self._waiters:

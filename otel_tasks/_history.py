@@ -7,14 +7,26 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from otel_tasks._state import TaskPriority, TaskStatus
-from otel_tasks._task import TaskInfo
+from otel_tasks._task import TaskInfo, full_name
+from otel_tasks._telemetry import SpanContext, ids_in_hex
+from otel_tasks.cancellation import CancelCause
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# What is kept of a task that simply returned: most do, and a TaskInfo of each would cost them
-# 1 us more. Name; the group's name, id and whether it is scoped; priority, created at, ended at.
-Brief = tuple[str, tuple[str, str, bool], TaskPriority, float, float]
+# What is kept of a plain task that returned or was cancelled: most do, and a TaskInfo of each would
+# cost them 1 us more. Name, and number of one that was given none; the group's name, id and whether
+# it is scoped; priority, created at, ended at; the cause of a cancelled one; the span.
+Brief = tuple[
+    str,
+    str | int,
+    tuple[str, str, bool],
+    TaskPriority,
+    float,
+    float,
+    CancelCause | None,
+    SpanContext | None,
+]
 
 
 class Ending(NamedTuple):
@@ -85,7 +97,8 @@ def _id(entry: Brief | TaskInfo | Ending) -> str:
         return entry.info.id
     if isinstance(entry, TaskInfo):
         return entry.id
-    name, (_, group_id, scoped), *_rest = entry
+    base, key, (_, group_id, scoped), *_rest = entry
+    name = full_name(base, key)
     return f"{group_id}/{name}" if scoped else name
 
 
@@ -94,25 +107,26 @@ def _info(entry: Brief | TaskInfo | Ending) -> TaskInfo:
         return entry.info
     if isinstance(entry, TaskInfo):
         return entry
-    name, (group, group_id, _), priority, created_at, ended_at = entry
+    base, key, (group, group_id, _), priority, created_at, ended_at, cause, span = entry
+    trace_id, span_id = ids_in_hex(span)
     return TaskInfo(
         id=_id(entry),
-        name=name,
+        name=full_name(base, key),
         group=group,
         group_id=group_id,
         priority=priority,
-        status=TaskStatus.COMPLETED,
+        status=TaskStatus.COMPLETED if cause is None else TaskStatus.CANCELLED,
         created_at=created_at,
         started_at=created_at,
         ended_at=ended_at,
         error_type=None,
         error=None,
-        cause=None,
+        cause=cause,
         cancel_ignored=False,
         progress=None,
         metadata={},
-        trace_id=None,
-        span_id=None,
+        trace_id=trace_id,
+        span_id=span_id,
     )
 
 

@@ -4,38 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from otel_tasks._admission import Limiter, checked_limiter
 from otel_tasks._awaiters import with_awaiters
 from otel_tasks._checks import check_count, checked_name, checked_seconds
-from otel_tasks._create import clear_name, close_quietly, create_plain
+from otel_tasks._create import EAGER, clear_name, close_quietly
+from otel_tasks._frames import Stacks
 from otel_tasks._group import TaskGroup, current_group_or_none
-from otel_tasks._ledger import Ledger, logger
+from otel_tasks._inspect import check_limit, tree_of
+from otel_tasks._ledger import Ledger
+from otel_tasks._log import about, about_all, logger
 from otel_tasks._service import DEFAULT_POLICY, RestartPolicy, start_supervisor
+from otel_tasks._signals import write_on_signal
 from otel_tasks._state import CancelKind, TaskPriority, TaskStatus
 from otel_tasks._task import (
     ManagedTask,
     TaskInfo,
-    _cancel,
+    asyncio_cancel,
+    by_name,
     goes_on,
     wait_until_done,
 )
 from otel_tasks._telemetry import Telemetry
 from otel_tasks._threads import Threads, current_worker
 from otel_tasks._tree import renew
+from otel_tasks._watch import Watch
 from otel_tasks.cancellation import CancelCause, CancelEvent
-from otel_tasks.exceptions import TaskNotFoundError
+from otel_tasks.exceptions import TaskNotFoundError, WrongThreadError
 
 if TYPE_CHECKING:
     import concurrent.futures
     from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
     from contextvars import Context
     from types import TracebackType
-    from typing import Self, Unpack
+    from typing import Self, TextIO, Unpack
 
-    from otel_tasks._create import Binding, OnConflict, TaskOptions
+    from otel_tasks._create import Binding, OnConflict, RareOptions, TaskOptions
+    from otel_tasks._inspect import TaskTree
     from otel_tasks._ledger import TaskEvent, TaskStats
     from otel_tasks._scope import OnError
     from otel_tasks._telemetry import MeterProvider, TracerProvider
@@ -113,7 +121,7 @@ class TaskManager:
         tracer_provider: TracerProvider | None = None,
         meter_provider: MeterProvider | None = None,
     ) -> None:
-        checked_name("manager", name)
+        checked_name("manager", name, 'leave it out for "default"')
         if not isinstance(history, int) or isinstance(history, bool) or history < 0:
             raise ValueError(f"history must be a whole number of tasks, at least 0, got {history!r}")
         check_count("max_threads", max_threads, 1)
@@ -126,7 +134,7 @@ class TaskManager:
             on_error,
             checked_limiter(max_concurrency, max_queue) or Limiter(None, None),
             float(ageing),
-            eager_start,
+            eager_start and EAGER,
             Threads(max_threads, float(ageing)),
         )
         self._root = TaskGroup._labelled(self._ledger, "root", None)
@@ -139,7 +147,11 @@ class TaskManager:
 
     @property
     def max_concurrency(self) -> int | None:
-        """How many tasks run at a time; may be changed while they do. None is without bound."""
+        """How many tasks run at a time; may be changed while they do. None is without bound.
+
+        Raises:
+            ValueError: It is set to what is no whole number of at least 1.
+        """
         return self._ledger.limiter.limit
 
     @max_concurrency.setter
@@ -153,7 +165,11 @@ class TaskManager:
 
     @property
     def max_threads(self) -> int | None:
-        """How many threads of ``run_in_thread`` work at a time; may be changed while they do."""
+        """How many threads of ``run_in_thread`` work at a time; may be changed while they do.
+
+        Raises:
+            ValueError: It is set to what is no whole number of at least 1.
+        """
         return self._ledger.threads.limit
 
     @max_threads.setter
@@ -180,13 +196,7 @@ class TaskManager:
         name: str | None = None,
         group: str | TaskGroup | None = None,
         priority: TaskPriority = TaskPriority.NORMAL,
-        timeout: float | None = None,
-        queue_timeout: float | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        on_conflict: OnConflict = "suffix",
-        detached: bool = False,
-        context: Context | None = None,
-        eager_start: bool | None = None,
+        **options: Unpack[RareOptions],
     ) -> ManagedTask[T]:
         """Create a task; it runs from the loop's next turn on, as after ``asyncio.create_task``.
 
@@ -225,28 +235,9 @@ class TaskManager:
             >>> task = manager.create_task(send_mail(user), group="mail")
         """
         where = self._root if group is None else self._group_for(group, coro)
-        if (
-            timeout is None
-            and queue_timeout is None
-            and metadata is None
-            and context is None
-            and eager_start is None
-            and on_conflict == "suffix"
-        ):
-            return create_plain(where, coro, name, priority, detached)
-        return where._create(
-            coro,
-            name,
-            priority,
-            timeout,
-            queue_timeout,
-            metadata,
-            on_conflict,
-            detached,
-            context,
-            eager_start,
-            False,
-        )
+        if options:
+            return where._create_with(coro, name, priority, options)
+        return where.create_task(coro, name=name, priority=priority)
 
     def create_task_threadsafe(
         self,
@@ -354,9 +345,16 @@ class TaskManager:
             The running task; it returns before the task has ended.
 
         Raises:
-            TaskExistsError: A live task has the name.
-            TypeError: ``factory`` makes no coroutine.
+            TaskExistsError: A live task has the name, and ``on_conflict`` is ``"error"``.
+            GroupClosedError: ``group`` takes no new tasks.
             ManagerClosedError: The manager is shut down.
+            QueueFullError: No place is free, and no more tasks may wait.
+            WrongLoopError: The manager has live tasks in another loop.
+            RuntimeError: The calling task is the one that is to be replaced.
+            TypeError: ``factory`` makes no coroutine, or an option is of the wrong type.
+            ValueError: An option is out of its range, the name empty, or the group another manager's.
+
+        What ``factory`` raises is raised here.
 
         Cancellation: of the caller, while it waits for the task that is to be replaced: no new
         task is started; the old one stays cancelled.
@@ -364,7 +362,7 @@ class TaskManager:
         if cancel_existing:
             on_conflict = "replace"
         try:
-            checked_name("task", name)
+            checked_name("task", name, 'call it by its work, as in start_task("import", work)')
             where = self._root if group is None else self._group_for(group)
             if on_conflict == "replace":
                 check_factory(factory)
@@ -540,6 +538,110 @@ class TaskManager:
         """Read the counters."""
         return self._ledger.stats()
 
+    def tree(self, *, limit: int = 100) -> TaskTree:
+        """Take a snapshot of what runs: groups, their tasks, how old each is and where it waits.
+
+        It may be called in any thread.
+
+        Args:
+            limit: How many tasks and groups to show at most, at least 1; the others are counted.
+
+        Raises:
+            ValueError: ``limit`` is below 1.
+
+        Example:
+            >>> print(manager.tree())
+            manager default: 1 live task
+            └── mail: 1 task
+                └── (T) send-3: running, 12.3s, at send app.py:31 > sleep
+        """
+        check_limit(limit)
+        return tree_of(self._ledger, limit, Stacks())
+
+    def dump_on_signal(
+        self, signum: int | None = None, *, file: TextIO | None = None, limit: int = 100
+    ) -> ExitStack:
+        """Write ``tree()`` whenever the process gets a signal, also while a task holds the event loop.
+
+        It is in effect from now on, until the ``with`` block ends or ``close()`` is called. To be called in
+        the main thread. A handler that was there before is called as well. Of a task that holds the loop with
+        code in C, which comes back to Python late or never, it shows nothing until then.
+
+        Args:
+            signum: Which; None is ``SIGUSR1``.
+            file: Where to; None is ``sys.stderr`` as it is then.
+            limit: As for ``tree``.
+
+        Raises:
+            RuntimeError: This is not the main thread, or the platform has no ``SIGUSR1``.
+            ValueError: There is no such signal, it cannot be handled, or ``limit`` is below 1.
+
+        Example:
+            >>> with manager.dump_on_signal():  # kill -USR1 <pid>
+            ...     uvicorn.run(app)
+        """
+        check_limit(limit)
+        ledger = self._ledger
+        return write_on_signal(lambda frame: str(tree_of(ledger, limit, Stacks(frame))), signum, file)
+
+    def watch(
+        self,
+        *,
+        held: float | None = 0.1,
+        ignored: float | None = 5.0,
+        unstarted: float | None = 10.0,
+        outlived: float | None = 10.0,
+    ) -> ExitStack:
+        """Warn in the log of tasks that are in trouble, while they live.
+
+        It is in effect from now on, until the ``with`` block ends, ``close()`` is called, or the loop is
+        closed. To be called where the event loop runs. Tasks are looked at from outside, by a timer, and for
+        ``held`` by a thread that asks the loop for an answer 40 times a second (at 0.1). None leaves a
+        kind out; infinity too.
+
+        Args:
+            held: Seconds for which anything may hold the loop at a stretch, at least 0.01: a task of whatever
+                kind, or a callback. The warning names it, and the line. It is about the loop: watch it with
+                one manager.
+            ignored: Seconds that a task may take to end after it was asked to.
+            unstarted: Seconds in which a task is to begin, unless it waits for a place under a limit.
+            outlived: Seconds for which a plain asyncio task may go on after the request has ended in which it
+                was started (Python 3.12; not seen before).
+
+        Raises:
+            WrongThreadError: No event loop runs here.
+            WrongLoopError: The manager has live tasks in another loop.
+            TypeError: A duration is no number.
+            ValueError: One is negative, or ``held`` below 0.01.
+
+        Example:
+            >>> @asynccontextmanager
+            ... async def watched(app):
+            ...     with global_task_manager.watch():
+            ...         yield
+            >>> app = FastAPI(lifespan=make_lifespan(watched))
+        """
+        bound = checked_seconds("held", held)
+        if bound is not None and bound < 0.01:
+            raise ValueError(f"held must be at least 0.01 seconds, got {held!r}: looking costs time, too")
+        bounds = [
+            checked_seconds(what, seconds)
+            for what, seconds in (("ignored", ignored), ("unstarted", unstarted), ("outlived", outlived))
+        ]
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise WrongThreadError(
+                f"watch() of manager {self.name!r} was called where no event loop runs: "
+                "call it in a coroutine, such as the application's lifespan"
+            ) from None
+        self._ledger.bind(loop)
+        watch = Watch(self._ledger, bound, *bounds)
+        end = ExitStack()
+        end.callback(watch.stop)
+        watch.start()
+        return end
+
     def cleanup_completed_tasks(self, max_age: float | None = None) -> int:
         """Forget ended tasks.
 
@@ -563,7 +665,7 @@ class TaskManager:
 
         It is called on the spot and must not block; one that raises is logged and dropped.
         """
-        self._ledger.listeners.append(callback)
+        self._ledger.listen(callback)
 
     def remove_listener(self, callback: Callable[[TaskEvent, TaskInfo], object]) -> None:
         """Stop calling ``callback``.
@@ -571,7 +673,7 @@ class TaskManager:
         Raises:
             ValueError: It is no listener.
         """
-        self._ledger.listeners.remove(callback)
+        self._ledger.unlisten(callback)
 
     # -- waiting ----------------------------------------------------------------------------
 
@@ -587,6 +689,12 @@ class TaskManager:
             TaskNotFoundError: No such task, or it has ended and its result was not kept.
             TimeoutError: It still runs after ``timeout``; it goes on running.
             asyncio.CancelledError: The task was cancelled.
+            RuntimeError: It is the calling task, which would wait for itself.
+            WrongLoopError: The manager has live tasks in another loop.
+            TypeError: ``name`` is no string, or ``timeout`` no number.
+            ValueError: ``timeout`` is negative.
+
+        What else the task raised is raised here.
 
         Cancellation: of the caller leaves the task alone.
         """
@@ -594,7 +702,9 @@ class TaskManager:
         caller = self._caller()
         task = self._find(name)
         if task is not None and task is caller:
-            raise RuntimeError(f"task {name!r} cannot wait for itself")
+            raise RuntimeError(
+                f"task {name!r} cannot wait for itself: it would wait for ever; let another task do it"
+            )
         if task is None:
             ending = self._ledger.history.ending(name)
             if ending is None:
@@ -607,6 +717,15 @@ class TaskManager:
 
     async def join(self, group: str | TaskGroup | None = None) -> None:
         """Wait until nothing is live in ``group`` (None: in the whole manager), the calling task aside.
+
+        Args:
+            group: The name of a labelled group, the name or id of a scoped one, or the group. In one that
+                is not known nothing is live: no error, it returns at once.
+
+        Raises:
+            WrongLoopError: The manager has live tasks in another loop.
+            TypeError: ``group`` is neither a name nor a group.
+            ValueError: The group is another manager's.
 
         Cancellation: of the caller leaves the tasks alone.
         """
@@ -630,6 +749,11 @@ class TaskManager:
             True if it was asked and has ended by it. False if there is no live task of that
             name, if it completed all the same, or still runs when ``timeout`` is over.
 
+        Raises:
+            WrongLoopError: The manager has live tasks in another loop.
+            TypeError: ``name`` is no string, or ``timeout`` no number.
+            ValueError: ``timeout`` is negative.
+
         Cancellation: of the caller ends the waiting; the task stays cancelled.
         """
         seconds = checked_seconds("timeout", timeout)
@@ -652,13 +776,19 @@ class TaskManager:
         """Cancel all tasks of a group and of all below it, and wait for them together.
 
         Args:
-            group: The name of a labelled group, the name or id of a scoped one, or the group.
+            group: The name of a labelled group, the name or id of a scoped one, or the group. In one that
+                is not known nothing is live: no error, nothing is cancelled.
             reason: Noted with each task's cause.
             grace: Seconds between the cancel event and the cancelling, at least 0.
             timeout: Seconds to wait for their end after that; None is without bound.
 
         Returns:
             How many have ended by it. What still runs after ``timeout`` is logged and stays listed.
+
+        Raises:
+            WrongLoopError: The manager has live tasks in another loop.
+            TypeError: ``group`` is neither a name nor a group, or a duration no number.
+            ValueError: The group is another manager's, or a duration negative.
 
         A task that somebody has cancelled before is not asked again, so that its clean-up is
         not torn; ``shutdown`` alone asks twice.
@@ -674,6 +804,11 @@ class TaskManager:
         """Cancel every task of the manager; the parameters are those of ``cancel_group``.
 
         The manager stays usable.
+
+        Raises:
+            WrongLoopError: The manager has live tasks in another loop.
+            TypeError: A duration is no number.
+            ValueError: A duration is negative.
 
         Cancellation: of the caller ends the waiting; the tasks stay cancelled.
         """
@@ -692,6 +827,11 @@ class TaskManager:
         Returns:
             What became of the tasks; also logged, if one would not stop.
 
+        Raises:
+            WrongLoopError: The manager has live tasks in another loop; it stays open.
+            TypeError: A duration is no number.
+            ValueError: A duration is negative.
+
         Cancellation: of the caller ends the waiting; the manager stays closed. The calling
         task is spared, and so is what awaits it.
 
@@ -700,7 +840,7 @@ class TaskManager:
         seconds = checked_seconds("timeout", timeout)
         patience = checked_seconds("grace", grace)
         spared = with_awaiters(self._caller())
-        self._ledger.closed = True
+        self._ledger.close()
         tasks = self._others([self._root], spared)
         cause = CancelCause.make(CancelKind.SHUTDOWN, f"manager {self.name!r} is shutting down")
         self._root._announce(cause)
@@ -741,10 +881,11 @@ class TaskManager:
             if isinstance(group, str):
                 return self.get_group(group)
             if not isinstance(group, TaskGroup):
-                raise TypeError(f"group must be a name or a TaskGroup, got {group!r}")
+                raise _no_group(group)
             if group._ledger is not self._ledger:
                 raise ValueError(
-                    f"group {group.id!r} belongs to manager {group._ledger.name!r}, not to {self.name!r}"
+                    f"group {group.id!r} belongs to manager {group._ledger.name!r}, not to this one, "
+                    f"{self.name!r}: ask the group itself, as in group.create_task(...), or its own manager"
                 )
         except BaseException:
             close_quietly(coro)
@@ -752,7 +893,8 @@ class TaskManager:
         return group
 
     def _make_label(self, name: str) -> TaskGroup:
-        parts = checked_name("group", name).split(".")
+        mend = 'leave it out for the manager\'s own, which get_group("root") gives'
+        parts = checked_name("group", name, mend).split(".")
         if not all(parts):
             raise ValueError(f"group name must not have empty parts between its dots, got {name!r}")
         parent = self._root if len(parts) == 1 else self.get_group(name.rpartition(".")[0])
@@ -761,7 +903,9 @@ class TaskManager:
         return group
 
     def _find(self, name: str) -> ManagedTask[Any] | None:
-        task = self._root._live.get(name)
+        if not isinstance(name, str):
+            raise TypeError(f"a task is looked up by its name or its id, got {name!r}: pass task.id")
+        task = by_name(self._root._live, name)
         if task is not None:
             return task
         # An id: group id, slash, name; both may have slashes in them.
@@ -769,13 +913,15 @@ class TaskManager:
         while cut != -1:
             group = self._ledger.scope(name[:cut])
             if group is not None:
-                return group._live.get(name[cut + 1 :])
+                return by_name(group._live, name[cut + 1 :])
             cut = name.find("/", cut + 1)
         return None
 
     def _find_groups(self, group: str | TaskGroup) -> list[TaskGroup]:
         if isinstance(group, TaskGroup):
             return [self._group_for(group)]
+        if not isinstance(group, str):
+            raise _no_group(group)
         scoped = [node for node in list(self._ledger.scopes.values()) if group in (node.id, node.name)]
         if group in self._ledger.labels or group == "root":
             return [self.get_group(group), *scoped]
@@ -785,7 +931,8 @@ class TaskManager:
         known = self._ledger.history.find(name)
         if known is None:
             return TaskNotFoundError(
-                f"no task is called {name!r}: it was never started, or is forgotten by now"
+                f"no task is called {name!r}: it was never started, or is forgotten by now; "
+                "get_all_task_info() lists those that are known"
             )
         return TaskNotFoundError(
             f"task {name!r} has ended ({known.status}): only start_task() keeps results, "
@@ -834,7 +981,10 @@ class TaskManager:
         await wait_until_done(tasks, timeout)
         live = [task.id for task in tasks if not task.done()]
         if live:
-            logger.warning("cancelled and still running after %s s: %s", timeout, ", ".join(map(repr, live)))
+            names = ", ".join(map(repr, live))
+            logger.warning(
+                "cancelled and still running after %s s: %s", timeout, names, extra=about_all(live)
+            )
         return sum(task.done() and not task.cancel_ignored for task in tasks)
 
     async def _cancel_by_priority(
@@ -857,7 +1007,7 @@ class TaskManager:
         stubborn = [task for task in tasks if not task.done()]
         for task in stubborn:
             # The one place that asks again: what is not done by now has swallowed the first.
-            _cancel(task, str(cause))
+            asyncio_cancel(task, str(cause))
         await wait_until_done(stubborn, None if deadline is None else max(0.0, deadline - loop.time()))
 
     def _report(self, tasks: Iterable[ManagedTask[Any]]) -> ShutdownReport:
@@ -865,8 +1015,14 @@ class TaskManager:
         running = {info.id: task.stack() for task, info in infos if not task.done()}
         for task, info in infos:
             if info.id in running:
-                logger.error("task %r would not stop at shutdown; it is at\n%s", info.id, running[info.id])
+                logger.error(
+                    "task %r would not stop at shutdown; it is at\n%s",
+                    info.id,
+                    running[info.id],
+                    extra=about(info),
+                )
                 self._ledger.abandon(task)
+        _report_unstarted(infos)
         statuses = [info.status for _, info in infos]
         return ShutdownReport(
             completed=statuses.count(TaskStatus.COMPLETED),
@@ -878,10 +1034,32 @@ class TaskManager:
         )
 
     def _abandoned_threads(self) -> dict[str, str]:
-        stacks = {worker.id: worker.stack() for worker in self._ledger.threads.abandoned()}
-        for task_id, stack in stacks.items():
-            logger.error("the thread of task %r has not returned at shutdown; it is at\n%s", task_id, stack)
-        return stacks
+        stacks = {worker: worker.stack() for worker in self._ledger.threads.abandoned()}
+        for worker, stack in stacks.items():
+            logger.error(
+                "the thread of task %r has not returned at shutdown; it is at\n%s",
+                worker.id,
+                stack,
+                extra=about(worker.task.info()),
+            )
+        return {worker.id: stack for worker, stack in stacks.items()}
+
+
+def _report_unstarted(infos: Iterable[tuple[ManagedTask[Any], TaskInfo]]) -> None:
+    """Log which work a shutdown has dropped; a service is none: it is begun again with the application."""
+    lost = [
+        info.id
+        for task, info in infos
+        if info.status is TaskStatus.CANCELLED and info.started_at is None and not goes_on(task)
+    ]
+    if lost:
+        names = ", ".join(map(repr, lost[:10])) + (", ..." if len(lost) > 10 else "")
+        logger.warning(
+            "the shutdown has cancelled %d tasks before they began: %s",
+            len(lost),
+            names,
+            extra=about_all(lost),
+        )
 
 
 def _merged(live: Iterable[ManagedTask[Any]], remembered: Iterable[TaskInfo]) -> dict[str, TaskInfo]:
@@ -890,6 +1068,13 @@ def _merged(live: Iterable[ManagedTask[Any]], remembered: Iterable[TaskInfo]) ->
     for info in remembered:
         infos.setdefault(info.id, info)
     return infos
+
+
+def _no_group(group: object) -> TypeError:
+    return TypeError(
+        f"group must be a name or a TaskGroup, got {group!r}: "
+        'write group="mail", or what manager.get_group("mail") gives'
+    )
 
 
 def check_factory(factory: object) -> None:
@@ -954,13 +1139,7 @@ def create_task(
     *,
     name: str | None = None,
     priority: TaskPriority = TaskPriority.NORMAL,
-    timeout: float | None = None,
-    queue_timeout: float | None = None,
-    metadata: Mapping[str, Any] | None = None,
-    on_conflict: OnConflict = "suffix",
-    detached: bool = False,
-    context: Context | None = None,
-    eager_start: bool | None = None,
+    **options: Unpack[RareOptions],
 ) -> ManagedTask[T]:
     """Create a task in the current group; the parameters are those of ``TaskManager.create_task``.
 
@@ -972,28 +1151,9 @@ def create_task(
     except BaseException:
         close_quietly(coro)
         raise
-    if (
-        timeout is None
-        and queue_timeout is None
-        and metadata is None
-        and context is None
-        and eager_start is None
-        and on_conflict == "suffix"
-    ):
-        return create_plain(where, coro, name, priority, detached)
-    return where._create(
-        coro,
-        name,
-        priority,
-        timeout,
-        queue_timeout,
-        metadata,
-        on_conflict,
-        detached,
-        context,
-        eager_start,
-        False,
-    )
+    if options:
+        return where._create_with(coro, name, priority, options)
+    return where.create_task(coro, name=name, priority=priority)
 
 
 def create_task_threadsafe(

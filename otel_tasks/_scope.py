@@ -10,7 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Literal
 
 from otel_tasks._state import CancelKind
-from otel_tasks._task import ManagedTask, _cancel, _uncancel, cancel_message
+from otel_tasks._task import ManagedTask, _uncancel, asyncio_cancel, cancel_message
 from otel_tasks._telemetry import text_of
 from otel_tasks.cancellation import CancelCause
 
@@ -60,7 +60,7 @@ class Scope:
             return
         self._body_cancelled = True
         # asyncio's own method: this is taken back at the exit and is no cancellation of the host.
-        _cancel(self.host, str(cause))
+        asyncio_cancel(self.host, str(cause))
 
     def child_failed(self, group: TaskGroup, task: ManagedTask[Any], error: BaseException) -> bool:
         """Take a task's failure; returns False if nobody here will raise it."""
@@ -164,7 +164,7 @@ class Scope:
             # is made to arrive at its next await, with the count and the cause as they were.
             message = cancel_message(host)
             _uncancel(host)
-            _cancel(host, message)
+            asyncio_cancel(host, message)
         try:
             raise BaseExceptionGroup(f"unhandled errors in group {group.id!r}", errors) from None
         finally:

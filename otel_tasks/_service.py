@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
 
 from otel_tasks._checks import check_choice, check_count, checked_name
 from otel_tasks._create import clear_name, close_quietly
-from otel_tasks._ledger import logger
+from otel_tasks._log import about, logger
 from otel_tasks._state import CancelKind, TaskStatus
 from otel_tasks._task import (
-    _cancel,
     ask,
+    asyncio_cancel,
     cancel_message,
     cause_at_end,
     extras_of,
@@ -114,7 +114,7 @@ async def start_supervisor(
 ) -> ManagedTask[T]:
     """Start a service in a labelled group; see ``TaskManager.start_service``."""
     _check_factory(factory)
-    checked_name("service", name)
+    checked_name("service", name, 'call it by its work, as in start_service("prices", work)')
     if not isinstance(policy, RestartPolicy):
         raise TypeError(f"restart must be a RestartPolicy, got {policy!r}")
     if group.scoped:
@@ -182,6 +182,7 @@ class Service(Generic[T]):
                 if not await self._pause(service, attempt, failure):
                     raise failure
         finally:
+            extras_of(service).attempt = None
             # What is raised here holds this frame, and is not to be held by it.
             del service, attempt, failure
 
@@ -201,6 +202,7 @@ class Service(Generic[T]):
                 eager_start=False,
             )
             extras_of(attempt).goes_on = not self._drains
+            extras_of(service).attempt = attempt
             return attempt
         except ManagerClosedError:
             cause = self._group.cancel_event.cause or CancelCause.make(CancelKind.SHUTDOWN)
@@ -320,7 +322,7 @@ def _pass_on(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> None:
         # not say so: a timeout inside of the attempt has one too, and takes it back.
         return
     if cause is None or not ask(attempt, cause):
-        _cancel(attempt, cancel_message(service))
+        asyncio_cancel(attempt, cancel_message(service))
 
 
 def _end_cancelled(service: ManagedTask[Any], cause: CancelCause) -> NoReturn:
@@ -371,7 +373,12 @@ async def _sleep(seconds: float, event: asyncio.Event) -> None:
 
 def _warn(service: ManagedTask[Any], attempt: ManagedTask[Any], failure: Exception, fate: str) -> None:
     logger.warning(
-        "service %r failed in %s and is %s", service.id, _known_as(attempt), fate, exc_info=failure
+        "service %r failed in %s and is %s",
+        service.id,
+        _known_as(attempt),
+        fate,
+        exc_info=failure,
+        extra=about(attempt.info()),
     )
 
 

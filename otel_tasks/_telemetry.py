@@ -7,12 +7,12 @@ set up (the global provider is still OpenTelemetry's placeholder) no span work i
 from __future__ import annotations
 
 import contextvars
-import logging
+import os
 import re
 from functools import lru_cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
-from weakref import WeakKeyDictionary, finalize, ref
+from weakref import WeakKeyDictionary, WeakSet, finalize, ref
 
 from opentelemetry import context as otel_context
 from opentelemetry import metrics, trace
@@ -22,6 +22,7 @@ from opentelemetry.trace import (
     INVALID_SPAN,
     Link,
     NonRecordingSpan,
+    NoOpTracer,
     NoOpTracerProvider,
     Span,
     SpanContext,
@@ -31,6 +32,7 @@ from opentelemetry.trace import (
     TracerProvider,
 )
 
+from otel_tasks._log import logger
 from otel_tasks._state import CancelKind, Outcome
 
 if TYPE_CHECKING:
@@ -39,11 +41,13 @@ if TYPE_CHECKING:
     from otel_tasks.cancellation import CancelCause
 
 # What the rest of the package needs of OpenTelemetry, it takes from here.
-__all__ = ["MeterProvider", "Span", "SpanContext", "Tracer", "TracerProvider"]
+__all__ = ["MeterProvider", "Span", "SpanContext", "Tracer", "TracerProvider", "metrics_internal", "trace"]
 
 K = TypeVar("K")
 
-_logger = logging.getLogger("otel_tasks")
+# By name: asking an enumeration for a member takes as long as calling a method, before Python 3.12.
+_ERROR = Outcome.ERROR
+_ERRONEOUS = (Outcome.ERROR, Outcome.TIMEOUT, Outcome.ABANDONED)
 
 VERSION = version("otel-tasks")
 SCOPE = "otel_tasks"
@@ -149,8 +153,8 @@ class _Instruments:
         meter = provider.get_meter(SCOPE, VERSION)
         # Weak: a provider lives as long as the process, a manager need not. Replaced and never
         # changed: the metric reader's thread may be walking it.
-        self._sources: tuple[ref[MetricsSource], ...] = ()
-        # What managers had counted that are gone: a counter never goes back.
+        self._sources: tuple[tuple[ref[MetricsSource], dict[tuple[str, str], int]], ...] = ()
+        # What managers had counted that are gone, or report elsewhere: a counter never goes back.
         self._past: dict[tuple[str, str], int] = {}
         self.duration = meter.create_histogram(
             "otel_tasks.task.duration",
@@ -177,18 +181,27 @@ class _Instruments:
             description="Tasks that ended cancelled.",
         )
 
-    def watch(self, source: MetricsSource) -> None:
-        """Read ``source`` from now on."""
-        self._sources = (*(link for link in self._sources if link() is not None), ref(source))
+    def watch(self, source: MetricsSource) -> Callable[[], object]:
+        """Read ``source`` from now on; call what this gives to end it."""
+        # What it counted while it reported elsewhere stays there.
+        before = source.cancelled_by.copy()
+        self._sources = (*(entry for entry in self._sources if entry[0]() is not None), (ref(source), before))
+        settle = finalize(source, _settle, self._past, source.cancelled_by, before)
         # Not at the interpreter's exit, when the source is still read by the last export.
-        finalize(source, _add_up, self._past, source.cancelled_by).atexit = False
+        settle.atexit = False
 
-    def _alive(self) -> list[MetricsSource]:
-        return [source for link in self._sources if (source := link()) is not None]
+        def stop() -> None:
+            self._sources = tuple(entry for entry in self._sources if entry[1] is not before)
+            settle()
+
+        return stop
+
+    def _alive(self) -> list[tuple[MetricsSource, dict[tuple[str, str], int]]]:
+        return [(source, before) for link, before in self._sources if (source := link()) is not None]
 
     def _observe_active(self, _: CallbackOptions) -> Iterable[Observation]:
         totals: dict[tuple[str, str], int] = {}
-        for source in self._alive():
+        for source, _before in self._alive():
             _add_up(totals, source.active())
         return [
             Observation(count, {GROUP_NAME: group, TASK_STATE: state})
@@ -197,8 +210,8 @@ class _Instruments:
 
     def _observe_cancellations(self, _: CallbackOptions) -> Iterable[Observation]:
         totals = self._past.copy()
-        for source in self._alive():
-            _add_up(totals, source.cancelled_by.copy())
+        for source, before in self._alive():
+            _settle(totals, source.cancelled_by.copy(), before)
         return [
             Observation(count, {GROUP_NAME: group, CANCEL_REASON: reason})
             for (group, reason), count in totals.items()
@@ -208,6 +221,11 @@ class _Instruments:
 def _add_up(totals: dict[K, int], counts: Mapping[K, int]) -> None:
     for key, count in counts.items():
         totals[key] = totals.get(key, 0) + count
+
+
+def _settle(totals: dict[K, int], counts: Mapping[K, int], before: Mapping[K, int]) -> None:
+    """Add up what has been counted since it was ``before``."""
+    _add_up(totals, {key: count - before.get(key, 0) for key, count in counts.items()} if before else counts)
 
 
 # One set of instruments for each injected provider, and one (None) for the global provider, whose
@@ -228,6 +246,39 @@ def _instruments_of(provider: MeterProvider | None) -> _Instruments:
     return _instruments[provider]
 
 
+class Providers(NamedTuple):
+    """Where spans and metrics go; None is the global provider, also one that is set up later."""
+
+    tracer: TracerProvider | None = None
+    meter: MeterProvider | None = None
+
+
+def _default_providers() -> Providers:
+    """Where managers without providers of their own report: nowhere, if the environment says so.
+
+    The variable is that of ``opentelemetry-instrument``, which starts no instrumentation that is named there.
+    This library needs no starting, so it has to look itself. ``*`` says that none is to be started: a library
+    that traces itself is not meant.
+    """
+    named = os.environ.get("OTEL_PYTHON_DISABLED_INSTRUMENTATIONS", "").split(",")
+    if any(name.strip() == SCOPE for name in named):
+        return Providers(NoOpTracerProvider(), NoOpMeterProvider())
+    return Providers()
+
+
+_default = _default_providers()
+# All of this process, to be told when the default changes.
+_everyone: WeakSet[Telemetry] = WeakSet()
+
+
+def set_default_providers(providers: Providers | None) -> None:
+    """Let all managers that were given no providers of their own report to these; None is as at the start."""
+    global _default
+    _default = _default_providers() if providers is None else providers
+    for telemetry in list(_everyone):
+        telemetry.follow_default()
+
+
 class Telemetry:
     """What one manager reports, and where to.
 
@@ -245,15 +296,31 @@ class Telemetry:
     ) -> None:
         self.manager_name = manager_name
         # OpenTelemetry's placeholder stands for the global provider.
-        self._injected = tracer_provider is not None and not isinstance(
-            tracer_provider, trace.ProxyTracerProvider
-        )
+        is_placeholder = isinstance(tracer_provider, trace.ProxyTracerProvider)
+        self._own = Providers(None if is_placeholder else tracer_provider, meter_provider)
         self._provider: TracerProvider | None = None
         self._tracer: Tracer | None = None
-        self._meter_provider = meter_provider
         self._metrics: _Instruments | None = None
-        if self._injected:
-            self._use(tracer_provider)
+        self._source: ref[MetricsSource] | None = None
+        self._unwatch: Callable[[], object] | None = None
+        self.follow_default()
+        _everyone.add(self)
+
+    def follow_default(self) -> None:
+        """Report to the providers that the manager was given, and where it was given none, to the default."""
+        chosen = _default.tracer if self._own.tracer is None else self._own.tracer
+        self._injected = chosen is not None
+        self._use(chosen)
+        self._meter_provider = meter = _default.meter if self._own.meter is None else self._own.meter
+        # It reports where OpenTelemetry's two globals say, and nowhere while they say nothing: to be
+        # seen without a call, of which one at each end of a task costs 2 % of it.
+        self.is_global = _READABLE and _METERS_READABLE and chosen is None and meter is None
+        if self._unwatch is not None and self._source is not None:
+            self._unwatch()
+            self._unwatch = self._metrics = None
+            source = self._source()
+            if source is not None:
+                self.watch(source)
 
     def tracer(self) -> Tracer | None:
         """Give the tracer, None where no SDK is set up."""
@@ -271,10 +338,13 @@ class Telemetry:
         self._tracer = None
         if provider is not None and not placeholder:
             try:
-                self._tracer = provider.get_tracer(SCOPE, VERSION)
+                tracer = provider.get_tracer(SCOPE, VERSION)
             except Exception:
                 # Asked again when another provider is set, not for each task.
-                _logger.exception("tracer provider %r gave no tracer; tasks have no spans", provider)
+                logger.exception("tracer provider %r gave no tracer; tasks have no spans", provider)
+            else:
+                # With OTEL_SDK_DISABLED=true the SDK gives these.
+                self._tracer = None if isinstance(tracer, NoOpTracer) else tracer
 
     def watch(self, source: MetricsSource) -> None:
         """Let the observable instruments read ``source`` from now on."""
@@ -282,7 +352,8 @@ class Telemetry:
             # Where the environment names a provider, it is this call that loads it.
             trace.get_tracer_provider()
             self._metrics = _instruments_of(self._meter_provider)
-            self._metrics.watch(source)
+            self._unwatch = self._metrics.watch(source)
+            self._source = ref(source)
 
     def metered(self) -> bool:
         """True where a task's duration would be recorded by somebody."""
@@ -454,8 +525,8 @@ def end_span(
         attributes[CANCEL_IGNORED] = True
     if queued is not None:
         attributes[QUEUE_DURATION] = queued
-    raised = error if outcome is Outcome.ERROR else None
-    if outcome in (Outcome.ERROR, Outcome.TIMEOUT, Outcome.ABANDONED):
+    raised = error if outcome is _ERROR else None
+    if outcome in _ERRONEOUS:
         attributes[ERROR_TYPE] = str(outcome) if raised is None else error_type(raised)
         description = str(outcome) if error is None else text_of(error)
         span.set_status(StatusCode.ERROR, description[:_DESCRIPTION_LIMIT])
@@ -495,7 +566,9 @@ def _link(span: Span, cause: CancelCause) -> None:
 
 def span_ids(span: Span | None) -> tuple[str | None, str | None]:
     """Give a span's trace id and span id in hex, as tracing back-ends show them."""
-    if span is None:
-        return None, None
-    span_context = span.get_span_context()
-    return f"{span_context.trace_id:032x}", f"{span_context.span_id:016x}"
+    return ids_in_hex(None if span is None else span.get_span_context())
+
+
+def ids_in_hex(span: SpanContext | None) -> tuple[str | None, str | None]:
+    """Give trace id and span id in hex."""
+    return (None, None) if span is None else (f"{span.trace_id:032x}", f"{span.span_id:016x}")

@@ -25,7 +25,6 @@ import concurrent.futures
 import functools
 import inspect
 import itertools
-import logging
 import sys
 import threading
 import traceback
@@ -34,6 +33,7 @@ from contextvars import ContextVar, copy_context
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
+from otel_tasks._log import about, logger
 from otel_tasks._state import TaskStatus
 from otel_tasks._task import (
     ManagedTask,
@@ -42,6 +42,7 @@ from otel_tasks._task import (
     cause_at_end,
     cause_elsewhere,
     extras_of,
+    snapshot,
     take_note,
 )
 from otel_tasks.cancellation import CancelEvent
@@ -52,8 +53,6 @@ if TYPE_CHECKING:
     from contextvars import Context
 
 T = TypeVar("T")
-
-logger = logging.getLogger("otel_tasks")
 
 # asyncio's, and what the future of a cancelled task raises in a thread.
 _CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError)
@@ -415,6 +414,7 @@ class Worker(Generic[T]):
                 "the thread of task %r runs on after the task (%s); its cancel event is set",
                 self.id,
                 self.event.cause,
+                extra=about(snapshot(self.task)),
             )
 
     def _report(self) -> None:
@@ -422,10 +422,11 @@ class Worker(Generic[T]):
         if not self.abandoned:
             return
         error, self._error = self._error, None
+        extra = about(snapshot(self.task))
         if error is None or isinstance(error, _CANCELLED):
-            logger.info("the thread of task %r has returned", self.id)
+            logger.info("the thread of task %r has returned", self.id, extra=extra)
         else:
-            logger.error("the thread of task %r failed after the task", self.id, exc_info=error)
+            logger.error("the thread of task %r failed after the task", self.id, exc_info=error, extra=extra)
 
 
 class _WorkerThread(threading.Thread):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from otel_tasks._group import TaskGroup
 
 
-def add(group: TaskGroup, key: str, task: ManagedTask[Any]) -> None:
+def add(group: TaskGroup, key: str | int, task: ManagedTask[Any]) -> None:
     group._live[key] = task
     if group._names is not group._live:
         group._names[key] = task
@@ -27,7 +27,7 @@ def add(group: TaskGroup, key: str, task: ManagedTask[Any]) -> None:
 
 
 def remove(group: TaskGroup, task: ManagedTask[Any]) -> None:
-    key = task.get_name()
+    key = task._key
     # Its entry may be another's by now: a name is free as soon as its task is done.
     if group._live.get(key) is task:
         del group._live[key]
@@ -143,7 +143,7 @@ def cancel_tasks(
     groups = below(group)
     asked = group._ledger.ask_all(
         # Newest first: an older task may own what a newer one is using.
-        [task for node in groups for task in reversed(node.tasks) if task not in spared],
+        [task for node in groups for task in reversed(node.tasks) if not spared or task not in spared],
         cause,
     )
     cancel_bodies(group, groups, cause, spared)

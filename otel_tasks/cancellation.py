@@ -269,7 +269,10 @@ def _checked_work(
     work: asyncio.Future[Any] | Coroutine[Any, Any, Any], caller: asyncio.Task[Any] | None
 ) -> asyncio.Future[Any]:
     if caller is not None and work is caller:
-        raise RuntimeError(f"task {caller.get_name()!r} cannot wait for itself")
+        raise RuntimeError(
+            f"task {caller.get_name()!r} cannot wait for itself: it would wait for ever; "
+            "pass another task, or the coroutine of what there is to do"
+        )
     loop = asyncio.get_running_loop()
     if isinstance(work, asyncio.Future):
         # Refuses one of another loop.

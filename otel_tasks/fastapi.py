@@ -129,8 +129,9 @@ def make_lifespan(
         manager: The manager to open and to shut down. None: ``global_task_manager``.
         grace: Seconds that tasks have to finish in before they are cancelled, finite: a server waits for no
             one for ever.
-        timeout: Seconds for all that comes after, None for no bound. Stay below the server's own limit
-            (uvicorn: ``--timeout-graceful-shutdown``), or it ends the process first.
+        timeout: Seconds for all that comes after, None for no bound. Both together, and what the server
+            grants open requests before (uvicorn: ``--timeout-graceful-shutdown``), must stay below what
+            the process is given to end in (Kubernetes: ``terminationGracePeriodSeconds``).
 
     Returns:
         What ``FastAPI(lifespan=...)`` takes.

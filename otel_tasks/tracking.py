@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from otel_tasks._awaiters import with_awaiters
 from otel_tasks._checks import checked_seconds
 from otel_tasks._create import close_quietly
-from otel_tasks._ledger import logger
+from otel_tasks._log import logger
 from otel_tasks._state import CancelKind
 from otel_tasks._task import add_done_callback, failure_of, stack_of, wait_until_done
 from otel_tasks.cancellation import CancelCause, ask_to_end

@@ -666,6 +666,38 @@ async def test_shutdown_cancels_the_group_and_passes_on(manager: TaskManager) ->
     assert manager.stats().live == 0
 
 
+async def test_shutdown_is_the_cause_of_the_task_that_the_handler_awaits(manager: TaskManager) -> None:
+    """asyncio hands the server's cancel on to that task before the middleware hears of it."""
+    tasks = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        tasks.append(create_task(asyncio.sleep(60)))
+        await tasks[0]
+
+    task = serve(app, manager, FakeConnection())
+    await asyncio.sleep(1)
+    task.cancel("time is up")
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert tasks[0].cause is not None
+    assert str(tasks[0].cause) == "shutdown: time is up"
+
+
+async def test_timeout_in_the_handler_is_no_shutdown(manager: TaskManager) -> None:
+    """What ``asyncio.timeout`` cancels around the await is not put down to the server."""
+    causes = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        task = create_task(asyncio.sleep(60))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                await task
+        causes.append(task.cause and task.cause.kind)
+
+    await serve(app, manager, FakeConnection())
+    assert causes == [CancelKind.EXPLICIT]
+
+
 async def test_second_cancel_stops_the_waiting(manager: TaskManager) -> None:
     """A server that insists is not kept waiting by a task that does not end."""
     ended = []
@@ -1284,7 +1316,10 @@ async def test_every_await_of_a_request_may_be_cancelled(
         ({"grace": float("inf")}, ValueError, "finite"),
         ({"buffer_limit": 0}, ValueError, "buffer_limit must be at least 1 byte, got 0"),
         ({"buffer_limit": 1.5}, TypeError, "buffer_limit must be a number of bytes, got 1.5"),
-        ({"on_exit": "kill"}, ValueError, 'on_exit must be "cancel", "wait" or "detach", got \'kill\''),
+        ({"on_exit": "kill"}, ValueError, "on_exit must be one of 'cancel', 'wait', 'detach', got 'kill'"),
+        ({"cancel_handler": 5}, TypeError, "a function of the scope, got 5"),
+        ({"cancel_handler": None}, TypeError, "a function of the scope, got None"),
+        ({"span": "no"}, TypeError, "span must be True or False, got 'no'"),
         ({"manager": "default"}, TypeError, "manager must be a TaskManager, got 'default'"),
         ({"detect_afer": 1}, TypeError, "detect_afer"),
     ],

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gzip
-import http.server
 import io
 import json
 import os
@@ -19,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from rich.console import Console
 
-from examples import demo, fastapi_app
+from examples import demo, fastapi_app, server_process
+from examples.otlp_receiver import receiver
 from examples.trace_tree import Span, trace_tree
 from otel_tasks.testing import FakeConnection
+from tests.processes import marked_environment, marked_processes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -291,19 +290,7 @@ def test_a_span_whose_parent_is_elsewhere_is_a_root() -> None:
 @pytest.fixture
 def environment() -> dict[str, str]:
     """An environment that marks all processes of one test, and leads no spans elsewhere."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
-    return kept | {"TEST_EXAMPLES_MARK": os.urandom(8).hex()}
-
-
-def marked_processes(environment: dict[str, str]) -> set[int]:
-    """The ids of the processes that a test has started, directly or not."""
-    mark = environment["TEST_EXAMPLES_MARK"].encode()
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if mark in path.read_bytes():
-                found.add(int(path.parent.name))
-    return found
+    return marked_environment()
 
 
 @pytest.mark.e2e
@@ -488,7 +475,8 @@ def test_a_demo_whose_service_does_not_start_says_why(environment: dict[str, str
 @pytest.mark.e2e
 def test_the_demos_spans_reach_a_collector(environment: dict[str, str]) -> None:
     """With an OTLP endpoint all spans are sent, the last ones when the service stops."""
-    with collector() as (endpoint, names):
+    with receiver() as received:
+        endpoint = received.endpoint
         done = subprocess.run(
             [sys.executable, DEMO],
             env=environment | {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint},
@@ -500,6 +488,7 @@ def test_the_demos_spans_reach_a_collector(environment: dict[str, str]) -> None:
     assert f"These very traces: sent to {endpoint}\n" in done.stdout
     assert "OTEL_EXPORTER_OTLP_ENDPOINT" not in done.stdout
     assert "could not be delivered" not in done.stdout
+    names = Counter(span.name for span in received.spans())
     assert names["GET /search/{city}"] == 3
     assert names["hotels"] == 6
     assert names["POST /orders"] == names["send_confirmation"] == 1
@@ -520,33 +509,5 @@ def test_a_demo_without_its_collector_says_that_nothing_was_delivered(environmen
     assert done.returncode == 0, done.stderr
     *_, words, line = done.stdout.splitlines()
     assert words == f"The traces, sent to {endpoint}, could not be delivered:"
-    assert re.search(demo.UNDELIVERED, line)
+    assert re.search(server_process.UNDELIVERED, line)
     assert marked_processes(environment) == set()
-
-
-@contextlib.contextmanager
-def collector() -> Iterator[tuple[str, Counter[str]]]:
-    """An OTLP/HTTP receiver: where it listens, and how many spans of which name have come."""
-    names: Counter[str] = Counter()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            if self.headers["content-encoding"] == "gzip":
-                body = gzip.decompress(body)
-            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-                names.update(span.name for scope in resource.scope_spans for span in scope.spans)
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Say nothing."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", names
-        finally:
-            server.shutdown()
-            thread.join()

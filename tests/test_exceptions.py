@@ -100,7 +100,7 @@ CREATING: list[tuple[Use, type[Exception], str]] = [
     (
         lambda manager: manager.create_task(rest(), group=""),
         ValueError,
-        "group name must not be empty: leave it out to have one made",
+        'group name must not be empty: leave it out for the manager\'s own, which get_group("root") gives',
     ),
     (
         lambda manager: manager.create_task(rest(), group="a..b"),
@@ -110,12 +110,14 @@ CREATING: list[tuple[Use, type[Exception], str]] = [
     (
         lambda manager: manager.create_task(rest(), group=7),  # type: ignore[arg-type]  # the mistake under test
         TypeError,
-        "group must be a name or a TaskGroup, got 7",
+        "group must be a name or a TaskGroup, got 7: "
+        'write group="mail", or what manager.get_group("mail") gives',
     ),
     (
         lambda manager: manager.create_task(rest(), group=TaskManager("other").get_group("g")),
         ValueError,
-        "group 'g' belongs to manager 'other', not to 'mine'",
+        "group 'g' belongs to manager 'other', not to this one, 'mine': "
+        "ask the group itself, as in group.create_task(...), or its own manager",
     ),
     (
         lambda manager: manager.create_task(rest(), timeout=-1),
@@ -156,7 +158,12 @@ CREATING: list[tuple[Use, type[Exception], str]] = [
     (
         lambda manager: manager.group(""),
         ValueError,
-        "group name must not be empty: leave it out to have one made",
+        'group name must not be empty: call it by its work, as in TaskGroup("load")',
+    ),
+    (
+        lambda manager: manager.group("load", span="no"),  # type: ignore[arg-type]  # the mistake under test
+        TypeError,
+        "span must be True or False, got 'no'",
     ),
     (
         lambda manager: manager.group("load", on_error="raise"),  # type: ignore[arg-type]  # the mistake under test
@@ -167,7 +174,7 @@ CREATING: list[tuple[Use, type[Exception], str]] = [
     (
         lambda manager: TaskManager(""),
         ValueError,
-        "manager name must not be empty: leave it out to have one made",
+        'manager name must not be empty: leave it out for "default"',
     ),
     (
         lambda manager: TaskManager(history=-1),
@@ -239,7 +246,11 @@ async def test_start_task_with_no_coroutine_shows_the_right_line(factory: Any, m
 WAITING: list[tuple[Callable[[TaskManager], Coroutine[Any, Any, object]], str]] = [
     (
         lambda manager: manager.start_task("", rest),
-        "task name must not be empty: leave it out to have one made",
+        'task name must not be empty: call it by its work, as in start_task("import", work)',
+    ),
+    (
+        lambda manager: manager.start_service("", rest),
+        'service name must not be empty: call it by its work, as in start_service("prices", work)',
     ),
     (lambda manager: manager.wait_for_task("a", timeout=-1), "timeout must be at least 0 seconds, got -1"),
     (lambda manager: manager.cancel_task("a", timeout=-1), "timeout must be at least 0 seconds, got -1"),
@@ -267,8 +278,43 @@ async def test_wrong_value_is_refused_before_anything_happens(
 async def test_group_of_another_manager_is_refused_when_cancelling() -> None:
     """cancel_group() takes groups of its own manager only."""
     other = TaskManager("other").get_group("g")
-    with pytest.raises(ValueError, match=r"^group 'g' belongs to manager 'other', not to 'default'$"):
+    with pytest.raises(ValueError, match=r"^group 'g' belongs to manager 'other', not to this one"):
         await TaskManager().cancel_group(other)
+
+
+LOOKING: list[tuple[Callable[[TaskManager, Any], object], str]] = [
+    (lambda manager, task: manager.get_task(task), "looked up by its name or its id"),
+    (lambda manager, task: manager.get_task_info(task), "looked up by its name or its id"),
+    (lambda manager, task: manager.wait_for_task(task), "looked up by its name or its id"),
+    (lambda manager, task: manager.cancel_task(task), "looked up by its name or its id"),
+    (lambda manager, task: manager.get_group_tasks(task), "group must be a name or a TaskGroup"),
+    (lambda manager, task: manager.cancel_group(task), "group must be a name or a TaskGroup"),
+    (lambda manager, task: manager.join(task), "group must be a name or a TaskGroup"),
+]
+
+
+@pytest.mark.parametrize(("look", "message"), LOOKING)
+async def test_task_in_place_of_a_name_is_refused(
+    look: Callable[[TaskManager, Any], object], message: str
+) -> None:
+    """A task where a name belongs is not taken for one that is not there; nothing is cancelled."""
+    manager = TaskManager()
+    task = manager.create_task(give(1), name="a")
+    with pytest.raises(TypeError, match=message):
+        found = look(manager, task)
+        assert asyncio.iscoroutine(found)
+        await found
+    assert await task == 1
+
+
+async def test_group_that_is_not_known_has_nothing_live() -> None:
+    """Waiting for a name that no group has returns at once, and cancelling it cancels nothing."""
+    manager = TaskManager()
+    task = manager.create_task(give(1), group="mail")
+    await manager.join("mial")
+    assert await manager.cancel_group("mial") == 0
+    assert manager.get_group_tasks("mial") == {}
+    assert await task == 1
 
 
 async def test_refused_coroutine_function_is_not_called() -> None:

@@ -654,3 +654,29 @@ async def test_ask_all_asks_each_once() -> None:
     assert manager._ledger.ask_all(tasks, CancelCause(CancelKind.SHUTDOWN)) == 2
     assert [task.cancelling() for task in tasks] == [1, 1, 1]
     await asyncio.wait(tasks)
+
+
+def test_task_that_was_never_waited_for_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Where the loop ends before a task has begun, the log says that it was for nothing."""
+    manager = TaskManager()
+
+    async def forgets() -> None:
+        # Created in the loop's last turn.
+        asyncio.get_running_loop().call_soon(lambda: manager.create_task(give(1), name="lost"))
+
+    run(forgets())
+
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("task 'lost' has run none of its code: it was cancelled from outside of all tasks")
+
+
+async def test_cancellation_before_the_first_step_that_somebody_wanted_is_not_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A task that another one cancels before it has begun is as it should be."""
+    async with TaskManager() as manager:
+        task = manager.create_task(give(1))
+        task.cancel()
+        manager.create_task(give(1), group="jobs")
+        await manager.cancel_group("jobs")
+    assert caplog.records == []

@@ -69,7 +69,11 @@ def test_every_module_stands_in_the_contracts() -> None:
         c["id"]: set(c.get("source_modules", ())) for c in PYPROJECT["tool"]["importlinter"]["contracts"]
     }
 
-    assert modules - contracts["telemetry"] == {"otel_tasks._telemetry", "otel_tasks.testing"}
+    assert modules - contracts["telemetry"] == {
+        "otel_tasks._telemetry",
+        "otel_tasks.instrumentation",
+        "otel_tasks.testing",
+    }
     assert modules - contracts["testing"] == {"otel_tasks.testing", "otel_tasks.pytest_plugin"}
 
 
@@ -159,11 +163,18 @@ def test_example_image_is_pinned() -> None:
     )
 
 
-def test_only_prometheus_waits_for_its_profile() -> None:
-    """Plain `up` starts Jaeger and the service; the profile `spm` adds Prometheus."""
+def test_plain_up_starts_jaeger_and_the_service_alone() -> None:
+    """The profile `spm` adds Prometheus, and the profile `services` the three services."""
     profiles = {name: service.get("profiles", []) for name, service in compose_file()["services"].items()}
 
-    assert profiles == {"jaeger": [], "service": [], "prometheus": ["spm"]}
+    assert profiles == {
+        "jaeger": [],
+        "service": [],
+        "gateway": ["services"],
+        "pricing": ["services"],
+        "suppliers": ["services"],
+        "prometheus": ["spm"],
+    }
 
 
 def test_files_mounted_by_compose_exist() -> None:
@@ -201,9 +212,13 @@ def test_jaeger_pipelines_use_what_is_defined() -> None:
     assert prometheus["scrape_configs"][0]["static_configs"][0]["targets"] == [f"jaeger:{port}"]
 
 
-@pytest.mark.parametrize("profile", [[], ["--profile", "spm"]], ids=["default", "spm"])
+@pytest.mark.parametrize(
+    "profile",
+    [[], ["--profile", "spm"], ["--profile", "services"]],
+    ids=["default", "spm", "services"],
+)
 def test_compose_accepts_the_file(profile: list[str]) -> None:
-    """docker-compose reads the compose file, with and without the profile."""
+    """docker-compose reads the compose file, with each of the profiles and without."""
     command = compose_command()
     if command is None:
         pytest.skip("neither docker-compose nor the compose plugin of docker is installed")

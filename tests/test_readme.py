@@ -48,8 +48,8 @@ def block(words: str) -> str:
 
 
 def test_the_blocks_are_found() -> None:
-    """All seven Python blocks of the README are seen by this module."""
-    assert len(BLOCKS) == 7
+    """All eight Python blocks of the README are seen by this module."""
+    assert len(BLOCKS) == 8
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=lambda code: code.strip().splitlines()[-1][:40])
@@ -76,6 +76,12 @@ def test_the_progress_block_streams_its_events() -> None:
     assert printed.startswith("202\nevent: progress\n")
     assert '"done": 20, "total": 20, "message": "writing"' in printed
     assert 'event: ended\ndata: {"status": "completed"' in printed
+
+
+def test_the_debugging_block_shows_its_tasks() -> None:
+    """The debug endpoint answers with the tree."""
+    printed = run_block(block("/debug/tasks") + ASK_THE_APP.format(paths=["/debug/tasks"]))
+    assert printed.startswith('200 {"manager":"default","closed":false,')
 
 
 def test_the_library_block_prints_what_its_comments_say() -> None:

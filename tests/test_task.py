@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from otel_tasks import CancelCause, CancelKind, ManagedTask, TaskManager, TaskPriority, TaskStatus
+from otel_tasks import (
+    CancelCause,
+    CancelKind,
+    ManagedTask,
+    TaskExistsError,
+    TaskManager,
+    TaskNotFoundError,
+    TaskPriority,
+    TaskStatus,
+    create_task,
+)
 from otel_tasks._task import ask, shield, unshield, wait_until_done
 from otel_tasks.testing import SpanRecorder, run
 from tests.helpers import counters, fail, give, ignore_cancels, kind_of, now, rest, settle
@@ -533,6 +543,71 @@ async def test_stack_says_where_a_live_task_waits() -> None:
     task.cancel()
     await asyncio.wait([task])
     assert task.stack() == ""
+
+
+async def test_stack_goes_down_to_the_innermost_wait() -> None:
+    """Of a coroutine that awaits another both lines are shown, the innermost last."""
+
+    async def outer() -> None:
+        await rest()
+
+    task = TaskManager().create_task(outer())
+    await settle()
+    assert 0 < task.stack().index("in outer") < task.stack().index("in rest")
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def test_name_of_an_unnamed_task_is_found_and_renamed() -> None:
+    """It is made of the function's name and a number, and is as good as one that was given."""
+    manager = TaskManager()
+    task = manager.create_task(rest())
+    name = task.get_name()
+    assert name == f"rest-{name.rpartition('-')[2]}"
+    assert f"name={name!r}" in repr(task)
+    assert manager.get_task(name) is task
+    with pytest.raises(TaskExistsError, match=name):
+        manager.create_task(rest(), name=name, on_conflict="error")
+    task.set_name("other")
+    assert (task.get_name(), task.id, manager.get_task("other")) == ("other", "other", task)
+    with pytest.raises(TaskNotFoundError):
+        manager.get_task(name)
+    await manager.cancel_all_tasks()
+    ended = manager.get_task_info("other")
+    assert ended is not None
+    assert (ended.name, ended.status) == ("other", TaskStatus.CANCELLED)
+
+
+@pytest.mark.parametrize("name", ["rest-", "-1", "rest-01", "rest-\u0661", "other-1", "rest-" + "9" * 5000])
+async def test_what_only_looks_like_the_name_of_an_unnamed_task_is_free(name: str) -> None:
+    """A number at the end of a name is not taken for that of a task with another name."""
+    manager = TaskManager()
+    unnamed = manager.create_task(rest())
+    assert unnamed.get_name() == "rest-1"
+    with pytest.raises(TaskNotFoundError):
+        manager.get_task(name)
+    assert manager.create_task(rest(), name=name, on_conflict="error").get_name() == name
+    await manager.cancel_all_tasks()
+
+
+async def test_unnamed_task_passes_over_a_name_that_somebody_has_chosen() -> None:
+    """Its number is the next one that makes a free name."""
+    manager = TaskManager()
+    chosen = manager.create_task(rest(), name="rest-1")
+    assert manager.create_task(rest()).get_name() == "rest-2"
+    assert chosen.get_name() == "rest-1"
+    await manager.cancel_all_tasks()
+
+
+async def test_unknown_option_is_refused_and_its_coroutine_closed() -> None:
+    """A misspelt option is named; the coroutine gives no warning that nobody awaited it."""
+    manager = TaskManager()
+    options: dict[str, Any] = {"tiemout": 1}
+    for create in (manager.create_task, create_task):
+        coro: Any = rest()
+        with pytest.raises(TypeError, match=r"create_task\(\) got an unexpected keyword argument 'tiemout'"):
+            create(coro, **options)
+        assert coro.cr_frame is None
 
 
 async def test_info_of_a_live_task() -> None:

@@ -1,0 +1,32 @@
+"""What the site's build does beyond MkDocs: see ``hooks`` in mkdocs.yml."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)]*)\)")
+
+
+def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn links to files of the repository, which the site has not, into their plain text."""
+    folder = PurePosixPath(page.file.src_uri).parent
+
+    def leads_outside(target: str) -> bool:
+        return target.count("../") > len(folder.parts)
+
+    return _LINK.sub(lambda link: link[1] if leads_outside(link[2]) else link[0], markdown)
+
+
+def on_post_build(config: MkDocsConfig, **_: Any) -> None:
+    """Put each page's source beside it: llms.txt links to these."""
+    source, site = Path(config.docs_dir), Path(config.site_dir)
+    for page in source.rglob("*.md"):
+        shutil.copyfile(page, site / page.relative_to(source))

@@ -1,0 +1,1 @@
+"""Three services that call one another over HTTP: see README.md."""

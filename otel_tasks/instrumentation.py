@@ -1,0 +1,166 @@
+"""The start without a line of code: what ``opentelemetry-instrument`` calls in an app that uses this library.
+
+It needs the extra ``instrument``. Rules, each with a test of its own:
+
+1. Task spans need no starting: they come as soon as an SDK is set up, by ``opentelemetry-instrument`` or by
+   hand, before the first manager or after it. This changes where they go, and nothing about them.
+2. The middleware is added where it was asked for, since it stops work: never because of the telemetry alone,
+   and also where ``OTEL_SDK_DISABLED`` has switched that off.
+3. ``uninstrument()`` leaves all as it was, and applications build their middleware anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-defined]  # mypy is told to skip it
+    BaseInstrumentor,
+)
+
+from otel_tasks._log import logger
+from otel_tasks._telemetry import Providers, set_default_providers
+from otel_tasks.asgi import TaskGroupMiddleware
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
+    from fastapi import FastAPI
+    from starlette.middleware import Middleware
+    from starlette.types import ASGIApp
+
+__all__ = ["OTEL_PYTHON_OTEL_TASKS_FASTAPI_MIDDLEWARE", "OtelTasksInstrumentor"]
+
+OTEL_PYTHON_OTEL_TASKS_FASTAPI_MIDDLEWARE = "OTEL_PYTHON_OTEL_TASKS_FASTAPI_MIDDLEWARE"
+"""The environment variable that adds the middleware to every FastAPI application: ``true`` or ``false``."""
+
+_OPTIONS = ("tracer_provider", "meter_provider", "fastapi_middleware")
+# Given by distributions to every instrumentation, whether it logs or not.
+_NOT_OURS = frozenset({"logger_provider", "event_logger_provider"})
+
+
+class OtelTasksInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # as above
+    """Turns on the spans and metrics of tasks, and by option the middleware.
+
+    ``instrument()`` takes, all optional:
+
+    - ``tracer_provider``, ``meter_provider``: where the spans and metrics of all managers go that were given
+      none of their own, those that exist already included. Without them it is the global provider.
+    - ``fastapi_middleware``: True adds ``TaskGroupMiddleware`` to each FastAPI application that has none, as
+      its outermost middleware, inside of what records the server's span. None asks the environment variable
+      ``OTEL_PYTHON_OTEL_TASKS_FASTAPI_MIDDLEWARE``. An application that serves already is left as it is.
+
+    Named in ``OTEL_PYTHON_DISABLED_INSTRUMENTATIONS`` it is not started, and there are no spans and metrics
+    of tasks; called by hand it starts all the same.
+
+    Example:
+        >>> OtelTasksInstrumentor().instrument(fastapi_middleware=True)
+    """
+
+    _unbind: Callable[[], None] | None = None
+
+    def instrumentation_dependencies(self) -> Collection[str]:
+        """Nothing: what it instruments is the package that it comes with."""
+        return ()
+
+    def _instrument(self, **kwargs: Any) -> None:
+        unknown = sorted(kwargs.keys() - {*_OPTIONS} - _NOT_OURS)
+        if unknown:
+            logger.warning("instrument() does not know %s; it takes %s", unknown, ", ".join(_OPTIONS))
+        if _wants_middleware(kwargs.get("fastapi_middleware")):
+            self._unbind = _bind_requests()
+        set_default_providers(Providers(kwargs.get("tracer_provider"), kwargs.get("meter_provider")))
+
+    def _uninstrument(self, **kwargs: Any) -> None:
+        set_default_providers(None)
+        if self._unbind is not None:
+            self._unbind()
+            self._unbind = None
+
+
+def _wants_middleware(option: object) -> bool:
+    if option is not None:
+        if not isinstance(option, bool):
+            raise TypeError(f"fastapi_middleware must be True or False, got {option!r}")
+        return option
+    name = OTEL_PYTHON_OTEL_TASKS_FASTAPI_MIDDLEWARE
+    value = os.environ.get(name, "")
+    word = value.strip().lower()
+    if word not in ("true", "false", ""):
+        logger.warning("%s must be true or false, got %r, which counts as false", name, value)
+    return word == "true"
+
+
+def _bind_requests() -> Callable[[], None]:
+    """Let every FastAPI application build its middleware with ours; call what this gives to undo it.
+
+    Raises:
+        ImportError: FastAPI is not installed.
+    """
+    try:
+        from fastapi import FastAPI
+    except ModuleNotFoundError as error:
+        # Not as it is: of this kind opentelemetry-instrument says nothing.
+        raise ImportError(
+            "the middleware for FastAPI was asked for, and FastAPI is not installed: "
+            f"install otel-tasks[fastapi], or do without {OTEL_PYTHON_OTEL_TASKS_FASTAPI_MIDDLEWARE}"
+        ) from error
+    original = FastAPI.build_middleware_stack
+    built: WeakSet[FastAPI] = WeakSet()
+    active = True
+
+    # When an application begins to serve, and all its middleware is known. In the class, not in a subclass
+    # put in its place: that would miss who has imported the class before.
+    @functools.wraps(original)
+    def build_middleware_stack(app: FastAPI) -> ASGIApp:
+        if not active:
+            return original(app)
+        own = app.user_middleware
+        app.user_middleware = with_task_groups(own)
+        try:
+            stack = original(app)
+        finally:
+            app.user_middleware = own
+        built.add(app)
+        return stack
+
+    def undo() -> None:
+        nonlocal active
+        active = False
+        if FastAPI.build_middleware_stack is build_middleware_stack:
+            FastAPI.build_middleware_stack = original  # type: ignore[method-assign]  # that is what it is about
+        for app in built:
+            # It is built anew with the next request; those that are being served keep theirs.
+            app.middleware_stack = None
+
+    FastAPI.build_middleware_stack = build_middleware_stack  # type: ignore[assignment, method-assign]  # the same
+    return undo
+
+
+def with_task_groups(middleware: Sequence[Middleware]) -> list[Middleware]:
+    """Add ours to an application's middleware, outermost first, unless it is there.
+
+    It goes outside of all others, so that what they start belongs to the request too, but inside of
+    OpenTelemetry's: the server's span has to be current around it. What FastAPI and its instrumentation
+    record themselves is outside of all of these anyway.
+    """
+    from starlette.middleware import Middleware
+
+    classes = [_class_of(entry.cls) for entry in middleware]
+    if any(isinstance(cls, type) and issubclass(cls, TaskGroupMiddleware) for cls in classes):
+        return list(middleware)
+    telemetry = [
+        place
+        for place, cls in enumerate(classes, 1)
+        if getattr(cls, "__module__", "").startswith("opentelemetry.")
+    ]
+    place = max(telemetry, default=0)
+    return [*middleware[:place], Middleware(TaskGroupMiddleware), *middleware[place:]]
+
+
+def _class_of(factory: object) -> object:
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    return factory

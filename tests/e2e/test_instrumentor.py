@@ -1,0 +1,250 @@
+"""`opentelemetry-instrument`, as a process of its own, on an application that was not changed for it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from .servers import REPOSITORY, START_DEADLINE, _free_port, eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.e2e, pytest.mark.real_clock]
+
+Span = dict[str, Any]
+
+OPTION = "OTEL_PYTHON_OTEL_TASKS_FASTAPI_MIDDLEWARE"
+# Of which the numbers differ from one run to the next.
+VOLATILE = ("port", "duration")
+
+
+class Shop:
+    """The application in a server, and afterwards the spans that it has written."""
+
+    def __init__(self, directory: Path, command: list[str], **environment: str) -> None:
+        self.port = _free_port()
+        self._out = directory / "out"
+        self._log = directory / "log"
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+        path = [str(directory.parent), str(REPOSITORY), inherited.pop("PYTHONPATH", "")]
+        server = ["--host", "127.0.0.1", "--port", str(self.port), "--no-access-log", "--no-use-colors"]
+        with self._out.open("wb") as out, self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*command, *server],
+                cwd=directory,
+                env={
+                    **inherited,
+                    "PYTHONPATH": os.pathsep.join(part for part in path if part),
+                    "OTEL_METRICS_EXPORTER": "none",
+                    "OTEL_LOGS_EXPORTER": "none",
+                    "OTEL_TRACES_EXPORTER": "console",
+                    **environment,
+                },
+                stdout=out,
+                stderr=log,
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text("utf-8")
+
+    def wait_until_up(self) -> None:
+        """Wait until it answers."""
+
+        def answers() -> bool:
+            assert self._process.poll() is None, self.log
+            try:
+                return bool(self.get("/live") == [])
+            except OSError:
+                return False
+
+        eventually(answers, lambda: self.log, within=START_DEADLINE)
+
+    def wait_until_idle(self) -> None:
+        """Wait until no task is live."""
+        eventually(lambda: self.get("/live") == [], lambda: self.log)
+
+    def get(self, path: str) -> Any:
+        """The JSON of an answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10.0)
+        try:
+            connection.request("GET", path)
+            return json.loads(connection.getresponse().read())
+        finally:
+            connection.close()
+
+    def hang_up(self, path: str) -> None:
+        """Ask, and leave when the task of the request runs."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10.0) as client:
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: shop\r\n\r\n".encode())
+            eventually(lambda: self.get("/live") == ["slow"], lambda: self.log)
+
+    def be_used(self) -> None:
+        """One request of each kind; the last client leaves."""
+        assert self.get("/basket") == {"total": 11, "group": "GET /basket"}
+        self.wait_until_idle()
+        assert self.get("/group") == {"outcome": "no price"}
+        self.hang_up("/slow")
+        self.wait_until_idle()
+
+    def end(self) -> list[Span]:
+        """End it as Ctrl+C does, and give the spans that it has written."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(20.0)
+        assert "Traceback" not in self.log, self.log
+        return list(spans_in(self._out.read_text("utf-8")))
+
+    def kill(self) -> None:
+        """Whatever becomes of the test."""
+        self._process.kill()
+        self._process.wait(20.0)
+
+
+def spans_in(text: str) -> Iterator[Span]:
+    """The JSON objects that the console exporter writes one behind the other."""
+    decoder = json.JSONDecoder()
+    place = text.find("{")
+    while place >= 0:
+        span, end = decoder.raw_decode(text, place)
+        yield span
+        place = text.find("{", end)
+
+
+def story(spans: list[Span], port: int) -> list[Any]:
+    """What is to be the same: all but ids, times and ports, without what the waiting itself has left."""
+    names = {span["context"]["span_id"]: span["name"] for span in spans}
+    waiting = {span["context"]["trace_id"] for span in spans if "/live" in span["name"]}
+    own = [span for span in spans if span["context"]["trace_id"] not in waiting]
+    facts = [
+        [
+            span["name"],
+            names.get(span["parent_id"]),
+            span["kind"],
+            span["status"],
+            {
+                key: str(value).replace(str(port), "PORT")
+                for key, value in sorted(span["attributes"].items())
+                if not any(word in key for word in VOLATILE)
+            },
+            [event["name"] for event in span["events"]],
+            [[names.get(link["context"]["span_id"]), link["attributes"]] for link in span["links"]],
+        ]
+        for span in own
+    ]
+    return sorted(facts, key=repr)
+
+
+def tasks_of(spans: list[Span]) -> dict[str, Span]:
+    """The spans of tasks by their name."""
+    return {span["name"]: span for span in spans if "otel_tasks.task.name" in span["attributes"]}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Where the package is installed as pyproject.toml says it now, be the environment older."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
+    metadata = tmp_path / "otel_tasks-0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: otel-tasks\nVersion: {project['version']}\n"
+    )
+    lines = [
+        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in entries.items())
+        for group, entries in project["entry-points"].items()
+    ]
+    (metadata / "entry_points.txt").write_text("\n".join(lines))
+    return tmp_path
+
+
+@pytest.fixture
+def start(directory: Path) -> Iterator[Any]:
+    """Starts servers, each in a directory of its own, and ends them."""
+    shops: list[Shop] = []
+    bin_directory = Path(sys.executable).parent
+
+    def start_shop(*, instrumented: bool, **environment: str) -> Shop:
+        # opentelemetry-instrument looks its command up.
+        environment["PATH"] = os.pathsep.join([str(bin_directory), os.environ["PATH"]])
+        name = "shop" if instrumented else "shop_by_hand"
+        command = [str(bin_directory / "uvicorn"), f"tests.e2e.{name}:app"]
+        if instrumented:
+            command = [str(bin_directory / "opentelemetry-instrument"), "uvicorn", *command[1:]]
+        own = directory / str(len(shops))
+        own.mkdir()
+        shop = Shop(own, command, **environment)
+        shops.append(shop)
+        shop.wait_until_up()
+        return shop
+
+    yield start_shop
+    for shop in shops:
+        shop.kill()
+
+
+@pytest.mark.parametrize("middleware", ["true", "false"])
+@pytest.mark.parametrize("server_spans", ["native", "contrib"])
+def test_same_spans_as_of_an_app_set_up_by_hand(start: Any, server_spans: str, middleware: str) -> None:
+    """Names, parents, attributes, statuses, links: all is as if the app had been set up line by line."""
+    stories = []
+    disabled = "fastapi" if server_spans == "native" else ""
+    for environment in (
+        {"instrumented": False, "SERVER_SPANS": server_spans, "WITH_MIDDLEWARE": middleware},
+        {"instrumented": True, OPTION: middleware, "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": disabled},
+    ):
+        shop = start(**environment)
+        if middleware == "true":
+            shop.be_used()
+        else:
+            shop.get("/basket")
+            shop.wait_until_idle()
+        spans = shop.end()
+        stories.append(story(spans, shop.port))
+
+    by_hand, instrumented = stories
+    assert instrumented == by_hand
+    tasks = tasks_of(spans)
+    assert {"price-of-apples", "price-of-pears", "mail"} <= tasks.keys()
+    group = tasks["price-of-apples"]["attributes"]["otel_tasks.group.name"]
+    assert group == ("GET /basket" if middleware == "true" else "root")
+    if middleware == "true":
+        assert tasks["slow"]["attributes"]["otel_tasks.cancel.reason"] == "client_disconnect"
+        assert tasks["patient"]["attributes"]["otel_tasks.cancel.reason"] == "sibling_failed"
+
+
+def test_disabled_sdk_means_no_spans_and_the_same_behaviour(start: Any) -> None:
+    """With `OTEL_SDK_DISABLED=true` nothing is traced, and what the client leaves stops all the same."""
+    shop = start(instrumented=True, OTEL_SDK_DISABLED="true", **{OPTION: "true"})
+    shop.be_used()
+
+    assert shop.end() == []
+
+
+def test_disabled_instrumentation_means_no_spans_of_tasks(start: Any) -> None:
+    """Named in `OTEL_PYTHON_DISABLED_INSTRUMENTATIONS`: no spans but the server's, and no middleware."""
+    shop = start(
+        instrumented=True, OTEL_PYTHON_DISABLED_INSTRUMENTATIONS="httpx, otel_tasks", **{OPTION: "true"}
+    )
+    assert shop.get("/basket") == {"total": 11, "group": "root"}
+    spans = shop.end()
+
+    assert tasks_of(spans) == {}
+    assert "GET /basket" in {span["name"] for span in spans}
+
+
+def test_word_that_is_none_is_named(start: Any) -> None:
+    """A value of the variable that is neither true nor false is said to be wrong, and counts as false."""
+    shop = start(instrumented=True, **{OPTION: "yes"})
+
+    assert f"{OPTION} must be true or false, got 'yes'" in shop.log
+    assert shop.end()

@@ -1,0 +1,323 @@
+"""The pages below docs/: what is generated is up to date, and their code runs."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import otel_tasks
+from docs import generate, scenes
+from docs.picture import state_picture
+from otel_tasks import TaskStatus, _telemetry, asgi, fastapi, instrumentation, logs, testing
+from otel_tasks._state import TRANSITIONS
+from tests.blocks import ROOT, promised_output, python_blocks, run_block
+
+DOCS = ROOT / "docs"
+PAGES = sorted(str(path.relative_to(ROOT)) for path in DOCS.rglob("*.md"))
+# These have tests of their own.
+ELSEWHERE = {
+    "docs/practices.md",
+    "docs/testing.md",
+    "docs/tutorial.md",
+    "docs/logs.md",
+    "docs/howto/zero-code.md",
+}
+
+# Appended to a block that makes an `app`: a client that hangs up after `leaves` (virtual) seconds, or stays.
+CLIENT = """
+import asyncio
+from otel_tasks import global_task_manager
+from otel_tasks.testing import FakeConnection, run
+
+
+async def visit(method, path, leaves=None, socket=None):
+    if socket is None:
+        connection = FakeConnection(method=method, path=path)
+    else:
+        connection = FakeConnection.websocket(path)
+        connection.feed(socket)
+    serving = asyncio.create_task(connection.run(app))
+    if leaves is not None:
+        await asyncio.sleep(leaves)
+        connection.disconnect()
+    await serving
+    return connection
+
+
+def endings(manager=global_task_manager):
+    return [
+        f"{{info.name}} {{info.status}} {{info.cause and info.cause.kind}}"
+        for info in manager.get_all_task_info().values()
+    ]
+
+
+async def client():
+{script}
+
+
+run(client())
+"""
+
+# For a block of a page, found by words in it: what a client does, and what is printed then.
+VISITS = {
+    ("docs/index.md", "async def report"): (
+        """
+        print((await visit("GET", "/report/7")).body)
+        """,
+        ['b\'["prices","stock"]\''],
+    ),
+    ("docs/howto/fastapi.md", "fetch_with_mirror"): (
+        """
+        print((await visit("GET", "/pages/a")).body)
+        print((await visit("GET", "/pages/a", leaves=0.1)).status)
+        print(sorted(endings())[:3])
+        """,
+        [
+            'b\'["a","a?mirror"]\'',
+            "499",
+            "['first cancelled client_disconnect', 'first completed None', 'mirror cancelled "
+            "client_disconnect']",
+        ],
+    ),
+    ("docs/howto/fastapi.md", "cancel_handler_on_disconnect"): (
+        """
+        await visit("POST", "/preview", leaves=0.1)
+        await visit("GET", "/export", leaves=0.1)
+        print(ended)
+        """,
+        ["['preview', 'export, after its whole minute']"],
+    ),
+    ("docs/howto/fastapi.md", "def pages(tasks"): (
+        """
+        print((await visit("GET", "/pages")).body)
+        steps, sleep = [], time.sleep
+        time.sleep = lambda seconds: steps.append(seconds) or sleep(seconds)
+        print((await visit("GET", "/pages", leaves=0.1)).status, 0 < len(steps) < 20)
+        """,
+        ["b'20'", "499 True"],
+    ),
+    ("docs/howto/fastapi.md", "open_database"): (
+        """
+        async with app.router.lifespan_context(app):
+            print("serving")
+        """,
+        ["database open", "serving", "database closed"],
+    ),
+    ("docs/howto/streaming.md", "next_departure"): (
+        """
+        connection = await visit("GET", "/departures/Oslo", leaves=0.35)
+        print(connection.body.count(b"Oslo"), closed)
+        print(endings()[0])
+        """,
+        ["3 ['Oslo']", "next_departure cancelled client_disconnect"],
+    ),
+    ("docs/howto/streaming.md", "watch_export"): (
+        """
+        print((await visit("POST", "/exports/july")).status)
+        await visit("GET", "/exports/july/events", leaves=0.35)
+        print(global_task_manager.get_task("july").status)
+        body = (await visit("GET", "/exports/july/events")).body.decode()
+        print("event: progress" in body, "event: ended" in body)
+        """,
+        ["202", "running", "True True"],
+    ),
+    ("docs/howto/streaming.md", "watch_prices"): (
+        """
+        connection = await visit("GET", "/alerts", leaves=0.5, socket="Oslo")
+        print(sum("Oslo" in message.get("text", "") for message in connection.sent))
+        print(endings())
+        """,
+        ["3", "['watch_prices cancelled client_disconnect']"],
+    ),
+    ("docs/howto/finish.md", "uncancellable"): (
+        """
+        print((await visit("POST", "/orders/7", leaves=0.1)).status, orders)
+        await asyncio.sleep(1)
+        print(orders)
+        print(sorted(endings()))
+        """,
+        [
+            "499 {'7': 'paid'}",
+            "{'7': 'confirmed'}",
+            "['charge completed None', 'draw_map cancelled client_disconnect', 'send_confirmation "
+            "completed None']",
+        ],
+    ),
+    ("docs/howto/proxy.md", "/debug/slow"): (
+        """
+        await visit("GET", "/debug/slow", leaves=1)
+        await visit("GET", "/debug/slow")
+        """,
+        ["slow cancelled client_disconnect", "slow completed None"],
+    ),
+    ("docs/howto/debugging.md", "debug_tasks"): (
+        """
+        task = global_task_manager.create_task(asyncio.sleep(60), name="mail")
+        await asyncio.sleep(1)
+        print(b'"mail"' in (await visit("GET", "/debug/tasks")).body)
+        task.cancel()
+        """,
+        ["True"],
+    ),
+    ("docs/howto/kubernetes.md", "healthz"): (
+        """
+        print((await visit("GET", "/healthz")).status)
+        """,
+        ["200"],
+    ),
+}
+
+BLOCKS = [(page, code) for page in PAGES if page not in ELSEWHERE for code in python_blocks(page)]
+ALONE = [
+    (page, code)
+    for page, code in BLOCKS
+    if not any(page == where and words in code for where, words in VISITS)
+]
+
+
+def test_every_python_block_is_found() -> None:
+    """No block hides behind an unusual fence, but for those of the tutorial, which name their files."""
+    for page in PAGES:
+        fences = len(re.findall(r"^```python\n", (ROOT / page).read_text("utf-8"), re.MULTILINE))
+        titled = len(re.findall(r"^ *```(?:python|py)\b.", (ROOT / page).read_text("utf-8"), re.MULTILINE))
+        assert fences == len(python_blocks(page))
+        assert titled == 0 or page == "docs/tutorial.md"
+
+
+@pytest.mark.parametrize(("page", "code"), ALONE, ids=lambda value: value if value.startswith("docs") else "")
+def test_every_block_runs_and_prints_what_it_says(page: str, code: str) -> None:
+    """Each block runs by itself, without a warning; where a comment says what is printed, it is."""
+    wanted = promised_output(code)
+    printed = run_block(code).splitlines()
+    if wanted:
+        assert printed == wanted
+
+
+@pytest.mark.parametrize(("page", "words"), VISITS, ids=lambda value: value.rpartition("/")[2])
+def test_every_application_does_what_the_page_says(page: str, words: str) -> None:
+    """A client of the block's application, patient or not, finds what stands in the prose."""
+    (code,) = [code for code in python_blocks(page) if words in code]
+    script, wanted = VISITS[page, words]
+    assert run_block(code + CLIENT.format(script=script)).splitlines() == wanted
+
+
+def test_every_application_is_visited() -> None:
+    """No block that makes an `app` with a route is left without a client."""
+    assert [page for page, code in ALONE if "@app." in code] == []
+
+
+def test_the_tree_on_the_page_is_the_one_that_is_printed() -> None:
+    """The page about what runs now shows what its block prints, but for the file's name."""
+    (code, *_) = python_blocks("docs/howto/debugging.md")
+    (shown, *_) = re.findall(
+        r"^```text\n(.*?)^```", (DOCS / "howto/debugging.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert re.sub(r"\d+ms", "100ms", run_block(code)).replace("<string>", "app.py") == shown
+
+
+def test_what_is_generated_is_up_to_date() -> None:
+    """Tables, the state picture and llms.txt are what `python -m docs.generate` writes."""
+    stale = [path for path, text in generate.files().items() if path.read_text("utf-8") != text]
+    assert stale == [], "run: python -m docs.generate"
+
+
+def test_every_attribute_of_the_code_is_documented() -> None:
+    """The scenes have shown each name that `_telemetry` knows: none is missing in the tables."""
+    seen = scenes.watch()
+    shown = {name for name, _, _ in seen.attributes()} | {name for name, _ in seen.events()}
+    shown |= {name for metric in seen.metrics() for name in [metric.name, *metric.attributes]}
+    known = {
+        value
+        for name, value in vars(_telemetry).items()
+        if re.fullmatch("[A-Z][A-Z_]*", name)
+        and isinstance(value, str)
+        and "." in value
+        and name != "VERSION"
+    }
+    assert known
+    assert known - shown == set()
+    assert set(generate.LINKS) == set(seen.links())
+
+
+def test_every_public_name_is_on_the_api_page() -> None:
+    """The reference shows each name once, and none that is not public."""
+    shown = re.findall(r"^::: (\S+)$", (DOCS / "reference/api.md").read_text("utf-8"), re.MULTILINE)
+    wanted = {f"otel_tasks.{name}" for name in otel_tasks.__all__ if name != "__version__"}
+    wanted |= {f"otel_tasks.asgi.{name}" for name in asgi.__all__}
+    # What the adapter hands on stands with its own module.
+    wanted |= {f"otel_tasks.fastapi.{name}" for name in fastapi.__all__ if name not in asgi.__all__}
+    for module in (testing, logs, instrumentation):
+        wanted |= {f"{module.__name__}.{name}" for name in module.__all__}
+    assert sorted(shown) == sorted(set(shown))
+    assert set(shown) == wanted
+
+
+def test_state_picture_shows_every_status_and_way() -> None:
+    """The SVG is well formed and has each status and each signal of the table, in both colour schemes."""
+    picture = state_picture()
+    root = ET.fromstring(picture)  # noqa: S314 - our own picture, made two lines above
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    signals = [str(signal) for row in TRANSITIONS.values() for signal in row]
+    assert sorted(map(str, texts)) == sorted([*map(str, TaskStatus), *signals])
+    assert "prefers-color-scheme: dark" in picture
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    """Every relative link of a page is in the repository, also those that leave docs/."""
+    targets = re.findall(r"\]\((?!http)([^)#\s]+)", (ROOT / page).read_text("utf-8"))
+    assert [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()] == []
+
+
+def test_durations_of_the_kubernetes_page_fit_into_each_other() -> None:
+    """What may take its time one after another ends before the pod is killed."""
+    text = (DOCS / "howto/kubernetes.md").read_text("utf-8")
+    (block,) = yaml_blocks(text)
+    pod = block["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    command = container["command"]
+    requests = int(command[command.index("--timeout-graceful-shutdown") + 1])
+    lifespan = re.search(r"make_lifespan\(grace=([\d.]+), timeout=([\d.]+)\)", text)
+    assert lifespan is not None
+    before = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    total = before + requests + float(lifespan[1]) + float(lifespan[2])
+    assert total == 35
+    assert total + 10 == pod["terminationGracePeriodSeconds"]
+
+
+def test_collector_configuration_asks_for_what_there_is() -> None:
+    """Each policy names an attribute of the library and values that it can have; the pipeline is complete."""
+    (config,) = yaml_blocks((DOCS / "howto/sampling.md").read_text("utf-8"))
+    seen = {name: types for name, types, _ in scenes.watch().attributes()}
+    types = {"string_attribute": "str", "boolean_attribute": "bool", "numeric_attribute": "int"}
+    policies = config["processors"]["tail_sampling"]["policies"]
+    for policy in policies:
+        kind = policy["type"]
+        assert kind in policy
+        if kind in types:
+            assert seen[policy[kind]["key"]] == types[kind]
+            for value in policy[kind].get("values", []):
+                assert f"`{value}`" in generate.values_of(policy[kind]["key"])
+    pipeline = config["service"]["pipelines"]["traces"]
+    for part, names in pipeline.items():
+        assert set(names) == set(config[part])
+
+
+def yaml_blocks(text: str) -> list[dict[str, Any]]:
+    """The YAML blocks of a page, parsed."""
+    return [
+        yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+def test_every_page_is_listed_for_machines() -> None:
+    """llms.txt has a title, a summary, and a link to every page."""
+    text = (DOCS / "llms.txt").read_text("utf-8")
+    assert text.startswith("# otel_tasks\n\n> ")
+    listed = re.findall(r"^- \[[^\]]+\]\(([^)]+)\): .+", text, re.MULTILINE)
+    assert sorted(listed) == sorted(str(Path(page).relative_to("docs")) for page in PAGES)

@@ -1,0 +1,148 @@
+"""docs/tutorial.md, followed to the letter: its files, a real server, a client that hangs up, the tree."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from tests.blocks import ENVIRONMENT, ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.e2e
+
+TEXT = (ROOT / "docs" / "tutorial.md").read_text("utf-8")
+FILES = re.findall(r'^```python title="([\w.]+)"\n(.*?)^```', TEXT, re.MULTILINE | re.DOTALL)
+PLAIN, BOUND = [code for name, code in FILES if name == "app.py"]
+OTHERS = {name: code for name, code in FILES if name != "app.py"}
+# What the reader adds to app.py for the trace.
+(ADDED,) = re.findall(r"^```python\n(import tracing\n.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+# The suppliers take seconds; the test has not the reader's patience.
+HURRY = 10
+
+
+def traced(code: str) -> str:
+    """The app with the import and the line that step 4 adds."""
+    imported, _, made = ADDED.partition("\n\n")
+    code = code.replace(
+        "\nfrom fastapi import FastAPI\n", f"\nfrom fastapi import FastAPI\n\n{imported}\n", 1
+    )
+    found, count = re.subn(r"^app = FastAPI\(.*$", made.strip(), code, flags=re.MULTILINE)
+    assert count == 1
+    return found
+
+
+class Reader:
+    """Somebody with a terminal in a clone; here in an empty directory beside it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+
+    def save(self, name: str, code: str) -> None:
+        """Save a file, in which all waits for suppliers are shorter."""
+        hurried = code.replace("asyncio.sleep(seconds)", f"asyncio.sleep(seconds / {HURRY})")
+        (self.directory / name).write_text(hurried)
+
+    def serve_two_clients(self) -> str:
+        """Start the app, let one client wait and one hang up; give what the service has printed."""
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        command = [sys.executable, "-m", "uvicorn", "app:app", "--port", str(port), "--lifespan", "on"]
+        output = self.directory / "output.txt"
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                command, cwd=self.directory, env=self.environment, stdout=file, stderr=file
+            )
+        try:
+            url = f"http://127.0.0.1:{port}/offers"
+            assert self.first_answer(f"{url}/Lisbon").json() == [
+                "3 offers from trains",
+                "3 offers from hotels",
+            ]
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.get(f"{url}/Oslo", timeout=1.5 / HURRY)
+            # For as long as the second supplier would have taken, and more.
+            time.sleep(1.5 / HURRY)
+        finally:
+            process.terminate()
+            process.wait(timeout=10)
+        return output.read_text()
+
+    def first_answer(self, url: str) -> httpx.Response:
+        """Ask until the server is up."""
+        for _ in range(200):
+            try:
+                return httpx.get(url, timeout=10)
+            except httpx.ConnectError:
+                time.sleep(0.05)
+        raise AssertionError((self.directory / "output.txt").read_text())
+
+    def run(self, name: str) -> str:
+        """Run a script."""
+        done = subprocess.run(
+            [sys.executable, name],
+            cwd=self.directory,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Reader:
+    """A reader with an empty directory."""
+    return Reader(tmp_path)
+
+
+def test_the_plain_service_does_not_notice(reader: Reader) -> None:
+    """Step 2: the second supplier answers though its client has left."""
+    reader.save("app.py", PLAIN)
+    printed = reader.serve_two_clients()
+    assert (printed.count("trains has answered"), printed.count("hotels has answered")) == (2, 2)
+
+
+def test_the_service_stops_and_the_tree_says_so(reader: Reader) -> None:
+    """Steps 3 and 4: the second supplier is not waited for; the trees are the page's but for the times."""
+    for name, code in OTHERS.items():
+        reader.save(name, code)
+    reader.save("app.py", traced(BOUND))
+    printed = reader.serve_two_clients()
+    assert (printed.count("trains has answered"), printed.count("hotels has answered")) == (2, 1)
+    assert "Traceback" not in printed
+
+    (shown,) = re.findall(r"^```text\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    assert trees(reader.run("show.py")) == trees(shown)
+
+
+def trees(text: str) -> list[list[list[str]]]:
+    """The words of each line, tree by tree, without bars and times; the trees in no order."""
+    blocks = re.split(r"\n\s*\n", text.strip())
+    return sorted(
+        [re.split(r"\s+█*\s*\d*\s+", line.strip()) for line in block.splitlines()] for block in blocks
+    )
+
+
+def test_the_other_blocks_are_python() -> None:
+    """What is not run above can be compiled, and the exporter that step 5 names exists."""
+    (jaeger,) = re.findall(r"^```python\n(from opentelemetry.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", jaeger],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
