@@ -26,14 +26,14 @@ RESULTS = ROOT / "benchmarks" / "results.json"
 
 # Seconds that each may take; all together stay below ten minutes.
 PARTS = {
-    "spawn": 120.0,
+    "spawn": 90.0,
     "eager": 15.0,
     "span": 60.0,
-    "memory": 60.0,
+    "memory": 45.0,
     "scale": 40.0,
-    "cancel": 90.0,
-    "middleware": 90.0,
-    "disconnect": 70.0,
+    "cancel": 60.0,
+    "middleware": 80.0,
+    "disconnect": 60.0,
 }
 PEERS = (
     "aiojobs",

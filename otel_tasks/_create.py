@@ -125,81 +125,48 @@ def create(
     supervises: bool = False,
 ) -> ManagedTask[T]:
     """Create a task in ``group``; what its options mean stands at ``TaskManager.create_task``."""
-    ticket = None
+    ledger = group._ledger
+    extras = None
     work = coro
     try:
-        if type(coro) is not CoroutineType:
-            check_coroutine(coro)
-        ledger = group._ledger
-        loop = _get_running_loop()
-        if loop is None or loop is not ledger.loop or ledger.closed:
-            loop = ledger.enter()
-        if group._refusal is not None:
-            refuse(group, name or function_name(coro))
+        loop = loop_for(group, coro, name)
         if type(priority) is not TaskPriority:
             priority = checked_priority(priority)
-        extras = None
-        if timeout is not None or metadata is not None or keep_result or queue_timeout is not None:
-            extras = Extras(
-                metadata,
-                keep_result,
-                checked_seconds("timeout", timeout),
-                checked_seconds("queue_timeout", queue_timeout),
-            )
-            # A supervisor always keeps its result: no other task has to be asked.
-            extras.supervises = supervises
-        if context is not None and not isinstance(context, Context):
-            raise TypeError(
-                f"context must be a contextvars.Context, got {context!r}: write contextvars.copy_context()"
-            )
         if on_conflict != "suffix":
             check_choice("on_conflict", on_conflict, OnConflict)
+        check_context(context)
+        extras = wanted_extras(
+            timeout, queue_timeout, metadata, keep_result=keep_result, supervises=supervises
+        )
         taken = None if name is None else holder(group, name)
-        base = function_name(coro) if name is None else name
         if taken is not None and on_conflict == "return":
             coro.close()
             return taken
         if taken is not None and on_conflict == "error":
             refuse_name(group, taken)
-        limited = (group._limiter is not None or ledger.limiter.limit is not None) and not supervises
+        limited = not supervises and bool(limiters(group))
         if limited:
-            check_queue(group, base)
-        previous: tuple[asyncio.Task[Any], ...] = ()
-        key: str | int
-        if name is None:
-            key = next_free(group, base)
-        else:
-            if taken is not None:
-                base, previous = make_way(group, name, taken, on_conflict)
-            key = base
-            ledger.note_name(key)
+            # Before the name is taken: that may cancel the one which has it.
+            check_queue(group, name or function_name(coro))
+        base, key, previous = chosen_name(group, coro, name, taken, on_conflict)
         created_at = ledger.clock()
         if limited:
             extras = extras or Extras()
-            ticket = claim(group, extras, priority, created_at, loop)
+            claim(group, extras, priority, created_at, loop)
         if previous or (extras is not None and (extras.seconds is not None or extras.gate is not None)):
             extras = extras or Extras()
             work = run_when(coro, extras, previous, created_at)
-        tracer = ledger.telemetry.tracer()
-        bound = _bound.get() if context is None else context.get(_bound)
-        stranger = bound is not None and bound is not (group._binding or group)
+        context = own_context(group, context)
         span = None
-        if tracer is not None or stranger:
-            # A context that the user passed is copied as soon as something is put into it.
-            context = copy_context() if context is None else context.copy()
-            if stranger:
-                context.run(_bound.set, group._binding or group)
-            if tracer is not None and not supervises:
-                if extras is None or extras.gate is None:
-                    span = context.run(start_task_span, group, tracer, base, key, coro, priority, detached)
-                else:
-                    # The span of a task that queues is begun when it gets its place.
-                    extras.context = context
+        tracer = None if supervises else ledger.telemetry.tracer()
         if extras is not None and extras.gate is not None:
+            # The span of a task that queues is begun when it gets its place.
+            extras.context = context
             extras.begin = partial(begin_late, group, coro, detached)
+        elif tracer is not None and context is not None:
+            span = context.run(start_task_span, group, tracer, base, key, coro, priority, detached)
         eager = EAGER and (ledger.eager_start if eager_start is None else eager_start)
-        if eager and context is not None:
-            eager = is_free(context)
+        eager = eager and (context is None or is_free(context))
         # Built directly: create_task() of the loop would ask for a factory and set the name again.
         task = (
             ManagedTask.__new__(ManagedTask)
@@ -207,8 +174,8 @@ def create(
             else ManagedTask(work, loop=loop, name=base, context=context)
         )
     except BaseException:
-        if ticket is not None:
-            group._ledger.give_back(ticket)
+        if extras is not None and extras.ticket is not None:
+            ledger.give_back(extras.ticket)
         close_quietly(work)
         close_quietly(coro)
         raise
@@ -231,6 +198,80 @@ def create(
     if ledger.listeners:
         ledger.tell("created", snapshot(task))
     return task
+
+
+def loop_for(group: TaskGroup, coro: object, name: str | None) -> asyncio.AbstractEventLoop:
+    """The loop in which the group creates a task of ``coro``, if it does."""
+    check_coroutine(coro)
+    ledger = group._ledger
+    loop = _get_running_loop()
+    if loop is None or loop is not ledger.loop or ledger.closed:
+        loop = ledger.enter()
+    if group._refusal is not None:
+        refuse(group, name or function_name(coro))
+    return loop
+
+
+def check_context(context: object) -> None:
+    if context is not None and not isinstance(context, Context):
+        raise TypeError(
+            f"context must be a contextvars.Context, got {context!r}: write contextvars.copy_context()"
+        )
+
+
+def wanted_extras(
+    timeout: float | None,
+    queue_timeout: float | None,
+    metadata: Mapping[str, Any] | None,
+    *,
+    keep_result: bool,
+    supervises: bool,
+) -> Extras | None:
+    """What a task with these options needs beside the slots; None for one that has none of them."""
+    if timeout is None and queue_timeout is None and metadata is None and not keep_result:
+        return None
+    extras = Extras(
+        metadata,
+        keep_result,
+        checked_seconds("timeout", timeout),
+        checked_seconds("queue_timeout", queue_timeout),
+    )
+    # A supervisor always keeps its result: no other task has to be asked.
+    extras.supervises = supervises
+    return extras
+
+
+def chosen_name(
+    group: TaskGroup,
+    coro: object,
+    name: str | None,
+    taken: ManagedTask[Any] | None,
+    on_conflict: OnConflict,
+) -> tuple[str, str | int, tuple[asyncio.Task[Any], ...]]:
+    """Decide what asyncio calls a task, its key, and after which tasks it may begin."""
+    if name is None:
+        base = function_name(coro)
+        return base, next_free(group, base), ()
+    previous: tuple[asyncio.Task[Any], ...] = ()
+    if taken is not None:
+        name, previous = make_way(group, name, taken, on_conflict)
+    group._ledger.note_name(name)
+    return name, name, previous
+
+
+def own_context(group: TaskGroup, context: Context | None) -> Context | None:
+    """A context for the new task alone, if something has to be put into it; else the one that was given.
+
+    One that the user passed is copied, too: they may use it for more than this task.
+    """
+    bound = _bound.get() if context is None else context.get(_bound)
+    is_stranger = bound is not None and bound is not (group._binding or group)
+    if not is_stranger and group._ledger.telemetry.tracer() is None:
+        return context
+    context = copy_context() if context is None else context.copy()
+    if is_stranger:
+        context.run(_bound.set, group._binding or group)
+    return context
 
 
 def run_first_step(
