@@ -53,7 +53,7 @@ class Visit:
 
 
 def visits() -> list[Visit]:
-    """The clients that send one request each; the fifth one watches a long job, see `watch_export`."""
+    """The clients that send one request each; the fifth one watches a long task, see `watch_export`."""
     return [
         Visit(
             "GET", "/search/Lisbon?fail=trains", "waits; one supplier fails, and the answer comes without it"
@@ -139,7 +139,7 @@ def export_bar() -> Progress:
 
 
 async def watch_export(url: str, bar: Progress) -> None:
-    """Start a long job, and draw the snapshots of its progress that the service sends until it has ended."""
+    """Start a long task, and draw the snapshots of its progress that the service sends until it has ended."""
     async with httpx.AsyncClient(base_url=url, timeout=10.0) as client:
         started = (await client.post("/exports", json={"city": "Lisbon", "pages": 24})).json()
         line = bar.add_task(started["name"], total=24, state="begins")

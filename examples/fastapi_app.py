@@ -4,7 +4,7 @@ Run it with ``uvicorn examples.fastapi_app:app``, or see it at work with ``make 
 
 What to look for, from the top: how tracing is set up once and handed to whoever records spans (1); the one
 line that binds work to its request (2); what a handler looks like when everything it starts ends with it (3);
-how work that must not be torn by an impatient client is kept apart from the rest (4); and a long job that
+how work that must not be torn by an impatient client is kept apart from the rest (4); and a long task that
 belongs to nobody's request, whose progress any client may watch (5).
 """
 
@@ -218,7 +218,7 @@ async def watch_prices(socket: WebSocket, city: str) -> None:
 
 @app.get("/brochure/{city}")
 def brochure(city: str, tasks: RequestTasks, pages: int = 20) -> dict[str, Any]:
-    """A ``def`` endpoint runs in a thread, and nothing can stop a thread from outside.
+    """A ``def`` handler runs in a thread, and nothing can stop a thread from outside.
 
     The group's event may be read there, so a long loop can ask now and then whether anyone still waits.
     """
@@ -285,7 +285,7 @@ async def draw_map(city: str) -> str:
     return f"map of {city}"
 
 
-# --- 5. A long job, and who watches it -------------------------------------------------------------------
+# --- 5. A long task, and who watches it ------------------------------------------------------------------
 
 
 class Export(BaseModel):
@@ -297,8 +297,8 @@ class Export(BaseModel):
 
 @app.post("/exports", status_code=202)
 async def start_export(export: Export) -> dict[str, str]:
-    """Begin, and say where to watch. The job is the application's: it goes on when this request has ended."""
-    # Without a name of its own it gets a number, so that each job has an address that no other has.
+    """Begin, and say where to watch. The task is the application's: it goes on when the request has ended."""
+    # Without a name of its own it gets a number, so that each task has an address that no other has.
     task = manager.create_task(write_export(export), group="exports", priority=TaskPriority.LOW)
     return {"name": task.name, "progress": f"/exports/{task.name}/progress"}
 
@@ -320,7 +320,7 @@ async def read_exports() -> dict[str, Any]:
 
 
 async def find_export(name: str) -> ManagedTask[Any] | TaskInfo:
-    """The job, or the record of one that has ended: a client may come late. No other tasks are shown."""
+    """The task, or the record of one that has ended: a client may come late. No other tasks are shown."""
     info = manager.get_task_info(name)
     if info is None or info.group != "exports":
         raise HTTPException(404, f"no export {name!r}")
@@ -332,7 +332,7 @@ async def watch_export(
     export: Annotated[ManagedTask[Any] | TaskInfo, Depends(find_export)],
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    """Server-sent events until the job has ended; a client that leaves ends the watching, not the job.
+    """Server-sent events until the task has ended; a client that leaves ends the watching, not the task.
 
     In a browser::
 

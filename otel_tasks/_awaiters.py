@@ -12,7 +12,7 @@ import functools
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from otel_tasks._task import ManagedTask
+from otel_tasks._task import ManagedTask, standing_for
 from otel_tasks.cancellation import _Wait
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def _waiting_for(future: asyncio.Future[Any]) -> Iterator[asyncio.Future[Any]]:
     # asyncio's own attribute, 3.11 to 3.14, in C and in Python: it keeps no list of who awaits what.
     for callback, _ in future._callbacks or ():
         yield from _woken_by(callback)
+    yield from standing_for(future)
     if isinstance(future, ManagedTask):
         yield from _hosts_of(future)
 

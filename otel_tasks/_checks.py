@@ -46,11 +46,14 @@ def checked_name(what: str, name: object, mend: str = "leave it out to have one 
         TypeError: It is not a string.
         ValueError: It is empty.
     """
+    if type(name) is str and name:
+        return name
     if not isinstance(name, str):
         raise TypeError(f"{what} name must be a string, got {name!r}")
     if not name:
         raise ValueError(f"{what} name must not be empty: {mend}")
-    return name
+    # Its characters alone: one that is an Enum too says something else when asyncio asks for its text.
+    return str.__str__(name)
 
 
 def checked_priority(priority: object) -> TaskPriority:

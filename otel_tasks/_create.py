@@ -25,6 +25,7 @@ from otel_tasks._task import (
     ask,
     base_name,
     by_name,
+    extras_of,
     full_name,
     init_task,
     run_when,
@@ -138,7 +139,10 @@ def create(
         extras = wanted_extras(
             timeout, queue_timeout, metadata, keep_result=keep_result, supervises=supervises
         )
-        taken = None if name is None else holder(group, name)
+        taken = None
+        if name is not None:
+            name = checked_name("task", name)
+            taken = holder(group, name)
         if taken is not None and on_conflict == "return":
             coro.close()
             return taken
@@ -292,6 +296,9 @@ def run_first_step(
             ledger.on_done(task)
         else:
             add_done_callback(task, ledger.on_done, context=ledger.context)
+            if task.done():
+                # It stays here for a turn without a coroutine: not plain, for `ask_all`.
+                extras_of(task)
 
 
 def start_task_span(
@@ -441,8 +448,10 @@ def begin_late(
 def next_free(group: TaskGroup, base: str) -> int:
     """The next number that makes a free name of ``base``."""
     number = group._ledger.next_number()
-    # Taken only where somebody has called a task just that.
-    return number if f"{base}-{number}" not in group._names else next_free(group, base)
+    # Taken only where somebody has called a task just that; who numbers tasks of their own takes many.
+    while f"{base}-{number}" in group._names:
+        number = group._ledger.next_number()
+    return number
 
 
 def numbered(group: TaskGroup, base: str) -> str:
@@ -460,7 +469,7 @@ def is_free_name(ledger: Ledger, names: Mapping[str | int, ManagedTask[Any]], na
 
 def holder(group: TaskGroup, name: str) -> ManagedTask[Any] | None:
     """The live task that has this name."""
-    task = by_name(group._names, checked_name("task", name))
+    task = by_name(group._names, name)
     # One that is done gives its name up, even if its done-callback is still to come.
     return None if task is None or task.done() else task
 
@@ -536,7 +545,7 @@ def rename(group: TaskGroup, task: ManagedTask[Any], name: str) -> str:
     if group._live.get(old) is not task:
         # It has ended, and is in no table any more.
         return name
-    key = name if holder(group, name) in (None, task) else numbered(group, name)
+    key = name if holder(group, checked_name("task", name)) in (None, task) else numbered(group, name)
     group._ledger.note_name(key)
     for table in (group._live, group._names):
         table.pop(old, None)

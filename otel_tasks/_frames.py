@@ -104,6 +104,8 @@ class Stacks:
             thread: That of its loop.
         """
         try:
+            if task.done():
+                return []
             coro = task.get_coro()
             if task is not asyncio.current_task(task.get_loop()):
                 return suspended_frames(coro)

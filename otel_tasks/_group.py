@@ -44,7 +44,7 @@ from otel_tasks.progress import add_up
 
 if TYPE_CHECKING:
     import concurrent.futures
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Callable, Collection, Coroutine, Iterator
     from types import TracebackType
     from typing import Self, Unpack
 
@@ -297,8 +297,9 @@ class TaskGroup:
             key = name
         loop: Any = ledger.quick_loop
         span = context = None
-        # Looked at before asking: two calls less where nobody traces, 2 % of a task.
-        if trace._TRACER_PROVIDER is not None or not ledger.telemetry.is_global:
+        # Looked at before asking: two calls less where nobody traces, 2 % of a task. In this order: a
+        # later OpenTelemetry may lack the name.
+        if not ledger.telemetry.is_global or trace._TRACER_PROVIDER is not None:
             tracer = ledger.telemetry.tracer()
             if tracer is not None:
                 context = copy_context()
@@ -519,9 +520,12 @@ class TaskGroup:
 
         Cancellation: of the caller leaves the tasks alone.
         """
-        spared = with_awaiters(asyncio.current_task())
-        while live := [task for task in self._every_live() if task not in spared]:
+        # Anew each time: two that join each other would wait for ever, if the second came later.
+        while live := self._live_without(with_awaiters(asyncio.current_task())):
             await wait_until_done(live)
+
+    def _live_without(self, spared: Collection[asyncio.Future[Any]]) -> list[ManagedTask[Any]]:
+        return [task for task in self._every_live() if task not in spared]
 
     # -- async with -------------------------------------------------------------------------
 

@@ -205,7 +205,8 @@ class Ledger:
             self._drop_dead()
         self.loop = loop
         self.settle()
-        own = type(loop).time is not asyncio.BaseEventLoop.time
+        # Also where somebody has put a clock onto the loop itself, as tests do.
+        own = getattr(loop.time, "__func__", None) is not asyncio.BaseEventLoop.time
         self.clock = loop.time if own else time.monotonic
         self.thread = get_ident()
         self.threads.bind(loop)
@@ -300,16 +301,18 @@ class Ledger:
         text = str(cause)
         asked = 0
         heard = bool(self.listeners)
+        coro: Any
         outer, self.asking = self.asking, cause
         try:
             for task in tasks:
-                coro: Any = task.get_coro()
+                # The coroutine last: one that ended in an eager first step has none, and CPython 3.12 up
+                # to 3.12.4 crashes (gh-122332). It has extras as long as it is here.
                 if (
                     heard
                     or task._extras is not None
                     or task._span is not None
                     or task._cause is not None
-                    or type(coro) is not CoroutineType
+                    or type(coro := task.get_coro()) is not CoroutineType
                     or not coro.cr_suspended
                 ):
                     asked += ask(task, cause, text)
@@ -472,30 +475,34 @@ class Ledger:
         # in a third of the time.
         group = task._group
         key = task._key
-        label = group._label or (group.name, group.id, True)
-        if cause is None:
-            self.completed += 1
-        else:
-            self._count_cancelled(label[0], cause)
-        ids = None
-        # Looked at before asking, as at the beginning.
-        if (
-            metrics_internal._METER_PROVIDER is not None
-            or task._span is not None
-            or not self.telemetry.is_global
-        ):
-            ids = None if task._span is None else task._span.get_span_context()
-            self._report_end(task, _SUCCESS if cause is None else _CANCELLED)
-        self.remember((base_name(task), key, label, task._priority, task._created_at, ended_at, cause, ids))
-        names = group._names
-        # Its entry may be another's by now: a name is free as soon as its task is done.
-        if names.get(key) is task:
-            del names[key]
-        live = group._live
-        if live is not names and live.get(key) is task:
-            del live[key]
-        if not live:
-            emptied(group)
+        try:
+            label = group._label or (group.name, group.id, True)
+            if cause is None:
+                self.completed += 1
+            else:
+                self._count_cancelled(label[0], cause)
+            ids = None
+            # Looked at before asking, as at the beginning.
+            if (
+                not self.telemetry.is_global
+                or metrics_internal._METER_PROVIDER is not None
+                or task._span is not None
+            ):
+                ids = None if task._span is None else task._span.get_span_context()
+                self._report_end(task, _SUCCESS if cause is None else _CANCELLED)
+            self.remember(
+                (base_name(task), key, label, task._priority, task._created_at, ended_at, cause, ids)
+            )
+        finally:
+            # As `_remove`. Its entry may be another's by now: a name is free as soon as its task is done.
+            names = group._names
+            if names.get(key) is task:
+                del names[key]
+            live = group._live
+            if live is not names and live.get(key) is task:
+                del live[key]
+            if not live:
+                emptied(group)
 
     def _end_progress(self, group: TaskGroup, progress: TaskProgress) -> None:
         progress.end()

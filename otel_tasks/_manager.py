@@ -504,7 +504,9 @@ class TaskManager:
         """
         task = self._find(name)
         if task is None:
-            raise self._not_found(name)
+            raise self._not_found(
+                name, "get_task_info() has its record, and wait_for_task() the result of a start_task()"
+            )
         return task
 
     def get_task_info(self, name: str) -> TaskInfo | None:
@@ -569,11 +571,12 @@ class TaskManager:
 
         Args:
             signum: Which; None is ``SIGUSR1``.
-            file: Where to; None is ``sys.stderr`` as it is then.
+            file: Where to, an open text file; None is ``sys.stderr`` as it is then.
             limit: As for ``tree``.
 
         Raises:
             RuntimeError: This is not the main thread, or the platform has no ``SIGUSR1``.
+            TypeError: ``file`` is no file.
             ValueError: There is no such signal, it cannot be handled, or ``limit`` is below 1.
 
         Example:
@@ -708,7 +711,10 @@ class TaskManager:
         if task is None:
             ending = self._ledger.history.ending(name)
             if ending is None:
-                raise self._not_found(name)
+                raise self._not_found(
+                    name,
+                    "only start_task() keeps results, of others keep the object that create_task() returned",
+                )
             return ending.take()
         await asyncio.wait([task], timeout=seconds)
         if not task.done():
@@ -894,7 +900,8 @@ class TaskManager:
 
     def _make_label(self, name: str) -> TaskGroup:
         mend = 'leave it out for the manager\'s own, which get_group("root") gives'
-        parts = checked_name("group", name, mend).split(".")
+        name = checked_name("group", name, mend)
+        parts = name.split(".")
         if not all(parts):
             raise ValueError(f"group name must not have empty parts between its dots, got {name!r}")
         parent = self._root if len(parts) == 1 else self.get_group(name.rpartition(".")[0])
@@ -927,17 +934,15 @@ class TaskManager:
             return [self.get_group(group), *scoped]
         return scoped
 
-    def _not_found(self, name: str) -> TaskNotFoundError:
+    def _not_found(self, name: str, mend: str) -> TaskNotFoundError:
+        """Say that a task is not live; ``mend`` is for one that is remembered."""
         known = self._ledger.history.find(name)
         if known is None:
             return TaskNotFoundError(
                 f"no task is called {name!r}: it was never started, or is forgotten by now; "
                 "get_all_task_info() lists those that are known"
             )
-        return TaskNotFoundError(
-            f"task {name!r} has ended ({known.status}): only start_task() keeps results, "
-            "of others keep the object that create_task() returned"
-        )
+        return TaskNotFoundError(f"task {name!r} has ended ({known.status}): {mend}")
 
     def _caller(self) -> asyncio.Task[Any] | None:
         """The calling task, after a look whether this is the right loop to call from."""

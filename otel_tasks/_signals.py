@@ -31,6 +31,9 @@ def write_on_signal(
 ) -> ExitStack:
     """Write what ``describe`` says at each signal; see ``TaskManager.dump_on_signal``."""
     number = _checked_signal(signum)
+    if file is not None and not hasattr(file, "write"):
+        # Found out at the signal, it would be too late: nothing is raised there.
+        raise TypeError(f"dump_on_signal() writes to an open text file, got {file!r}: pass file=open(...)")
     handler = _Handler(describe, number, file)
     undo = ExitStack()
     undo.callback(handler.leave)
@@ -51,8 +54,10 @@ class _Handler:
         self._writing = False
         try:
             self._previous: Any = signal.signal(signum, self)
-        except OSError as error:
-            raise ValueError(f"dump_on_signal() cannot handle {signum.name}: use signal.SIGUSR1") from error
+        except (OSError, ValueError) as error:
+            # On Windows it is a ValueError, as of CTRL_C_EVENT, which can only be sent.
+            usable = " or ".join(_usable_signals())
+            raise ValueError(f"dump_on_signal() cannot handle {signum.name}: use {usable}") from error
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         if self._describe is not None and not self._writing:
@@ -96,6 +101,11 @@ def _write(text: str, file: Any) -> None:
         return
 
 
+def _usable_signals() -> list[str]:
+    """Those that nobody else needs, and that this platform has."""
+    return [f"signal.{name}" for name in ("SIGUSR1", "SIGUSR2", "SIGBREAK") if hasattr(signal, name)]
+
+
 def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
@@ -111,8 +121,8 @@ def _checked_signal(signum: int | None) -> signal.Signals:
     try:
         number = signal.Signals(signum)
     except ValueError:
-        names = "signal.SIGUSR1 or signal.SIGUSR2"
-        raise ValueError(f"dump_on_signal() takes a signal, as {names}, got {signum!r}") from None
+        usable = " or ".join(_usable_signals())
+        raise ValueError(f"dump_on_signal() takes a signal, as {usable}, got {signum!r}") from None
     if not _in_main_thread():
         raise RuntimeError(
             f"dump_on_signal() was called in thread {threading.current_thread().name!r}: "

@@ -17,6 +17,7 @@ from dataclasses import replace
 from threading import get_ident
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 from otel_tasks._admission import Ticket, lift
 from otel_tasks._frames import suspended_frames
@@ -462,12 +463,11 @@ def _comes_from_server(task: ManagedTask[Any], asker: asyncio.Task[Any]) -> bool
     in the handler asks from a bare callback.
     """
     host = task._group._host
-    return (
-        host is not None
-        and host is not asker
-        and host.cancelling() > 0
-        and getattr(host, "_fut_waiter", None) is task
-    )
+    if host is None or host is asker or not host.cancelling():
+        return False
+    # Whom the handler awaits: the task itself, or what asyncio.gather() gives for several.
+    awaited = getattr(host, "_fut_waiter", None)
+    return awaited is task or task in getattr(awaited, "_children", ())
 
 
 def take_note(task: ManagedTask[Any], cause: CancelCause) -> None:
@@ -514,6 +514,10 @@ def reported(task: ManagedTask[Any]) -> Progress | None:
 
 def has_started(task: ManagedTask[Any]) -> bool:
     """Tell by its coroutine whether a live task has run any of its code."""
+    if task.done():
+        # Before its coroutine is asked for: one that ended in an eager first step has none, and CPython
+        # 3.12 up to 3.12.4 crashes (https://github.com/python/cpython/issues/122332).
+        return True
     extras = task._extras
     coro = task.get_coro() if extras is None or extras.inner is None else extras.inner
     if not isinstance(coro, CoroutineType):
@@ -722,22 +726,55 @@ async def _wait_for_place(gate: asyncio.Future[None], extras: Extras) -> None:
         begin(task)
 
 
+class Line:
+    """The tasks for which somebody who waits for many has still to wait: a done-callback is at one alone."""
+
+    __slots__ = ("__weakref__", "left", "waiter")
+
+    def __init__(self, left: Mapping[asyncio.Task[Any], None], waiter: asyncio.Task[Any] | None) -> None:
+        self.left = left
+        self.waiter = waiter
+
+
+# All of this process, for those who ask who awaits a task. Weak: one that stands in a loop that was
+# closed under it goes with it.
+_lines: WeakValueDictionary[int, Line] = WeakValueDictionary()
+
+
+def standing_for(task: asyncio.Future[Any]) -> list[asyncio.Task[Any]]:
+    """Say who waits for many tasks, with this one among those that are still to come."""
+    # A list made in one step: lines come and go in other threads meanwhile.
+    lines = [line for link in _lines.valuerefs() if (line := link()) is not None]
+    return [line.waiter for line in lines if line.waiter is not None and task in line.left]
+
+
 async def wait_until_done(tasks: Collection[asyncio.Task[Any]], timeout: float | None = None) -> None:
     """Wait until all ``tasks`` are done, or for ``timeout`` seconds (None: without bound).
 
-    Unlike ``asyncio.wait`` it does not count as somebody who will be told of their failures.
+    Their own done-callbacks have been called by then: the books are in order. Unlike
+    ``asyncio.wait`` it does not count as somebody who will be told of their failures.
 
     Cancellation: of the caller leaves the tasks alone.
     """
+    if not tasks:
+        return
     loop = asyncio.get_running_loop()
     deadline = None if timeout is None else loop.time() + timeout
+    # A dictionary, to take the last one out of it, and to be asked whether one is in it.
+    left = dict.fromkeys(tasks)
+    if len(left) > 1:
+        line = Line(left, asyncio.current_task())
+        _lines[id(line)] = line
+    ended_before = False
     # One after another, the last first: tasks that end in the same turn cost one wait, not one each.
-    for number, task in enumerate(reversed(list(tasks))):
-        # The first also if it is done: its own done-callback may still be to come, as that of any
-        # other that is done by now, and is called before the one here.
-        if (number and task.done()) or await _is_done_by(task, deadline, loop):
-            continue
-        return
+    while left:
+        task, _ = left.popitem()
+        ended_before = task.done()
+        if not ended_before and not await _is_done_by(task, deadline, loop):
+            return
+    if ended_before:
+        # Perhaps in this very turn: then its done-callbacks are to be called in the next.
+        await asyncio.sleep(0)
 
 
 async def _is_done_by(

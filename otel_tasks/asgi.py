@@ -64,7 +64,7 @@ _ANSWER_TIMEOUT = 1.0
 # Seconds in which cancelled tasks are to end; as long as cancel_group() waits.
 _END_TIMEOUT = 10.0
 # GroupClosedError: work that was to be started for a client that is gone. The CancelledError of
-# concurrent.futures: a `def` endpoint has waited for a task that was cancelled.
+# concurrent.futures: a `def` handler has waited for a task that was cancelled.
 _OUR_DEPARTURES = (
     asyncio.CancelledError,
     concurrent.futures.CancelledError,
@@ -72,7 +72,7 @@ _OUR_DEPARTURES = (
     GroupClosedError,
 )
 _NO_TASKS: frozenset[asyncio.Task[Any]] = frozenset()
-# A ``def`` endpoint may ask for its request's group while the loop, or another thread, does.
+# A ``def`` handler may ask for its request's group while the loop, or another thread, does.
 _making = threading.RLock()
 
 

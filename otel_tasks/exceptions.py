@@ -12,7 +12,7 @@ class OtelTasksError(Exception):
 
 
 class TaskNotFoundError(OtelTasksError, KeyError):
-    """No live or remembered task has this name."""
+    """No live task has this name, or it has ended and what was asked for was not kept."""
 
     # KeyError shows repr(message), with quotes and escapes; ours is a sentence.
     __str__ = Exception.__str__

@@ -244,9 +244,11 @@ def progress_events(
     Example:
         >>> @app.get("/exports/{name}/progress", response_class=EventSourceResponse)
         ... async def export_progress(
-        ...     name: str, last_event_id: Annotated[str | None, Header()] = None
+        ...     # Found in a dependency, which can answer 404: in here the response has begun.
+        ...     task: Annotated[ManagedTask[Any] | TaskInfo, Depends(find_export)],
+        ...     last_event_id: Annotated[str | None, Header()] = None,
         ... ) -> AsyncIterator[ServerSentEvent]:
-        ...     async for event in progress_events(manager.get_task(name), last_event_id=last_event_id):
+        ...     async for event in progress_events(task, last_event_id=last_event_id):
         ...         yield event
     """
     try:

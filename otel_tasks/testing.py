@@ -128,7 +128,7 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         return self._is_busy_anyio_worker(thread) or getattr(thread, "works_for", None) is self
 
     def _is_busy_anyio_worker(self, thread: threading.Thread) -> bool:
-        # anyio (hence Starlette's ``def`` endpoints) does not use run_in_executor. Its worker puts itself
+        # anyio (hence Starlette's ``def`` handlers) does not use run_in_executor. Its worker puts itself
         # into ``idle_workers`` from the loop's thread when it is done: nothing is lost between the two.
         idle: Iterable[object] | None = getattr(thread, "idle_workers", None)
         return idle is not None and getattr(thread, "loop", None) is self and thread not in idle

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from otel_tasks import CancelKind, GroupClosedError, TaskManager, create_task, current_group
+from otel_tasks import CancelKind, GroupClosedError, ManagedTask, TaskManager, create_task, current_group
 from otel_tasks.asgi import (
     ClientDisconnected,
     TaskGroupMiddleware,
@@ -681,6 +681,22 @@ async def test_shutdown_is_the_cause_of_the_task_that_the_handler_awaits(manager
         await task
     assert tasks[0].cause is not None
     assert str(tasks[0].cause) == "shutdown: time is up"
+
+
+async def test_shutdown_is_the_cause_of_all_tasks_that_the_handler_gathers(manager: TaskManager) -> None:
+    """Of those that ``asyncio.gather`` hands the server's cancel on to, as of one that is awaited itself."""
+    tasks: list[ManagedTask[None]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        tasks.extend(create_task(asyncio.sleep(60)) for _ in range(2))
+        await asyncio.gather(*tasks)
+
+    task = serve(app, manager, FakeConnection())
+    await asyncio.sleep(1)
+    task.cancel("time is up")
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [str(task.cause) for task in tasks] == ["shutdown: time is up"] * 2
 
 
 async def test_timeout_in_the_handler_is_no_shutdown(manager: TaskManager) -> None:

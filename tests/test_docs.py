@@ -123,8 +123,11 @@ VISITS = {
         print(global_task_manager.get_task("july").status)
         body = (await visit("GET", "/exports/july/events")).body.decode()
         print("event: progress" in body, "event: ended" in body)
+        late = await visit("GET", "/exports/july/events")
+        print(late.status, b"event: ended" in late.body)
+        print((await visit("GET", "/exports/august/events")).status)
         """,
-        ["202", "running", "True True"],
+        ["202", "running", "True True", "200 True", "404"],
     ),
     ("docs/howto/streaming.md", "watch_prices"): (
         """
@@ -167,8 +170,9 @@ VISITS = {
     ("docs/howto/kubernetes.md", "healthz"): (
         """
         print((await visit("GET", "/healthz")).status)
+        print((await visit("GET", "/slow")).status)
         """,
-        ["200"],
+        ["200", "200"],
     ),
 }
 

@@ -286,6 +286,26 @@ async def test_a_failure_at_once_in_a_block_raises_the_group(manager: TaskManage
 
 
 @needs_eager
+@pytest.mark.parametrize("error", [ValueError("bad"), asyncio.CancelledError()])
+async def test_one_that_ended_at_once_may_be_asked_for_and_cancelled(
+    manager: TaskManager, error: BaseException
+) -> None:
+    """It has no coroutine any more while its end is still to be booked; CPython 3.12.1 crashes over that."""
+    tasks = [manager.create_task(fail(error), group="g") for _ in range(3)]
+    manager.get_group("g").cancel()
+    assert tasks[0].cancel("why") is False
+    assert tasks[0].stack() == ""
+    assert "g" in str(manager.tree())
+    assert [task.info().status.is_final for task in tasks] == [True] * 3
+    await asyncio.wait(tasks)
+    await manager.cancel_all_tasks()
+    assert manager.stats().live == 0
+    assert [task.cause and task.cause.kind for task in tasks] == [
+        CancelKind.FOREIGN if task.cancelled() else None for task in tasks
+    ]
+
+
+@needs_eager
 async def test_a_failure_at_once_at_the_end_of_a_block(manager: TaskManager) -> None:
     """A block without another await is left with it, too."""
     with pytest.raises(ExceptionGroup) as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import enum
 import gc
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,35 @@ async def test_made_name_avoids_a_given_one() -> None:
     manager.create_task(give(0), name="give-1")
     assert manager.create_task(give(1)).name == "give-2"
     await manager.join()
+
+
+async def test_made_name_avoids_as_many_as_were_given() -> None:
+    """Who numbers thousands of tasks of their own may leave the next one to the library."""
+    manager = TaskManager()
+    for number in range(1, 2001):
+        manager.create_task(give(number), name=f"give-{number}")
+    assert manager.create_task(give(0)).name == "give-2001"
+    await manager.join()
+
+
+async def test_name_may_be_a_member_of_an_enumeration() -> None:
+    """Of a str that is an Enum too its characters are the name, wherever it is asked for."""
+
+    class Work(str, enum.Enum):  # noqa: UP042  # a StrEnum's text is its characters anyway
+        SYNC = "sync"
+
+    manager = TaskManager()
+    task = manager.create_task(give(1), name=Work.SYNC, group=Work.SYNC)
+    assert (task.name, task.id, task.group.id) == ("sync", "sync", "sync")
+    assert manager.get_task("sync") is task
+    with pytest.raises(TaskExistsError):
+        manager.create_task(give(2), name="sync", on_conflict="error")
+    await task
+    await settle()
+    info = manager.get_task_info("sync")
+    assert info is not None
+    assert info.group == "sync"
+    assert manager.stats().live == 0
 
 
 async def test_names_are_unique_among_all_labelled_groups() -> None:
@@ -389,6 +419,29 @@ async def test_task_that_joins_its_own_group_does_not_wait_for_itself() -> None:
     manager.create_task(asyncio.sleep(2), group="g")
     await manager.create_task(manager.get_group("g").join(), group="g")
     assert manager.stats().live == 0
+
+
+@pytest.mark.parametrize("order", ["jjx", "xjj", "jxj", "jjxx", "xjxjxj"])
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_tasks_that_join_the_group_they_share_do_not_wait_for_each_other(
+    order: str, at_once: bool
+) -> None:
+    """Whoever comes first, and whomever each waits for just then, all return with the last of the others."""
+    group = TaskManager().get_group("g")
+    start = now()
+
+    async def join() -> None:
+        await asyncio.sleep(0)
+        await group.join()
+
+    tasks = []
+    for seconds, kind in enumerate(order, 1):
+        tasks.append(group.create_task(join() if kind == "j" else asyncio.sleep(seconds)))
+        if not at_once:
+            await settle()
+    await asyncio.wait(tasks, timeout=100)
+    assert all(task.done() for task in tasks)
+    assert now() - start == order.rindex("x") + 1
 
 
 async def test_labelled_group_cannot_be_entered() -> None:

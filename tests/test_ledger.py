@@ -493,6 +493,28 @@ async def test_raising_exporter_breaks_no_task(caplog: pytest.LogCaptureFixture)
     assert len(complaints) == 1
 
 
+async def test_task_leaves_its_group_whatever_its_span_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A span that is broken in a place where none is guarded against keeps nobody waiting."""
+    spans = SpanRecorder()
+    manager = TaskManager(tracer_provider=spans.provider, meter_provider=spans.meter_provider)
+    errors: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context["message"]))
+
+    class Broken:
+        def get_span_context(self) -> None:
+            raise RuntimeError("broken")
+
+    task = manager.create_task(give(1), group="g")
+    span = task._span
+    monkeypatch.setattr(task, "_span", Broken())
+    assert await task == 1
+    await manager.join()
+    assert manager.stats().live == 0
+    assert errors
+    assert span is not None
+    span.end()
+
+
 # -- loops and threads -----------------------------------------------------------------------------
 
 
@@ -559,6 +581,19 @@ def test_manager_with_live_tasks_refuses_another_loop() -> None:
     first.run_until_complete(manager.shutdown(0))
     first.close()
     gc.collect()
+
+
+def test_clock_that_was_put_onto_the_loop_is_the_tasks_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop whose time() was replaced, on the object alone, gives a task its times."""
+
+    async def main() -> None:
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: 5.0)
+        task = TaskManager().create_task(give(1))
+        assert task.info().created_at == 5.0
+        await task
+        monkeypatch.undo()
+
+    asyncio.run(main())
 
 
 def test_manager_without_live_tasks_binds_to_a_new_loop() -> None:

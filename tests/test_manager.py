@@ -184,10 +184,16 @@ async def test_get_task_gives_live_tasks_only() -> None:
     await task
     with pytest.raises(
         TaskNotFoundError,
+        match=r"^task 'a' has ended \(completed\): get_task_info\(\) has its record, "
+        r"and wait_for_task\(\) the result of a start_task\(\)$",
+    ):
+        manager.get_task("a")
+    with pytest.raises(
+        TaskNotFoundError,
         match=r"^task 'a' has ended \(completed\): only start_task\(\) keeps results, "
         r"of others keep the object that create_task\(\) returned$",
     ):
-        manager.get_task("a")
+        await manager.wait_for_task("a")
     with pytest.raises(
         KeyError,
         match=r"^no task is called 'b': .* forgotten by now; get_all_task_info\(\) lists those that",
@@ -902,6 +908,21 @@ async def calling_a_decorated_function(manager: TaskManager) -> None:
 def test_nothing_leaks_whichever_await_is_cancelled(scenario: Any, awaits: int, spans: SpanRecorder) -> None:
     """Cancelled at any of its awaits, a scenario leaves no task, no open span, and no warning."""
     assert cancel_at_each_await(scenario, spans) >= awaits
+
+
+async def test_who_joins_the_callers_group_is_spared() -> None:
+    """A join awaits all of its tasks, also while it is the turn of another than the caller."""
+    manager = TaskManager()
+
+    async def cancel_all() -> None:
+        await asyncio.sleep(1)
+        await manager.cancel_all_tasks()
+
+    manager.create_task(cancel_all(), group="work")
+    manager.create_task(rest(), group="work")
+    joining = manager.create_task(manager.join("work"))
+    await asyncio.wait([joining])
+    assert joining.status is TaskStatus.COMPLETED
 
 
 async def test_shutdown_spares_what_awaits_its_caller() -> None:

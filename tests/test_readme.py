@@ -34,7 +34,9 @@ async def watch_an_export():
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         print((await client.post("/exports/july")).status_code)
-        print((await client.get("/exports/july/progress")).text)
+        for name in ("july", "july", "august"):
+            response = await client.get(f"/exports/{name}/progress")
+            print(response.status_code, response.text)
 
 
 asyncio.run(watch_an_export())
@@ -71,11 +73,12 @@ def test_the_block_with_contrib_telemetry_answers() -> None:
 
 
 def test_the_progress_block_streams_its_events() -> None:
-    """A started export tells its progress until it has ended."""
+    """A started export tells its progress until it has ended; who comes late gets the end, or a 404."""
     printed = run_block(block("progress_events") + WATCH_AN_EXPORT)
-    assert printed.startswith("202\nevent: progress\n")
+    assert printed.startswith("202\n200 event: progress\n")
     assert '"done": 20, "total": 20, "message": "writing"' in printed
-    assert 'event: ended\ndata: {"status": "completed"' in printed
+    assert printed.count('event: ended\ndata: {"status": "completed"') == 2
+    assert printed.endswith('404 {"detail":"Not Found"}\n')
 
 
 def test_the_debugging_block_shows_its_tasks() -> None:

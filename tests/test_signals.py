@@ -213,6 +213,28 @@ def test_wrong_signal_is_refused(wrong: Any) -> None:
         TaskManager().dump_on_signal(wrong)
 
 
+@pytest.mark.parametrize("error", [OSError(22, "Invalid argument"), ValueError("invalid signal value")])
+def test_signal_that_cannot_be_handled(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """However the platform refuses a signal, the message names one that this platform has."""
+
+    def refuse(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(signal, "signal", refuse)
+    monkeypatch.delattr(signal, "SIGUSR1")
+    with pytest.raises(ValueError, match=r"cannot handle SIGTERM: use signal\.SIGUSR2$"):
+        TaskManager().dump_on_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("wrong", ["tree.txt", 2])
+def test_wrong_file_is_refused(wrong: Any) -> None:
+    """What cannot be written to is refused at once, before a handler is there."""
+    before = signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(TypeError, match=r"writes to an open text file, got .*: pass file=open"):
+        TaskManager().dump_on_signal(file=wrong)
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
 def test_platform_without_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no SIGUSR1 (Windows) the message names what there is."""
     monkeypatch.delattr(signal, "SIGUSR1")

@@ -803,3 +803,31 @@ async def test_removed_done_callback_is_nobody_who_waits(caplog: pytest.LogCaptu
     assert task.remove_done_callback(print) == 1
     await settle()
     assert caplog.messages == ["task 'lonely' failed and nobody awaits it"]
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_wait_until_done_finds_the_books_in_order(turns: int) -> None:
+    """However many turns lie between the ends of two tasks, both have been booked when the wait is over."""
+    manager = TaskManager()
+    gates = [asyncio.Event(), asyncio.Event()]
+    tasks = [manager.create_task(gate.wait()) for gate in gates]
+    live = []
+
+    async def wait() -> None:
+        await wait_until_done(tasks)
+        live.append(manager.stats().live)
+
+    waiter = asyncio.create_task(wait())
+    await settle()
+    gates[1].set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    gates[0].set()
+    await waiter
+    assert live == [0]
+
+
+async def test_wait_until_done_of_none_does_not_wait() -> None:
+    """Without tasks it returns at once."""
+    with pytest.raises(StopIteration):
+        wait_until_done([]).send(None)

@@ -1595,6 +1595,26 @@ async def test_private_names_may_go_away(spans: SpanRecorder, monkeypatch: pytes
     assert spans.names == ["work"]
 
 
+async def test_tasks_need_no_private_names_of_opentelemetry(
+    spans: SpanRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a version that has none of the names tasks begin and end as ever, with a span."""
+    monkeypatch.setattr(telemetry, "_READABLE", False)
+    monkeypatch.setattr(telemetry, "_METERS_READABLE", False)
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: spans.provider)
+    monkeypatch.setattr(metrics, "get_meter_provider", lambda: spans.meter_provider)
+    monkeypatch.delattr(trace, "_TRACER_PROVIDER")
+    monkeypatch.delattr(metrics_internal, "_METER_PROVIDER")
+    manager = TaskManager("test")
+    await manager.create_task(work())
+    cancelled = manager.create_task(asyncio.sleep(60))
+    await manager.cancel_all_tasks()
+
+    assert cancelled.cancelled()
+    assert manager.stats().live == 0
+    assert spans.names == ["work", "sleep"]
+
+
 # -- the global providers, each in a process of its own: they can be set only once ------------------
 
 

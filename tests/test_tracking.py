@@ -777,4 +777,4 @@ def test_nothing_is_leaked_wherever_they_are_cancelled(how: str, spans: SpanReco
                 if not task.cancelling():
                     task.cancel()
 
-    assert cancel_at_each_await(scenario, spans) == 2
+    assert cancel_at_each_await(scenario, spans) >= 2
