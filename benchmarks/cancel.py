@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from benchmarks.measure import Side
 
 DESCENDANTS = 100_000
+FEW = 10_000
 
 
 class Stop(Exception):
@@ -30,7 +31,7 @@ def run(effort: Effort) -> list[Table]:
     """Measure tasks, fewer and many, and events."""
     many = 20_000 if effort.quick else 100_000
     return [
-        asyncio.run(_tasks(effort.less(0.3), 10_000)),
+        asyncio.run(_tasks(effort.less(0.3), FEW)),
         asyncio.run(_tasks(Effort(max(2, effort.rounds // 3), effort.seconds * 0.5), many)),
         asyncio.run(_events(effort.less(0.2))),
     ]
@@ -52,14 +53,24 @@ async def _tasks(effort: Effort, count: int) -> Table:
     sides = {
         names.LOOP: _timed(_bare, count),
         names.TASK_GROUP: _timed(lambda n: _by_group(asyncio.TaskGroup(), n), count),
-        "quattro": _timed(lambda n: _by_group(quattro.TaskGroup(), n), count),
-        "aiotools": _timed(lambda n: _by_group(aiotools.TaskGroup(), n), count),
-        "aiojobs": _timed(_aiojobs, count),
-        "anyio": _timed(_anyio, count),
+    }
+    if count <= FEW:
+        # Of very many a round would take half a minute.
+        sides |= _peers(count)
+    sides |= {
         names.MANAGER: _timed(_by_manager, count),
         names.GROUP: _timed(_by_our_group, count),
     }
     return tabulate(table, await take_turns(sides, effort))
+
+
+def _peers(count: int) -> dict[str, Side]:
+    return {
+        "quattro": _timed(lambda n: _by_group(quattro.TaskGroup(), n), count),
+        "aiotools": _timed(lambda n: _by_group(aiotools.TaskGroup(), n), count),
+        "aiojobs": _timed(_aiojobs, count),
+        "anyio": _timed(_anyio, count),
+    }
 
 
 def _timed(cancel: Callable[[int], Any], count: int) -> Side:

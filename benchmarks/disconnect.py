@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 AGES = (0.001, 0.020, 0.060, 0.500)
 BUSY = 200
-AT_ONCE = 5
+AT_ONCE = 10
 PORT = 18_417
 
 
@@ -34,7 +34,7 @@ def run(effort: Effort) -> list[Table]:
 
 async def _measure(effort: Effort) -> list[Table]:
     tables = []
-    samples = 20 if effort.quick else 200
+    samples = 20 if effort.quick else 100
     for number, side in enumerate((OURS, WATCHER)):
         for busy in (0, BUSY):
             port = PORT + 2 * number + (busy > 0)
