@@ -165,7 +165,7 @@ def create(
         tracer = None if supervises else ledger.telemetry.tracer()
         if extras is not None and extras.gate is not None:
             # The span of a task that queues is begun when it gets its place.
-            extras.context = context
+            extras.context = None if tracer is None else context
             extras.begin = partial(begin_late, group, coro, detached)
         elif tracer is not None and context is not None:
             span = context.run(start_task_span, group, tracer, base, key, coro, priority, detached)

@@ -136,7 +136,9 @@ class CancelEvent(asyncio.Event):
             cause: Why; None notes an ``explicit`` one. Without effect on an event that is set.
         """
         if self._value:
-            return
+            with TREE_LOCK:
+                # Another thread may still be on its way down: rule 1 is this call's promise too.
+                return
         if cause is None:
             cause = CancelCause.make(CancelKind.EXPLICIT)
         here = _get_running_loop()

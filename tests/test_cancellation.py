@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from otel_tasks import CancelCause, CancelEvent, CancelKind
+from otel_tasks.cancellation import TREE_LOCK
 from tests.helpers import now, settle
 
 if TYPE_CHECKING:
@@ -135,6 +136,26 @@ def test_grandchild_below_a_set_child_is_reached_once() -> None:
     child.set(CAUSE)
     top.set(CancelCause(CancelKind.SHUTDOWN))
     assert grandchild.cause is CAUSE
+
+
+def test_second_thread_waits_until_the_first_has_reached_all() -> None:
+    """Rule 1, for both: a set() that finds the event set waits for the one that still goes down."""
+    event = CancelEvent()
+    event.set(CAUSE)
+    returned = threading.Event()
+
+    def set_again() -> None:
+        event.set()
+        returned.set()
+
+    second = threading.Thread(target=set_again)
+    with TREE_LOCK:
+        # As the first one does for as long as it goes down.
+        second.start()
+        assert not returned.wait(0.05)
+    second.join(10)
+    assert returned.is_set()
+    assert event.cause is CAUSE
 
 
 def test_set_without_a_cause_notes_an_explicit_one() -> None:

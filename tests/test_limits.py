@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opentelemetry import trace
 
 from otel_tasks import (
     CancelEvent,
@@ -32,6 +33,7 @@ from otel_tasks import (
     current_group,
     current_task,
 )
+from otel_tasks._telemetry import Providers, set_default_providers
 from otel_tasks.testing import SpanRecorder, VirtualClockLoop, assert_no_tasks_left, run
 from tests.helpers import cancel_at_each_await, counters, give, kind_of, now, rest, settle
 
@@ -633,6 +635,27 @@ async def test_a_scoped_group_is_let_go_with_its_limit() -> None:
 
 
 # -- waiting too long ---------------------------------------------------------------------------
+
+
+async def test_span_of_a_task_cancelled_in_the_queue_stays_out_of_the_users_context(
+    spans: SpanRecorder,
+) -> None:
+    """Its context is used as it is where nobody traces, also if a tracer is there by the time it ends."""
+    manager = TaskManager(max_concurrency=1)
+    running = manager.create_task(rest())
+    context = contextvars.copy_context()
+    queued = manager.create_task(rest(), name="queued", context=context)
+    await settle()
+    set_default_providers(Providers(spans.provider))
+    try:
+        queued.cancel()
+        await asyncio.wait([queued])
+    finally:
+        set_default_providers(None)
+    assert spans.span("queued").end_time is not None
+    assert not context.run(trace.get_current_span).get_span_context().is_valid
+    running.cancel()
+    await asyncio.wait([running])
 
 
 async def test_queue_timeout(log: Log, spans: SpanRecorder) -> None:
