@@ -160,9 +160,9 @@ def create(
         if previous or (extras is not None and (extras.seconds is not None or extras.gate is not None)):
             extras = extras or Extras()
             work = run_when(coro, extras, previous, created_at)
-        context = own_context(group, context)
-        span = None
         tracer = None if supervises else ledger.telemetry.tracer()
+        context = own_context(group, context, traced=tracer is not None)
+        span = None
         if extras is not None and extras.gate is not None:
             # The span of a task that queues is begun when it gets its place.
             extras.context = None if tracer is None else context
@@ -263,14 +263,14 @@ def chosen_name(
     return name, name, previous
 
 
-def own_context(group: TaskGroup, context: Context | None) -> Context | None:
+def own_context(group: TaskGroup, context: Context | None, *, traced: bool) -> Context | None:
     """A context for the new task alone, if something has to be put into it; else the one that was given.
 
     One that the user passed is copied, too: they may use it for more than this task.
     """
     bound = _bound.get() if context is None else context.get(_bound)
     is_stranger = bound is not None and bound is not (group._binding or group)
-    if not is_stranger and group._ledger.telemetry.tracer() is None:
+    if not is_stranger and not traced:
         return context
     context = copy_context() if context is None else context.copy()
     if is_stranger:
