@@ -19,7 +19,7 @@ Where things are:
 - ``_state``: statuses, priorities, the table of transitions
 - ``_telemetry``: spans and metrics, the only module that imports OpenTelemetry
 - ``exceptions``: every error of this package
-- ``asgi``, ``_disconnect``: the middleware, and how it notices that a client has left
+- ``asgi``, ``_request``, ``_disconnect``: the middleware, a request, and how it learns of a disconnect
 - ``fastapi``: the adapter; ``testing``, ``pytest_plugin``: for your own tests
 - ``logs``, ``_log``: a filter that names the task in each log record, and the logger of this package
 - ``instrumentation``: what ``opentelemetry-instrument`` calls, for a start without code

@@ -1668,7 +1668,7 @@ async def test_group_made_while_another_waits_to_make_it_is_the_one(
     found: list[TaskGroup] = []
 
     async def endpoint(scope: Any, receive: Any, send: Any) -> None:
-        with Beaten(monkeypatch, "otel_tasks.asgi._making", request_group) as first:
+        with Beaten(monkeypatch, "otel_tasks._request._making", request_group) as first:
             found.extend([request_group(), first[0]])
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body", "body": b""})
