@@ -2,7 +2,8 @@
 
 Where things are:
 
-- ``_manager``: ``TaskManager``, the global one, ``create_task`` and the ``current_*`` functions
+- ``_manager``: ``TaskManager``, the global one, ``create_task`` and what else works in the current manager
+- ``_current``: what is current: group and manager, and the rule that finds them
 - ``_group``, ``_scope``: ``TaskGroup``, and its ``async with`` block
 - ``_create``, ``_tree``: how a group creates a task, and how groups hang together
 - ``_service``: tasks that are begun again when they fail, and ``RestartPolicy``
@@ -25,6 +26,7 @@ Where things are:
 - ``instrumentation``: what ``opentelemetry-instrument`` calls, for a start without code
 """
 
+from otel_tasks._current import current_manager
 from otel_tasks._decorator import ManagedFunction, managed_task
 from otel_tasks._frames import Location
 from otel_tasks._group import TaskGroup
@@ -122,6 +124,7 @@ __all__ = [
     "create_task_threadsafe",
     "current_cancel_event",
     "current_group",
+    "current_manager",
     "current_task",
     "get_all_task_info",
     "global_task_manager",

@@ -10,13 +10,14 @@ import inspect
 import sys
 import time
 from asyncio import _get_running_loop
-from contextvars import Context, ContextVar, copy_context
+from contextvars import Context, copy_context
 from functools import partial
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, TypeVar
 
 from otel_tasks._admission import Limiter, Ticket, admit, would_wait
 from otel_tasks._checks import check_choice, checked_name, checked_priority, checked_seconds
+from otel_tasks._current import _bound as _bound
 from otel_tasks._state import CancelKind, TaskPriority
 from otel_tasks._task import (
     Extras,
@@ -61,20 +62,6 @@ T = TypeVar("T")
 
 EAGER = sys.version_info >= (3, 12)
 OnConflict = Literal["error", "suffix", "return", "replace"]
-
-
-class Binding(Protocol):
-    """What stands for the current group in a context: a group, or what makes one when it is needed."""
-
-    @property
-    def task_group(self) -> TaskGroup:
-        """The group that new tasks join."""
-        ...
-
-
-# Set where the current task alone does not tell the group: in a request's handler, and in
-# tasks that were started from one into another group.
-_bound: ContextVar[Binding | None] = ContextVar("otel_tasks_group", default=None)
 
 
 class RareOptions(TypedDict, total=False):

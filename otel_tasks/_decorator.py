@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
-import sys
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 from otel_tasks._checks import checked_name, checked_priority, checked_seconds
-from otel_tasks._manager import create_task, global_task_manager
+from otel_tasks._current import as_coroutine_function, bound_to, current_manager, innermost
+from otel_tasks._manager import create_task
 from otel_tasks._state import TaskPriority
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
+    from otel_tasks._current import Binding
     from otel_tasks._manager import TaskManager
     from otel_tasks._task import ManagedTask
 
@@ -42,14 +42,14 @@ class ManagedFunction(Generic[P, T]):
         self._create = create
         self._record = record
         functools.update_wrapper(self, function)
-        # Frameworks ask whether to await it.
-        if sys.version_info >= (3, 12):
-            inspect.markcoroutinefunction(self)
-        else:
-            self._is_coroutine = vars(asyncio.coroutines)["_is_coroutine"]
+        as_coroutine_function(self)
 
-    async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+    @as_coroutine_function
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
         """Run it as a managed task and give its result.
+
+        The coroutine creates the task at its first step, in the group that is current at the call, even where
+        ``asyncio.gather`` runs it in a plain task.
 
         Raises:
             GroupClosedError: The current group takes no new tasks.
@@ -62,7 +62,7 @@ class ManagedFunction(Generic[P, T]):
 
         Cancellation: of the caller cancels the task and waits for its end.
         """
-        return await self.start(*args, **kwargs)
+        return _run(innermost(), functools.partial(self.start, *args, **kwargs))
 
     def start(self, *args: P.args, **kwargs: P.kwargs) -> ManagedTask[T]:
         """Start it as a managed task and return that without waiting.
@@ -89,6 +89,12 @@ class ManagedFunction(Generic[P, T]):
             return self
         record = None if self._record is None else functools.partial(self._record, instance)
         return ManagedFunction(self._function.__get__(instance, owner), self._create, record)
+
+
+async def _run(here: Binding | None, start: Callable[[], ManagedTask[T]]) -> T:
+    with bound_to(here):
+        task = start()
+    return await task
 
 
 @overload
@@ -122,10 +128,11 @@ def managed_task(
         function: The coroutine function, where the decorator is used without parentheses.
         name: The tasks' name; a second one at the same time gets a number behind it. None takes
             the function's name.
-        group: A labelled group; None is the current group, or the root of ``manager``.
+        group: A labelled group of the manager; None is the current group, or the root of ``manager``.
         priority: How urgent.
         timeout: Seconds for each call; None is without bound.
-        manager: Whose tasks they are; None is the global manager.
+        manager: Whose tasks they are; None is the manager of the request or the managed task that calls the
+            function, elsewhere the global manager.
         record: Given the arguments of each call, returns the metadata to keep with its task.
             Arguments are never recorded without it.
 
@@ -147,7 +154,7 @@ def managed_task(
     def create(coro: Coroutine[Any, Any, T], metadata: Mapping[str, Any] | None) -> ManagedTask[T]:
         if group is None and manager is None:
             return create_task(coro, name=name, priority=level, timeout=timeout, metadata=metadata)
-        owner = manager or global_task_manager
+        owner = current_manager() if manager is None else manager
         return owner.create_task(
             coro, name=name, group=group, priority=level, timeout=timeout, metadata=metadata
         )

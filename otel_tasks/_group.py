@@ -13,7 +13,7 @@ from asyncio import _get_running_loop
 from contextlib import suppress
 from contextvars import copy_context
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from otel_tasks import _create as creating
 from otel_tasks import _tree as tree
@@ -21,10 +21,8 @@ from otel_tasks._admission import Limiter, checked_limiter
 from otel_tasks._awaiters import with_awaiters
 from otel_tasks._checks import check_choice, check_count, check_flag, checked_name, checked_seconds
 from otel_tasks._create import (
-    Binding,
     RareOptions,
     TaskOptions,
-    _bound,
     check_coroutine,
     close_quietly,
     create_with,
@@ -33,11 +31,12 @@ from otel_tasks._create import (
     run_first_step,
     start_task_span,
 )
+from otel_tasks._current import Binding, _bound, current_group_or_none, current_manager
 from otel_tasks._scope import OnError, Scope
 from otel_tasks._state import CancelKind, TaskPriority
 from otel_tasks._task import ManagedTask, add_done_callback, cause_elsewhere, reported, wait_until_done
 from otel_tasks._telemetry import GROUP_ID, GROUP_NAME, MANAGER_NAME, low_cardinality, start_group_span, trace
-from otel_tasks._threads import current_worker, in_thread
+from otel_tasks._threads import in_thread
 from otel_tasks.cancellation import CancelCause, CancelEvent
 from otel_tasks.exceptions import GroupClosedError
 from otel_tasks.progress import add_up
@@ -75,7 +74,8 @@ class TaskGroup:
             place, highest priority first. None is without bound. The manager's limit holds too.
         max_queue: How many may wait, at least 0; one more is refused. None is without bound.
         span: Give the block a span of its own.
-        manager: Whose tasks they are; None is the global manager.
+        manager: Whose tasks they are; None is the manager of the request or the managed task that makes the
+            group, elsewhere the global manager.
 
     Cancellation: of the task in the block cancels all tasks of the group, waits for them, and
     goes on its way.
@@ -85,9 +85,6 @@ class TaskGroup:
         ...     first = group.create_task(fetch(1))
         ...     second = group.create_task(fetch(2))
     """
-
-    # The global manager's root; `_manager` sets it, which this module may not import.
-    _default_root: ClassVar[TaskGroup]
 
     __slots__ = (
         "__weakref__",
@@ -130,7 +127,7 @@ class TaskGroup:
         span: bool = False,
         manager: TaskManager | None = None,
     ) -> None:
-        root = self._default_root if manager is None else manager._root
+        root = (current_manager() if manager is None else manager)._root
         check_choice("on_error", on_error, OnError)
         label = "group" if name is None else checked_name("group", name, _NAME_IT)
         self._set_up(root._ledger, label, None)
@@ -224,6 +221,11 @@ class TaskGroup:
     def parent(self) -> TaskGroup | None:
         """The group above; None for a manager's root."""
         return self._parent
+
+    @property
+    def manager(self) -> TaskManager:
+        """The manager at whose root its tree begins."""
+        return self._ledger.manager
 
     @property
     def tasks(self) -> tuple[ManagedTask[Any], ...]:
@@ -651,16 +653,3 @@ class TaskGroup:
     def _child_failed(self, task: ManagedTask[Any], error: BaseException) -> bool:
         """True if the failure is raised here, False if it has to be reported."""
         return self._scope is not None and self._scope.child_failed(self, task, error)
-
-
-def current_group_or_none() -> TaskGroup | None:
-    """The group that new tasks join here; None where there is none but a manager's root."""
-    bound = _bound.get()
-    if bound is not None:
-        return bound.task_group
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:
-        worker = current_worker()
-        return None if worker is None else worker.task._group
-    return task._group if isinstance(task, ManagedTask) else None

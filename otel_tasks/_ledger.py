@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from otel_tasks._group import TaskGroup
+    from otel_tasks._manager import TaskManager
     from otel_tasks._task import TaskInfo
     from otel_tasks._threads import Threads
     from otel_tasks.cancellation import CancelCause
@@ -108,6 +109,7 @@ class Ledger:
         self.telemetry = telemetry
         self.on_error = on_error
         self.root: TaskGroup
+        self.manager: TaskManager
         # The manager's own limit; without one it is there all the same, and asked nothing.
         self.limiter = limiter
         self.ageing = ageing

@@ -12,8 +12,14 @@ from otel_tasks._admission import Limiter, checked_limiter
 from otel_tasks._awaiters import with_awaiters
 from otel_tasks._checks import check_count, checked_name, checked_seconds
 from otel_tasks._create import EAGER, clear_name, close_quietly
+from otel_tasks._current import (
+    as_coroutine_function,
+    current_group_or_none,
+    current_manager,
+    set_global_manager,
+)
 from otel_tasks._frames import Stacks
-from otel_tasks._group import TaskGroup, current_group_or_none
+from otel_tasks._group import TaskGroup
 from otel_tasks._inspect import check_limit, tree_of
 from otel_tasks._ledger import Ledger
 from otel_tasks._log import about, about_all, logger
@@ -42,7 +48,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self, TextIO, Unpack
 
-    from otel_tasks._create import Binding, OnConflict, RareOptions, TaskOptions
+    from otel_tasks._create import OnConflict, RareOptions, TaskOptions
+    from otel_tasks._current import Binding
     from otel_tasks._inspect import TaskTree
     from otel_tasks._ledger import TaskEvent, TaskStats
     from otel_tasks._scope import OnError
@@ -139,6 +146,7 @@ class TaskManager:
         )
         self._root = TaskGroup._labelled(self._ledger, "root", None)
         self._ledger.root = self._root
+        self._ledger.manager = self
 
     @property
     def name(self) -> str:
@@ -1109,7 +1117,7 @@ def made_coroutine(
 
 
 global_task_manager = TaskManager()
-TaskGroup._default_root = global_task_manager._root
+set_global_manager(global_task_manager)
 
 
 def current_task() -> ManagedTask[Any] | None:
@@ -1196,10 +1204,135 @@ def run_in_thread(
     return current_group().run_in_thread(function, *args, abandon=abandon, **options)
 
 
-# What the global manager does by name, for those who need no other.
-start_task = global_task_manager.start_task
-start_service = global_task_manager.start_service
-wait_for_task = global_task_manager.wait_for_task
-cancel_group = global_task_manager.cancel_group
-cancel_all_tasks = global_task_manager.cancel_all_tasks
-get_all_task_info = global_task_manager.get_all_task_info
+def _manager_for(group: str | TaskGroup | None) -> TaskManager:
+    """The manager of a group object; a name, or nothing, is looked up in the current manager."""
+    return group.manager if isinstance(group, TaskGroup) else current_manager()
+
+
+# By name, in the current manager. Plain functions that return a coroutine: the manager is that of the caller,
+# not that of the task which runs the coroutine.
+
+
+@as_coroutine_function
+def start_task(
+    name: str,
+    factory: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T],
+    *,
+    group: str | TaskGroup | None = None,
+    priority: TaskPriority = TaskPriority.NORMAL,
+    cancel_existing: bool = False,
+    **options: Unpack[RareOptions],
+) -> Coroutine[Any, Any, ManagedTask[T]]:
+    """Start a task by name in the current manager; the rest is as for ``TaskManager.start_task``.
+
+    The current manager is that of the request or the managed task which calls this, else the global manager.
+    The task belongs to the manager, not to the request.
+
+    Args:
+        name: Unique among the live tasks of the manager.
+        factory: What makes the coroutine.
+        group: A labelled group, by its name or itself; None is the manager's root.
+        priority: How urgent.
+        cancel_existing: The same as ``on_conflict="replace"``.
+        **options: As for ``TaskManager.start_task``.
+
+    Raises:
+        TaskExistsError: A live task has the name, and ``on_conflict`` is ``"error"``.
+        GroupClosedError: ``group`` takes no new tasks.
+        ManagerClosedError: The manager is shut down.
+        QueueFullError: No place is free, and no more tasks may wait.
+        WrongLoopError: The manager has live tasks in another loop.
+
+    **Cancellation**: of the caller, while it waits for the task to be replaced: no new task is started.
+
+    Example:
+        >>> await start_task("import", lambda: run_import(file))
+        >>> await wait_for_task("import")
+    """
+    return _manager_for(group).start_task(
+        name, factory, group=group, priority=priority, cancel_existing=cancel_existing, **options
+    )
+
+
+@as_coroutine_function
+def start_service(
+    name: str,
+    factory: Callable[[], Coroutine[Any, Any, T]],
+    *,
+    restart: RestartPolicy = DEFAULT_POLICY,
+    group: str | TaskGroup | None = None,
+    priority: TaskPriority = TaskPriority.CRITICAL,
+    metadata: Mapping[str, Any] | None = None,
+    on_conflict: OnConflict = "error",
+    drains: bool = False,
+) -> Coroutine[Any, Any, ManagedTask[T]]:
+    """Start a service in the current manager; the parameters are those of ``TaskManager.start_service``.
+
+    Raises:
+        TaskExistsError: A live task has the name.
+        ManagerClosedError: The manager is shut down.
+
+    **Cancellation**: of the caller, while it waits for the service to be replaced: no new one is started.
+
+    Example:
+        >>> await start_service("prices", refresh_prices, restart=RestartPolicy(max_delay=30))
+    """
+    return _manager_for(group).start_service(
+        name,
+        factory,
+        restart=restart,
+        group=group,
+        priority=priority,
+        metadata=metadata,
+        on_conflict=on_conflict,
+        drains=drains,
+    )
+
+
+@as_coroutine_function
+def wait_for_task(name: str, timeout: float | None = None) -> Coroutine[Any, Any, Any]:
+    """Wait for a task of the current manager by name; see ``TaskManager.wait_for_task``.
+
+    Raises:
+        TaskNotFoundError: No such task, or it has ended and its result was not kept.
+        TimeoutError: It still runs after ``timeout``; it goes on running.
+        WrongLoopError: The manager has live tasks in another loop.
+
+    What else the task raised is raised here.
+
+    **Cancellation**: of the caller leaves the task alone.
+    """
+    return current_manager().wait_for_task(name, timeout)
+
+
+@as_coroutine_function
+def cancel_group(
+    group: str | TaskGroup, reason: str | None = None, *, grace: float = 0.0, timeout: float | None = 10.0
+) -> Coroutine[Any, Any, int]:
+    """Cancel a group, which a name finds in the current manager; see ``TaskManager.cancel_group``.
+
+    Raises:
+        WrongLoopError: The manager has live tasks in another loop.
+
+    **Cancellation**: of the caller ends the waiting; the tasks stay cancelled.
+    """
+    return _manager_for(group).cancel_group(group, reason, grace=grace, timeout=timeout)
+
+
+@as_coroutine_function
+def cancel_all_tasks(
+    reason: str | None = None, *, grace: float = 0.0, timeout: float | None = 10.0
+) -> Coroutine[Any, Any, int]:
+    """Cancel every task of the current manager; see ``TaskManager.cancel_all_tasks``.
+
+    Raises:
+        WrongLoopError: The manager has live tasks in another loop.
+
+    **Cancellation**: of the caller ends the waiting; the tasks stay cancelled.
+    """
+    return current_manager().cancel_all_tasks(reason, grace=grace, timeout=timeout)
+
+
+def get_all_task_info() -> dict[str, TaskInfo]:
+    """Give snapshots of all tasks of the current manager by id; see ``TaskManager.get_all_task_info``."""
+    return current_manager().get_all_task_info()

@@ -24,6 +24,7 @@ from otel_tasks.exceptions import GroupClosedError
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
+    from otel_tasks._manager import TaskManager
     from otel_tasks.asgi import TaskGroupMiddleware
 
 # Methods without effects (RFC 9110, 9.2.1, and the QUERY draft): nothing is torn when their handler stops.
@@ -103,6 +104,11 @@ class Request(Connection):
         self._cancels = self._shields = self._asked = 0
         self._owed = self._grace_over = False
         self._told = _NO_TASKS
+
+    @property
+    def manager(self) -> TaskManager:
+        """The manager below whose root its group hangs."""
+        return self._settings.manager
 
     @property
     def task_group(self) -> TaskGroup:
@@ -325,8 +331,12 @@ class Sheltered:
         self.request = request
 
     @property
+    def manager(self) -> TaskManager:
+        return self.request.manager
+
+    @property
     def task_group(self) -> TaskGroup:
-        return self.request._settings.manager._root
+        return self.manager._root
 
 
 def current_request() -> Request | None:

@@ -222,7 +222,7 @@ def test_decorated_function_still_looks_like_one() -> None:
     # asyncio's, which asks for a mark, is deprecated where inspect's can be marked.
     is_async = inspect.iscoroutinefunction if sys.version_info >= (3, 12) else asyncio.iscoroutinefunction
     assert is_async(work)
-    assert inspect.iscoroutinefunction(work.__call__)
+    assert is_async(work.__call__)
 
 
 def test_sync_function_is_refused() -> None:

@@ -596,6 +596,10 @@ async def test_create_task_closes_the_coroutine_where_the_binding_refuses() -> N
 
     class Refusing:
         @property
+        def manager(self) -> TaskManager:
+            return global_task_manager
+
+        @property
         def task_group(self) -> TaskGroup:
             raise LookupError("no request")
 

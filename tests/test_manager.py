@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import otel_tasks
 from otel_tasks import (
     CancelCause,
     CancelKind,
@@ -24,7 +23,6 @@ from otel_tasks import (
     TaskPriority,
     TaskStatus,
     WrongLoopError,
-    global_task_manager,
     managed_task,
 )
 from otel_tasks.testing import VirtualClockLoop, run
@@ -256,12 +254,6 @@ async def test_manager_says_its_name_and_state() -> None:
     assert repr(manager) == "<TaskManager 'mine' open, 1 live tasks>"
     await manager.shutdown(0)
     assert repr(manager) == "<TaskManager 'mine' shut down, 0 live tasks>"
-
-
-def test_functions_of_the_package_are_the_global_managers() -> None:
-    """start_task and the like need no manager."""
-    for name in ("start_task", "wait_for_task", "cancel_group", "cancel_all_tasks", "get_all_task_info"):
-        assert getattr(otel_tasks, name) == getattr(global_task_manager, name)
 
 
 # -- waiting ---------------------------------------------------------------------------------------
