@@ -11,6 +11,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 UV := $(shell command -v uv 2>/dev/null)
 
+DIST := $(VENV)-dist
+# An environment whose versions are the newest there are, not the pinned ones.
+NEWEST := $(VENV)-newest
+UPGRADED := fastapi starlette uvicorn anyio opentelemetry-api opentelemetry-sdk opentelemetry-exporter-otlp-proto-http \
+	opentelemetry-distro opentelemetry-instrumentation opentelemetry-instrumentation-asgi \
+	opentelemetry-instrumentation-fastapi opentelemetry-instrumentation-httpx
+
 # The peers have an environment of their own: they want other versions than the tools do. Eager tasks are measured
 # in a newer Python, where there is one that runs (a shim of pyenv may not).
 BENCH := $(VENV)-bench
@@ -21,7 +28,7 @@ EAGER := $(if $(EAGER_PYTHON),$(BENCH)-eager)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-services test cover check format docs bench clean
+.PHONY: help demo demo-services test test-newest nightly cover check format docs dist bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -35,31 +42,47 @@ demo-services: $(READY) ## Run three services that call one another, and show on
 test: $(READY) ## Run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
+test-newest: $(NEWEST)/.ready ## Run the tests with the newest FastAPI, Starlette, uvicorn and OpenTelemetry
+	@$(NEWEST)/bin/python -c 'import sys, importlib.metadata as m; print(*(f"{n} {m.version(n)}" for n in sys.argv[1:]), sep="\n")' $(UPGRADED)
+	$(NEWEST)/bin/python -m pytest $(ARGS)
+
+nightly: $(READY) ## Run the long tests and those against peers
+	$(BIN)/python -m pytest $(or $(wildcard tests/nightly tests/peers),tests/e2e) $(ARGS)
+
 cover: $(READY) ## Run the tests without servers and show what they do not reach
 	$(BIN)/python -m pytest -m "not e2e" --cov --cov-report=term-missing $(ARGS)
 
-check: $(READY) ## Check format, lint, types and imports
+check: $(READY) ## Check format, lint, types, imports, spelling and workflows
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/zizmor --offline --quiet --no-progress .github
 
-format: $(READY) ## Format, and mend what ruff can mend
+format: $(READY) ## Format, and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)-docs/.ready ## Build the documentation into build/site, warnings being errors (SERVE=1: show it while you write)
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs $(if $(filter-out 0,$(SERVE)),serve,build --strict --quiet) $(ARGS)
 
+dist: $(DIST)/.ready ## Build wheel and sdist into dist/, check both, use each in an empty environment (TAG=v1.2.3: a release)
+	rm -rf dist
+	$(DIST)/bin/python -m build --no-isolation --outdir dist
+	$(DIST)/bin/twine check --strict dist/*
+	$(DIST)/bin/check-wheel-contents dist/*.whl
+	$(DIST)/bin/python -m tests.installed dist $(TAG:%=--tag %)
+
 bench: $(BENCH)/.ready $(EAGER:%=%/.ready) ## Measure against the peers, under 10 minutes (ONLY=spawn: one part)
 	$(BENCH)/bin/python -m benchmarks $(ONLY:%=--only %) $(EAGER:%=--eager-python %/bin/python) $(ARGS)
 
 clean: ## Remove the virtual environment, caches and build results
-	rm -rf .venv .venv-docs .venv-bench .venv-bench-eager build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf .venv .venv-docs .venv-dist .venv-newest .venv-bench .venv-bench-eager build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
-# Made anew when pyproject.toml changes, and only then. The mark comes last: a half-made one is not taken.
+# Rebuilt when pyproject.toml changes, and only then. The mark comes last, so that a half-built one is not used.
 # pip knows --group from 25.1 on, and the interpreter's own is often older.
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -79,6 +102,15 @@ endif
 
 $(VENV)-docs/.ready: pyproject.toml
 	$(call make_environment,$(PYTHON),$(VENV)-docs,--group docs)
+
+$(DIST)/.ready: pyproject.toml
+	$(call make_environment,$(PYTHON),$(DIST),--group dist)
+
+# Rebuilt each time: what is newest changes without pyproject.toml.
+.PHONY: $(NEWEST)/.ready
+$(NEWEST)/.ready:
+	$(call make_environment,$(PYTHON),$(NEWEST),--group dev)
+	$(if $(UV),$(UV) pip install --quiet --python "$(NEWEST)/bin/python",$(NEWEST)/bin/python -m pip install --quiet) --upgrade $(UPGRADED)
 
 $(BENCH)/.ready: pyproject.toml
 	$(call make_environment,$(PYTHON),$(BENCH),--group bench)

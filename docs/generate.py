@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ import yaml
 import otel_tasks
 from docs import scenes
 from docs.picture import state_picture
-from otel_tasks import _create, asgi, exceptions, fastapi
+from otel_tasks import _create, asgi, exceptions, fastapi, instrumentation, logs, testing
 from otel_tasks._state import TRANSITIONS, CancelKind, Outcome, TaskPriority
 
 if TYPE_CHECKING:
@@ -322,13 +323,14 @@ def filled(text: str, contents: dict[str, str]) -> str:
     return re.sub(r"<!-- generated: ([\w -]+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
-def llms_txt() -> str:
+def llms_txt(base: str = "", names: str = "") -> str:
     """The pages as https://llmstxt.org wants them: a title, a summary, lists of links."""
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
     lines = [f"# {config['site_name']}", "", f"> {config['site_description']}", ""]
     lines += [
         "Python 3.11 or newer, asyncio, depends on opentelemetry-api alone. Start with the tutorial.",
         "",
+        *([names, ""] if names else []),
     ]
     top = [entry for entry in config["nav"] if isinstance(next(iter(entry.values())), str)]
     for title, pages in [
@@ -337,9 +339,22 @@ def llms_txt() -> str:
     ]:
         # "Optional" is the convention's word for what may be left out.
         lines += [f"## {'Optional' if title == 'Background' else title}", ""]
-        lines += [f"- [{name}]({path}): {summary(path)}" for page in pages for name, path in page.items()]
+        lines += [
+            f"- [{name}]({base}{path}): {summary(path)}" for page in pages for name, path in page.items()
+        ]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def installed_llms_txt() -> str:
+    """The same for an installed package: with absolute links, and the module of each public name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    modules = (otel_tasks, fastapi, asgi, logs, testing, instrumentation)
+    names = [f"- `{module.__name__}`: {', '.join(sorted(module.__all__))}" for module in modules]
+    return llms_txt(
+        base=f"{project['urls']['Source']}/blob/main/docs/",
+        names="\n".join(["SKILL.md, beside this file, shows how to use it.", "", "## Names", "", *names]),
+    )
 
 
 def summary(path: str) -> str:
@@ -359,7 +374,11 @@ def files() -> dict[Path, str]:
         for path in sorted(DOCS.rglob("*.md"))
         if "<!-- generated:" in path.read_text("utf-8")
     }
-    return pages | {DOCS / "images" / "states.svg": state_picture(), DOCS / "llms.txt": llms_txt()}
+    return pages | {
+        DOCS / "images" / "states.svg": state_picture(),
+        DOCS / "llms.txt": llms_txt(),
+        ROOT / "otel_tasks" / "llms.txt": installed_llms_txt(),
+    }
 
 
 def main() -> None:

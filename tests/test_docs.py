@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,8 @@ from otel_tasks._state import TRANSITIONS
 from tests.blocks import ROOT, promised_output, python_blocks, run_block
 
 DOCS = ROOT / "docs"
-PAGES = sorted(str(path.relative_to(ROOT)) for path in DOCS.rglob("*.md"))
+SKILL = "otel_tasks/SKILL.md"
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in DOCS.rglob("*.md"))
 # These have tests of their own.
 ELSEWHERE = {
     "docs/practices.md",
@@ -167,6 +167,22 @@ VISITS = {
         """,
         ["True"],
     ),
+    (SKILL, "async def offers"): (
+        """
+        print((await visit("GET", "/offers")).body)
+        print((await visit("GET", "/offers", leaves=0.055)).status)
+        print((await visit("POST", "/orders/7", leaves=0.055)).status)
+        await asyncio.sleep(1)
+        print(sorted(endings()))
+        """,
+        [
+            'b\'["rail","air"]\'',
+            "499",
+            "499",
+            "['fetch cancelled client_disconnect', 'fetch completed None', 'fetch-2 cancelled "
+            "client_disconnect', 'fetch-2 completed None', 'send_receipt completed None']",
+        ],
+    ),
     ("docs/howto/kubernetes.md", "healthz"): (
         """
         print((await visit("GET", "/healthz")).status)
@@ -176,7 +192,7 @@ VISITS = {
     ),
 }
 
-BLOCKS = [(page, code) for page in PAGES if page not in ELSEWHERE for code in python_blocks(page)]
+BLOCKS = [(page, code) for page in [*PAGES, SKILL] if page not in ELSEWHERE for code in python_blocks(page)]
 ALONE = [
     (page, code)
     for page, code in BLOCKS
@@ -262,7 +278,7 @@ def test_every_public_name_is_on_the_api_page() -> None:
 
 
 def test_state_picture_shows_every_status_and_way() -> None:
-    """The SVG is well formed and has each status and each signal of the table, in both colour schemes."""
+    """The SVG is well formed and has each status and each signal of the table, in both color schemes."""
     picture = state_picture()
     root = ET.fromstring(picture)  # noqa: S314 - our own picture, made two lines above
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
@@ -324,4 +340,25 @@ def test_every_page_is_listed_for_machines() -> None:
     text = (DOCS / "llms.txt").read_text("utf-8")
     assert text.startswith("# otel_tasks\n\n> ")
     listed = re.findall(r"^- \[[^\]]+\]\(([^)]+)\): .+", text, re.MULTILINE)
-    assert sorted(listed) == sorted(str(Path(page).relative_to("docs")) for page in PAGES)
+    assert sorted(listed) == sorted(page.removeprefix("docs/") for page in PAGES)
+
+
+def test_skill_says_what_it_is_for() -> None:
+    """The page for coding assistants starts with the name and the description by which they choose it."""
+    head = re.match(r"---\n(.*?)\n---\n", (ROOT / SKILL).read_text("utf-8"), re.DOTALL)
+    assert head is not None
+    front = yaml.safe_load(head[1])
+    assert set(front) == {"name", "description"}
+    assert re.fullmatch("[a-z-]{1,64}", front["name"])
+    assert 0 < len(front["description"]) <= 1024
+
+
+def test_installed_list_for_machines_leads_to_the_pages() -> None:
+    """The llms.txt of the package has absolute links to pages that exist, and fits on a page."""
+    text = (ROOT / "otel_tasks" / "llms.txt").read_text("utf-8")
+    assert text.startswith("# otel_tasks\n\n> ")
+    links = re.findall(
+        r"^- \[[^\]]+\]\(https://github\.com/[\w-]+/[\w-]+/blob/main/([^)]+)\): .+", text, re.MULTILINE
+    )
+    assert sorted(links) == sorted(PAGES)
+    assert len(text.split()) < 1000
