@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 PATIENCE = 20.0
 """Real seconds after which a test gives up."""
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this platform has no SIGUSR1")
+if not hasattr(signal, "SIGUSR1"):
+    pytest.skip("this platform has no SIGUSR1", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import uvicorn
-import uvloop
 from fastapi import FastAPI
 
 import otel_tasks
@@ -561,13 +560,11 @@ def test_manager_of_a_closed_loop_refuses_a_thread() -> None:
         manager.create_task_threadsafe(rest())
 
 
-@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_loop_that_is_closed_before_the_task_is_created_refuses_it(
-    new_loop: Callable[[], asyncio.AbstractEventLoop],
-) -> None:
+@pytest.mark.parametrize("module", ["asyncio", "uvloop"])
+def test_loop_that_is_closed_before_the_task_is_created_refuses_it(module: str) -> None:
     """The coroutine is closed, and a thread that waits is told."""
     manager = TaskManager("m")
-    loop = new_loop()
+    loop: asyncio.AbstractEventLoop = pytest.importorskip(module).new_event_loop()
 
     async def use() -> None:
         await manager.create_task(give(None))
