@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from otel_tasks._group import TaskGroup
     from otel_tasks._manager import TaskManager
     from otel_tasks._task import TaskInfo
+    from otel_tasks._telemetry import SpanContext
     from otel_tasks._threads import Threads
     from otel_tasks.cancellation import CancelCause
     from otel_tasks.progress import TaskProgress
@@ -490,8 +491,7 @@ class Ledger:
                 or metrics_internal._METER_PROVIDER is not None
                 or task._span is not None
             ):
-                ids = None if task._span is None else task._span.get_span_context()
-                self._report_end(task, _SUCCESS if cause is None else _CANCELLED)
+                ids = self._report_end(task, _SUCCESS if cause is None else _CANCELLED)
             self.remember(
                 (base_name(task), key, label, task._priority, task._created_at, ended_at, cause, ids)
             )
@@ -597,14 +597,13 @@ class Ledger:
         error: BaseException | None = None,
         *,
         ignored: bool = False,
-    ) -> None:
+    ) -> SpanContext | None:
+        """End the task's span and record its duration, each for itself; gives the span's identity."""
         span = task._span
-        metered = self.telemetry.metered()
-        if span is None and not metered:
-            return
-        try:
-            if span is not None:
-                end_span(
+        ids = None
+        if span is not None:
+            try:
+                ids = end_span(
                     span,
                     outcome,
                     error,
@@ -613,11 +612,15 @@ class Ledger:
                     now=task._ended_at,
                     queued=queue_time(task),
                 )
-            if metered:
-                seconds = task._ended_at - task._created_at
+            except Exception:
+                self.complain("telemetry of task %r raised", task.id)
+        if self.telemetry.metered():
+            seconds = task._ended_at - task._created_at
+            try:
                 self.telemetry.record(base_name(task), task._group.name, outcome, error, seconds, span)
-        except Exception:
-            self.complain("telemetry of task %r raised", task.id)
+            except Exception:
+                self.complain("telemetry of task %r raised", task.id)
+        return ids
 
     def _report_failure(self, task: ManagedTask[Any], info: TaskInfo, error: BaseException) -> None:
         awaited = task._extras is not None and any(future.awaited for future in task._extras.futures)

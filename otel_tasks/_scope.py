@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from otel_tasks._state import CancelKind
 from otel_tasks._task import ManagedTask, _uncancel, asyncio_cancel, cancel_message
-from otel_tasks._telemetry import text_of
+from otel_tasks._telemetry import span_context, text_of
 from otel_tasks.cancellation import CancelCause
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ class Scope:
         if isinstance(error, SystemExit | KeyboardInterrupt) and self._base_error is None:
             self._base_error = error
         if group._cause is None:
-            origin = None if task._span is None else task._span.get_span_context()
             message = f"{task.name} failed: {text_of(error, repr)}"
             now = task.get_loop().time()
+            origin = None if task._span is None else span_context(task._span)
             self.abort(group, CancelCause(CancelKind.SIBLING_FAILED, message, task.name, now, origin))
         return True
 

@@ -2,6 +2,11 @@
 
 The library reports through the API package alone and never configures an SDK. Where none is
 set up (the global provider is still OpenTelemetry's placeholder) no span work is done.
+
+Providers, tracers, spans, meters and instruments are other people's code. A provider may be
+unhashable, not weakly referenceable, a proxy, or replaced later, and any call may raise. None of
+it breaks an application: the error is logged once and the report is dropped. Functions that may
+raise say so, and their callers log; all others log here.
 """
 
 from __future__ import annotations
@@ -11,12 +16,22 @@ import os
 import re
 from functools import lru_cache
 from importlib.metadata import version
+from threading import RLock
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
-from weakref import WeakKeyDictionary, WeakSet, finalize, ref
+from weakref import WeakSet, finalize, ref
 
 from opentelemetry import context as otel_context
 from opentelemetry import metrics, trace
-from opentelemetry.metrics import CallbackOptions, MeterProvider, NoOpMeterProvider, Observation
+from opentelemetry.metrics import (
+    CallbackOptions,
+    Histogram,
+    Meter,
+    MeterProvider,
+    NoOpHistogram,
+    NoOpMeter,
+    NoOpMeterProvider,
+    Observation,
+)
 from opentelemetry.metrics import _internal as metrics_internal
 from opentelemetry.trace import (
     INVALID_SPAN,
@@ -44,6 +59,7 @@ if TYPE_CHECKING:
 __all__ = ["MeterProvider", "Span", "SpanContext", "Tracer", "TracerProvider", "metrics_internal", "trace"]
 
 K = TypeVar("K")
+T = TypeVar("T")
 
 # By name: asking an enumeration for a member takes as long as calling a method, before Python 3.12.
 _ERROR = Outcome.ERROR
@@ -77,6 +93,8 @@ CANCEL_REQUESTED = "otel_tasks.cancel_requested"
 _PREDECESSOR = otel_context.create_key("otel_tasks.predecessor")
 _READABLE = hasattr(trace, "_TRACER_PROVIDER")
 _METERS_READABLE = hasattr(metrics_internal, "_METER_PROVIDER")
+# The placeholder of metrics has no public name at all.
+_METER_PLACEHOLDER: object = getattr(metrics_internal, "_PROXY_METER_PROVIDER", None)
 _DESCRIPTION_LIMIT = 256
 # A number or an id as a part of a name of its own: "fetch-17", "order_4711_pay", "job:9f8b7c6d".
 _ID = r"(?:[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}|\d+|(?=[a-fA-F]*\d)[0-9a-fA-F]{8,})"
@@ -109,12 +127,51 @@ def text_of(error: BaseException, text: Callable[[object], str] = str) -> str:
         return f"<{type(error).__name__} without text: {type(broken).__name__}>"
 
 
+# What has been logged, by what was being done.
+_logged: set[str] = set()
+
+
+def log_once(doing: str) -> None:
+    """Log the exception being handled, the first time for each thing that the library does."""
+    if doing not in _logged:
+        _logged.add(doing)
+        logger.exception("OpenTelemetry raised while %s; further errors of this kind are not logged", doing)
+
+
+def _is_a(value: object, *kinds: type) -> bool:
+    """``isinstance()`` for a proxy too that raises when it stands for nothing yet."""
+    try:
+        return isinstance(value, kinds)
+    except Exception:
+        log_once("looking at a provider")
+        return False
+
+
+def _global_provider(ask: Callable[[], T]) -> T | None:
+    """Ask OpenTelemetry for a global provider, which it loads where the environment names one."""
+    try:
+        return ask()
+    except Exception:
+        log_once("loading the provider that the environment names")
+        return None
+
+
+def span_context(span: Span) -> SpanContext | None:
+    """Give a span's identity, None if it has none."""
+    try:
+        identity = span.get_span_context()
+        return identity if identity.is_valid else None
+    except Exception:
+        log_once("reading a span's identity")
+        return None
+
+
 def current_span_context(context: contextvars.Context | None = None) -> SpanContext | None:
     """Give the identity of the span current in ``context`` (None: here), None if there is none."""
     # A copy, for one that is entered already, be it by another thread, refuses.
-    span = trace.get_current_span() if context is None else context.copy().run(trace.get_current_span)
-    span_context = span.get_span_context()
-    return span_context if span_context.is_valid else None
+    return span_context(
+        trace.get_current_span() if context is None else context.copy().run(trace.get_current_span)
+    )
 
 
 def quiet_context() -> contextvars.Context:
@@ -131,8 +188,11 @@ def quiet_context() -> contextvars.Context:
 
 def annotate_request(context: contextvars.Context, cancelled: int) -> None:
     """Say on the span current in ``context`` that the client left, and how many tasks were cancelled."""
-    span = context.run(trace.get_current_span)
-    span.set_attributes({REQUEST_OUTCOME: str(CancelKind.CLIENT_DISCONNECT), CANCEL_COUNT: cancelled})
+    try:
+        span = context.run(trace.get_current_span)
+        span.set_attributes({REQUEST_OUTCOME: str(CancelKind.CLIENT_DISCONNECT), CANCEL_COUNT: cancelled})
+    except Exception:
+        log_once("writing onto a request's span")
 
 
 class MetricsSource(Protocol):
@@ -150,41 +210,40 @@ class _Instruments:
     """The instruments of one meter provider, shared by all managers that report to it."""
 
     def __init__(self, provider: MeterProvider) -> None:
-        meter = provider.get_meter(SCOPE, VERSION)
+        meter = _meter_of(provider)
         # Weak: a provider lives as long as the process, a manager need not. Replaced and never
         # changed: the metric reader's thread may be walking it.
         self._sources: tuple[tuple[ref[MetricsSource], dict[tuple[str, str], int]], ...] = ()
         # What managers had counted that are gone, or report elsewhere: a counter never goes back.
         self._past: dict[tuple[str, str], int] = {}
-        self.duration = meter.create_histogram(
-            "otel_tasks.task.duration",
-            unit="s",
-            description="From the creation of a task to its end.",
-            explicit_bucket_boundaries_advisory=_DURATION_BUCKETS,
+        self.duration = _histogram(
+            meter, "otel_tasks.task.duration", "From the creation of a task to its end."
         )
-        self.queue_duration = meter.create_histogram(
-            QUEUE_DURATION,
-            unit="s",
-            description="From the creation of a task to the place that it had to wait for.",
-            explicit_bucket_boundaries_advisory=_DURATION_BUCKETS,
+        self.queue_duration = _histogram(
+            meter, QUEUE_DURATION, "From the creation of a task to the place that it had to wait for."
         )
-        meter.create_observable_up_down_counter(
-            "otel_tasks.task.active",
-            callbacks=[self._observe_active],
-            unit="{task}",
-            description="Tasks that are live.",
-        )
-        meter.create_observable_counter(
-            "otel_tasks.task.cancellations",
-            callbacks=[self._observe_cancellations],
-            unit="{cancellation}",
-            description="Tasks that ended cancelled.",
-        )
+        # Each for itself: a meter that knows no observable instruments still has histograms.
+        try:
+            meter.create_observable_up_down_counter(
+                "otel_tasks.task.active",
+                callbacks=[self._observe_active],
+                unit="{task}",
+                description="Tasks that are live.",
+            )
+        except Exception:
+            log_once("creating instrument otel_tasks.task.active")
+        try:
+            meter.create_observable_counter(
+                "otel_tasks.task.cancellations",
+                callbacks=[self._observe_cancellations],
+                unit="{cancellation}",
+                description="Tasks that ended cancelled.",
+            )
+        except Exception:
+            log_once("creating instrument otel_tasks.task.cancellations")
 
-    def watch(self, source: MetricsSource) -> Callable[[], object]:
-        """Read ``source`` from now on; call what this gives to end it."""
-        # What it counted while it reported elsewhere stays there.
-        before = source.cancelled_by.copy()
+    def watch(self, source: MetricsSource, before: dict[tuple[str, str], int]) -> Callable[[], object]:
+        """Read what ``source`` counts beyond ``before``; call what this gives to end it."""
         self._sources = (*(entry for entry in self._sources if entry[0]() is not None), (ref(source), before))
         settle = finalize(source, _settle, self._past, source.cancelled_by, before)
         # Not at the interpreter's exit, when the source is still read by the last export.
@@ -218,6 +277,25 @@ class _Instruments:
         ]
 
 
+def _meter_of(provider: MeterProvider) -> Meter:
+    try:
+        return provider.get_meter(SCOPE, VERSION)
+    except Exception:
+        log_once("asking the meter provider for a meter")
+        return NoOpMeter(SCOPE)
+
+
+def _histogram(meter: Meter, name: str, description: str) -> Histogram:
+    """Create a histogram of seconds; one that records nothing where the meter raises."""
+    try:
+        return meter.create_histogram(
+            name, unit="s", description=description, explicit_bucket_boundaries_advisory=_DURATION_BUCKETS
+        )
+    except Exception:
+        log_once(f"creating instrument {name}")
+        return NoOpHistogram(name)
+
+
 def _add_up(totals: dict[K, int], counts: Mapping[K, int]) -> None:
     for key, count in counts.items():
         totals[key] = totals.get(key, 0) + count
@@ -228,22 +306,34 @@ def _settle(totals: dict[K, int], counts: Mapping[K, int], before: Mapping[K, in
     _add_up(totals, {key: count - before.get(key, 0) for key, count in counts.items()} if before else counts)
 
 
-# One set of instruments for each injected provider, and one (None) for the global provider, whose
-# placeholder passes on what was made of it before an SDK was set up.
-_instruments: WeakKeyDictionary[MeterProvider, _Instruments] = WeakKeyDictionary()
-_global_instruments: list[_Instruments] = []
+# One set of instruments for each provider, by its identity: it need not be hashable, and two that are
+# equal are still two. With what gives the provider, for another may come to have the same id.
+_instruments: dict[int, tuple[Callable[[], MeterProvider | None], _Instruments]] = {}
+# Reentrant: a provider may create tasks, or be dropped, while it is asked for a meter.
+_creating = RLock()
 
 
-def _instruments_of(provider: MeterProvider | None) -> _Instruments:
-    if provider is None or provider is metrics.get_meter_provider():
-        if not _global_instruments:
-            current = metrics.get_meter_provider()
-            # It may have been injected somewhere before it became the global one.
-            _global_instruments.append(_instruments.get(current) or _Instruments(current))
-        return _global_instruments[0]
-    if provider not in _instruments:
-        _instruments[provider] = _Instruments(provider)
-    return _instruments[provider]
+def _instruments_of(provider: MeterProvider) -> _Instruments:
+    with _creating:
+        link, instruments = _instruments.get(id(provider), (None, None))
+        if link is None or instruments is None or link() is not provider:
+            instruments = _Instruments(provider)
+            _instruments[id(provider)] = (_link_to(provider), instruments)
+        return instruments
+
+
+def _link_to(provider: MeterProvider) -> Callable[[], MeterProvider | None]:
+    """Refer to a provider, weakly if it lets itself; its instruments are dropped with it."""
+    key = id(provider)
+
+    def forget(link: object) -> None:
+        if key in _instruments and _instruments[key][0] is link:
+            _instruments.pop(key, None)
+
+    try:
+        return ref(provider, forget)
+    except TypeError:
+        return lambda: provider
 
 
 class Providers(NamedTuple):
@@ -295,13 +385,18 @@ class Telemetry:
         meter_provider: MeterProvider | None,
     ) -> None:
         self.manager_name = manager_name
-        # OpenTelemetry's placeholder stands for the global provider.
-        is_placeholder = isinstance(tracer_provider, trace.ProxyTracerProvider)
-        self._own = Providers(None if is_placeholder else tracer_provider, meter_provider)
+        # OpenTelemetry's placeholders stand for the global providers.
+        self._own = Providers(
+            None if _is_a(tracer_provider, trace.ProxyTracerProvider) else tracer_provider,
+            None if meter_provider is _METER_PLACEHOLDER else meter_provider,
+        )
         self._provider: TracerProvider | None = None
         self._tracer: Tracer | None = None
+        self._meter_provider: MeterProvider | None = None
         self._metrics: _Instruments | None = None
         self._source: ref[MetricsSource] | None = None
+        # What the source had counted while it reported elsewhere: that stays there.
+        self._before: dict[tuple[str, str], int] = {}
         self._unwatch: Callable[[], object] | None = None
         self.follow_default()
         _everyone.add(self)
@@ -311,56 +406,73 @@ class Telemetry:
         chosen = _default.tracer if self._own.tracer is None else self._own.tracer
         self._injected = chosen is not None
         self._use(chosen)
-        self._meter_provider = meter = _default.meter if self._own.meter is None else self._own.meter
+        meter = _default.meter if self._own.meter is None else self._own.meter
+        self._follows_meters = meter is None and _METERS_READABLE
         # It reports where OpenTelemetry's two globals say, and nowhere while they say nothing: to be
         # seen without a call, of which one at each end of a task costs 2 % of it.
         self.is_global = _READABLE and _METERS_READABLE and chosen is None and meter is None
-        if self._unwatch is not None and self._source is not None:
-            self._unwatch()
-            self._unwatch = self._metrics = None
-            source = self._source()
-            if source is not None:
-                self.watch(source)
+        source = None if self._source is None else self._source()
+        if source is not None:
+            self._before = source.cancelled_by.copy()
+        self._measure_with(meter)
 
     def tracer(self) -> Tracer | None:
         """Give the tracer, None where no SDK is set up."""
         if not self._injected:
             # The public get_tracer_provider() reads os.environ each time (1.2 us, half a task);
             # this is the name that it reads. Absent in a later version: the public way.
-            provider = trace._TRACER_PROVIDER if _READABLE else trace.get_tracer_provider()
+            provider = trace._TRACER_PROVIDER if _READABLE else _global_provider(trace.get_tracer_provider)
             if provider is not self._provider:
                 self._use(provider)
+                # Who sets up the one sets up the other: its gauges show tasks that have not ended, too.
+                self.metered()
         return self._tracer
 
     def _use(self, provider: TracerProvider | None) -> None:
         self._provider = provider
-        placeholder = provider is None or isinstance(provider, trace.ProxyTracerProvider | NoOpTracerProvider)
         self._tracer = None
-        if provider is not None and not placeholder:
-            try:
-                tracer = provider.get_tracer(SCOPE, VERSION)
-            except Exception:
-                # Asked again when another provider is set, not for each task.
-                logger.exception("tracer provider %r gave no tracer; tasks have no spans", provider)
-            else:
-                # With OTEL_SDK_DISABLED=true the SDK gives these.
-                self._tracer = None if isinstance(tracer, NoOpTracer) else tracer
+        if provider is None or _is_a(provider, trace.ProxyTracerProvider, NoOpTracerProvider):
+            return
+        try:
+            tracer = provider.get_tracer(SCOPE, VERSION)
+        except Exception:
+            # Asked again when another provider is set, not for each task.
+            log_once("asking the tracer provider for a tracer")
+        else:
+            # With OTEL_SDK_DISABLED=true the SDK gives these.
+            self._tracer = None if _is_a(tracer, NoOpTracer) else tracer
 
     def watch(self, source: MetricsSource) -> None:
         """Let the observable instruments read ``source`` from now on."""
-        if self._metrics is None:
-            # Where the environment names a provider, it is this call that loads it.
-            trace.get_tracer_provider()
-            self._metrics = _instruments_of(self._meter_provider)
-            self._unwatch = self._metrics.watch(source)
-            self._source = ref(source)
+        if self._source is not None:
+            return
+        self._source = ref(source)
+        # Where the environment names providers, it is these calls that load them.
+        _global_provider(trace.get_tracer_provider)
+        current = _global_provider(metrics.get_meter_provider)
+        if self._meter_provider is None and not _METERS_READABLE:
+            self._measure_with(current)
+        elif not self.metered():
+            self._measure_with(self._meter_provider)
 
     def metered(self) -> bool:
-        """True where a task's duration would be recorded by somebody."""
-        if self._meter_provider is not None:
-            return not isinstance(self._meter_provider, NoOpMeterProvider)
-        # As for the tracer; the placeholder of metrics has no public name at all.
-        return _METERS_READABLE and metrics_internal._METER_PROVIDER is not None
+        """True where somebody would record a task's duration."""
+        if self._follows_meters and metrics_internal._METER_PROVIDER is not self._meter_provider:
+            self._measure_with(metrics_internal._METER_PROVIDER)
+        return self._metrics is not None
+
+    def _measure_with(self, provider: MeterProvider | None) -> None:
+        """Let the instruments of this provider read the source, and those of the last no more."""
+        self._meter_provider = provider
+        source = None if self._source is None else self._source()
+        if self._unwatch is not None:
+            self._unwatch()
+            if source is not None:
+                self._before = source.cancelled_by.copy()
+        self._unwatch = self._metrics = None
+        if source is not None and provider is not None and not _is_a(provider, NoOpMeterProvider):
+            self._metrics = _instruments_of(provider)
+            self._unwatch = self._metrics.watch(source, self._before)
 
     def record(
         self,
@@ -470,29 +582,35 @@ def _links_of_detached(surroundings: otel_context.Context) -> list[Link] | None:
     predecessor = otel_context.get_value(_PREDECESSOR, surroundings)
     if isinstance(predecessor, SpanContext):
         return [Link(predecessor, {LINK: "restart_of"})]
-    creator = trace.get_current_span(surroundings).get_span_context()
-    return [Link(creator, {LINK: "spawned_by"})] if creator.is_valid else None
+    creator = span_context(trace.get_current_span(surroundings))
+    return None if creator is None else [Link(creator, {LINK: "spawned_by"})]
 
 
 def link_restart(context: contextvars.Context, predecessor: Span) -> None:
     """Let the next detached span that begins in ``context`` link to the one that it takes the place of."""
 
     def note() -> None:
-        otel_context.attach(otel_context.set_value(_PREDECESSOR, predecessor.get_span_context()))
+        otel_context.attach(otel_context.set_value(_PREDECESSOR, span_context(predecessor)))
 
     context.run(note)
 
 
 def note_cancel_requested(span: Span, cause: CancelCause) -> None:
     """Mark the moment at which a cancellation was asked for."""
-    if span.is_recording():
-        span.add_event(CANCEL_REQUESTED, {CANCEL_REASON: str(cause.kind)})
+    try:
+        if span.is_recording():
+            span.add_event(CANCEL_REQUESTED, {CANCEL_REASON: str(cause.kind)})
+    except Exception:
+        log_once("adding an event to a task's span")
 
 
 def note_started(span: Span) -> None:
     """Mark the moment at which a task that had to wait got its place."""
-    if span.is_recording():
-        span.add_event(STARTED)
+    try:
+        if span.is_recording():
+            span.add_event(STARTED)
+    except Exception:
+        log_once("adding an event to a task's span")
 
 
 def end_span(
@@ -504,7 +622,7 @@ def end_span(
     ignored: bool = False,
     now: float = 0.0,
     queued: float | None = None,
-) -> None:
+) -> SpanContext | None:
     """Write the end of a task onto its span, and end it; a span that has ended is left alone.
 
     Args:
@@ -515,47 +633,66 @@ def end_span(
         ignored: It was cancelled and completed all the same.
         now: Seconds on the loop's clock, for how long the cancellation took.
         queued: Seconds for which it waited for a place.
+
+    Returns:
+        The span's identity.
+
+    Raises:
+        Exception: The span's own, from the first call that failed. What was still to be written is dropped,
+            the least important last; the span is ended.
     """
-    if not span.is_recording():
-        return
-    attributes: dict[str, Any] = {TASK_OUTCOME: str(outcome)}
-    if cause is not None:
-        _describe_cancel(span, attributes, cause, now)
-    if ignored:
-        attributes[CANCEL_IGNORED] = True
-    if queued is not None:
-        attributes[QUEUE_DURATION] = queued
-    raised = error if outcome is _ERROR else None
-    if outcome in _ERRONEOUS:
-        attributes[ERROR_TYPE] = str(outcome) if raised is None else error_type(raised)
-        description = str(outcome) if error is None else text_of(error)
-        span.set_status(StatusCode.ERROR, description[:_DESCRIPTION_LIMIT])
-    span.set_attributes(attributes)
+    recording = True
     try:
-        if raised is not None:
-            span.record_exception(raised)
+        recording = span.is_recording()
+        if recording:
+            attributes: dict[str, Any] = {TASK_OUTCOME: str(outcome)}
+            if cause is not None:
+                _describe_cancel(attributes, cause, now)
+            if ignored:
+                attributes[CANCEL_IGNORED] = True
+            if queued is not None:
+                attributes[QUEUE_DURATION] = queued
+            if outcome in _ERRONEOUS:
+                _describe_error(span, attributes, outcome, error)
+            span.set_attributes(attributes)
+            if cause is not None:
+                _link(span, cause)
+            if outcome is _ERROR and error is not None:
+                # Last: the SDK asks the exception for its text, which may be broken.
+                span.record_exception(error)
+        return span.get_span_context()
     finally:
-        # The SDK asks the exception for its text, which may be broken.
-        span.end()
+        if recording:
+            span.end()
+
+
+def _describe_error(
+    span: Span, attributes: dict[str, Any], outcome: Outcome, error: BaseException | None
+) -> None:
+    raised = error if outcome is _ERROR else None
+    attributes[ERROR_TYPE] = str(outcome) if raised is None else error_type(raised)
+    description = str(outcome) if error is None else text_of(error)
+    span.set_status(StatusCode.ERROR, description[:_DESCRIPTION_LIMIT])
 
 
 def end_group_span(span: Span, cause: CancelCause | None) -> None:
     """End the span of a scoped group; what cancelled it stands on it, what failed on the tasks'."""
-    if cause is not None:
-        span.set_attributes(
-            {CANCEL_REASON: str(cause.kind), **({CANCEL_MESSAGE: cause.message} if cause.message else {})}
-        )
-        _link(span, cause)
-    span.end()
+    try:
+        if cause is not None:
+            span.set_attributes(
+                {CANCEL_REASON: str(cause.kind), **({CANCEL_MESSAGE: cause.message} if cause.message else {})}
+            )
+            _link(span, cause)
+    finally:
+        span.end()
 
 
-def _describe_cancel(span: Span, attributes: dict[str, Any], cause: CancelCause, now: float) -> None:
+def _describe_cancel(attributes: dict[str, Any], cause: CancelCause, now: float) -> None:
     attributes[CANCEL_REASON] = str(cause.kind)
     if cause.message:
         attributes[CANCEL_MESSAGE] = cause.message
     if cause.at is not None:
         attributes[CANCEL_DURATION] = max(0.0, now - cause.at)
-    _link(span, cause)
 
 
 def _link(span: Span, cause: CancelCause) -> None:
@@ -566,9 +703,15 @@ def _link(span: Span, cause: CancelCause) -> None:
 
 def span_ids(span: Span | None) -> tuple[str | None, str | None]:
     """Give a span's trace id and span id in hex, as tracing back-ends show them."""
-    return ids_in_hex(None if span is None else span.get_span_context())
+    return (None, None) if span is None else ids_in_hex(span_context(span))
 
 
 def ids_in_hex(span: SpanContext | None) -> tuple[str | None, str | None]:
-    """Give trace id and span id in hex."""
-    return (None, None) if span is None else (f"{span.trace_id:032x}", f"{span.span_id:016x}")
+    """Give trace id and span id in hex; None for a span that has no identity."""
+    try:
+        if span is None or not span.is_valid:
+            return None, None
+        return f"{span.trace_id:032x}", f"{span.span_id:016x}"
+    except Exception:
+        log_once("reading a span's identity")
+        return None, None

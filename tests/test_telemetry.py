@@ -1430,6 +1430,12 @@ class BrokenSampler(NotingSampler):
         raise RuntimeError("broken sampler")
 
 
+@pytest.fixture(autouse=True)
+def nothing_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test logs what a fresh process logs."""
+    monkeypatch.setattr(telemetry, "_logged", set())
+
+
 @pytest.fixture(params=["on_start", "on_end", "sampler"])
 def broken(request: pytest.FixtureRequest) -> TaskManager:
     """A manager whose telemetry raises."""
