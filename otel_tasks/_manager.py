@@ -1231,7 +1231,7 @@ def start_task(
     Args:
         name: Unique among the live tasks of the manager.
         factory: What makes the coroutine.
-        group: A labelled group, by its name or itself; None is the manager's root.
+        group: A labeled group, by its name or itself; None is the manager's root.
         priority: How urgent.
         cancel_existing: The same as ``on_conflict="replace"``.
         **options: As for ``TaskManager.start_task``.
