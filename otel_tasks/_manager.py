@@ -211,7 +211,7 @@ class TaskManager:
         Args:
             coro: What to run; closed if the task is refused.
             name: Unique among the live tasks; None makes one from the function's name.
-            group: A labelled group, made on first use (dots nest: ``"ingest.fetch"``), or a group
+            group: A labeled group, made on first use (dots nest: ``"ingest.fetch"``), or a group
                 object; None is the manager's root. The current group is not looked at: the
                 function ``create_task`` does that.
             priority: How urgent.
@@ -419,7 +419,7 @@ class TaskManager:
             factory: What makes the coroutine of each attempt: ``lambda: work(1)``, or the coroutine
                 function itself. It runs where ``start_service`` was called: in a copy of that context.
             restart: What counts as a failure, how long to wait after one, when to give up.
-            group: A labelled group, by its name or itself; None is the manager's root.
+            group: A labeled group, by its name or itself; None is the manager's root.
             priority: How urgent, its attempts too: unless told otherwise they are the last to be cancelled
                 in a shutdown.
             metadata: Kept with it and with each attempt.
