@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.goals import GOALS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from benchmarks.measure import Row, Spread, Table
@@ -15,14 +16,39 @@ if TYPE_CHECKING:
 BEGIN, END = "<!-- benchmarks: made by `make bench` -->", "<!-- benchmarks: end -->"
 
 
+# Tables with the same rows, side by side on docs/performance.md: each column's heading, and the table's id.
+TASKS = {
+    "5,000, asyncio": "spawn-asyncio-5000",
+    "100,000": "spawn-asyncio-100000",
+    "awaited singly": "spawn-asyncio-serial",
+    "5,000, uvloop": "spawn-uvloop-5000",
+}
+REQUESTS = {
+    "raw ASGI": "middleware-raw",
+    "FastAPI GET": "middleware-fastapi-get",
+    "FastAPI POST": "middleware-fastapi-post",
+}
+DISCONNECTS = {
+    "otel_tasks, idle": "disconnect-ours-idle",
+    "otel_tasks, busy": "disconnect-ours-busy",
+    "watcher tasks, idle": "disconnect-watcher-idle",
+    "watcher tasks, busy": "disconnect-watcher-busy",
+}
+
+
 def write(root: Path, tables: list[Table], machine: dict[str, Any]) -> None:
-    """Put goals and tables into ``docs/performance.md``, and chart and goals into the README."""
+    """Put the goals into the README and ``docs/performance.md``, and every table into ``docs/figures.md``."""
     where = _machine(machine)
     goals = "\n".join(_markdown(_goal_cells(tables)))
-    every = "\n\n".join(_table(table) for table in tables)
     picture = "![Bars: what a task, a span, a cancellation and a request cost here and with peers]"
-    in_docs = [f"{picture}(images/benchmarks.svg)", where, goals, every]
+    summary = [
+        _side_by_side("CPU time per task, `asyncio.TaskGroup` = 1", TASKS, tables, _multiple),
+        _side_by_side("CPU time per request, µs", REQUESTS, tables, lambda row: _number(row.value.median)),
+        _side_by_side("disconnect to last task's end, ms: median, p99", DISCONNECTS, tables, _median_and_p99),
+    ]
+    in_docs = [f"{picture}(images/benchmarks.svg)", goals, *summary]
     _between(root / "docs" / "performance.md", "\n\n".join(in_docs))
+    _between(root / "docs" / "figures.md", "\n\n".join([where, *map(_table, tables)]))
     _between(root / "README.md", "\n\n".join([f"{picture}(docs/images/benchmarks.svg)", goals, where]))
 
 
@@ -50,6 +76,31 @@ def _table(table: Table) -> str:
     rounds = f"{table.rounds} rounds. " if table.rounds > 1 else ""
     caption = f"### {table.title}\n\n{rounds}{table.note}".rstrip()
     return "\n".join([caption, "", *_markdown(_cells(table))])
+
+
+def _side_by_side(
+    title: str, columns: dict[str, str], tables: list[Table], cell: Callable[[Row], str]
+) -> str:
+    chosen = {
+        table.id: {row.name: row for row in table.rows} for table in tables if table.id in columns.values()
+    }
+    names = dict.fromkeys(name for rows in chosen.values() for name in rows)
+    lines = [
+        [
+            name,
+            *(cell(rows[name]) if name in rows else "" for rows in map(chosen.__getitem__, columns.values())),
+        ]
+        for name in names
+    ]
+    return "\n".join(_markdown([[title, *columns], *lines]))
+
+
+def _multiple(row: Row) -> str:
+    return "1" if row.ratio is None else f"{row.ratio.median:.2f}"
+
+
+def _median_and_p99(row: Row) -> str:
+    return f"{_number(row.value.median)}, {_number(row.value.high)}"
 
 
 def _cells(table: Table) -> list[list[str]]:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 import xml.etree.ElementTree as ET
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
 import otel_tasks
+from benchmarks import chart, report
+from benchmarks.measure import Table
 from docs import generate, scenes
 from docs.picture import state_picture
 from otel_tasks import TaskStatus, _telemetry, asgi, fastapi, instrumentation, logs, testing
 from otel_tasks._state import TRANSITIONS
 from tests.blocks import ROOT, promised_output, python_blocks, run_block
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DOCS = ROOT / "docs"
 SKILL = "otel_tasks/SKILL.md"
@@ -244,6 +250,22 @@ def test_what_is_generated_is_up_to_date() -> None:
     """Tables, the state picture and llms.txt are what `python -m docs.generate` writes."""
     stale = [path for path, text in generate.files().items() if path.read_text("utf-8") != text]
     assert stale == [], "run: python -m docs.generate"
+
+
+def test_figures_are_those_of_the_last_run(tmp_path: Path) -> None:
+    """Goals, tables and chart are what `python -m benchmarks --render` makes of benchmarks/results.json."""
+    results = json.loads((ROOT / "benchmarks" / "results.json").read_text("utf-8"))
+    tables = [Table.from_dict(table) for table in results["tables"]]
+    pages = ("README.md", "docs/performance.md", "docs/figures.md")
+    (tmp_path / "docs").mkdir()
+    for page in pages:
+        (tmp_path / page).write_text((ROOT / page).read_text("utf-8"), "utf-8")
+    report.write(tmp_path, tables, results["machine"])
+    stale = [
+        page for page in pages if (tmp_path / page).read_text("utf-8") != (ROOT / page).read_text("utf-8")
+    ]
+    assert stale == [], "run: python -m benchmarks --render"
+    assert chart.draw(tables) == (DOCS / "images" / "benchmarks.svg").read_text("utf-8")
 
 
 def test_every_attribute_of_the_code_is_documented() -> None:
