@@ -27,7 +27,8 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python examples/demo.py` works from anywhere, with nothing installed
 
-from examples.server_process import Service, end_on_sigterm, service  # noqa: E402 - found by the line above
+from examples.client_spans import ClientSpans  # noqa: E402 - found by the line above
+from examples.server_process import Service, end_on_sigterm, service  # noqa: E402 - as well
 from examples.trace_tree import Span, trace_tree  # noqa: E402 - as well
 
 TIME_LIMIT = 15.0
@@ -35,6 +36,14 @@ NOT_FOUND = 404
 # While serving: seconds between two looks at the service, and trees that are drawn at each.
 LOOK_EVERY = 1.0
 TREES_PER_LOOK = 5
+# What the clients call. Their spans are the roots of the traces.
+ROUTES = (
+    "/search/{city}",
+    "/orders",
+    "/orders/{reference}",
+    "/exports",
+    "/exports/{name}/progress",
+)
 
 
 @dataclass
@@ -46,7 +55,7 @@ class Visit:
     what: str
     json: dict[str, str] | None = None
     leaves_after: float | None = None
-    # Chosen by the client and sent along, as a traced front end does: so its trace is found again.
+    # That of the client's own span, sent along as a traced front end does: so its trace is found again.
     trace_id: str = ""
     ended: str = ""
     left_at: float | None = None
@@ -74,6 +83,7 @@ async def main(*, serve: bool, svg: Path | None, port: int) -> None:
     """Run the demo. Whatever ends it, the service has ended when this returns."""
     console = Console(record=svg is not None, width=120, highlight=False)
     endpoint = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+    calls = ClientSpans("demo-client", ROUTES)
     async with service("examples.fastapi_app:app", port=port, environment={"KEEP_SPANS": "1"}) as running:
         url = running.url
         all_visits = visits()
@@ -81,10 +91,11 @@ async def main(*, serve: bool, svg: Path | None, port: int) -> None:
             async with asyncio.timeout(TIME_LIMIT):
                 with export_bar() as bar:
                     await asyncio.gather(
-                        watch_export(url, bar), *(visit_service(url, visit) for visit in all_visits)
+                        watch_export(url, bar, calls),
+                        *(visit_service(url, visit, calls) for visit in all_visits),
                     )
-                traces = await fetch_traces(url, [visit.trace_id for visit in all_visits])
-                order = await order_status(url, "order-1")
+                traces = await fetch_traces(url, [visit.trace_id for visit in all_visits], calls)
+                order = await order_status(url, "order-1", calls)
         except TimeoutError:
             raise SystemExit(f"not all requests have left a trace within {TIME_LIMIT:.0f} s") from None
         report(console, all_visits, traces, order)
@@ -96,24 +107,27 @@ async def main(*, serve: bool, svg: Path | None, port: int) -> None:
             await serve_on(console, running)
     if endpoint:
         # Now, for the last spans are sent when the service stops.
-        print_delivery(console, endpoint, running.undelivered)
+        undelivered = running.undelivered
+        if not undelivered and not await asyncio.to_thread(calls.send, endpoint):
+            undelivered = f"the spans of {calls.service}, which are the roots of the traces"
+        print_delivery(console, endpoint, undelivered)
 
 
-async def visit_service(url: str, visit: Visit) -> None:
+async def visit_service(url: str, visit: Visit, calls: ClientSpans) -> None:
     """Send one request over a connection of its own, and close that early if the client is to leave."""
-    visit.trace_id = os.urandom(16).hex()
-    headers = {"traceparent": f"00-{visit.trace_id}-{os.urandom(8).hex()}-01"}
     sent = asyncio.Event()
 
     async def trace(event: str, _: object) -> None:
         if event == "http11.send_request_body.complete":
             sent.set()
 
+    def note(trace_id: str) -> None:
+        visit.trace_id = trace_id
+
     async with httpx.AsyncClient(base_url=url, timeout=10.0) as client:
+        calls.record(client, note)
         request = asyncio.create_task(
-            client.request(
-                visit.method, visit.path, json=visit.json, headers=headers, extensions={"trace": trace}
-            )
+            client.request(visit.method, visit.path, json=visit.json, extensions={"trace": trace})
         )
         # The patience of a client that leaves begins when it has asked, however slow this machine is.
         await asyncio.wait([request, asyncio.ensure_future(sent.wait())], return_when="FIRST_COMPLETED")
@@ -138,9 +152,10 @@ def export_bar() -> Progress:
     )
 
 
-async def watch_export(url: str, bar: Progress) -> None:
+async def watch_export(url: str, bar: Progress, calls: ClientSpans) -> None:
     """Start a long task, and draw the snapshots of its progress that the service sends until it has ended."""
     async with httpx.AsyncClient(base_url=url, timeout=10.0) as client:
+        calls.record(client)
         started = (await client.post("/exports", json={"city": "Lisbon", "pages": 24})).json()
         line = bar.add_task(started["name"], total=24, state="begins")
         async with client.stream("GET", started["progress"]) as response:
@@ -163,12 +178,13 @@ async def server_sent_events(response: httpx.Response) -> AsyncIterator[tuple[st
             yield event, json.loads(value)
 
 
-async def fetch_traces(url: str, trace_ids: list[str]) -> dict[str, list[Span]]:
+async def fetch_traces(url: str, trace_ids: list[str], calls: ClientSpans) -> dict[str, list[Span]]:
     """Wait until no task of the service is alive and every request's own span has arrived."""
     async with httpx.AsyncClient(base_url=url) as client:
         while True:
             tasks = (await client.get("/debug/tasks")).json().values()
             spans = [Span.from_json(raw) for raw in (await client.get("/debug/spans")).json()]
+            spans += calls.ended()
             traces = {id: [span for span in spans if span.trace_id == id] for id in trace_ids}
             all_ended = all(task["ended_at"] is not None for task in tasks)
             if all_ended and all(any(span.is_request for span in trace) for trace in traces.values()):
@@ -176,9 +192,10 @@ async def fetch_traces(url: str, trace_ids: list[str]) -> dict[str, list[Span]]:
             await asyncio.sleep(0.05)
 
 
-async def order_status(url: str, reference: str) -> str:
+async def order_status(url: str, reference: str, calls: ClientSpans) -> str:
     """What a client asks for whose connection broke."""
     async with httpx.AsyncClient(base_url=url) as client:
+        calls.record(client)
         response = await client.get(f"/orders/{reference}")
         return "unknown" if response.status_code == NOT_FOUND else str(response.json()["status"])
 

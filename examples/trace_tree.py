@@ -16,6 +16,8 @@ COLOURS = {
     "error": "red",
     "abandoned": "red",
 }
+# Stands for a parent that was not exported.
+NO_ROOT = "no root span"
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,15 @@ def trace_tree(spans: Iterable[Span], *, hung_up_at: float | None = None) -> Tab
     where the server's is not there.
 
     Args:
-        spans: All spans of the trace; a span whose parent is not among them is a root.
+        spans: All spans of the trace. Those whose parent is not among them hang below a row that says so.
         hung_up_at: When the client left (seconds since the epoch), drawn as a mark above the bars.
     """
-    rows = list(_walk(_without_calls(sorted(spans, key=lambda span: span.start))))
-    names = {span.span_id: span.name for _, span in rows}
-    several_services = len({span.service for _, span in rows}) > 1
-    first = min(span.start for _, span in rows)
-    last = max(span.end for _, span in rows)
+    shown = _without_calls(sorted(spans, key=lambda span: span.start))
+    rows = list(_walk(shown))
+    names = {span.span_id: span.name for span in shown}
+    several_services = len({span.service for span in shown}) > 1
+    first = min(span.start for span in shown)
+    last = max(span.end for span in shown)
     scale = BAR_WIDTH / max(last - first, 0.001)
 
     table = Table(box=None, padding=(0, 1), show_edge=False, header_style="")
@@ -115,6 +118,9 @@ def trace_tree(spans: Iterable[Span], *, hung_up_at: float | None = None) -> Tab
     table.add_column(Text("ms", "dim"), justify="right", no_wrap=True, min_width=4)
     table.add_column(Text("outcome and cause", "dim"), no_wrap=True)
     for guide, span in rows:
+        if span is None:
+            table.add_row(Text(NO_ROOT, "red"))
+            continue
         colour = COLOURS[span.outcome]
         service = f"{span.service} " if several_services and span.is_request else ""
         name = Text.assemble(
@@ -139,12 +145,14 @@ def _without_calls(spans: list[Span]) -> list[Span]:
     ]
 
 
-def _walk(spans: list[Span]) -> Iterator[tuple[str, Span]]:
-    """Each span with the guide lines that stand before its name, depth first."""
-    known = {span.span_id for span in spans}
+def _walk(spans: list[Span]) -> Iterator[tuple[str, Span | None]]:
+    """Each span with the guide lines that stand before its name, depth first.
+
+    None takes the place of a parent that is not among them.
+    """
     children: dict[str | None, list[Span]] = {}
     for span in spans:
-        children.setdefault(span.parent_id if span.parent_id in known else None, []).append(span)
+        children.setdefault(span.parent_id, []).append(span)
 
     def below(parent: str | None, indent: str) -> Iterator[tuple[str, Span]]:
         siblings = children.get(parent, [])
@@ -156,6 +164,17 @@ def _walk(spans: list[Span]) -> Iterator[tuple[str, Span]]:
     for root in children.get(None, []):
         yield "", root
         yield from below(root.span_id, "")
+    for parent in missing_parents(spans):
+        yield "", None
+        yield from below(parent, "")
+
+
+def missing_parents(spans: Iterable[Span]) -> list[str]:
+    """The ids of parents that were not exported: Jaeger shows a trace that has one as incomplete."""
+    parents = {span.span_id: span.parent_id for span in spans}
+    return [
+        parent for parent in dict.fromkeys(parents.values()) if parent is not None and parent not in parents
+    ]
 
 
 def _bar(start: float, end: float, colour: str) -> Text:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from examples.trace_tree import NO_ROOT, missing_parents
 from otel_tasks import TaskPriority
 
 if TYPE_CHECKING:
@@ -28,20 +29,23 @@ def outline(spans: Iterable[Span]) -> str:
     """The spans as a tree: each line is one, indented below its parent.
 
     It says service, name and kind (of a task its priority and its group), status, how it ended and why, and
-    where its links lead. Siblings stand in the order of the alphabet.
+    where its links lead. Siblings stand in the order of the alphabet. Spans whose parent did not come
+    stand below a line that says so.
     """
     known = {span.span_id: span for span in spans}
     children: dict[str | None, list[Span]] = {}
     for span in known.values():
-        children.setdefault(span.parent_id if span.parent_id in known else None, []).append(span)
+        children.setdefault(span.parent_id, []).append(span)
 
-    def tree(span: Span, depth: int) -> list[str]:
-        below = sorted(tree(child, depth + 1) for child in children.get(span.span_id, []))
-        line = "  " * depth + _line(span, known)
-        return [line, *(line for subtree in below for line in subtree)]
+    def trees(parent: str | None, depth: int) -> list[str]:
+        found = sorted(
+            ["  " * depth + _line(span, known), *trees(span.span_id, depth + 1)]
+            for span in children.get(parent, [])
+        )
+        return [line for tree in found for line in tree]
 
-    roots = sorted(tree(root, 0) for root in children.get(None, []))
-    return "\n".join(line for root in roots for line in root) + "\n"
+    lost = sorted([NO_ROOT, *trees(parent, 1)] for parent in missing_parents(known.values()))
+    return "\n".join([*trees(None, 0), *(line for tree in lost for line in tree)]) + "\n"
 
 
 def outline_by_request(spans: Iterable[Span]) -> str:
@@ -132,8 +136,7 @@ def _above(span: Span, known: dict[str, Span]) -> list[str]:
 
 
 def _asked(trace: list[Span]) -> str:
-    ids = {span.span_id for span in trace}
-    first = next(span for span in trace if span.is_request and span.parent_id not in ids)
+    first = min((span for span in trace if span.is_request), key=lambda span: span.start)
     path, query = first.attributes["url.path"], first.attributes.get("url.query", "")
     return f"{first.attributes['http.request.method']} {path}{'?' if query else ''}{query}"
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from rich.console import Console
 
 from examples import demo, fastapi_app, server_process
 from examples.otlp_receiver import receiver
-from examples.trace_tree import Span, trace_tree
+from examples.trace_tree import Span, missing_parents, trace_tree
 from otel_tasks.testing import FakeConnection
 from tests.processes import marked_environment, marked_processes
 
@@ -279,9 +280,31 @@ def test_the_moment_of_the_hang_up_is_marked() -> None:
     assert early.index("▼") == bar
 
 
-def test_a_span_whose_parent_is_elsewhere_is_a_root() -> None:
-    """The client's own span is not in this process; its child is drawn all the same."""
-    assert drawn(span("request", 0.0, 1.0, "the client's"))[1].startswith(" request")
+def test_a_span_whose_parent_did_not_come_hangs_below_a_line_that_says_so() -> None:
+    """What Jaeger shows as incomplete is drawn as incomplete, below the trees that have a root."""
+    lines = drawn(
+        span("first", 0.0, 1.0, "lost"),
+        span("below", 0.0, 1.0, "first"),
+        span("second", 0.5, 1.0, "lost"),
+        span("root", 0.9, 1.0),
+    )
+    assert [line.partition("█")[0].strip() for line in lines[1:]] == [
+        "root",
+        "no root span",
+        "├─ first",
+        "│  └─ below",
+        "└─ second",
+    ]
+
+
+def test_a_call_without_its_caller_has_no_root_either() -> None:
+    """The client's span is left out of the picture for the server's, and what is missing above it is not."""
+    server = {"http.request.method": "GET", "http.response.status_code": 200}
+    call = span("call", 0.0, 1.0, "lost")
+    tree = [replace(call, kind="CLIENT"), span("request", 0.0, 1.0, "call", **server)]
+    assert [line.partition("█")[0].strip() for line in drawn(*tree)[1:]] == ["no root span", "└─ request"]
+    tree[0] = replace(tree[0], parent_id=None)
+    assert [line.partition("█")[0].strip() for line in drawn(*tree)[1:]] == ["request"]
 
 
 # --- the demo ------------------------------------------------------------------------------------------
@@ -489,9 +512,11 @@ def test_the_demos_spans_reach_a_collector(environment: dict[str, str]) -> None:
     assert "OTEL_EXPORTER_OTLP_ENDPOINT" not in done.stdout
     assert "could not be delivered" not in done.stdout
     names = Counter(span.name for span in received.spans())
-    assert names["GET /search/{city}"] == 3
+    assert names["GET /search/{city}"] == 6
     assert names["hotels"] == 6
-    assert names["POST /orders"] == names["send_confirmation"] == 1
+    # The client's own span, and the service's.
+    assert (names["POST /orders"], names["send_confirmation"]) == (2, 1)
+    assert missing_parents(received.spans()) == []
 
 
 @pytest.mark.e2e

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -17,6 +18,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
 from examples.otlp_receiver import Point, Received, receiver
+from examples.trace_tree import Span
 from otel_tasks import TaskManager, TaskPriority
 from otel_tasks.testing import run
 from tests.helpers import fail, give, rest
@@ -193,6 +195,14 @@ def test_a_trace_that_differs_from_its_file_fails_with_the_difference(
     compare("shop  order  cancelled\n", "shop.txt")
     with pytest.raises(pytest.fail.Exception, match=r"-shop  order  cancelled\n\+shop  order  success"):
         compare("shop  order  success\n", "shop.txt")
+
+
+def test_outline_says_where_a_root_is_missing() -> None:
+    """A demo that no longer exports its roots differs from its file, whatever else is the same."""
+    task = {"otel_tasks.task.priority": 1, "otel_tasks.group.name": "jobs", "otel_tasks.task.name": "work"}
+    span = Span("t", "2", "1", "work", 0.0, 1.0, task, "", None, service="shop")
+    assert outline([span]) == "no root span\n  shop  work  normal task of jobs, status unset\n"
+    assert outline([replace(span, parent_id=None)]) == "shop  work  normal task of jobs, status unset\n"
 
 
 def test_traces_are_read_from_jaegers_interface(received: Received, monkeypatch: pytest.MonkeyPatch) -> None:

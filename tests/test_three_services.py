@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rich.console import Console
 
-from examples.three_services.__main__ import NAMES, Visit, checks, how_long, print_checks
+from examples.three_services.__main__ import (
+    CUSTOMER,
+    NAMES,
+    Visit,
+    checks,
+    how_long,
+    print_checks,
+)
 from examples.trace_tree import Span, trace_tree
 
 if TYPE_CHECKING:
@@ -29,8 +36,10 @@ def span(trace_id: str, service: str, name: str, parent: str | None, **changes: 
 
 
 def trace_of(visit: Visit) -> list[Span]:
-    """A request that goes through all three services, with one task in each."""
-    caller, spans = "the customer", []
+    """A customer's request that goes through all three services, with one task in each."""
+    root = span(visit.trace_id, CUSTOMER, "call", None, kind="CLIENT")
+    root.attributes.update({"http.response.status_code": 200} if visit is STAYS else {})
+    caller, spans = f"{CUSTOMER} call", [root]
     for name in NAMES:
         request = span(
             visit.trace_id, name, "GET", caller, kind="SERVER", attributes={"http.request.method": "GET"}
@@ -87,6 +96,14 @@ def test_good_traces_keep_all_promises() -> None:
         (
             lambda spans: changed(spans, "b suppliers GET", parent_id="gone"),
             "suppliers, GET hangs below nothing",
+        ),
+        (
+            lambda spans: changed(spans, "b suppliers GET", parent_id=None),
+            "suppliers, GET hangs below nothing",
+        ),
+        (
+            lambda spans: [each for each in spans if each.span_id != "a customer call"],
+            "gateway, GET hangs below nothing",
         ),
         (lambda spans: changed(spans, "b suppliers work", attributes={}), "none in suppliers"),
         (
@@ -161,7 +178,7 @@ def test_a_call_is_one_row_below_the_task_that_made_it() -> None:
 
 def test_a_call_that_nobody_took_is_drawn() -> None:
     """Where the server's span is missing, the client's stands for the call, and says that no answer came."""
-    spans = [each for each in trace_of(LEAVES) if each.service == "gateway"]
+    spans = [each for each in trace_of(LEAVES) if each.service in (CUSTOMER, "gateway")]
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(trace_tree(spans))
     *_, last = console.export_text().splitlines()

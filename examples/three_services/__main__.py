@@ -21,12 +21,15 @@ import httpx
 from rich.console import Console, Group
 from rich.text import Text
 
+from examples.client_spans import ClientSpans
 from examples.otlp_receiver import Received, receiver
 from examples.server_process import Service, end_on_sigterm, service
 from examples.trace_tree import Span, trace_tree
 
 # From the top of the line to its end: each calls the next.
 NAMES = ("gateway", "pricing", "suppliers")
+# Who calls the first of them; its spans are the roots of the traces.
+CUSTOMER = "customer"
 # Seconds for the two requests, and for the last task of each to end.
 TIME_LIMIT = 30.0
 LOOK_EVERY = 0.01
@@ -44,32 +47,30 @@ class Visit:
 
     what: str
     items: list[str]
-    # Chosen by the client and sent along, as a traced front end does: so its trace is found again.
-    trace_id: str
+    # That of the client's own span, sent along as a traced front end does: so its trace is found again.
+    trace_id: str = ""
     ended: str = ""
     left_at: float | None = None
 
 
-def new_trace_id() -> str:
-    return os.urandom(16).hex()
-
-
 async def main(console: Console) -> bool:
     """Run the demo; True if every promise was kept. Whatever ends it, the services have ended then."""
-    stays = Visit("waits for the answer", ["lamp", "desk"], new_trace_id())
-    leaves = Visit("closes the page while the suppliers work", ["wardrobe", "sofa"], new_trace_id())
+    stays = Visit("waits for the answer", ["lamp", "desk"])
+    leaves = Visit("closes the page while the suppliers work", ["wardrobe", "sofa"])
+    calls = ClientSpans(CUSTOMER, ["/basket"])
     upstream = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
     with receiver(forward_to=upstream) as received:
         async with contextlib.AsyncExitStack() as running:
             urls = await start(running, received.endpoint)
             try:
                 async with asyncio.timeout(TIME_LIMIT):
-                    await ask(urls["gateway"], stays)
-                    await hang_up(urls, leaves)
+                    await ask(urls["gateway"], stays, calls)
+                    await hang_up(urls, leaves, calls)
                     left = await wait_for_silence(urls)
             except TimeoutError:
                 raise SystemExit(f"the requests were not done within {TIME_LIMIT:.0f} s") from None
         # The services have ended, and have sent their last spans.
+        await asyncio.to_thread(calls.send, received.endpoint)
         spans = received.spans()
         for number, visit in enumerate((stays, leaves), start=1):
             draw(console, number, visit, spans)
@@ -131,25 +132,30 @@ async def wait_for_silence(urls: Mapping[str, str]) -> dict[str, list[str]]:
 # --- the customers ---------------------------------------------------------------------------------------
 
 
-def request(client: httpx.AsyncClient, url: str, visit: Visit) -> "asyncio.Task[httpx.Response]":
-    headers = {"traceparent": f"00-{visit.trace_id}-{os.urandom(8).hex()}-01"}
-    return asyncio.create_task(client.get(f"{url}/basket", params={"item": visit.items}, headers=headers))
+def request(
+    client: httpx.AsyncClient, url: str, visit: Visit, calls: ClientSpans
+) -> "asyncio.Task[httpx.Response]":
+    def note(trace_id: str) -> None:
+        visit.trace_id = trace_id
+
+    calls.record(client, note)
+    return asyncio.create_task(client.get(f"{url}/basket", params={"item": visit.items}))
 
 
-async def ask(url: str, visit: Visit) -> None:
+async def ask(url: str, visit: Visit, calls: ClientSpans) -> None:
     """Wait for the answer."""
     async with httpx.AsyncClient(timeout=TIME_LIMIT) as client:
-        answer = await request(client, url, visit)
+        answer = await request(client, url, visit, calls)
         visit.ended = f"got {answer.status_code}"
 
 
-async def hang_up(urls: Mapping[str, str], visit: Visit) -> None:
+async def hang_up(urls: Mapping[str, str], visit: Visit, calls: ClientSpans) -> None:
     """Wait until all three services are at work for this customer, then close its connection."""
     async with (
         httpx.AsyncClient(timeout=TIME_LIMIT) as looking,
         httpx.AsyncClient(timeout=TIME_LIMIT) as client,
     ):
-        answer = request(client, urls["gateway"], visit)
+        answer = request(client, urls["gateway"], visit, calls)
         try:
             while await all_live_tasks(looking, urls) != AT_WORK:
                 if answer.done():
@@ -203,12 +209,12 @@ def missing_services(trace: list[Span], visit: Visit) -> list[str]:
 
 
 def strays(spans: list[Span], known: set[str]) -> Iterable[str]:
-    """Spans of other traces, and spans whose parent has not come (the customer's own does not)."""
+    """Spans of other traces, and spans that have no parent or whose parent has not come."""
     ids = {span.span_id for span in spans}
     for span in spans:
         if span.trace_id not in known:
             yield f"{where(span)} is of another trace, {span.trace_id}"
-        elif span.parent_id not in ids and not (span.service == "gateway" and span.is_request):
+        elif span.parent_id not in ids and not (span.service == CUSTOMER and span.parent_id is None):
             yield f"{where(span)} hangs below nothing"
 
 
@@ -276,6 +282,8 @@ def print_delivery(console: Console, upstream: str, received: Received) -> None:
 
 async def run() -> bool:
     end_on_sigterm()
+    # As for the services: the demo is about their traces.
+    os.environ["OTEL_SDK_DISABLED"] = "false"
     return await main(Console(width=134, highlight=False))
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from examples.otlp_receiver import Received, receiver
+from examples.trace_tree import missing_parents
 from tests.blocks import ROOT
 from tests.jaeger import fetch_traces
 from tests.outline import compare, metrics_outline, outline_by_request
@@ -81,6 +82,7 @@ def test_three_services_leave_the_expected_traces(services: Run) -> None:
     """One trace for each request, across all three; a cancelled task says why, and links to its request."""
     assert {headers["content-encoding"] for headers in services.received.headers} == {"gzip"}
     compare(outline_by_request(services.received.spans()), "services.txt")
+    assert missing_parents(services.received.spans()) == []
 
 
 def test_three_services_report_the_expected_metrics(services: Run) -> None:
@@ -106,6 +108,7 @@ def test_the_demo_leaves_the_expected_traces() -> None:
     run = run_demo("examples/demo.py")
     assert run.status == 0, run.complaints
     compare(outline_by_request(run.received.spans()), "demo.txt")
+    assert missing_parents(run.received.spans()) == []
 
 
 def test_jaeger_has_the_expected_traces() -> None:
