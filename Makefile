@@ -18,6 +18,9 @@ UPGRADED := fastapi starlette uvicorn anyio opentelemetry-api opentelemetry-sdk 
 	opentelemetry-distro opentelemetry-instrumentation opentelemetry-instrumentation-asgi \
 	opentelemetry-instrumentation-fastapi opentelemetry-instrumentation-httpx
 
+# The nightly tests have one too: what they install is nobody else's concern.
+NIGHTLY := $(VENV)-nightly
+
 # The peers have an environment of their own: they want other versions than the tools do. Eager tasks are measured
 # in a newer Python, where there is one that runs (a shim of pyenv may not).
 BENCH := $(VENV)-bench
@@ -46,8 +49,8 @@ test-newest: $(NEWEST)/.ready ## Run the tests with the newest FastAPI, Starlett
 	@$(NEWEST)/bin/python -c 'import sys, importlib.metadata as m; print(*(f"{n} {m.version(n)}" for n in sys.argv[1:]), sep="\n")' $(UPGRADED)
 	$(NEWEST)/bin/python -m pytest $(ARGS)
 
-nightly: $(READY) ## Run the long tests and those against peers
-	$(BIN)/python -m pytest $(or $(wildcard tests/nightly tests/peers),tests/e2e) $(ARGS)
+nightly: $(NIGHTLY)/.ready ## Run the long tests, those with vendors' agents and shared clients, and the peers' suites
+	$(NIGHTLY)/bin/python -m pytest -o faulthandler_timeout=1800 $(wildcard tests/nightly tests/peers) $(ARGS)
 
 cover: $(READY) ## Run the tests without servers and show what they do not reach
 	$(BIN)/python -m pytest -m "not e2e" --cov --cov-report=term-missing $(ARGS)
@@ -79,7 +82,7 @@ bench: $(BENCH)/.ready $(EAGER:%=%/.ready) ## Measure against the peers, under 1
 	$(BENCH)/bin/python -m benchmarks $(ONLY:%=--only %) $(EAGER:%=--eager-python %/bin/python) $(ARGS)
 
 clean: ## Remove the virtual environment, caches and build results
-	rm -rf .venv .venv-docs .venv-dist .venv-newest .venv-bench .venv-bench-eager build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf .venv .venv-docs .venv-dist .venv-newest .venv-nightly .venv-vendor-* .venv-bench .venv-bench-eager build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # Rebuilt when pyproject.toml changes, and only then. The mark comes last, so that a half-built one is not used.
@@ -111,6 +114,9 @@ $(DIST)/.ready: pyproject.toml
 $(NEWEST)/.ready:
 	$(call make_environment,$(PYTHON),$(NEWEST),--group dev)
 	$(if $(UV),$(UV) pip install --quiet --python "$(NEWEST)/bin/python",$(NEWEST)/bin/python -m pip install --quiet) --upgrade $(UPGRADED)
+
+$(NIGHTLY)/.ready: pyproject.toml
+	$(call make_environment,$(PYTHON),$(NIGHTLY),--group nightly)
 
 $(BENCH)/.ready: pyproject.toml
 	$(call make_environment,$(PYTHON),$(BENCH),--group bench)
