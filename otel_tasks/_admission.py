@@ -111,7 +111,7 @@ class Ticket:
     Args:
         limiters: The group's (if it has one) before the manager's (if it has one); at least one.
         level: The task's priority.
-        arrived: When it came, in seconds on the loop's clock.
+        arrived: When it came, in seconds on the manager's clock.
         ageing: Seconds of waiting that are worth one level; infinity is strict priority.
         payload: Whose it is.
     """

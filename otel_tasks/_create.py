@@ -146,7 +146,7 @@ def create(
             claim(group, extras, priority, created_at, loop)
         if previous or (extras is not None and (extras.seconds is not None or extras.gate is not None)):
             extras = extras or Extras()
-            work = run_when(coro, extras, previous, created_at)
+            work = run_when(coro, extras, previous, created_at, ledger.other_clock)
         tracer = None if supervises else ledger.telemetry.tracer()
         context = own_context(group, context, traced=tracer is not None)
         span = None
@@ -415,7 +415,7 @@ def begin_late(
     ledger = group._ledger
     tracer = ledger.telemetry.tracer()
     extras = task._extras
-    waited = task.get_loop().time() - task._created_at
+    waited = ledger.clock() - task._created_at
     if tracer is not None:
         created = time.time_ns() - int(waited * 1e9)
         task._span = start_task_span(

@@ -16,12 +16,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
 import weakref
 from asyncio import _get_running_loop
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from otel_tasks._clock import clock_of
 from otel_tasks._state import CancelKind
 from otel_tasks._telemetry import current_span_context
 
@@ -44,7 +44,7 @@ class CancelCause:
         kind: Why.
         message: The reason in the asker's words, None if it gave none.
         asked_by: The name of the asyncio task that asked, None if no task did.
-        at: When it was asked for, in seconds on the loop's clock; None if that was not seen.
+        at: When it was asked for, on the clock of ``TaskInfo``'s times; None if that was not seen.
         origin: The span that was current where it was asked for; a cancelled task's span links to it.
     """
 
@@ -56,7 +56,12 @@ class CancelCause:
 
     @classmethod
     def make(
-        cls, kind: CancelKind, message: str | None = None, *, context: Context | None = None
+        cls,
+        kind: CancelKind,
+        message: str | None = None,
+        *,
+        context: Context | None = None,
+        clock: Callable[[], float] | None = None,
     ) -> CancelCause:
         """Note a cause here and now.
 
@@ -64,13 +69,11 @@ class CancelCause:
             kind: Why.
             message: The reason in words.
             context: Where to look for the span that caused it; None is the current context.
+            clock: That of what is cancelled; None is the clock of the loop that runs here.
         """
-        try:
-            at = asyncio.get_running_loop().time()
-            asker = asyncio.current_task()
-        except RuntimeError:
-            # No loop runs in this thread; the loops of asyncio and uvloop count monotonic time.
-            at, asker = time.monotonic(), None
+        loop = _get_running_loop()
+        asker = None if loop is None else asyncio.current_task(loop)
+        at = (clock or clock_of(loop))()
         return cls(
             kind, message, None if asker is None else asker.get_name(), at, current_span_context(context)
         )
@@ -116,6 +119,8 @@ class CancelEvent(asyncio.Event):
         self._children: set[weakref.ref[CancelEvent]] | None = None
         # Keeps the labelled group of this event in being for as long as somebody waits here.
         self._owner: object = None
+        # That of the manager to whose group it belongs: a thread may set it.
+        self._clock: Callable[[], float] | None = None if parent is None else parent._clock
         if parent is not None:
             parent._adopt(self)
 
@@ -140,7 +145,7 @@ class CancelEvent(asyncio.Event):
                 # Another thread may still be on its way down: rule 1 is this call's promise too.
                 return
         if cause is None:
-            cause = CancelCause.make(CancelKind.EXPLICIT)
+            cause = CancelCause.make(CancelKind.EXPLICIT, clock=self._clock)
         here = _get_running_loop()
         elsewhere: list[CancelEvent] = []
         reached: list[CancelEvent] = [self]

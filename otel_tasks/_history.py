@@ -57,6 +57,7 @@ class History:
 
     def __init__(self, limit: int) -> None:
         self._entries: deque[Brief | TaskInfo | Ending] = deque(maxlen=limit)
+        self._epoch = 0.0
         # Called for each task that ends.
         self.add = self._entries.append
 
@@ -64,25 +65,36 @@ class History:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[TaskInfo]:
-        return map(_info, self._entries)
+        return map(self._info, self._entries)
 
     def find(self, task_id: str) -> TaskInfo | None:
         """The newest one of this id."""
         entry = self._newest(task_id)
-        return None if entry is None else _info(entry)
+        return None if entry is None else self._info(entry)
 
     def ending(self, task_id: str) -> Ending | None:
         """The newest one of this id, if its result was kept."""
         entry = self._newest(task_id)
         return entry if isinstance(entry, Ending) else None
 
+    def change_epoch(self, epoch: float) -> None:
+        """Set the epoch of the clock on which the next tasks end; those that have ended keep theirs."""
+        if epoch != self._epoch:
+            entries = [entry if isinstance(entry, Ending) else self._info(entry) for entry in self._entries]
+            self._entries.clear()
+            self._entries.extend(entries)
+            self._epoch = epoch
+
     def forget(self, before: float) -> int:
-        """Drop what ended at or before this moment on the loop's clock; returns how many."""
-        kept = [entry for entry in self._entries if (_info(entry).ended_at or 0.0) > before]
+        """Drop what ended at or before this moment on the clock of these tasks; returns how many."""
+        kept = [entry for entry in self._entries if (self._info(entry).ended_at or 0.0) > before]
         dropped = len(self._entries) - len(kept)
         self._entries.clear()
         self._entries.extend(kept)
         return dropped
+
+    def _info(self, entry: Brief | TaskInfo | Ending) -> TaskInfo:
+        return _info(entry, self._epoch)
 
     def _newest(self, task_id: str) -> Brief | TaskInfo | Ending | None:
         entry: Brief | TaskInfo | Ending
@@ -102,7 +114,7 @@ def _id(entry: Brief | TaskInfo | Ending) -> str:
     return f"{group_id}/{name}" if scoped else name
 
 
-def _info(entry: Brief | TaskInfo | Ending) -> TaskInfo:
+def _info(entry: Brief | TaskInfo | Ending, epoch: float) -> TaskInfo:
     if isinstance(entry, Ending):
         return entry.info
     if isinstance(entry, TaskInfo):
@@ -127,6 +139,7 @@ def _info(entry: Brief | TaskInfo | Ending) -> TaskInfo:
         metadata={},
         trace_id=trace_id,
         span_id=span_id,
+        epoch=epoch,
     )
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
+from otel_tasks._clock import rounded
 from otel_tasks._frames import Location, Place, Stacks, place_of
 from otel_tasks._state import TaskPriority, TaskStatus
 from otel_tasks._task import ManagedTask, reported
@@ -98,14 +99,14 @@ class TaskNode:
             "kind": self.kind,
             "priority": self.priority.name,
             "status": str(self.status),
-            "age": self.age,
+            "age": rounded(self.age),
             "where": self.where and self.where.to_dict(),
             "calls": self.calls,
             "awaits": self.awaits,
             "queued": self.queued,
             "queue_position": self.queue_position,
             "cause": self.cause and self.cause.to_dict(),
-            "cancelling_for": self.cancelling_for,
+            "cancelling_for": None if self.cancelling_for is None else rounded(self.cancelling_for),
             "progress": self.progress and self.progress.to_dict(),
             "trace_id": self.trace_id,
             "span_id": self.span_id,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from asyncio import _get_running_loop
 from collections import deque
 from contextvars import Context, copy_context
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 from otel_tasks._admission import Limiter, Ticket, adopt, release, set_limit
+from otel_tasks._clock import clock_of, epoch_of, monotonic, reads_loop_time
 from otel_tasks._history import Ending, History, without_frames
 from otel_tasks._log import about, logger
 from otel_tasks._state import CancelKind, Outcome, TaskStatus
@@ -129,8 +129,12 @@ class Ledger:
         # The thread in which that loop runs.
         self.thread: int | None = None
         self.closed = False
-        # The loop's, without the method around it where there is one: 0.1 us a task.
-        self.clock: Callable[[], float] = time.monotonic
+        # That of the loop, for every timestamp and duration of this manager.
+        self.clock: Callable[[], float] = monotonic
+        # The same where it is not the loop's time(), on which deadlines are; else None.
+        self.other_clock: Callable[[], float] | None = None
+        # The wall-clock time at which it was 0, in seconds since 1970.
+        self.epoch = epoch_of(None)
         # The cause of the pass that is cancelling tasks just now: a task that is cancelled
         # only because its awaiter is takes this cause too.
         self.asking: CancelCause | None = None
@@ -208,12 +212,17 @@ class Ledger:
             self._drop_dead()
         self.loop = loop
         self.settle()
-        # Also where somebody has put a clock onto the loop itself, as tests do.
-        own = getattr(loop.time, "__func__", None) is not asyncio.BaseEventLoop.time
-        self.clock = loop.time if own else time.monotonic
+        self.clock = clock_of(loop)
+        self.epoch = epoch_of(loop)
+        self.history.change_epoch(self.epoch)
+        self.other_clock = None if reads_loop_time(loop) else self.clock
         self.thread = get_ident()
         self.threads.bind(loop)
         self.telemetry.watch(self)
+
+    def now(self) -> float:
+        """Read the clock, for those that outlive a change of the loop."""
+        return self.clock()
 
     def settle(self) -> None:
         """Decide anew whether plain tasks may take the short way: one word to look at, not four for each.
@@ -652,7 +661,7 @@ class Ledger:
     def abandon(self, task: ManagedTask[Any]) -> None:
         """Give up on a task that would not stop: its span ends here, so that it is not lost."""
         if task._span is not None:
-            now = task.get_loop().time()
+            now = self.clock()
             try:
                 end_span(
                     task._span, Outcome.ABANDONED, None, task._cause, ignored=task.cancelling() > 0, now=now

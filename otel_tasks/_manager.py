@@ -665,9 +665,8 @@ class TaskManager:
         seconds = checked_seconds("max_age", max_age)
         if max_age is not None and seconds is None:
             return 0
-        loop = self._ledger.loop
-        now = float("inf") if loop is None or seconds is None else loop.time() - seconds
-        return self._ledger.history.forget(now)
+        before = float("inf") if seconds is None else self._ledger.clock() - seconds
+        return self._ledger.history.forget(before)
 
     def add_listener(self, callback: Callable[[TaskEvent, TaskInfo], object]) -> None:
         """Call ``callback(event, info)`` when a task is created, dequeued, cancelling or ended.

@@ -75,7 +75,7 @@ class Scope:
             self._base_error = error
         if group._cause is None:
             message = f"{task.name} failed: {text_of(error, repr)}"
-            now = task.get_loop().time()
+            now = group._ledger.clock()
             origin = None if task._span is None else span_context(task._span)
             self.abort(group, CancelCause(CancelKind.SIBLING_FAILED, message, task.name, now, origin))
         return True

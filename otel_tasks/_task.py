@@ -13,18 +13,18 @@ import traceback
 from asyncio import _get_running_loop
 from collections.abc import Mapping
 from contextvars import Context
-from dataclasses import replace
 from threading import get_ident
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 from otel_tasks._admission import Ticket, lift
+from otel_tasks._clock import clock_of, rounded, wall_clock
 from otel_tasks._frames import suspended_frames
 from otel_tasks._state import CancelKind, Outcome, Signal, TaskPriority, TaskStatus, next_status
 from otel_tasks._telemetry import note_cancel_requested, span_ids, text_of
 from otel_tasks.cancellation import CancelCause, ask_to_end
-from otel_tasks.progress import TaskProgress, wall_clock
+from otel_tasks.progress import TaskProgress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine
@@ -141,7 +141,8 @@ def checked_metadata(metadata: object) -> dict[str, Any]:
 class TaskInfo(NamedTuple):
     """A snapshot of a task; it holds no task, no frame, no exception.
 
-    Times are seconds on the loop's clock; ``to_dict()`` gives them as wall-clock stamps.
+    Times are seconds on a monotonic clock; ``to_dict()`` gives them as wall-clock stamps, the same ones on
+    every call.
 
     Attributes:
         id: Unique among the live tasks of a manager.
@@ -161,6 +162,7 @@ class TaskInfo(NamedTuple):
         metadata: What was given at its creation.
         trace_id: In hex; None without tracing.
         span_id: In hex; None without tracing.
+        epoch: The wall-clock time at which the clock of these times was 0, in seconds since 1970.
     """
 
     id: str
@@ -180,6 +182,7 @@ class TaskInfo(NamedTuple):
     metadata: dict[str, Any]
     trace_id: str | None
     span_id: str | None
+    epoch: float
 
     @property
     def duration(self) -> float | None:
@@ -189,13 +192,14 @@ class TaskInfo(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         """Give the snapshot as JSON-ready data (metadata is passed through as it is)."""
         data = self._asdict()
+        epoch = data.pop("epoch")
         for key in ("created_at", "started_at", "ended_at"):
-            data[key] = None if data[key] is None else wall_clock(data[key])
+            data[key] = None if data[key] is None else wall_clock(data[key], epoch)
         data["priority"] = self.priority.name
         data["status"] = str(self.status)
         data["cause"] = self.cause and self.cause.to_dict()
         data["progress"] = self.progress and self.progress.to_dict()
-        data["duration"] = self.duration
+        data["duration"] = None if self.duration is None else rounded(self.duration)
         return data
 
 
@@ -426,8 +430,8 @@ def _cancel_from_elsewhere(task: ManagedTask[Any], message: object) -> bool:
 
 
 def cause_elsewhere(loop: asyncio.AbstractEventLoop, message: str | None) -> CancelCause:
-    """Note a cause in a thread, by the clock of the loop that it is for."""
-    return replace(CancelCause.make(CancelKind.EXPLICIT, message), at=loop.time())
+    """Note a cause in a thread, on the clock of the loop that it is for."""
+    return CancelCause.make(CancelKind.EXPLICIT, message, clock=clock_of(loop))
 
 
 # By this `cancellation`, which knows nothing of managed tasks, hands on a cause to one.
@@ -612,6 +616,7 @@ def snapshot(task: ManagedTask[Any]) -> TaskInfo:
         metadata={} if extras is None or extras.metadata is None else dict(extras.metadata),
         trace_id=trace_id,
         span_id=span_id,
+        epoch=group._ledger.epoch,
     )
 
 
@@ -688,17 +693,37 @@ def unshield(task: ManagedTask[Any]) -> None:
 
 
 def run_when(
-    coro: Coroutine[Any, Any, T], extras: Extras, previous: tuple[asyncio.Task[Any], ...], created_at: float
+    coro: Coroutine[Any, Any, T],
+    extras: Extras,
+    previous: tuple[asyncio.Task[Any], ...],
+    created_at: float,
+    clock: Callable[[], float] | None = None,
 ) -> Coroutine[Any, Any, T]:
-    """Make what runs ``coro`` after all ``previous`` have ended, and up to its timeout."""
+    """Make what runs ``coro`` after all ``previous`` have ended, and up to its timeout.
+
+    Args:
+        coro: What to run.
+        extras: Where its timeout is.
+        previous: The tasks to wait for.
+        created_at: The timeout counts from here.
+        clock: That of ``created_at``; None is the loop's ``time()``.
+    """
     # Cancelled before its first step it never runs: whoever takes the end closes the inner one.
     extras.inner = coro
     extras.previous = previous
     deadline = None if extras.seconds is None else created_at + extras.seconds
-    return _run_when(coro, extras, deadline)
+    return _run_when(coro, extras, deadline, clock)
 
 
-async def _run_when(coro: Coroutine[Any, Any, T], extras: Extras, deadline: float | None) -> T:
+async def _run_when(
+    coro: Coroutine[Any, Any, T],
+    extras: Extras,
+    deadline: float | None,
+    clock: Callable[[], float] | None,
+) -> T:
+    if clock is not None and deadline is not None:
+        # What is left, in the loop's own time: the two clocks need not agree.
+        deadline += asyncio.get_running_loop().time() - clock()
     try:
         async with asyncio.timeout_at(deadline) as extras.timeout:
             if extras.gate is not None:
@@ -722,7 +747,7 @@ async def _wait_for_place(gate: asyncio.Future[None], extras: Extras) -> None:
     task = asyncio.current_task()
     if extras.begin is not None and isinstance(task, ManagedTask):
         begin, extras.begin, extras.context = extras.begin, None, None
-        extras.started_at = task.get_loop().time()
+        extras.started_at = task._group._ledger.clock()
         begin(task)
 
 

@@ -47,6 +47,7 @@ from opentelemetry.trace import (
     TracerProvider,
 )
 
+from otel_tasks._clock import rounded
 from otel_tasks._log import logger
 from otel_tasks._state import CancelKind, Outcome
 
@@ -631,7 +632,7 @@ def end_span(
         error: What it raised.
         cause: Why it was cancelled, if it was.
         ignored: It was cancelled and completed all the same.
-        now: Seconds on the loop's clock, for how long the cancellation took.
+        now: Seconds on the clock of ``cause.at``, for how long the cancellation took.
         queued: Seconds for which it waited for a place.
 
     Returns:
@@ -651,7 +652,7 @@ def end_span(
             if ignored:
                 attributes[CANCEL_IGNORED] = True
             if queued is not None:
-                attributes[QUEUE_DURATION] = queued
+                attributes[QUEUE_DURATION] = rounded(queued)
             if outcome in _ERRONEOUS:
                 _describe_error(span, attributes, outcome, error)
             span.set_attributes(attributes)
@@ -692,7 +693,7 @@ def _describe_cancel(attributes: dict[str, Any], cause: CancelCause, now: float)
     if cause.message:
         attributes[CANCEL_MESSAGE] = cause.message
     if cause.at is not None:
-        attributes[CANCEL_DURATION] = max(0.0, now - cause.at)
+        attributes[CANCEL_DURATION] = rounded(max(0.0, now - cause.at))
 
 
 def _link(span: Span, cause: CancelCause) -> None:

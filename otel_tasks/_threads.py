@@ -33,6 +33,7 @@ from contextvars import ContextVar, copy_context
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
+from otel_tasks._clock import clock_of
 from otel_tasks._log import about, logger
 from otel_tasks._state import TaskStatus
 from otel_tasks._task import (
@@ -234,7 +235,7 @@ class Threads:
         if self._room():
             self.workers[worker] = None
             return True
-        level, now = worker.task.priority, worker.task.get_loop().time()
+        level, now = worker.task.priority, clock_of(worker.task.get_loop())()
         key = -float(level) if self._ageing == float("inf") else now - level * self._ageing
         heappush(self._waiting, (key, next(self._numbers), worker))
         return False

@@ -141,7 +141,7 @@ class Look:
         """Look at some tasks, and at the next ones in the next turn."""
         if self._stopped or self._ledger.loop is not self._loop:
             return
-        now = self._loop.time()
+        now = self._ledger.clock()
         part = list(islice(tasks, _PART))
         for task in part:
             if self._ignores(task, now):

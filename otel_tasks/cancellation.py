@@ -19,6 +19,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks._checks import checked_seconds
+from otel_tasks._clock import clock_of
 from otel_tasks._events import TREE_LOCK, CancelCause, CancelEvent
 from otel_tasks._state import CancelKind
 from otel_tasks._telemetry import current_span_context
@@ -245,7 +246,7 @@ class _Wait:
 
     def _cause(self, kind: CancelKind, message: str) -> CancelCause:
         # A callback has no task of its own, but the context in which it was made.
-        now = self._future.get_loop().time()
+        now = clock_of(self._future.get_loop())()
         return CancelCause(kind, message, self._waiter, now, current_span_context(None))
 
 

@@ -20,13 +20,12 @@ import asyncio
 import math
 import sys
 import threading
-import time
 from asyncio import _get_running_loop
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from otel_tasks._clock import clock_of, epoch_of, rounded, wall_clock
 from otel_tasks.exceptions import WrongLoopError
 
 if TYPE_CHECKING:
@@ -50,7 +49,8 @@ class Progress(NamedTuple):
         total: How much there is to do; None where that is unknown.
         message: What the task said last; None if it never did.
         rate: Units per second over the last 15 to 30 seconds; None until two reports apart in time have come.
-        updated_at: When it was reported, in seconds on the loop's clock.
+        updated_at: When it was reported, in seconds on the clock of ``TaskInfo``'s times.
+        epoch: The wall-clock time at which that clock was 0, in seconds since 1970.
     """
 
     number: int
@@ -59,6 +59,7 @@ class Progress(NamedTuple):
     message: str | None
     rate: float | None
     updated_at: float
+    epoch: float
 
     @property
     def fraction(self) -> float | None:
@@ -78,9 +79,9 @@ class Progress(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         """Give the snapshot as JSON-ready data, with the moment as a wall-clock stamp."""
         data = self._asdict()
-        data["updated_at"] = wall_clock(self.updated_at)
+        data["updated_at"] = wall_clock(self.updated_at, data.pop("epoch"))
         data["fraction"] = self.fraction
-        data["seconds_left"] = self.seconds_left
+        data["seconds_left"] = None if self.seconds_left is None else rounded(self.seconds_left)
         return data
 
 
@@ -132,6 +133,7 @@ class TaskProgress:
     """
 
     __slots__ = (
+        "_clock",
         "_done",
         "_ended",
         "_lock",
@@ -148,6 +150,7 @@ class TaskProgress:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._clock = clock_of(loop)
         # Re-entrant: a signal handler or a finalizer may report while its own thread is in a report.
         self._lock = threading.RLock()
         self._number = 0
@@ -213,7 +216,13 @@ class TaskProgress:
         with self._lock:
             if self._snapshot is None and self._number:
                 self._snapshot = Progress(
-                    self._number, self._done, self._total, self._message, self._rate(), self._updated_at
+                    self._number,
+                    self._done,
+                    self._total,
+                    self._message,
+                    self._rate(),
+                    self._updated_at,
+                    epoch_of(self._loop),
                 )
             return self._snapshot
 
@@ -252,7 +261,7 @@ class TaskProgress:
         """Take a report, under the lock; returns whom to wake."""
         if self._ended:
             return None
-        now = self._loop.time()
+        now = self._clock()
         if not self._number or done < self._done:
             self._since = self._mark = (now, done)
         elif now - self._mark[0] >= _RATE_SPAN:
@@ -371,14 +380,6 @@ def add_up(live: Iterable[Progress | None], ended: Iterable[tuple[int, float]]) 
         done += what
         totals.append(what)
     return GroupProgress(tasks, reporting, unknown, count, done, sum(totals) if totals else None)
-
-
-def wall_clock(moment: float) -> str:
-    """Write a moment on the loop's clock as the wall clock's time."""
-    # A loop may have a clock of its own, as that of `otel_tasks.testing` has; asyncio's is monotonic().
-    loop = _get_running_loop()
-    ago = (time.monotonic() if loop is None else loop.time()) - moment
-    return datetime.fromtimestamp(time.time() - ago, UTC).isoformat(timespec="milliseconds")
 
 
 def _release(waiters: Waiters) -> None:
