@@ -30,7 +30,7 @@ monotonic: Callable[[], float] = (
 )
 
 # Taken at import: a test may replace the method of the class, too.
-_ASYNCIO_TIME = asyncio.BaseEventLoop.time
+ASYNCIO_TIME = asyncio.BaseEventLoop.time
 
 # Descriptors that may stand around a function in a class.
 _WRITTEN_IN_PYTHON = (staticmethod, classmethod, functools.partialmethod)
@@ -66,7 +66,7 @@ def reads_loop_time(loop: asyncio.AbstractEventLoop) -> bool:
     """Tell whether a moment on the clock of a loop is a moment on the loop's ``time()`` too."""
     if _virtual_epoch(loop) is not None:
         return True
-    return monotonic is time.monotonic and type(loop).time is _ASYNCIO_TIME
+    return monotonic is time.monotonic and type(loop).time is ASYNCIO_TIME
 
 
 def epoch_of(loop: asyncio.AbstractEventLoop | None) -> float:
@@ -123,6 +123,6 @@ def _is_virtual(loop: asyncio.AbstractEventLoop) -> bool:
     if "time" in getattr(loop, "__dict__", ()):
         return True
     method = inspect.getattr_static(type(loop), "time", None)
-    if method is _ASYNCIO_TIME:
+    if method is ASYNCIO_TIME:
         return False
     return isinstance(method, _WRITTEN_IN_PYTHON) or not inspect.ismethoddescriptor(method)

@@ -17,11 +17,11 @@ import asyncio
 import contextlib
 import threading
 import weakref
-from asyncio import _get_running_loop
-from dataclasses import dataclass
+from asyncio import _get_running_loop, current_task
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from otel_tasks._clock import clock_of
+from otel_tasks._clock import ASYNCIO_TIME, clock_of, monotonic
 from otel_tasks._state import CancelKind
 from otel_tasks._telemetry import current_span_context
 
@@ -56,12 +56,7 @@ class CancelCause:
 
     @classmethod
     def make(
-        cls,
-        kind: CancelKind,
-        message: str | None = None,
-        *,
-        context: Context | None = None,
-        clock: Callable[[], float] | None = None,
+        cls, kind: CancelKind, message: str | None = None, *, context: Context | None = None
     ) -> CancelCause:
         """Note a cause here and now.
 
@@ -69,13 +64,20 @@ class CancelCause:
             kind: Why.
             message: The reason in words.
             context: Where to look for the span that caused it; None is the current context.
-            clock: That of what is cancelled; None is the clock of the loop that runs here.
         """
         loop = _get_running_loop()
-        asker = None if loop is None else asyncio.current_task(loop)
-        at = (clock or clock_of(loop))()
+        if loop is None:
+            return cls(kind, message, None, monotonic(), current_span_context(context))
+        asker = current_task(loop)
         return cls(
-            kind, message, None if asker is None else asker.get_name(), at, current_span_context(context)
+            kind,
+            message,
+            None if asker is None else asker.get_name(),
+            # As `clock_of`, without the call for asyncio's own loop: each request with tasks notes a cause.
+            monotonic()
+            if loop.__class__.time is ASYNCIO_TIME and "time" not in loop.__dict__
+            else clock_of(loop)(),
+            current_span_context(context),
         )
 
     def __str__(self) -> str:
@@ -112,6 +114,9 @@ class CancelEvent(asyncio.Event):
     _loop: asyncio.AbstractEventLoop | None
     _get_loop: Callable[[], asyncio.AbstractEventLoop]
 
+    # Of an event that belongs to a group, the clock of its manager: a thread may set the event, or one below.
+    _clock: Callable[[], float] | None = None
+
     def __init__(self, parent: CancelEvent | None = None) -> None:
         super().__init__()
         self._parent = parent
@@ -119,8 +124,6 @@ class CancelEvent(asyncio.Event):
         self._children: set[weakref.ref[CancelEvent]] | None = None
         # Keeps the labelled group of this event in being for as long as somebody waits here.
         self._owner: object = None
-        # That of the manager to whose group it belongs: a thread may set it.
-        self._clock: Callable[[], float] | None = None if parent is None else parent._clock
         if parent is not None:
             parent._adopt(self)
 
@@ -145,7 +148,7 @@ class CancelEvent(asyncio.Event):
                 # Another thread may still be on its way down: rule 1 is this call's promise too.
                 return
         if cause is None:
-            cause = CancelCause.make(CancelKind.EXPLICIT, clock=self._clock)
+            cause = self._cause_here()
         here = _get_running_loop()
         elsewhere: list[CancelEvent] = []
         reached: list[CancelEvent] = [self]
@@ -203,6 +206,14 @@ class CancelEvent(asyncio.Event):
                 self._children = set()
             # The callback is the set's own method: it keeps neither parent nor child in being.
             self._children.add(weakref.ref(child, self._children.discard))
+
+    def _cause_here(self) -> CancelCause:
+        """Note that it was set here, on the clock of the manager to which it or one above it belongs."""
+        cause = CancelCause.make(CancelKind.EXPLICIT)
+        event: CancelEvent | None = self
+        while event is not None and event._clock is None:
+            event = event._parent
+        return cause if event is None or event._clock is None else replace(cause, at=event._clock())
 
     def _wake(self) -> None:
         for waiter in self._waiters:

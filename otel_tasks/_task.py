@@ -13,6 +13,7 @@ import traceback
 from asyncio import _get_running_loop
 from collections.abc import Mapping
 from contextvars import Context
+from dataclasses import replace
 from threading import get_ident
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -431,7 +432,7 @@ def _cancel_from_elsewhere(task: ManagedTask[Any], message: object) -> bool:
 
 def cause_elsewhere(loop: asyncio.AbstractEventLoop, message: str | None) -> CancelCause:
     """Note a cause in a thread, on the clock of the loop that it is for."""
-    return CancelCause.make(CancelKind.EXPLICIT, message, clock=clock_of(loop))
+    return replace(CancelCause.make(CancelKind.EXPLICIT, message), at=clock_of(loop)())
 
 
 # By this `cancellation`, which knows nothing of managed tasks, hands on a cause to one.
