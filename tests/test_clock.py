@@ -204,7 +204,7 @@ def test_durations_do_not_step_by_milliseconds(make_loop: Callable[[], asyncio.A
 def test_moments_of_one_task_are_in_order(
     make_loop: Callable[[], asyncio.AbstractEventLoop], spans: SpanRecorder
 ) -> None:
-    """Creation, start, request and end of a task that is cancelled are on one clock, whoever asks for it."""
+    """Creation, start, request and end of a task that is cancelled are on one clock, from a thread too."""
     manager = TaskManager(max_concurrency=1, tracer_provider=spans.provider)
 
     def ask_in_thread(task: ManagedTask[Any]) -> None:
