@@ -1,9 +1,7 @@
 """The application that the end-to-end tests serve with real servers.
 
 One process serves several variants, each below a path prefix of its own (`/plain/wait/k1`), so that a
-server is started once. What happens in a request is written to the journal file named by
-`E2E_JOURNAL`, one JSON line per event: it can be read while the server is busy, and after it has ended.
-A handler waits until the test lets it go on (`POST /release/{key}`), never for a span of time.
+server is started once. `journal` has what they share.
 """
 
 from __future__ import annotations
@@ -11,106 +9,42 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
-import logging
 import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import BackgroundTasks, FastAPI, Request, Response, WebSocket
+from fastapi import BackgroundTasks, FastAPI, Request, WebSocket
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import format_span_id, format_trace_id
-from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from otel_tasks import ManagedTask, TaskManager, create_task, current_group, current_task
 from otel_tasks.asgi import TaskGroupMiddleware, uncancellable
 from otel_tasks.fastapi import make_lifespan
+from tests.e2e import cleanup_app, listeners_app, shared_app, sockets_app, threads_app
+from tests.e2e.journal import (
+    PATIENCE,
+    manager,
+    note,
+    noted,
+    pass_through,
+    release_all,
+    release_of,
+    released,
+    work,
+)
 
-# Servers give only their own loggers a handler; what asyncio, OpenTelemetry and the library log must
-# reach the log that the tests read as well.
-logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-
-
-def _end_with_the_tests() -> None:
-    """End the server and its workers, one process group, when the tests that started it are gone."""
-    while os.read(0, 1):
-        pass
-    os.killpg(0, signal.SIGKILL)
-
-
-threading.Thread(target=_end_with_the_tests, daemon=True).start()
-
-PATIENCE = 20.0
-"""Seconds that a handler waits to be let go on, so that a failed test leaves no request behind."""
-
-manager = TaskManager("e2e")
-
-
-# --- the journal ---------------------------------------------------------------------------------
-
-_journal = os.open(os.environ["E2E_JOURNAL"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-
-
-def note(key: str, what: str, **details: object) -> None:
-    """Write one event to the journal; one `write` call, so that lines never mix."""
-    os.write(_journal, (json.dumps({"key": key, "what": what, **details}) + "\n").encode())
-
-
-@contextlib.contextmanager
-def noted(key: str, what: str = "handler") -> Iterator[None]:
-    """Note how a block of a handler begins and how it ends."""
-    note(key, f"{what} entered")
-    try:
-        yield
-    except asyncio.CancelledError:
-        note(key, f"{what} cancelled")
-        raise
-    except BaseException as exc:
-        note(key, f"{what} raised", error=type(exc).__name__)
-        raise
-    else:
-        note(key, f"{what} returned")
-
-
-_releases: dict[str, asyncio.Event] = {}
-
-
-async def released(key: str) -> None:
-    """Wait until the test says that `key` may go on."""
-    async with asyncio.timeout(PATIENCE):
-        await _releases.setdefault(key, asyncio.Event()).wait()
-
-
-async def work(key: str, name: str) -> str:
-    """A task that works until it is cancelled (or let go on), and notes by what."""
-    note(key, "task started", task=name)
-    try:
-        await released(key)
-    except asyncio.CancelledError:
-        task = current_task()
-        cause = task.cause if task is not None else None
-        note(
-            key,
-            "task cancelled",
-            task=name,
-            kind=str(cause.kind) if cause is not None else None,
-            message=cause.message if cause is not None else None,
-        )
-        raise
-    note(key, "task completed", task=name)
-    return name
+FRAMEWORKS = ("django", "quart", "litestar", "blacksheep", "span")
+"""See `frameworks_app`."""
 
 
 def start_work(key: str) -> ManagedTask[str]:
@@ -126,6 +60,8 @@ def start_work(key: str) -> ManagedTask[str]:
 
 def add_routes(app: FastAPI) -> None:
     """Give `app` every route that a scenario needs."""
+    app.include_router(shared_app.sessions)
+    app.include_router(sockets_app.router)
 
     @app.get("/ping/{key}")
     async def ping(key: str) -> dict[str, str]:
@@ -162,13 +98,14 @@ def add_routes(app: FastAPI) -> None:
         return {"length": len(body), "sha256": hashlib.sha256(body).hexdigest()}
 
     @app.get("/stream/{key}")
+    @app.post("/stream/{key}")
     async def stream(key: str, quiet: bool = False) -> StreamingResponse:
         async def chunks() -> AsyncIterator[bytes]:
             with noted(key, "stream"):
                 yield b"first\n"
                 if quiet:
                     await released(key)
-                while not _releases.setdefault(key, asyncio.Event()).is_set():
+                while not release_of(key).is_set():
                     yield b"more\n"
                     await asyncio.sleep(0.01)
                 yield b"last\n"
@@ -288,10 +225,6 @@ async def raw(scope: Scope, receive: Receive, send: Send) -> None:
 # --- the variants --------------------------------------------------------------------------------
 
 
-async def _pass_through(request: Request, call_next: RequestResponseEndpoint) -> Response:
-    return await call_next(request)
-
-
 def _fastapi(**options: Any) -> FastAPI:
     app = FastAPI(**options)
     add_routes(app)
@@ -306,14 +239,14 @@ def _bound(**options: Any) -> FastAPI:
 
 def _inside_of_us() -> FastAPI:
     app = _fastapi()
-    app.add_middleware(BaseHTTPMiddleware, dispatch=_pass_through)
+    app.add_middleware(BaseHTTPMiddleware, dispatch=pass_through)
     app.add_middleware(TaskGroupMiddleware, manager=manager)
     return app
 
 
 def _outside_of_us(**options: Any) -> FastAPI:
     app = _bound(**options)
-    app.add_middleware(BaseHTTPMiddleware, dispatch=_pass_through)
+    app.add_middleware(BaseHTTPMiddleware, dispatch=pass_through)
     return app
 
 
@@ -334,7 +267,7 @@ class Stack:
         self.manager = TaskManager(name, tracer_provider=self.provider)
 
 
-stacks = {name: Stack(name) for name in ("native", "contrib", "contrib-asgi")}
+stacks = {name: Stack(name) for name in ("native", "native-stock", "contrib", "contrib-asgi")}
 
 
 def _native() -> FastAPI:
@@ -342,6 +275,10 @@ def _native() -> FastAPI:
     app = _fastapi(telemetry={"tracer_provider": stack.provider})
     app.add_middleware(TaskGroupMiddleware, manager=stack.manager)
     return app
+
+
+def _native_stock() -> FastAPI:
+    return _fastapi(telemetry={"tracer_provider": stacks["native-stock"].provider})
 
 
 def _contrib() -> FastAPI:
@@ -359,6 +296,16 @@ def _contrib_asgi() -> ASGIApp:
     return OpenTelemetryMiddleware(inner, tracer_provider=stack.provider)
 
 
+def _framework(name: str, *, bound: bool) -> ASGIApp:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        # With its first request: four frameworks take longer to import than all of the rest.
+        from tests.e2e import frameworks_app
+
+        await frameworks_app.serve(name, bound, scope, receive, send)
+
+    return app
+
+
 variants: dict[str, ASGIApp] = {
     "plain": _bound(),
     "stock": _fastapi(),
@@ -370,8 +317,16 @@ variants: dict[str, ASGIApp] = {
     "mounted": _mounted(),
     "raw": TaskGroupMiddleware(raw, manager=manager),
     "native": _native(),
+    "native-stock": _native_stock(),
     "contrib": _contrib(),
     "contrib-asgi": _contrib_asgi(),
+    **cleanup_app.variants,
+    **listeners_app.variants,
+    **threads_app.variants,
+    **shared_app.variants,
+    **sockets_app.variants,
+    **{name: _framework(name, bound=True) for name in FRAMEWORKS},
+    **{f"bare-{name}": _framework(name, bound=False) for name in FRAMEWORKS},
 }
 
 
@@ -394,7 +349,13 @@ control = FastAPI(telemetry={"tracing": False}, lifespan=_lifespan)
 @control.post("/release/{key}")
 async def release(key: str) -> None:
     """Let every handler and task of `key` go on."""
-    _releases.setdefault(key, asyncio.Event()).set()
+    release_of(key).set()
+
+
+@control.post("/release-all/{prefix}")
+async def release_everything(prefix: str) -> None:
+    """Let go on all that waits for a key which begins with `prefix`."""
+    release_all(prefix)
 
 
 @control.get("/state")
@@ -405,7 +366,9 @@ async def state() -> dict[str, Any]:
         info.id for each in managers for info in each.get_all_task_info().values() if not info.status.is_final
     ]
     tasks = asyncio.all_tasks()
-    coroutines = [getattr(task.get_coro(), "__qualname__", "?") for task in tasks]
+    names = [getattr(task.get_coro(), "__qualname__", "?") for task in tasks]
+    # sse-starlette keeps one such task per loop from its first response on.
+    coroutines = [name for name in names if name != "_shutdown_watcher"]
     ours = [task.get_name() for task in tasks if task.get_name().startswith("otel_tasks")]
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     memory = pages * os.sysconf("SC_PAGE_SIZE")
@@ -430,6 +393,8 @@ def _span_as_dict(span: ReadableSpan) -> dict[str, Any]:
         "status": span.status.status_code.name,
         "attributes": dict(span.attributes or {}),
         "events": [event.name for event in span.events],
+        "event_times": {event.name: event.timestamp for event in span.events},
+        "end_time": span.end_time,
         "links": [
             {"span_id": format_span_id(link.context.span_id), "attributes": dict(link.attributes or {})}
             for link in span.links

@@ -45,6 +45,7 @@ def case(kind: Kind, pool: Pool, key: str) -> Iterator[Case]:
     case = Case(pool.shared(kind), key)
     yield case
     case.release()
+    case.release_all()
     case.wait_until_settled()
     assert not case.has("app cancelled"), case.story()
     if not case.complaints_expected:

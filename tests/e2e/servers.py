@@ -58,6 +58,8 @@ class Kind:
 
     name: str
     arguments: Callable[[int], list[str]]
+    asgi: tuple[int, int] = (2, 3)
+    """The version of the ASGI specification that it names in an HTTP scope."""
     http2: bool = False
     logs_failures: bool = True
     """Whether it logs what an application raises after it has answered 500, as Starlette's does."""
@@ -103,14 +105,14 @@ def _gunicorn(port: int) -> list[str]:
 KINDS = (
     Kind("uvicorn-httptools", _uvicorn("httptools", "uvloop")),
     Kind("uvicorn-h11", _uvicorn("h11", "asyncio")),
-    Kind("hypercorn", _hypercorn, http2=True, hangs_with_large_uploads=True),
+    Kind("hypercorn", _hypercorn, asgi=(2, 1), http2=True, hangs_with_large_uploads=True),
     Kind(
         "granian",
         _granian,
         http2=True,
         outlives_shutdown="granian waits for its requests, then kills its worker",
     ),
-    Kind("gunicorn", _gunicorn, logs_failures=False),
+    Kind("gunicorn", _gunicorn, asgi=(2, 4), logs_failures=False),
 )
 
 
@@ -274,6 +276,16 @@ class Case:
     def release(self, what: str = "") -> None:
         """Let the handler and the tasks of this scenario go on, or only `what` of them."""
         self.server.control("POST", f"/release/{self.key}{what}")
+
+    def release_all(self) -> None:
+        """Let go on whatever of this scenario still waits."""
+        self.server.control("POST", f"/release-all/{self.key}")
+
+    def expect_order(self, *whats: str) -> None:
+        """Check that each of these events has come, once and in this order."""
+        happened = [event["what"] for event in self.server.events(self.key)]
+        found = [what for what in happened if what in whats]
+        assert found == list(whats), f"{found} and not {list(whats)}\n{self.story()}"
 
     def has(self, what: str, **details: object) -> dict[str, Any] | None:
         """The first such event, if it has happened."""
