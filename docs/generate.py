@@ -47,7 +47,10 @@ ATTRIBUTES = {
     "otel_tasks.cancel.duration": "Seconds from being asked to having ended.",
     "otel_tasks.cancel.ignored": "It was cancelled and returned all the same. Absent otherwise.",
     "otel_tasks.cancel.count": "How many tasks of the request were cancelled.",
-    "otel_tasks.request.outcome": "The client left before the response was complete. Absent otherwise.",
+    "otel_tasks.request.outcome": "How the client left before the response was complete. Absent otherwise.",
+    "otel_tasks.request.handler": "What the handler did when the client left: it was `cancelled`, `ran_on`, "
+    "or it had learned of the disconnect itself and `finished`.",
+    "otel_tasks.request.close_code": "The close code of a WebSocket that was closed from outside.",
     "otel_tasks.link": "What the link is for.",
     "code.function.name": "The coroutine function's qualified name.",
     "error.type": "The exception's class; `timeout` or `abandoned` for these outcomes.",
@@ -55,6 +58,7 @@ ATTRIBUTES = {
 
 EVENTS = {
     "otel_tasks.cancel_requested": "The moment at which the cancellation was asked for.",
+    "otel_tasks.client_disconnect": "The moment at which the client left, on the request's span.",
     "otel_tasks.started": "The moment at which a task that had to wait got its place.",
     "exception": "OpenTelemetry's own, with type, message and stack; never for a cancellation.",
 }

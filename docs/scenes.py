@@ -246,6 +246,11 @@ async def _request(manager: TaskManager, seen: Seen) -> None:
     await asyncio.sleep(1)
     connection.disconnect()
     await serving
+    connection = FakeConnection.websocket("/alerts")
+    serving = asyncio.create_task(server())
+    await asyncio.sleep(1)
+    connection.disconnect(code=1006)
+    await serving
 
 
 async def _fail() -> None:

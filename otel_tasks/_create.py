@@ -16,8 +16,9 @@ from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, TypeVar
 
 from otel_tasks._admission import Limiter, Ticket, admit, would_wait
+from otel_tasks._binding import _bound
 from otel_tasks._checks import check_choice, checked_name, checked_priority, checked_seconds
-from otel_tasks._current import _bound as _bound
+from otel_tasks._current import is_request_over, stand_in
 from otel_tasks._state import CancelKind, TaskPriority
 from otel_tasks._task import (
     Extras,
@@ -113,6 +114,10 @@ def create(
     supervises: bool = False,
 ) -> ManagedTask[T]:
     """Create a task in ``group``; what its options mean stands at ``TaskManager.create_task``."""
+    if group._refusal is not None:
+        group = stand_in(group)
+    if _bound.get() is not None:
+        detached = detached or is_request_over()
     ledger = group._ledger
     extras = None
     work = coro
@@ -122,7 +127,8 @@ def create(
             priority = checked_priority(priority)
         if on_conflict != "suffix":
             check_choice("on_conflict", on_conflict, OnConflict)
-        check_context(context)
+        if context is not None:
+            check_context(context)
         extras = wanted_extras(
             timeout, queue_timeout, metadata, keep_result=keep_result, supervises=supervises
         )
@@ -204,7 +210,7 @@ def loop_for(group: TaskGroup, coro: object, name: str | None) -> asyncio.Abstra
 
 
 def check_context(context: object) -> None:
-    if context is not None and not isinstance(context, Context):
+    if not isinstance(context, Context):
         raise TypeError(
             f"context must be a contextvars.Context, got {context!r}: write contextvars.copy_context()"
         )
@@ -463,6 +469,7 @@ def holder(group: TaskGroup, name: str) -> ManagedTask[Any] | None:
 
 def admit_name(group: TaskGroup, name: str, on_conflict: OnConflict) -> None:
     """Raise what ``_create`` would raise for a task of this name, before its coroutine is made."""
+    group = stand_in(group)
     group._ledger.enter()
     if group._refusal is not None:
         refuse(group, name)
@@ -490,6 +497,7 @@ async def clear_name(group: TaskGroup, name: str, reason: str) -> None:
 
     Cancellation: of the caller ends the waiting; the task stays cancelled.
     """
+    group = stand_in(group)
     group._ledger.enter()
     if group._refusal is not None:
         refuse(group, name)

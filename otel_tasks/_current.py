@@ -16,38 +16,20 @@ import asyncio
 import inspect
 import sys
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from otel_tasks._binding import _bound
 from otel_tasks._task import ManagedTask
 from otel_tasks._threads import current_worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
+    from otel_tasks._binding import Binding
     from otel_tasks._group import TaskGroup
     from otel_tasks._manager import TaskManager
 
 F = TypeVar("F", bound="Callable[..., Any]")
-
-
-class Binding(Protocol):
-    """What stands for the current group in a context: a group, or what makes one when it is needed."""
-
-    @property
-    def task_group(self) -> TaskGroup:
-        """The group that new tasks join."""
-        ...
-
-    @property
-    def manager(self) -> TaskManager:
-        """The manager of that group; asking for it makes no group."""
-        ...
-
-
-# Set where the current task alone does not tell the group: in a request's handler, and in
-# tasks that were started from one into another group.
-_bound: ContextVar[Binding | None] = ContextVar("otel_tasks_group", default=None)
 
 _global_manager: TaskManager
 
@@ -74,7 +56,61 @@ def innermost() -> Binding | None:
 def current_group_or_none() -> TaskGroup | None:
     """The group that new tasks join here; None where there is none but the global manager's root."""
     here = innermost()
-    return None if here is None else here.task_group
+    if here is None:
+        return None
+    group = here.task_group
+    return group if group._refusal is None else nearest_open(group)
+
+
+def stand_in(group: TaskGroup) -> TaskGroup:
+    """Where a task goes that was meant for ``group``: into another one if a request cleans up."""
+    if group._refusal is None or group._binding is None:
+        return group
+    request = group._binding._request
+    return group if request is None else request.stand_in(group)
+
+
+def nearest_open(group: TaskGroup) -> TaskGroup:
+    """The group that new tasks join where ``group``, the current one, is closed.
+
+    Code that is being cancelled may start tasks in order to clean up. They join the nearest group above
+    that takes any; in a request that is the one for its cleanup.
+    """
+    node: TaskGroup | None = group
+    while node is not None and node._refusal is not None:
+        if node._binding is not None:
+            return stand_in(node)
+        node = node._parent if is_being_cancelled() else None
+    return node or group
+
+
+def is_being_cancelled() -> bool:
+    """True where a cancellation is on its way through the calling code: in a ``finally`` or an ``except``.
+
+    After an ``except`` that has swallowed it, it is not.
+    """
+    return in_flight(lambda error: isinstance(error, asyncio.CancelledError | GeneratorExit))
+
+
+def in_flight(is_wanted: Callable[[BaseException], bool]) -> bool:
+    """Tell whether the calling code handles such an exception, or one that took its place or contains it."""
+    error = sys.exception()
+    pending = [] if error is None else [error]
+    # The list grows while it is walked; exceptions may refer to one another in a circle.
+    for exception in pending:
+        if is_wanted(exception):
+            return True
+        inner = exception.exceptions if isinstance(exception, BaseExceptionGroup) else ()
+        linked = (exception.__context__, exception.__cause__, *inner)
+        pending.extend(other for other in linked if other is not None and other not in pending)
+    return False
+
+
+def is_request_over() -> bool:
+    """True in code that a request has left behind: a plain task, say, which runs on after it."""
+    bound = _bound.get()
+    request = None if bound is None else bound._request
+    return request is not None and request.over
 
 
 def current_manager() -> TaskManager:

@@ -14,7 +14,7 @@ from otel_tasks._state import TaskPriority
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
-    from otel_tasks._current import Binding
+    from otel_tasks._binding import Binding
     from otel_tasks._manager import TaskManager
     from otel_tasks._task import ManagedTask
 

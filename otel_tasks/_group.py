@@ -19,6 +19,7 @@ from otel_tasks import _create as creating
 from otel_tasks import _tree as tree
 from otel_tasks._admission import Limiter, checked_limiter
 from otel_tasks._awaiters import with_awaiters
+from otel_tasks._binding import Binding, BoundRequest, _bound
 from otel_tasks._checks import check_choice, check_count, check_flag, checked_name, checked_seconds
 from otel_tasks._create import (
     RareOptions,
@@ -31,7 +32,7 @@ from otel_tasks._create import (
     run_first_step,
     start_task_span,
 )
-from otel_tasks._current import Binding, _bound, current_group_or_none, current_manager
+from otel_tasks._current import current_group_or_none, current_manager, nearest_open, stand_in
 from otel_tasks._scope import OnError, Scope
 from otel_tasks._state import CancelKind, TaskPriority
 from otel_tasks._task import ManagedTask, add_done_callback, cause_elsewhere, reported, wait_until_done
@@ -254,6 +255,15 @@ class TaskGroup:
     def task_group(self) -> TaskGroup:
         """Itself: a group may stand for the current group."""
         return self
+
+    @property
+    def _request(self) -> BoundRequest | None:
+        group: TaskGroup | None = self
+        while group is not None:
+            if group._binding is not None:
+                return group._binding._request
+            group = group._parent
+        return None
 
     def __repr__(self) -> str:
         state = self._refusal or ("is being cancelled" if self._cause is not None else "is open")
@@ -556,7 +566,7 @@ class TaskGroup:
         ledger.hosts[host] = self
         # What it inherits from above is no reason to cancel the body: whoever hosts it decides.
         cancelled_before = self._cause
-        self._open(self._parent or outer or self._surroundings())
+        self._open(self._place(outer))
         if scope.wants_span:
             self._start_span()
         scope.enter(self, host, loop)
@@ -601,6 +611,12 @@ class TaskGroup:
         self._sealed = True
         self._leave_tree()
         ledger.wake_putter()
+
+    def _place(self, outer: TaskGroup | None) -> TaskGroup:
+        """The group below which the block runs: the one it was made for, or the one around it."""
+        if self._parent is not None:
+            return stand_in(self._parent)
+        return self._surroundings() if outer is None else nearest_open(outer)
 
     def _surroundings(self) -> TaskGroup:
         """The current group, if it is one of this manager's and not over; else the manager's root."""

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self, TextIO, Unpack
 
+    from otel_tasks._binding import Binding
     from otel_tasks._create import OnConflict, RareOptions, TaskOptions
-    from otel_tasks._current import Binding
     from otel_tasks._inspect import TaskTree
     from otel_tasks._ledger import TaskEvent, TaskStats
     from otel_tasks._scope import OnError

@@ -1,4 +1,8 @@
-"""One request: its connection, its group, and the rule by which its handler is cancelled."""
+"""One request: its connection, its group, and what happens to both when its client leaves.
+
+Its life, in the order of this file: it opens, its client leaves (or it does not), it finishes. How a
+disconnect is noticed is in ``_disconnect``; which native cancels have to wait is in ``_suspension``.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +10,40 @@ import asyncio
 import concurrent.futures
 import sys
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 from otel_tasks import _task
 from otel_tasks._awaiters import with_awaiters
-from otel_tasks._create import _bound
+from otel_tasks._binding import Binding, _bound, stopping
+from otel_tasks._current import in_flight
 from otel_tasks._disconnect import ClientDisconnected, Connection, Message, Receive, Scope, Send
-from otel_tasks._group import TaskGroup
 from otel_tasks._log import about_all, logger
 from otel_tasks._state import CancelKind
-from otel_tasks._telemetry import annotate_request
+from otel_tasks._suspension import (
+    awaiters,
+    call_when_moved,
+    context_of,
+    forwarded_to,
+    holds_off,
+    in_anyio_shield,
+    interrupt,
+)
+from otel_tasks._telemetry import annotate_request, note_disconnect, route_in
 from otel_tasks.cancellation import CancelCause
 from otel_tasks.exceptions import GroupClosedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Generator, Iterable
+    from contextvars import Context
 
+    from otel_tasks._group import TaskGroup
     from otel_tasks._manager import TaskManager
     from otel_tasks.asgi import TaskGroupMiddleware
+
+CancelHandler: TypeAlias = "Literal['safe'] | bool | Callable[[Scope], bool]"
+OnExit = Literal["cancel", "wait", "detach"]
 
 # Methods without effects (RFC 9110, 9.2.1, and the QUERY draft): nothing is torn when their handler stops.
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "QUERY"})
@@ -34,15 +52,19 @@ _KNOWN_METHODS = _SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE", "CONNECT", "
 _ANSWER_TIMEOUT = 1.0
 # Seconds in which cancelled tasks are to end; as long as cancel_group() waits.
 _END_TIMEOUT = 10.0
-# GroupClosedError: work that was to be started for a client that is gone. The CancelledError of
-# concurrent.futures: a `def` handler has waited for a task that was cancelled.
+# RFC 6455, 7.4.1: the client has closed the WebSocket in order (1000), or goes away (1001).
+_CLOSED_BY_CLIENT = frozenset({1000, 1001})
+# The server closes because it restarts (the IANA registry of close codes; uvicorn, hypercorn).
+_CLOSED_BY_SERVER = frozenset({1012})
+# What a request raises because of its own end: GroupClosedError for work that was to be started for a client
+# that is gone; the CancelledError of concurrent.futures in a `def` handler that waited for a cancelled task.
 _OUR_DEPARTURES = (
     asyncio.CancelledError,
     concurrent.futures.CancelledError,
     ClientDisconnected,
     GroupClosedError,
 )
-_NO_TASKS: frozenset[asyncio.Task[Any]] = frozenset()
+_NOBODY: frozenset[asyncio.Task[Any]] = frozenset()
 # A ``def`` handler may ask for its request's group while the loop, or another thread, does.
 _making = threading.RLock()
 
@@ -54,24 +76,69 @@ _task_in: Callable[[asyncio.AbstractEventLoop], asyncio.Task[Any] | None] = (
 )
 
 
+class Rules(NamedTuple):
+    """The options that a middleware inside of another one decides for its part of the application."""
+
+    cancel_handler: CancelHandler
+    grace: float
+    on_exit: OnExit
+
+
+class Stop:
+    """What is known of a request that is being stopped; made when its client leaves, or its tasks outlast it.
+
+    Attributes:
+        cause: Why.
+        due: The grace is over: tasks and handler are cancelled as soon as nothing holds that off.
+        asked: How many tasks were cancelled.
+        cancels: How often the handler's task was cancelled, each to be taken back once.
+        cancelled: The handler was cancelled.
+        counts: ``cancelling()`` of tasks whose last cancellation has been dealt with. One that has more was
+            cancelled since: that tells a cancellation which asyncio forwards from an explicit one.
+    """
+
+    __slots__ = ("asked", "cancelled", "cancels", "cause", "counts", "due")
+
+    def __init__(self, cause: CancelCause) -> None:
+        self.cause = cause
+        self.due = False
+        self.asked = 0
+        self.cancels = 0
+        self.cancelled = False
+        self.counts: dict[asyncio.Task[Any], int] = {}
+
+
 class Request(Connection):
-    """One request: its connection, its group, and the task in which its handler runs."""
+    """One request: its connection, its group, and the task in which its handler runs.
+
+    Attributes:
+        cancel_handler: What this request decided for itself; None leaves it to the rule.
+        cause: Why it is being cancelled; None while it is not.
+        group: Its group; None until somebody needs it.
+        host: The task in which the server runs the application.
+        rules: The options in force, those of the innermost middleware.
+        settings: The outermost middleware.
+    """
 
     __slots__ = (
-        "_asked",
-        "_cancels",
         "_cancels_before",
+        "_cleanup",
         "_context",
-        "_grace_over",
-        "_owed",
-        "_settings",
         "_shields",
-        "_told",
+        "_stop",
         "cancel_handler",
         "cause",
         "group",
         "host",
+        "rules",
+        "settings",
     )
+
+    group: TaskGroup | None
+    cause: CancelCause | None
+    cancel_handler: bool | None
+    _stop: Stop | None
+    _cleanup: Cleanup | None
 
     def __init__(self, settings: TaskGroupMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
         # Made for each request: every line here was measured.
@@ -87,139 +154,287 @@ class Request(Connection):
         self._server_send = send
         self.started = self.complete = self.left = self.closed = False
         self._reading = self._ripe = self._body_ended = self._trailers = False
-        self._buffered = 0
+        self._buffered = self._shields = 0
         self._watcher = self._buffer = self._last = self._waiting = self.send_error = None
         # As `sweeper.add(self)`, without the call.
         self._sweep = sweep = sweeper._new
         sweep.add(self)
         if sweeper._timer is None:
             sweeper._arm()
-        self.group: TaskGroup | None = None
-        self.cause: CancelCause | None = None
-        self.cancel_handler: bool | None = None
-        self._settings = settings
+        self.group = self.cause = self.cancel_handler = self._stop = self._cleanup = None
+        self.settings = settings
+        self.rules = settings.rules
         # For the server's span, which is current here and not where the disconnect is noticed.
         self._context = copy_context()
         self._cancels_before = 0 if host is None else host.cancelling()
-        self._cancels = self._shields = self._asked = 0
-        self._owed = self._grace_over = False
-        self._told = _NO_TASKS
+        self.told = _NOBODY
+
+    # It opens: its group.
 
     @property
     def manager(self) -> TaskManager:
         """The manager below whose root its group hangs."""
-        return self._settings.manager
+        return self.settings.manager
 
     @property
     def task_group(self) -> TaskGroup:
-        """The request's group, made on first use."""
+        """The group that new tasks join: the request's, made on first use; the manager's once it is over."""
+        group = self.group
+        return group if group is not None and not self.closed else self._late_group()
+
+    def own_group(self) -> TaskGroup:
+        """The request's own group, made on first use."""
         return self.group if self.group is not None else self._make_group()
 
     @property
-    def request(self) -> Request:
-        """Itself, as of what else may be bound."""
+    def _request(self) -> Request:
         return self
+
+    def _late_group(self) -> TaskGroup:
+        return self.manager._root if self.over else self.own_group()
 
     def _make_group(self) -> TaskGroup:
         with _making:
             if self.group is not None:
                 return self.group
-            group = self._settings.manager._open_group(
-                self._name, binding=self, host=self.host, span=self._settings.span
-            )
+            group = self._open_group(self._name, self)
             # Before the looks at what has happened: the loop notes that before it looks for a group.
             self.group = group
             if self.cause is not None:
                 group._announce(self.cause)
             if self.closed:
                 over = self.cause or self._make_cause(CancelKind.SCOPE_ENDED)
-                group._seal(over, refuse=self.left or self._settings.on_exit != "detach")
+                group._seal(over, refuse=self.left or self.rules.on_exit != "detach")
             return group
+
+    def _open_group(self, name: Callable[[], str], binding: Binding) -> TaskGroup:
+        return self.manager._open_group(
+            name, binding=binding, host=self.host, span=self.settings.span and binding is self
+        )
 
     def _name(self) -> str:
         method = "WS" if self.scope["type"] == "websocket" else self.scope["method"]
         method = method if method in _KNOWN_METHODS or method == "WS" else "HTTP"
-        template = _route_template(self.scope)
+        template = _route_template(self.scope) or self._route_on_span()
         return f"{method} {template}" if template else method
 
-    def _make_cause(self, kind: CancelKind) -> CancelCause:
-        return CancelCause.make(kind, context=self._context)
+    def _route_on_span(self) -> str | None:
+        # Without tracing there is no span to look at, and most requests are served without.
+        traced = self.manager._ledger.telemetry.tracer() is not None
+        return route_in(self._context) if traced else None
 
-    # The client leaves.
+    def _make_cause(self, kind: CancelKind, message: str | None = None) -> CancelCause:
+        return CancelCause.make(kind, message, context=self._context)
 
-    def on_left(self, told: frozenset[asyncio.Task[Any]]) -> None:
+    @contextmanager
+    def ruled_by(self, rules: Rules) -> Generator[None]:
+        """Put the rules of a second middleware in force for the part of the application below it."""
+        before, self.rules = self.rules, rules
+        try:
+            yield
+        finally:
+            # Both share one group, which ends after both: the inner rule for that stays.
+            self.rules = before._replace(on_exit=rules.on_exit)
+
+    # Its client leaves.
+
+    def on_disconnect(self, message: Message) -> None:
         """Set the event, then cancel, at once or after the grace."""
-        self._told = told
-        self.cause = self._make_cause(CancelKind.CLIENT_DISCONNECT)
+        self.cause = self._make_cause(*_kind_of(message))
+        self._begin_stop(self.cause)
+        if self.cause.kind is CancelKind.CLIENT_DISCONNECT:
+            note_disconnect(self._context)
         if self.group is not None:
             self.group._announce(self.cause)
-        if self._settings.grace:
-            self.sweeper.call_later(self._settings.grace, self._stop)
+        if self.rules.grace:
+            self.sweeper.call_later(self.rules.grace, self._stop_work)
         else:
-            self._stop()
+            self._stop_work()
 
-    def _stop(self) -> None:
+    def _begin_stop(self, cause: CancelCause) -> None:
+        self._stop = Stop(cause)
+        stopping.add(self)
+
+    def _stop_work(self) -> None:
         # Tasks first: the handler's cancel goes through it into the task that it awaits.
-        self._grace_over = True
-        self._cancel_the_group(() if self.closed else self._told)
+        if self._stop is not None:
+            self._stop.due = True
+        self._cancel_the_group(spare_told=not self.closed)
         self._cancel_the_handler()
 
-    def _cancel_the_group(self, told: Collection[asyncio.Future[Any]] = ()) -> None:
-        """Cancel the tasks of the group, but not what waits for one that is in ``uncancellable()``.
+    def _cancel_the_group(self, *, spare_told: bool = False) -> None:
+        """Cancel the tasks of the group, except for those that something holds off for now.
 
-        Its cancellation would be handed on, past the shield. It is asked when the shield is let go.
+        A task in ``uncancellable()`` takes note and is cancelled at the end of the block; what awaits it
+        would forward its own cancellation, past the shield. A task in a shielded scope of anyio would be torn
+        by a native cancel, so it is asked after its next step.
         """
-        if self.group is None or self.cause is None:
+        stop, group = self._stop, self.group
+        if stop is None or group is None:
             return
-        spared = set(told)
-        for task in self.group._every_live():
+        spared = set[asyncio.Future[Any]](self.told if spare_told else ())
+        tasks = [task for task in group._every_live() if not task.done()]
+        for task in tasks:
             if _task.is_shielded(task):
                 spared |= with_awaiters(task) - {task}
-        self._asked += self.group._cancel_tasks(self.cause, spared=spared)
+            elif task._cause is None and in_anyio_shield(task):
+                spared |= with_awaiters(task)
+                call_when_moved(task, self._cancel_the_group)
+        with self._sparing(tasks):
+            stop.asked += group._cancel_tasks(stop.cause, spared=spared)
+        stop.counts.update((task, task.cancelling()) for task in tasks)
 
     def _cancel_the_handler(self) -> bool:
-        host = self.host
-        if host is None or self.closed or host in self._told or not self._may_cancel():
+        """Cancel the handler's task, unless it is to be left alone; later, if something holds that off now.
+
+        Returns:
+            True if the caller is that task.
+        """
+        stop, host = self._stop, self.host
+        if stop is None or host is None or not stop.due or not self._is_cancellable(stop):
             return False
-        self._owed = self._shields > 0
-        if self._owed:
+        forwarded = forwarded_to(host, self._is_spared)
+        if holds_off(host, forwarded):
+            call_when_moved(host, self._cancel_the_handler)
             return False
-        self._cancels += 1
-        host.cancel(str(self.cause))
+        stop.cancelled = True
+        stop.cancels += 1
+        with self._sparing([host]):
+            host.cancel(str(stop.cause))
+        stop.counts[host] = host.cancelling()
         return host is asyncio.current_task()
+
+    def _is_cancellable(self, stop: Stop) -> bool:
+        # An application that listens ends in its own way, as without the middleware.
+        return not (stop.cancelled or self.closed or self._shields or self.told) and self._may_cancel()
 
     def _may_cancel(self) -> bool:
         if self.cancel_handler is not None:
             return self.cancel_handler
-        rule = self._settings.cancel_handler
+        rule = self.rules.cancel_handler
         if isinstance(rule, bool):
             return rule
         return _ask(rule, self.scope) if callable(rule) else self.scope.get("method") in _SAFE_METHODS
 
-    def shield(self) -> None:
-        """Hold a disconnect off the current task and the handler."""
+    # What of it is not cancelled: work of others, and its own while a shield is open.
+
+    def intercept(self, awaited: asyncio.Task[Any], message: object) -> bool:
+        """Keep a cancellation of this request from a task of others: wake those who await it instead."""
+        stop = self._stop
+        if stop is None or not self._is_spared(awaited):
+            return False
+        # A list first: interrupting one changes what is walked.
+        ours = [
+            found
+            for found in awaiters(awaited)
+            if _request_of(found[3]) is self and found[0].cancelling() > stop.counts.get(found[0], 0)
+        ]
+        for task, future, callback, context in ours:
+            stop.counts[task] = task.cancelling()
+            interrupt(task, future, callback, context, message)
+        return bool(ours)
+
+    def _is_spared(self, task: asyncio.Task[Any]) -> bool:
+        """True for a task that does not belong to this request, or that cleans up for it."""
+        if isinstance(task, _task.ManagedTask):
+            return not self._owns(task._group)
+        context = context_of(task)
+        # One that was started here and that others await by now is shared.
+        return (context is not None and _request_of(context) is not self) or any(
+            _request_of(waiting) is not self for _, _, _, waiting in awaiters(task)
+        )
+
+    def _owns(self, group: TaskGroup | None) -> bool:
+        while group is not None and group is not self.group:
+            group = group._parent
+        return group is not None
+
+    @contextmanager
+    def _sparing(self, tasks: Iterable[asyncio.Task[Any]]) -> Generator[None]:
+        """Keep plain tasks of others from being cancelled through these tasks, which await them.
+
+        ``ManagedTask.cancel`` asks the request itself. A plain task has asyncio's own method, which this
+        covers on the instance for as long as the cancellation goes down.
+        """
+        with ExitStack() as covered:
+            for task in tasks:
+                for future in forwarded_to(task, self._is_spared):
+                    if type(future) is asyncio.Task and self._is_spared(future):
+                        covered.enter_context(_covered(future, self))
+            yield
+
+    def shield(self, task: asyncio.Task[Any] | None) -> None:
+        """Hold the end of the request off ``task`` and the handler."""
         self._shields += 1
-        if isinstance(task := asyncio.current_task(), _task.ManagedTask):
+        if isinstance(task, _task.ManagedTask):
             _task.shield(task)
 
-    def unshield(self) -> bool:
-        """Let go; True when the current task was cancelled by it."""
+    def unshield(self, task: asyncio.Task[Any] | None) -> bool:
+        """Let go; True when ``task`` was cancelled by it."""
         delivered = False
-        if isinstance(task := asyncio.current_task(), _task.ManagedTask):
+        if isinstance(task, _task.ManagedTask):
             before = task.cancelling()
             _task.unshield(task)
             delivered = task.cancelling() > before
-            self._asked += delivered
+            if delivered and self._stop is not None:
+                self._stop.asked += 1
         self._shields -= 1
-        if self._grace_over:
+        # Those who listen may have it now.
+        self._wake()
+        if self._stop is not None and self._stop.due:
             # Those that were spared because they waited for this one.
             self._cancel_the_group()
-        if self._owed and not self._shields:
-            self._owed = False
             delivered |= self._cancel_the_handler()
         return delivered
 
-    # The application has returned or raised.
+    def withholds(self) -> bool:
+        """True while ``uncancellable()`` is open: a listener would break it by its own cancellation.
+
+        Not from the code inside the block: it would wait for itself.
+        """
+        return self._shields > 0 and not isinstance(_bound.get(), Cleanup)
+
+    # It cleans up.
+
+    @property
+    def cleanup(self) -> Cleanup:
+        """What is bound where it cleans up."""
+        if self._cleanup is None:
+            self._cleanup = Cleanup(self)
+        return self._cleanup
+
+    @property
+    def over(self) -> bool:
+        """It has ended, and the caller is neither its handler nor one of its tasks."""
+        if not self.closed:
+            return False
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:
+            return True
+        if isinstance(task, _task.ManagedTask):
+            return not self._owns(task._group)
+        return task is not self.host
+
+    def stand_in(self, group: TaskGroup) -> TaskGroup:
+        """The group for tasks that are created although ``group``, this request's, is closed.
+
+        The manager's once the request is over. Its group for cleanup, if the caller cleans up: the exception
+        that ends it is on its way; or the application has learned of the disconnect by itself, or has sent
+        its response: then what it starts, it starts knowingly.
+        """
+        if self.over:
+            return self.manager._root
+        inside = isinstance(_bound.get(), Cleanup)
+        if self.left and (inside or self.told or self.complete or in_flight(self._ends_code)):
+            return self.cleanup.task_group
+        return group
+
+    def _ends_code(self, error: BaseException) -> bool:
+        # GeneratorExit ends a body generator that is closed before its end.
+        return isinstance(error, GeneratorExit) or self._is_departure(error)
+
+    # It finishes: the application has returned or raised.
 
     async def finish(self, error: BaseException | None) -> bool:
         """End the group, and answer in the application's place if the client has left.
@@ -232,84 +447,116 @@ class Request(Connection):
             await self._shut_down()
             return False
         await self._end_group(error)
-        if not self.left:
+        if not self.left or self._stop is None:
             return error is None
-        annotate_request(self._context, self._asked)
+        annotate_request(self._context, *self._story(self._stop, error))
         if error is not None and not self._is_departure(error):
             return False
         await self._answer()
         return True
+
+    def _story(self, stop: Stop, error: BaseException | None) -> tuple[str, int, str, int | None]:
+        """What the server's span says of a request whose client has left: outcome, count, handler, code."""
+        code = None if self._last is None else self._last.get("code")
+        outcome = "closed" if stop.cause.kind is CancelKind.SCOPE_ENDED else str(stop.cause.kind)
+        ended_by_it = stop.cancelled or (error is not None and _is_cancellation(error))
+        handler = "cancelled" if ended_by_it else "finished" if self.told else "ran_on"
+        return outcome, stop.asked, handler, code
 
     async def _take_back_cancels(self, error: BaseException | None) -> bool:
         """Undo the cancels of ours; True if somebody else has cancelled the handler's task as well."""
         if self.host is None:
             return False
         thrown = isinstance(error, asyncio.CancelledError)
-        if self._cancels and not thrown:
+        cancels = 0 if self._stop is None else self._stop.cancels
+        if cancels and not thrown:
             # Swallowed, or still to be thrown: then here, where it does no harm.
             try:
                 await asyncio.sleep(0)
             except asyncio.CancelledError:
                 thrown = True
-        for _ in range(self._cancels):
+        for _ in range(cancels):
             self.host.uncancel()
-        self._cancels = 0
         return thrown and self.host.cancelling() > self._cancels_before
 
     async def _end_group(self, error: BaseException | None) -> None:
-        if self.group is None:
+        group = self.group
+        if group is None:
             return
         # A failing handler's 500 is still to be sent, by a layer outside: it does not wait for tasks.
         failed = error is not None and not self.complete
-        on_exit = "cancel" if failed or self.left else self._settings.on_exit
+        on_exit = "cancel" if failed or self.left else self.rules.on_exit
         cause = self.cause or self._make_cause(CancelKind.SCOPE_ENDED)
         if on_exit == "cancel" and not self.left:
-            self.group._announce(cause)
-            self.group._cancel_tasks(cause)
-        self.group._seal(cause, refuse=on_exit != "detach")
-        if self._grace_over:
+            group._announce(cause)
+            if not group._is_empty():
+                self._begin_stop(cause)
+                self._stop_work()
+        group._seal(cause, refuse=on_exit != "detach")
+        if self.left and self._stop is not None and self._stop.due:
             # Those that were told had until now to end by themselves.
             self._cancel_the_group()
         try:
             if on_exit == "wait":
-                await self.group.join()
-            elif on_exit == "cancel":
-                await self._wait_for_end(self.group)
+                await group.join()
+            elif on_exit == "cancel" and not group._is_empty():
+                await self._wait_for_end([group])
+            if self._cleanup is not None and self._cleanup.group is not None:
+                await self._join_cleanup(self._cleanup.group)
         except asyncio.CancelledError:
             await self._shut_down()
             raise
 
-    async def _wait_for_end(self, group: TaskGroup) -> None:
-        """Wait for tasks that were cancelled, but not for ever: a response may depend on it."""
-        tasks = list(group._every_live())
-        await _task.wait_until_done(tasks, None if self._shields else _END_TIMEOUT)
-        live = [task.id for task in tasks if not task.done()]
-        if live:
-            logger.warning(
-                "request %r is over, and after %s s its tasks still run: %s",
-                group.id,
-                _END_TIMEOUT,
-                ", ".join(map(repr, live)),
-                extra=about_all(live),
-            )
+    async def _join_cleanup(self, group: TaskGroup) -> None:
+        await self._wait_for_end([group])
+        # What is late runs on, and may create further tasks; a shutdown of the manager reaches it.
+        group._seal(refuse=False)
+
+    async def _wait_for_end(self, groups: list[TaskGroup]) -> None:
+        """Wait for tasks to end, but not forever: a response may depend on it."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _END_TIMEOUT
+        # In a loop: cleanup may start further tasks.
+        while tasks := [task for group in groups for task in group._every_live()]:
+            # A block of uncancellable() takes as long as it takes.
+            timeout = None if self._shields else max(0.0, deadline - loop.time())
+            await _task.wait_until_done(tasks, timeout)
+            live = [task.id for task in tasks if not task.done()]
+            if live and loop.time() >= deadline and not self._shields:
+                logger.warning(
+                    "request %r is over, and after %s s its tasks still run: %s",
+                    self.own_group().id,
+                    _END_TIMEOUT,
+                    ", ".join(map(repr, live)),
+                    extra=about_all(live),
+                )
+                return
 
     async def _shut_down(self) -> None:
         if self.group is None:
             return
         cause = self._make_cause(CancelKind.SHUTDOWN)
-        self.group._announce(cause)
-        self.group._cancel_tasks(cause)
-        self.group._seal(cause)
-        await self._wait_for_end(self.group)
+        cleanup = None if self._cleanup is None else self._cleanup.group
+        groups = [self.group] if cleanup is None else [self.group, cleanup]
+        for group in groups:
+            group._announce(cause)
+            group._cancel_tasks(cause)
+            group._seal(cause)
+        await self._wait_for_end(groups)
 
     def _is_departure(self, error: BaseException) -> bool:
+        """True for an exception that says no more than that the client has left."""
         if isinstance(error, BaseExceptionGroup):
             return all(
                 self._is_departure(part) for part in cast("tuple[BaseException, ...]", error.exceptions)
             )
-        return (
-            isinstance(error, _OUR_DEPARTURES) or error is self.send_error or _is_starlettes_departure(error)
-        )
+        if isinstance(error, _OUR_DEPARTURES):
+            return True
+        if self.scope["type"] == "websocket":
+            # Frameworks make an exception of their own of it. What they raise after they have received the
+            # message is the application's, as without the middleware.
+            return isinstance(error.__context__, ClientDisconnected)
+        return error is self.send_error or _is_starlettes_departure(error)
 
     async def _answer(self) -> None:
         if self.started or self.scope["type"] != "http":
@@ -322,28 +569,42 @@ class Request(Connection):
                     await self._server_send(message)
 
 
-class Sheltered:
-    """What is bound inside ``uncancellable()``: new tasks belong to the manager."""
+class Cleanup:
+    """What is bound where a request cleans up: new tasks outlast its cancellation, and end before it does.
 
-    __slots__ = ("request",)
+    Attributes:
+        group: Where they run; None until there is one.
+    """
+
+    __slots__ = ("_request", "group")
 
     def __init__(self, request: Request) -> None:
-        self.request = request
+        self._request = request
+        self.group: TaskGroup | None = None
 
     @property
     def manager(self) -> TaskManager:
-        return self.request.manager
+        """The manager below whose root its group hangs."""
+        return self._request.manager
 
     @property
     def task_group(self) -> TaskGroup:
-        return self.manager._root
+        """The group for cleanup, made on first use."""
+        if self.group is None:
+            # With the request's own, at whose end this one is joined.
+            self._request.own_group()
+            self.group = self._request._open_group(self._name, self)
+        return self.group
+
+    def _name(self) -> str:
+        return f"{self._request._name()} cleanup"
 
 
 def current_request() -> Request | None:
     bound: Any = _bound.get()
-    while isinstance(bound, TaskGroup):
-        bound = bound._binding or bound.parent
-    return None if bound is None else bound.request
+    # Of code that runs on after its request, this is no request.
+    request: Request | None = None if bound is None else bound._request
+    return None if request is None or request.over else request
 
 
 def this_request(who: str) -> Request:
@@ -358,14 +619,48 @@ def this_request(who: str) -> Request:
 
 def _route_template(scope: Scope) -> str | None:
     """The route's path with its parameters as written in the code; never the path that was asked for."""
+    # Litestar's.
+    template: object = scope.get("path_template")
+    if isinstance(template, str):
+        return template
     route = scope.get("route")
     # FastAPI (0.16x) names an included router's original route; the prefix is known to its context alone.
     facts: dict[str, Any] = scope.get("fastapi") or {}
     effective = facts.get("effective_route_context")
     if route is not None and getattr(effective, "original_route", None) is route:
         route = effective
-    template: object = getattr(route, "path_format", None) or getattr(route, "path", None)
+    template = getattr(route, "path_format", None) or getattr(route, "path", None)
     return template if isinstance(template, str) else None
+
+
+def _request_of(context: Context) -> Request | None:
+    """The request to which a context belongs."""
+    bound: Any = context.get(_bound)
+    return None if bound is None else bound._request
+
+
+@contextmanager
+def _covered(task: asyncio.Task[Any], request: Request) -> Generator[None]:
+    """Let ``request`` intercept what is forwarded to a plain task, which has no method of ours."""
+
+    def cancel(msg: object = None) -> bool:
+        return request.intercept(task, msg) or asyncio.Task.cancel(task, msg)
+
+    vars(task)["cancel"] = cancel
+    try:
+        yield
+    finally:
+        del vars(task)["cancel"]
+
+
+def _kind_of(message: Message) -> tuple[CancelKind, str | None]:
+    """Say why a client is gone, by the message that says it."""
+    code = message.get("code") if message["type"] == "websocket.disconnect" else None
+    if code in _CLOSED_BY_CLIENT:
+        return CancelKind.SCOPE_ENDED, f"the client closed the WebSocket ({code})"
+    if code in _CLOSED_BY_SERVER:
+        return CancelKind.SHUTDOWN, f"the server closed the WebSocket ({code})"
+    return CancelKind.CLIENT_DISCONNECT, None
 
 
 def _client_closed_request() -> tuple[Message, Message]:
@@ -377,14 +672,24 @@ def _client_closed_request() -> tuple[Message, Message]:
 
 
 def _is_starlettes_departure(error: BaseException) -> bool:
-    for cls in type(error).__mro__:
-        if cls.__module__.startswith("starlette.") and cls.__name__ in (
-            "ClientDisconnect",
-            "WebSocketDisconnect",
-        ):
-            return True
+    if any(
+        cls.__module__.startswith("starlette.") and cls.__name__ == "ClientDisconnect"
+        for cls in type(error).__mro__
+    ):
+        return True
+    return _is_without_response(error)
+
+
+def _is_without_response(error: BaseException) -> bool:
     # BaseHTTPMiddleware's, when the handler behind it was cancelled through a task that it awaited.
     return isinstance(error, RuntimeError) and error.args == ("No response returned.",)
+
+
+def _is_cancellation(error: BaseException) -> bool:
+    """True for an exception by which a handler ends that was cancelled, or that a cancelled task ended."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(map(_is_cancellation, cast("tuple[BaseException, ...]", error.exceptions)))
+    return isinstance(error, _OUR_DEPARTURES[:2]) or _is_without_response(error)
 
 
 def _ask(rule: Callable[[Scope], bool], scope: Scope) -> bool:

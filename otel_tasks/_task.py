@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 from otel_tasks._admission import Ticket, lift
+from otel_tasks._binding import intercepted, stopping
 from otel_tasks._clock import clock_of, rounded, wall_clock
 from otel_tasks._frames import suspended_frames
 from otel_tasks._state import CancelKind, Outcome, Signal, TaskPriority, TaskStatus, next_status
@@ -44,6 +45,9 @@ init_task: Callable[..., None] = asyncio.Task.__init__
 _remove_done_callback = asyncio.Task.remove_done_callback
 asyncio_cancel = asyncio.Task.cancel
 _uncancel = asyncio.Task.uncancel
+
+# What uncancellable() holds off: a client that leaves, and the end of the request.
+_HELD_BACK = frozenset({CancelKind.CLIENT_DISCONNECT, CancelKind.SCOPE_ENDED})
 
 # A task's progress may be used from threads: two that come at once must not make two.
 _making = threading.RLock()
@@ -324,6 +328,9 @@ class ManagedTask(asyncio.Task[T]):
         """
         if get_ident() != self._group._ledger.thread and _get_running_loop() is not self.get_loop():
             return _cancel_from_elsewhere(self, msg)
+        if stopping and intercepted(self, msg):
+            # It came from a request that awaits this task, and stops there.
+            return True
         if not has_started(self):
             extras_of(self).never_ran = True
         noted = self._cause is None and note_request(self, msg)
@@ -356,7 +363,11 @@ class ManagedTask(asyncio.Task[T]):
 
     def add_done_callback(self, fn: Callable[[Any], object], /, *, context: Context | None = None) -> None:
         """As ``asyncio.Task.add_done_callback``; counted, to know whether anybody waits."""
-        super().add_done_callback(fn, context=context)
+        if context is None:
+            # Not handed on: C takes an explicit None for a context, and then calls back in a stranger's.
+            super().add_done_callback(fn)
+        else:
+            super().add_done_callback(fn, context=context)
         self._waiters += waits(fn)
         if self._extras is not None and self._extras.gate is not None:
             lift_for_waiter(self, self._extras)
@@ -398,7 +409,7 @@ def ask(task: ManagedTask[Any], cause: CancelCause, text: str | None = None) -> 
     if task._cause is not None or task.done():
         return False
     extras = task._extras
-    if extras is not None and extras.shields and cause.kind is CancelKind.CLIENT_DISCONNECT:
+    if extras is not None and extras.shields and cause.kind in _HELD_BACK:
         extras.deferred = extras.deferred or cause
         return False
     take_note(task, cause)
@@ -675,17 +686,17 @@ def stack_of(task: asyncio.Task[Any]) -> str:
 
 
 def shield(task: ManagedTask[Any]) -> None:
-    """Hold back client disconnects from a task until ``unshield`` has been called as often."""
+    """Hold back the end of its request from a task until ``unshield`` has been called as often."""
     extras_of(task).shields += 1
 
 
 def is_shielded(task: ManagedTask[Any]) -> bool:
-    """True while client disconnects are held back from a task."""
+    """True while the end of its request is held back from a task."""
     return task._extras is not None and task._extras.shields > 0
 
 
 def unshield(task: ManagedTask[Any]) -> None:
-    """Let go of one shield; with the last one a disconnect that was held back is delivered."""
+    """Let go of one shield; with the last one a cancellation that was held back is delivered."""
     extras = extras_of(task)
     extras.shields -= 1
     if not extras.shields and extras.deferred is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextvars
 import os
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import version
 from threading import RLock
@@ -49,10 +50,10 @@ from opentelemetry.trace import (
 
 from otel_tasks._clock import rounded
 from otel_tasks._log import logger
-from otel_tasks._state import CancelKind, Outcome
+from otel_tasks._state import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
 
     from otel_tasks.cancellation import CancelCause
 
@@ -84,6 +85,9 @@ CANCEL_DURATION = "otel_tasks.cancel.duration"
 CANCEL_IGNORED = "otel_tasks.cancel.ignored"
 CANCEL_COUNT = "otel_tasks.cancel.count"
 REQUEST_OUTCOME = "otel_tasks.request.outcome"
+REQUEST_HANDLER = "otel_tasks.request.handler"
+REQUEST_CLOSE_CODE = "otel_tasks.request.close_code"
+CLIENT_DISCONNECT = "otel_tasks.client_disconnect"
 ERROR_TYPE = "error.type"
 LINK = "otel_tasks.link"
 QUEUE_DURATION = "otel_tasks.task.queue.duration"
@@ -169,10 +173,7 @@ def span_context(span: Span) -> SpanContext | None:
 
 def current_span_context(context: contextvars.Context | None = None) -> SpanContext | None:
     """Give the identity of the span current in ``context`` (None: here), None if there is none."""
-    # A copy, for one that is entered already, be it by another thread, refuses.
-    return span_context(
-        trace.get_current_span() if context is None else context.copy().run(trace.get_current_span)
-    )
+    return span_context(trace.get_current_span() if context is None else _current_span_in(context))
 
 
 def quiet_context() -> contextvars.Context:
@@ -187,13 +188,56 @@ def quiet_context() -> contextvars.Context:
     return context
 
 
-def annotate_request(context: contextvars.Context, cancelled: int) -> None:
-    """Say on the span current in ``context`` that the client left, and how many tasks were cancelled."""
+def annotate_request(
+    context: contextvars.Context, outcome: str, cancelled: int, handler: str, close_code: int | None
+) -> None:
+    """Say on the span current in ``context`` how its client left and what became of its work.
+
+    Args:
+        context: The request's.
+        outcome: ``client_disconnect``, or how its WebSocket was closed.
+        cancelled: How many of its tasks were cancelled.
+        handler: What the handler did: ``cancelled``, ``ran_on`` or ``finished``.
+        close_code: That of a WebSocket.
+    """
+    attributes: dict[str, str | int] = {
+        REQUEST_OUTCOME: outcome,
+        REQUEST_HANDLER: handler,
+        CANCEL_COUNT: cancelled,
+    }
+    if close_code is not None:
+        attributes[REQUEST_CLOSE_CODE] = close_code
     try:
-        span = context.run(trace.get_current_span)
-        span.set_attributes({REQUEST_OUTCOME: str(CancelKind.CLIENT_DISCONNECT), CANCEL_COUNT: cancelled})
+        _current_span_in(context).set_attributes(attributes)
     except Exception:
         log_once("writing onto a request's span")
+
+
+def note_disconnect(context: contextvars.Context) -> None:
+    """Mark the moment at which the client left on the span current in ``context``."""
+    try:
+        span = _current_span_in(context)
+        if span.is_recording():
+            span.add_event(CLIENT_DISCONNECT)
+    except Exception:
+        log_once("writing onto a request's span")
+
+
+def route_in(context: contextvars.Context) -> str | None:
+    """The route's template, where the framework has put it on the span current in ``context``."""
+    # The API's spans are write-only; the SDK's can be read.
+    try:
+        attributes: object = getattr(_current_span_in(context), "attributes", None)
+        route = attributes.get("http.route") if isinstance(attributes, Mapping) else None
+    except Exception:
+        log_once("reading the route from a request's span")
+        return None
+    return route if isinstance(route, str) else None
+
+
+def _current_span_in(context: contextvars.Context) -> Span:
+    # A copy, for one that is entered already, be it by another thread, refuses.
+    return context.copy().run(trace.get_current_span)
 
 
 class MetricsSource(Protocol):

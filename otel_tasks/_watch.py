@@ -22,7 +22,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
-from otel_tasks._create import _bound
+from otel_tasks._binding import _bound
 from otel_tasks._frames import Stacks, place_of
 from otel_tasks._inspect import duration, in_words, known_as, place_of_task
 from otel_tasks._log import about, about_all, logger

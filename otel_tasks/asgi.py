@@ -19,13 +19,15 @@ from __future__ import annotations
 import asyncio
 import inspect
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from otel_tasks._binding import _bound, stopping
 from otel_tasks._checks import check_choice, check_flag, checked_finite_seconds
-from otel_tasks._create import _bound
 from otel_tasks._disconnect import ClientDisconnected, Receive, Scope, Send, Sweeper
+from otel_tasks._log import logger
 from otel_tasks._manager import TaskManager, global_task_manager
-from otel_tasks._request import Request, Sheltered, current_request, this_request
+from otel_tasks._request import CancelHandler, OnExit, Request, Rules, current_request, this_request
+from otel_tasks._suspension import anyio_shield
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from otel_tasks._group import TaskGroup
 
     App = Callable[[Scope, Receive, Send], Awaitable[None]]
-    CancelHandler = Literal["safe"] | bool | Callable[[Scope], bool]
 
 __all__ = [
     "ClientDisconnected",
@@ -43,8 +44,13 @@ __all__ = [
     "uncancellable",
 ]
 
-OnExit = Literal["cancel", "wait", "detach"]
-
+# What a request has once; with the defaults of TaskGroupMiddleware.
+_OPTIONS_OF_THE_OUTER: dict[str, object] = {
+    "manager": global_task_manager,
+    "detect_after": 0.025,
+    "buffer_limit": 262_144,
+    "span": False,
+}
 _BOUND_SCOPES = frozenset({"http", "websocket"})
 _MARK = "otel_tasks.request"
 
@@ -103,23 +109,27 @@ class TaskGroupMiddleware:
     ) -> None:
         self.app = app
         self.manager = checked_manager(manager)
-        self.cancel_handler = _checked_cancel_handler(cancel_handler)
         self.detect_after = checked_finite_seconds("detect_after", detect_after, above_zero=True)
         self.buffer_limit = _checked_buffer_limit(buffer_limit)
-        self.grace = checked_finite_seconds("grace", grace)
         check_choice("on_exit", on_exit, OnExit)
-        self.on_exit = on_exit
+        self.rules = Rules(
+            _checked_cancel_handler(cancel_handler), checked_finite_seconds("grace", grace), on_exit
+        )
         check_flag("span", span)
         self.span = span
         self.sweeper: Sweeper | None = None
+        self._has_warned = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection.
 
         **Cancellation**: see the class.
         """
-        if scope["type"] not in _BOUND_SCOPES or _MARK in scope:
+        if scope["type"] not in _BOUND_SCOPES:
             await self.app(scope, receive, send)
+            return
+        if _MARK in scope:
+            await self._serve_part(scope, receive, send)
             return
         # In the scope itself, not in a copy: routing will write the route there, which names the group.
         scope[_MARK] = True
@@ -142,7 +152,35 @@ class TaskGroupMiddleware:
             request._sweep.discard(request)
             if request._watcher is not None:
                 request._watcher.cancel()
+            if request._stop is not None:
+                stopping.discard(request)
             _bound.reset(token)
+
+    async def _serve_part(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the part of an application that is behind a second middleware, by this one's rules."""
+        request = current_request()
+        if request is None:
+            # A framework in between has started this part in a context of its own.
+            await self.app(scope, receive, send)
+            return
+        self._warn_of(request.settings)
+        with request.ruled_by(self.rules):
+            await self.app(scope, receive, send)
+
+    def _warn_of(self, outer: TaskGroupMiddleware) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
+        ignored = [
+            f"{option}={getattr(self, option)!r}"
+            for option, default in _OPTIONS_OF_THE_OUTER.items()
+            if getattr(self, option) not in (default, getattr(outer, option))
+        ]
+        if ignored:
+            logger.warning(
+                "TaskGroupMiddleware stands behind another one, which decides about %s: set it there",
+                ", ".join(ignored),
+            )
 
     def new_sweeper(self, loop: asyncio.AbstractEventLoop) -> Sweeper:
         """Make the sweeper of ``loop``; where two loops take turns, each turn costs a new one."""
@@ -163,7 +201,7 @@ def request_group() -> TaskGroup:
         >>> async def handler():
         ...     return await request_group().create_task(fetch())
     """
-    return this_request("request_group()").task_group
+    return this_request("request_group()").own_group()
 
 
 def set_cancel_handler(cancel: bool) -> None:
@@ -182,13 +220,15 @@ def set_cancel_handler(cancel: bool) -> None:
 
 @asynccontextmanager
 async def uncancellable() -> AsyncGenerator[None]:
-    """Run the body where a client's disconnect does not reach.
+    """Run the body where neither a client's disconnect nor the end of the request reaches.
 
-    Neither the handler nor the task of the request's group that runs it is cancelled by a disconnect before
-    the end of the outermost such block; then it is, at once. What the body starts with ``create_task()``
-    belongs to the manager, not to the request. It does *not* hold off a shutdown or an explicit ``cancel()``,
-    and outside of a request it does nothing. anyio's shielded scopes are no replacement: a native cancel goes
-    through them.
+    It may be entered before the disconnect, or after it, in a ``finally`` or an ``except``. Neither the
+    handler nor the task of the request's group that runs the body is cancelled before the end of the
+    outermost such block; then it is, at once. Until then the application's own listeners do not learn of the
+    disconnect. anyio's scopes cancel again at every await: where anyio is imported, the body is in a
+    ``CancelScope(shield=True)`` too. What the body starts with ``create_task()`` or in ``TaskGroup()`` is not
+    cancelled by the disconnect, and is waited for before the request ends. It does *not* hold off a shutdown
+    or an explicit ``cancel()``, and outside of a request it does nothing.
 
     **Cancellation**: a disconnect is delivered when the block is left; any other passes through.
 
@@ -202,13 +242,17 @@ async def uncancellable() -> AsyncGenerator[None]:
     if request is None:
         yield
         return
-    token = _bound.set(Sheltered(request))
-    request.shield()
+    task = asyncio.current_task()
+    token = _bound.set(request.cleanup)
+    request.shield(task)
     try:
-        yield
+        with anyio_shield():
+            yield
     finally:
-        _bound.reset(token)
-        delivered = request.unshield()
+        # A generator that is finalized elsewhere ends in another task, and so in another context.
+        if asyncio.current_task() is task:
+            _bound.reset(token)
+        delivered = request.unshield(task)
     if delivered:
         # The cancel is thrown at the next await: here, and not somewhere behind the block.
         await asyncio.sleep(0)

@@ -141,9 +141,23 @@ VISITS = {
         print(sum("Oslo" in message.get("text", "") for message in connection.sent))
         print(endings())
         """,
-        ["3", "['watch_prices cancelled client_disconnect']"],
+        ["3", "['watch_prices cancelled scope_ended']"],
     ),
-    ("docs/howto/finish.md", "uncancellable"): (
+    ("docs/howto/finish.md", "write_bill"): (
+        """
+        await visit("POST", "/completions", leaves=0.5)
+        await asyncio.sleep(1)    # below ASGI 2.4 it would have been joined
+        print(bills, endings())
+        """,
+        ["[10] ['write_bill completed None']"],
+    ),
+    ("docs/howto/finish.md", "while pages"): (
+        """
+        print((await visit("GET", "/report")).body)
+        """,
+        ["b'1000'"],
+    ),
+    ("docs/howto/finish.md", "place_order"): (
         """
         print((await visit("POST", "/orders/7", leaves=0.1)).status, orders)
         await asyncio.sleep(1)

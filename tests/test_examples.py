@@ -161,12 +161,12 @@ async def test_a_websockets_tasks_end_with_it() -> None:
     connection = FakeConnection.websocket("/alerts")
     connection.feed("Oslo")
     connection.feed("Rome")
-    await hang_up_after(0.5, connection)
+    await hang_up_after(0.5, connection)  # It closes in order, as a browser does.
     texts = [message["text"] for message in connection.sent if message["type"] == "websocket.send"]
     assert {text.split(":")[0] for text in texts} == {"Oslo", "Rome"}
     ended = fastapi_app.manager.get_all_task_info().values()
     assert [(info.status, info.cause.kind) for info in ended if info.cause] == [
-        ("cancelled", "client_disconnect")
+        ("cancelled", "scope_ended")
     ] * 2
 
 

@@ -572,7 +572,7 @@ def test_current_things_can_be_asked_for_without_a_loop() -> None:
 async def test_binding_in_the_context_beats_the_current_task() -> None:
     """A request's handler has its group by context; a task started from it elsewhere has its own group."""
     manager = TaskManager()
-    from otel_tasks._create import _bound
+    from otel_tasks._binding import _bound
 
     bound = manager.get_group("request")
     token = _bound.set(bound)
@@ -592,9 +592,11 @@ async def test_binding_in_the_context_beats_the_current_task() -> None:
 
 async def test_create_task_closes_the_coroutine_where_the_binding_refuses() -> None:
     """Whatever stands for the current group may refuse; the coroutine is closed then."""
-    from otel_tasks._create import _bound
+    from otel_tasks._binding import _bound
 
     class Refusing:
+        _request = None
+
         @property
         def manager(self) -> TaskManager:
             return global_task_manager

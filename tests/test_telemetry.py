@@ -1160,11 +1160,13 @@ def test_annotate_request_writes_onto_the_span_of_its_context(
     """The server's span learns of the disconnect, and its status stays as it is."""
     with tracer.start_as_current_span("GET /report"):
         request = contextvars.copy_context()
-        contextvars.Context().run(telemetry.annotate_request, request, 3)
+        contextvars.Context().run(telemetry.annotate_request, request, "client_disconnect", 3, "ran_on", 1006)
 
     span = spans.span("GET /report")
     assert dict(span.attributes or {}) == {
         "otel_tasks.request.outcome": "client_disconnect",
+        "otel_tasks.request.handler": "ran_on",
+        "otel_tasks.request.close_code": 1006,
         "otel_tasks.cancel.count": 3,
     }
     assert span.status.status_code is StatusCode.UNSET
