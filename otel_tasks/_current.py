@@ -73,7 +73,7 @@ def stand_in(group: TaskGroup) -> TaskGroup:
 def nearest_open(group: TaskGroup) -> TaskGroup:
     """The group that new tasks join where ``group``, the current one, is closed.
 
-    Code that is being cancelled may start tasks in order to clean up. They join the nearest group above
+    Code that is being cancelled may start tasks for its cleanup. They join the nearest group above
     that takes any; in a request that is the one for its cleanup.
     """
     node: TaskGroup | None = group
