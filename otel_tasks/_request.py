@@ -124,7 +124,7 @@ class Request(Connection):
         "_cancels_before",
         "_cleanup",
         "_context",
-        "_shields",
+        "_sheltered",
         "_stop",
         "cancel_handler",
         "cause",
@@ -139,6 +139,8 @@ class Request(Connection):
     cancel_handler: bool | None
     _stop: Stop | None
     _cleanup: Cleanup | None
+    # The tasks that are in uncancellable(), and in how many blocks each.
+    _sheltered: dict[asyncio.Task[Any] | None, int] | None
 
     def __init__(self, settings: TaskGroupMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
         # Made for each request: every line here was measured.
@@ -154,14 +156,15 @@ class Request(Connection):
         self._server_send = send
         self.started = self.complete = self.left = self.closed = False
         self._reading = self._ripe = self._body_ended = self._trailers = False
-        self._buffered = self._shields = 0
+        self._buffered = 0
         self._watcher = self._buffer = self._last = self._waiting = self.send_error = None
         # As `sweeper.add(self)`, without the call.
         self._sweep = sweep = sweeper._new
         sweep.add(self)
         if sweeper._timer is None:
             sweeper._arm()
-        self.group = self.cause = self.cancel_handler = self._stop = self._cleanup = None
+        self.group = self.cause = self.cancel_handler = None
+        self._stop = self._cleanup = self._sheltered = None
         self.settings = settings
         self.rules = settings.rules
         # For the server's span, which is current here and not where the disconnect is noticed.
@@ -306,7 +309,7 @@ class Request(Connection):
 
     def _is_cancellable(self, stop: Stop) -> bool:
         # An application that listens ends in its own way, as without the middleware.
-        return not (stop.cancelled or self.closed or self._shields or self.told) and self._may_cancel()
+        return not (stop.cancelled or self.closed or self._sheltered or self.told) and self._may_cancel()
 
     def _may_cancel(self) -> bool:
         if self.cancel_handler is not None:
@@ -319,9 +322,17 @@ class Request(Connection):
     # What of it is not cancelled: work of others, and its own while a shield is open.
 
     def intercept(self, awaited: asyncio.Task[Any], message: object) -> bool:
-        """Keep a cancellation of this request from a task of others: wake those who await it instead."""
+        """Keep a cancellation that a task of this request forwards to ``awaited`` from going further.
+
+        Where that is a task of others, the one that awaits it is woken instead. Where it is one of its own
+        and has been cancelled already or is in ``uncancellable()``, its cleanup would be torn: the one that
+        awaits it goes on waiting.
+        """
         stop = self._stop
-        if stop is None or not self._is_spared(awaited):
+        if stop is None:
+            return False
+        spared = self._is_spared(awaited)
+        if not spared and not self._is_cleaning_up(awaited):
             return False
         # A list first: interrupting one changes what is walked.
         ours = [
@@ -331,7 +342,8 @@ class Request(Connection):
         ]
         for task, future, callback, context in ours:
             stop.counts[task] = task.cancelling()
-            interrupt(task, future, callback, context, message)
+            if spared:
+                interrupt(task, future, callback, context, message)
         return bool(ours)
 
     def _is_spared(self, task: asyncio.Task[Any]) -> bool:
@@ -343,6 +355,12 @@ class Request(Connection):
         return (context is not None and _request_of(context) is not self) or any(
             _request_of(waiting) is not self for _, _, _, waiting in awaiters(task)
         )
+
+    def _is_cleaning_up(self, task: asyncio.Task[Any]) -> bool:
+        """True for a task of this request that has been cancelled once, or that a shield protects from it."""
+        if isinstance(task, _task.ManagedTask) and task._cause is not None:
+            return True
+        return self._sheltered is not None and task in self._sheltered
 
     def _owns(self, group: TaskGroup | None) -> bool:
         while group is not None and group is not self.group:
@@ -363,22 +381,34 @@ class Request(Connection):
                         covered.enter_context(_covered(future, self))
             yield
 
-    def shield(self, task: asyncio.Task[Any] | None) -> None:
-        """Hold the end of the request off ``task`` and the handler."""
-        self._shields += 1
+    @contextmanager
+    def sheltering(self, task: asyncio.Task[Any] | None) -> Generator[None]:
+        """Hold the end of the request off ``task`` and the handler for the block, but for its delivery."""
+        if self._sheltered is None:
+            self._sheltered = {}
+        self._sheltered[task] = self._sheltered.get(task, 0) + 1
         if isinstance(task, _task.ManagedTask):
             _task.shield(task)
+            yield
+        elif task is None:
+            yield
+        else:
+            with _covered(task, self):
+                yield
 
     def unshield(self, task: asyncio.Task[Any] | None) -> bool:
-        """Let go; True when ``task`` was cancelled by it."""
+        """Let go at the end of the block; True when ``task`` was cancelled by it."""
         delivered = False
+        if self._sheltered is not None:
+            self._sheltered[task] -= 1
+            if not self._sheltered[task]:
+                del self._sheltered[task]
         if isinstance(task, _task.ManagedTask):
             before = task.cancelling()
             _task.unshield(task)
             delivered = task.cancelling() > before
             if delivered and self._stop is not None:
                 self._stop.asked += 1
-        self._shields -= 1
         # Those who listen may have it now.
         self._wake()
         if self._stop is not None and self._stop.due:
@@ -392,7 +422,7 @@ class Request(Connection):
 
         Not from the code inside the block: it would wait for itself.
         """
-        return self._shields > 0 and not isinstance(_bound.get(), Cleanup)
+        return bool(self._sheltered) and not isinstance(_bound.get(), Cleanup)
 
     # It cleans up.
 
@@ -519,10 +549,10 @@ class Request(Connection):
         # In a loop: cleanup may start further tasks.
         while tasks := [task for group in groups for task in group._every_live()]:
             # A block of uncancellable() takes as long as it takes.
-            timeout = None if self._shields else max(0.0, deadline - loop.time())
+            timeout = None if self._sheltered else max(0.0, deadline - loop.time())
             await _task.wait_until_done(tasks, timeout)
             live = [task.id for task in tasks if not task.done()]
-            if live and loop.time() >= deadline and not self._shields:
+            if live and loop.time() >= deadline and not self._sheltered:
                 logger.warning(
                     "request %r is over, and after %s s its tasks still run: %s",
                     self.own_group().id,
@@ -642,15 +672,26 @@ def _request_of(context: Context) -> Request | None:
 @contextmanager
 def _covered(task: asyncio.Task[Any], request: Request) -> Generator[None]:
     """Let ``request`` intercept what is forwarded to a plain task, which has no method of ours."""
-
-    def cancel(msg: object = None) -> bool:
-        return request.intercept(task, msg) or asyncio.Task.cancel(task, msg)
-
-    vars(task)["cancel"] = cancel
+    if isinstance(task.cancel, _Cover):
+        # By a block around this one.
+        yield
+        return
+    task.cancel = _Cover(task, request)  # type: ignore[method-assign]  # of this task alone, and for the block
     try:
         yield
     finally:
-        del vars(task)["cancel"]
+        del task.cancel
+
+
+class _Cover:
+    """The ``cancel()`` of one plain task."""
+
+    def __init__(self, task: asyncio.Task[Any], request: Request) -> None:
+        self._task = task
+        self._request = request
+
+    def __call__(self, msg: object = None) -> bool:
+        return self._request.intercept(self._task, msg) or asyncio.Task.cancel(self._task, msg)
 
 
 def _kind_of(message: Message) -> tuple[CancelKind, str | None]:

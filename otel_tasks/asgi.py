@@ -244,9 +244,8 @@ async def uncancellable() -> AsyncGenerator[None]:
         return
     task = asyncio.current_task()
     token = _bound.set(request.cleanup)
-    request.shield(task)
     try:
-        with anyio_shield():
+        with request.sheltering(task), anyio_shield():
             yield
     finally:
         # A generator that is finalized elsewhere ends in another task, and so in another context.
