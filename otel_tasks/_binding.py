@@ -62,7 +62,7 @@ def intercepted(awaited: asyncio.Task[Any], message: object) -> bool:
     A task's ``cancel()`` is forwarded to what the task awaits. A request cancels its own work and nothing
     else, so what it awaits of others has to be left out. The contexts of the callbacks tell who awaits.
     """
-    bound = [context.get(_bound) for _, context in awaited._callbacks or ()]
+    bound = [_bound.get(), *(context.get(_bound) for _, context in awaited._callbacks or () if context)]
     requests = {binding._request for binding in bound if binding is not None}
     # A list: each request concerned has to take its own.
     return True in [request.intercept(awaited, message) for request in requests if request in stopping]

@@ -307,7 +307,7 @@ def start_task_span(
     """Start a task's span, inside the context made for the task."""
     name = low_cardinality(base)
     full = full_name(base, key)
-    group_name, group_id, scoped = group._label or (group.name, group.id, group.scoped)
+    group_name, group_id, scoped = group._labels()
     attributes = {
         TASK_NAME: name,
         TASK_ID: f"{group_id}/{full}" if scoped else full,

@@ -658,6 +658,14 @@ class TaskGroup:
     _cancel_bodies = tree.cancel_bodies
     _seal = tree.seal
 
+    def _labels(self) -> tuple[str, str, bool]:
+        """Name, id and whether it is scoped, as spans and the history have them."""
+        if self._label is not None:
+            return self._label
+        # Looked up once: a request has to ask for its route.
+        name = self.name
+        return name, f"{name}#{self._number}", True
+
     def _task_id(self, name: str) -> str:
         return f"{self.id}/{name}" if self._id is None else name
 

@@ -488,7 +488,7 @@ class Ledger:
         group = task._group
         key = task._key
         try:
-            label = group._label or (group.name, group.id, True)
+            label = group._label or group._labels()
             if cause is None:
                 self.completed += 1
             else:

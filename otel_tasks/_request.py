@@ -29,6 +29,7 @@ from otel_tasks._suspension import (
     holds_off,
     in_anyio_shield,
     interrupt,
+    leave_wait_for,
 )
 from otel_tasks._telemetry import annotate_request, note_disconnect, route_in
 from otel_tasks.cancellation import CancelCause
@@ -218,13 +219,8 @@ class Request(Connection):
     def _name(self) -> str:
         method = "WS" if self.scope["type"] == "websocket" else self.scope["method"]
         method = method if method in _KNOWN_METHODS or method == "WS" else "HTTP"
-        template = _route_template(self.scope) or self._route_on_span()
+        template = _route_template(self.scope) or route_in(self._context)
         return f"{method} {template}" if template else method
-
-    def _route_on_span(self) -> str | None:
-        # Without tracing there is no span to look at, and most requests are served without.
-        traced = self.manager._ledger.telemetry.tracer() is not None
-        return route_in(self._context) if traced else None
 
     def _make_cause(self, kind: CancelKind, message: str | None = None) -> CancelCause:
         return CancelCause.make(kind, message, context=self._context)
@@ -335,6 +331,8 @@ class Request(Connection):
         if not spared and not self._is_cleaning_up(awaited):
             return False
         # A list first: interrupting one changes what is walked.
+        if spared and _request_of(copy_context()) is self and leave_wait_for(awaited):
+            return True
         ours = [
             found
             for found in awaiters(awaited)

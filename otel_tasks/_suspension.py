@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import sys
 from asyncio import tasks as asyncio_tasks
 from concurrent.futures import Future as ThreadFuture
@@ -17,9 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
+    from types import FrameType
 
 # What gather() returns: it forwards its cancellation to each of its children.
 _GatheringFuture: Any = vars(asyncio_tasks)["_GatheringFuture"]
+# What wait_for() cancels with up to Python 3.11; from 3.12 on it is an asyncio.timeout().
+_CANCEL_AND_WAIT = vars(asyncio_tasks)["_cancel_and_wait"].__code__ if sys.version_info < (3, 12) else None
 # asyncio's own, past the override of ManagedTask, which counts those who wait.
 _add_done_callback = asyncio.Future.add_done_callback
 
@@ -99,6 +103,34 @@ def interrupt(
     cancelled: asyncio.Future[Any] = loop.create_future()
     cancelled.cancel(message)
     loop.call_soon(callback, cancelled, context=context)
+
+
+def leave_wait_for(future: asyncio.Future[Any]) -> bool:
+    """Let an ``asyncio.wait_for`` that was cancelled go without ``future``, which it is just cancelling.
+
+    Up to Python 3.11 it cancels what it waited for in a step of its own, and then waits for the end of that.
+
+    Returns:
+        False if the call does not come from there.
+    """
+    if not _is_called_from_wait_for():
+        return False
+    # The last one is its own: it has added it just before.
+    callbacks = future._callbacks or []
+    callback = callbacks[-1][0] if callbacks else None
+    if not isinstance(callback, functools.partial):
+        return False
+    future.remove_done_callback(callback)
+    future.get_loop().call_soon(callback, future)
+    return True
+
+
+def _is_called_from_wait_for() -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    # From here out through the package to whatever called `cancel()`.
+    while frame is not None and frame.f_globals.get("__package__") == __package__:
+        frame = frame.f_back
+    return frame is not None and frame.f_code is _CANCEL_AND_WAIT
 
 
 def _retrieve(future: asyncio.Future[Any]) -> None:
