@@ -46,6 +46,9 @@ ATTRIBUTES = {
     "otel_tasks.cancel.message": "The words that came with the cancellation, if any did.",
     "otel_tasks.cancel.duration": "Seconds from being asked to having ended.",
     "otel_tasks.cancel.ignored": "It was cancelled and returned all the same. Absent otherwise.",
+    "otel_tasks.cancel.origin.span_id": "The span that caused the cancellation, where a started span takes "
+    "no links.",
+    "otel_tasks.cancel.origin.trace_id": "The trace of that span.",
     "otel_tasks.cancel.count": "How many tasks of the request were cancelled.",
     "otel_tasks.request.outcome": "How the client left before the response was complete. Absent otherwise.",
     "otel_tasks.request.handler": "What the handler did when the client left: it was `cancelled`, `ran_on`, "

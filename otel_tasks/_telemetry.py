@@ -82,6 +82,8 @@ CODE_FUNCTION = "code.function.name"
 CANCEL_REASON = "otel_tasks.cancel.reason"
 CANCEL_MESSAGE = "otel_tasks.cancel.message"
 CANCEL_DURATION = "otel_tasks.cancel.duration"
+ORIGIN_TRACE_ID = "otel_tasks.cancel.origin.trace_id"
+ORIGIN_SPAN_ID = "otel_tasks.cancel.origin.span_id"
 CANCEL_IGNORED = "otel_tasks.cancel.ignored"
 CANCEL_COUNT = "otel_tasks.cancel.count"
 REQUEST_OUTCOME = "otel_tasks.request.outcome"
@@ -742,8 +744,15 @@ def _describe_cancel(attributes: dict[str, Any], cause: CancelCause, now: float)
 
 def _link(span: Span, cause: CancelCause) -> None:
     # A task may cancel its own group: it then is its own cause.
-    if cause.origin is not None and cause.origin.span_id != span.get_span_context().span_id:
-        span.add_link(cause.origin, {LINK: "cancelled_by"})
+    if cause.origin is None or cause.origin.span_id == span.get_span_context().span_id:
+        return
+    add_link = getattr(span, "add_link", None)
+    if add_link is None or getattr(add_link, "__func__", None) is Span.add_link:
+        # Datadog's takes links at its start alone, and the API's own method only warns of it.
+        trace_id, span_id = ids_in_hex(cause.origin)
+        span.set_attributes({ORIGIN_TRACE_ID: str(trace_id), ORIGIN_SPAN_ID: str(span_id)})
+    else:
+        add_link(cause.origin, {LINK: "cancelled_by"})
 
 
 def span_ids(span: Span | None) -> tuple[str | None, str | None]:

@@ -474,6 +474,43 @@ async def test_second_manager_of_a_raising_provider_logs_for_itself(
     assert lines(caplog) == ["starting a span for task %r raised; further ones are not logged"] * 2
 
 
+class NoLinks(HostileSpan):
+    """As Datadog's: links are taken at the start alone, and the method is the API's own, which warns."""
+
+    add_link = Span.add_link
+
+
+class NoLinksTracer(HostileTracer):
+    def start_span(self, *args: Any, **kwargs: Any) -> Span:
+        return NoLinks(self._trap, self._tracer.start_span(*args, **kwargs))
+
+
+class NoLinksProvider(TracerProvider):
+    def __init__(self, inner: TracerProvider) -> None:
+        self._inner = inner
+
+    def get_tracer(self, *args: Any, **kwargs: Any) -> Tracer:
+        return NoLinksTracer(Trap(None), self._inner.get_tracer("links"))
+
+
+async def test_span_that_takes_no_links_has_its_origin_as_attributes(
+    recorder: SpanRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What cancelled a task is on its span, where no link can be added, as two ids; nothing warns."""
+    manager = TaskManager(tracer_provider=NoLinksProvider(recorder.provider))
+    task = manager.create_task(rest(), name="work")
+    await settle()
+    with recorder.provider.get_tracer("app").start_as_current_span("operator") as operator:
+        task.cancel()
+    await ended(task)
+
+    origin = operator.get_span_context()
+    attributes = recorder.span("work").attributes or {}
+    assert attributes["otel_tasks.cancel.origin.trace_id"] == f"{origin.trace_id:032x}"
+    assert attributes["otel_tasks.cancel.origin.span_id"] == f"{origin.span_id:016x}"
+    assert caplog.records == []
+
+
 # -- spans of others --------------------------------------------------------------------------------------
 
 
