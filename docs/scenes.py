@@ -12,6 +12,7 @@ import threading
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastapi import FastAPI
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import Histogram, InMemoryMetricReader, Sum
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
@@ -19,6 +20,7 @@ from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerPro
 from otel_tasks import OtelTasksError, RestartPolicy, TaskGroup, TaskManager, create_task
 from otel_tasks._state import Signal, TaskStatus, next_status
 from otel_tasks.asgi import TaskGroupMiddleware
+from otel_tasks.fastapi import make_lifespan
 from otel_tasks.testing import FakeConnection, run
 
 if TYPE_CHECKING:
@@ -347,7 +349,8 @@ async def _group_closed(manager: TaskManager) -> None:
 
 
 async def _manager_closed(manager: TaskManager) -> None:
-    await manager.shutdown()
+    async with make_lifespan(manager=manager)(FastAPI(title="Shop")):
+        pass
     manager.create_task(asyncio.sleep(60), name="late")
 
 

@@ -157,6 +157,19 @@ def place_of(frames: Sequence[FrameType], *, home: bool = False) -> Place:
     return Place(_location(frames[number]), calls)
 
 
+def calling_line() -> Location | None:
+    """The line of the current task's own code that has called this package; None where there is none."""
+    task = asyncio.current_task()
+    outermost = None if task is None else _first_of(task.get_coro(), "cr_frame", "gi_frame")
+    frames: list[FrameType] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        frames.append(frame)
+        # What is further out has started the loop.
+        frame = None if frame is outermost else frame.f_back
+    return place_of(frames[::-1]).at
+
+
 def _location(frame: FrameType) -> Location:
     code = frame.f_code
     # The line of a frame is None between two instructions that have one.

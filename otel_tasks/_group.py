@@ -242,6 +242,9 @@ class TaskGroup:
 
         It may be asked for in any thread.
         """
+        if self._cause is not None and not self.scoped:
+            # Perhaps that of a shutdown in another loop.
+            self._ledger.look()
         event = self._event
         return tree.make_event(self) if event is None or tree.is_used_up(self, event) else event
 

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 from asyncio import _get_running_loop
 from collections import deque
+from contextlib import suppress
 from contextvars import Context, copy_context
 from threading import get_ident
 from types import CoroutineType
@@ -18,9 +19,11 @@ from weakref import WeakValueDictionary
 
 from otel_tasks._admission import Limiter, Ticket, adopt, release, set_limit
 from otel_tasks._clock import clock_of, epoch_of, monotonic, reads_loop_time
+from otel_tasks._closing import Shutdown, Shutdowns
 from otel_tasks._history import Ending, History, without_frames
 from otel_tasks._log import about, logger
-from otel_tasks._state import CancelKind, Outcome, TaskStatus
+from otel_tasks._lost import LostWork, report_at_exit
+from otel_tasks._state import Outcome, TaskStatus
 from otel_tasks._task import (
     Extras,
     ManagedTask,
@@ -128,7 +131,12 @@ class Ledger:
         self.lookalikes = False
         # The thread in which that loop runs.
         self.thread: int | None = None
+        self.shutdowns = Shutdowns()
+        # Whether it is shut down in that loop.
         self.closed = False
+        self.lost = LostWork(self)
+        # What a line of code calls the manager.
+        self.in_code = "manager"
         # That of the loop, for every timestamp and duration of this manager.
         self.clock: Callable[[], float] = monotonic
         # The same where it is not the loop's time(), on which deadlines are; else None.
@@ -188,9 +196,11 @@ class Ledger:
 
     def _check_open(self) -> None:
         if self.closed:
+            shutdown = None if self.loop is None else self.shutdowns.of(self.loop)
+            by = "shutdown()" if shutdown is None else shutdown.by
             raise ManagerClosedError(
-                f"manager {self.name!r} is shut down and takes no new tasks: "
-                "create them before shutdown(), or open it again with async with"
+                f"manager {self.name!r} was shut down by {by} and takes no new tasks in this event loop: "
+                "create them before that, or open it again with async with"
             )
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -210,15 +220,50 @@ class Ledger:
                     "or shut it down there first"
                 )
             self._drop_dead()
+        self._belong_to(loop)
+        self.thread = get_ident()
+
+    def meet(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Belong to ``loop``, unless tasks are live in another one; it may run in another thread."""
+        if self.loop is loop or (self.live and self.loop is not None and not self.loop.is_closed()):
+            return
+        if _get_running_loop() is loop:
+            self.bind(loop)
+            return
+        if self.live:
+            self._drop_dead()
+        self._belong_to(loop)
+        self.thread = None
+        with suppress(RuntimeError):  # Closed just now: no thread runs it any more.
+            loop.call_soon_threadsafe(self.bind, loop, context=Context())
+
+    def is_open_in(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """True if ``loop`` has not shut the manager down, and no other loop that is open has it."""
+        here = self.loop is None or self.loop is loop or self.loop.is_closed()
+        return here and self.shutdowns.of(loop) is None
+
+    def look(self) -> None:
+        """Belong to the loop that runs here, if one does, and no live task is in another one."""
+        loop = _get_running_loop()
+        if loop is not None:
+            self.meet(loop)
+
+    def _belong_to(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        shutdown = self.shutdowns.of(loop)
+        was_closed, self.closed = self.closed, shutdown is not None
+        if shutdown is not None:
+            self.root._announce(shutdown.cause)
+        elif was_closed:
+            self._forget_causes()
         self.settle()
         self.clock = clock_of(loop)
         self.epoch = epoch_of(loop)
         self.history.change_epoch(self.epoch)
         self.other_clock = None if reads_loop_time(loop) else self.clock
-        self.thread = get_ident()
         self.threads.bind(loop)
         self.telemetry.watch(self)
+        report_at_exit(self)
 
     def now(self) -> float:
         """Read the clock, for those that outlive a change of the loop."""
@@ -232,9 +277,11 @@ class Ledger:
         special = self.closed or self.listeners or self.limiter.limit is not None
         self.quick_loop = _NO_LOOP if special or self.loop is None else self.loop
 
-    def close(self) -> None:
-        """Take no new tasks from now on."""
+    def close(self, by: str, cause: CancelCause) -> None:
+        """Take no new tasks in this loop from now on."""
         self.closed = True
+        if self.loop is not None:
+            self.shutdowns.add(self.loop, Shutdown(by, cause))
         self.settle()
 
     def listen(self, listener: Callable[[TaskEvent, TaskInfo], object]) -> None:
@@ -275,16 +322,14 @@ class Ledger:
 
     def _drop_dead(self) -> None:
         """Let go of tasks whose loop was closed under them: they can never end."""
-        for task in list(self.root._every_live()):
+        tasks = list(self.root._every_live())
+        if not self.closed:
+            self.lost.report()
+        for task in tasks:
             if task.done():
                 # It had ended in time, and only its done-callback was never called.
                 self._take_end(task)
                 continue
-            logger.warning(
-                "task %r was left behind in an event loop that is closed",
-                task.id,
-                extra=about(snapshot(task)),
-            )
             self.abandon(task)
             for future in extras_of(task).futures:
                 future.refuse(WrongLoopError(f"the event loop of task {task.id!r} was closed under it"))
@@ -343,9 +388,14 @@ class Ledger:
             self.tell("cancelling", snapshot(task))
 
     def reopen(self) -> None:
-        """Take new tasks again after a shutdown."""
+        """Take new tasks in this loop again after a shutdown."""
         self.closed = False
+        if self.loop is not None:
+            self.shutdowns.forget(self.loop)
+        self._forget_causes()
         self.settle()
+
+    def _forget_causes(self) -> None:
         for group in [self.root, *self.labels.values()]:
             group._cause = None
 
@@ -541,8 +591,6 @@ class Ledger:
         if task._extras is not None:
             self._close_unstarted(task, task._extras)
         info = snapshot(task)
-        if status is TaskStatus.CANCELLED and info.started_at is None:
-            self._report_unstarted(info)
         self._remember(task, info, error)
         self._report_end(task, outcome_of(task, status), error, ignored=ignored)
         if error is not None and not task._group._child_failed(task, error):
@@ -588,16 +636,6 @@ class Ledger:
         if extras.inner is not None:
             # A wrapper that never ran leaves the user's coroutine behind, unawaited.
             extras.inner.close()
-
-    def _report_unstarted(self, info: TaskInfo) -> None:
-        # An explicit cancellation without a moment is one that no task has asked for.
-        if info.cause is not None and info.cause.kind is CancelKind.EXPLICIT and info.cause.at is None:
-            logger.warning(
-                "task %r has run none of its code: it was cancelled from outside of all tasks, as "
-                "asyncio.run() does at its end; wait for it, or open the manager with async with",
-                info.id,
-                extra=about(info),
-            )
 
     def _report_end(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from asyncio import _get_running_loop
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
@@ -18,7 +19,7 @@ from otel_tasks._current import (
     current_manager,
     set_global_manager,
 )
-from otel_tasks._frames import Stacks
+from otel_tasks._frames import Stacks, calling_line
 from otel_tasks._group import TaskGroup
 from otel_tasks._inspect import check_limit, tree_of
 from otel_tasks._ledger import Ledger
@@ -830,6 +831,8 @@ class TaskManager:
     async def shutdown(self, grace: float = 5.0, timeout: float | None = 10.0) -> ShutdownReport:
         """Refuse new tasks, let the live ones finish, cancel the rest, and report.
 
+        It belongs to the running event loop: in another loop the manager is open.
+
         The cancel events are set first; what is still live after ``grace`` is cancelled by
         rising priority, the critical tasks last; what ignored that is cancelled once more.
 
@@ -850,12 +853,15 @@ class TaskManager:
 
         Telemetry: the spans of tasks that would not stop are ended as ``abandoned``.
         """
+        return await self._shut_down(grace, timeout, f"shutdown(){_called_at()}")
+
+    async def _shut_down(self, grace: float, timeout: float | None, by: str) -> ShutdownReport:
         seconds = checked_seconds("timeout", timeout)
         patience = checked_seconds("grace", grace)
         spared = with_awaiters(self._caller())
-        self._ledger.close()
         tasks = self._others([self._root], spared)
         cause = CancelCause.make(CancelKind.SHUTDOWN, f"manager {self.name!r} is shutting down")
+        self._ledger.close(by, cause)
         self._root._announce(cause)
         self._ledger.drop_queue(tasks, cause)
         if patience != 0.0:
@@ -875,7 +881,7 @@ class TaskManager:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.shutdown()
+        await self._shut_down(5.0, 10.0, f"the end of its async with block{_called_at()}")
 
     # -- helpers ----------------------------------------------------------------------------
 
@@ -887,6 +893,12 @@ class TaskManager:
         host: asyncio.Task[Any] | None,
         span: bool = False,
     ) -> TaskGroup:
+        loop = _get_running_loop()
+        if loop is None and host is not None:
+            # In the thread of a `def` handler.
+            loop = host.get_loop()
+        if loop is not None and loop is not self._ledger.loop:
+            self._ledger.meet(loop)
         return TaskGroup._opened(self._root, name, binding, host, span)
 
     def _group_for(self, group: str | TaskGroup, coro: object = None) -> TaskGroup:
@@ -1057,6 +1069,12 @@ class TaskManager:
         return {worker.id: stack for worker, stack in stacks.items()}
 
 
+def _called_at() -> str:
+    """Say which line of the user's code is calling, as in ``" in stop app.py:31"``; empty if none is."""
+    at = calling_line()
+    return "" if at is None else f" in {at}"
+
+
 def _report_unstarted(infos: Iterable[tuple[ManagedTask[Any], TaskInfo]]) -> None:
     """Log which work a shutdown has dropped; a service is none: it is begun again with the application."""
     lost = [
@@ -1116,6 +1134,7 @@ def made_coroutine(
 
 
 global_task_manager = TaskManager()
+global_task_manager._ledger.in_code = "global_task_manager"
 set_global_manager(global_task_manager)
 
 

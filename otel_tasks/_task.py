@@ -331,6 +331,9 @@ class ManagedTask(asyncio.Task[T]):
         if stopping and intercepted(self, msg):
             # It came from a request that awaits this task, and stops there.
             return True
+        if _get_running_loop() is None:
+            # As asyncio.run() does at its end.
+            self._group._ledger.lost.note(self.get_loop())
         if not has_started(self):
             extras_of(self).never_ran = True
         noted = self._cause is None and note_request(self, msg)

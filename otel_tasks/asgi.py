@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from otel_tasks._binding import _bound, stopping
 from otel_tasks._checks import check_choice, check_flag, checked_finite_seconds
 from otel_tasks._disconnect import ClientDisconnected, Receive, Scope, Send, Sweeper
+from otel_tasks._lifespan import serve_lifespan
 from otel_tasks._log import logger
 from otel_tasks._manager import TaskManager, global_task_manager
 from otel_tasks._request import CancelHandler, OnExit, Request, Rules, current_request, this_request
@@ -126,7 +127,10 @@ class TaskGroupMiddleware:
         **Cancellation**: see the class.
         """
         if scope["type"] not in _BOUND_SCOPES:
-            await self.app(scope, receive, send)
+            if scope["type"] == "lifespan":
+                await serve_lifespan(self.app, self.manager, scope, receive, send)
+            else:
+                await self.app(scope, receive, send)
             return
         if _MARK in scope:
             await self._serve_part(scope, receive, send)

@@ -16,6 +16,7 @@ from fastapi import Depends
 
 from otel_tasks._checks import checked_seconds
 from otel_tasks._group import TaskGroup
+from otel_tasks._lifespan import GRACE, TIMEOUT, managed
 from otel_tasks._manager import global_task_manager
 from otel_tasks._task import ManagedTask, TaskInfo, wait_until_done
 from otel_tasks.asgi import (
@@ -110,7 +111,7 @@ def lifespan(app: FastAPI) -> AbstractAsyncContextManager[None]:
     Example:
         >>> app = FastAPI(lifespan=lifespan)
     """
-    return _run(None, global_task_manager, 5.0, 10.0, app)
+    return _run(None, global_task_manager, GRACE, TIMEOUT, app)
 
 
 def make_lifespan(
@@ -191,22 +192,19 @@ async def _run(
     timeout: float | None,
     app: FastAPI,
 ) -> AsyncGenerator[Any]:
+    opened = managed(manager, grace, timeout, _described(app))
     if inner is None:
-        async with _opened(manager, grace, timeout):
+        async with opened:
             yield None
         return
-    async with inner(app) as state, _opened(manager, grace, timeout):
+    async with inner(app) as state, opened:
         yield state
 
 
-@asynccontextmanager
-async def _opened(manager: TaskManager, grace: float, timeout: float | None) -> AsyncGenerator[None]:
-    # Not `async with`: its exit knows no grace and no timeout, and would wait for stubborn tasks again.
-    await manager.__aenter__()
-    try:
-        yield
-    finally:
-        await manager.shutdown(grace, timeout)
+def _described(app: object) -> str:
+    # Starlette's applications have no title.
+    title = getattr(app, "title", None)
+    return "the application's lifespan" if title is None else f"the lifespan of app {title!r}"
 
 
 def progress_events(
