@@ -19,6 +19,7 @@ from otel_tasks._admission import Limiter, Ticket, admit, would_wait
 from otel_tasks._binding import _bound
 from otel_tasks._checks import check_choice, checked_name, checked_priority, checked_seconds
 from otel_tasks._current import is_request_over, stand_in
+from otel_tasks._factory import make
 from otel_tasks._state import CancelKind, TaskPriority
 from otel_tasks._task import (
     Extras,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     import concurrent.futures
     from collections.abc import Callable, Coroutine, Mapping
 
+    from otel_tasks._factory import Made
     from otel_tasks._group import TaskGroup
     from otel_tasks._ledger import Ledger
     from otel_tasks._telemetry import Span, Tracer
@@ -150,9 +152,17 @@ def create(
         if limited:
             extras = extras or Extras()
             claim(group, extras, priority, created_at, loop)
+        factory = ledger.factories._task_factory
+        if factory is not None and not supervises:
+            made = make(factory, loop, coro, name, context)
+            if made is not None:
+                work = made.coro
+                extras = note_made(made, coro, extras)
+                if eager_start is None and made.eager:
+                    eager_start = True
         if previous or (extras is not None and (extras.seconds is not None or extras.gate is not None)):
             extras = extras or Extras()
-            work = run_when(coro, extras, previous, created_at, ledger.other_clock)
+            work = run_when(work, extras, previous, created_at, ledger.other_clock)
         tracer = None if supervises else ledger.telemetry.tracer()
         context = own_context(group, context, traced=tracer is not None)
         span = None
@@ -164,7 +174,7 @@ def create(
             span = context.run(start_task_span, group, tracer, base, key, coro, priority, detached)
         eager = EAGER and (ledger.eager_start if eager_start is None else eager_start)
         eager = eager and (context is None or is_free(context))
-        # Built directly: create_task() of the loop would ask for a factory and set the name again.
+        # Built directly: create_task() of the loop would make a task of another class.
         task = (
             ManagedTask.__new__(ManagedTask)
             if eager
@@ -173,19 +183,12 @@ def create(
     except BaseException:
         if extras is not None and extras.ticket is not None:
             ledger.give_back(extras.ticket)
+        if extras is not None:
+            extras.close()
         close_quietly(work)
         close_quietly(coro)
         raise
-    task._group = group
-    task._key = key
-    task._priority = priority
-    task._created_at = created_at
-    task._span = span
-    task._cause = None
-    task._extras = extras
-    task._waiters = 0
-    ledger.created += 1
-    add(group, key, task)
+    enter(task, group, key, priority, created_at, span, extras)
     if eager:
         if ledger.listeners:
             work = told_first(work, ledger)
@@ -195,6 +198,55 @@ def create(
     if ledger.listeners:
         ledger.tell("created", snapshot(task))
     return task
+
+
+def create_eagerly(
+    group: TaskGroup,
+    coro: Coroutine[Any, Any, T],
+    base: str,
+    key: str | int,
+    priority: TaskPriority,
+    span: Span | None,
+    context: Context | None,
+) -> ManagedTask[T]:
+    """Create a plain task and run its first step (Python 3.12)."""
+    ledger = group._ledger
+    task: ManagedTask[T] = ManagedTask.__new__(ManagedTask)
+    enter(task, group, key, priority, ledger.clock(), span, None)
+    run_first_step(task, coro, ledger.quick_loop, base, context)
+    return task
+
+
+def enter(
+    task: ManagedTask[Any],
+    group: TaskGroup,
+    key: str | int,
+    priority: TaskPriority,
+    created_at: float,
+    span: Span | None,
+    extras: Extras | None,
+) -> None:
+    """Fill in a task and enter it in the tables of its group."""
+    task._group = group
+    task._key = key
+    task._priority = priority
+    task._created_at = created_at
+    task._span = span
+    task._cause = None
+    task._extras = extras
+    task._waiters = 0
+    group._ledger.created += 1
+    add(group, key, task)
+
+
+def note_made(made: Made, coro: Coroutine[Any, Any, Any], extras: Extras | None) -> Extras | None:
+    """Note what a task factory has made of a coroutine, if it is more than the coroutine itself."""
+    if made.coro is coro and made.stand_in is None:
+        return extras
+    extras = extras or Extras()
+    extras.inner = coro
+    extras.made = made
+    return extras
 
 
 def loop_for(group: TaskGroup, coro: object, name: str | None) -> asyncio.AbstractEventLoop:

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _PACKAGE = os.path.join(os.path.dirname(__file__), "")
 _STANDARD_LIBRARY = os.path.join(os.path.dirname(os.path.dirname(asyncio.__file__)), "")
@@ -96,17 +96,23 @@ class Stacks:
             frame = frame.f_back
         return frames[::-1]
 
-    def of_task(self, task: asyncio.Task[Any], thread: int | None) -> list[FrameType]:
+    def of_task(
+        self,
+        task: asyncio.Task[Any],
+        thread: int | None,
+        coroutine_of: Callable[[asyncio.Task[Any]], Any] = lambda task: task.get_coro(),
+    ) -> list[FrameType]:
         """The frames of a task, outermost first.
 
         Args:
             task: Any.
             thread: That of its loop.
+            coroutine_of: Gives the coroutine of a live task with which to begin.
         """
         try:
             if task.done():
                 return []
-            coro = task.get_coro()
+            coro = coroutine_of(task)
             if task is not asyncio.current_task(task.get_loop()):
                 return suspended_frames(coro)
             frames = self.of_thread(thread)

@@ -26,10 +26,10 @@ from otel_tasks._create import (
     TaskOptions,
     check_coroutine,
     close_quietly,
+    create_eagerly,
     create_with,
     is_free_name,
     next_free,
-    run_first_step,
     start_task_span,
 )
 from otel_tasks._current import current_group_or_none, current_manager, nearest_open, stand_in
@@ -293,7 +293,8 @@ class TaskGroup:
         bound = _bound.get()
         if (
             options
-            or _get_running_loop() is not ledger.quick_loop
+            or (loop := _get_running_loop()) is not ledger.quick_loop
+            or ledger.factories._task_factory is not None
             or type(coro) is not CoroutineType
             or (priority is not _NORMAL and type(priority) is not TaskPriority)
             or self._refusal is not None
@@ -310,7 +311,6 @@ class TaskGroup:
             key: str | int = next_free(self, name) if ledger.lookalikes else ledger.next_number()
         else:
             key = name
-        loop: Any = ledger.quick_loop
         span = context = None
         # Looked at before asking: two calls less where nobody traces, 2 % of a task. In this order: a
         # later OpenTelemetry may lack the name.
@@ -319,11 +319,10 @@ class TaskGroup:
             if tracer is not None:
                 context = copy_context()
                 span = context.run(start_task_span, self, tracer, name, key, coro, priority, False)
-        # Built directly: create_task() of the loop would ask for a factory and set the name again.
-        eager = ledger.eager_start
-        if eager:
-            task: ManagedTask[T] = ManagedTask.__new__(ManagedTask)
-        elif context is None:
+        if ledger.eager_start:
+            return create_eagerly(self, coro, name, key, priority, span, context)
+        # Built directly: create_task() of the loop would make a task of another class.
+        if context is None:
             task = ManagedTask(coro, loop=loop, name=name)
         else:
             task = ManagedTask(coro, loop=loop, name=name, context=context)
@@ -341,10 +340,7 @@ class TaskGroup:
             self._live[key] = task
         if not self._linked and self._parent is not None:
             tree.link(self._parent, self)
-        if eager:
-            run_first_step(task, coro, loop, name, context)
-        else:
-            add_done_callback(task, ledger.on_done, context=ledger.context)
+        add_done_callback(task, ledger.on_done, context=ledger.context)
         return task
 
     def create_task_threadsafe(

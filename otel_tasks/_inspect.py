@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from otel_tasks._clock import rounded
 from otel_tasks._frames import Location, Place, Stacks, place_of
 from otel_tasks._state import TaskPriority, TaskStatus
-from otel_tasks._task import ManagedTask, reported
+from otel_tasks._task import ManagedTask, own_coroutine, reported
 from otel_tasks._telemetry import span_ids
 
 if TYPE_CHECKING:
@@ -375,7 +375,7 @@ def place_of_task(task: asyncio.Task[Any], stacks: Stacks, thread: int | None) -
     """
     worker = None if not isinstance(task, ManagedTask) or task._extras is None else task._extras.worker
     frames = [] if worker is None else frames_of(worker, stacks)
-    return place_of(frames or stacks.of_task(task, thread), home=isinstance(task, ManagedTask))
+    return place_of(frames or stacks.of_task(task, thread, own_coroutine), home=isinstance(task, ManagedTask))
 
 
 def frames_of(worker: Worker[Any], stacks: Stacks) -> list[FrameType]:

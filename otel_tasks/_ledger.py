@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 from otel_tasks._admission import Limiter, Ticket, adopt, release, set_limit
 from otel_tasks._clock import clock_of, epoch_of, monotonic, reads_loop_time
 from otel_tasks._closing import Shutdown, Shutdowns
+from otel_tasks._factory import end_like, holder_of
 from otel_tasks._history import Ending, History, without_frames
 from otel_tasks._log import about, logger
 from otel_tasks._lost import LostWork, report_at_exit
@@ -127,6 +128,8 @@ class Ledger:
         self.loop: asyncio.AbstractEventLoop | None = None
         # The same while nothing but the global telemetry can make a plain task special; see `settle`.
         self.quick_loop: Any = _NO_LOOP
+        # What has the loop's task factory as its attribute `_task_factory`.
+        self.factories: Any
         # True once somebody has chosen a name that a numbered one may come to have.
         self.lookalikes = False
         # The thread in which that loop runs.
@@ -250,6 +253,7 @@ class Ledger:
 
     def _belong_to(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self.factories = holder_of(loop)
         shutdown = self.shutdowns.of(loop)
         was_closed, self.closed = self.closed, shutdown is not None
         if shutdown is not None:
@@ -334,8 +338,8 @@ class Ledger:
             for future in extras_of(task).futures:
                 future.refuse(WrongLoopError(f"the event loop of task {task.id!r} was closed under it"))
             self.failed += 1
-            if task._extras is not None and task._extras.inner is not None:
-                task._extras.inner.close()
+            if task._extras is not None:
+                task._extras.close()
             task._group._queued = 0
             if task._group._limiter is not None:
                 task._group._limiter.clear()
@@ -633,6 +637,10 @@ class Ledger:
             (extras.context or Context()).run(extras.begin, task)
             if task._span is not None and task._cause is not None:
                 note_cancel_requested(task._span, task._cause)
+        if extras.made is not None:
+            extras.made.coro.close()
+            if extras.made.stand_in is not None:
+                end_like(extras.made.stand_in, task)
         if extras.inner is not None:
             # A wrapper that never ran leaves the user's coroutine behind, unawaited.
             extras.inner.close()

@@ -226,7 +226,8 @@ class TaskManager:
                 begins once it has ended.
             detached: Begin a new trace, linked to this one, instead of being a child of the current span.
             context: Where it runs; None is a copy of the current context. With tracing a copy of it.
-            eager_start: Run its first step now (Python 3.12; ignored before); None is the manager's.
+            eager_start: Run its first step now (Python 3.12; ignored before). None is the manager's, or True
+                where the task factory of the loop starts tasks eagerly.
 
         Raises:
             TaskExistsError: The name is taken and ``on_conflict`` is ``"error"``.

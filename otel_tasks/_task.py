@@ -31,6 +31,7 @@ from otel_tasks.progress import TaskProgress
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine
 
+    from otel_tasks._factory import Made
     from otel_tasks._group import TaskGroup
     from otel_tasks._telemetry import Span
     from otel_tasks._threads import TaskFuture, Worker
@@ -67,6 +68,7 @@ class Extras:
         "goes_on",
         "inner",
         "keep_result",
+        "made",
         "message",
         "metadata",
         "never_ran",
@@ -106,6 +108,8 @@ class Extras:
         self.context: Context | None = None
         # The user's coroutine inside of the one that the task runs.
         self.inner: Coroutine[Any, Any, Any] | None = None
+        # What the loop's task factory has made of that.
+        self.made: Made | None = None
         # The tasks that have to end before this one begins.
         self.previous: tuple[asyncio.Task[Any], ...] = ()
         self.progress: TaskProgress | None = None
@@ -130,6 +134,13 @@ class Extras:
     def queued(self) -> bool:
         """It waits for a place."""
         return self.gate is not None and not self.gate.done()
+
+    def close(self) -> None:
+        """Close what the task has not awaited: one that is cancelled before its first step runs nothing."""
+        if self.made is not None:
+            self.made.coro.close()
+        if self.inner is not None:
+            self.inner.close()
 
 
 def checked_metadata(metadata: object) -> dict[str, Any]:
@@ -684,8 +695,16 @@ def stack_of(task: asyncio.Task[Any]) -> str:
 
     asyncio's own ``print_stack`` shows of a waiting task the outermost line alone.
     """
-    frames = () if task.done() else suspended_frames(task.get_coro())
+    frames = () if task.done() else suspended_frames(own_coroutine(task))
     return "".join(traceback.StackSummary.extract((frame, frame.f_lineno) for frame in frames).format())
+
+
+def own_coroutine(task: asyncio.Task[Any]) -> Any:
+    """Give the user's coroutine once it runs, not what this package or a task factory wraps around it."""
+    extras = task._extras if isinstance(task, ManagedTask) else None
+    inner = None if extras is None else extras.inner
+    runs = getattr(inner, "cr_suspended", False) or getattr(inner, "cr_running", False)
+    return inner if runs else task.get_coro()
 
 
 def shield(task: ManagedTask[Any]) -> None:
@@ -724,7 +743,8 @@ def run_when(
         clock: That of ``created_at``; None is the loop's ``time()``.
     """
     # Cancelled before its first step it never runs: whoever takes the end closes the inner one.
-    extras.inner = coro
+    if extras.made is None:
+        extras.inner = coro
     extras.previous = previous
     deadline = None if extras.seconds is None else created_at + extras.seconds
     return _run_when(coro, extras, deadline, clock)

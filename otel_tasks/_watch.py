@@ -26,7 +26,7 @@ from otel_tasks._binding import _bound
 from otel_tasks._frames import Stacks, place_of
 from otel_tasks._inspect import duration, in_words, known_as, place_of_task
 from otel_tasks._log import about, about_all, logger
-from otel_tasks._task import ManagedTask, has_started, snapshot
+from otel_tasks._task import ManagedTask, has_started, own_coroutine, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -323,7 +323,7 @@ class Watchdog(threading.Thread):
     def _frames(self, task: asyncio.Task[Any] | None) -> list[FrameType]:
         stacks = Stacks()
         if task is not None:
-            return stacks.of_task(task, self._thread)
+            return stacks.of_task(task, self._thread, own_coroutine)
         # What runs the loop is no part of the callback.
         frames = stacks.of_thread(self._thread)[max(0, self._depth - 1) :]
         return frames[1:] if frames and frames[0].f_code is self._caller else []
