@@ -172,8 +172,11 @@ def create(
             extras.begin = partial(begin_late, group, coro, detached)
         elif tracer is not None and context is not None:
             span = context.run(start_task_span, group, tracer, base, key, coro, priority, detached)
-        eager = EAGER and (ledger.eager_start if eager_start is None else eager_start)
-        eager = eager and (context is None or is_free(context))
+        eager = (
+            EAGER
+            and (ledger.eager_start if eager_start is None else eager_start)
+            and (context is None or is_free(context))
+        )
         # Built directly: create_task() of the loop would make a task of another class.
         task = (
             ManagedTask.__new__(ManagedTask)
@@ -241,7 +244,7 @@ def enter(
 
 def note_made(made: Made, coro: Coroutine[Any, Any, Any], extras: Extras | None) -> Extras | None:
     """Note what a task factory has made of a coroutine, if it is more than the coroutine itself."""
-    if made.coro is coro and made.stand_in is None:
+    if made.coro is coro and made.shadow is None:
         return extras
     extras = extras or Extras()
     extras.inner = coro

@@ -39,13 +39,13 @@ class Made(NamedTuple):
     Attributes:
         coro: What the managed task runs: the coroutine itself, or what is wrapped around it.
         eager: The first step runs when the task is created.
-        stand_in: The factory's own task, if somebody keeps it or added a callback to it.
+        shadow: The factory's own task, if somebody keeps it or added a callback to it.
         task_class: The class of that task.
     """
 
     coro: Coroutine[Any, Any, Any]
     eager: bool
-    stand_in: asyncio.Task[Any] | None
+    shadow: asyncio.Task[Any] | None
     task_class: type
 
 
@@ -99,17 +99,17 @@ def make(
         return None
 
 
-def end_like(stand_in: asyncio.Task[Any], task: asyncio.Task[Any]) -> None:
+def end_like(shadow: asyncio.Task[Any], task: asyncio.Task[Any]) -> None:
     """End a factory's own task as the managed task has ended."""
     error = task._exception
     if task.cancelled():
-        _end(stand_in, "cancel")
+        _end(shadow, "cancel")
     elif error is None:
-        _end(stand_in, "set_result", task.result())
+        _end(shadow, "set_result", task.result())
     else:
-        _end(stand_in, "set_exception", error)
+        _end(shadow, "set_exception", error)
         # The managed task's failure is reported; asyncio need not report it again for this one.
-        cast("Any", stand_in)._log_traceback = False
+        cast("Any", shadow)._log_traceback = False
 
 
 class _Holder:
@@ -227,8 +227,8 @@ def _try_out(factory: Any, loop: asyncio.AbstractEventLoop) -> bool:
     losses = []
     if made.task_class.__module__ not in ("_asyncio", "asyncio.tasks"):
         losses.append(f"they are not of its class {made.task_class.__qualname__}")
-    if made.stand_in is not None:
-        _end(made.stand_in, "set_result", None)
+    if made.shadow is not None:
+        _end(made.shadow, "set_result", None)
         losses.append("the tasks that it sees only end with them, and cannot be awaited or cancelled")
     if losses:
         logger.warning(
@@ -265,13 +265,13 @@ def _made_by(
         raise Unusable("makes its tasks on another loop than the one that it is given")
     task._log_destroy_pending = False
     made, task_class = task.get_coro(), type(task)
-    stand_in = task if task._callbacks else None
+    shadow = task if task._callbacks else None
     link = weakref.ref(task)
     del task
-    return Made(made, stage.asked_for_eager, link() if stand_in is None else stand_in, task_class)
+    return Made(made, stage.asked_for_eager, link() if shadow is None else shadow, task_class)
 
 
-def _end(stand_in: asyncio.Task[Any], how: str, *result: object) -> None:
+def _end(shadow: asyncio.Task[Any], how: str, *result: object) -> None:
     # The method of Future: Task refuses results, and leaves its cancellation to its next step.
-    future = next(base for base in type(stand_in).__mro__ if base.__name__ == "Future")
-    getattr(future, how)(stand_in, *result)
+    future = next(base for base in type(shadow).__mro__ if base.__name__ == "Future")
+    getattr(future, how)(shadow, *result)

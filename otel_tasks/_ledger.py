@@ -639,8 +639,8 @@ class Ledger:
                 note_cancel_requested(task._span, task._cause)
         if extras.made is not None:
             extras.made.coro.close()
-            if extras.made.stand_in is not None:
-                end_like(extras.made.stand_in, task)
+            if extras.made.shadow is not None:
+                end_like(extras.made.shadow, task)
         if extras.inner is not None:
             # A wrapper that never ran leaves the user's coroutine behind, unawaited.
             extras.inner.close()

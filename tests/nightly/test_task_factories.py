@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from otel_tasks import TaskManager
-from otel_tasks.testing import SpanRecorder
+
+if TYPE_CHECKING:
+    from otel_tasks.testing import SpanRecorder
 
 sentry_sdk = pytest.importorskip("sentry_sdk", reason="sentry-sdk is not installed")
-
-Create = Callable[..., Any]
 
 
 async def tag(name: str, seen: dict[str, str]) -> None:
@@ -82,16 +80,18 @@ def test_failure_reaches_sentry_once_with_the_tags_of_its_task(spans: SpanRecord
     assert str((spans.span("work").attributes or {})["code.function.name"]).endswith("work")
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager start came with Python 3.12")
 def test_eager_factory_below_sentrys_is_eager() -> None:
     """Sentry hands its wrapper on to the factory that was set before."""
+    eager_task_factory = getattr(asyncio, "eager_task_factory", None)
+    if eager_task_factory is None:
+        pytest.skip("eager start came with Python 3.12")
     steps: list[int] = []
 
     async def work() -> None:
         steps.append(1)
 
     async def main() -> None:
-        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        asyncio.get_running_loop().set_task_factory(eager_task_factory)
         set_up([])
         task = TaskManager().create_task(work())
         assert steps == [1]
