@@ -362,7 +362,7 @@ def start_task_span(
     """Start a task's span, inside the context made for the task."""
     name = low_cardinality(base)
     full = full_name(base, key)
-    group_name, group_id, scoped = group._labels()
+    group_name, group_id, scoped = group._label or group._labels()
     attributes = {
         TASK_NAME: name,
         TASK_ID: f"{group_id}/{full}" if scoped else full,

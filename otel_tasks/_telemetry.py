@@ -175,7 +175,13 @@ def span_context(span: Span) -> SpanContext | None:
 
 def current_span_context(context: contextvars.Context | None = None) -> SpanContext | None:
     """Give the identity of the span current in ``context`` (None: here), None if there is none."""
-    return span_context(trace.get_current_span() if context is None else _current_span_in(context))
+    try:
+        # Vendors patch this function: New Relic's looks for a span of its own.
+        span = trace.get_current_span() if context is None else _current_span_in(context)
+    except Exception:
+        log_once("looking for the current span")
+        return None
+    return span_context(span)
 
 
 def quiet_context() -> contextvars.Context:
@@ -186,7 +192,10 @@ def quiet_context() -> contextvars.Context:
     """
     context = contextvars.Context()
     parent = NonRecordingSpan(SpanContext(trace_id=1, span_id=1, is_remote=False, trace_flags=TraceFlags(0)))
-    context.run(otel_context.attach, trace.set_span_in_context(parent, otel_context.Context()))
+    try:
+        context.run(otel_context.attach, trace.set_span_in_context(parent, otel_context.Context()))
+    except Exception:
+        log_once("attaching a context")
     return context
 
 
@@ -621,7 +630,12 @@ def start_span(
         record_exception=False,
         set_status_on_exception=False,
     )
-    otel_context.attach(trace.set_span_in_context(span, surroundings))
+    try:
+        otel_context.attach(trace.set_span_in_context(span, surroundings))
+    except Exception:
+        # Nobody else knows of it.
+        span.end()
+        raise
     return span
 
 
@@ -639,7 +653,10 @@ def link_restart(context: contextvars.Context, predecessor: Span) -> None:
     def note() -> None:
         otel_context.attach(otel_context.set_value(_PREDECESSOR, span_context(predecessor)))
 
-    context.run(note)
+    try:
+        context.run(note)
+    except Exception:
+        log_once("attaching a context")
 
 
 def note_cancel_requested(span: Span, cause: CancelCause) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import logging
@@ -61,6 +62,12 @@ class HostileSpan(Span):
     def get_span_context(self) -> Any:
         self._trap("get_span_context")
         return self._span.get_span_context()
+
+    @property
+    def attributes(self) -> Any:
+        """Not of the API: what the SDK's own spans have."""
+        self._trap("attributes")
+        return getattr(self._span, "attributes", None)
 
     def is_recording(self) -> bool:
         self._trap("is_recording")
@@ -177,6 +184,7 @@ CALLS = [
     "get_tracer",
     "start_span",
     "get_span_context",
+    "attributes",
     "is_recording",
     "set_attributes",
     "set_status",
@@ -353,9 +361,8 @@ async def request(manager: TaskManager) -> object:
     wrapped = TaskGroupMiddleware(app, manager=manager, span=True)
 
     async def served(connection: FakeConnection) -> None:
-        if tracer is not None and (span := started(tracer)) is not None:
-            # As a server's instrumentation leaves it: current in the context of the request.
-            otel_context.attach(trace.set_span_in_context(span))
+        if tracer is not None:
+            make_current(tracer)
         await connection.run(wrapped)
 
     for path in ("/short", "/other", "/long"):
@@ -369,12 +376,10 @@ async def request(manager: TaskManager) -> object:
     return seen
 
 
-def started(tracer: Tracer) -> Span | None:
-    """The server's span, None where it cannot be had."""
-    try:
-        return tracer.start_span("GET")
-    except HostileError:
-        return None
+def make_current(tracer: Tracer) -> None:
+    """Start the server's span in this context, where that can be had, as its instrumentation does."""
+    with contextlib.suppress(HostileError):
+        otel_context.attach(trace.set_span_in_context(tracer.start_span("GET")))
 
 
 SCENARIOS: list[Scenario] = [tasks, queue, blocks, service, shutdown, facts, request]
@@ -580,6 +585,33 @@ async def test_ids_that_are_no_numbers_are_none(
     assert remembered is not None
     assert (live.trace_id, remembered.trace_id, task.trace_id) == (None, None, None)
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+@pytest.mark.parametrize("function", ["get_current_span", "set_span_in_context", "get_current", "attach"])
+async def test_raising_function_of_the_api_changes_nothing_and_is_logged_once(
+    scenario: Scenario,
+    function: str,
+    recorder: SpanRecorder,
+    caplog: pytest.LogCaptureFixture,
+    loop_errors: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Vendors patch the API's functions, and replace the context behind them; every started span is ended."""
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise HostileError(function)
+
+    expected = await healthy(scenario)
+    manager, _ = hostile(recorder, None)
+    with monkeypatch.context() as patched:
+        patched.setattr(otel_context if function in ("get_current", "attach") else trace, function, broken)
+        came_to = await scenario(manager), manager.stats()
+
+    assert came_to == expected
+    assert loop_errors == []
+    assert len(lines(caplog)) == len(set(lines(caplog)))
+    assert [span.name for span in recorder.open if span.name != "GET"] == []
 
 
 # -- providers of others ------------------------------------------------------------------------------------
