@@ -96,9 +96,11 @@ class Stop:
         cancelled: The handler was cancelled.
         counts: ``cancelling()`` of tasks whose last cancellation has been dealt with. One that has more was
             cancelled since: that tells a cancellation which asyncio forwards from an explicit one.
+        forwarding: Tasks whose cancellation has been dealt with in this turn of the loop. One that awaits
+            several others, in ``gather``, forwards it to each.
     """
 
-    __slots__ = ("asked", "cancelled", "cancels", "cause", "counts", "due")
+    __slots__ = ("asked", "cancelled", "cancels", "cause", "counts", "due", "forwarding")
 
     def __init__(self, cause: CancelCause) -> None:
         self.cause = cause
@@ -107,6 +109,20 @@ class Stop:
         self.cancels = 0
         self.cancelled = False
         self.counts: dict[asyncio.Task[Any], int] = {}
+        self.forwarding: set[asyncio.Task[Any]] = set()
+
+    def is_forwarded_by(self, task: asyncio.Task[Any]) -> bool:
+        """True if a task that awaits another has been cancelled and hands that on just now."""
+        if task in self.forwarding:
+            return True
+        count = task.cancelling()
+        if count <= self.counts.get(task, 0):
+            return False
+        self.counts[task] = count
+        if not self.forwarding:
+            task.get_loop().call_soon(self.forwarding.clear)
+        self.forwarding.add(task)
+        return True
 
 
 class Request(Connection):
@@ -336,12 +352,10 @@ class Request(Connection):
         ours = [
             found
             for found in awaiters(awaited)
-            if _request_of(found[3]) is self and found[0].cancelling() > stop.counts.get(found[0], 0)
+            if _request_of(found[3]) is self and stop.is_forwarded_by(found[0])
         ]
-        for task, future, callback, context in ours:
-            stop.counts[task] = task.cancelling()
-            if spared:
-                interrupt(task, future, callback, context, message)
+        for task, future, callback, context in ours if spared else ():
+            interrupt(task, future, callback, context, message)
         return bool(ours)
 
     def _is_spared(self, task: asyncio.Task[Any]) -> bool:

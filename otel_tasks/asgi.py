@@ -141,7 +141,7 @@ class TaskGroupMiddleware:
         token = _bound.set(request)
         try:
             await self.app(scope, request.receive, request.send)
-        except (Exception, asyncio.CancelledError) as error:
+        except (Exception, asyncio.CancelledError, BaseExceptionGroup) as error:
             if not await request.finish(error):
                 raise
         else:
