@@ -554,7 +554,7 @@ class TaskGroup:
             raise RuntimeError(f"group {self.name!r} cannot determine the parent task: enter it in a task")
         ledger = self._ledger
         loop = ledger.enter()
-        parent = self._parent
+        parent = None if self._parent is None else stand_in(self._parent)
         if parent is not None and parent.scoped and not parent._linked:
             state = "is finished" if parent._number else "has not been entered"
             raise GroupClosedError(

@@ -725,7 +725,7 @@ async def test_plain_task_of_the_application_continues(
 
 
 async def test_plain_task_that_another_request_awaits_continues(manager: TaskManager) -> None:
-    """Whoever has created it: the cache that one request fills for all."""
+    """The cache that one request fills for all is shared, although that request has created the task."""
     cache: list[asyncio.Task[str]] = []
     answers = []
 
@@ -1027,7 +1027,7 @@ async def test_what_a_framework_makes_of_our_refusal_to_send_stays_inside(manage
 
 
 async def test_refused_task_of_a_websocket_stays_inside(manager: TaskManager) -> None:
-    """The group was closed by us; a group of such errors stays inside as well."""
+    """The group was closed by us; an exception group with nothing else in it stays inside as well."""
 
     async def start(send: Send) -> None:
         raise ExceptionGroup("several", [GroupClosedError("closed")])
