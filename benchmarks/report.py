@@ -37,7 +37,7 @@ DISCONNECTS = {
 
 
 def write(root: Path, tables: list[Table], machine: dict[str, Any]) -> None:
-    """Put the goals into the README and ``docs/performance.md``, and every table into ``docs/figures.md``."""
+    """Put the goals into ``docs/performance.md``, and every table into ``docs/figures.md``."""
     where = _machine(machine)
     goals = "\n".join(_markdown(_goal_cells(tables)))
     picture = "![Bars: what a task, a span, a cancellation and a request cost here and with peers]"
@@ -49,7 +49,6 @@ def write(root: Path, tables: list[Table], machine: dict[str, Any]) -> None:
     in_docs = [f"{picture}(images/benchmarks.svg)", goals, *summary]
     _between(root / "docs" / "performance.md", "\n\n".join(in_docs))
     _between(root / "docs" / "figures.md", "\n\n".join([where, *map(_table, tables)]))
-    _between(root / "README.md", "\n\n".join([f"{picture}(docs/images/benchmarks.svg)", goals, where]))
 
 
 def print_goals(tables: list[Table]) -> None:

@@ -90,13 +90,28 @@ VISITS = {
             "client_disconnect']",
         ],
     ),
+    ("docs/howto/fastapi.md", "OpenTelemetryMiddleware)"): (
+        """
+        print((await visit("GET", "/openapi.json")).status)
+        """,
+        ["200"],
+    ),
+    ("docs/comparison.md", "unless_disconnected"): (
+        """
+        headers = {"Content-Type": "application/json"}
+        connection = FakeConnection(method="POST", path="/reports", headers=headers, body=b'{"pages": 1}')
+        await connection.run(app)
+        print(connection.body)
+        """,
+        ["b'{\"pages\":1}'"],
+    ),
     ("docs/howto/fastapi.md", "cancel_handler_on_disconnect"): (
         """
         await visit("POST", "/preview", leaves=0.1)
         await visit("GET", "/export", leaves=0.1)
         print(ended)
         """,
-        ["['preview', 'export, after its whole minute']"],
+        ["['preview', 'export, after a minute']"],
     ),
     ("docs/howto/fastapi.md", "def pages(tasks"): (
         """
@@ -270,7 +285,7 @@ def test_figures_are_those_of_the_last_run(tmp_path: Path) -> None:
     """Goals, tables and chart are what `python -m benchmarks --render` makes of benchmarks/results.json."""
     results = json.loads((ROOT / "benchmarks" / "results.json").read_text("utf-8"))
     tables = [Table.from_dict(table) for table in results["tables"]]
-    pages = ("README.md", "docs/performance.md", "docs/figures.md")
+    pages = ("docs/performance.md", "docs/figures.md")
     (tmp_path / "docs").mkdir()
     for page in pages:
         (tmp_path / page).write_text((ROOT / page).read_text("utf-8"), "utf-8")

@@ -9,37 +9,27 @@ from tests.blocks import ROOT, promised_output, python_blocks, run_block
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = python_blocks("README.md")
 
-# Appended to a block that makes an `app`: asks it as a client would.
-ASK_THE_APP = """
-async def ask_the_app():
-    import httpx
-
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        for path in {paths!r}:
-            response = await client.get(path)
-            print(response.status_code, response.text)
+# Appended to the block that makes an `app`: a client that stays, and one that hangs up.
+CLIENTS = """
+from otel_tasks import global_task_manager
+from otel_tasks.testing import FakeConnection, run
 
 
-import asyncio
+async def clients():
+    patient = FakeConnection(path="/offers/Lisbon")
+    await patient.run(app)
+    print(patient.status, patient.body.decode())
 
-asyncio.run(ask_the_app())
-"""
-
-# The same, for the block that starts exports and streams their progress.
-WATCH_AN_EXPORT = """
-async def watch_an_export():
-    import httpx
-
-    transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        print((await client.post("/exports/july")).status_code)
-        for name in ("july", "july", "august"):
-            response = await client.get(f"/exports/{name}/progress")
-            print(response.status_code, response.text)
+    hasty = FakeConnection(path="/offers/Oslo")
+    serving = asyncio.create_task(hasty.run(app))
+    await asyncio.sleep(0.1)
+    hasty.disconnect()
+    await serving
+    causes = [info.cause for info in global_task_manager.get_all_task_info().values()]
+    print(hasty.status, [str(cause.kind) for cause in causes if cause])
 
 
-asyncio.run(watch_an_export())
+run(clients())
 """
 
 
@@ -50,8 +40,14 @@ def block(words: str) -> str:
 
 
 def test_the_blocks_are_found() -> None:
-    """All eight Python blocks of the README are seen by this module."""
-    assert len(BLOCKS) == 8
+    """Both Python blocks of the README are seen by this module."""
+    assert len(BLOCKS) == 2
+
+
+def test_a_visitor_decides_in_one_screen() -> None:
+    """The README has at most 800 words, code and tables included, and the first example comes at once."""
+    assert len(README.split()) <= 800
+    assert len(README.partition("```python")[0].split()) <= 60
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=lambda code: code.strip().splitlines()[-1][:40])
@@ -60,51 +56,33 @@ def test_every_block_runs(code: str) -> None:
     run_block(code)
 
 
-def test_the_fastapi_block_answers() -> None:
-    """The middleware's example serves the request it shows."""
-    printed = run_block(block("async def report") + ASK_THE_APP.format(paths=["/report/7"]))
-    assert printed.strip() == '200 {"prices":"prices: 3 offers","stock":"stock: 3 offers"}'
-
-
-def test_the_block_with_contrib_telemetry_answers() -> None:
-    """The order of middleware that the README tells can be served."""
-    printed = run_block(block("OpenTelemetryMiddleware)") + ASK_THE_APP.format(paths=["/openapi.json"]))
-    assert printed.startswith("200 ")
-
-
-def test_the_progress_block_streams_its_events() -> None:
-    """A started export tells its progress until it has ended; who comes late gets the end, or a 404."""
-    printed = run_block(block("progress_events") + WATCH_AN_EXPORT)
-    assert printed.startswith("202\n200 event: progress\n")
-    assert '"done": 20, "total": 20, "message": "writing"' in printed
-    assert printed.count('event: ended\ndata: {"status": "completed"') == 2
-    assert printed.endswith('404 {"detail":"Not Found"}\n')
-
-
-def test_the_debugging_block_shows_its_tasks() -> None:
-    """The debug endpoint answers with the tree."""
-    printed = run_block(block("/debug/tasks") + ASK_THE_APP.format(paths=["/debug/tasks"]))
-    assert printed.startswith('200 {"manager":"default","closed":false,')
+def test_the_fastapi_block_answers_and_stops() -> None:
+    """The example serves a patient client; one that hangs up stops the handler and both tasks."""
+    patient, hasty = run_block(block("async def offers") + CLIENTS).splitlines()
+    assert patient == '200 ["3 offers from trains","3 offers from hotels"]'
+    assert hasty == "499 ['client_disconnect', 'client_disconnect']"
 
 
 def test_the_library_block_prints_what_its_comments_say() -> None:
-    """What stands beside each print is what it prints."""
-    code = block('TaskManager("crawler")')
+    """Each comment beside a print shows what it prints."""
+    code = block('TaskManager("crawler"')
     assert run_block(code).splitlines() == promised_output(code)
 
 
-def test_the_limits_block_prints_in_the_order_it_tells() -> None:
-    """Its last comment is what it prints."""
-    code = block("put_task")
-    assert ", ".join(run_block(code).splitlines()) == code.strip().rpartition("# ")[2]
+def test_the_line_that_stops_a_post_stands_beside_the_promise() -> None:
+    """The row that says that a POST keeps running names what changes it."""
+    (row,) = [line for line in README.splitlines() if "handlers of POST" in line]
+    assert "**keep running**" in row
+    assert "cancel_handler=True" in row
+    assert "Depends(cancel_handler_on_disconnect)" in row
 
 
-def test_the_decorator_block_prints_the_tasks_name() -> None:
-    """The decorated function runs as a task that is named after it."""
-    assert re.fullmatch(r"resize\S* to 640\n", run_block(block("@managed_task")))
-
-
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", README))))
 def test_links_to_files_lead_somewhere(target: str) -> None:
-    """Every relative link and picture of the README is in the repository."""
-    assert (ROOT / target).exists()
+    """Every relative link and picture of the README is in the repository, and so is the heading it names."""
+    path, _, anchor = target.partition("#")
+    assert (ROOT / path).exists()
+    headings = re.findall(r"^#+ (.*)", (ROOT / path).read_text("utf-8"), re.MULTILINE) if anchor else []
+    assert not anchor or anchor in [
+        re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings
+    ]
