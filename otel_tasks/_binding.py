@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import asyncio
 
+    from otel_tasks._events import CancelCause
     from otel_tasks._group import TaskGroup
     from otel_tasks._manager import TaskManager
 
@@ -34,9 +35,25 @@ class Binding(Protocol):
 class BoundRequest(Protocol):
     """What the core asks of a request."""
 
+    host: asyncio.Task[Any] | None
+
     @property
     def over(self) -> bool:
         """The request has ended, and the caller is not a part of it that is still ending."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Its route, as its group is named."""
+        ...
+
+    @property
+    def cancelled_from_outside(self) -> bool:
+        """Its handler's task has been cancelled, and not by the request itself."""
+        ...
+
+    def cause_of_shutdown(self, message: str | None = None) -> CancelCause:
+        """The cause of what ends because the server has cancelled the handler's task."""
         ...
 
     def stand_in(self, group: TaskGroup) -> TaskGroup:
@@ -48,12 +65,30 @@ class BoundRequest(Protocol):
         ...
 
 
+class ThreadWorker(Protocol):
+    """What the core asks of a function that ``run_in_thread`` calls."""
+
+    def asker_name(self) -> str | None:
+        """The name of its task; None once that has ended."""
+        ...
+
+
 # Set where the current task alone does not tell the group: in a request's handler, and in
 # tasks that were started from one into another group.
 _bound: ContextVar[Binding | None] = ContextVar("otel_tasks_group", default=None)
 
+# The worker whose function runs here. Set in its thread's context alone.
+_worker_here: ContextVar[ThreadWorker | None] = ContextVar("otel_tasks_worker", default=None)
+
 # Requests whose work is being cancelled. Empty most of the time, so that a cancel() elsewhere costs one look.
 stopping: set[BoundRequest] = set()
+
+
+def bound_request() -> BoundRequest | None:
+    """The request to which the calling code belongs; None outside of one, and once it is over."""
+    bound = _bound.get()
+    request = None if bound is None else bound._request
+    return None if request is None or request.over else request
 
 
 def intercepted(awaited: asyncio.Task[Any], message: object) -> bool:
@@ -62,7 +97,15 @@ def intercepted(awaited: asyncio.Task[Any], message: object) -> bool:
     A task's ``cancel()`` is forwarded to what the task awaits. A request cancels its own work and nothing
     else, so what it awaits of others has to be left out. The contexts of the callbacks tell who awaits.
     """
-    bound = [_bound.get(), *(context.get(_bound) for _, context in awaited._callbacks or () if context)]
-    requests = {binding._request for binding in bound if binding is not None}
+    requests = awaiting(awaited)
+    if (bound := _bound.get()) is not None and bound._request is not None:
+        requests.add(bound._request)
     # A list: each request concerned has to take its own.
-    return True in [request.intercept(awaited, message) for request in requests if request in stopping]
+    return True in [request.intercept(awaited, message) for request in requests & stopping]
+
+
+def awaiting(awaited: asyncio.Task[Any]) -> set[BoundRequest]:
+    """The requests that await a task: a callback has the context of the code that awaits."""
+    # asyncio's own attribute, 3.11 to 3.15.
+    bound = [context.get(_bound) for _, context in awaited._callbacks or () if context]
+    return {binding._request for binding in bound if binding is not None and binding._request is not None}

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 import weakref
-from asyncio import _get_running_loop, current_task
+from asyncio import _get_running_loop
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from otel_tasks._clock import ASYNCIO_TIME, clock_of, monotonic
+from otel_tasks._binding import _worker_here, bound_request
+from otel_tasks._clock import now
 from otel_tasks._state import CancelKind
 from otel_tasks._telemetry import current_span_context
 
@@ -43,7 +45,8 @@ class CancelCause:
     Attributes:
         kind: Why.
         message: The reason in the asker's words, None if it gave none.
-        asked_by: The name of the asyncio task that asked, None if no task did.
+        asked_by: Who asked: the name of the managed task; for other code of a request its route
+            (``DELETE /jobs/{job}``); elsewhere the name of the asyncio task. None if none of them did.
         at: When it was asked for, on the clock of ``TaskInfo``'s times; None if that was not seen.
         origin: The span that was current where it was asked for; a cancelled task's span links to it.
     """
@@ -65,20 +68,7 @@ class CancelCause:
             message: The reason in words.
             context: Where to look for the span that caused it; None is the current context.
         """
-        loop = _get_running_loop()
-        if loop is None:
-            return cls(kind, message, None, monotonic(), current_span_context(context))
-        asker = current_task(loop)
-        return cls(
-            kind,
-            message,
-            None if asker is None else asker.get_name(),
-            # As `clock_of`, without the call for asyncio's own loop: each request with tasks notes a cause.
-            monotonic()
-            if loop.__class__.time is ASYNCIO_TIME and "time" not in loop.__dict__
-            else clock_of(loop)(),
-            current_span_context(context),
-        )
+        return cls(kind, message, asker_name(), now(), current_span_context(context))
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.message}" if self.message else str(self.kind)
@@ -93,6 +83,34 @@ class CancelCause:
             "trace_id": origin and f"{origin.trace_id:032x}",
             "span_id": origin and f"{origin.span_id:016x}",
         }
+
+
+@functools.singledispatch
+def own_name(task: asyncio.Task[Any]) -> str | None:
+    """The name of a managed task, for which ``_task`` registers it; None for any other."""
+    return None
+
+
+def asker_name() -> str | None:
+    """What a cause calls the code that asks here."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        return _asker_in_thread()
+    if task is None:
+        return None
+    # A handler runs in a task of the server's or of a framework's, whose name says nothing.
+    return own_name(task) or _name_of_request() or task.get_name()
+
+
+def _asker_in_thread() -> str | None:
+    worker = _worker_here.get()
+    return _name_of_request() if worker is None else worker.asker_name()
+
+
+def _name_of_request() -> str | None:
+    request = bound_request()
+    return None if request is None else request.name
 
 
 class CancelEvent(asyncio.Event):

@@ -606,6 +606,7 @@ class TaskGroup:
             del ledger.hosts[host]
             if scope.outer is not None and scope.outer._linked:
                 ledger.hosts[host] = scope.outer
+        scope.close()
         self._refusal = self._refusal or "is finished"
         self._sealed = True
         self._leave_tree()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 from otel_tasks._admission import Limiter, Ticket, adopt, release, set_limit
+from otel_tasks._causes import passing
 from otel_tasks._clock import clock_of, epoch_of, monotonic, reads_loop_time
 from otel_tasks._closing import Shutdown, Shutdowns
 from otel_tasks._factory import end_like, holder_of
@@ -146,9 +147,6 @@ class Ledger:
         self.other_clock: Callable[[], float] | None = None
         # The wall-clock time at which it was 0, in seconds since 1970.
         self.epoch = epoch_of(None)
-        # The cause of the pass that is cancelling tasks just now: a task that is cancelled
-        # only because its awaiter is takes this cause too.
-        self.asking: CancelCause | None = None
         # Labelled groups: weak, so that an emptied one costs nothing.
         self.labels: WeakValueDictionary[str, TaskGroup] = WeakValueDictionary()
         # Open scoped groups by their number.
@@ -363,8 +361,7 @@ class Ledger:
         asked = 0
         heard = bool(self.listeners)
         coro: Any
-        outer, self.asking = self.asking, cause
-        try:
+        with passing(cause):
             for task in tasks:
                 # The coroutine last: one that ended in an eager first step has none, and CPython 3.12 up
                 # to 3.12.4 crashes (gh-122332). It has extras as long as it is here.
@@ -382,8 +379,6 @@ class Ledger:
                     # are that, and it is a third of the time.
                     task._cause = cause
                     asked += asyncio_cancel(task, text)
-        finally:
-            self.asking = outer
         return asked
 
     def cancelling(self, task: ManagedTask[Any]) -> None:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 from otel_tasks import _task
 from otel_tasks._awaiters import with_awaiters
 from otel_tasks._binding import Binding, _bound, stopping
+from otel_tasks._causes import covered, known_cause, passing, unwatch_cancels, watch_cancels
+from otel_tasks._clock import now
 from otel_tasks._current import in_flight
 from otel_tasks._disconnect import ClientDisconnected, Connection, Message, Receive, Scope, Send
 from otel_tasks._log import about_all, logger
@@ -31,7 +33,7 @@ from otel_tasks._suspension import (
     interrupt,
     leave_wait_for,
 )
-from otel_tasks._telemetry import annotate_request, note_disconnect, route_in
+from otel_tasks._telemetry import annotate_request, current_span_context, note_disconnect, route_in
 from otel_tasks.cancellation import CancelCause
 from otel_tasks.exceptions import GroupClosedError
 
@@ -65,6 +67,8 @@ _OUR_DEPARTURES = (
     ClientDisconnected,
     GroupClosedError,
 )
+# What the group of a request says that has ended when all of its tasks had: nobody is cancelled by it.
+_OVER = CancelCause(CancelKind.SCOPE_ENDED)
 _NOBODY: frozenset[asyncio.Task[Any]] = frozenset()
 # A ``def`` handler may ask for its request's group while the loop, or another thread, does.
 _making = threading.RLock()
@@ -218,6 +222,8 @@ class Request(Connection):
             if self.group is not None:
                 return self.group
             group = self._open_group(self._name, self)
+            if self.host is not None and not self.closed:
+                watch_cancels(self.host, self)
             # Before the looks at what has happened: the loop notes that before it looks for a group.
             self.group = group
             if self.cause is not None:
@@ -232,6 +238,11 @@ class Request(Connection):
             name, binding=binding, host=self.host, span=self.settings.span and binding is self
         )
 
+    @property
+    def name(self) -> str:
+        """Its route."""
+        return self._name()
+
     def _name(self) -> str:
         method = "WS" if self.scope["type"] == "websocket" else self.scope["method"]
         method = method if method in _KNOWN_METHODS or method == "WS" else "HTTP"
@@ -239,7 +250,9 @@ class Request(Connection):
         return f"{method} {template}" if template else method
 
     def _make_cause(self, kind: CancelKind, message: str | None = None) -> CancelCause:
-        return CancelCause.make(kind, message, context=self._context)
+        # Whatever task notices it, the request is what asks.
+        origin = current_span_context(self._context)
+        return CancelCause(kind, message, self._name(), now(), origin)
 
     @contextmanager
     def ruled_by(self, rules: Rules) -> Generator[None]:
@@ -314,7 +327,7 @@ class Request(Connection):
             return False
         stop.cancelled = True
         stop.cancels += 1
-        with self._sparing([host]):
+        with self._sparing([host]), passing(stop.cause):
             host.cancel(str(stop.cause))
         stop.counts[host] = host.cancelling()
         return host is asyncio.current_task()
@@ -386,11 +399,11 @@ class Request(Connection):
         ``ManagedTask.cancel`` asks the request itself. A plain task has asyncio's own method, which this
         covers on the instance for as long as the cancellation goes down.
         """
-        with ExitStack() as covered:
+        with ExitStack() as stack:
             for task in tasks:
                 for future in forwarded_to(task, self._is_spared):
                     if type(future) is asyncio.Task and self._is_spared(future):
-                        covered.enter_context(_covered(future, self))
+                        stack.enter_context(covered(future, self.intercept))
             yield
 
     @contextmanager
@@ -405,7 +418,7 @@ class Request(Connection):
         elif task is None:
             yield
         else:
-            with _covered(task, self):
+            with covered(task, self.intercept):
                 yield
 
     def unshield(self, task: asyncio.Task[Any] | None) -> bool:
@@ -528,10 +541,12 @@ class Request(Connection):
         # A failing handler's 500 is still to be sent, by a layer outside: it does not wait for tasks.
         failed = error is not None and not self.complete
         on_exit = "cancel" if failed or self.left else self.rules.on_exit
-        cause = self.cause or self._make_cause(CancelKind.SCOPE_ENDED)
+        is_empty = group._is_empty()
+        is_unseen = is_empty and group._event is None
+        cause = self.cause or (_OVER if is_unseen else self._make_cause(CancelKind.SCOPE_ENDED))
         if on_exit == "cancel" and not self.left:
             group._announce(cause)
-            if not group._is_empty():
+            if not is_empty:
                 self._begin_stop(cause)
                 self._stop_work()
         group._seal(cause, refuse=on_exit != "detach")
@@ -548,6 +563,8 @@ class Request(Connection):
         except asyncio.CancelledError:
             await self._shut_down()
             raise
+        if self.host is not None:
+            unwatch_cancels(self.host)
 
     async def _join_cleanup(self, group: TaskGroup) -> None:
         await self._wait_for_end([group])
@@ -574,17 +591,34 @@ class Request(Connection):
                 )
                 return
 
+    @property
+    def cancelled_from_outside(self) -> bool:
+        """Its handler's task has been cancelled, and not by the request itself."""
+        host = self.host
+        cancels = 0 if self._stop is None else self._stop.cancels
+        return host is not None and host.cancelling() > self._cancels_before + cancels
+
+    def cause_of_shutdown(self, message: str | None = None) -> CancelCause:
+        """The cause of what ends because the server has cancelled the handler's task."""
+        return self._make_cause(CancelKind.SHUTDOWN, message)
+
     async def _shut_down(self) -> None:
         if self.group is None:
             return
-        cause = self._make_cause(CancelKind.SHUTDOWN)
+        cause = None if self.host is None else known_cause(self.host)
+        if cause is None or cause is self.cause:
+            cause = self.cause_of_shutdown()
         cleanup = None if self._cleanup is None else self._cleanup.group
         groups = [self.group] if cleanup is None else [self.group, cleanup]
         for group in groups:
             group._announce(cause)
             group._cancel_tasks(cause)
             group._seal(cause)
-        await self._wait_for_end(groups)
+        try:
+            await self._wait_for_end(groups)
+        finally:
+            if self.host is not None:
+                unwatch_cancels(self.host)
 
     def _is_departure(self, error: BaseException) -> bool:
         """True for an exception that says no more than that the client has left."""
@@ -679,31 +713,6 @@ def _request_of(context: Context) -> Request | None:
     """The request to which a context belongs."""
     bound: Any = context.get(_bound)
     return None if bound is None else bound._request
-
-
-@contextmanager
-def _covered(task: asyncio.Task[Any], request: Request) -> Generator[None]:
-    """Let ``request`` intercept what is forwarded to a plain task, which has no method of ours."""
-    if isinstance(task.cancel, _Cover):
-        # By a block around this one.
-        yield
-        return
-    task.cancel = _Cover(task, request)  # type: ignore[method-assign]  # of this task alone, and for the block
-    try:
-        yield
-    finally:
-        del task.cancel
-
-
-class _Cover:
-    """The ``cancel()`` of one plain task."""
-
-    def __init__(self, task: asyncio.Task[Any], request: Request) -> None:
-        self._task = task
-        self._request = request
-
-    def __call__(self, msg: object = None) -> bool:
-        return self._request.intercept(self._task, msg) or asyncio.Task.cancel(self._task, msg)
 
 
 def _kind_of(message: Message) -> tuple[CancelKind, str | None]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Literal
 
+from otel_tasks._binding import bound_request
+from otel_tasks._causes import known_cause, passing, unwatch_cancels, watch_cancels
 from otel_tasks._state import CancelKind
-from otel_tasks._task import ManagedTask, _uncancel, asyncio_cancel, cancel_message
+from otel_tasks._task import ManagedTask, _uncancel, asyncio_cancel, cancel_message, extras_of
 from otel_tasks._telemetry import span_context, text_of
 from otel_tasks.cancellation import CancelCause
 
@@ -51,16 +53,27 @@ class Scope:
         """Begin the block in the task ``host``."""
         self.host = host
         self._level = host.cancelling()
+        watch_cancels(host, bound_request())
         if self.timeout is not None:
             self._timer = loop.call_later(self.timeout, self._run_out, group)
+
+    def close(self) -> None:
+        """Let go of the host: the block has ended."""
+        if self.host is not None:
+            unwatch_cancels(self.host)
 
     def cancel_body(self, cause: CancelCause) -> None:
         """Cancel the body, once; not while it waits for the tasks at its end, they end by themselves."""
         if self.host is None or self.exiting or self._body_cancelled:
             return
         self._body_cancelled = True
-        # asyncio's own method: this is taken back at the exit and is no cancellation of the host.
-        asyncio_cancel(self.host, str(cause))
+        # This is taken back at the exit: a managed task does not record it as a cancellation of its own.
+        with passing(cause):
+            if isinstance(self.host, ManagedTask):
+                extras_of(self.host).unrecorded = cause
+                asyncio_cancel(self.host, str(cause))
+            else:
+                self.host.cancel(str(cause))
 
     def child_failed(self, group: TaskGroup, task: ManagedTask[Any], error: BaseException) -> bool:
         """Take a task's failure; returns False if nobody here will raise it."""
@@ -172,12 +185,12 @@ class Scope:
             del errors
 
     def _abort_because_of(self, group: TaskGroup, error: BaseException) -> None:
-        if not isinstance(error, asyncio.CancelledError):
+        cause = None
+        if isinstance(error, asyncio.CancelledError) and self.host is not None:
+            cause = known_cause(self.host)
+        if cause is None:
+            # Also a CancelledError out of something that the block awaits: nobody has cancelled the host.
             cause = CancelCause.make(CancelKind.SCOPE_ENDED, f"the block raised {text_of(error, repr)}")
-        elif isinstance(self.host, ManagedTask) and self.host._cause is not None:
-            cause = self.host._cause
-        else:
-            cause = CancelCause.make(CancelKind.EXPLICIT, "the task that waits for the group was cancelled")
         group._announce(cause)
         group._cancel_tasks(cause)
 

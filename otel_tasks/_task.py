@@ -21,7 +21,9 @@ from weakref import WeakValueDictionary
 
 from otel_tasks._admission import Ticket, lift
 from otel_tasks._binding import intercepted, stopping
+from otel_tasks._causes import cause_of_cancel, known_cause, name_of_timeout, passed_down, passing
 from otel_tasks._clock import clock_of, rounded, wall_clock
+from otel_tasks._events import own_name
 from otel_tasks._frames import suspended_frames
 from otel_tasks._state import CancelKind, Outcome, Signal, TaskPriority, TaskStatus, next_status
 from otel_tasks._telemetry import note_cancel_requested, span_ids, text_of
@@ -82,6 +84,7 @@ class Extras:
         "supervises",
         "ticket",
         "timeout",
+        "unrecorded",
         "worker",
     )
 
@@ -115,6 +118,8 @@ class Extras:
         self.progress: TaskProgress | None = None
         # The cause that the last uncancel() took away.
         self.dropped: CancelCause | None = None
+        # Why it cancels itself, or has a timeout of its own that does: no cause of the task's.
+        self.unrecorded: CancelCause | None = None
         # What stands for it in other threads; the thread in which its function runs.
         self.futures: tuple[TaskFuture[Any], ...] = ()
         self.worker: Worker[Any] | None = None
@@ -342,16 +347,17 @@ class ManagedTask(asyncio.Task[T]):
         if stopping and intercepted(self, msg):
             # It came from a request that awaits this task, and stops there.
             return True
+        if self.done():
+            return False
         if _get_running_loop() is None:
             # As asyncio.run() does at its end.
             self._group._ledger.lost.note(self.get_loop())
         if not has_started(self):
             extras_of(self).never_ran = True
-        noted = self._cause is None and note_request(self, msg)
-        if not noted and msg is not None:
-            # asyncio forgets it at the end; who cancels itself has no cause to put it in.
-            extras_of(self).message = str(msg)
-        asked = super().cancel(msg)
+        cause, host = cause_of_cancel(self, msg)
+        noted = note_request(self, cause, is_own=host is self, message=msg)
+        with passing(cause):
+            asked = super().cancel(msg)
         if noted:
             self._group._ledger.cancelling(self)
         return asked
@@ -362,6 +368,12 @@ class ManagedTask(asyncio.Task[T]):
         if not remaining and self._cause is not None:
             extras_of(self).dropped = self._cause
             self._cause = None
+        extras = self._extras
+        if not remaining and extras is not None:
+            extras.unrecorded = None
+            # From Python 3.13 on it then runs; before, a cancel() before the first step holds. asyncio's own
+            # attribute, 3.11 to 3.15.
+            extras.never_ran = extras.never_ran and getattr(self, "_must_cancel", True)
         return remaining
 
     def get_name(self) -> str:
@@ -427,7 +439,8 @@ def ask(task: ManagedTask[Any], cause: CancelCause, text: str | None = None) -> 
         extras.deferred = extras.deferred or cause
         return False
     take_note(task, cause)
-    asyncio_cancel(task, text or str(cause))
+    with passing(cause):
+        asyncio_cancel(task, text or str(cause))
     task._group._ledger.cancelling(task)
     return True
 
@@ -443,7 +456,8 @@ def _cancel_from_elsewhere(task: ManagedTask[Any], message: object) -> bool:
         noted = task._cause is None and not task.done()
         if noted:
             take_note(task, cause)
-        asyncio_cancel(task, message)
+        with passing(cause):
+            asyncio_cancel(task, message)
         if noted:
             task._group._ledger.cancelling(task)
 
@@ -460,44 +474,64 @@ def cause_elsewhere(loop: asyncio.AbstractEventLoop, message: str | None) -> Can
     return replace(CancelCause.make(CancelKind.EXPLICIT, message), at=clock_of(loop)())
 
 
-# By this `cancellation`, which knows nothing of managed tasks, hands on a cause to one.
+# What modules that know nothing of managed tasks do with one.
 ask_to_end.register(ManagedTask, ask)
+own_name.register(ManagedTask, ManagedTask.get_name)
 
 
-def note_request(task: ManagedTask[Any], message: object) -> bool:
-    """Note why a task is being cancelled, if it is another task that asks."""
-    if task.done():
-        return False
-    cascade = task._group._ledger.asking
-    if cascade is not None:
-        # The cancellation of a whole group came here through a task that awaits this one.
-        take_note(task, cascade)
-        return True
+@known_cause.register(ManagedTask)
+def _known_cause(task: ManagedTask[Any]) -> CancelCause | None:
+    if task._cause is not None or task._extras is None:
+        return task._cause
+    return task._extras.unrecorded
+
+
+@name_of_timeout.register(ManagedTask)
+def _name_of_timeout(task: ManagedTask[Any], timeout: asyncio.Timeout) -> str:
+    extras = task._extras
+    if extras is None or extras.timeout is not timeout:
+        return "an asyncio timeout expired"
+    return timeout_text(extras)
+
+
+def note_request(task: ManagedTask[Any], cause: CancelCause, *, is_own: bool, message: object) -> bool:
+    """Record why a task is being cancelled, if it is not the task itself that asks.
+
+    Args:
+        task: Which.
+        cause: Why.
+        is_own: A construct inside of the task asks, such as ``asyncio.timeout``, which takes it back.
+        message: What ``cancel()`` was called with.
+
+    Returns:
+        True if the cause was recorded: the first one is, unless it was taken back.
+    """
     asker = asyncio.current_task(task.get_loop())
-    if asker is task and message is None and task._extras is not None:
+    extras = task._extras
+    if (
+        task._cause is None
+        and not is_own
+        and (passed_down() is not None or _is_of_others(task, asker, cause))
+    ):
+        take_note(task, cause)
+        return True
+    if asker is task and message is None and extras is not None and task._cause is None:
         # What asyncio.TaskGroup does from 3.13 on, when it fails in a task that is being
         # cancelled: uncancel() and cancel() again. The cause is the same as before.
-        task._cause, task._extras.dropped = task._extras.dropped, None
-    if asker is None or asker is task:
-        return False
-    text = None if message is None else str(message)
-    kind = CancelKind.SHUTDOWN if _comes_from_server(task, asker) else CancelKind.EXPLICIT
-    take_note(task, CancelCause.make(kind, text))
-    return True
+        task._cause, extras.dropped = extras.dropped, None
+    if task._cause is None:
+        extras = extras_of(task)
+        extras.unrecorded = extras.unrecorded or cause
+        # asyncio forgets it at the end.
+        extras.message = extras.message if message is None else str(message)
+    return False
 
 
-def _comes_from_server(task: ManagedTask[Any], asker: asyncio.Task[Any]) -> bool:
-    """True if a server cancels a request, and asyncio hands that on from the handler to what it awaits.
-
-    Only a server's own task does so: the middleware has asked the group before, and ``asyncio.timeout``
-    in the handler asks from a bare callback.
-    """
-    host = task._group._host
-    if host is None or host is asker or not host.cancelling():
-        return False
-    # Whom the handler awaits: the task itself, or what asyncio.gather() gives for several.
-    awaited = getattr(host, "_fut_waiter", None)
-    return awaited is task or task in getattr(awaited, "_children", ())
+def _is_of_others(task: ManagedTask[Any], asker: asyncio.Task[Any] | None, cause: CancelCause) -> bool:
+    """True for a request of others; libraries cancel the task in which they run from bare callbacks."""
+    if asker is None:
+        return cause.kind is not CancelKind.EXPLICIT
+    return asker is not task
 
 
 def take_note(task: ManagedTask[Any], cause: CancelCause) -> None:
@@ -655,7 +689,8 @@ def started_at(task: ManagedTask[Any], status: TaskStatus) -> float | None:
         return task._created_at
     if extras.gate is not None:
         return extras.started_at
-    return None if extras.never_ran and status is TaskStatus.CANCELLED else task._created_at
+    is_cancelled = status in (TaskStatus.CANCELLING, TaskStatus.CANCELLED)
+    return None if extras.never_ran and is_cancelled else task._created_at
 
 
 def goes_on(task: ManagedTask[Any]) -> bool:

@@ -29,10 +29,11 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
-from contextvars import ContextVar, copy_context
+from contextvars import copy_context
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
+from otel_tasks._binding import _worker_here
 from otel_tasks._clock import clock_of
 from otel_tasks._log import about, logger
 from otel_tasks._state import TaskStatus
@@ -57,9 +58,6 @@ T = TypeVar("T")
 
 # asyncio's, and what the future of a cancelled task raises in a thread.
 _CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError)
-
-# The worker whose function runs here. Set in its thread's context alone.
-_here: ContextVar[Worker[Any] | None] = ContextVar("otel_tasks_worker", default=None)
 
 
 # -- from a thread to the loop ------------------------------------------------------------------
@@ -182,7 +180,7 @@ def hand_over(
     future = TaskFuture[T](loop)
     context = copy_context()
     # What the task calls in other threads is none of this worker's.
-    context.run(_here.set, None)
+    context.run(_worker_here.set, None)
     with suppress(RuntimeError):  # It has been closed just now: the future says so.
         loop.call_soon_threadsafe(_HandOver(work, create, future), context=context)
     return future
@@ -282,6 +280,11 @@ class Worker(Generic[T]):
         self._result: T
         self._error: BaseException | None = None
 
+    def asker_name(self) -> str | None:
+        """The name of its task; None once that has ended."""
+        task = getattr(self, "task", None)
+        return None if task is None else task.get_name()
+
     @property
     def waits(self) -> bool:
         """Its task waits: for a place, or for the thread."""
@@ -340,7 +343,7 @@ class Worker(Generic[T]):
             # Its own, where the thread will report: the manager may belong to another by then.
             self._loop = asyncio.get_running_loop()
             context = copy_context()
-            context.run(_here.set, self)
+            context.run(_worker_here.set, self)
             self._thread = _WorkerThread(self._threads, self, context)
             self._thread.start()
         except BaseException:
@@ -447,8 +450,8 @@ class _WorkerThread(threading.Thread):
 
 def current_worker() -> Worker[Any] | None:
     """The worker in whose thread this runs; None elsewhere."""
-    worker = _here.get()
-    if worker is None or worker._over:
+    worker: Any = _worker_here.get()
+    if not isinstance(worker, Worker) or worker._over:
         # The function has left its context to something that outlives it.
         return None
     try:

@@ -18,9 +18,11 @@ import weakref
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from otel_tasks._binding import bound_request
+from otel_tasks._causes import known_cause, passing, unwatch_cancels, watch_cancels
 from otel_tasks._checks import checked_seconds
 from otel_tasks._clock import clock_of
-from otel_tasks._events import TREE_LOCK, CancelCause, CancelEvent
+from otel_tasks._events import TREE_LOCK, CancelCause, CancelEvent, asker_name
 from otel_tasks._state import CancelKind
 from otel_tasks._telemetry import current_span_context
 
@@ -99,14 +101,16 @@ async def wait_with_cancellation(
         if asyncio.iscoroutine(task):
             task.close()
         raise
-    wait = _Wait(future, None if caller is None else caller.get_name())
+    wait = _Wait(future, asker_name())
     try:
         with contextlib.ExitStack() as watches:
             wait.begin(watches, cancel_event, completion_event, seconds)
             return await wait.outcome
     except BaseException:
         if future is not task:
-            ask_to_end(future, CancelCause.make(CancelKind.EXPLICIT, "who waits for it was cancelled"))
+            known = None if caller is None else known_cause(caller)
+            text = "the task that waits for it was cancelled"
+            ask_to_end(future, known or CancelCause.make(CancelKind.EXPLICIT, text))
             await asyncio.wait([future])
         raise
 
@@ -162,7 +166,8 @@ def ask_to_end(task: asyncio.Future[Any], cause: CancelCause) -> bool:
     if task in _asked and isinstance(task, asyncio.Task) and task.cancelling():
         return False
     _asked.add(task)
-    return task.cancel(str(cause))
+    with passing(cause):
+        return task.cancel(str(cause))
 
 
 class _Wait:
@@ -170,7 +175,7 @@ class _Wait:
 
     Args:
         future: What is waited for.
-        waiter: The name of the task that waits.
+        waiter: Who waits, as a cause says it.
     """
 
     def __init__(self, future: asyncio.Future[Any], waiter: str | None) -> None:
@@ -287,6 +292,9 @@ def _checked_work(
     task = loop.create_task(work)
     _running.add(task)
     task.add_done_callback(_running.discard)
+    # For what it waits for: another block's tasks are cancelled after it, and by it.
+    watch_cancels(task, bound_request())
+    task.add_done_callback(unwatch_cancels)
     return task
 
 

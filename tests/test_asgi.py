@@ -712,7 +712,7 @@ async def test_timeout_in_the_handler_is_no_shutdown(manager: TaskManager) -> No
         causes.append(task.cause and task.cause.kind)
 
     await serve(app, manager, FakeConnection())
-    assert causes == [CancelKind.EXPLICIT]
+    assert causes == [CancelKind.TIMEOUT]
 
 
 async def test_second_cancel_stops_the_waiting(manager: TaskManager) -> None:

@@ -435,7 +435,7 @@ async def test_external_cancel_of_the_host_cancels_the_tasks_and_goes_on() -> No
         await task
     assert tasks[0].cause is not None
     assert tasks[0].cause.kind is CancelKind.EXPLICIT
-    assert tasks[0].cause.message == "the task that waits for the group was cancelled"
+    assert tasks[0].cause.message == "shutting down"
 
 
 async def test_managed_host_passes_its_cause_on() -> None:
@@ -553,7 +553,7 @@ async def test_awaiting_a_cancelled_task_of_the_group_is_passed_on() -> None:
             await settle()
             task.cancel()
             await task
-    assert kind_of(other) is CancelKind.EXPLICIT
+    assert kind_of(other) is CancelKind.SCOPE_ENDED
 
 
 async def test_cancelled_task_does_not_disturb_its_siblings() -> None:

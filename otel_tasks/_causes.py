@@ -1,0 +1,325 @@
+"""Why a task is cancelled, found out inside the call that cancels it.
+
+asyncio keeps a count and a message, and forwards ``cancel()`` from a task to what it awaits. So the cause has
+to be found while the call is on the stack. The rules, each with tests in ``tests/test_causes.py``:
+
+1. A cancellation on its way down keeps the cause that it has above.
+2. What reaches a request's handler, and was asked neither by a task of this library nor in the context of a
+   request, comes from the server: ``shutdown``.
+3. ``asyncio.timeout``, ``asyncio.wait_for`` and anyio's deadlines are a ``timeout``; an ``asyncio.TaskGroup``
+   with a failed task is a ``sibling_failed``; Ctrl-C is a ``shutdown``. Their own code is recognized on the
+   stack.
+4. Everything else is ``explicit``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sys
+import threading
+from asyncio import tasks as asyncio_tasks
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from otel_tasks._binding import _bound, awaiting, bound_request
+from otel_tasks._events import CancelCause, own_name
+from otel_tasks._state import CancelKind
+from otel_tasks._telemetry import text_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator, Mapping
+    from types import CodeType, FrameType
+
+    from otel_tasks._binding import BoundRequest
+
+    Intercept = Callable[[asyncio.Task[Any], object], bool]
+    Rule = Callable[[Mapping[str, Any]], "Found"]
+
+# asyncio's and anyio's own frames are next to the call, or behind one or two of gather().
+_DEPTH = 10
+_ANYIO = "anyio._backends._asyncio"
+
+
+class Found(NamedTuple):
+    """Why a task is cancelled.
+
+    Attributes:
+        cause: Why.
+        host: The task in which a construct of asyncio or anyio stands that cancels; None for any other asker.
+    """
+
+    cause: CancelCause
+    host: asyncio.Task[Any] | None = None
+
+
+class _Passing(threading.local):
+    cause: CancelCause | None = None
+
+
+# The cause of the cancellation that is on its way down, in this thread. Not a ContextVar: what is scheduled
+# meanwhile would take it along.
+_passing = _Passing()
+
+
+@contextmanager
+def passing(cause: CancelCause | None) -> Iterator[None]:
+    """Give ``cause`` to every managed task that the cancellations in this block are forwarded to."""
+    before, _passing.cause = _passing.cause, cause
+    try:
+        yield
+    finally:
+        _passing.cause = before
+
+
+def passed_down() -> CancelCause | None:
+    """The cause of the cancellation that is on its way down."""
+    return _passing.cause
+
+
+def cause_of_cancel(task: asyncio.Task[Any], message: object, request: BoundRequest | None = None) -> Found:
+    """Say why ``task`` is cancelled; to be called inside the call that cancels it.
+
+    Args:
+        task: Which.
+        message: What ``cancel()`` was called with.
+        request: The request whose handler this task is, or runs for; None looks who awaits it.
+    """
+    if _passing.cause is not None:
+        return Found(_passing.cause)
+    text = None if message is None else str(message)
+    if not _asked_in_app():
+        request = request or _awaiting_request(task)
+        if request is not None and not _is_timeout_of(request.host):
+            return Found(request.cause_of_shutdown(text))
+    return _found_on_stack() or Found(CancelCause.make(CancelKind.EXPLICIT, text))
+
+
+@functools.singledispatch
+def known_cause(task: asyncio.Task[Any]) -> CancelCause | None:
+    """Why a task that is being cancelled was cancelled, if that is known.
+
+    ``_task`` registers what this means for a managed task; of any other its witness knows.
+    """
+    witness = _witness_of(task)
+    return None if witness is None else witness.cause
+
+
+@functools.singledispatch
+def name_of_timeout(task: asyncio.Task[Any], timeout: asyncio.Timeout) -> str:
+    """Name a timeout; ``_task`` registers this for a managed task, which may have one as an option."""
+    return "an asyncio timeout expired"
+
+
+class Witness:
+    """Notes why a plain task is cancelled, which asyncio does not.
+
+    It covers the task's ``cancel`` on the instance: asyncio, anyio and servers look it up there.
+
+    Args:
+        task: Which.
+        request: The request whose handler it is, or for which it runs.
+    """
+
+    # In the class, as there is one of these for each request with tasks.
+    users = 0
+    # Asked before each cancellation: True leaves the task alone.
+    intercepts: tuple[Intercept, ...] = ()
+    _cause: CancelCause | None = None
+    # What `cancelling()` was with the noted one: below that it has been taken back.
+    _count = 0
+
+    def __init__(self, task: asyncio.Task[Any], request: BoundRequest | None) -> None:
+        self._task = task
+        self.request = request
+
+    @property
+    def cause(self) -> CancelCause | None:
+        """Why the task is being cancelled: the first cause that was not taken back."""
+        return self._cause if self._task.cancelling() >= self._count else None
+
+    def cancel(self, msg: object = None) -> bool:
+        """As ``asyncio.Task.cancel``, unless it is intercepted."""
+        # A list: each request concerned has to take its own.
+        if self.intercepts and True in [intercept(self._task, msg) for intercept in self.intercepts]:
+            return True
+        cause = cause_of_cancel(self._task, msg, self.request).cause
+        if self.cause is None and not self._task.done():
+            self._cause = cause
+            self._count = self._task.cancelling() + 1
+        with passing(cause):
+            return asyncio.Task.cancel(self._task, msg)
+
+
+def watch_cancels(task: asyncio.Task[Any], request: BoundRequest | None) -> None:
+    """Note from now on why ``task`` is cancelled; ``unwatch_cancels``, called as often, ends that.
+
+    A managed task notes it by itself. To be called in the task, or in a thread for which it waits.
+    """
+    # By the type first: this is done for each request with tasks.
+    if type(task) is not asyncio.Task and own_name(task) is not None:
+        return
+    witness = _witness_of(task)
+    if witness is None:
+        witness = Witness(task, request)
+        # A plain task takes attributes, although it has no `__dict__`.
+        object.__setattr__(task, "cancel", witness.cancel)
+    elif witness.request is None:
+        witness.request = request
+    witness.users += 1
+
+
+def unwatch_cancels(task: asyncio.Task[Any]) -> None:
+    """Undo one ``watch_cancels``."""
+    witness = _witness_of(task)
+    if witness is not None:
+        witness.users -= 1
+        if not witness.users:
+            # It was a cycle until now.
+            object.__delattr__(task, "cancel")
+
+
+@contextmanager
+def covered(task: asyncio.Task[Any], intercept: Intercept) -> Generator[None]:
+    """Ask ``intercept`` first when a plain task is cancelled, which has no method of ours."""
+    watch_cancels(task, bound_request())
+    witness = _witness_of(task)
+    if witness is None:
+        yield
+        return
+    witness.intercepts = (*witness.intercepts, intercept)
+    try:
+        yield
+    finally:
+        kept = list(witness.intercepts)
+        kept.remove(intercept)
+        witness.intercepts = tuple(kept)
+        unwatch_cancels(task)
+
+
+def _witness_of(task: asyncio.Task[Any]) -> Witness | None:
+    owner = getattr(task.cancel, "__self__", None)
+    return owner if type(owner) is Witness else None
+
+
+# -- who asks -----------------------------------------------------------------------------------
+
+
+def _asked_in_app() -> bool:
+    """True in code of the application: a managed task, or what runs in the context of a request.
+
+    A server's tasks and callbacks are neither.
+    """
+    if _bound.get() is not None:
+        return True
+    try:
+        asker = asyncio.current_task()
+    except RuntimeError:
+        return False
+    return asker is not None and own_name(asker) is not None
+
+
+def _awaiting_request(task: asyncio.Task[Any]) -> BoundRequest | None:
+    """The request that awaits ``task``, and whose handler has been cancelled."""
+    return next((request for request in awaiting(task) if request.cancelled_from_outside), None)
+
+
+# -- what is on the stack -----------------------------------------------------------------------
+
+
+def _found_on_stack() -> Found | None:
+    """The cause, if a construct of asyncio or anyio makes this very call."""
+    for frame in _callers():
+        rule = _RULES.get(frame.f_code)
+        if rule is None and _is_anyios(frame):
+            rule = _by_anyio
+        if rule is not None:
+            return rule(frame.f_locals)
+    return None
+
+
+def _is_timeout_of(host: asyncio.Task[Any] | None) -> bool:
+    """True if an ``asyncio.timeout()`` in ``host`` makes this call, as in a layer around the middleware."""
+    frames = [frame for frame in _callers() if frame.f_code is _ON_TIMEOUT]
+    return any(frame.f_locals["self"]._task is host for frame in frames)
+
+
+def _callers() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_DEPTH):
+        if frame is None:
+            return
+        yield frame
+        frame = frame.f_back
+
+
+def _by_timeout(variables: Mapping[str, Any]) -> Found:
+    timeout: asyncio.Timeout = variables["self"]
+    host: asyncio.Task[Any] = vars(timeout)["_task"]
+    return Found(_asked_by_nobody(CancelKind.TIMEOUT, name_of_timeout(host, timeout)), host)
+
+
+def _by_wait_for(_: Mapping[str, Any]) -> Found:
+    # Python 3.11: by the task that waits, for its timeout, or because it was cancelled itself.
+    host = asyncio.current_task()
+    cause = _cause_of_host(host) if isinstance(sys.exception(), asyncio.CancelledError) else None
+    return Found(cause or _asked_by_nobody(CancelKind.TIMEOUT, "an asyncio timeout expired"), host)
+
+
+def _by_task_group(variables: Mapping[str, Any]) -> Found:
+    group = vars(variables["self"])
+    host: asyncio.Task[Any] = group["_parent_task"]
+    errors: list[BaseException] = group["_errors"]
+    if errors:
+        text = f"a task of an asyncio.TaskGroup failed: {text_of(errors[0], repr)}"
+        return Found(_asked_by_nobody(CancelKind.SIBLING_FAILED, text), host)
+    if host.cancelling():
+        return Found(_cause_of_host(host) or CancelCause.make(CancelKind.EXPLICIT), host)
+    text = "the block of an asyncio.TaskGroup raised"
+    return Found(CancelCause.make(CancelKind.SCOPE_ENDED, text), host)
+
+
+def _by_interrupt(_: Mapping[str, Any]) -> Found:
+    # In a signal handler, which interrupts just any task.
+    return Found(_asked_by_nobody(CancelKind.SHUTDOWN, "interrupted from the keyboard"))
+
+
+def _is_anyios(frame: FrameType) -> bool:
+    return frame.f_code.co_name == "_deliver_cancellation" and frame.f_globals.get("__name__") == _ANYIO
+
+
+def _by_anyio(variables: Mapping[str, Any]) -> Found:
+    scope, task = variables["origin"], variables["task"]
+    if scope.deadline <= asyncio.get_running_loop().time():
+        text = "an anyio timeout expired"
+        return Found(_asked_by_nobody(CancelKind.TIMEOUT, text), task)
+    # Not its own message, which has the address of the scope in it.
+    text = "an anyio cancel scope was cancelled"
+    return Found(_cause_of_host(scope._host_task) or CancelCause.make(CancelKind.EXPLICIT, text), task)
+
+
+def _asked_by_nobody(kind: CancelKind, message: str) -> CancelCause:
+    return replace(CancelCause.make(kind, message), asked_by=None)
+
+
+def _cause_of_host(host: asyncio.Task[Any] | None) -> CancelCause | None:
+    """Why the task was cancelled that hosts a block of asyncio's or anyio's."""
+    if host is None or not host.cancelling():
+        return None
+    cause = known_cause(host)
+    if cause is None:
+        request = bound_request()
+        if request is not None and request.host is host and request.cancelled_from_outside:
+            return request.cause_of_shutdown()
+    return cause
+
+
+_ON_TIMEOUT: CodeType = vars(asyncio.Timeout)["_on_timeout"].__code__
+_RULES: Mapping[CodeType, Rule] = {
+    _ON_TIMEOUT: _by_timeout,
+    vars(asyncio_tasks)["_cancel_and_wait"].__code__: _by_wait_for,
+    vars(asyncio.TaskGroup)["_abort"].__code__: _by_task_group,
+    vars(asyncio.TaskGroup)["_on_task_done"].__code__: _by_task_group,
+    vars(asyncio.Runner)["_on_sigint"].__code__: _by_interrupt,
+}
