@@ -84,10 +84,10 @@ OUTCOMES = {
 REASONS = {
     CancelKind.EXPLICIT: "Somebody called `cancel()`, `cancel_task()`, `cancel_group()` or the like.",
     CancelKind.CLIENT_DISCONNECT: "The client left before the response was complete.",
-    CancelKind.TIMEOUT: "A timeout ran out: the task's, its group's, or that of who waited for it.",
+    CancelKind.TIMEOUT: "A timeout expired: the task's, its group's, or one of asyncio or anyio around it.",
     CancelKind.SHUTDOWN: "The manager was shut down, or the server cancelled the request.",
-    CancelKind.SIBLING_FAILED: "Another task of its scoped group, or the block, raised.",
-    CancelKind.SCOPE_ENDED: "Its request or its block was over.",
+    CancelKind.SIBLING_FAILED: "Another task of its scoped group, or of an `asyncio.TaskGroup`, raised.",
+    CancelKind.SCOPE_ENDED: "Its request or its block was over, or the block raised.",
     CancelKind.REPLACED: "A task of the same name took its place.",
     CancelKind.FOREIGN: "It ended with a `CancelledError` that nobody here asked for.",
 }

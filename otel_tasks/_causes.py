@@ -64,7 +64,7 @@ _passing = _Passing()
 
 
 @contextmanager
-def passing(cause: CancelCause | None) -> Iterator[None]:
+def passing(cause: CancelCause | None) -> Generator[None]:
     """Give ``cause`` to every managed task that the cancellations in this block are forwarded to."""
     before, _passing.cause = _passing.cause, cause
     try:
