@@ -175,7 +175,7 @@ class _Wait:
 
     Args:
         future: What is waited for.
-        waiter: Who waits, as a cause says it.
+        waiter: The asker, as a cause names it.
     """
 
     def __init__(self, future: asyncio.Future[Any], waiter: str | None) -> None:
