@@ -4,8 +4,8 @@ asyncio keeps a count and a message, and forwards ``cancel()`` from a task to wh
 to be found while the call is on the stack. The rules, each with tests in ``tests/test_causes.py``:
 
 1. A cancellation on its way down keeps the cause that it has above.
-2. A request's handler that is cancelled neither by a managed task nor in the context of a request is cancelled
-   by its server: ``shutdown``.
+2. A request's handler that is cancelled neither by a managed task nor in the context of a request is
+   cancelled by its server: ``shutdown``.
 3. ``asyncio.timeout``, ``asyncio.wait_for`` and anyio's deadlines are a ``timeout``; an ``asyncio.TaskGroup``
    with a failed task is a ``sibling_failed``; Ctrl-C is a ``shutdown``. Their own code is recognized on the
    stack.
