@@ -35,6 +35,7 @@ from tests.e2e.journal import (
     PATIENCE,
     manager,
     note,
+    note_trace,
     noted,
     pass_through,
     release_all,
@@ -176,6 +177,7 @@ def add_routes(app: FastAPI) -> None:
     @app.websocket("/ws/{key}")
     async def websocket(socket: WebSocket, key: str, idle: bool = False) -> None:
         await socket.accept()
+        note_trace(key)
         with noted(key):
             start_work(key)
             if idle:

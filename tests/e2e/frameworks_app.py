@@ -20,7 +20,7 @@ from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from opentelemetry.sdk.trace import TracerProvider
 from starlette.types import Receive, Scope, Send
 
-from otel_tasks import create_task, current_group
+from otel_tasks import TaskManager, create_task, current_group
 from otel_tasks.asgi import TaskGroupMiddleware
 from tests.e2e.journal import manager, note, noted, released, work
 
@@ -163,10 +163,11 @@ async def serve(framework: str, bound: bool, scope: Scope, receive: Receive, sen
         _made[framework] = await _MAKERS[framework]()
     app = _made[framework]
     if bound:
-        app = TaskGroupMiddleware(app, manager=manager)
+        app = TaskGroupMiddleware(app, manager=_traced if framework == "span" else manager)
     if framework == "span":
         app = OpenTelemetryMiddleware(app, tracer_provider=_provider)
     await app(scope, receive, send)
 
 
 _provider = TracerProvider()
+_traced = TaskManager("traced", tracer_provider=_provider)

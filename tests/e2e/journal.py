@@ -17,6 +17,9 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
+from opentelemetry import trace
+from opentelemetry.trace import format_trace_id
+
 from otel_tasks import TaskManager, current_task
 
 if TYPE_CHECKING:
@@ -53,6 +56,11 @@ _journal = os.open(os.environ["E2E_JOURNAL"], os.O_WRONLY | os.O_APPEND | os.O_C
 def note(key: str, what: str, **details: object) -> None:
     """Write one event to the journal; one `write` call, so that lines never mix."""
     os.write(_journal, (json.dumps({"key": key, "what": what, **details}) + "\n").encode())
+
+
+def note_trace(key: str) -> None:
+    """Note the id of the current trace: FastAPI's span of a WebSocket has no path to find it by."""
+    note(key, "trace", id=format_trace_id(trace.get_current_span().get_span_context().trace_id))
 
 
 @contextlib.contextmanager

@@ -60,6 +60,8 @@ class Kind:
     arguments: Callable[[int], list[str]]
     asgi: tuple[int, int] = (2, 3)
     """The version of the ASGI specification that it names in an HTTP scope."""
+    hides_close_codes: bool = False
+    """Whether it tells the application 1006 for every WebSocket that the client closes."""
     http2: bool = False
     logs_failures: bool = True
     """Whether it logs what an application raises after it has answered 500, as Starlette's does."""
@@ -105,7 +107,14 @@ def _gunicorn(port: int) -> list[str]:
 KINDS = (
     Kind("uvicorn-httptools", _uvicorn("httptools", "uvloop")),
     Kind("uvicorn-h11", _uvicorn("h11", "asyncio")),
-    Kind("hypercorn", _hypercorn, asgi=(2, 1), http2=True, hangs_with_large_uploads=True),
+    Kind(
+        "hypercorn",
+        _hypercorn,
+        asgi=(2, 1),
+        hides_close_codes=True,
+        http2=True,
+        hangs_with_large_uploads=True,
+    ),
     Kind(
         "granian",
         _granian,

@@ -10,13 +10,14 @@ from starlette.types import ASGIApp
 
 from otel_tasks import create_task
 from otel_tasks.asgi import TaskGroupMiddleware
-from tests.e2e.journal import manager, noted, released, work
+from tests.e2e.journal import manager, note_trace, noted, released, work
 
 router = APIRouter()
 
 
 async def _accept(socket: WebSocket, key: str) -> None:
     await socket.accept()
+    note_trace(key)
     create_task(work(key, "first"), name="first")
 
 
@@ -39,8 +40,8 @@ async def _fail(socket: WebSocket, _: str) -> None:
     raise ValueError("failed after the disconnect")
 
 
-async def _start_task(socket: WebSocket, key: str) -> None:
-    await _receive_until_disconnect(socket)
+async def _start_task(_: WebSocket, key: str) -> None:
+    await released(key)
     await create_task(work(key, "late"), name="late")
 
 

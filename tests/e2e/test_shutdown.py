@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from websockets.sync.client import connect
 
 from .servers import KINDS, Case, Kind, Pool, Server
 
@@ -23,8 +24,9 @@ def test_stopping_the_server_is_a_shutdown_and_no_disconnect(
         pytest.skip(kind.outlives_shutdown)
     server = doomed[kind.name]
     server.wait_until_ready()
-    cases = {method: Case(server, f"{key}-{method}") for method in ("get", "post")}
-    with server.connect() as one, server.connect() as two:
+    cases = {method: Case(server, f"{key}-{method}") for method in ("get", "post", "socket")}
+    url = f"ws://127.0.0.1:{server.port}{cases['socket'].path('plain/ws')}"
+    with server.connect() as one, server.connect() as two, connect(url, close_timeout=0.5):
         one.get(cases["get"].path("plain/wait"))
         two.post(cases["post"].path("plain/wait"))
         for case in cases.values():

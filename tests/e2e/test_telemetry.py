@@ -20,8 +20,10 @@ def trace_of(case: Case, stack: str) -> tuple[Span, list[Span]]:
 
     def find() -> tuple[Span, list[Span]] | None:
         spans: list[Span] = case.server.control("GET", f"/spans/{stack}")
+        noted = case.has("trace") or {}
         for span in spans:
-            if span["kind"] == "SERVER" and case.key in str(span["attributes"]):
+            ours = span["trace_id"] == noted.get("id") or case.key in str(span["attributes"])
+            if span["kind"] == "SERVER" and ours:
                 return span, [each for each in spans if each["trace_id"] == span["trace_id"]]
         return None
 
@@ -138,3 +140,46 @@ def test_watcher_that_reads_a_body_leaves_no_span(case: Case, stack: str) -> Non
     # A streaming response of Starlette's reads by itself on some servers, as it does without us.
     assert [span["name"] for span in reading if "stream" not in span["name"]] == []
     assert [span["name"] for span in reading if span["parent_id"] is None] == []
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_handler_that_is_cancelled_is_called_so(case: Case, stack: str) -> None:
+    """The server span tells that the handler was cancelled, and has an event for the disconnect."""
+    with case.server.connect() as client:
+        client.get(case.path(f"{stack}/wait"))
+        case.wait_for_start()
+        case.let_it_age()
+    case.wait_for("handler cancelled")
+    server, _ = trace_of(case, stack)
+    assert server["attributes"]["otel_tasks.request.handler"] == "cancelled"
+    assert server["events"].count("otel_tasks.client_disconnect") == 1
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_handler_that_runs_on_is_called_so(case: Case, stack: str) -> None:
+    """A POST's span lasts until the handler ends, and its event shows when the client left."""
+    with case.server.connect() as client:
+        client.post(case.path(f"{stack}/wait"))
+        case.wait_for_start()
+        case.let_it_age()
+    case.wait_for("task cancelled", task="first")
+    case.let_it_age()
+    case.release()
+    case.wait_for("handler returned")
+    server, _ = trace_of(case, stack)
+    assert server["attributes"]["otel_tasks.request.outcome"] == "client_disconnect"
+    assert server["attributes"]["otel_tasks.request.handler"] == "ran_on"
+    assert server["end_time"] - server["event_times"]["otel_tasks.client_disconnect"] > 70_000_000
+
+
+def test_request_whose_client_stays_has_neither(case: Case) -> None:
+    """Without a disconnect, the server span has neither the attribute nor the event."""
+    with case.server.connect() as client:
+        client.post(case.path("native/wait"))
+        case.wait_for_start()
+        case.let_it_age()
+        case.release()
+        assert client.response()[0] == 200
+    server, _ = trace_of(case, "native")
+    assert "otel_tasks.request.handler" not in server["attributes"]
+    assert "otel_tasks.client_disconnect" not in server["events"]
