@@ -46,6 +46,15 @@ _QUIET = 60.0
 _PINGS = 4
 
 
+def _code_between() -> CodeType | None:
+    """What stands between asyncio's loop and a callback from another thread alone: from Python 3.14 on."""
+    method = getattr(vars(asyncio.events).get("_ThreadSafeHandle"), "_run", None)
+    return getattr(method, "__code__", None)
+
+
+_BETWEEN = _code_between()
+
+
 class Watch:
     """What looks after one manager, in the loop and from a thread.
 
@@ -285,7 +294,8 @@ class Watchdog(threading.Thread):
         frame, depth = sys._getframe().f_back, 0
         self._caller = None if frame is None else frame.f_code
         while frame is not None:
-            frame, depth = frame.f_back, depth + 1
+            depth += frame.f_code is not _BETWEEN
+            frame = frame.f_back
         self._thread, self._depth = threading.get_ident(), depth
         self._answered.set()
 
@@ -325,7 +335,8 @@ class Watchdog(threading.Thread):
         if task is not None:
             return stacks.of_task(task, self._thread, own_coroutine)
         # What runs the loop is no part of the callback.
-        frames = stacks.of_thread(self._thread)[max(0, self._depth - 1) :]
+        frames = [frame for frame in stacks.of_thread(self._thread) if frame.f_code is not _BETWEEN]
+        frames = frames[max(0, self._depth - 1) :]
         return frames[1:] if frames and frames[0].f_code is self._caller else []
 
     def _is_known(self, task: asyncio.Task[Any] | None, functions: frozenset[CodeType]) -> bool:

@@ -59,7 +59,8 @@ def _with_base64(node: Any) -> Any:
         return [_with_base64(item) for item in node]
     if not isinstance(node, dict):
         return node
+    # What protobuf itself decodes; Python 3.15 warns of the other alphabet.
     return {
-        key: base64.b64encode(bytes.fromhex(value)).decode() if key in _IDS else _with_base64(value)
+        key: base64.urlsafe_b64encode(bytes.fromhex(value)).decode() if key in _IDS else _with_base64(value)
         for key, value in node.items()
     }

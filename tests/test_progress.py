@@ -445,7 +445,9 @@ async def test_a_broken_off_loop_leaves_nothing_behind(manager: TaskManager) -> 
         if progress.done == 2:
             break
     assert not task.progress._waiters
-    assert sys.getrefcount(watch) == 2  # the variable and the argument
+    # As of one that was never asked: how much that is differs from one Python to the next.
+    unused = task.progress.watch()
+    assert sys.getrefcount(watch) == sys.getrefcount(unused)
     # It may be taken up again where it was left.
     assert (await anext(watch)).done == 3
     await end(task)
