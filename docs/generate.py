@@ -1,10 +1,10 @@
-"""What stands on the pages between ``<!-- generated: ... -->`` marks, the state picture, and llms.txt.
+"""Generates the text between ``<!-- generated: ... -->`` marks, the state picture, and llms.txt.
 
-    python -m docs.generate    # writes them; a test fails when they are not what this would write
+    python -m docs.generate    # writes them; a test fails when a file differs
 
-The tables of spans and metrics are not read from the source but seen: ``docs.scenes`` lets a small
-application do all that a span can tell of, and what arrived at the SDK is listed. What an attribute or an
-error *means* is written by hand below, and an attribute or error without a meaning is a KeyError here.
+The tables of spans and metrics are observed, not read from the source: ``docs.scenes`` runs an application
+that produces every span, and the tables list what reached the SDK. The meaning of an attribute or an error is
+written below; one without a meaning is a KeyError.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import otel_tasks
-from docs import scenes
+from docs import scenes, signatures
 from docs.picture import state_picture
 from otel_tasks import _create, asgi, exceptions, fastapi, instrumentation, logs, testing
 from otel_tasks._state import TRANSITIONS, CancelKind, Outcome, TaskPriority
@@ -30,87 +30,88 @@ if TYPE_CHECKING:
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 
-# --- what only a person can say ----------------------------------------------------------------------------
+# --- meanings ----------------------------------------------------------------------------------------------
 
 ATTRIBUTES = {
     "otel_tasks.task.name": "The task's name without numbers and ids; the span's name is the same.",
-    "otel_tasks.task.id": "What tells it from all others: its name, or `group id/name` in a scoped group.",
-    "otel_tasks.task.priority": "Its priority at its creation.",
-    "otel_tasks.task.state": "Whether a live task waits for a place.",
+    "otel_tasks.task.id": "Its unique id: its name, or `group id/name` in a scoped group.",
+    "otel_tasks.task.priority": "Its priority at creation.",
+    "otel_tasks.task.state": "Whether a live task runs or waits for a place.",
     "otel_tasks.task.outcome": "How it ended.",
-    "otel_tasks.task.queue.duration": "Seconds that it waited for a place; absent if it did not.",
+    "otel_tasks.task.queue.duration": "Seconds it waited for a place; absent if it did not.",
     "otel_tasks.group.name": "Its group, without numbers and ids; a request's is `METHOD /route/{template}`.",
-    "otel_tasks.group.id": "The group's name, with a number behind it if it is a scoped one.",
-    "otel_tasks.manager.name": "The name that its manager was given.",
+    "otel_tasks.group.id": "The group's name; with a number for a scoped group (`load#7`).",
+    "otel_tasks.manager.name": "Its manager's name.",
     "otel_tasks.cancel.reason": "Why it was cancelled: the kind of its cause.",
-    "otel_tasks.cancel.message": "The words that came with the cancellation, if any did.",
-    "otel_tasks.cancel.duration": "Seconds from being asked to having ended.",
-    "otel_tasks.cancel.ignored": "It was cancelled and returned all the same. Absent otherwise.",
+    "otel_tasks.cancel.message": "The message of the cancellation, if it has one.",
+    "otel_tasks.cancel.duration": "Seconds from the cancel request to the end.",
+    "otel_tasks.cancel.ignored": "It was cancelled and returned anyway. Absent otherwise.",
     "otel_tasks.cancel.origin.span_id": "The span that caused the cancellation, where a started span takes "
     "no links.",
     "otel_tasks.cancel.origin.trace_id": "The trace of that span.",
-    "otel_tasks.cancel.count": "How many tasks of the request were cancelled.",
-    "otel_tasks.request.outcome": "How the client left before the response was complete. Absent otherwise.",
-    "otel_tasks.request.handler": "What the handler did when the client left: it was `cancelled`, `ran_on`, "
-    "or it had learned of the disconnect itself and `finished`.",
-    "otel_tasks.request.close_code": "The close code of a WebSocket that was closed from outside.",
-    "otel_tasks.link": "What the link is for.",
+    "otel_tasks.cancel.count": "The number of the request's tasks that were cancelled.",
+    "otel_tasks.request.outcome": "How the connection ended before the response was complete; `closed` (1000, 1001) "
+    "and `shutdown` (1012) are WebSockets. Absent otherwise.",
+    "otel_tasks.request.handler": "What became of the handler when the client left: it was `cancelled`, it "
+    "`ran_on`, or it noticed the disconnect itself and `finished`.",
+    "otel_tasks.request.close_code": "The close code of a WebSocket that the client or the server closed.",
+    "otel_tasks.link": "The kind of link.",
     "code.function.name": "The coroutine function's qualified name.",
     "error.type": "The exception's class; `timeout` or `abandoned` for these outcomes.",
 }
 
 EVENTS = {
-    "otel_tasks.cancel_requested": "The moment at which the cancellation was asked for.",
-    "otel_tasks.client_disconnect": "The moment at which the client left, on the request's span.",
-    "otel_tasks.started": "The moment at which a task that had to wait got its place.",
-    "exception": "OpenTelemetry's own, with type, message and stack; never for a cancellation.",
+    "otel_tasks.cancel_requested": "The moment of the cancel request.",
+    "otel_tasks.client_disconnect": "The moment the client left, on the request's span.",
+    "otel_tasks.started": "The moment a queued task got its place.",
+    "exception": "OpenTelemetry's own, with type, message, and stack; never for a cancellation.",
 }
 
 LINKS = {
-    "cancelled_by": "The span that caused the cancellation: the request's, the failing sibling's, or the one "
-    "that was current at the `cancel()`.",
+    "cancelled_by": "The span that caused the cancellation: the request's, the failed sibling's, or the one "
+    "that was current at the `cancel()` call.",
     "spawned_by": "The span that was current where a `detached=True` task or a service was created.",
-    "restart_of": "The attempt before this one, of a service.",
+    "restart_of": "The service's attempt before this one.",
 }
 
 OUTCOMES = {
     Outcome.SUCCESS: ("UNSET", "It returned."),
     Outcome.ERROR: ("ERROR, with the exception's text", "It raised."),
-    Outcome.TIMEOUT: ("ERROR", "Its own `timeout` or `queue_timeout` ran out."),
-    Outcome.CANCELLED: ("UNSET", "It was cancelled, for whatever cause."),
-    Outcome.ABANDONED: ("ERROR", "It would not stop in a shutdown, and its span was ended for it."),
+    Outcome.TIMEOUT: ("ERROR", "Its own `timeout` or `queue_timeout` expired."),
+    Outcome.CANCELLED: ("UNSET", "It was cancelled, whatever the cause."),
+    Outcome.ABANDONED: ("ERROR", "It did not stop at shutdown, so the shutdown ended its span."),
 }
 
 REASONS = {
-    CancelKind.EXPLICIT: "Somebody called `cancel()`, `cancel_task()`, `cancel_group()` or the like.",
+    CancelKind.EXPLICIT: "Code called `cancel()`, `cancel_task()`, `cancel_group()`, or similar.",
     CancelKind.CLIENT_DISCONNECT: "The client left before the response was complete.",
     CancelKind.TIMEOUT: "A timeout expired: the task's, its group's, or one of asyncio or anyio around it.",
     CancelKind.SHUTDOWN: "The manager was shut down, or the server cancelled the request.",
     CancelKind.SIBLING_FAILED: "Another task of its scoped group, or of an `asyncio.TaskGroup`, raised.",
-    CancelKind.SCOPE_ENDED: "Its request or its block was over, or the block raised.",
-    CancelKind.REPLACED: "A task of the same name took its place.",
-    CancelKind.FOREIGN: "It ended with a `CancelledError` that nobody here asked for.",
+    CancelKind.SCOPE_ENDED: "Its request or its block ended, or the block raised.",
+    CancelKind.REPLACED: "A task of the same name replaced it.",
+    CancelKind.FOREIGN: "It ended with a `CancelledError` that no cancel request caused.",
 }
 
-# What to do about each error.
-MENDS = {
-    "TaskNotFoundError": "Ask with `get_task_info(name)`, which gives None and knows ended tasks too. To "
-    "wait for the result of a task that may have ended, start it with `start_task`, whose results are kept.",
+# How to fix each error.
+FIXES = {
+    "TaskNotFoundError": "Call `get_task_info(name)`, which returns None instead and knows ended tasks. To "
+    "wait for the result of a task that may have ended, start it with `start_task`, which keeps results.",
     "TaskExistsError": 'Wait for the live one, choose another name, or pass `on_conflict="suffix"`, '
     '`"return"` or `"replace"`.',
     "GroupClosedError": "Work that outlives its request or block belongs in "
-    "`manager.create_task(..., group=...)`. After a disconnect there is nothing to do: nobody waits for "
+    "`manager.create_task(..., group=...)`. After a disconnect there is nothing to fix: no client waits for "
     "the work.",
     "ManagerClosedError": "Start work before `shutdown()`, or enter the manager again: `async with manager`.",
     "QueueFullError": "Answer 503 and let the client come back, wait with `await put_task(...)`, or raise "
     "`max_queue`.",
-    "WrongLoopError": "Use one manager for each event loop, or wait until the first loop's tasks have ended.",
-    "WrongThreadError": "From another thread call `create_task_threadsafe(...)`, which gives a "
+    "WrongLoopError": "Use one manager per event loop, or wait until the first loop's tasks have ended.",
+    "WrongThreadError": "From another thread, call `create_task_threadsafe(...)`, which returns a "
     "`concurrent.futures.Future`.",
-    "IllegalTransitionError": "It is a bug of this library: please report it.",
+    "IllegalTransitionError": "This is a bug of the library: please report it.",
 }
 
-# Whose docstring has them, what else has their defaults, and what is left out because it is no setting.
+# The callable whose docstring has the options, another that has their defaults, and names to leave out.
 SETTINGS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, set[str]]] = {
     "TaskGroupMiddleware": (asgi.TaskGroupMiddleware, None, {"app"}),
     "make_lifespan": (fastapi.make_lifespan, None, set()),
@@ -132,7 +133,7 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def code(words: Iterable[object]) -> str:
-    """Each word as code, with commas between."""
+    """Each word as code, separated by commas."""
     return ", ".join(f"`{word}`" for word in words)
 
 
@@ -145,9 +146,9 @@ def transitions() -> str:
 
 
 def span_attributes(seen: scenes.Seen) -> str:
-    """Every attribute that was seen on a span, with where and what."""
+    """Every attribute seen on a span, with its place and its meaning."""
     return table(
-        ["attribute", "type", "stands on", "meaning"],
+        ["attribute", "type", "on", "meaning"],
         (
             [f"`{name}`", types, places, f"{ATTRIBUTES[name]} {values_of(name)}".strip()]
             for name, types, places in seen.attributes()
@@ -156,20 +157,20 @@ def span_attributes(seen: scenes.Seen) -> str:
 
 
 def values_of(name: str) -> str:
-    """The words that an attribute may have; nothing where there is no list of them."""
+    """The values an attribute can have; empty if there is no list of them."""
     if name == "otel_tasks.task.priority":
         return ", ".join(f"`{priority.value}` {priority.name}" for priority in TaskPriority) + "."
     lists: dict[str, Iterable[object]] = {
         "otel_tasks.task.outcome": Outcome,
         "otel_tasks.cancel.reason": CancelKind,
-        "otel_tasks.request.outcome": [CancelKind.CLIENT_DISCONNECT],
+        "otel_tasks.request.outcome": [CancelKind.CLIENT_DISCONNECT, "closed", CancelKind.SHUTDOWN],
         "otel_tasks.link": LINKS,
     }
     return f"{code(lists[name])}." if name in lists else ""
 
 
 def span_events(seen: scenes.Seen) -> str:
-    """Every event that was seen on a span."""
+    """Every event seen on a span."""
     return table(
         ["event", "attributes", "meaning"],
         (
@@ -180,12 +181,12 @@ def span_events(seen: scenes.Seen) -> str:
 
 
 def span_links(seen: scenes.Seen) -> str:
-    """Every kind of link that was seen."""
+    """Every kind of link seen."""
     return table(["`otel_tasks.link`", "leads to"], ([f"`{kind}`", LINKS[kind]] for kind in seen.links()))
 
 
 def outcomes(seen: scenes.Seen) -> str:
-    """What the outcomes mean, and the span status that was seen with each."""
+    """The meaning of each outcome, and the span status seen with it."""
     statuses = seen.statuses()
     for outcome, (status, _) in OUTCOMES.items():
         assert status.startswith(statuses[outcome]), (outcome, statuses)
@@ -203,7 +204,7 @@ def reasons(_: scenes.Seen) -> str:
 
 
 def metrics(seen: scenes.Seen) -> str:
-    """Every instrument that was seen, as the SDK got it."""
+    """Every instrument seen, as the SDK got it."""
     return table(
         ["metric", "instrument", "unit", "attributes", "meaning"],
         (
@@ -220,10 +221,10 @@ def buckets(seen: scenes.Seen) -> str:
 
 
 def errors(messages: dict[str, str]) -> str:
-    """Every exception of the package: what it is, who raises it, what it says, what to do."""
+    """Every exception of the package: its meaning, an example of its message, its fix, what raises it."""
     sections: list[str] = []
     raisers = raised_by()
-    assert messages.keys() == MENDS.keys()
+    assert messages.keys() == FIXES.keys()
     for name, error in vars(exceptions).items():
         if not (inspect.isclass(error) and issubclass(error, exceptions.OtelTasksError)):
             continue
@@ -231,8 +232,8 @@ def errors(messages: dict[str, str]) -> str:
         lines = [f"### {name}", "", f"*{code(bases)}.* {docstring(error)}", ""]
         if name in messages:
             lines += ["```text", textwrap.fill(messages[name], 88, break_long_words=False), "```", ""]
-        if name in MENDS:
-            lines += [f"**Mend:** {MENDS[name]}", ""]
+        if name in FIXES:
+            lines += [f"**Fix:** {FIXES[name]}", ""]
         if name in raisers:
             lines += [f"**Raised by** {code(raisers[name])}.", ""]
         sections.append("\n".join(lines))
@@ -240,7 +241,7 @@ def errors(messages: dict[str, str]) -> str:
 
 
 def raised_by() -> dict[str, list[str]]:
-    """For each error, whose docstring has it under ``Raises:``."""
+    """For each error, the callables whose docstrings list it under ``Raises:``."""
     found: dict[str, list[str]] = {}
     for name, thing in public_callables():
         section = re.search(r"^Raises:\n((?: +.*\n?|\n)+)", inspect.getdoc(thing) or "", re.MULTILINE)
@@ -250,11 +251,11 @@ def raised_by() -> dict[str, list[str]]:
 
 
 def public_callables() -> Iterator[tuple[str, object]]:
-    """The public functions, classes and methods, by the names that users write."""
+    """The public functions, classes, and methods, by the names users write."""
     for module in (otel_tasks, asgi, fastapi):
         for name in module.__all__:
             thing = getattr(module, name)
-            # Under the name of the module that it comes from: the adapter hands some of asgi's on.
+            # Under the name of the module it comes from: the adapter re-exports some of asgi's.
             if not callable(thing) or (module is fastapi and thing.__module__ != fastapi.__name__):
                 continue
             yield name, thing
@@ -267,7 +268,7 @@ def public_callables() -> Iterator[tuple[str, object]]:
 
 
 def settings(name: str) -> str:
-    """The options of one callable: name, default, and what its docstring says."""
+    """The options of one callable: name, default, and the text of its docstring."""
     documented, elsewhere, left_out = SETTINGS[name]
     parameters = {} if elsewhere is None else dict(inspect.signature(elsewhere).parameters)
     parameters |= inspect.signature(documented).parameters
@@ -280,7 +281,7 @@ def settings(name: str) -> str:
 
 
 def shown(default: object) -> str:
-    """A default as one would write it."""
+    """A default as written in code."""
     return f"{type(default).__name__}.{default.name}" if isinstance(default, TaskPriority) else repr(default)
 
 
@@ -302,7 +303,7 @@ def docstring(thing: object) -> str:
 
 
 def markdown(text: str) -> str:
-    """Code in reStructuredText's two backticks, in Markdown's one."""
+    """Turn reStructuredText's double backticks into Markdown's single ones."""
     return text.replace("``", "`")
 
 
@@ -310,7 +311,7 @@ def markdown(text: str) -> str:
 
 
 def marks() -> dict[str, str]:
-    """What stands between the marks, by their names."""
+    """The text between the marks, by their names."""
     seen = scenes.watch()
     by_spans = (span_attributes, span_events, span_links, outcomes, reasons, metrics, buckets)
     return {
@@ -322,12 +323,14 @@ def marks() -> dict[str, str]:
 
 
 def filled(text: str, contents: dict[str, str]) -> str:
-    """A page with everything between its marks made anew."""
+    """A page with the text between its marks replaced."""
 
     def fill(mark: re.Match[str]) -> str:
-        return f"<!-- generated: {mark[1]} -->\n\n{contents[mark[1]]}\n<!-- end -->"
+        kind, _, name = mark[1].partition(" ")
+        content = signatures.section(name) if kind == "api" else contents[mark[1]]
+        return f"<!-- generated: {mark[1]} -->\n\n{content}\n<!-- end -->"
 
-    return re.sub(r"<!-- generated: ([\w -]+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+    return re.sub(r"<!-- generated: ([\w. -]+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
 def llms_txt(base: str = "", names: str = "") -> str:
@@ -344,7 +347,7 @@ def llms_txt(base: str = "", names: str = "") -> str:
         ("Start", top),
         *(pair for e in config["nav"] if e not in top for pair in e.items()),
     ]:
-        # "Optional" is the convention's word for what may be left out.
+        # "Optional" is the convention's word for pages that a reader may skip.
         lines += [f"## {'Optional' if title == 'Background' else title}", ""]
         lines += [
             f"- [{name}]({base}{path}): {summary(path)}" for page in pages for name, path in page.items()
@@ -374,7 +377,7 @@ def summary(path: str) -> str:
 
 
 def files() -> dict[Path, str]:
-    """Every file that is generated, wholly or between marks, with what it should be."""
+    """Every generated file, whole or between marks, with its current text."""
     contents = marks()
     pages = {
         path: filled(path.read_text("utf-8"), contents)
@@ -389,7 +392,7 @@ def files() -> dict[Path, str]:
 
 
 def main() -> None:
-    """Write what has changed."""
+    """Write the files that have changed."""
     for path, text in files().items():
         if not path.exists() or path.read_text("utf-8") != text:
             path.write_text(text, "utf-8")

@@ -1,6 +1,6 @@
-"""A small application that does all that a span, a metric or an error can tell of, on a virtual clock.
+"""A small application that produces every span, metric, and error, on a virtual clock.
 
-``watch()`` gives what arrived at the SDK, ``messages()`` what each error says.
+``watch()`` returns what reached the SDK, ``messages()`` an example of each error's message.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Metric(NamedTuple):
 
 
 class Seen(SpanProcessor):
-    """What the SDK was given."""
+    """Everything that reached the SDK."""
 
     def __init__(self) -> None:
         self.spans: list[ReadableSpan] = []
@@ -53,7 +53,7 @@ class Seen(SpanProcessor):
         self._metrics: list[Metric] = []
 
     def on_start(self, span: Span, parent_context: object = None) -> None:
-        """Note what stands on it already: what a sampler can ask for."""
+        """Note the attributes it starts with, which a sampler can use."""
         self._at_start[_key(span)] = set(span.attributes or {})
 
     def on_end(self, span: ReadableSpan) -> None:
@@ -61,7 +61,7 @@ class Seen(SpanProcessor):
         self.spans.append(span)
 
     def attributes(self) -> Iterator[tuple[str, str, str]]:
-        """Each attribute of spans and links with its types and the places where it stands."""
+        """Each attribute of spans and links, with its types and places."""
         types: dict[str, set[str]] = defaultdict(set)
         places: dict[str, dict[str, None]] = defaultdict(dict)
         for span in self.spans:
@@ -99,7 +99,7 @@ class Seen(SpanProcessor):
         )
 
     def statuses(self) -> dict[str, str]:
-        """The span status that goes with each outcome."""
+        """The span status of each outcome."""
         return {
             str((span.attributes or {})["otel_tasks.task.outcome"]): span.status.status_code.name
             for span in self.spans
@@ -111,7 +111,7 @@ class Seen(SpanProcessor):
         return self._metrics
 
     def close(self) -> None:
-        """Read the metrics for the last time."""
+        """Read the metrics one last time."""
         data = self._reader.get_metrics_data()
         assert data is not None
         for resource in data.resource_metrics:
@@ -142,7 +142,7 @@ REQUEST = "GET /report/{id}"
 
 
 def _is_ours(span: ReadableSpan, name: str) -> bool:
-    # Of the server's span only what the middleware puts there.
+    # Of the server's span, only what the middleware sets.
     return span.name != REQUEST or name.startswith("otel_tasks.")
 
 
@@ -152,13 +152,13 @@ def _key(span: ReadableSpan) -> int:
     return number
 
 
-# --- what is to be seen ------------------------------------------------------------------------------------
+# --- scenes ------------------------------------------------------------------------------------------------
 
 
 def watch() -> Seen:
-    """Let everything happen once."""
+    """Run every scene once."""
     seen = Seen()
-    # What they log is right, and not for whoever builds the documentation.
+    # The scenes log warnings, correctly; they do not concern the builder of the documentation.
     with _quiet():
         run(_spans(seen))
     return seen
@@ -193,7 +193,7 @@ async def _spans(seen: Seen) -> None:
     stubborn = limited.create_task(_stubborn(release), name="stubborn")
     await asyncio.sleep(1)
     await limited.shutdown(grace=0, timeout=1)
-    # Read while one is live: what is observable shows only what there is.
+    # Read while a task is live: observable instruments show only live tasks.
     seen.close()
     release.set()
     await asyncio.wait([stubborn])
@@ -299,7 +299,7 @@ async def _stubborn(release: asyncio.Event) -> None:
             await release.wait()
 
 
-# --- what errors say ---------------------------------------------------------------------------------------
+# --- messages of errors ------------------------------------------------------------------------------------
 
 
 def messages() -> dict[str, str]:

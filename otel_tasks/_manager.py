@@ -1135,6 +1135,7 @@ def made_coroutine(
 
 
 global_task_manager = TaskManager()
+"""The manager that is current outside of requests and managed tasks."""
 global_task_manager._ledger.in_code = "global_task_manager"
 set_global_manager(global_task_manager)
 

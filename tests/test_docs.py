@@ -13,7 +13,7 @@ import yaml
 import otel_tasks
 from benchmarks import chart, report
 from benchmarks.measure import Table
-from docs import generate, scenes
+from docs import generate, hooks, scenes
 from docs.picture import state_picture
 from otel_tasks import TaskStatus, _telemetry, asgi, fastapi, instrumentation, logs, testing
 from otel_tasks._state import TRANSITIONS
@@ -317,7 +317,8 @@ def test_every_attribute_of_the_code_is_documented() -> None:
 
 def test_every_public_name_is_on_the_api_page() -> None:
     """The reference shows each name once, and none that is not public."""
-    shown = re.findall(r"^::: (\S+)$", (DOCS / "reference/api.md").read_text("utf-8"), re.MULTILINE)
+    page = (DOCS / "reference/api.md").read_text("utf-8")
+    shown = re.findall(r"^<!-- generated: api (\S+) -->$", page, re.MULTILINE)
     wanted = {f"otel_tasks.{name}" for name in otel_tasks.__all__ if name != "__version__"}
     wanted |= {f"otel_tasks.asgi.{name}" for name in asgi.__all__}
     # What the adapter hands on stands with its own module.
@@ -326,6 +327,33 @@ def test_every_public_name_is_on_the_api_page() -> None:
         wanted |= {f"{module.__name__}.{name}" for name in module.__all__}
     assert sorted(shown) == sorted(set(shown))
     assert set(shown) == wanted
+
+
+def test_api_page_is_readable_without_the_site() -> None:
+    """In a clone the page has a signature and a first line for each name, members and options included."""
+    page = (DOCS / "reference/api.md").read_text("utf-8")
+    sections = re.findall(r"^### (\w+)\n\n```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(sections) == len(re.findall(r"^<!-- generated: api ", page, re.MULTILINE))
+    stubs = dict(sections)
+    assert "async def shutdown(grace: float = 5.0, timeout: float | None = 10.0)" in stubs["TaskManager"]
+    assert "on_conflict: OnConflict" in stubs["create_task"]
+    assert 'CLIENT_DISCONNECT = "client_disconnect"' in stubs["CancelKind"]
+    bare = [name for name, stub in sections if '"""' not in stub]
+    assert bare == []
+    assert [line for stub in stubs.values() for line in stub.splitlines() if len(line) > 110] == []
+
+
+def test_site_shows_docstrings_in_place_of_signatures() -> None:
+    """The build puts mkdocstrings' directive where the page has a stub, and changes nothing else."""
+    page = (DOCS / "reference/api.md").read_text("utf-8")
+    built = hooks.put_docstrings(page)
+    assert "```py" not in built
+    assert re.findall(r"^::: (\S+)$", built, re.MULTILINE) == re.findall(
+        r"^<!-- generated: api (\S+) -->$", page, re.MULTILINE
+    )
+    assert [line for line in built.splitlines() if line.startswith("#")] == [
+        line for line in page.splitlines() if re.match("##? ", line)
+    ]
 
 
 def test_state_picture_shows_every_status_and_way() -> None:
