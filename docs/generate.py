@@ -50,8 +50,8 @@ ATTRIBUTES = {
     "no links.",
     "otel_tasks.cancel.origin.trace_id": "The trace of that span.",
     "otel_tasks.cancel.count": "The number of the request's tasks that were cancelled.",
-    "otel_tasks.request.outcome": "How the connection ended before the response was complete; `closed` (1000, 1001) "
-    "and `shutdown` (1012) are WebSockets. Absent otherwise.",
+    "otel_tasks.request.outcome": "How the connection ended before the response was complete; `closed` "
+    "(1000, 1001) and `shutdown` (1012) are WebSockets. Absent otherwise.",
     "otel_tasks.request.handler": "What became of the handler when the client left: it was `cancelled`, it "
     "`ran_on`, or it noticed the disconnect itself and `finished`.",
     "otel_tasks.request.close_code": "The close code of a WebSocket that the client or the server closed.",
