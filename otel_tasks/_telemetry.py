@@ -103,6 +103,8 @@ _METERS_READABLE = hasattr(metrics_internal, "_METER_PROVIDER")
 # The placeholder of metrics has no public name at all.
 _METER_PLACEHOLDER: object = getattr(metrics_internal, "_PROXY_METER_PROVIDER", None)
 _DESCRIPTION_LIMIT = 256
+# New Relic's span raises for an event without.
+_NO_ATTRIBUTES: Mapping[str, str] = {}
 # A number or an id as a part of a name of its own: "fetch-17", "order_4711_pay", "job:9f8b7c6d".
 _ID = r"(?:[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}|\d+|(?=[a-fA-F]*\d)[0-9a-fA-F]{8,})"
 # A slash only at the end: routes have numbers of their own ("/v/2/users").
@@ -229,7 +231,7 @@ def note_disconnect(context: contextvars.Context) -> None:
     try:
         span = _current_span_in(context)
         if span.is_recording():
-            span.add_event(CLIENT_DISCONNECT)
+            span.add_event(CLIENT_DISCONNECT, _NO_ATTRIBUTES)
     except Exception:
         log_once("writing onto a request's span")
 
@@ -672,7 +674,7 @@ def note_started(span: Span) -> None:
     """Mark the moment at which a task that had to wait got its place."""
     try:
         if span.is_recording():
-            span.add_event(STARTED)
+            span.add_event(STARTED, _NO_ATTRIBUTES)
     except Exception:
         log_once("adding an event to a task's span")
 

@@ -256,7 +256,7 @@ def test_nothing_goes_wrong(run: Run) -> None:
         # With the traceback that belongs to it.
         log = re.sub(rf"{re.escape(known)}\nTraceback \(.*\n(?:  .*\n)*.*\n", "", log)
     lines = [line for line in log.splitlines() if not re.match(run.vendor.chatter, line)]
-    assert [line for line in lines if TROUBLE.search(line)] == []
+    assert [line for line in lines if TROUBLE.search(line)] == [], log
 
 
 def test_spans_nest(run: Run) -> None:
