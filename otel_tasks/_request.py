@@ -673,7 +673,7 @@ class Cleanup:
         return self.group
 
     def _name(self) -> str:
-        return f"{self._request._name()} cleanup"
+        return f"{self._request._name()} uncancellable"
 
 
 def current_request() -> Request | None:

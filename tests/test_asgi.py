@@ -1041,7 +1041,7 @@ async def test_work_started_inside_uncancellable_ends_before_the_request(
     connection.disconnect()
     await task
     assert journal == ["handler cancelled", "booking finished"]
-    assert groups == ["GET cleanup"]
+    assert groups == ["GET uncancellable"]
 
 
 async def test_uncancellable_does_not_hold_off_others(manager: TaskManager, journal: Journal) -> None:

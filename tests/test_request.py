@@ -254,7 +254,7 @@ async def test_cleanup_has_a_group_of_its_own(manager: TaskManager) -> None:
     connection = FakeConnection(path="/x")
     connection.scope["path_template"] = "/report/{id}"
     await hang_up_on(app_of(handler), manager, connection)
-    assert names == ["GET /report/{id} cleanup"] * 2
+    assert names == ["GET /report/{id} uncancellable"] * 2
     assert manager.stats().cancelled == 0
 
 
