@@ -274,6 +274,8 @@ def _by_task_group(variables: Mapping[str, Any]) -> Found:
     if errors:
         text = f"a task of an asyncio.TaskGroup failed: {text_of(errors[0], repr)}"
         return Found(_asked_by_nobody(CancelKind.SIBLING_FAILED, text), host)
+    if any(frame.f_code is _ON_GROUP_CANCEL for frame in _callers()):
+        return Found(CancelCause.make(CancelKind.EXPLICIT, "an asyncio.TaskGroup was cancelled"), host)
     if host.cancelling():
         return Found(_cause_of_host(host) or CancelCause.make(CancelKind.EXPLICIT), host)
     text = "the block of an asyncio.TaskGroup raised"
@@ -316,7 +318,10 @@ def _cause_of_host(host: asyncio.Task[Any] | None) -> CancelCause | None:
 
 
 _ON_TIMEOUT: CodeType = vars(asyncio.Timeout)["_on_timeout"].__code__
-_RULES: Mapping[CodeType, Rule] = {
+# From Python 3.15 on.
+_ON_GROUP_CANCEL: CodeType | None = getattr(vars(asyncio.TaskGroup).get("cancel"), "__code__", None)
+_RULES: Mapping[CodeType | None, Rule] = {
+    _ON_GROUP_CANCEL: _by_task_group,
     _ON_TIMEOUT: _by_timeout,
     vars(asyncio_tasks)["_cancel_and_wait"].__code__: _by_wait_for,
     vars(asyncio.TaskGroup)["_abort"].__code__: _by_task_group,

@@ -581,7 +581,7 @@ def make_way(
 
 
 def refuse(group: TaskGroup, name: str) -> NoReturn:
-    if group._scope is not None and group._scope.host is None and group._cause is None:
+    if group._scope is not None and not group._scope.entered and group._cause is None:
         mend = "enter it first: async with group"
     elif group._binding is not None:
         mend = "work that outlives the request belongs in manager.create_task(..., group=...)"

@@ -547,7 +547,7 @@ class TaskGroup:
                 f"group {self.id!r} is open already and cannot be entered: "
                 'async with manager.group("name") makes one that can'
             )
-        if scope.host is not None:
+        if scope.entered:
             raise RuntimeError(f"group {self.id!r} has already been entered: make a new one for each block")
         host = asyncio.current_task()
         if host is None:
@@ -581,9 +581,11 @@ class TaskGroup:
         if scope is None or scope.host is None:
             raise RuntimeError(f"group {self.id!r} has not been entered: use it with async with")
         try:
-            return await scope.leave(self, scope.host, exc)
+            return await scope.leave(self, exc)
         finally:
             self._close(scope, scope.host)
+            # See `leave`.
+            del exc, traceback
 
     def _open(self, parent: TaskGroup) -> None:
         self._parent = parent

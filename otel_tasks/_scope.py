@@ -1,7 +1,7 @@
 """What ``async with`` adds to a group: its body, its errors, and the rules of its exit.
 
-The rules are those of ``asyncio.TaskGroup`` in Python 3.13 (and its own tests pass here), with
-``cancel()`` as in 3.15: the block is left without an exception.
+The rules are those of ``asyncio.TaskGroup`` in Python 3.15 (and its own tests pass here) on every Python:
+``cancel()`` leaves the block without an exception, and a generator that is closed inside a block raises none.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Scope:
         self.on_error = on_error
         self.timeout = timeout
         self.wants_span = span
+        self.entered = False
+        # None before the block, and after it: nothing is kept of the task in which it ran.
         self.host: asyncio.Task[Any] | None = None
         # The block around this one in the same task.
         self.outer: TaskGroup | None = None
@@ -51,6 +53,7 @@ class Scope:
 
     def enter(self, group: TaskGroup, host: asyncio.Task[Any], loop: asyncio.AbstractEventLoop) -> None:
         """Begin the block in the task ``host``."""
+        self.entered = True
         self.host = host
         self._level = host.cancelling()
         watch_cancels(host, bound_request())
@@ -61,6 +64,7 @@ class Scope:
         """Let go of the host: the block has ended."""
         if self.host is not None:
             unwatch_cancels(self.host)
+        self.host = self.outer = None
 
     def cancel_body(self, cause: CancelCause) -> None:
         """Cancel the body, once; not while it waits for the tasks at its end, they end by themselves."""
@@ -99,7 +103,7 @@ class Scope:
         group._cancel_tasks(cause)
         self.cancel_body(cause)
 
-    async def leave(self, group: TaskGroup, host: asyncio.Task[Any], error: BaseException | None) -> bool:
+    async def leave(self, group: TaskGroup, error: BaseException | None) -> bool:
         """Wait for the tasks and decide what the block raises; True swallows ``error``."""
         self.exiting = True
         if isinstance(error, SystemExit | KeyboardInterrupt) and self._base_error is None:
@@ -110,7 +114,16 @@ class Scope:
         pending = await self._wait_for_tasks(group) or pending
         if self._body_cancelled and pending is None:
             pending = await self._absorb()
-        return self._settle(group, host, error, pending)
+        raised = self._settle(group, error, pending)
+        if raised is None:
+            return error is not None
+        if raised is error:
+            return False
+        try:
+            raise raised
+        finally:
+            # An exception that a frame refers to through which it went lives until the next collection.
+            error = pending = raised = None
 
     async def _wait_for_tasks(self, group: TaskGroup) -> asyncio.CancelledError | None:
         interrupted = None
@@ -124,7 +137,11 @@ class Scope:
                 if group._cause is None:
                     self._abort_because_of(group, error)
         self._idle = None
-        return interrupted
+        try:
+            return interrupted
+        finally:
+            # See `leave`.
+            interrupted = None
 
     async def _absorb(self) -> asyncio.CancelledError | None:
         """Meet a cancellation of ours that has not arrived: the body ended before its next await.
@@ -145,44 +162,43 @@ class Scope:
             idle.set_result(None)
 
     def _settle(
-        self,
-        group: TaskGroup,
-        host: asyncio.Task[Any],
-        error: BaseException | None,
-        pending: asyncio.CancelledError | None,
-    ) -> bool:
+        self, group: TaskGroup, error: BaseException | None, pending: asyncio.CancelledError | None
+    ) -> BaseException | None:
+        """Take the cancellation of the body back, and give what the block raises."""
         if self._timer is not None:
             self._timer.cancel()
-        if self._base_error is not None:
-            raise self._base_error
-        if self._body_cancelled and host.uncancel() <= self._level:
+        errors, self._errors = self._errors, []
+        base_error, self._base_error = self._base_error, None
+        if base_error is not None:
+            return base_error
+        if self._body_cancelled and self.host is not None and self.host.uncancel() <= self._level:
             # The only cancellation was ours: it ends here.
             pending = None
-        errors, self._errors = self._errors, []
         if error is not None and not isinstance(error, asyncio.CancelledError):
             errors.append(error)
         if errors:
-            self._raise(group, host, errors)
+            self._redeliver()
+            # Who closes a generator is to see no exception of it.
+            is_closed = isinstance(error, GeneratorExit) and len(errors) == 1
+            text = f"unhandled errors in group {group.id!r}"
+            return error if is_closed else _without_context(BaseExceptionGroup(text, errors))
         if pending is not None:
-            if pending is error:
-                return False
-            raise pending
+            return pending
         if self.timed_out:
-            raise TimeoutError(f"group {group.id!r} ran into its timeout of {self.timeout:g} s") from None
-        return error is not None
+            text = f"group {group.id!r} ran into its timeout of {self.timeout:g} s"
+            return _without_context(TimeoutError(text))
+        return None
 
-    def _raise(self, group: TaskGroup, host: asyncio.Task[Any], errors: list[BaseException]) -> None:
-        if host.cancelling() > self._level:
-            # Somebody else cancelled the host too: the errors go first, and the cancellation
-            # is made to arrive at its next await, with the count and the cause as they were.
+    def _redeliver(self) -> None:
+        """Let the errors go first where somebody else has cancelled the host too.
+
+        The cancellation arrives at its next await, with the count and the cause as they were.
+        """
+        host = self.host
+        if host is not None and host.cancelling() > self._level:
             message = cancel_message(host)
             _uncancel(host)
             asyncio_cancel(host, message)
-        try:
-            raise BaseExceptionGroup(f"unhandled errors in group {group.id!r}", errors) from None
-        finally:
-            # An exception that is referred to by its own frame would live until the next collection.
-            del errors
 
     def _abort_because_of(self, group: TaskGroup, error: BaseException) -> None:
         cause = None
@@ -199,3 +215,9 @@ class Scope:
             self.timed_out = True
             message = f"group timeout of {self.timeout:g} s"
             self.abort(group, CancelCause.make(CancelKind.TIMEOUT, message))
+
+
+def _without_context(error: BaseException) -> BaseException:
+    """As ``raise ... from None`` raises it."""
+    error.__suppress_context__ = True
+    return error

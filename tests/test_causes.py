@@ -428,6 +428,22 @@ async def sibling_fails_in_asyncio_group(world: World, shape: Shape) -> Cause:
     return own(world, shape, CancelKind.SIBLING_FAILED, text, None)
 
 
+async def asyncio_group_is_cancelled(world: World, shape: Shape) -> Cause:
+    if sys.version_info < (3, 15):
+        pytest.skip("asyncio.TaskGroup.cancel() came with Python 3.15")
+    groups = []
+
+    async def handler(world: World) -> None:
+        async with asyncio.TaskGroup() as group:
+            groups.append(group)
+            await shape(world)
+
+    await started(world, handler)
+    await by_janitor(world, lambda: groups[0].cancel())
+    await asyncio.wait([world.server])
+    return own(world, shape, CancelKind.EXPLICIT, "an asyncio.TaskGroup was cancelled", "janitor")
+
+
 async def sibling_fails(world: World, shape: Shape) -> Cause:
     async def handler(world: World) -> None:
         async with TaskGroup("top") as group:
@@ -547,6 +563,7 @@ WAYS = (
     anyio_timeout_around,
     anyio_scope_around,
     sibling_fails_in_asyncio_group,
+    asyncio_group_is_cancelled,
     sibling_fails,
     group_times_out,
     group_is_cancelled,

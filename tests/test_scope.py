@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from typing import Any
+import weakref
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,6 +21,9 @@ from otel_tasks import (
 )
 from otel_tasks.testing import SpanRecorder, run
 from tests.helpers import fail, give, ignore_cancels, kind_of, now, rest, settle
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
 
 # -- the block -------------------------------------------------------------------------------------
 
@@ -71,6 +75,77 @@ async def test_group_leaves_nothing_behind() -> None:
     assert not manager._ledger.scopes
     assert not manager._ledger.hosts
     assert not manager._root._children
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """What is left in a cycle stays."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+class Interrupt(KeyboardInterrupt):
+    """A KeyboardInterrupt to which there can be weak references."""
+
+
+async def interrupted(group: TaskGroup) -> None:
+    async with group:
+        raise Interrupt
+
+
+async def failing(group: TaskGroup) -> None:
+    async with group:
+        raise LookupError("no such row")
+
+
+async def with_failing_task(group: TaskGroup) -> None:
+    async with group:
+        group.create_task(fail(LookupError("no such row")))
+
+
+async def out_of_time(group: TaskGroup) -> None:
+    async with asyncio.timeout(1), group:
+        group.create_task(rest())
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("block", [interrupted, failing, with_failing_task, out_of_time])
+async def test_group_keeps_neither_its_error_nor_its_host(block: Any) -> None:
+    """What a block raised is freed once it was handled, and so is its task, while the group is still here."""
+    manager = TaskManager()
+    group = manager.group("load")
+    caught: list[weakref.ref[BaseException]] = []
+
+    async def host() -> None:
+        try:
+            await block(group)
+        except BaseException as error:
+            caught.append(weakref.ref(error.__cause__ or error))
+
+    task = asyncio.create_task(host())
+    await asyncio.wait([task])
+    assert [error() for error in caught] == [None]
+    freed = weakref.ref(task)
+    del task
+    await settle()
+    assert freed() is None
+    assert not manager._ledger.hosts
+
+
+@pytest.mark.usefixtures("no_collector")
+async def test_host_that_a_block_ended_is_freed() -> None:
+    """A task that ends by the error of its block is freed with the error, while the group is still here."""
+    group = TaskManager().group("load")
+    task = asyncio.create_task(failing(group))
+    await asyncio.wait([task])
+    with pytest.raises(ExceptionGroup) as caught:
+        task.result()
+    freed = weakref.ref(task)
+    del task, caught
+    await settle()
+    assert freed() is None
 
 
 async def test_finished_group_takes_no_tasks() -> None:
@@ -276,6 +351,42 @@ async def test_body_that_raises_system_exit_is_not_wrapped() -> None:
             task = group.create_task(rest())
             raise SystemExit(3)
     assert kind_of(task) is CancelKind.SCOPE_ENDED
+
+
+async def numbers(group: TaskGroup) -> AsyncIterator[int]:
+    async with group:
+        task = group.create_task(rest())
+        yield 1
+        await task
+
+
+async def test_closing_a_generator_inside_a_block_raises_nothing() -> None:
+    """aclose() ends the generator's block and its tasks; asyncio's TaskGroup does so from Python 3.15 on."""
+    group = TaskManager().group("load")
+    generator: Any = numbers(group)
+    await anext(generator)
+    (task,) = group.tasks
+    await generator.aclose()
+    assert task.cancelled()
+    assert kind_of(task) is CancelKind.SCOPE_ENDED
+
+
+async def test_closing_a_generator_hides_no_failure_of_its_block() -> None:
+    """What tasks have raised comes out of aclose(), with the GeneratorExit beside it."""
+    group = TaskManager().group("load")
+    generator: Any = numbers(group)
+    await anext(generator)
+    failed = asyncio.Event()
+
+    async def fails() -> None:
+        failed.set()
+        raise ValueError("no")
+
+    group.create_task(fails())
+    await failed.wait()
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await generator.aclose()
+    assert {type(error) for error in caught.value.exceptions} == {GeneratorExit, ValueError}
 
 
 # -- cancel() --------------------------------------------------------------------------------------
