@@ -1,15 +1,15 @@
-"""Who may start now and who waits: limits, a bounded queue, priority with ageing.
+"""Which task may start now and which waits: limits, a bounded queue, priority with ageing.
 
-All of it is sync and pure: the functions change the books and return the tickets that may start;
-whoever calls them starts those. Invariants, each checked by the property tests:
+Everything is sync and pure: the functions change the records and return the tickets that may start; the
+caller starts them. The property tests check each of these invariants:
 
 1. Never more tickets hold a place of a limiter than its limit.
-2. A place is taken in all limiters of a ticket or in none: nobody holds one place while waiting
-   for another.
+2. A place is taken in all limiters of a ticket or in none: no ticket holds one place while it waits for
+   another.
 3. No place stays free while a ticket waits that could take it.
-4. Higher priority first, first come first served within a level; ``ageing`` seconds of waiting
-   are worth one level, so nothing waits for ever. As all tickets age at the same rate, their
-   order never changes: the key is fixed when they come, and one heap does without sorting again.
+4. Higher priority first, FIFO within a level; ``ageing`` seconds of waiting count as one level, so nothing
+   waits forever. All tickets age at the same rate, so their order never changes: the key is fixed on arrival,
+   and one heap needs no further sorting.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Limiter:
     """At most ``limit`` places, and at most ``max_queue`` tickets that wait for one.
 
     Args:
-        limit: Places, at least 1; None is without bound.
-        max_queue: Waiting tickets, at least 0; None is without bound.
+        limit: Places, at least 1; None means no limit.
+        max_queue: Waiting tickets, at least 0; None means no limit.
     """
 
     __slots__ = ("_heap", "_stale", "limit", "max_queue", "used", "waiting")
@@ -45,7 +45,7 @@ class Limiter:
         self.used = 0
         self.waiting = 0
         self._heap: list[tuple[tuple[float, float], int, int, Ticket]] = []
-        # How many entries of it are of tickets that have left, or have been pushed anew.
+        # The number of its entries whose tickets have left or have been pushed again.
         self._stale = 0
 
     def room(self) -> float:
@@ -63,11 +63,11 @@ class Limiter:
             ticket.queue.drop()
         ticket.queue = self
         ticket.version += 1
-        # What was pushed before with an older version is passed over when it comes up.
+        # An entry with an older version is skipped when it comes up.
         heappush(self._heap, (ticket.key(), ticket.number, ticket.version, ticket))
 
     def drop(self) -> None:
-        """Note that an entry is of no use any more; the heap is cleared of such before they are the most."""
+        """Note that an entry is stale; the heap drops stale entries before they are the majority."""
         self._stale += 1
         if self._stale > len(self._heap) // 2 + 8:
             self._heap = [
@@ -175,8 +175,8 @@ def lift(ticket: Ticket, level: TaskPriority) -> None:
     """Let a waiting ticket count as one of a higher priority, because such a task waits for it."""
     if ticket.queue is not None and level > ticket.level:
         ticket.level = level
-        # Anew in all limiters: it may have become better than the one that is kept in mind for a
-        # free place of its group. It cannot start by this: what could start has started.
+        # Again in all limiters: it may now rank above the ticket that is remembered for a free place of its
+        # group. This cannot start it: every ticket that could start has started.
         _place(ticket)
 
 

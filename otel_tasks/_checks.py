@@ -1,4 +1,4 @@
-"""What the arguments of more than one layer have to be, and what to say where they are not."""
+"""Checks of arguments that several layers share, and the messages of their errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from otel_tasks._state import TaskPriority
 
 
 def checked_seconds(what: str, seconds: float | None) -> float | None:
-    """Give back a duration; infinity becomes None, without bound.
+    """Return a duration; infinity becomes None, which means no limit.
 
     Raises:
         TypeError: It is not a number.
@@ -25,7 +25,7 @@ def checked_seconds(what: str, seconds: float | None) -> float | None:
 
 
 def checked_finite_seconds(what: str, seconds: object, *, above_zero: bool = False) -> float:
-    """Give back a duration for which neither None nor infinity stands.
+    """Return a duration that is neither None nor infinite.
 
     Raises:
         TypeError: It is not a number.
@@ -39,8 +39,8 @@ def checked_finite_seconds(what: str, seconds: object, *, above_zero: bool = Fal
     return seconds
 
 
-def checked_name(what: str, name: object, mend: str = "leave it out to have one made") -> str:
-    """Give back a usable name; ``mend`` says what to write instead of an empty one.
+def checked_name(what: str, name: object, hint: str = "leave it out to have one made") -> str:
+    """Return a usable name; ``hint`` says what to write instead of an empty one.
 
     Raises:
         TypeError: It is not a string.
@@ -51,13 +51,13 @@ def checked_name(what: str, name: object, mend: str = "leave it out to have one 
     if not isinstance(name, str):
         raise TypeError(f"{what} name must be a string, got {name!r}")
     if not name:
-        raise ValueError(f"{what} name must not be empty: {mend}")
+        raise ValueError(f"{what} name must not be empty: {hint}")
     # Its characters alone: one that is an Enum too says something else when asyncio asks for its text.
     return str.__str__(name)
 
 
 def checked_priority(priority: object) -> TaskPriority:
-    """Give back a TaskPriority for one or its number.
+    """Return the TaskPriority for one or its number.
 
     Raises:
         ValueError: There is no such priority.

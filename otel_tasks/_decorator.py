@@ -28,8 +28,8 @@ class ManagedFunction(Generic[P, T]):
     """A coroutine function whose calls run as managed tasks; made by ``managed_task``.
 
     A call, and ``start()``, raise what ``create_task`` raises: ``GroupClosedError`` where the current group
-    takes no new tasks, ``ManagerClosedError``, ``QueueFullError``, ``WrongLoopError`` and
-    ``WrongThreadError``; and what ``record`` raises. The function is not run then.
+    takes no new tasks, ``ManagerClosedError``, ``QueueFullError``, ``WrongLoopError``, and
+    ``WrongThreadError``; and what ``record`` raises. The function does not run then.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ManagedFunction(Generic[P, T]):
 
     @as_coroutine_function
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
-        """Run it as a managed task and give its result.
+        """Run it as a managed task and return its result.
 
         The coroutine creates the task at its first step, in the group that is current at the call, even where
         ``asyncio.gather`` runs it in a plain task.
@@ -55,7 +55,7 @@ class ManagedFunction(Generic[P, T]):
             GroupClosedError: The current group takes no new tasks.
             ManagerClosedError: The manager is shut down.
             QueueFullError: No place is free, and no more tasks may wait.
-            TimeoutError: The task ran into its ``timeout``.
+            TimeoutError: The task's ``timeout`` expired.
             WrongLoopError: The manager has live tasks in another loop.
 
         What the function raises is raised here.
@@ -65,7 +65,7 @@ class ManagedFunction(Generic[P, T]):
         return _run(innermost(), functools.partial(self.start, *args, **kwargs))
 
     def start(self, *args: P.args, **kwargs: P.kwargs) -> ManagedTask[T]:
-        """Start it as a managed task and return that without waiting.
+        """Start it as a managed task and return the task without waiting.
 
         Raises:
             GroupClosedError: The current group takes no new tasks.
@@ -122,19 +122,19 @@ def managed_task(
 ) -> Any:
     """Make each call of a coroutine function a managed task.
 
-    ``await work(1)`` runs it and gives its result; ``work.start(1)`` does not wait.
+    ``await work(1)`` runs it and returns its result; ``work.start(1)`` does not wait.
 
     Args:
-        function: The coroutine function, where the decorator is used without parentheses.
-        name: The tasks' name; a second one at the same time gets a number behind it. None takes
-            the function's name.
-        group: A labelled group of the manager; None is the current group, or the root of ``manager``.
-        priority: How urgent.
-        timeout: Seconds for each call; None is without bound.
-        manager: Whose tasks they are; None is the manager of the request or the managed task that calls the
+        function: The coroutine function, if the decorator is used without parentheses.
+        name: The name of its tasks; a second one at the same time gets a number. None takes the function's
+            name.
+        group: A labeled group of the manager; None is the current group, or the root of ``manager``.
+        priority: How urgent the tasks are.
+        timeout: Seconds for each call; None means no limit.
+        manager: The manager of its tasks; None is that of the request or managed task that calls the
             function, elsewhere the global manager.
-        record: Given the arguments of each call, returns the metadata to keep with its task.
-            Arguments are never recorded without it.
+        record: Takes the arguments of each call and returns the metadata of its task. Without it, arguments
+            are never recorded.
 
     Raises:
         TypeError: It is not a coroutine function.

@@ -1,14 +1,14 @@
-"""Cancellation as data and as an event: who asked, why, and the tree that carries it down.
+"""Cancellation as data and as an event: the requester, the reason, and the tree that carries it down.
 
 Rules of the tree of events, each with a test of its own:
 
 1. ``set()`` has reached every descendant before it returns.
 2. A child's ``set()`` reaches neither its parent nor its siblings.
-3. A child of a set parent is born set, with the parent's cause.
+3. A child of a set parent is created set, with the parent's cause.
 4. An event is set once; the first cause stays.
-5. Either end may be dropped first: a parent holds its children weakly, a child holds its
-   parent, so that a dropped event in the middle does not cut off what hangs below it.
-6. An event may be made, set and looked at in any thread: who waits is woken in the loop where it waits.
+5. Either end may be dropped first: a parent holds its children weakly, a child holds its parent, so that a
+   dropped event in the middle does not cut off the events below it.
+6. An event may be created, set, and read in any thread: a waiter is woken in the loop where it waits.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ TREE_LOCK = threading.RLock()
 
 @dataclass(frozen=True, slots=True)
 class CancelCause:
-    """Who asked for a cancellation, why, when, and from which span.
+    """The requester, the reason, the time, and the span of a cancellation.
 
     Attributes:
         kind: Why.
-        message: The reason in the asker's words, None if it gave none.
-        asked_by: Who asked: the name of the managed task; for other code of a request its route
-            (``DELETE /jobs/{job}``); elsewhere the name of the asyncio task. None if none of them did.
-        at: When it was asked for, on the clock of ``TaskInfo``'s times; None if that was not seen.
-        origin: The span that was current where it was asked for; a cancelled task's span links to it.
+        message: The requester's message; None if it gave none.
+        asked_by: The requester: the name of the managed task; for other code of a request its route
+            (``DELETE /jobs/{job}``); elsewhere the name of the asyncio task. None if it was none of them.
+        at: The time of the request, on the clock of ``TaskInfo``'s times; None if unknown.
+        origin: The span that was current at the request; a cancelled task's span links to it.
     """
 
     kind: CancelKind
@@ -61,12 +61,12 @@ class CancelCause:
     def make(
         cls, kind: CancelKind, message: str | None = None, *, context: Context | None = None
     ) -> CancelCause:
-        """Note a cause here and now.
+        """Create a cause here and now.
 
         Args:
             kind: Why.
-            message: The reason in words.
-            context: Where to look for the span that caused it; None is the current context.
+            message: The reason as text.
+            context: The context with the span that caused it; None is the current one.
         """
         return cls(kind, message, asker_name(), now(), current_span_context(context))
 
@@ -74,7 +74,7 @@ class CancelCause:
         return f"{self.kind}: {self.message}" if self.message else str(self.kind)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the cause as JSON-ready data; ids in hex as tracing back-ends show them."""
+        """Return the cause as JSON-ready data, with ids in hex as tracing backends show them."""
         origin = self.origin
         return {
             "kind": str(self.kind),
@@ -92,14 +92,14 @@ def own_name(task: asyncio.Task[Any]) -> str | None:
 
 
 def asker_name() -> str | None:
-    """What a cause calls the code that asks here."""
+    """The name that a cause gives to the code that runs here."""
     try:
         task = asyncio.current_task()
     except RuntimeError:
         return _asker_in_thread()
     if task is None:
         return None
-    # A handler runs in a task of the server's or of a framework's, whose name says nothing.
+    # A handler runs in a task of the server or a framework, whose name says nothing.
     return own_name(task) or _name_of_request() or task.get_name()
 
 
@@ -114,10 +114,10 @@ def _name_of_request() -> str | None:
 
 
 class CancelEvent(asyncio.Event):
-    """An ``asyncio.Event`` with a parent, children and a cause; it is one-way.
+    """An ``asyncio.Event`` with a parent, children, and a cause; it is one-way.
 
-    It is a signal to act upon, it cancels nothing by itself. It may be made, set and looked at
-    in any thread; ``wait()`` belongs to one event loop.
+    It is a signal; it cancels nothing itself. You may create, set, and read it in any thread; ``wait()``
+    belongs to one event loop.
 
     Args:
         parent: The event whose ``set()`` sets this one too.
@@ -140,7 +140,7 @@ class CancelEvent(asyncio.Event):
         self._parent = parent
         self._cause: CancelCause | None = None
         self._children: set[weakref.ref[CancelEvent]] | None = None
-        # Keeps the labelled group of this event in being for as long as somebody waits here.
+        # Keeps the labeled group of this event alive as long as something waits here.
         self._owner: object = None
         if parent is not None:
             parent._adopt(self)
@@ -156,10 +156,10 @@ class CancelEvent(asyncio.Event):
         return self._cause
 
     def set(self, cause: CancelCause | None = None) -> None:
-        """Set this event and all that hang below it, and wake their waiters.
+        """Set this event and all events below it, and wake their waiters.
 
         Args:
-            cause: Why; None notes an ``explicit`` one. Without effect on an event that is set.
+            cause: Why; None creates an ``explicit`` one. It has no effect on an event that is already set.
         """
         if self._value:
             with TREE_LOCK:
@@ -179,7 +179,7 @@ class CancelEvent(asyncio.Event):
                 # The cause first: a thread that sees the flag may ask for it.
                 event._cause = cause
                 event._value = True
-                # Without a loop nobody has ever waited.
+                # Without a loop, nothing has ever waited.
                 if event._loop is here and here is not None:
                     event._wake()
                 elif event._loop is not None:
@@ -208,7 +208,7 @@ class CancelEvent(asyncio.Event):
         return await super().wait()
 
     def clear(self) -> NoReturn:
-        """Refuse: work may have stopped because of it already.
+        """Refuse: work may already have stopped because of it.
 
         Raises:
             RuntimeError: Always.
@@ -226,7 +226,7 @@ class CancelEvent(asyncio.Event):
             self._children.add(weakref.ref(child, self._children.discard))
 
     def _cause_here(self) -> CancelCause:
-        """Note that it was set here, on the clock of the manager to which it or one above it belongs."""
+        """Record that it was set here, on the clock of the manager that it, or an event above it, is in."""
         cause = CancelCause.make(CancelKind.EXPLICIT)
         event: CancelEvent | None = self
         while event is not None and event._clock is None:
@@ -240,9 +240,9 @@ class CancelEvent(asyncio.Event):
 
 
 def _wake_elsewhere(events: list[CancelEvent]) -> None:
-    """Wake those who wait in other loops than the one that runs here, each in its own."""
+    """Wake waiters in other loops than the running one, each in its own."""
     for loop in {event._loop for event in events if event._loop is not None}:
-        with contextlib.suppress(RuntimeError):  # A closed one: nobody waits in it any more.
+        with contextlib.suppress(RuntimeError):  # The loop is closed, and so are its waiters.
             loop.call_soon_threadsafe(_wake_all, [event for event in events if event._loop is loop])
 
 

@@ -1,13 +1,13 @@
-"""Where a task is: the line of the user's code, told from suspended coroutines or from a thread's frames.
+"""Where a task is: the line of the user's code, found in suspended coroutines or a thread's frames.
 
 Rules, each with a test of its own:
 
 1. The *place* is the innermost line of the user's own code: not of the standard library, not of this package,
-   and not of an installed library, unless the task's function is of that library itself (an application may
-   be installed, too). What that line has called is told beside it.
-2. Where there is no such line, the innermost one of a library stands for it, then of the standard library.
-3. What shows no frames (Cython's coroutines, other awaitables) ends the search. Nothing here raises, and
-   nothing is changed: it may be asked for from a thread and from a signal handler.
+   and not of an installed library, unless the task's function is from that library (an application may be
+   installed too). The function that this line calls is reported with it.
+2. Without such a line, the place is the innermost line of a library, then of the standard library.
+3. An awaitable without frames (such as Cython's coroutines) ends the search. Nothing here raises or changes
+   anything: a thread and a signal handler may call it.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def suspended_frames(awaitable: object) -> list[FrameType]:
         if isinstance(frame, FrameType):
             frames.append(frame)
         elif frame is not None:
-            # An object that has every attribute, such as a mock: it would lead on for ever.
+            # An object that has every attribute, such as a mock: it would lead on forever.
             break
         awaitable = _inside_of(awaitable)
     return frames

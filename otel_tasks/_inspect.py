@@ -1,13 +1,13 @@
-"""What runs just now, as a tree: ``manager.tree()``, as data, as text, and ready for JSON.
+"""The tasks that run now, as a tree: ``manager.tree()``, as data, as text, and as JSON-ready data.
 
 A span is exported when its task ends; this shows the task before. Rules, each with a test of its own:
 
-1. It is a snapshot: it holds no task, no group and no frame, and looking changes nothing.
-2. It is bounded, and says how much it leaves out. Each group gets a part of what may be shown, so that a big
-   one does not hide the others; within a group the oldest tasks come first. Making it takes time for what it
-   shows, a count over the groups, and where the root has tasks of its own a pass over the names beside them.
-3. It may be taken in any thread and in a signal handler, also while a task holds the loop; whatever is odd
-   about a coroutine, it raises nothing.
+1. It is a snapshot: it holds no task, no group, and no frame, and taking it changes nothing.
+2. It is bounded, and says how much it leaves out. Each group gets a share, so that a big one does not hide
+   the others; within a group, the oldest tasks come first. The cost is that of the nodes it shows, a count
+   over the groups, and, if the root has tasks of its own, a pass over the names beside them.
+3. You may take it in any thread and in a signal handler, even while a task holds the loop. It never raises,
+   whatever a coroutine looks like.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from otel_tasks.progress import Progress
 
 TaskKind = Literal["task", "thread", "service"]
-GroupKind = Literal["labelled", "block", "request"]
+GroupKind = Literal["labeled", "block", "request"]
 
 # Groups below groups that are shown: what is deeper is counted. It bounds the recursion here and in JSON.
 _DEEPEST = 50
@@ -53,20 +53,20 @@ class TaskNode:
         id: Unique among the manager's live tasks.
         name: Its name.
         kind: ``"task"``; ``"thread"``: a function in a thread; ``"service"``: its attempt is below it.
-        priority: How urgent.
+        priority: How urgent it is.
         status: Where it is in its life.
         age: Seconds since it was created.
-        where: The line of your code at which it is: innermost, of no library. None where that cannot be told.
-        calls: The function that this line has called, as in ``sleep`` or ``Queue.get``.
-        awaits: The task that it awaits, by its id or the name that asyncio knows.
+        where: The innermost line of your code, not of a library, at which it is; None if that is unknown.
+        calls: The function that this line calls, such as ``sleep`` or ``Queue.get``.
+        awaits: The task that it awaits, by its id or its asyncio name.
         queued: It waits for a place under ``max_concurrency``.
-        queue_position: Its place in that queue, 1 is the next; None if it is in none, or in a very long one.
-        cause: Why it was asked to end; None if nobody asked.
-        cancelling_for: Seconds since then.
-        progress: What it reported last of its progress.
+        queue_position: Its position in that queue, 1 is next; None if it is in none, or in a very long one.
+        cause: Why it is being cancelled; None if it is not.
+        cancelling_for: Seconds since the cancel request.
+        progress: Its newest report of progress.
         trace_id: In hex; None without tracing.
         span_id: In hex; None without tracing.
-        attempt: Of a service, the attempt that runs; None between two.
+        attempt: A service's running attempt; None between two.
     """
 
     id: str
@@ -92,7 +92,7 @@ class TaskNode:
         return f"{mark} {_plain(self.name)}: {', '.join(_facts_of(self))}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Give it as JSON-ready data."""
+        """Return it as JSON-ready data."""
         return {
             "id": self.id,
             "name": self.name,
@@ -116,23 +116,23 @@ class TaskNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupNode:
-    """A group in a ``TaskTree``, with what is in it.
+    """A group in a ``TaskTree``, with its content.
 
     Attributes:
-        id: The name, for a block or a request with ``#`` and a number behind it.
-        name: What it is called.
-        kind: ``"labelled"``; ``"block"``: one of ``async with``; ``"request"``.
-        refusal: Why it takes no new tasks, in words; None if it takes them.
+        id: The name; for a block or a request, the name with ``#`` and a number.
+        name: Its name.
+        kind: ``"labeled"``, ``"block"`` (``async with``), or ``"request"``.
+        refusal: Why it takes no new tasks; None if it does.
         cause: Why it is being cancelled; None if it is not.
-        max_concurrency: How many of its tasks run at a time; None is without bound.
-        live: How many live tasks it has itself.
-        queued: How many of those wait for a place.
-        host: The task that runs the block or the request's handler; None for a labelled group.
-        where: The line at which that one is, if it is no managed task and so not shown by itself.
+        max_concurrency: How many of its tasks run at once; None means no limit.
+        live: The number of its own live tasks.
+        queued: How many of them wait for a place.
+        host: The task that runs the block or the request's handler; None for a labeled group.
+        where: The line at which the host is, if the host is not a managed task, which has its own node.
         tasks: Its tasks, oldest first.
         groups: The groups below it, oldest first.
-        more_tasks: How many tasks of its own are left out.
-        more_groups: How many groups right below it are left out, with what is in them.
+        more_tasks: The number of its own tasks that are left out.
+        more_groups: The number of groups directly below it that are left out with their content.
     """
 
     id: str
@@ -151,7 +151,7 @@ class GroupNode:
     more_groups: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Give it as JSON-ready data."""
+        """Return it as JSON-ready data."""
         return {
             "id": self.id,
             "name": self.name,
@@ -172,18 +172,18 @@ class GroupNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskTree:
-    """What runs in a manager just now; ``str(tree)`` draws it.
+    """The groups and tasks of a manager that run now; ``str(tree)`` draws them.
 
-    The drawing has a ``(T)`` before a task, as ``python -m asyncio pstree`` of Python 3.14, and an ``(S)``
-    before a service.
+    The drawing marks a task with ``(T)``, as Python 3.14's ``python -m asyncio pstree`` does, and a service
+    with ``(S)``.
 
     Attributes:
         manager: The manager's name.
         closed: It is shut down.
         stats: Its counters.
-        max_concurrency: How many of its tasks run at a time; None is without bound.
-        root: Its root group, with all that hangs below.
-        abandoned_threads: By the ids of tasks that have ended, where their functions run on in a thread.
+        max_concurrency: How many of its tasks run at once; None means no limit.
+        root: Its root group, with everything below it.
+        abandoned_threads: The ids of ended tasks whose functions still run in a thread, each with its line.
 
     Example:
         >>> @app.get("/debug/tasks")
@@ -207,7 +207,7 @@ class TaskTree:
         return "\n".join([head, *_drawn(self.root), *threads])
 
     def to_dict(self) -> dict[str, Any]:
-        """Give it as JSON-ready data."""
+        """Return it as JSON-ready data."""
         return {
             "manager": self.manager,
             "closed": self.closed,
@@ -234,7 +234,7 @@ def tree_of(ledger: Ledger, limit: int, stacks: Stacks) -> TaskTree:
     """Take a snapshot of what runs.
 
     Args:
-        ledger: The manager's books.
+        ledger: The manager's records.
         limit: How many tasks and groups to show at most, at least 1.
         stacks: Where to look for the frames of threads.
     """
@@ -311,7 +311,7 @@ class Survey:
         """How many live tasks a group has itself."""
         if group is not self._ledger.root:
             return len(group._live)
-        # The root's table is the name space of all labelled groups, too.
+        # The root's table is the namespace of all labeled groups too.
         labels = [link() for link in self._ledger.labels.valuerefs()]
         return max(0, len(group._live) - sum(len(label._live) for label in labels if label is not None))
 
@@ -418,7 +418,7 @@ def _kind_of_task(task: ManagedTask[Any]) -> TaskKind:
 
 def _kind_of_group(group: TaskGroup) -> GroupKind:
     if not group.scoped:
-        return "labelled"
+        return "labeled"
     return "block" if group._scope is not None else "request"
 
 

@@ -1,18 +1,19 @@
-"""Services: work that is meant to go on for the life of the application, begun again when it fails.
+"""Services: work that runs as long as the application, and is restarted when it fails.
 
 Rules, each with a test of its own:
 
-1. A service is a *supervisor*, the handle that ``start_service`` gives, and its *attempts*, one after
+1. A service is a *supervisor*, the handle that ``start_service`` returns, and its *attempts*, one after
    another, each a managed task: ``prices#1``, ``prices#2``.
-2. The supervisor has no span, which would be exported when the application ends, and takes no place under
-   a limit. Each attempt has a trace of its own, linked to the attempt before it, and takes a place.
-3. Only a failure is followed by another attempt: an exception, or a CancelledError that nobody asked for.
-   One that returned, or that somebody cancelled, ends the service, as with systemd's
-   ``Restart=on-failure`` and Erlang's ``transient``. A policy may count returning as a failure.
-4. A service ends as its last attempt ended. Cancelled, it passes that on to its attempt, cause included, as
-   often as it is asked, and waits for it.
-5. Once its group is being cancelled, or its manager shut down, nothing is begun again.
-6. A failure is reported once: as a warning with what comes next, or, if nothing does, as the service's own.
+2. The supervisor has no span, which would be exported only when the application ends, and takes no place
+   under a limit. Each attempt has its own trace, linked to the attempt before it, and takes a place.
+3. Only a failure leads to another attempt: an exception, or a CancelledError that no request caused. An
+   attempt that returns, or that is cancelled, ends the service, as with systemd's ``Restart=on-failure`` and
+   Erlang's ``transient``. A policy may count returning as a failure.
+4. A service ends as its last attempt ended. Each cancellation of the service is passed on to its attempt with
+   its cause, and the service waits for the attempt.
+5. Once its group is being cancelled, or its manager shut down, there is no restart.
+6. A failure is reported once: as a warning that says what comes next, or, if nothing does, as the service's
+   own.
 """
 
 from __future__ import annotations
@@ -55,23 +56,23 @@ RestartOn = Literal["failure", "always"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestartPolicy:
-    """When a service is started again, how soon, and how often before it is given up.
+    """When a failed service restarts, after which delay, and when it gives up.
 
-    Each delay is ``factor`` times the one before, up to ``max_delay``; half of it is left to chance, so that
-    what fell together does not come back together ("equal jitter" of
+    Each delay is ``factor`` times the one before, up to ``max_delay``, and half of it is random, so that
+    services that fail together do not restart together ("equal jitter" in
     https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/; its "full jitter" may be no
     pause at all).
 
     Args:
-        on: ``"failure"``: only what failed is started again; ``"always"``: returning is a failure too.
+        on: ``"failure"`` restarts only after a failure; with ``"always"``, returning is a failure too.
         delay: Seconds before the first restart, at least 0.
-        factor: What each failure multiplies the delay by, at least 1.
-        max_delay: Seconds that no delay exceeds, at least ``delay``.
-        max_failures: The failure that is one too many if it is the last of so many ``within`` seconds, at
-            least 1; None never gives up.
-        within: Seconds, above 0. An attempt that has run for so long has the delay begin anew. Infinity
-            counts every failure since the start.
-        jitter: Gives a number from 0 to 1: how much of the half that is left to chance is waited for.
+        factor: The delay grows by this factor with each failure, at least 1.
+        max_delay: The longest delay in seconds, at least ``delay``.
+        max_failures: The service gives up at this many failures ``within`` that many seconds, at least 1;
+            None never gives up.
+        within: Seconds, above 0. After an attempt that ran this long, the delay starts over. Infinity counts
+            every failure since the start.
+        jitter: Returns a number from 0 to 1: the share of the random half that is waited for.
 
     Example:
         >>> RestartPolicy(delay=0.5, max_failures=None)
@@ -112,7 +113,7 @@ async def start_supervisor(
     *,
     drains: bool,
 ) -> ManagedTask[T]:
-    """Start a service in a labelled group; see ``TaskManager.start_service``."""
+    """Start a service in a labeled group; see ``TaskManager.start_service``."""
     _check_factory(factory)
     checked_name("service", name, 'call it by its work, as in start_service("prices", work)')
     if not isinstance(policy, RestartPolicy):
@@ -143,7 +144,7 @@ async def start_supervisor(
 
 
 class Service(Generic[T]):
-    """What one supervisor knows, and does."""
+    """The state and the actions of one supervisor."""
 
     def __init__(
         self,
@@ -187,7 +188,7 @@ class Service(Generic[T]):
             del service, attempt, failure
 
     async def _begin(self, service: ManagedTask[T]) -> ManagedTask[T]:
-        """Create the next attempt, as soon as it may stand in the queue."""
+        """Create the next attempt, once there is room in the queue."""
         self._attempts += 1
         coro = self._context.run(make_attempt, self._factory)
         try:
@@ -209,10 +210,10 @@ class Service(Generic[T]):
         _end_cancelled(service, cause)
 
     def _failure_of(self, service: ManagedTask[T], attempt: ManagedTask[T]) -> Exception | None:
-        """Say what another attempt may mend; None if this one was the last."""
+        """Return the failure that another attempt may fix; None if this one was the last."""
         error = None if attempt.cancelled() else attempt.exception()
         if isinstance(error, SystemExit | KeyboardInterrupt):
-            # It has gone through the loop, to whoever runs that; the service does not send it there again.
+            # It has gone through the loop to the code that runs the loop; the service does not send it again.
             text = f"{attempt.name} raised {text_of(error, repr)}"
             _end_cancelled(service, CancelCause.make(CancelKind.SIBLING_FAILED, text))
         if service.cancelling():
@@ -247,7 +248,7 @@ class Service(Generic[T]):
 
 
 class Failures:
-    """Counts the failures of one service; pure: what a policy comes to can be seen without a clock."""
+    """Counts the failures of one service; it is pure, so tests of a policy need no clock."""
 
     def __init__(self, policy: RestartPolicy) -> None:
         self._policy = policy
@@ -259,8 +260,8 @@ class Failures:
         """Count one more failure.
 
         Args:
-            now: When it was.
-            ran: For how many seconds the attempt had run.
+            now: The time of the failure.
+            ran: How many seconds the attempt ran.
 
         Returns:
             Seconds until the next attempt; None to give up.
@@ -277,10 +278,10 @@ class Failures:
 
 
 def make_attempt(factory: Callable[[], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
-    """Call a service's factory; one that raises makes an attempt that fails.
+    """Call a service's factory; if it raises, the attempt fails.
 
     Raises:
-        TypeError: It makes no coroutine, and will make none the next time.
+        TypeError: It does not return a coroutine, and would not the next time.
     """
     try:
         made = factory()
@@ -300,7 +301,7 @@ async def _fail(error: Exception) -> NoReturn:
 
 
 async def _until_ended(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> None:
-    """Wait for an attempt; a cancellation of the service meanwhile is passed on to it, and noticed later."""
+    """Wait for an attempt; meanwhile, pass a cancellation of the service on to it."""
     while not attempt.done():
         try:
             # This counts as somebody who will be told of a failure. `await attempt` would too, but hands
@@ -311,7 +312,7 @@ async def _until_ended(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> 
 
 
 def _pass_on(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> None:
-    """Ask an attempt to end once for each time that its service was asked."""
+    """Cancel an attempt once for each cancellation of its service."""
     cause = cause_at_end(service, TaskStatus.CANCELLED)
     if (
         attempt._cause is not None
@@ -326,13 +327,13 @@ def _pass_on(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> None:
 
 
 def _end_cancelled(service: ManagedTask[Any], cause: CancelCause) -> NoReturn:
-    """End a service as if it had been asked itself."""
+    """End a service as if it had been cancelled itself."""
     ask(service, cause)
     raise asyncio.CancelledError(str(cause))
 
 
 def _failure_of_cancelled(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> Exception | None:
-    """Tell a CancelledError that came out of something inside of the attempt from one that was asked for."""
+    """Tell a CancelledError from inside the attempt from one that was requested."""
     cause = attempt.cause
     if cause is not None and cause.kind is not CancelKind.FOREIGN:
         ask(service, cause)
@@ -347,7 +348,7 @@ def _failure_of_cancelled(service: ManagedTask[Any], attempt: ManagedTask[Any]) 
 
 
 def _seconds_of(attempt: ManagedTask[Any]) -> float:
-    """For how long an ended attempt has run, without what it waited for its place."""
+    """How long an ended attempt ran, without its wait for a place."""
     started_at = attempt.info().started_at
     return 0.0 if started_at is None else attempt._ended_at - started_at
 
@@ -362,7 +363,7 @@ async def _sleep(seconds: float, event: asyncio.Event) -> None:
             waiter.set_result(None)
 
     timer = loop.call_later(seconds, wake)
-    # Not asyncio.timeout(): that would cancel the service, for whoever looks at its status just then.
+    # Not asyncio.timeout(): that would cancel the service, and a reader of its status would see it.
     forget = _call_when_set(event, wake)
     try:
         await waiter
@@ -409,5 +410,5 @@ def _check_number(what: str, value: object, least: int) -> None:
         raise ValueError(f"{what} must be at least {least} and finite, got {value!r}")
 
 
-# Made last: by now there is what it is checked with.
+# Made last: its checks are defined above.
 DEFAULT_POLICY = RestartPolicy()

@@ -1,6 +1,6 @@
-"""The tree of groups: how they hang in it, and how a cancellation goes down.
+"""The tree of groups: how groups are linked, and how a cancellation propagates down.
 
-All of it is sync. The functions belong to ``TaskGroup``, which has them as methods.
+Everything is sync. The functions belong to ``TaskGroup``, which has them as methods.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def add(group: TaskGroup, key: str | int, task: ManagedTask[Any]) -> None:
 
 def remove(group: TaskGroup, task: ManagedTask[Any]) -> None:
     key = task._key
-    # Its entry may be another's by now: a name is free as soon as its task is done.
+    # The entry may belong to another task: a name is free as soon as its task is done.
     if group._live.get(key) is task:
         del group._live[key]
     if group._names is not group._live and group._names.get(key) is task:
@@ -47,7 +47,7 @@ def emptied(group: TaskGroup) -> None:
     if group._scope is not None and not group._sealed:
         group._scope.tasks_ended()
     elif group._sealed or not group.scoped:
-        # A labelled group hangs in the tree only while there is something in it.
+        # A labeled group is linked into the tree only while it has tasks or groups.
         leave_tree(group)
 
 
@@ -185,7 +185,7 @@ def seal(group: TaskGroup, cause: CancelCause | None = None, *, refuse: bool = T
 
 
 def renew(groups: Iterable[TaskGroup], cause: CancelCause) -> None:
-    """Take the cause back from labelled groups that were cancelled: they stay usable, with a fresh event."""
+    """Remove the cause from labeled groups that were cancelled: they stay usable, with a fresh event."""
     for group in groups:
         if not group.scoped and group._cause is cause:
             group._cause = None

@@ -1,14 +1,15 @@
-"""Warnings about tasks that are in trouble while they live: ``manager.watch()``.
+"""Warnings about tasks in trouble while they run: ``manager.watch()``.
 
 Rules, each with a test of its own:
 
-1. Tasks are looked at from outside, by a timer of the loop: a task pays nothing for being watched, whether or
-   not somebody watches. A look is taken in parts, each of which is short, however many tasks there are.
-2. Whether the loop is held can be seen by another thread alone. It asks the loop for an answer again and
-   again; if none comes in time, it looks where the loop's thread is.
-3. Each warning is given once for a task; that the loop is held in the same functions, once in a minute. Of
-   many tasks at a time some are written one by one, the others are counted.
-4. Nothing here keeps a task longer than a look takes, and all ends with the ``with`` block, or with the loop.
+1. A timer of the loop looks at tasks from outside: a task pays nothing, watched or not. A look is taken in
+   short parts, however many tasks there are.
+2. Only another thread can see that the loop is held. It keeps asking the loop for an answer; if none comes in
+   time, it looks where the loop's thread is.
+3. Each warning is given once per task; that the loop is held in the same functions, once a minute. Of many
+   tasks at a time, some are logged one by one and the rest are counted.
+4. Nothing here keeps a task longer than a look takes, and everything ends with the ``with`` block or the
+   loop.
 """
 
 from __future__ import annotations
@@ -56,14 +57,14 @@ _BETWEEN = _code_between()
 
 
 class Watch:
-    """What looks after one manager, in the loop and from a thread.
+    """Watches one manager, in the loop and from a thread.
 
     Args:
-        ledger: The manager's books, bound to the loop that runs here.
-        held: Seconds for which the loop may be held at a stretch.
-        ignored: Seconds that a task may take to end after it was asked to.
-        unstarted: Seconds in which a task is to begin that does not wait for a place.
-        outlived: Seconds for which a plain asyncio task may outlive the request in which it was started.
+        ledger: The manager's records, bound to the loop that runs here.
+        held: Seconds for which the loop may be held in one go.
+        ignored: Seconds that a task may take to end after a cancel request.
+        unstarted: Seconds in which a task must start if it does not wait for a place.
+        outlived: Seconds for which a plain asyncio task may outlive the request that started it.
 
     None is not to look for that.
     """
@@ -126,7 +127,7 @@ class Look:
 
     def arm(self) -> None:
         """Take a look after the pause."""
-        # Nobody's context: it would be that of the request in which the watch was begun.
+        # An empty context: otherwise it would be that of the request that started the watch.
         self._handle = self._loop.call_later(self._pause, self._begin, context=Context())
 
     def stop(self) -> None:
@@ -168,7 +169,7 @@ class Look:
 
     def _every_live(self) -> Iterator[ManagedTask[Any]]:
         root = self._ledger.root
-        # The root's table has the tasks of all labelled groups.
+        # The root's table has the tasks of all labeled groups.
         yield from list(root._live.values())
         for group in root._below():
             if group.scoped:

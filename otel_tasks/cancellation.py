@@ -1,12 +1,12 @@
-"""Cancellation: causes and events, which stand in ``_events``, and waiting with them.
+"""Cancellation: causes and events, defined in ``_events``, and waiting with them.
 
 Rules of waiting with events, for any asyncio task:
 
-1. An event is acted upon in the loop's turn after its ``set()``: by a callback, not by polling.
-2. Who is cancelled here has ended when the wait returns.
-3. The waiter's own cancellation is raised, and is none of the task that it waits for.
-4. What the task does when it is asked to end, setting its completion event included, decides nothing but
-   how it ended.
+1. An event takes effect in the loop's turn after its ``set()``: by a callback, not by polling.
+2. A task that the wait cancels has ended when the wait returns.
+3. The waiter's own cancellation is raised, and does not affect the task that it waits for.
+4. Actions of the task while it is being cancelled, even setting its completion event, decide only how it
+   ended.
 """
 
 from __future__ import annotations
@@ -59,31 +59,31 @@ async def wait_with_cancellation(
     completion_event: asyncio.Event | None = None,
     timeout: float | None = None,
 ) -> WaitOutcome:
-    """Wait until a task has ended, and cancel it as soon as an event says so.
+    """Wait until a task has ended, and cancel it when an event is set.
 
     Args:
-        task: Any asyncio task, managed or not. A coroutine is run as a plain asyncio task, which
-            belongs to this call; pass a task if you want its result or its exception.
-        cancel_event: Once set, the task is cancelled: in the loop's next turn, and at once if it is
-            set already. A ``CancelEvent`` hands its cause on to a managed task.
-        completion_event: Once set, the wait is over: the task counts as completed, and is left alone.
-        timeout: Seconds, at least 0, after which the task is cancelled; 0 is now, None without bound.
+        task: Any asyncio task, managed or not. A coroutine runs as a plain asyncio task that belongs to this
+            call; pass a task if you want its result or its exception.
+        cancel_event: When it is set, the task is cancelled: in the loop's next turn, or immediately if it is
+            already set. A ``CancelEvent`` passes its cause on to a managed task.
+        completion_event: When it is set, the wait ends: the task counts as completed and is left alone.
+        timeout: Seconds, at least 0, after which the task is cancelled; 0 means now, None no limit.
 
     Returns:
-        ``COMPLETED`` (true): it returned, be it after it was asked to end, or the completion event was
-        set. ``FAILED``: it raised; ``task.exception()`` has what. ``CANCELLED``: it ended cancelled, by
-        the event or by somebody else. ``TIMED_OUT``: it ended cancelled by ``timeout``.
+        ``COMPLETED`` (true): it returned, even after a cancel request, or the completion event was set.
+        ``FAILED``: it raised; ``task.exception()`` has the error. ``CANCELLED``: the event or other code
+        cancelled it. ``TIMED_OUT``: ``timeout`` cancelled it.
 
     Raises:
-        TypeError: ``task`` is neither a task nor a coroutine, or an event is not one of asyncio.
+        TypeError: ``task`` is neither a task nor a coroutine, or an event is not an ``asyncio.Event``.
         ValueError: ``timeout`` is negative, or the task belongs to another event loop.
         RuntimeError: The calling task would wait for itself.
 
-    There is no bound for the clean-up of a task that was cancelled: it has ended on return. Put
-    ``asyncio.timeout()`` around, if it may be one that does not end.
+    The cleanup of a cancelled task has no bound: the task has ended on return. If it may never end, put
+    ``asyncio.timeout()`` around the call.
 
-    Cancellation: of the caller is raised and leaves the task alone. A coroutine's task is cancelled, and
-    has ended when the cancellation goes on.
+    Cancellation: of the caller is raised and leaves the task alone. A coroutine's task is cancelled, and has
+    ended when the cancellation propagates.
 
     Example:
         >>> if not await wait_with_cancellation(task, request_gone, timeout=5.0):
@@ -118,16 +118,16 @@ async def wait_with_cancellation(
 async def propagate_cancellation(parent_event: asyncio.Event, child_events: Iterable[asyncio.Event]) -> None:
     """Wait for an event, and set others when it is set; run it as a task.
 
-    For events that do not know each other. A ``CancelEvent`` made with ``parent=`` needs no task, and
-    reaches all levels of a tree at once; this takes one turn of the loop for each level.
+    It links plain events. A ``CancelEvent`` made with ``parent=`` needs no task, and reaches all levels of a
+    tree at once; this takes one turn of the loop per level.
 
     Args:
         parent_event: The event to wait for.
-        child_events: The events to set. They are looked up when the parent is set: more can be added to
-            a list until then. A ``CancelEvent`` gets the cause of a parent that is one, too.
+        child_events: The events to set. They are read when the parent is set, so a list may grow until
+            then. A ``CancelEvent`` gets the cause of its parent, if that is a ``CancelEvent`` too.
 
     Raises:
-        TypeError: ``parent_event`` is no event of asyncio, or ``child_events`` is one event.
+        TypeError: ``parent_event`` is not an ``asyncio.Event``, or ``child_events`` is a single event.
 
     Cancellation: sets nothing.
 
@@ -155,12 +155,12 @@ _running: set[asyncio.Future[Any]] = set()
 
 @functools.singledispatch
 def ask_to_end(task: asyncio.Future[Any], cause: CancelCause) -> bool:
-    """Cancel a task on somebody's behalf: once, so that its clean-up is not torn.
+    """Cancel a task on another task's behalf: once, so that its cleanup is not interrupted.
 
-    ``_task`` registers what this means for a managed task, which notes the cause.
+    ``_task`` registers the variant for managed tasks, which records the cause.
 
     Returns:
-        True if this call was the one that asked.
+        True if this call made the request.
     """
     # Not by the count alone: a timeout inside of the task has one too, and takes it back.
     if task in _asked and isinstance(task, asyncio.Task) and task.cancelling():
@@ -256,16 +256,16 @@ class _Wait:
 
 
 def _call_when_set(event: asyncio.Event, callback: Callable[[object], None]) -> Callable[[], None]:
-    """Call back in the turn after ``event`` is set; returns what calls that off.
+    """Call back in the turn after ``event`` is set; return a function that calls it off.
 
-    The event's own ``wait()`` is begun here and never gone on with: that takes no task and no turn,
-    and closing it takes its future out of the event again.
+    The event's own ``wait()`` starts here and never continues: that takes no task and no turn, and closing it
+    removes its future from the event.
     """
     waiting = event.wait()
     try:
         future: asyncio.Future[Any] = waiting.send(None)
     except StopIteration:
-        # Set in another thread since somebody has looked.
+        # Set in another thread since the last check.
         return asyncio.get_running_loop().call_soon(callback, None).cancel
     future.add_done_callback(callback)
     return waiting.close
@@ -276,8 +276,8 @@ def _checked_work(
 ) -> asyncio.Future[Any]:
     if caller is not None and work is caller:
         raise RuntimeError(
-            f"task {caller.get_name()!r} cannot wait for itself: it would wait for ever; "
-            "pass another task, or the coroutine of what there is to do"
+            f"task {caller.get_name()!r} cannot wait for itself: it would wait forever; "
+            "pass another task, or a coroutine"
         )
     loop = asyncio.get_running_loop()
     if isinstance(work, asyncio.Future):

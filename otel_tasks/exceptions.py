@@ -1,7 +1,7 @@
-"""Every error that this package raises of its own.
+"""The exceptions of this package.
 
-``ValueError`` and ``TypeError`` stay what they are; a cancelled task raises
-``asyncio.CancelledError`` and a timeout ``TimeoutError``, as everywhere in asyncio.
+``ValueError`` and ``TypeError`` stay as they are; a cancelled task raises ``asyncio.CancelledError`` and a
+timeout ``TimeoutError``, as everywhere in asyncio.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ class OtelTasksError(Exception):
 
 
 class TaskNotFoundError(OtelTasksError, KeyError):
-    """No live task has this name, or it has ended and what was asked for was not kept."""
+    """No live task has this name, or the task has ended and its result was not kept."""
 
     # KeyError shows repr(message), with quotes and escapes; ours is a sentence.
     __str__ = Exception.__str__
@@ -23,27 +23,27 @@ class TaskExistsError(OtelTasksError):
 
 
 class GroupClosedError(OtelTasksError, RuntimeError):
-    """A task was to be created in a scoped group that takes no more.
+    """A task cannot be created because its group takes no new tasks.
 
-    A ``RuntimeError`` too, because ``asyncio.TaskGroup`` raises that.
+    It is also a ``RuntimeError``, because ``asyncio.TaskGroup`` raises that.
     """
 
 
 class ManagerClosedError(OtelTasksError, RuntimeError):
-    """A task was to be created in a manager that is shut down."""
+    """A task cannot be created because its manager is shut down."""
 
 
 class QueueFullError(OtelTasksError):
-    """No place is free, and as many tasks wait for one as may."""
+    """A task cannot be created because no place is free and the queue is full."""
 
 
 class WrongLoopError(OtelTasksError, RuntimeError):
-    """A manager with live tasks in one event loop was used from another one."""
+    """A manager with live tasks in one event loop was used in another one."""
 
 
 class WrongThreadError(OtelTasksError, RuntimeError):
-    """A task was to be created where no event loop is running."""
+    """A task cannot be created because no event loop runs in this thread."""
 
 
 class IllegalTransitionError(OtelTasksError):
-    """A signal that the table in ``_state`` does not know for this status; nothing was changed."""
+    """The table in ``_state`` does not have this signal for this status; nothing has changed."""

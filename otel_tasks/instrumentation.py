@@ -1,12 +1,12 @@
-"""The start without a line of code: what ``opentelemetry-instrument`` calls in an app that uses this library.
+"""Zero-code instrumentation: ``opentelemetry-instrument`` calls this in an app that uses the library.
 
 It needs the extra ``instrument``. Rules, each with a test of its own:
 
-1. Task spans need no starting: they come as soon as an SDK is set up, by ``opentelemetry-instrument`` or by
+1. Task spans need no instrumentation: they start with an SDK, set up by ``opentelemetry-instrument`` or by
    hand, before the first manager or after it. This changes where they go, and nothing about them.
-2. The middleware is added where it was asked for, since it stops work: never because of the telemetry alone,
-   and also where ``OTEL_SDK_DISABLED`` has switched that off.
-3. ``uninstrument()`` leaves all as it was, and applications build their middleware anew.
+2. The middleware is added only on request, because it stops work: never because of the telemetry alone, and
+   even if ``OTEL_SDK_DISABLED`` turns telemetry off.
+3. ``uninstrument()`` reverts everything, and applications build their middleware again.
 """
 
 from __future__ import annotations
@@ -42,18 +42,19 @@ _NOT_OURS = frozenset({"logger_provider", "event_logger_provider"})
 
 
 class OtelTasksInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # as above
-    """Turns on the spans and metrics of tasks, and by option the middleware.
+    """Turns on the spans and metrics of tasks, and optionally the middleware.
 
-    ``instrument()`` takes, all optional:
+    ``instrument()`` takes these options:
 
-    - ``tracer_provider``, ``meter_provider``: where the spans and metrics of all managers go that were given
-      none of their own, those that exist already included. Without them it is the global provider.
+    - ``tracer_provider``, ``meter_provider``: the providers of all managers without their own, even of
+      managers that already exist. The default is the global provider.
     - ``fastapi_middleware``: True adds ``TaskGroupMiddleware`` to each FastAPI application that has none, as
-      its outermost middleware, inside of what records the server's span. None asks the environment variable
-      ``OTEL_PYTHON_OTEL_TASKS_FASTAPI_MIDDLEWARE``. An application that serves already is left as it is.
+      its outermost middleware, inside the layer that records the server's span. None reads the environment
+      variable ``OTEL_PYTHON_OTEL_TASKS_FASTAPI_MIDDLEWARE``. An application that already serves stays as it
+      is.
 
-    Named in ``OTEL_PYTHON_DISABLED_INSTRUMENTATIONS`` it is not started, and there are no spans and metrics
-    of tasks; called by hand it starts all the same.
+    If ``OTEL_PYTHON_DISABLED_INSTRUMENTATIONS`` names it, it does not start, and tasks have no spans and no
+    metrics. If you call it yourself, it starts anyway.
 
     Example:
         >>> OtelTasksInstrumentor().instrument(fastapi_middleware=True)
@@ -62,7 +63,7 @@ class OtelTasksInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # as above
     _unbind: Callable[[], None] | None = None
 
     def instrumentation_dependencies(self) -> Collection[str]:
-        """Nothing: what it instruments is the package that it comes with."""
+        """Nothing: it instruments its own package."""
         return ()
 
     def _instrument(self, **kwargs: Any) -> None:
@@ -94,7 +95,7 @@ def _wants_middleware(option: object) -> bool:
 
 
 def _bind_requests() -> Callable[[], None]:
-    """Let every FastAPI application build its middleware with ours; call what this gives to undo it.
+    """Let every FastAPI application build its middleware with ours; call the result to undo it.
 
     Raises:
         ImportError: FastAPI is not installed.
@@ -132,7 +133,7 @@ def _bind_requests() -> Callable[[], None]:
         if FastAPI.build_middleware_stack is build_middleware_stack:
             FastAPI.build_middleware_stack = original  # type: ignore[method-assign]  # that is what it is about
         for app in built:
-            # It is built anew with the next request; those that are being served keep theirs.
+            # The next request builds it again; open requests keep theirs.
             app.middleware_stack = None
 
     FastAPI.build_middleware_stack = build_middleware_stack  # type: ignore[assignment, method-assign]  # the same

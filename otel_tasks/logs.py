@@ -1,4 +1,4 @@
-"""A logging filter that says in each record which task it comes from."""
+"""A logging filter that puts the current task on each record."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ __all__ = ["TaskContextFilter"]
 
 
 class TaskContextFilter(logging.Filter):
-    """Put the task and the span in which a record was made onto it; it keeps every record.
+    """Put the current task and span on each record; it keeps every record.
 
-    The fields are ``task_id``, ``task_name``, ``task_group``, ``trace_id`` and ``span_id``. They are on
-    every record, so that a format may name them: where no task runs, or no span is current, they hold
-    ``default_value``. What a record has already is left alone. A function in the thread of
-    ``run_in_thread`` runs in its task; one in ``asyncio.to_thread`` has the trace and the span alone. The
-    lines that this package logs itself are about the task that they name.
+    The fields are ``task_id``, ``task_name``, ``task_group``, ``trace_id``, and ``span_id``. Every record has
+    them, so that a format string can name them: without a task or a span, they hold ``default_value``. Fields
+    that a record already has stay as they are. A function in the thread of ``run_in_thread`` runs in its
+    task; one in ``asyncio.to_thread`` has only the trace and the span. On lines that this package logs
+    itself, the fields are those of the task that the line names.
 
-    Put it onto handlers: that of a logger is not asked for the records of the loggers below it. With a
-    queue, put it onto the ``QueueHandler``, for the listener runs in a thread of its own.
+    Add it to handlers: a logger's filter does not see records of the loggers below it. With a queue, add it
+    to the ``QueueHandler``, because the listener runs in its own thread.
 
     Args:
-        name: As for ``logging.Filter``: only the records of this logger and of those below it pass. Empty
-            lets all pass.
-        default_value: What a field holds where there is nothing to say.
+        name: As for ``logging.Filter``: only records of this logger and of those below it pass. Empty lets
+            all pass.
+        default_value: The value of a field without a task or a span.
 
-    It does *not* set ``otelTraceID`` and the like, which belong to OpenTelemetry's ``LoggingInstrumentor``.
+    It does *not* set ``otelTraceID`` and similar fields of OpenTelemetry's ``LoggingInstrumentor``.
 
     Example:
         >>> handler = logging.StreamHandler()
@@ -45,7 +45,7 @@ class TaskContextFilter(logging.Filter):
         self.default_value = default_value
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Fill the fields in; it never raises."""
+        """Fill in the fields; it never raises."""
         try:
             facts = _facts(record)
         except Exception:

@@ -1,17 +1,17 @@
-"""What a task reports of its own progress, and who watches it.
+"""The progress that a task reports, and the code that watches it.
 
 ``task.progress`` is made on first use; a task that never reports has none. Rules, each with a test:
 
 1. A report replaces the one before: there is one newest snapshot and never a backlog, however slow a
    watcher is.
-2. A watcher gets the current snapshot first, if there is one, and the last one before the end; it ends with
-   the task, also with one that never reports.
-3. A watcher is a future while it waits and nothing at all in between: no task, no timer, no entry in a list.
-   One that is cancelled, or simply dropped in the middle of its loop, leaves nothing behind.
+2. A watcher gets the current snapshot first, if there is one, and the last one before the end. It ends with
+   the task, even if that never reports.
+3. A watcher is a future while it waits and nothing in between: no task, no timer, no entry in a list.
+   A watcher that is cancelled, or dropped in the middle of its loop, leaves nothing behind.
 4. Reports may come from any thread; watching belongs to the event loop of the task.
-5. A report after the end of the task is dropped: a thread that runs on reports to nobody.
-6. A wrong estimate is no error: ``done`` may pass ``total`` (the fraction stops at 1), and may go back (the
-   rate is measured anew). What is no number at all, or below 0, is one.
+5. A report after the end of the task is dropped: nothing watches a thread that outlives its task.
+6. A wrong estimate is not an error: ``done`` may pass ``total`` (the fraction stops at 1) and may go back
+   (the rate is measured from there). A value that is not a number, or is negative, is an error.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ _RATE_SPAN = 15.0
 class Progress(NamedTuple):
     """A snapshot of a task's progress, as of its newest report.
 
-    Rate and seconds left are as of that report too; they do not count on by themselves.
+    Rate and seconds left are as of that report too; they do not advance between reports.
 
     Attributes:
         number: Counts the task's reports, from 1.
-        done: How much is done, in whatever unit the task counts; 0 until it says.
-        total: How much there is to do; None where that is unknown.
-        message: What the task said last; None if it never did.
-        rate: Units per second over the last 15 to 30 seconds; None until two reports apart in time have come.
-        updated_at: When it was reported, in seconds on the clock of ``TaskInfo``'s times.
+        done: How much is done, in the task's own unit; 0 until the task reports it.
+        total: How much there is to do; None while that is unknown.
+        message: The task's last message; None if it has sent none.
+        rate: Units per second over the last 15 to 30 seconds; None until there are two reports at two times.
+        updated_at: The time of the report, in seconds on the clock of ``TaskInfo``'s times.
         epoch: The wall-clock time at which that clock was 0, in seconds since 1970.
     """
 
@@ -68,7 +68,7 @@ class Progress(NamedTuple):
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds from the report to the end at this rate; None while they cannot be told."""
+        """Seconds from the report to the end at this rate; None while they are unknown."""
         if self.total is None:
             return None
         left = self.total - self.done
@@ -77,7 +77,7 @@ class Progress(NamedTuple):
         return _finite(left / self.rate) if self.rate else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the snapshot as JSON-ready data, with the moment as a wall-clock stamp."""
+        """Return the snapshot as JSON-ready data, with its time as a wall-clock timestamp."""
         data = self._asdict()
         data["updated_at"] = wall_clock(self.updated_at, data.pop("epoch"))
         data["fraction"] = self.fraction
@@ -86,21 +86,20 @@ class Progress(NamedTuple):
 
 
 class GroupProgress(NamedTuple):
-    """What the tasks of a group and of all groups below it have reported, added up.
+    """The sum of what the tasks of a group and of all groups below it have reported.
 
-    Numbers are added as they are, so within one group they should be in one unit. A task that has not
-    reported counts in ``tasks`` alone. One that has ended counts, in a scoped group and until that is closed,
-    with what it did: as much done as there was to do, whatever it had expected. So the fraction of a block
-    goes to 1 as its tasks end, failed and cancelled ones included. A labelled group goes on for ever; its
-    ended tasks do not count at all.
+    Numbers are added as they are, so the tasks of one group should use one unit. A task that has not reported
+    counts only in ``tasks``. A task that has ended counts, in a scoped group until that closes, as complete:
+    its total becomes what it has done. So the fraction of a block reaches 1 as its tasks end, failed and
+    cancelled ones included. A labeled group has no end, and its ended tasks do not count.
 
     Attributes:
         tasks: Live tasks.
         reporting: Live tasks that have reported.
-        unknown: Live tasks that have reported but not how much there is to do.
-        ended: Ended tasks that count, see above.
+        unknown: Live tasks that have reported, but no total.
+        ended: Ended tasks that count; see above.
         done: The sum of what is done.
-        total: The sum of what there is to do, of those that know; None if none does.
+        total: The sum of the known totals; None if no task knows its total.
     """
 
     tasks: int
@@ -116,12 +115,12 @@ class GroupProgress(NamedTuple):
         return None if self.unknown else _fraction(self.done, self.total)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give it as JSON-ready data."""
+        """Return it as JSON-ready data."""
         return self._asdict() | {"fraction": self.fraction}
 
 
 class TaskProgress:
-    """Where a task reports its progress, and where others watch it: ``task.progress``.
+    """``task.progress``: a task reports its progress here, and other code watches it.
 
     Example:
         >>> async def load(pages):
@@ -158,7 +157,7 @@ class TaskProgress:
         self._total: float | None = None
         self._message: str | None = None
         self._updated_at = 0.0
-        # When and with how much done the measuring of the rate began, and where it will begin next.
+        # The time and the amount at which the rate's window starts, and those at which the next one will.
         self._since = self._mark = (0.0, 0.0)
         self._snapshot: Progress | None = None
         self._waiters: Waiters | None = None
@@ -167,19 +166,19 @@ class TaskProgress:
     def update(
         self, *, done: float | None = None, total: float | None = None, message: str | None = None
     ) -> None:
-        """Report; what is left out stays as it was.
+        """Report progress; values that you leave out stay as they are.
 
-        It may be called from any thread, from inside or outside of the task, as often as one likes: it costs
-        about a microsecond. After the end of the task it does nothing.
+        Call it from any thread, inside or outside of the task, as often as you like: it costs about a
+        microsecond. After the end of the task, it does nothing.
 
         Args:
-            done: How much is done so far, at least 0 (not how much more: see ``advance``). It may pass the
-                total, and may go back where something is done again.
-            total: How much there is to do, at least 0; leave it out as long as it is unknown.
+            done: How much is done so far, at least 0 (for how much more, see ``advance``). It may pass the
+                total, and may go back if work is repeated.
+            total: How much there is to do, at least 0; leave it out while it is unknown.
             message: What the task is doing now.
 
         Raises:
-            TypeError: A number is none, or the message no string.
+            TypeError: A value is not a number, or the message is not a string.
             ValueError: A number is negative, infinite or NaN.
 
         Example:
@@ -196,13 +195,13 @@ class TaskProgress:
         self._wake(waiters)
 
     def advance(self, n: float = 1) -> None:
-        """Report that ``n`` more is done; like ``update`` in all else.
+        """Report that ``n`` more is done; otherwise like ``update``.
 
         Args:
             n: How much more, at least 0.
 
         Raises:
-            TypeError: ``n`` is no number.
+            TypeError: ``n`` is not a number.
             ValueError: ``n`` is negative, infinite or NaN.
         """
         _check_number("n", n)
@@ -212,7 +211,7 @@ class TaskProgress:
         self._wake(waiters)
 
     def snapshot(self) -> Progress | None:
-        """Give the newest report; None if the task has not reported."""
+        """Return the newest report; None if the task has not reported."""
         with self._lock:
             if self._snapshot is None and self._number:
                 self._snapshot = Progress(
@@ -227,24 +226,24 @@ class TaskProgress:
             return self._snapshot
 
     def watch(self, *, after: int = 0) -> ProgressWatch:
-        """Give an iterator over the newest snapshots: ``async for progress in task.progress.watch()``.
+        """Iterate over the newest snapshots: ``async for progress in task.progress.watch()``.
 
-        It gives the current one at once, if there is one, then each time the newest that it has not given,
-        and ends when the task has ended. Reports that come while the body of the loop is busy are not
-        queued: to be told at most ten times a second, sleep 0.1 s in the body. There may be any number of
-        watchers, and one may be left at any moment, by ``break`` or by cancellation, without closing it.
-        A task that watches itself waits for ever.
+        It yields the current snapshot immediately, if there is one, then always the newest, and ends when the
+        task has ended. Reports that come while the body of the loop is busy are not queued: to get at most
+        ten a second, sleep 0.1 s in the body. There may be any number of watchers, and you may leave one at
+        any moment, by ``break`` or by cancellation, without closing it. A task that watches itself waits
+        forever.
 
         Args:
-            after: The ``number`` of a snapshot that is known already: it begins with the next one.
+            after: The ``number`` of a snapshot you already have: it starts with the next one.
 
         Raises:
-            WrongLoopError: When it is iterated in another event loop than the task's.
+            WrongLoopError: It is iterated in another event loop than the task's.
         """
         return ProgressWatch(self, after)
 
     def end(self) -> None:
-        """End all watching; for the library, which calls it when the task has ended."""
+        """End all watchers; the library calls it when the task has ended."""
         with self._lock:
             self._ended = True
             waiters = self._take_waiters()
@@ -258,7 +257,7 @@ class TaskProgress:
         return f"<TaskProgress {newest.done} of {total}, {newest.message!r}>"
 
     def _note(self, done: float, total: float | None, message: str | None) -> Waiters | None:
-        """Take a report, under the lock; returns whom to wake."""
+        """Take a report, under the lock; return the watchers to wake."""
         if self._ended:
             return None
         now = self._clock()
@@ -282,7 +281,7 @@ class TaskProgress:
         return _finite((self._done - done) / seconds) if seconds > 0 else None
 
     def _take_waiters(self) -> Waiters | None:
-        # Taken, not left to be woken again: of a thousand reports from a thread only the first asks the loop.
+        # Taken, so that they are woken once: of a thousand reports from a thread, the first calls the loop.
         waiters, self._waiters = self._waiters, None
         return waiters
 
@@ -292,11 +291,11 @@ class TaskProgress:
         if _get_running_loop() is self._loop:
             _release(waiters)
             return
-        with suppress(RuntimeError):  # The loop is closed: nobody waits in it any more.
+        with suppress(RuntimeError):  # The loop is closed, and so are its waiters.
             self._loop.call_soon_threadsafe(_release, waiters)
 
     def _waiter_for_news(self, seen: int) -> asyncio.Future[None] | None:
-        """Give what to wait for; None if there is something newer than ``seen``, or never will be."""
+        """Return a future to wait for; None if there is a newer report than ``seen``, or never will be."""
         with self._lock:
             if self._ended or self._number > seen:
                 return None
@@ -313,7 +312,7 @@ class TaskProgress:
 
 
 class ProgressWatch(AsyncIterator[Progress]):
-    """What ``watch()`` gives; not an async generator, so that one dropped in mid-loop needs no closing."""
+    """The result of ``watch()``; not an async generator, so one dropped in mid-loop needs no closing."""
 
     __slots__ = ("_closed", "_progress", "_seen", "_waiter")
 
@@ -334,7 +333,7 @@ class ProgressWatch(AsyncIterator[Progress]):
         progress = self._progress
         _check_loop(progress._loop)
         if self._seen:
-            # A thread that reports all the time would else keep the loop in this one iteration.
+            # Otherwise a thread that reports all the time would keep the loop in this one iteration.
             await asyncio.sleep(0)
         while not self._closed and (waiter := progress._waiter_for_news(self._seen)) is not None:
             self._waiter = waiter
@@ -351,7 +350,7 @@ class ProgressWatch(AsyncIterator[Progress]):
         return newest
 
     async def aclose(self) -> None:
-        """End the iteration; one that waits in another task ends at once. Nobody has to call it.
+        """End the iteration; one that waits in another task ends immediately. Calling it is optional.
 
         **Cancellation**: it never waits.
         """
@@ -361,7 +360,7 @@ class ProgressWatch(AsyncIterator[Progress]):
 
 
 def add_up(live: Iterable[Progress | None], ended: Iterable[tuple[int, float]]) -> GroupProgress:
-    """Add up what live tasks have reported (None: nothing), and how many ended ones did how much."""
+    """Add up the reports of live tasks (None: no report), and the counts and sums of ended ones."""
     tasks = reporting = unknown = count = 0
     done: float = 0
     totals: list[float] = []

@@ -1,8 +1,8 @@
-"""The tools of ``testing`` as fixtures; pytest loads this module by itself where the library is installed.
+"""The tools of ``testing`` as fixtures; pytest loads this module if the library is installed.
 
-It is the only module that imports pytest, and is imported by none of the others. Loading it brings no
-OpenTelemetry SDK; the fixture ``spans`` does, for the tests that ask for it. ``-p no:otel_tasks`` keeps the
-plugin out.
+It is the only module that imports pytest, and no other module imports it. Loading it does not import the
+OpenTelemetry SDK; the fixture ``spans`` does, for the tests that use it. ``-p no:otel_tasks`` turns the
+plugin off.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ __all__ = ["spans", "virtual_clock"]
 
 @pytest.fixture
 def virtual_clock() -> Callable[..., Any]:
-    """Give ``otel_tasks.testing.run``: it runs a coroutine on a loop where sleeping costs no time.
+    """Return ``otel_tasks.testing.run``, which runs a coroutine on a loop where sleeping costs no time.
 
     Returns:
-        ``run(coro, *, timeout=3600.0)``, which gives what ``coro`` returned.
+        ``run(coro, *, timeout=3600.0)``, which returns the result of ``coro``.
 
     Example:
         >>> def test_report(virtual_clock):
@@ -35,9 +35,9 @@ def virtual_clock() -> Callable[..., Any]:
 
 @pytest.fixture
 def spans() -> Iterator[SpanRecorder]:
-    """Give a ``SpanRecorder``, whose providers are to be injected; without the SDK the test is skipped.
+    """Return a ``SpanRecorder`` with providers to inject; without the SDK, the test is skipped.
 
-    At the end of the test every span must have ended once, and OpenTelemetry must have complained of nothing.
+    At the end of the test, every span must have ended once, and OpenTelemetry must have logged no warning.
 
     Example:
         >>> def test_report(virtual_clock, spans):

@@ -1,11 +1,11 @@
-"""Tools for testing code that runs on this library; its own tests use nothing else.
+"""Tools for testing code that runs on this library, which its own tests use too.
 
-``run()`` runs a coroutine on a ``VirtualClockLoop``, where sleeping costs no time and where a test that waits
-for ever fails with the names of what waits. ``FakeConnection`` plays an ASGI server for one request or
-WebSocket, with the quirks of real servers. ``SpanRecorder`` keeps the spans and metrics of a test in memory
-and checks that each span was ended exactly once.
+``run()`` runs a coroutine on a ``VirtualClockLoop``, where sleeping costs no time, and where a test that
+waits forever fails with the names of the waiting tasks. ``FakeConnection`` plays an ASGI server for one
+request or WebSocket, with the quirks of real servers. ``SpanRecorder`` keeps the spans and metrics of a test
+in memory and checks that each span has ended exactly once.
 
-Only ``SpanRecorder`` needs the OpenTelemetry SDK; it is imported when one is made.
+Only ``SpanRecorder`` needs the OpenTelemetry SDK, and imports it when you make one.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 
 class DeadlockError(RuntimeError):
-    """Every task waits, and nothing is left that could wake one of them."""
+    """Every task waits, and nothing can wake one of them."""
 
 
 def run(coro: Coroutine[Any, Any, T], *, timeout: float = 3600.0) -> T:
@@ -55,16 +55,16 @@ def run(coro: Coroutine[Any, Any, T], *, timeout: float = 3600.0) -> T:
 
     Args:
         coro: The coroutine to run. Tasks it leaves behind are cancelled and awaited.
-        timeout: Virtual seconds the whole run may take. It bounds what wakes up again and again;
-            a task that merely waits for ever is found at once. ``float("inf")`` for no bound.
+        timeout: Virtual seconds the whole run may take. It bounds tasks that wake up again and again; a task
+            that waits forever is found immediately. ``float("inf")`` means no limit.
 
     Returns:
-        What ``coro`` returned.
+        The result of ``coro``.
 
     Raises:
-        DeadlockError: All tasks wait, no timer is set, and no thread or socket is there to wake one.
-        TimeoutError: The virtual clock would have to pass ``timeout``.
-        RuntimeError: A loop is running in this thread already.
+        DeadlockError: All tasks wait, no timer is set, and no thread or socket can wake one.
+        TimeoutError: The virtual clock would pass ``timeout``.
+        RuntimeError: A loop already runs in this thread.
 
     **Cancellation**: Ctrl-C cancels ``coro``, as in ``asyncio.run``.
 
@@ -77,11 +77,11 @@ def run(coro: Coroutine[Any, Any, T], *, timeout: float = 3600.0) -> T:
 
 
 class VirtualClockLoop(asyncio.SelectorEventLoop):
-    """An event loop whose ``time()`` jumps to the next timer as soon as nothing else is to be done.
+    """An event loop whose ``time()`` jumps to the next timer when nothing else can run.
 
-    While a thread works for the loop (``run_in_executor``, ``run_in_thread``, anyio's worker threads),
-    time passes at its real pace: nobody can know what the thread will bring. A socket is polled at each turn
-    but never waited for as long as a timer is set.
+    While a thread works for the loop (``run_in_executor``, ``run_in_thread``, anyio's worker threads), time
+    passes at its real pace, because the thread's result is unknown. Sockets are polled at each turn, but not
+    waited for while a timer is set.
 
     Args:
         timeout: Virtual seconds after which the loop gives up with ``TimeoutError``.
@@ -110,7 +110,7 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         self,
         timeout: float | None = None,  # the base class's signature since 3.12
     ) -> None:
-        """As the base class, which ends its threads from one more thread."""
+        """As the base class, which ends its threads in one more thread."""
         self._threads_out += 1
         try:
             await super().shutdown_default_executor()
@@ -207,10 +207,10 @@ def _where(task: asyncio.Task[Any]) -> str:
 
 
 async def assert_no_tasks_left(*, turns: int = 10) -> None:
-    """Fail when an asyncio task other than the caller's is alive.
+    """Fail if an asyncio task other than the caller's is alive.
 
     Args:
-        turns: Turns of the loop left to tasks that are just ending.
+        turns: Turns of the loop that ending tasks may still take.
 
     Raises:
         AssertionError: With the name of each task and the line where it waits.
@@ -233,18 +233,18 @@ def _others() -> set[asyncio.Task[Any]]:
 
 
 class FakeConnection:
-    """One request (or WebSocket) of an ASGI 3 server that behaves like uvicorn unless told otherwise.
+    """One request (or WebSocket) of an ASGI 3 server that behaves like uvicorn by default.
 
-    Pass ``scope``, ``receive`` and ``send`` to an application, or let ``run()`` do it, and play the client
-    with ``feed()`` and ``disconnect()``. Everything the application sends is in ``sent``, what came after
-    the client had left is in ``sent_late`` too.
+    Pass ``scope``, ``receive``, and ``send`` to an application, or let ``run()`` do it, and play the client
+    with ``feed()`` and ``disconnect()``. ``sent`` has everything that the application sends; ``sent_late``
+    has what it sends after the client has left.
 
     Args:
         method: The HTTP method.
-        path: The path, raw.
+        path: The raw path.
         headers: Name and value of each header.
-        body: The request's body: one chunk, several (each is one message), or ``None`` when it is still to
-            come by ``feed()``.
+        body: The request's body: one chunk, several (one message each), or ``None`` if ``feed()`` will send
+            it.
         spec_version: ``scope["asgi"]["spec_version"]``.
         type: ``"http"`` or ``"websocket"``.
         says_disconnect_once: After the one ``http.disconnect``, ``receive()`` never returns (hypercorn,
@@ -287,10 +287,10 @@ class FakeConnection:
         self.sent: list[Message] = []
         self.sent_late: list[Message] = []
         self.received = 0
-        """Messages that the application's side has taken."""
+        """The number of messages that the application has received."""
         self.readers = 0
         self.max_readers = 0
-        """The most calls of ``receive()`` that were ever waiting together."""
+        """The highest number of ``receive()`` calls that waited at the same time."""
         self.disconnected = False
         self.says_disconnect_once = says_disconnect_once
         self.send_raises_after_disconnect = send_raises_after_disconnect
@@ -317,7 +317,7 @@ class FakeConnection:
         return cls(path=path, type="websocket", **options)
 
     async def run(self, app: App) -> None:
-        """Call ``app`` in the caller's task, as most servers do in a task per request.
+        """Call ``app`` in the caller's task; most servers have a task per request.
 
         **Cancellation**: passed on to ``app``, as by a server that shuts down.
         """
@@ -335,7 +335,7 @@ class FakeConnection:
         self._wake.set()
 
     def disconnect(self, code: int = 1001) -> None:
-        """Hang up. A WebSocket's application is told ``code``."""
+        """Hang up. A WebSocket's application gets ``code``."""
         self.disconnected = True
         self._close_code = code
         self._wake.set()
@@ -349,7 +349,7 @@ class FakeConnection:
         """Read on after ``pause()``."""
         self._resumed.set()
 
-    # What came back.
+    # The response.
 
     @property
     def complete(self) -> bool:
@@ -458,7 +458,7 @@ def _scope(
 
 
 def _body_messages(chunks: Iterable[bytes]) -> Iterator[Message]:
-    """One message per chunk, made when it is asked for: a body of any size costs nothing before."""
+    """One message per chunk, made on demand: a body of any size costs nothing before."""
     rest = iter(chunks)
     chunk = next(rest, b"")
     for following in rest:
@@ -488,15 +488,15 @@ async def _turns(count: int) -> None:
 
 
 class SpanRecorder:
-    """Spans and metrics of a test, in memory, with providers of its own and ids that count up from 1.
+    """Records the spans and metrics of a test in memory, with its own providers and ids that count up from 1.
 
-    It notes what OpenTelemetry logs while it is open, which is how a span ended twice shows. Use it as a
+    While it is open, it records what OpenTelemetry logs: that shows a span that ended twice. Use it as a
     context manager, or call ``close()``.
 
     Attributes:
-        provider: The SDK's TracerProvider, to be injected.
-        meter_provider: The SDK's MeterProvider, to be injected.
-        complaints: What the loggers below ``opentelemetry`` said, WARNING and above.
+        provider: The SDK's TracerProvider, to inject.
+        meter_provider: The SDK's MeterProvider, to inject.
+        complaints: What the loggers below ``opentelemetry`` logged at WARNING and above.
 
     Raises:
         ImportError: ``opentelemetry-sdk`` is not installed.
@@ -540,7 +540,7 @@ class SpanRecorder:
 
     @property
     def open(self) -> tuple[Span, ...]:
-        """The spans that were started and have not ended, oldest first."""
+        """The spans that have started and not ended, oldest first."""
         return tuple(span for key, span in self._started.items() if key not in self._ended)
 
     @property
@@ -552,7 +552,7 @@ class SpanRecorder:
         """The one finished span called ``name``.
 
         Raises:
-            LookupError: There is none, or more than one; the message lists what there is.
+            LookupError: There is none, or more than one; the message lists all spans.
         """
         found = self.spans(name)
         if len(found) != 1:
@@ -571,7 +571,7 @@ class SpanRecorder:
         return [span for span in self._finished if _parent_id(span) == _span_id(parent)]
 
     def metrics(self) -> dict[str, list[Any]]:
-        """The data points of each metric by its name, collected now."""
+        """Collect the data points now, and return them by metric name."""
         data = self._reader.get_metrics_data()
         if data is None:
             return {}
@@ -579,10 +579,10 @@ class SpanRecorder:
         return {metric.name: list(metric.data.data_points) for scope in scopes for metric in scope.metrics}
 
     def check(self) -> None:
-        """Fail unless every started span has ended exactly once and OpenTelemetry complained of nothing.
+        """Fail unless every span has ended exactly once and OpenTelemetry has logged no warning.
 
         Raises:
-            AssertionError: With the names of the spans, or what was logged.
+            AssertionError: With the names of the spans, or the logged lines.
         """
         twice = [self._started[key].name for key, count in self._ended.items() if count > 1]
         faults = {
@@ -594,7 +594,7 @@ class SpanRecorder:
             raise AssertionError("; ".join(found))
 
     def clear(self) -> None:
-        """Forget all spans that have ended, and the complaints."""
+        """Forget all ended spans, and the logged lines."""
         for key in self._ended:
             self._started.pop(key, None)
         self._ended.clear()

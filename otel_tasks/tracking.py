@@ -1,14 +1,14 @@
-"""For asyncio tasks of any origin: keep track of them, end them, find those that linger.
+"""Track, cancel, and find asyncio tasks of any origin.
 
 Rules, each with a test of its own:
 
-1. All that are to end are asked in one pass and waited for together, under one deadline.
-2. The calling task is never asked, nor one that waits for it: by ``await``, by ``asyncio.gather``,
+1. Tasks are cancelled in one pass and awaited together, under one deadline.
+2. The calling task is never cancelled, nor one that waits for it: by ``await``, by ``asyncio.gather``,
    ``shield``, ``wait``, ``wait_for`` or ``as_completed``, or as the host of an ``asyncio.TaskGroup`` or a
    ``TaskGroup`` in which the caller runs. The cancellation would come back to the caller.
-3. A task is asked once, however often these functions meet it, so that its clean-up is not torn.
-4. What would not stop is reported with its stack. A failure stays with its task, and is reported as that
-   of any task that nobody awaits.
+3. A task is cancelled once, however often these functions meet it, so that its cleanup is not interrupted.
+4. Tasks that do not stop are reported with their stacks. A failure stays with its task, and is reported like
+   that of any task that nothing awaits.
 5. A tracker forgets a task once it is done.
 """
 
@@ -39,14 +39,14 @@ TaskT = TypeVar("TaskT", bound=asyncio.Task[Any])
 
 @dataclass(frozen=True, slots=True)
 class CancelReport:
-    """What became of tasks that were asked to end; it holds neither tasks nor frames.
+    """The outcome of cancelling tasks; it holds neither tasks nor frames.
 
     Attributes:
-        cancelled: How many ended cancelled.
-        completed: How many returned all the same.
-        failed: How many raised something else.
-        still_running: The names of those that would not stop, each with the stack where it is. A name
-            that is taken has a number behind it.
+        cancelled: The number of tasks that ended cancelled.
+        completed: The number of tasks that returned anyway.
+        failed: The number of tasks that raised something else.
+        still_running: The names of the tasks that did not stop, each with its stack. A repeated name gets a
+            number.
     """
 
     cancelled: int = 0
@@ -56,7 +56,7 @@ class CancelReport:
 
     @property
     def clean(self) -> bool:
-        """True if nothing runs on."""
+        """True if every task has ended."""
         return not self.still_running
 
     def __str__(self) -> str:
@@ -66,11 +66,12 @@ class CancelReport:
 
 
 class CancelCounts(NamedTuple):
-    """What ``TaskTracker.cancel_all`` returns.
+    """The result of ``TaskTracker.cancel_all``.
 
     Attributes:
-        success_count: How many tasks ended cancelled.
-        error_count: How many did not: they returned all the same, raised something else, or still run.
+        success_count: The number of tasks that ended cancelled.
+        error_count: The number of tasks that did not: they returned anyway, raised something else, or still
+            run.
     """
 
     success_count: int
@@ -78,12 +79,12 @@ class CancelCounts(NamedTuple):
 
 
 class TaskTracker:
-    """The tasks that run now, of any origin: each is in it until it is done.
+    """Holds running tasks of any origin until they are done.
 
-    It holds its tasks; the event loop alone does not. With ``async with`` nothing is left at the end of
-    the block: what still runs is cancelled. ``await tracker.wait()`` as its last line lets it finish.
+    It holds its tasks strongly; the event loop does not. With ``async with``, no task is left at the end of
+    the block: those that still run are cancelled. ``await tracker.wait()`` as the last line lets them finish.
 
-    Cancellation: of the end of a block goes on its way; the tasks stay cancelled.
+    Cancellation: of the end of a block propagates; the tasks stay cancelled.
 
     Example:
         >>> async with TaskTracker() as tracker:
@@ -98,10 +99,10 @@ class TaskTracker:
         self._report: CancelReport | None = None
 
     def add(self, task: TaskT) -> TaskT:
-        """Track a task until it is done, and give it back.
+        """Track a task until it is done, and return it.
 
         Raises:
-            RuntimeError: The tracker is closed; the task runs on.
+            RuntimeError: The tracker is closed; the task keeps running.
             TypeError: It is not a task; a coroutine is closed.
         """
         _check_tasks("tracker.add()", [task])
@@ -112,40 +113,40 @@ class TaskTracker:
             )
         if not task.done() and task not in self._tasks:
             self._tasks[task] = None
-            # Not counted as somebody who would be told of a failure.
+            # Not counted as a waiter that would see a failure.
             add_done_callback(task, self._forget, context=Context())
         return task
 
     def close(self) -> None:
-        """Take no more tasks; those that are tracked run on."""
+        """Take no more tasks; tracked tasks keep running."""
         self._closed = True
 
     @property
     def closed(self) -> bool:
-        """True while it takes no tasks."""
+        """True while it takes no new tasks."""
         return self._closed
 
     @property
     def last_report(self) -> CancelReport | None:
-        """What the last ``cancel_all``, or the end of the block, has found; None before."""
+        """The report of the last ``cancel_all`` or of the end of the block; None before."""
         return self._report
 
     def get_count(self) -> int:
-        """How many tasks are tracked, as ``len()``; one that ended is out of it in the loop's next turn."""
+        """The number of tracked tasks, as ``len()``; a task that ends drops out in the loop's next turn."""
         return len(self._tasks)
 
     async def cancel_all(self, timeout: float | None = 10.0, *, reason: str | None = None) -> CancelCounts:
         """Cancel all tracked tasks at once, and wait for them together.
 
-        The calling task and those that wait for it are left alone. What would not stop stays tracked,
-        and is in ``last_report`` with its stack.
+        The calling task and those that wait for it are spared. Tasks that do not stop stay tracked, and are
+        in ``last_report`` with their stacks.
 
         Args:
-            timeout: Seconds for all of them, at least 0; None is without bound.
-            reason: Noted with the cause of each managed task, and the message of any other.
+            timeout: Seconds for all of them together, at least 0; None means no limit.
+            reason: The message in the cause of each managed task, and in the CancelledError of any other.
 
         Returns:
-            ``(success_count, error_count)``: how many ended cancelled, and how many did not.
+            ``(success_count, error_count)``: the numbers of tasks that ended cancelled, and that did not.
 
         Raises:
             WrongLoopError: A tracked task runs in another event loop.
@@ -159,16 +160,15 @@ class TaskTracker:
         return CancelCounts(report.cancelled, errors)
 
     async def wait(self, timeout: float | None = None) -> bool:
-        """Wait until all tracked tasks have ended, those that are added meanwhile included.
+        """Wait until all tracked tasks have ended, including those added meanwhile.
 
-        It raises nothing of what they raise. The calling task, and those that wait for it, are not
-        waited for.
+        It does not raise what they raise, and does not wait for the calling task or those that wait for it.
 
         Args:
-            timeout: Seconds, at least 0; None is without bound. The tasks run on after it.
+            timeout: Seconds, at least 0; None means no limit. The tasks keep running after it.
 
         Returns:
-            True if none of them runs any more.
+            True if all of them have ended.
 
         Raises:
             WrongLoopError: A tracked task runs in another event loop.
@@ -191,7 +191,7 @@ class TaskTracker:
         return task in self._tasks
 
     def __iter__(self) -> Iterator[asyncio.Task[Any]]:
-        """Go through the tasks that are tracked now, oldest first."""
+        """Iterate over the tasks that are tracked now, oldest first."""
         return iter(list(self._tasks))
 
     def __repr__(self) -> str:
@@ -208,11 +208,11 @@ class TaskTracker:
         self.close()
         await self.cancel_all(reason="its tracker's block has ended")
         if self._report is not None and not self._report.clean:
-            # Nobody is there to take a report.
+            # No caller takes a report here.
             logger.warning("at the end of a tracker's block: %s", self._report)
 
     def _others(self) -> list[asyncio.Task[Any]]:
-        """What is tracked and still runs, the caller and what waits for it aside."""
+        """The tracked tasks that still run, except the caller and those that wait for it."""
         for task in list(self._tasks):
             if task.get_loop().is_closed():
                 # It can never end.
@@ -225,15 +225,15 @@ async def cancel_and_wait(
 ) -> CancelReport:
     """Cancel tasks at once, managed or not, and wait until they have ended.
 
-    The calling task, and those that wait for it, are left alone.
+    The calling task, and those that wait for it, are spared.
 
     Args:
-        tasks: Which; those that are done are passed over.
-        timeout: Seconds for all of them, at least 0; None is without bound.
-        reason: Noted with the cause of each managed task, and the message of any other.
+        tasks: The tasks to cancel; those that are done are skipped.
+        timeout: Seconds for all of them together, at least 0; None means no limit.
+        reason: The message in the cause of each managed task, and in the CancelledError of any other.
 
     Returns:
-        What became of them. It raises nothing of what they raise.
+        A report of how they ended. It does not raise what they raise.
 
     Raises:
         TypeError: One is not a task; coroutines are closed.
@@ -254,18 +254,18 @@ async def cleanup_lingering_tasks(
 ) -> CancelReport:
     """Cancel every task of the running event loop at once, and wait for them together.
 
-    For scripts and tests, which own their loop. In a service the loop also runs the server's tasks
-    and those of other libraries: there, shut the manager down, or cancel a tracker's tasks.
+    Use it in scripts and tests, which own their loop. In a service, the loop also runs the tasks of the
+    server and of other libraries: shut the manager down there, or cancel a tracker's tasks.
 
     Args:
-        timeout: Seconds for all of them, at least 0; None is without bound.
-        exclude: Tasks to leave alone. The calling task, and those that wait for it, always are.
+        timeout: Seconds for all of them together, at least 0; None means no limit.
+        exclude: Tasks to spare. The calling task, and those that wait for it, are always spared.
 
     Returns:
-        What became of them. What was started meanwhile is not cancelled, but reported as still running.
+        A report of how they ended. Tasks started meanwhile are not cancelled, but reported as still running.
 
     Raises:
-        TypeError: ``exclude`` does not consist of tasks.
+        TypeError: ``exclude`` contains something other than tasks.
 
     Cancellation: of the caller ends the waiting; the tasks stay cancelled.
 
@@ -321,8 +321,8 @@ def _check_tasks(where: str, tasks: Iterable[object]) -> None:
     for task in wrong:
         close_quietly(task)
     if wrong:
-        mend = "make it one with asyncio.create_task(...)" if asyncio.iscoroutine(wrong[0]) else "pass tasks"
-        raise TypeError(f"{where} takes tasks, got {wrong[0]!r}: {mend}")
+        hint = "make it one with asyncio.create_task(...)" if asyncio.iscoroutine(wrong[0]) else "pass tasks"
+        raise TypeError(f"{where} takes tasks, got {wrong[0]!r}: {hint}")
 
 
 def _forget(tasks: dict[asyncio.Task[Any], None], task: asyncio.Task[Any]) -> None:
@@ -330,7 +330,7 @@ def _forget(tasks: dict[asyncio.Task[Any], None], task: asyncio.Task[Any]) -> No
 
 
 def _without_awaiters(tasks: Iterable[asyncio.Task[Any]]) -> list[asyncio.Task[Any]]:
-    """Those that run in this loop and are neither the caller nor wait for it, each once.
+    """The tasks that run in this loop and are neither the caller nor wait for it, each once.
 
     Raises:
         WrongLoopError: One runs in another loop.

@@ -19,7 +19,7 @@ from otel_tasks import (
     start_service,
     start_task,
 )
-from otel_tasks.asgi import TaskGroupMiddleware, request_group
+from otel_tasks.asgi import TaskGroupMiddleware, request_group, uncancellable
 from otel_tasks.testing import FakeConnection
 from tests.blocks import ROOT
 
@@ -198,6 +198,29 @@ async def test_create_task_in_the_body_of_a_block_joins_the_current_group(manage
     assert isinstance(visit.task, ManagedTask)
     assert visit.task.group.id == "GET#1"
     await visit.close()
+
+
+async def test_create_task_in_uncancellable_joins_a_group_that_a_disconnect_does_not_reach(
+    manager: TaskManager,
+) -> None:
+    """The group has a name of its own, and its tasks continue when the client leaves."""
+
+    async def body(started: list[Task]) -> None:
+        async with uncancellable():
+            task = create_task(asyncio.sleep(10))
+            started.append(task)
+            await task
+
+    visit = Visit(manager, body, stays=False)
+    await asyncio.sleep(1)
+    visit.connection.disconnect()
+    await asyncio.sleep(1)
+    assert isinstance(visit.task, ManagedTask)
+    assert visit.task.group.name == "GET uncancellable"
+    assert what_became_of(visit.task) == "continues"
+    await visit.serving
+    assert visit.task.done()
+    assert not visit.task.cancelled()
 
 
 async def test_plain_task_starts_tasks_in_its_request_and_later_in_the_manager(manager: TaskManager) -> None:

@@ -206,7 +206,7 @@ async def test_blocks_are_shown_with_who_runs_them() -> None:
             "tests/test_inspect.py:N",
             "    └── (T) work: running, 0ms, at ignore_cancels tests/helpers.py:N > sleep",
         ]
-        assert (managed.kind, managed.groups[0].kind, managed.groups[0].host) == ("labelled", "block", "host")
+        assert (managed.kind, managed.groups[0].kind, managed.groups[0].host) == ("labeled", "block", "host")
         assert (plain.kind, plain.host, managed.groups[0].where) == ("block", me, None)
         assert plain.where is not None
         assert cancelled.cause is not None
