@@ -33,7 +33,6 @@ class Ending(NamedTuple):
     """What is kept of a task that was started by name, for those who wait for it later."""
 
     info: TaskInfo
-    result: Any
     error: BaseException | None
 
     def take(self) -> Any:
@@ -43,7 +42,7 @@ class Ending(NamedTuple):
         if self.error is not None:
             # A fresh copy each time: raising gives an exception a traceback, and so frames.
             raise without_frames(self.error)
-        return self.result
+        return self.info.result
 
 
 class History:

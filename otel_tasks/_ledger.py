@@ -714,8 +714,7 @@ class Ledger:
         if task._extras is None or not task._extras.keep_result:
             self.history.add(info)
             return
-        result = task.result() if info.status is TaskStatus.COMPLETED else None
-        self.history.add(Ending(info, result, None if error is None else without_frames(error)))
+        self.history.add(Ending(info, None if error is None else without_frames(error)))
 
     # -- listeners --------------------------------------------------------------------------
 

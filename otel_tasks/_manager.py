@@ -28,6 +28,7 @@ from otel_tasks._service import DEFAULT_POLICY, RestartPolicy, start_supervisor
 from otel_tasks._signals import write_on_signal
 from otel_tasks._state import CancelKind, TaskPriority, TaskStatus
 from otel_tasks._task import (
+    NO_RESULT,
     ManagedTask,
     TaskInfo,
     asyncio_cancel,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
     from otel_tasks._binding import Binding
     from otel_tasks._create import OnConflict, RareOptions, TaskOptions
+    from otel_tasks._history import Ending
     from otel_tasks._inspect import TaskTree
     from otel_tasks._ledger import TaskEvent, TaskStats
     from otel_tasks._scope import OnError
@@ -718,16 +720,46 @@ class TaskManager:
                 f"task {name!r} cannot wait for itself: it would wait for ever; let another task do it"
             )
         if task is None:
-            ending = self._ledger.history.ending(name)
-            if ending is None:
-                raise self._not_found(
-                    name,
-                    "only start_task() keeps results, of others keep the object that create_task() returned",
-                )
-            return ending.take()
+            return self._ending(name).take()
         await asyncio.wait([task], timeout=seconds)
         if not task.done():
             raise TimeoutError(f"task {name!r} is still {task.status} after {timeout:g} s, and goes on")
+        return task.result()
+
+    def get_result(self, name: str, *, default: Any = NO_RESULT) -> Any:
+        """Give the result of a task that has completed, without waiting for it.
+
+        Args:
+            name: Its name or id. Results are kept, as long as the task is remembered, of those that were
+                started by ``start_task``.
+            default: What to give where there is no result: the task is live, was cancelled, is not known,
+                or its result was not kept. Left out, each of these raises.
+
+        Raises:
+            TaskNotFoundError: No such task, or it has ended and its result was not kept.
+            asyncio.InvalidStateError: It has not ended yet.
+            asyncio.CancelledError: It was cancelled.
+            TypeError: ``name`` is no string.
+
+        What the task raised is raised here, with a ``default`` too.
+
+        Example:
+            >>> manager.get_result("import", default=None)
+        """
+        task = self._find(name)
+        if task is None:
+            if default is NO_RESULT:
+                return self._ending(name).take()
+            ending = self._ledger.history.ending(name)
+            if ending is None or ending.info.status is TaskStatus.CANCELLED:
+                return default
+            return ending.take()
+        if default is not NO_RESULT and (not task.done() or task.cancelled()):
+            return default
+        if not task.done():
+            raise asyncio.InvalidStateError(
+                f"task {name!r} is {task.status} and has no result yet: wait for it with wait_for_task()"
+            )
         return task.result()
 
     async def join(self, group: str | TaskGroup | None = None) -> None:
@@ -943,6 +975,15 @@ class TaskManager:
                 return by_name(group._live, name[cut + 1 :])
             cut = name.find("/", cut + 1)
         return None
+
+    def _ending(self, name: str) -> Ending:
+        ending = self._ledger.history.ending(name)
+        if ending is None:
+            raise self._not_found(
+                name,
+                "only start_task() keeps results, of others keep the object that create_task() returned",
+            )
+        return ending
 
     def _find_groups(self, group: str | TaskGroup) -> list[TaskGroup]:
         if isinstance(group, TaskGroup):

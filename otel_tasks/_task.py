@@ -13,10 +13,11 @@ import traceback
 from asyncio import _get_running_loop
 from collections.abc import Mapping
 from contextvars import Context
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from threading import get_ident
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import WeakValueDictionary
 
 from otel_tasks._admission import Ticket, lift
@@ -159,7 +160,17 @@ def checked_metadata(metadata: object) -> dict[str, Any]:
     return dict(metadata)
 
 
-class TaskInfo(NamedTuple):
+class _Absent(Enum):
+    """What stands where a snapshot has no result: still itself after it was pickled or copied."""
+
+    RESULT = "no result"
+
+
+NO_RESULT: Final = _Absent.RESULT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskInfo:
     """A snapshot of a task; it holds no task, no frame, no exception.
 
     Times are seconds on a monotonic clock; ``to_dict()`` gives them as wall-clock stamps, the same ones on
@@ -178,7 +189,7 @@ class TaskInfo(NamedTuple):
         error_type: The class of what it raised.
         error: The text of what it raised.
         cause: Why it was or is being cancelled.
-        cancel_ignored: It was cancelled and completed all the same.
+        cancel_ignored: True for a task that was cancelled and completed anyway.
         progress: What it reported last of its progress; None if it never did.
         metadata: What was given at its creation.
         trace_id: In hex; None without tracing.
@@ -204,24 +215,47 @@ class TaskInfo(NamedTuple):
     trace_id: str | None
     span_id: str | None
     epoch: float
+    # Compared by nobody: the == of a result may be no bool, as an array's.
+    _result: Any = field(default=NO_RESULT, repr=False, compare=False)
 
     @property
     def duration(self) -> float | None:
         """Seconds from creation to end; None while it is live."""
         return None if self.ended_at is None else self.ended_at - self.created_at
 
+    @property
+    def has_result(self) -> bool:
+        """True for a task that has completed and whose result is kept: one of ``start_task``."""
+        return self._result is not NO_RESULT
+
+    @property
+    def result(self) -> Any:
+        """What the task returned, if it is kept; ``to_dict()`` leaves it out.
+
+        Raises:
+            AttributeError: There is none, see ``has_result``: ``getattr(info, "result", None)`` works.
+        """
+        if self._result is NO_RESULT:
+            raise AttributeError(
+                f"the snapshot of task {self.name!r} ({self.status}) has no result: "
+                "only that of a completed start_task() has; ask has_result first"
+            )
+        return self._result
+
     def to_dict(self) -> dict[str, Any]:
-        """Give the snapshot as JSON-ready data (metadata is passed through as it is)."""
-        data = self._asdict()
-        epoch = data.pop("epoch")
+        """Give the snapshot as JSON-ready data, without the result (metadata is passed through as it is)."""
+        data = {key: getattr(self, key) for key in _PLAIN}
         for key in ("created_at", "started_at", "ended_at"):
-            data[key] = None if data[key] is None else wall_clock(data[key], epoch)
+            data[key] = None if data[key] is None else wall_clock(data[key], self.epoch)
         data["priority"] = self.priority.name
         data["status"] = str(self.status)
         data["cause"] = self.cause and self.cause.to_dict()
         data["progress"] = self.progress and self.progress.to_dict()
         data["duration"] = None if self.duration is None else rounded(self.duration)
         return data
+
+
+_PLAIN = tuple(each.name for each in fields(TaskInfo) if each.name not in ("epoch", "_result"))
 
 
 class ManagedTask(asyncio.Task[T]):
@@ -658,6 +692,16 @@ def snapshot(task: ManagedTask[Any]) -> TaskInfo:
     extras = task._extras
     error = failure_of(task) if status is TaskStatus.FAILED else None
     trace_id, span_id = span_ids(task._span)
+    metadata: dict[str, Any] = {}
+    progress = None
+    result: Any = NO_RESULT
+    if extras is not None:
+        if extras.metadata is not None:
+            metadata = dict(extras.metadata)
+        if extras.progress is not None:
+            progress = extras.progress.snapshot()
+        if extras.keep_result and status is TaskStatus.COMPLETED:
+            result = task.result()
     return TaskInfo(
         id=group._task_id(name),
         name=name,
@@ -672,11 +716,12 @@ def snapshot(task: ManagedTask[Any]) -> TaskInfo:
         error=None if error is None else text_of(error),
         cause=task._cause,
         cancel_ignored=task.cancel_ignored,
-        progress=reported(task),
-        metadata={} if extras is None or extras.metadata is None else dict(extras.metadata),
+        progress=progress,
+        metadata=metadata,
         trace_id=trace_id,
         span_id=span_id,
         epoch=group._ledger.epoch,
+        _result=result,
     )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import errno
 import gc
 import logging
+import pickle
 import threading
 import warnings
+from dataclasses import FrozenInstanceError, replace
 from typing import Any, TypeVar
 
 import pytest
@@ -265,6 +268,60 @@ async def test_newest_record_of_a_name_counts() -> None:
     assert manager.get_all_task_info()["a"] == info
 
 
+async def test_snapshot_has_a_result_only_where_it_is_kept() -> None:
+    """A completed start_task() has its result on its snapshot, before and after it is recorded."""
+    manager = TaskManager()
+    started, created = (
+        await manager.start_task("started", give(1)),
+        manager.create_task(give(1), name="created"),
+    )
+    assert not started.info().has_result
+    await asyncio.wait([started, created])
+    for info in (started.info(), manager.get_task_info("started")):
+        assert info is not None
+        assert info.has_result
+        assert info.result == 1
+        assert not any("result" in key for key in info.to_dict())
+        assert "result" not in repr(info)
+    for info in (created.info(), manager.get_task_info("created")):
+        assert info is not None
+        assert not info.has_result
+        assert getattr(info, "result", None) is None
+        with pytest.raises(AttributeError, match=r"of task 'created' \(completed\) has no result"):
+            _ = info.result
+
+
+def pickled(info: TaskInfo) -> TaskInfo:
+    """A snapshot as another process gets it."""
+    twin: TaskInfo = pickle.loads(pickle.dumps(info))  # noqa: S301  # it was made right here
+    return twin
+
+
+async def test_snapshot_survives_a_copy_and_a_pickle() -> None:
+    """A copied or pickled snapshot is equal, and still says whether it has a result."""
+    manager = TaskManager()
+    for task in (await manager.start_task("a", give(1)), manager.create_task(give(1))):
+        await asyncio.wait([task])
+        info = task.info()
+        for twin in (copy.deepcopy(info), pickled(info), replace(info)):
+            assert twin == info
+            assert twin.has_result == info.has_result
+
+
+async def test_snapshot_is_frozen() -> None:
+    """No field of a snapshot can be set, and it has no room for others."""
+    info = TaskManager().create_task(give(1)).info()
+    with pytest.raises(FrozenInstanceError):
+        info.status = TaskStatus.FAILED  # type: ignore[misc]  # that is the test
+    assert not hasattr(info, "__dict__")
+    assert list(info.to_dict()) == [
+        *("id", "name", "group", "group_id", "priority", "status", "created_at", "started_at", "ended_at"),
+        *("error_type", "error", "cause", "cancel_ignored", "progress", "metadata", "trace_id", "span_id"),
+        "duration",
+    ]
+    await settle()
+
+
 async def test_record_of_a_task_that_simply_returned_is_complete() -> None:
     """The short way for plain tasks remembers the same as the long one."""
     manager = TaskManager()
@@ -278,7 +335,7 @@ async def test_record_of_a_task_that_simply_returned_is_complete() -> None:
     short, long = manager.get_task_info("plain"), manager.get_task_info("told")
     assert short is not None
     assert long is not None
-    assert short._replace(id="told", name="told") == long
+    assert replace(short, id="told", name="told") == long
     assert short == plain.info()
 
 

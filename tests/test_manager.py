@@ -312,6 +312,72 @@ async def test_wait_for_a_task_that_fails() -> None:
     assert "fail" not in frames
 
 
+async def test_get_result_gives_a_kept_result_again_and_again() -> None:
+    """get_result() finds what a completed start_task() returned, None included."""
+    manager = TaskManager()
+    for name, value in (("a", [1, 2]), ("b", None)):
+        await manager.start_task(name, give(value))
+    await settle()
+    assert manager.get_result("a") == [1, 2]
+    assert manager.get_result("a", default=0) == [1, 2]
+    assert manager.get_result("b", default=0) is None
+
+
+async def test_get_result_finds_a_task_that_ended_in_this_very_turn() -> None:
+    """A result is there as soon as the task is done, before its done-callbacks were called."""
+    manager = TaskManager()
+    task = await manager.start_task("a", give(1))
+
+    async def look() -> tuple[object, ...]:
+        return task.done(), manager.get_task("a"), manager.get_result("a"), manager.get_result("a", default=0)
+
+    assert await asyncio.create_task(look()) == (True, task, 1, 1)
+
+
+async def test_get_result_does_not_wait() -> None:
+    """A live task has no result yet: InvalidStateError, as a future's result() raises, or the default."""
+    manager = TaskManager()
+    await manager.start_task("a", rest)
+    with pytest.raises(asyncio.InvalidStateError, match="task 'a' is pending and has no result yet"):
+        manager.get_result("a")
+    assert manager.get_result("a", default=None) is None
+    await manager.shutdown(0)
+
+
+async def test_get_result_of_a_cancelled_task_is_the_default() -> None:
+    """Without a default get_result() raises CancelledError, just as a future's result() does."""
+    manager = TaskManager()
+    task = await manager.start_task("a", rest)
+    task.cancel()
+    await asyncio.wait([task])
+    for _ in range(2):
+        assert manager.get_result("a", default=1) == 1
+        with pytest.raises(asyncio.CancelledError):
+            manager.get_result("a")
+        await settle()
+
+
+async def test_get_result_raises_what_the_task_raised() -> None:
+    """A failure is no missing result: it is raised with a default too, whatever its class."""
+    manager = TaskManager(on_error=lambda info, error: None)
+    for name, error in (("a", ValueError("no")), ("b", TaskNotFoundError("its own"))):
+        await manager.start_task(name, fail(error))
+        await settle()
+        with pytest.raises(type(error), match=str(error)):
+            manager.get_result(name, default=1)
+
+
+async def test_get_result_without_a_kept_result_is_the_default() -> None:
+    """Neither an unknown name nor a task of create_task() has a result to look up."""
+    manager = TaskManager()
+    await manager.create_task(give(1), name="a")
+    await settle()
+    for name in ("a", "b"):
+        assert manager.get_result(name, default=2) == 2
+        with pytest.raises(TaskNotFoundError):
+            manager.get_result(name)
+
+
 async def test_wait_for_a_task_that_is_cancelled() -> None:
     """wait_for_task() raises CancelledError for a cancelled task, live or ended."""
     manager = TaskManager()

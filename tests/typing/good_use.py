@@ -140,6 +140,7 @@ async def managing() -> None:
     assert_type(await cancel_group("g"), int)
     assert_type(await cancel_all_tasks(), int)
     assert_type(await wait_for_task("n", timeout=1), Any)
+    assert_type(manager.get_result("n", default=None), Any)
     assert_type(manager.get_task("n"), ManagedTask[Any])
     assert_type(manager.get_task_info("n"), TaskInfo | None)
     assert_type(get_all_task_info(), dict[str, TaskInfo])
@@ -162,6 +163,8 @@ def looking(task: ManagedTask[int], info: TaskInfo) -> None:
     assert_type(task.cancel("why"), bool)
     assert_type(info.status, TaskStatus)
     assert_type(info.duration, float | None)
+    assert_type(info.has_result, bool)
+    assert_type(info.result, Any)
     assert_type(info.cause, CancelCause | None)
     assert_type(info.to_dict(), dict[str, Any])
     if info.cause is not None:
