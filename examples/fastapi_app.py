@@ -321,10 +321,10 @@ async def read_exports() -> dict[str, Any]:
 
 async def find_export(name: str) -> ManagedTask[Any] | TaskInfo:
     """The task, or the record of one that has ended: a client may come late. No other tasks are shown."""
-    info = manager.get_task_info(name)
-    if info is None or info.group != "exports":
+    info = manager.get_task_info(name, group="exports")
+    if info is None:
         raise HTTPException(404, f"no export {name!r}")
-    return info if info.status.is_final else manager.get_task(name)
+    return info if info.status.is_final else manager.get_task(name, group="exports")
 
 
 @app.get("/exports/{name}/progress", response_class=EventSourceResponse)

@@ -66,14 +66,14 @@ class History:
     def __iter__(self) -> Iterator[TaskInfo]:
         return map(self._info, self._entries)
 
-    def find(self, task_id: str) -> TaskInfo | None:
-        """The newest one of this id."""
-        entry = self._newest(task_id)
+    def find(self, task_id: str, group_id: str | None = None) -> TaskInfo | None:
+        """The newest one of this id; in a group of its name, too."""
+        entry = self._newest(task_id, group_id)
         return None if entry is None else self._info(entry)
 
-    def ending(self, task_id: str) -> Ending | None:
-        """The newest one of this id, if its result was kept."""
-        entry = self._newest(task_id)
+    def ending(self, task_id: str, group_id: str | None = None) -> Ending | None:
+        """The newest one of this id, or name in a group, if its result was kept."""
+        entry = self._newest(task_id, group_id)
         return entry if isinstance(entry, Ending) else None
 
     def change_epoch(self, epoch: float) -> None:
@@ -95,10 +95,10 @@ class History:
     def _info(self, entry: Brief | TaskInfo | Ending) -> TaskInfo:
         return _info(entry, self._epoch)
 
-    def _newest(self, task_id: str) -> Brief | TaskInfo | Ending | None:
+    def _newest(self, task_id: str, group_id: str | None) -> Brief | TaskInfo | Ending | None:
         entry: Brief | TaskInfo | Ending
         for entry in reversed(self._entries):
-            if _id(entry) == task_id:
+            if _id(entry) == task_id if group_id is None else _is_in_group(entry, task_id, group_id):
                 return entry
         return None
 
@@ -111,6 +111,22 @@ def _id(entry: Brief | TaskInfo | Ending) -> str:
     base, key, (_, group_id, scoped), *_rest = entry
     name = full_name(base, key)
     return f"{group_id}/{name}" if scoped else name
+
+
+def _is_in_group(entry: Brief | TaskInfo | Ending, name: str, wanted: str) -> bool:
+    """True for a task of this name, or id, in this very group."""
+    task_id = _id(entry)
+    if not isinstance(entry, tuple) or isinstance(entry, Ending):
+        info = entry.info if isinstance(entry, Ending) else entry
+        own, group_id = info.name, info.group_id
+    else:
+        own, group_id = full_name(entry[0], entry[1]), entry[2][1]
+    if name not in (own, task_id):
+        return False
+    # By its number, if it has one: what is before the "#" changes, once the route of a request is known.
+    is_scoped = own != task_id
+    number, is_numbered = group_id.rpartition("#")[2], "#" in wanted
+    return group_id == wanted or (is_scoped and is_numbered and number == wanted.rpartition("#")[2])
 
 
 def _info(entry: Brief | TaskInfo | Ending, epoch: float) -> TaskInfo:

@@ -351,7 +351,8 @@ class Ledger:
     def scope(self, group_id: str) -> TaskGroup | None:
         """The open scoped group with this id; what is before the ``#`` may have changed since."""
         number = group_id.rpartition("#")[2]
-        return self.scopes.get(int(number)) if number.isdecimal() else None
+        # Bounded: int() refuses very long ones, and the id may come from a client.
+        return self.scopes.get(int(number)) if number.isdecimal() and len(number) < 19 else None
 
     # -- cancelling -------------------------------------------------------------------------
 

@@ -508,23 +508,41 @@ class TaskManager:
 
     # -- looking ----------------------------------------------------------------------------
 
-    def get_task(self, name: str) -> ManagedTask[Any]:
+    def get_task(self, name: str, *, group: str | TaskGroup | None = None) -> ManagedTask[Any]:
         """Give a live task by its name, or by its id for one of a scoped group.
+
+        Args:
+            name: Its name or id.
+            group: Look in this very group alone: a label, the id of a scoped group, or the group; there the
+                name is enough. A task of another group is not found, whatever the name or the id: use this
+                where it comes from a client. None looks in the whole manager.
 
         Raises:
             TaskNotFoundError: No live task is called that; it may have ended.
+            TypeError: ``name`` is no string, or ``group`` neither a name nor a group.
+            ValueError: The group is another manager's.
+
+        Example:
+            >>> manager.get_task(name, group="exports")
         """
-        task = self._find(name)
+        task = self._find(name, group)
         if task is None:
             raise self._not_found(
-                name, "get_task_info() has its record, and wait_for_task() the result of a start_task()"
+                name,
+                group,
+                "get_task_info() has its record, and wait_for_task() the result of a start_task()",
             )
         return task
 
-    def get_task_info(self, name: str) -> TaskInfo | None:
-        """Give a snapshot of a live or remembered task by name or id; None if there is none."""
-        task = self._find(name)
-        return self._ledger.history.find(name) if task is None else task.info()
+    def get_task_info(self, name: str, *, group: str | TaskGroup | None = None) -> TaskInfo | None:
+        """Give a snapshot of a live or remembered task by name or id; None if there is none.
+
+        Args:
+            name: Its name or id.
+            group: Look in this very group alone, as for ``get_task``.
+        """
+        task = self._find(name, group)
+        return self._ledger.history.find(name, _group_id(group)) if task is None else task.info()
 
     def get_all_task_info(self) -> dict[str, TaskInfo]:
         """Give snapshots of all tasks by id: the live ones, then the remembered ones."""
@@ -691,13 +709,16 @@ class TaskManager:
 
     # -- waiting ----------------------------------------------------------------------------
 
-    async def wait_for_task(self, name: str, timeout: float | None = None) -> Any:
+    async def wait_for_task(
+        self, name: str, timeout: float | None = None, *, group: str | TaskGroup | None = None
+    ) -> Any:
         """Wait for a task by name, and give its result or raise what it raised.
 
         Args:
             name: Its name or id. Of a task that has ended, as long as it is remembered, if it
                 was started by ``start_task``.
             timeout: Seconds, at least 0; None is without bound.
+            group: Look in this very group alone, as for ``get_task``.
 
         Raises:
             TaskNotFoundError: No such task, or it has ended and its result was not kept.
@@ -714,19 +735,19 @@ class TaskManager:
         """
         seconds = checked_seconds("timeout", timeout)
         caller = self._caller()
-        task = self._find(name)
+        task = self._find(name, group)
         if task is not None and task is caller:
             raise RuntimeError(
                 f"task {name!r} cannot wait for itself: it would wait for ever; let another task do it"
             )
         if task is None:
-            return self._ending(name).take()
+            return self._ending(name, group).take()
         await asyncio.wait([task], timeout=seconds)
         if not task.done():
             raise TimeoutError(f"task {name!r} is still {task.status} after {timeout:g} s, and goes on")
         return task.result()
 
-    def get_result(self, name: str, *, default: Any = NO_RESULT) -> Any:
+    def get_result(self, name: str, *, default: Any = NO_RESULT, group: str | TaskGroup | None = None) -> Any:
         """Give the result of a task that has completed, without waiting for it.
 
         Args:
@@ -734,6 +755,7 @@ class TaskManager:
                 started by ``start_task``.
             default: What to give where there is no result: the task is live, was cancelled, is not known,
                 or its result was not kept. Left out, each of these raises.
+            group: Look in this very group alone, as for ``get_task``.
 
         Raises:
             TaskNotFoundError: No such task, or it has ended and its result was not kept.
@@ -746,11 +768,11 @@ class TaskManager:
         Example:
             >>> manager.get_result("import", default=None)
         """
-        task = self._find(name)
+        task = self._find(name, group)
         if task is None:
             if default is NO_RESULT:
-                return self._ending(name).take()
-            ending = self._ledger.history.ending(name)
+                return self._ending(name, group).take()
+            ending = self._ledger.history.ending(name, _group_id(group))
             if ending is None or ending.info.status is TaskStatus.CANCELLED:
                 return default
             return ending.take()
@@ -783,13 +805,19 @@ class TaskManager:
     # -- cancelling -------------------------------------------------------------------------
 
     async def cancel_task(
-        self, name: str, reason: str | None = None, *, timeout: float | None = 10.0
+        self,
+        name: str,
+        reason: str | None = None,
+        *,
+        group: str | TaskGroup | None = None,
+        timeout: float | None = 10.0,
     ) -> bool:
         """Cancel a task and wait until it has ended.
 
         Args:
             name: Its name or id.
             reason: Noted with its cause.
+            group: Look in this very group alone, as for ``get_task``.
             timeout: Seconds to wait for its end; None is without bound.
 
         Returns:
@@ -805,7 +833,7 @@ class TaskManager:
         """
         seconds = checked_seconds("timeout", timeout)
         caller = self._caller()
-        task = self._find(name)
+        task = self._find(name, group)
         if task is None or task.done():
             return False
         task.cancel(reason)
@@ -961,9 +989,21 @@ class TaskManager:
         self._ledger.labels[name] = group
         return group
 
-    def _find(self, name: str) -> ManagedTask[Any] | None:
+    def _find(self, name: str, group: str | TaskGroup | None = None) -> ManagedTask[Any] | None:
         if not isinstance(name, str):
             raise TypeError(f"a task is looked up by its name or its id, got {name!r}: pass task.id")
+        if group is None:
+            return self._find_anywhere(name)
+        node = self._find_group(group)
+        if node is None:
+            return None
+        task = by_name(node._live, name)
+        if task is None:
+            task = self._find_anywhere(name)
+        # The root's table has the tasks of all labels, and an id may be that of any group's task.
+        return task if task is not None and task._group is node else None
+
+    def _find_anywhere(self, name: str) -> ManagedTask[Any] | None:
         task = by_name(self._root._live, name)
         if task is not None:
             return task
@@ -976,11 +1016,18 @@ class TaskManager:
             cut = name.find("/", cut + 1)
         return None
 
-    def _ending(self, name: str) -> Ending:
-        ending = self._ledger.history.ending(name)
+    def _find_group(self, group: str | TaskGroup) -> TaskGroup | None:
+        """The one group that is meant; None if it is not known, and so has no live task."""
+        if not isinstance(group, str) or group == "root":
+            return self._group_for(group)
+        return self._ledger.labels.get(group) or self._ledger.scope(group)
+
+    def _ending(self, name: str, group: str | TaskGroup | None) -> Ending:
+        ending = self._ledger.history.ending(name, _group_id(group))
         if ending is None:
             raise self._not_found(
                 name,
+                group,
                 "only start_task() keeps results, of others keep the object that create_task() returned",
             )
         return ending
@@ -995,15 +1042,22 @@ class TaskManager:
             return [self.get_group(group), *scoped]
         return scoped
 
-    def _not_found(self, name: str, mend: str) -> TaskNotFoundError:
-        """Say that a task is not live; ``mend`` is for one that is remembered."""
-        known = self._ledger.history.find(name)
-        if known is None:
+    def _not_found(self, name: str, group: str | TaskGroup | None, hint: str) -> TaskNotFoundError:
+        """Say that a task is not live; ``hint`` is for one that is remembered."""
+        where = _group_id(group)
+        known = self._ledger.history.find(name, where)
+        if known is not None:
+            return TaskNotFoundError(f"task {name!r} has ended ({known.status}): {hint}")
+        if where is None:
             return TaskNotFoundError(
                 f"no task is called {name!r}: it was never started, or is forgotten by now; "
                 "get_all_task_info() lists those that are known"
             )
-        return TaskNotFoundError(f"task {name!r} has ended ({known.status}): {mend}")
+        # Not whether another group has it: the name may come from a client, and the text may reach it.
+        return TaskNotFoundError(
+            f"no task of group {where!r} is called {name!r}: it was never started there, or is forgotten; "
+            "with group= the tasks of other groups are not looked up"
+        )
 
     def _caller(self) -> asyncio.Task[Any] | None:
         """The calling task, after a look whether this is the right loop to call from."""
@@ -1140,6 +1194,11 @@ def _merged(live: Iterable[ManagedTask[Any]], remembered: Iterable[TaskInfo]) ->
     for info in remembered:
         infos.setdefault(info.id, info)
     return infos
+
+
+def _group_id(group: str | TaskGroup | None) -> str | None:
+    """The id by which the history knows a group."""
+    return group.id if isinstance(group, TaskGroup) else group
 
 
 def _no_group(group: object) -> TypeError:
@@ -1351,8 +1410,12 @@ def start_service(
 
 
 @as_coroutine_function
-def wait_for_task(name: str, timeout: float | None = None) -> Coroutine[Any, Any, Any]:
+def wait_for_task(
+    name: str, timeout: float | None = None, *, group: str | TaskGroup | None = None
+) -> Coroutine[Any, Any, Any]:
     """Wait for a task of the current manager by name; see ``TaskManager.wait_for_task``.
+
+    With a group object the manager is that of the group.
 
     Raises:
         TaskNotFoundError: No such task, or it has ended and its result was not kept.
@@ -1363,7 +1426,7 @@ def wait_for_task(name: str, timeout: float | None = None) -> Coroutine[Any, Any
 
     **Cancellation**: of the caller leaves the task alone.
     """
-    return current_manager().wait_for_task(name, timeout)
+    return _manager_for(group).wait_for_task(name, timeout, group=group)
 
 
 @as_coroutine_function

@@ -24,6 +24,7 @@ from otel_tasks import (
     TaskStatus,
     WrongLoopError,
     managed_task,
+    wait_for_task,
 )
 from otel_tasks.testing import VirtualClockLoop, run
 from tests.helpers import cancel_at_each_await, fail, give, ignore_cancels, kind_of, now, rest, settle
@@ -310,6 +311,124 @@ async def test_wait_for_a_task_that_fails() -> None:
     assert first.value is not second.value
     frames = [frame.name for frame in traceback.extract_tb(second.value.__traceback__)]
     assert "fail" not in frames
+
+
+# -- lookup in a group -----------------------------------------------------------------------------
+
+
+async def test_lookup_in_a_group_finds_its_own_tasks() -> None:
+    """In a label, a scoped group, and the root, a task is found by its name and by its id, live and ended."""
+    manager = TaskManager()
+    async with manager.group("block") as block:
+        for group in (block, manager.get_group("a.b"), manager.get_group("root")):
+            task = await manager.start_task("work", asyncio.Event().wait, group=group, on_conflict="replace")
+            for where in (group, group.id):
+                for name in (task.name, task.id):
+                    assert manager.get_task(name, group=where) is task
+                    assert manager.get_task_info(name, group=where) == task.info()
+            assert await manager.cancel_task("work", group=group)
+            for name in (task.name, task.id):
+                assert manager.get_task_info(name, group=group.id) == task.info()
+                with pytest.raises(asyncio.CancelledError):
+                    manager.get_result(name, group=group)
+
+
+async def test_lookup_in_a_group_finds_no_task_of_another_group() -> None:
+    """Neither the name nor the id of a task outside of the group is found, and nothing is cancelled."""
+    manager = TaskManager()
+    async with manager.group("block") as block, manager.group("block") as twin:
+        groups = (block, twin, *map(manager.get_group, ("a", "a.b", "root")))
+        tasks = [
+            await manager.start_task(f"work {number}", asyncio.Event().wait, group=group)
+            for number, group in enumerate(groups)
+        ]
+        foreign = [
+            (name, group)
+            for task in tasks
+            for group in groups
+            if group is not task.group
+            for name in ids(task)
+        ]
+        for name, group in foreign:
+            assert not await manager.cancel_task(name, group=group)
+        assert not any(task.cancelling() for task in tasks)
+        await manager.cancel_all_tasks()
+        for name, group in foreign:
+            await assert_unknown(manager, name, group)
+
+
+def ids(task: ManagedTask[Any]) -> set[str]:
+    """All by which a task may be looked up."""
+    return {task.name, task.id}
+
+
+async def assert_unknown(manager: TaskManager, name: str, group: TaskGroup) -> None:
+    """No lookup in this group knows the name, and the error does not say whether another group has it."""
+    for where in (group, group.id):
+        assert manager.get_task_info(name, group=where) is None
+        assert manager.get_result(name, default=7, group=where) == 7
+        with pytest.raises(
+            TaskNotFoundError, match=r"with group= the tasks of other groups are not looked up$"
+        ):
+            manager.get_task(name, group=where)
+        with pytest.raises(TaskNotFoundError, match=r"^no task of group .* it was never started there"):
+            await manager.wait_for_task(name, group=where)
+
+
+async def test_lookup_in_a_group_that_is_not_known_finds_nothing() -> None:
+    """A label nobody has used, and an id of a block that is over, are no error and make no group."""
+    manager = TaskManager()
+    async with manager.group("block") as block:
+        await manager.start_task("work", give(1), group=block)
+    manager.create_task(rest(), name="work")
+    assert manager.get_task_info("work", group="nobody") is None
+    assert await manager.wait_for_task("work", group=block.id) == 1
+    assert manager.get_result("work", group=block) == 1
+    with pytest.raises(TaskNotFoundError, match="task 'work' has ended"):
+        manager.get_task("work", group=block)
+    await manager.shutdown(0)
+
+
+async def test_lookup_in_a_group_whose_name_changes() -> None:
+    """A request's group is renamed once its route is known; the ids that it had still lead to its tasks."""
+    manager = TaskManager()
+    route = ["GET"]
+    group = manager._open_group(lambda: route[0], binding=None, host=None)
+    first = group.id
+    await manager.start_task("early", give(1), group=group)
+    await settle()
+    route[0] = "GET /orders"
+    late = await manager.start_task("late", rest, group=group)
+    for where in (group, first, group.id):
+        assert manager.get_result("early", group=where) == 1
+        assert manager.get_task("late", group=where) is late
+    await manager.cancel_group(group)
+
+
+async def test_module_function_waits_in_a_group() -> None:
+    """wait_for_task() of the package takes group=; a group object brings its manager."""
+    manager = TaskManager()
+    group = manager.get_group("g")
+    await manager.start_task("a", give(1), group=group)
+    assert await wait_for_task("a", group=group) == 1
+    with pytest.raises(TaskNotFoundError, match="no task of group 'g' is called 'a'"):
+        await wait_for_task("a", group="g")
+
+
+async def test_lookup_refuses_what_is_no_group_of_the_manager() -> None:
+    """A group of another manager, or what is no group, is a mistake."""
+    manager = TaskManager()
+    with pytest.raises(ValueError, match="belongs to manager 'other'"):
+        manager.get_task("a", group=TaskManager("other").get_group("g"))
+    with pytest.raises(TypeError, match="group must be a name or a TaskGroup, got 7"):
+        manager.get_task_info("a", group=7)  # type: ignore[arg-type]  # that is the test
+
+
+async def test_id_with_a_very_long_number_is_not_found() -> None:
+    """An id from a client may be anything: int() would refuse thousands of digits."""
+    manager = TaskManager()
+    assert manager.get_task_info(f"block#{'9' * 5000}/work") is None
+    assert manager.get_task_info("work", group=f"block#{'9' * 5000}") is None
 
 
 async def test_get_result_gives_a_kept_result_again_and_again() -> None:
