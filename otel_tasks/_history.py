@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from otel_tasks._state import TaskPriority, TaskStatus
@@ -95,38 +96,51 @@ class History:
     def _info(self, entry: Brief | TaskInfo | Ending) -> TaskInfo:
         return _info(entry, self._epoch)
 
+    def note_uid(self, ended: TaskInfo) -> None:
+        """Write a uid into the record of a task, if it is remembered: somebody asked for it after its end."""
+        for index, entry in enumerate(self._entries):
+            if _is_called(entry, ended.name, ended.group_id):
+                info = self._info(entry)
+                if info.uid is None and _times(info) == _times(ended):
+                    info = replace(info, uid=ended.uid)
+                    self._entries[index] = entry._replace(info=info) if isinstance(entry, Ending) else info
+                    return
+
     def _newest(self, task_id: str, group_id: str | None) -> Brief | TaskInfo | Ending | None:
         entry: Brief | TaskInfo | Ending
         for entry in reversed(self._entries):
-            if _id(entry) == task_id if group_id is None else _is_in_group(entry, task_id, group_id):
+            if _is_called(entry, task_id, group_id):
                 return entry
         return None
 
 
-def _id(entry: Brief | TaskInfo | Ending) -> str:
+def _times(info: TaskInfo) -> tuple[float, float | None]:
+    return info.created_at, info.ended_at
+
+
+def _is_called(entry: Brief | TaskInfo | Ending, name: str, wanted: str | None) -> bool:
+    """True for a task of this id or uid; in a group of this name, too."""
+    task_id, own, uid, group_id = _known_as(entry)
+    if wanted is None:
+        return name in (task_id, uid)
+    return name in (task_id, uid, own) and _is_same_group(group_id, wanted, is_scoped=task_id != own)
+
+
+def _known_as(entry: Brief | TaskInfo | Ending) -> tuple[str, str, str | None, str]:
+    """Id, name, uid, and the group's id."""
     if isinstance(entry, Ending):
-        return entry.info.id
+        entry = entry.info
     if isinstance(entry, TaskInfo):
-        return entry.id
-    base, key, (_, group_id, scoped), *_rest = entry
-    name = full_name(base, key)
-    return f"{group_id}/{name}" if scoped else name
+        return entry.id, entry.name, entry.uid, entry.group_id
+    name, (_, group_id, scoped) = full_name(entry[0], entry[1]), entry[2]
+    return f"{group_id}/{name}" if scoped else name, name, None, group_id
 
 
-def _is_in_group(entry: Brief | TaskInfo | Ending, name: str, wanted: str) -> bool:
-    """True for a task of this name, or id, in this very group."""
-    task_id = _id(entry)
-    if not isinstance(entry, tuple) or isinstance(entry, Ending):
-        info = entry.info if isinstance(entry, Ending) else entry
-        own, group_id = info.name, info.group_id
-    else:
-        own, group_id = full_name(entry[0], entry[1]), entry[2][1]
-    if name not in (own, task_id):
-        return False
-    # By its number, if it has one: what is before the "#" changes, once the route of a request is known.
-    is_scoped = own != task_id
-    number, is_numbered = group_id.rpartition("#")[2], "#" in wanted
-    return group_id == wanted or (is_scoped and is_numbered and number == wanted.rpartition("#")[2])
+def _is_same_group(group_id: str, wanted: str, *, is_scoped: bool) -> bool:
+    if group_id == wanted:
+        return True
+    # By its number: what is before the "#" changes, once the route of a request is known.
+    return is_scoped and "#" in wanted and group_id.rpartition("#")[2] == wanted.rpartition("#")[2]
 
 
 def _info(entry: Brief | TaskInfo | Ending, epoch: float) -> TaskInfo:
@@ -134,11 +148,13 @@ def _info(entry: Brief | TaskInfo | Ending, epoch: float) -> TaskInfo:
         return entry.info
     if isinstance(entry, TaskInfo):
         return entry
-    base, key, (group, group_id, _), priority, created_at, ended_at, cause, span = entry
+    _, _, (group, group_id, _), priority, created_at, ended_at, cause, span = entry
+    task_id, name, uid, _ = _known_as(entry)
     trace_id, span_id = ids_in_hex(span)
     return TaskInfo(
-        id=_id(entry),
-        name=full_name(base, key),
+        id=task_id,
+        uid=uid,
+        name=name,
         group=group,
         group_id=group_id,
         priority=priority,

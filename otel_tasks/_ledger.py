@@ -149,6 +149,8 @@ class Ledger:
         self.epoch = epoch_of(None)
         # Labelled groups: weak, so that an emptied one costs nothing.
         self.labels: WeakValueDictionary[str, TaskGroup] = WeakValueDictionary()
+        # Tasks whose uid somebody has asked for; weak, as one that has ended is in the history.
+        self.uids: WeakValueDictionary[str, ManagedTask[Any]] = WeakValueDictionary()
         # Open scoped groups by their number.
         self.scopes: dict[int, TaskGroup] = {}
         # The innermost scoped group that is open in a task: `async with` inside `async with` nests.
@@ -300,6 +302,28 @@ class Ledger:
         """Note that a task is going to have this name."""
         if name[-1].isdecimal():
             self.lookalikes = True
+
+    def note_uid(self, task: ManagedTask[Any], uid: str) -> None:
+        """Have a task found by its uid from now on."""
+        self.uids[uid] = task
+
+    def record_uid(self, task: ManagedTask[Any]) -> None:
+        """Have the record of a task found by its uid, if the task has ended before it got one."""
+        loop = self.elsewhere()
+        if loop is None:
+            self._record_uid(task)
+        else:
+            with suppress(RuntimeError):  # It is closed: nothing ends in it any more.
+                loop.call_soon_threadsafe(self._record_uid, task, context=Context())
+
+    def _record_uid(self, task: ManagedTask[Any]) -> None:
+        if task.done():
+            self.history.note_uid(snapshot(task))
+
+    def by_uid(self, uid: str) -> ManagedTask[Any] | None:
+        """The live task of this uid."""
+        task = self.uids.get(uid)
+        return task if task is not None and task._group._live.get(task._key) is task else None
 
     def elsewhere(self) -> asyncio.AbstractEventLoop | None:
         """The loop, if this is another thread than its own; None here, or before there is one."""

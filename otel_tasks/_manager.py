@@ -509,10 +509,10 @@ class TaskManager:
     # -- looking ----------------------------------------------------------------------------
 
     def get_task(self, name: str, *, group: str | TaskGroup | None = None) -> ManagedTask[Any]:
-        """Give a live task by its name, or by its id for one of a scoped group.
+        """Give a live task by its name, by its id for one of a scoped group, or by its uid.
 
         Args:
-            name: Its name or id.
+            name: Its name, id or uid.
             group: Look in this very group alone: a label, the id of a scoped group, or the group; there the
                 name is enough. A task of another group is not found, whatever the name or the id: use this
                 where it comes from a client. None looks in the whole manager.
@@ -535,10 +535,10 @@ class TaskManager:
         return task
 
     def get_task_info(self, name: str, *, group: str | TaskGroup | None = None) -> TaskInfo | None:
-        """Give a snapshot of a live or remembered task by name or id; None if there is none.
+        """Give a snapshot of a live or remembered task by name, id or uid; None if there is none.
 
         Args:
-            name: Its name or id.
+            name: Its name, id or uid.
             group: Look in this very group alone, as for ``get_task``.
         """
         task = self._find(name, group)
@@ -715,7 +715,7 @@ class TaskManager:
         """Wait for a task by name, and give its result or raise what it raised.
 
         Args:
-            name: Its name or id. Of a task that has ended, as long as it is remembered, if it
+            name: Its name, id or uid. Of a task that has ended, as long as it is remembered, if it
                 was started by ``start_task``.
             timeout: Seconds, at least 0; None is without bound.
             group: Look in this very group alone, as for ``get_task``.
@@ -751,7 +751,7 @@ class TaskManager:
         """Give the result of a task that has completed, without waiting for it.
 
         Args:
-            name: Its name or id. Results are kept, as long as the task is remembered, of those that were
+            name: Its name, id or uid. Results are kept, as long as the task is remembered, of those that were
                 started by ``start_task``.
             default: What to give where there is no result: the task is live, was cancelled, is not known,
                 or its result was not kept. Left out, each of these raises.
@@ -815,7 +815,7 @@ class TaskManager:
         """Cancel a task and wait until it has ended.
 
         Args:
-            name: Its name or id.
+            name: Its name, id or uid.
             reason: Noted with its cause.
             group: Look in this very group alone, as for ``get_task``.
             timeout: Seconds to wait for its end; None is without bound.
@@ -991,20 +991,19 @@ class TaskManager:
 
     def _find(self, name: str, group: str | TaskGroup | None = None) -> ManagedTask[Any] | None:
         if not isinstance(name, str):
-            raise TypeError(f"a task is looked up by its name or its id, got {name!r}: pass task.id")
+            raise TypeError(f"a task is looked up by its name, its id or its uid, got {name!r}: pass task.id")
         if group is None:
             return self._find_anywhere(name)
         node = self._find_group(group)
         if node is None:
             return None
-        task = by_name(node._live, name)
-        if task is None:
-            task = self._find_anywhere(name)
+        task = self._ledger.by_uid(name) or by_name(node._live, name) or self._find_anywhere(name)
         # The root's table has the tasks of all labels, and an id may be that of any group's task.
         return task if task is not None and task._group is node else None
 
     def _find_anywhere(self, name: str) -> ManagedTask[Any] | None:
-        task = by_name(self._root._live, name)
+        # The uid first: no name that somebody chooses can stand in its way.
+        task = self._ledger.by_uid(name) or by_name(self._root._live, name)
         if task is not None:
             return task
         # An id: group id, slash, name; both may have slashes in them.

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextvars import Context
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
+from secrets import token_urlsafe
 from threading import get_ident
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -85,6 +86,7 @@ class Extras:
         "supervises",
         "ticket",
         "timeout",
+        "uid",
         "unrecorded",
         "worker",
     )
@@ -98,6 +100,8 @@ class Extras:
     ) -> None:
         self.metadata = None if metadata is None else checked_metadata(metadata)
         self.keep_result = keep_result
+        # Made when somebody asks for it.
+        self.uid: str | None = None
         # The task's own timeout, and asyncio's while it runs.
         self.seconds = seconds
         self.timeout: asyncio.Timeout | None = None
@@ -178,6 +182,7 @@ class TaskInfo:
 
     Attributes:
         id: Unique among the live tasks of a manager.
+        uid: ``task.uid``, if that has been read; None otherwise. A snapshot makes none.
         name: Unique among the live tasks of its scoped group, or of the manager.
         group: The group's name.
         group_id: The group's id.
@@ -198,6 +203,7 @@ class TaskInfo:
     """
 
     id: str
+    uid: str | None
     name: str
     group: str
     group_id: str
@@ -297,6 +303,15 @@ class ManagedTask(asyncio.Task[T]):
     def id(self) -> str:
         """The name, or ``group id/name`` in a scoped group: unique among the manager's live tasks."""
         return self._group._task_id(self.get_name())
+
+    @property
+    def uid(self) -> str:
+        """An id that no other task ever has, and that nobody can guess: hand this one to a client.
+
+        It is made when it is first read. From then on the functions that take a name find the task by it too,
+        as long as it is live or remembered.
+        """
+        return uid_of(self)
 
     @property
     def name(self) -> str:
@@ -604,6 +619,20 @@ def progress_of(task: ManagedTask[Any]) -> TaskProgress:
     return extras.progress
 
 
+def uid_of(task: ManagedTask[Any]) -> str:
+    """Give a task's uid, made on first use."""
+    extras = extras_of(task)
+    if extras.uid is None:
+        with _making:
+            if extras.uid is None:
+                # 128 bits: more than anybody can try. With a counter a client would know its neighbors'.
+                uid = token_urlsafe(16)
+                task._group._ledger.note_uid(task, uid)
+                extras.uid = uid
+        task._group._ledger.record_uid(task)
+    return extras.uid
+
+
 def reported(task: ManagedTask[Any]) -> Progress | None:
     """What a task has reported last, if it has."""
     extras = task._extras
@@ -687,6 +716,8 @@ def cancel_message(task: asyncio.Task[Any]) -> object:
 def snapshot(task: ManagedTask[Any]) -> TaskInfo:
     """Take a snapshot of a task, live or ended."""
     group = task._group
+    # In one step: what a request's group is called has to be looked up.
+    group_name, group_id, is_scoped = group._label or group._labels()
     name = task.get_name()
     status = task.status
     extras = task._extras
@@ -695,7 +726,9 @@ def snapshot(task: ManagedTask[Any]) -> TaskInfo:
     metadata: dict[str, Any] = {}
     progress = None
     result: Any = NO_RESULT
+    uid = None
     if extras is not None:
+        uid = extras.uid
         if extras.metadata is not None:
             metadata = dict(extras.metadata)
         if extras.progress is not None:
@@ -703,10 +736,11 @@ def snapshot(task: ManagedTask[Any]) -> TaskInfo:
         if extras.keep_result and status is TaskStatus.COMPLETED:
             result = task.result()
     return TaskInfo(
-        id=group._task_id(name),
+        id=f"{group_id}/{name}" if is_scoped else name,
+        uid=uid,
         name=name,
-        group=group.name,
-        group_id=group.id,
+        group=group_name,
+        group_id=group_id,
         priority=task._priority,
         status=status,
         created_at=task._created_at,

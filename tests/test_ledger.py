@@ -315,7 +315,18 @@ async def test_snapshot_is_frozen() -> None:
         info.status = TaskStatus.FAILED  # type: ignore[misc]  # that is the test
     assert not hasattr(info, "__dict__")
     assert list(info.to_dict()) == [
-        *("id", "name", "group", "group_id", "priority", "status", "created_at", "started_at", "ended_at"),
+        *(
+            "id",
+            "uid",
+            "name",
+            "group",
+            "group_id",
+            "priority",
+            "status",
+            "created_at",
+            "started_at",
+            "ended_at",
+        ),
         *("error_type", "error", "cause", "cancel_ignored", "progress", "metadata", "trace_id", "span_id"),
         "duration",
     ]

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import gc
 import traceback
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -323,11 +324,11 @@ async def test_lookup_in_a_group_finds_its_own_tasks() -> None:
         for group in (block, manager.get_group("a.b"), manager.get_group("root")):
             task = await manager.start_task("work", asyncio.Event().wait, group=group, on_conflict="replace")
             for where in (group, group.id):
-                for name in (task.name, task.id):
+                for name in ids(task):
                     assert manager.get_task(name, group=where) is task
                     assert manager.get_task_info(name, group=where) == task.info()
             assert await manager.cancel_task("work", group=group)
-            for name in (task.name, task.id):
+            for name in ids(task):
                 assert manager.get_task_info(name, group=group.id) == task.info()
                 with pytest.raises(asyncio.CancelledError):
                     manager.get_result(name, group=group)
@@ -359,7 +360,7 @@ async def test_lookup_in_a_group_finds_no_task_of_another_group() -> None:
 
 def ids(task: ManagedTask[Any]) -> set[str]:
     """All by which a task may be looked up."""
-    return {task.name, task.id}
+    return {task.name, task.id, task.uid}
 
 
 async def assert_unknown(manager: TaskManager, name: str, group: TaskGroup) -> None:
@@ -373,6 +374,104 @@ async def assert_unknown(manager: TaskManager, name: str, group: TaskGroup) -> N
             manager.get_task(name, group=where)
         with pytest.raises(TaskNotFoundError, match=r"^no task of group .* it was never started there"):
             await manager.wait_for_task(name, group=where)
+
+
+async def test_uid_finds_its_task_live_and_ended() -> None:
+    """Every lookup takes the uid of a task in whatever group, and knows its record by it."""
+    manager = TaskManager()
+    async with manager.group("block") as block:
+        tasks = [await manager.start_task("work", rest, group=group) for group in (None, block)]
+        for task in tasks:
+            assert manager.get_task(task.uid) is task
+            assert manager.get_task_info(task.uid) == task.info()
+            assert task.info().uid == task.info().to_dict()["uid"] == task.uid
+            assert await manager.cancel_task(task.uid)
+            assert manager.get_task_info(task.uid) == task.info()
+            assert manager.get_result(task.uid, default=7) == 7
+            with pytest.raises(TaskNotFoundError, match="has ended"):
+                manager.get_task(task.uid)
+            with pytest.raises(asyncio.CancelledError):
+                await manager.wait_for_task(task.uid)
+
+
+async def test_uid_is_never_used_again() -> None:
+    """A later task of the same name has another uid, and that of the first one still means the first one."""
+    manager = TaskManager()
+    first = await manager.start_task("work", give(1))
+    uid = first.uid
+    await first
+    second = await manager.start_task("work", give(2))
+    assert second.uid != uid == first.uid
+    assert (await manager.wait_for_task(uid), await manager.wait_for_task(second.uid)) == (1, 2)
+    assert manager.get_result(uid) == 1
+    manager.cleanup_completed_tasks()
+    assert manager.get_task_info(uid) is None
+
+
+@pytest.mark.parametrize("how", ["named", "numbered", "started"])
+async def test_uid_asked_for_after_the_end_finds_the_record(how: str) -> None:
+    """A task may have ended before anybody had the time to ask for its uid, as an eager one has."""
+    manager = TaskManager()
+    for _ in range(2):
+        task = (
+            await manager.start_task("work", give(1))
+            if how == "started"
+            else manager.create_task(give(1), name="work" if how == "named" else None)
+        )
+        await task
+        await settle()
+        assert task.info().uid is None
+        await asyncio.sleep(1)
+    assert manager.get_task_info(task.uid) == task.info()
+    assert [info.uid for info in manager._ledger.history] == [None, task.uid]
+
+
+async def test_uid_asked_for_in_a_thread_finds_the_record() -> None:
+    """A thread may ask for the uid of a task that is ending."""
+    manager = TaskManager()
+    task = manager.create_task(give(1))
+    uid = await asyncio.to_thread(lambda: task.uid)
+    await settle()
+    assert manager.get_task_info(uid) == task.info()
+    late = manager.create_task(give(1))
+    await settle()
+    uid = await asyncio.to_thread(lambda: late.uid)
+    await settle()
+    assert manager.get_task_info(uid) == late.info()
+
+
+async def test_uid_is_made_only_for_those_who_ask() -> None:
+    """A snapshot makes no uid, and a task of which nobody asks it gets nothing for it."""
+    manager = TaskManager()
+    task = manager.create_task(give(1))
+    assert task.info().uid is None
+    assert task._extras is None
+    assert not manager._ledger.uids
+    await task
+
+
+async def test_uid_keeps_no_task_that_has_ended() -> None:
+    """A task is freed as any other once it has ended, and its record still answers to the uid."""
+    manager = TaskManager()
+    task = manager.create_task(give(1))
+    uid = task.uid
+    await task
+    await settle()
+    freed = weakref.ref(task)
+    del task
+    gc.collect()
+    assert freed() is None
+    assert not manager._ledger.uids
+    assert manager.get_task_info(uid) is not None
+
+
+async def test_name_cannot_take_the_place_of_a_uid() -> None:
+    """A uid leads to its own task, even where another task is called just that."""
+    manager = TaskManager()
+    task = manager.create_task(rest())
+    manager.create_task(rest(), name=task.uid)
+    assert manager.get_task(task.uid) is task
+    await manager.shutdown(0)
 
 
 async def test_lookup_in_a_group_that_is_not_known_finds_nothing() -> None:

@@ -157,6 +157,8 @@ async def managing() -> None:
 def looking(task: ManagedTask[int], info: TaskInfo) -> None:
     """What a task and its snapshot say."""
     assert_type(task.id, str)
+    assert_type(task.uid, str)
+    assert_type(info.uid, str | None)
     assert_type(task.group, TaskGroup)
     assert_type(task.priority, TaskPriority)
     assert_type(task.status, TaskStatus)
