@@ -24,7 +24,7 @@ from otel_tasks import (
     wait_with_cancellation,
 )
 from otel_tasks.asgi import TaskGroupMiddleware, request_group
-from otel_tasks.testing import FakeConnection
+from otel_tasks.testing import FakeConnection, SpanRecorder
 
 from .helpers import rest, settle
 
@@ -37,24 +37,31 @@ class Cause(NamedTuple):
     kind: CancelKind
     message: str | None
     asked_by: str | None
-
-    @classmethod
-    def of(cls, cause: CancelCause | None) -> Cause | None:
-        return None if cause is None else cls(cause.kind, cause.message, cause.asked_by)
+    origin: str | None
+    """The name of the span from which it came."""
 
 
 class World:
     """One request, served by a fake server, and the tasks that its handler has started."""
 
-    def __init__(self) -> None:
-        self.manager = TaskManager("app")
-        self.other = TaskManager("other")
+    def __init__(self, spans: SpanRecorder) -> None:
+        self.spans = spans
+        self.manager = TaskManager("app", tracer_provider=spans.provider)
+        self.other = TaskManager("other", tracer_provider=spans.provider)
         self.connection = FakeConnection(method="DELETE", path="/jobs/7")
         self.tasks: list[ManagedTask[Any]] = []
         self.server: asyncio.Task[None]
         self.hosts: list[asyncio.Task[Any]] = []
         # The one task that is cancelled by itself.
         self.top: ManagedTask[Any] | None = None
+
+    def cause_of(self, task: ManagedTask[Any]) -> Cause | None:
+        cause = task.cause
+        if cause is None:
+            return None
+        names = {span.context.span_id: span.name for span in self.spans.finished if span.context is not None}
+        origin = None if cause.origin is None else names[cause.origin.span_id]
+        return Cause(cause.kind, cause.message, cause.asked_by, origin)
 
     def keep(self, task: ManagedTask[Any]) -> ManagedTask[Any]:
         self.tasks.append(task)
@@ -80,7 +87,8 @@ class World:
             await send({"type": "http.response.body"})
 
         middleware = TaskGroupMiddleware(app, manager=self.manager, cancel_handler=True)
-        with suppress(TimeoutError, ValueError, ExceptionGroup):
+        tracer = self.spans.provider.get_tracer("server")
+        with suppress(TimeoutError, ValueError, ExceptionGroup), tracer.start_as_current_span(ROUTE):
             await self.connection.run(middleware)
 
 
@@ -272,7 +280,7 @@ IN_ALIEN_GROUP = {
 }
 
 Shape = Callable[[World], Coroutine[Any, Any, None]]
-END = Cause(CancelKind.SCOPE_ENDED, None, ROUTE)
+END = Cause(CancelKind.SCOPE_ENDED, None, ROUTE, ROUTE)
 
 
 # --- how they are cancelled --------------------------------------------------------------------------
@@ -296,7 +304,7 @@ async def client_leaves(world: World, shape: Shape) -> Cause:
     await started(world, shape)
     world.connection.disconnect()
     await asyncio.wait([world.server])
-    return Cause(CancelKind.CLIENT_DISCONNECT, None, ROUTE)
+    return Cause(CancelKind.CLIENT_DISCONNECT, None, ROUTE, ROUTE)
 
 
 async def server_cancels(world: World, shape: Shape) -> Cause:
@@ -304,14 +312,14 @@ async def server_cancels(world: World, shape: Shape) -> Cause:
     await started(world, shape)
     world.server.cancel("time is up")
     await asyncio.wait([world.server])
-    return Cause(CancelKind.SHUTDOWN, "time is up", ROUTE)
+    return Cause(CancelKind.SHUTDOWN, "time is up", ROUTE, ROUTE)
 
 
 async def server_cancels_in_a_callback(world: World, shape: Shape) -> Cause:
     await started(world, shape)
     asyncio.get_running_loop().call_soon(world.server.cancel)
     await asyncio.wait([world.server])
-    return Cause(CancelKind.SHUTDOWN, None, ROUTE)
+    return Cause(CancelKind.SHUTDOWN, None, ROUTE, ROUTE)
 
 
 async def server_cancels_through_its_group(world: World, shape: Shape) -> Cause:
@@ -325,14 +333,14 @@ async def server_cancels_through_its_group(world: World, shape: Shape) -> Cause:
     await asyncio.sleep(1)
     task.cancel()
     await asyncio.wait([task])
-    return Cause(CancelKind.SHUTDOWN, None, ROUTE)
+    return Cause(CancelKind.SHUTDOWN, None, ROUTE, ROUTE)
 
 
 async def task_cancels_the_handler(world: World, shape: Shape) -> Cause:
     await started(world, shape)
     await by_janitor(world, lambda: world.hosts[0].cancel("no more"))
     await asyncio.wait([world.server])
-    return Cause(CancelKind.EXPLICIT, "no more", "janitor")
+    return Cause(CancelKind.EXPLICIT, "no more", "janitor", "janitor")
 
 
 async def other_request_cancels_the_handler(world: World, shape: Shape) -> Cause:
@@ -343,7 +351,7 @@ async def other_request_cancels_the_handler(world: World, shape: Shape) -> Cause
 
     await FakeConnection(method="POST").run(TaskGroupMiddleware(app, manager=world.manager))
     await asyncio.wait([world.server])
-    return Cause(CancelKind.EXPLICIT, "no more", "POST")
+    return Cause(CancelKind.EXPLICIT, "no more", "POST", None)
 
 
 async def task_cancels_the_group(world: World, shape: Shape) -> Cause:
@@ -356,14 +364,14 @@ async def task_cancels_the_group(world: World, shape: Shape) -> Cause:
     await started(world, handler)
     await by_janitor(world, lambda: groups[0].cancel("enough"))
     await ended(world)
-    return Cause(CancelKind.EXPLICIT, "enough", "janitor")
+    return Cause(CancelKind.EXPLICIT, "enough", "janitor", "janitor")
 
 
 async def manager_shuts_down(world: World, shape: Shape) -> Cause:
     await started(world, shape)
     await asyncio.create_task(shut_down(world), name="lifespan")
     await ended(world)
-    return Cause(CancelKind.SHUTDOWN, "manager 'app' is shutting down", "lifespan")
+    return Cause(CancelKind.SHUTDOWN, "manager 'app' is shutting down", "lifespan", None)
 
 
 async def shut_down(world: World) -> None:
@@ -377,7 +385,7 @@ async def timeout_around(world: World, shape: Shape) -> Cause:
 
     await started(world, handler)
     await asyncio.wait([world.server])
-    return own(world, shape, CancelKind.TIMEOUT, "an asyncio timeout expired", None)
+    return own(world, shape, CancelKind.TIMEOUT, "an asyncio timeout expired", None, ROUTE)
 
 
 async def wait_for_around(world: World, shape: Shape) -> Cause:
@@ -389,7 +397,7 @@ async def wait_for_around(world: World, shape: Shape) -> Cause:
     if sys.version_info < (3, 12) and shape in IN_ALIEN_GROUP:
         # There wait_for() runs its coroutine in a plain task of asyncio's, in which the group then stands.
         pytest.skip("nothing tells why a plain task was cancelled in which no block of this library stands")
-    return own(world, shape, CancelKind.TIMEOUT, "an asyncio timeout expired", None)
+    return own(world, shape, CancelKind.TIMEOUT, "an asyncio timeout expired", None, ROUTE)
 
 
 async def anyio_timeout_around(world: World, shape: Shape) -> Cause:
@@ -399,7 +407,7 @@ async def anyio_timeout_around(world: World, shape: Shape) -> Cause:
 
     await started(world, handler)
     await asyncio.wait([world.server])
-    return own(world, shape, CancelKind.TIMEOUT, "an anyio timeout expired", None)
+    return own(world, shape, CancelKind.TIMEOUT, "an anyio timeout expired", None, ROUTE)
 
 
 async def anyio_scope_around(world: World, shape: Shape) -> Cause:
@@ -413,7 +421,7 @@ async def anyio_scope_around(world: World, shape: Shape) -> Cause:
     await started(world, handler)
     await by_janitor(world, lambda: scopes[0].cancel())
     await asyncio.wait([world.server])
-    return own(world, shape, CancelKind.EXPLICIT, "an anyio cancel scope was cancelled", "janitor")
+    return own(world, shape, CancelKind.EXPLICIT, "an anyio cancel scope was cancelled", "janitor", "janitor")
 
 
 async def sibling_fails_in_asyncio_group(world: World, shape: Shape) -> Cause:
@@ -425,7 +433,7 @@ async def sibling_fails_in_asyncio_group(world: World, shape: Shape) -> Cause:
     await started(world, handler)
     await asyncio.wait([world.server])
     text = "a task of an asyncio.TaskGroup failed: ValueError('bad')"
-    return own(world, shape, CancelKind.SIBLING_FAILED, text, None)
+    return own(world, shape, CancelKind.SIBLING_FAILED, text, None, ROUTE)
 
 
 async def asyncio_group_is_cancelled(world: World, shape: Shape) -> Cause:
@@ -452,7 +460,7 @@ async def sibling_fails(world: World, shape: Shape) -> Cause:
 
     await started(world, handler)
     await asyncio.wait([world.server])
-    return own(world, shape, CancelKind.SIBLING_FAILED, "bad failed: ValueError('bad')", "bad")
+    return own(world, shape, CancelKind.SIBLING_FAILED, "bad failed: ValueError('bad')", "bad", "bad")
 
 
 async def group_times_out(world: World, shape: Shape) -> Cause:
@@ -462,7 +470,7 @@ async def group_times_out(world: World, shape: Shape) -> Cause:
 
     await started(world, handler)
     await asyncio.wait([world.server])
-    return own(world, shape, CancelKind.TIMEOUT, "group timeout of 5 s", None)
+    return own(world, shape, CancelKind.TIMEOUT, "group timeout of 5 s", None, ROUTE)
 
 
 async def group_is_cancelled(world: World, shape: Shape) -> Cause:
@@ -476,7 +484,7 @@ async def group_is_cancelled(world: World, shape: Shape) -> Cause:
     await started(world, handler)
     await by_janitor(world, lambda: groups[0].cancel("enough"))
     await asyncio.wait([world.server])
-    return own(world, shape, CancelKind.EXPLICIT, "enough", "janitor")
+    return own(world, shape, CancelKind.EXPLICIT, "enough", "janitor", "janitor")
 
 
 async def block_raises(world: World, shape: Shape) -> Cause:
@@ -488,17 +496,21 @@ async def block_raises(world: World, shape: Shape) -> Cause:
 
     await started(world, handler)
     await asyncio.wait([world.server])
-    return Cause(CancelKind.SCOPE_ENDED, "the block raised ValueError('over')", ROUTE)
+    return Cause(CancelKind.SCOPE_ENDED, "the block raised ValueError('over')", ROUTE, ROUTE)
 
 
 async def task_times_out(world: World, shape: Shape) -> Cause:
     async def handler(world: World) -> None:
-        world.top = world.keep(create_task(shape(world), timeout=5, name="top"))
-        await world.top
+        top = create_task(shape(world), timeout=5, name="top")
+        tops.append(top)
+        await top
 
+    tops: list[ManagedTask[None]] = []
     await started(world, handler)
     await asyncio.wait([world.server])
-    return own(world, shape, CancelKind.TIMEOUT, "timeout of 5 s", None)
+    # It has no other origin than itself.
+    assert world.cause_of(tops[0]) == Cause(CancelKind.TIMEOUT, "timeout of 5 s", None, None)
+    return own(world, shape, CancelKind.TIMEOUT, "timeout of 5 s", None, "top")
 
 
 async def task_is_cancelled(world: World, shape: Shape) -> Cause:
@@ -509,7 +521,7 @@ async def task_is_cancelled(world: World, shape: Shape) -> Cause:
     await started(world, handler)
     await by_janitor(world, lambda: world.tasks[0].cancel("no more"))
     await asyncio.wait([world.server])
-    return own(world, shape, CancelKind.EXPLICIT, "no more", "janitor")
+    return own(world, shape, CancelKind.EXPLICIT, "no more", "janitor", "janitor")
 
 
 async def task_is_replaced(world: World, shape: Shape) -> Cause:
@@ -521,7 +533,7 @@ async def task_is_replaced(world: World, shape: Shape) -> Cause:
 
     await started(world, handler)
     await asyncio.wait([world.server])
-    return own(world, shape, CancelKind.REPLACED, "replaced by a new task 'top'", ROUTE)
+    return own(world, shape, CancelKind.REPLACED, "replaced by a new task 'top'", ROUTE, ROUTE)
 
 
 async def event_is_set(world: World, shape: Shape) -> Cause:
@@ -533,7 +545,7 @@ async def event_is_set(world: World, shape: Shape) -> Cause:
     await started(world, handler)
     event.set(CancelCause(CancelKind.SHUTDOWN, "new version", "deploy"))
     await asyncio.wait([world.server])
-    return own(world, shape, CancelKind.SHUTDOWN, "new version", "deploy")
+    return own(world, shape, CancelKind.SHUTDOWN, "new version", "deploy", None)
 
 
 async def request_ends(world: World, shape: Shape) -> Cause:
@@ -590,13 +602,15 @@ async def fail_later() -> None:
     raise ValueError("bad")
 
 
-def own(world: World, shape: Shape, kind: CancelKind, message: str, asked_by: str | None) -> Cause:
+def own(
+    world: World, shape: Shape, kind: CancelKind, message: str, asked_by: str | None, origin: str | None
+) -> Cause:
     """The cause of what the handler, or its one task, was cancelled for; of the request's end otherwise."""
-    cause = Cause(kind, message, asked_by)
+    cause = Cause(kind, message, asked_by, origin)
     if shape not in NOT_FORWARDED:
         return cause
     if world.top is not None:
-        assert Cause.of(world.top.cause) == cause
+        assert world.cause_of(world.top) == cause
         world.tasks.remove(world.top)
     return END
 
@@ -604,14 +618,14 @@ def own(world: World, shape: Shape, kind: CancelKind, message: str, asked_by: st
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 async def test_cause_is_the_same_at_every_depth(
-    way: Callable[[World, Shape], Awaitable[Cause]], shape: Shape
+    way: Callable[[World, Shape], Awaitable[Cause]], shape: Shape, spans: SpanRecorder
 ) -> None:
     """Every task below the place where a cancellation begins ends with its cause, whatever stands between."""
-    world = World()
+    world = World(spans)
     expected = await way(world, shape)
     await settle()
     assert world.tasks
-    assert {task.name: Cause.of(task.cause) for task in world.tasks} == {
+    assert {task.name: world.cause_of(task) for task in world.tasks} == {
         task.name: expected for task in world.tasks
     }
     assert all(task.info().started_at is not None for task in world.tasks)
