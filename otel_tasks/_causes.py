@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from otel_tasks._binding import _bound, awaiting, bound_request
 from otel_tasks._events import CancelCause, own_name
 from otel_tasks._state import CancelKind
+from otel_tasks._suspension import awaiters, cancelled_scope
 from otel_tasks._telemetry import text_of
 
 if TYPE_CHECKING:
@@ -35,10 +36,12 @@ if TYPE_CHECKING:
     from otel_tasks._binding import BoundRequest
 
     Intercept = Callable[[asyncio.Task[Any], object], bool]
-    Rule = Callable[[Mapping[str, Any]], "Found"]
+    Rule = Callable[[FrameType], "Found"]
 
 # asyncio's and anyio's own frames are next to the call, or behind one or two of gather().
 _DEPTH = 10
+_EXPIRED = "an asyncio timeout expired"
+_release_waiter = vars(asyncio_tasks).get("_release_waiter")
 _ANYIO = "anyio._backends._asyncio"
 
 
@@ -109,7 +112,7 @@ def known_cause(task: asyncio.Task[Any]) -> CancelCause | None:
 @functools.singledispatch
 def name_of_timeout(task: asyncio.Task[Any], timeout: asyncio.Timeout) -> str:
     """Name a timeout; ``_task`` registers this for a managed task, which may have one as an option."""
-    return "an asyncio timeout expired"
+    return _EXPIRED
 
 
 class Witness:
@@ -127,6 +130,7 @@ class Witness:
     # Asked before each cancellation: True leaves the task alone.
     intercepts: tuple[Intercept, ...] = ()
     _cause: CancelCause | None = None
+    _message: object = None
     # What `cancelling()` was with the noted one: below that it has been taken back.
     _count = 0
 
@@ -144,9 +148,12 @@ class Witness:
         # A list: each request concerned has to take its own.
         if self.intercepts and True in [intercept(self._task, msg) for intercept in self.intercepts]:
             return True
-        cause = cause_of_cancel(self._task, msg, self.request).cause
+        cause = self.cause
+        if cause is None or msg is None or msg is not self._message:
+            # anyio says the same in every turn of the loop, until the task leaves the scope.
+            cause = cause_of_cancel(self._task, msg, self.request).cause
         if self.cause is None and not self._task.done():
-            self._cause = cause
+            self._cause, self._message = cause, msg
             self._count = self._task.cancelling() + 1
         with passing(cause):
             return asyncio.Task.cancel(self._task, msg)
@@ -235,7 +242,7 @@ def _found_on_stack() -> Found | None:
         if rule is None and _is_anyios(frame):
             rule = _by_anyio
         if rule is not None:
-            return rule(frame.f_locals)
+            return rule(frame)
     return None
 
 
@@ -254,35 +261,30 @@ def _callers() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _by_timeout(variables: Mapping[str, Any]) -> Found:
-    timeout: asyncio.Timeout = variables["self"]
+def _by_timeout(frame: FrameType) -> Found:
+    timeout: asyncio.Timeout = frame.f_locals["self"]
     host: asyncio.Task[Any] = vars(timeout)["_task"]
     return Found(_asked_by_nobody(CancelKind.TIMEOUT, name_of_timeout(host, timeout)), host)
 
 
-def _by_wait_for(_: Mapping[str, Any]) -> Found:
-    # Python 3.11: by the task that waits, for its timeout, or because it was cancelled itself.
+def _by_wait_for(frame: FrameType) -> Found:
+    # Python 3.11; later it is an asyncio.timeout(). By the task that waits, in a step of its own.
     host = asyncio.current_task()
-    cause = _cause_of_host(host) if isinstance(sys.exception(), asyncio.CancelledError) else None
-    return Found(cause or _asked_by_nobody(CancelKind.TIMEOUT, "an asyncio timeout expired"), host)
-
-
-def _by_task_group(variables: Mapping[str, Any]) -> Found:
-    group = vars(variables["self"])
-    host: asyncio.Task[Any] = group["_parent_task"]
-    errors: list[BaseException] = group["_errors"]
-    if errors:
-        text = f"a task of an asyncio.TaskGroup failed: {text_of(errors[0], repr)}"
-        return Found(_asked_by_nobody(CancelKind.SIBLING_FAILED, text), host)
-    if any(frame.f_code is _ON_GROUP_CANCEL for frame in _callers()):
-        return Found(CancelCause.make(CancelKind.EXPLICIT, "an asyncio.TaskGroup was cancelled"), host)
-    if host.cancelling():
+    waiter = None if frame.f_back is None else frame.f_back.f_locals.get("waiter")
+    if isinstance(waiter, asyncio.Future) and waiter.cancelled():
         return Found(_cause_of_host(host) or CancelCause.make(CancelKind.EXPLICIT), host)
-    text = "the block of an asyncio.TaskGroup raised"
-    return Found(CancelCause.make(CancelKind.SCOPE_ENDED, text), host)
+    return Found(_asked_by_nobody(CancelKind.TIMEOUT, _EXPIRED), host)
 
 
-def _by_interrupt(_: Mapping[str, Any]) -> Found:
+def _by_task_group(frame: FrameType) -> Found:
+    group: asyncio.TaskGroup = frame.f_locals["self"]
+    host: asyncio.Task[Any] = vars(group)["_parent_task"]
+    if not vars(group)["_errors"] and any(caller.f_code is _ON_GROUP_CANCEL for caller in _callers()):
+        return Found(CancelCause.make(CancelKind.EXPLICIT, "an asyncio.TaskGroup was cancelled"), host)
+    return Found(_cause_of_group(group), host)
+
+
+def _by_interrupt(_: FrameType) -> Found:
     # In a signal handler, which interrupts just any task.
     return Found(_asked_by_nobody(CancelKind.SHUTDOWN, "interrupted from the keyboard"))
 
@@ -291,40 +293,86 @@ def _is_anyios(frame: FrameType) -> bool:
     return frame.f_code.co_name == "_deliver_cancellation" and frame.f_globals.get("__name__") == _ANYIO
 
 
-def _by_anyio(variables: Mapping[str, Any]) -> Found:
-    scope, task = variables["origin"], variables["task"]
-    if scope.deadline <= asyncio.get_running_loop().time():
-        text = "an anyio timeout expired"
-        return Found(_asked_by_nobody(CancelKind.TIMEOUT, text), task)
-    # Not its own message, which has the address of the scope in it.
-    text = "an anyio cancel scope was cancelled"
-    return Found(_cause_of_host(scope._host_task) or CancelCause.make(CancelKind.EXPLICIT, text), task)
+def _by_anyio(frame: FrameType) -> Found:
+    return Found(_cause_of_scope(frame.f_locals["origin"]), frame.f_locals["task"])
 
 
 def _asked_by_nobody(kind: CancelKind, message: str) -> CancelCause:
     return replace(CancelCause.make(kind, message), asked_by=None)
 
 
+# -- what cancels from further up ---------------------------------------------------------------
+
+
+def _cause_of_group(group: asyncio.TaskGroup) -> CancelCause:
+    errors: list[BaseException] = vars(group)["_errors"]
+    host: asyncio.Task[Any] = vars(group)["_parent_task"]
+    if errors:
+        text = f"a task of an asyncio.TaskGroup failed: {text_of(errors[0], repr)}"
+        return _asked_by_nobody(CancelKind.SIBLING_FAILED, text)
+    if host.cancelling():
+        return _cause_of_host(host) or CancelCause.make(CancelKind.EXPLICIT)
+    return CancelCause.make(CancelKind.SCOPE_ENDED, "the block of an asyncio.TaskGroup raised")
+
+
+def _cause_of_scope(scope: Any) -> CancelCause:
+    """The cause of what an ``anyio.CancelScope`` cancels; its own message has an address in it."""
+    if scope.deadline <= asyncio.get_running_loop().time():
+        return _asked_by_nobody(CancelKind.TIMEOUT, "an anyio timeout expired")
+    text = "an anyio cancel scope was cancelled"
+    return _cause_of_host(scope._host_task) or CancelCause.make(CancelKind.EXPLICIT, text)
+
+
 def _cause_of_host(host: asyncio.Task[Any] | None) -> CancelCause | None:
     """Why the task was cancelled that hosts a block of asyncio's or anyio's."""
     if host is None or not host.cancelling():
         return None
-    cause = known_cause(host)
-    if cause is None:
-        request = bound_request()
-        if request is not None and request.host is host and request.cancelled_from_outside:
-            return request.cause_of_shutdown()
-    return cause
+    return known_cause(host) or _cause_around(host) or _cause_of_request(host)
 
 
-_ON_TIMEOUT: CodeType = vars(asyncio.Timeout)["_on_timeout"].__code__
+def _cause_around(task: asyncio.Task[Any]) -> CancelCause | None:
+    """The cause of what stands around a plain task, which was cancelled by it and has no witness."""
+    for callback, _ in task._callbacks or ():
+        group = getattr(callback, "__self__", None)
+        if isinstance(group, asyncio.TaskGroup) and vars(group)["_aborting"]:
+            return _cause_of_group(group)
+        if isinstance(callback, functools.partial) and callback.func is _release_waiter:
+            # Python 3.11: of an asyncio.wait_for(), which waits for the end of what it has cancelled.
+            return _cause_of_awaiters(callback.args[0]) or _asked_by_nobody(CancelKind.TIMEOUT, _EXPIRED)
+    if cause := _cause_of_awaiters(task):
+        return cause
+    scope = cancelled_scope(task)
+    return None if scope is None else _cause_of_scope(scope)
+
+
+def _cause_of_awaiters(future: asyncio.Future[Any]) -> CancelCause | None:
+    causes = (_cause_of_host(task) for task, *_ in awaiters(future))
+    return next((cause for cause in causes if cause is not None), None)
+
+
+def _cause_of_request(task: asyncio.Task[Any]) -> CancelCause | None:
+    """The cause of the cancellation of the handler, on whose behalf ``task`` runs."""
+    request = bound_request()
+    if request is None or request.host is None:
+        return None
+    if request.host is not task and (cause := known_cause(request.host)):
+        return cause
+    return request.cause_of_shutdown() if request.cancelled_from_outside else None
+
+
+def _code_of(owner: object, name: str) -> CodeType | None:
+    # None in a Python that has it no longer: then the construct is not recognized, and nothing else fails.
+    return getattr(vars(owner).get(name), "__code__", None)
+
+
+_ON_TIMEOUT = _code_of(asyncio.Timeout, "_on_timeout")
 # From Python 3.15 on.
-_ON_GROUP_CANCEL: CodeType | None = getattr(vars(asyncio.TaskGroup).get("cancel"), "__code__", None)
+_ON_GROUP_CANCEL = _code_of(asyncio.TaskGroup, "cancel")
 _RULES: Mapping[CodeType | None, Rule] = {
     _ON_GROUP_CANCEL: _by_task_group,
     _ON_TIMEOUT: _by_timeout,
-    vars(asyncio_tasks)["_cancel_and_wait"].__code__: _by_wait_for,
-    vars(asyncio.TaskGroup)["_abort"].__code__: _by_task_group,
-    vars(asyncio.TaskGroup)["_on_task_done"].__code__: _by_task_group,
-    vars(asyncio.Runner)["_on_sigint"].__code__: _by_interrupt,
+    _code_of(asyncio_tasks, "_cancel_and_wait"): _by_wait_for,
+    _code_of(asyncio.TaskGroup, "_abort"): _by_task_group,
+    _code_of(asyncio.TaskGroup, "_on_task_done"): _by_task_group,
+    _code_of(asyncio.Runner, "_on_sigint"): _by_interrupt,
 }

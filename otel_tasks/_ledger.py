@@ -36,6 +36,7 @@ from otel_tasks._task import (
     extras_of,
     failure_of,
     final_status,
+    has_begun,
     outcome_of,
     queue_time,
     snapshot,
@@ -662,6 +663,10 @@ class Ledger:
             if extras.made.shadow is not None:
                 end_like(extras.made.shadow, task)
         if extras.inner is not None:
+            # The frame first: most have ended, and have none.
+            extras.never_ran = getattr(extras.inner, "cr_frame", None) is not None and not has_begun(
+                extras.inner
+            )
             # A wrapper that never ran leaves the user's coroutine behind, unawaited.
             extras.inner.close()
 

@@ -108,7 +108,7 @@ class Scope:
         self.exiting = True
         if isinstance(error, SystemExit | KeyboardInterrupt) and self._base_error is None:
             self._base_error = error
-        if error is not None and group._cause is None:
+        if error is not None:
             self._abort_because_of(group, error)
         pending = error if isinstance(error, asyncio.CancelledError) else None
         pending = await self._wait_for_tasks(group) or pending
@@ -134,8 +134,7 @@ class Scope:
                 await self._idle
             except asyncio.CancelledError as error:
                 interrupted = error
-                if group._cause is None:
-                    self._abort_because_of(group, error)
+                self._abort_because_of(group, error)
         self._idle = None
         try:
             return interrupted
@@ -204,6 +203,9 @@ class Scope:
         cause = None
         if isinstance(error, asyncio.CancelledError) and self.host is not None:
             cause = known_cause(self.host)
+        if group._cause is not None and cause in (None, group._cause):
+            # What has set the event decides which tasks it cancels, and when.
+            return
         if cause is None:
             # Also a CancelledError out of something that the block awaits: nobody has cancelled the host.
             cause = CancelCause.make(CancelKind.SCOPE_ENDED, f"the block raised {text_of(error, repr)}")

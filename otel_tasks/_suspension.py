@@ -166,15 +166,22 @@ def holds_off(task: asyncio.Task[Any], forwarded: list[asyncio.Future[Any]]) -> 
 
 def in_anyio_shield(task: asyncio.Task[Any]) -> bool:
     """True if the task is inside a shielded ``anyio.CancelScope``; ``anyio.to_thread.run_sync`` opens one."""
+    # Up to the scopes of the tasks around it: a shield there shields this one too.
+    return any(scope.shield for scope in _anyio_scopes(task))
+
+
+def cancelled_scope(task: asyncio.Task[Any]) -> Any:
+    """The innermost ``anyio.CancelScope`` around the task that is cancelled; None if none is."""
+    return next((scope for scope in _anyio_scopes(task) if scope.cancel_called), None)
+
+
+def _anyio_scopes(task: asyncio.Task[Any]) -> Iterator[Any]:
     backend = sys.modules.get("anyio._backends._asyncio")
     state = None if backend is None else backend._task_states.get(task)
     scope = None if state is None else state.cancel_scope
-    # Up to the scopes of the tasks around it: a shield there shields this one too.
     while scope is not None:
-        if scope.shield:
-            return True
+        yield scope
         scope = scope._parent_scope
-    return False
 
 
 def _is_in_thread(future: asyncio.Future[Any]) -> bool:

@@ -75,6 +75,7 @@ class Extras:
         "made",
         "message",
         "metadata",
+        "never_called",
         "never_ran",
         "previous",
         "progress",
@@ -130,7 +131,10 @@ class Extras:
         self.worker: Worker[Any] | None = None
         # Of a cancel() that left no cause.
         self.message: str | None = None
+        # It has run none of its code: known at its end, before that of one that was cancelled.
         self.never_ran = False
+        # Its function was to run in a thread, and did not get one.
+        self.never_called = False
         # It only looks after other tasks, which have the spans and take the places.
         self.supervises = False
         # Of a service, the attempt that it looks after.
@@ -646,7 +650,11 @@ def has_started(task: ManagedTask[Any]) -> bool:
         # 3.12 up to 3.12.4 crashes (https://github.com/python/cpython/issues/122332).
         return True
     extras = task._extras
-    coro = task.get_coro() if extras is None or extras.inner is None else extras.inner
+    return has_begun(task.get_coro() if extras is None or extras.inner is None else extras.inner)
+
+
+def has_begun(coro: object) -> bool:
+    """Tell whether a coroutine has run any of its code."""
     if not isinstance(coro, CoroutineType):
         # Cython's coroutines and other Awaitables do not show their state.
         return True
@@ -766,10 +774,9 @@ def started_at(task: ManagedTask[Any], status: TaskStatus) -> float | None:
         return None
     if extras is None:
         return task._created_at
-    if extras.gate is not None:
-        return extras.started_at
-    is_cancelled = status in (TaskStatus.CANCELLING, TaskStatus.CANCELLED)
-    return None if extras.never_ran and is_cancelled else task._created_at
+    if extras.never_ran or extras.never_called:
+        return None
+    return task._created_at if extras.gate is None else extras.started_at
 
 
 def goes_on(task: ManagedTask[Any]) -> bool:

@@ -349,6 +349,7 @@ class Worker(Generic[T]):
         except BaseException:
             # Cancelled while it waited, or just when it got its place; or no thread could be started.
             self._threads.give_back(self)
+            extras_of(self.task).never_called = True
             raise
 
     async def _wait(self) -> None:

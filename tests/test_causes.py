@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 import pytest
@@ -20,13 +20,28 @@ from otel_tasks import (
     TaskGroup,
     TaskManager,
     create_task,
-    managed_task,
+    run_in_thread,
     wait_with_cancellation,
 )
-from otel_tasks.asgi import TaskGroupMiddleware, request_group
+from otel_tasks._causes import covered, known_cause, unwatch_cancels, watch_cancels
+from otel_tasks.asgi import TaskGroupMiddleware, request_group, uncancellable
 from otel_tasks.testing import FakeConnection, SpanRecorder
 
-from .helpers import rest, settle
+from .helpers import kind_of, rest, settle
+from .shapes import (
+    SHAPES,
+    Nest,
+    Shape,
+    block_that_rests,
+    rests,
+    shields,
+    task_that_awaits_other_managers,
+    task_with_block_that_rests,
+    waits,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
 
 ROUTE = "DELETE /jobs/{job}"
 
@@ -92,194 +107,11 @@ class World:
             await self.connection.run(middleware)
 
 
-# --- how tasks nest ----------------------------------------------------------------------------------
-# Each starts its tasks and waits, for an hour.
-
-
-async def rests(world: World) -> None:
-    world.leaf()
-    await rest()
-
-
-async def awaits(world: World) -> None:
-    await world.leaf()
-
-
-async def gathers(world: World) -> None:
-    await asyncio.gather(world.leaf(), world.leaf())
-
-
-async def gathers_gathered(world: World) -> None:
-    await asyncio.gather(asyncio.gather(world.leaf()), world.leaf())
-
-
-async def waits(world: World) -> None:
-    await asyncio.wait([world.leaf()])
-
-
-async def shields(world: World) -> None:
-    await asyncio.shield(world.leaf())
-
-
-async def awaits_in_timeout(world: World) -> None:
-    async with asyncio.timeout(3000):
-        await world.leaf()
-
-
-async def waits_for(world: World) -> None:
-    await asyncio.wait_for(world.leaf(), 3000)
-
-
-async def awaits_in_plain_task(world: World) -> None:
-    await asyncio.create_task(awaits(world))
-
-
-async def awaits_in_asyncio_group(world: World) -> None:
-    async with asyncio.TaskGroup() as group:
-        group.create_task(awaits(world))
-
-
-async def awaits_in_anyio_group(world: World) -> None:
-    async with anyio.create_task_group() as group:
-        group.start_soon(awaits, world)
-
-
-async def block(world: World) -> None:
-    async with TaskGroup("block") as group:
-        world.leaf(group)
-
-
-async def block_that_rests(world: World) -> None:
-    async with TaskGroup("block") as group:
-        world.leaf(group)
-        await rest()
-
-
-async def block_that_awaits(world: World) -> None:
-    async with TaskGroup("block") as group:
-        world.leaf(group)
-        await world.leaf(group)
-
-
-async def block_in_block(world: World) -> None:
-    async with TaskGroup("outer") as outer:
-        world.leaf(outer)
-        await block(world)
-
-
-async def block_in_block_that_rests(world: World) -> None:
-    async with TaskGroup("outer") as outer:
-        world.leaf(outer)
-        await block_that_rests(world)
-
-
-async def block_in_asyncio_group(world: World) -> None:
-    async with asyncio.TaskGroup() as group:
-        group.create_task(block_that_rests(world))
-        await block_that_rests(world)
-
-
-async def block_in_anyio_group(world: World) -> None:
-    """As behind Starlette's BaseHTTPMiddleware."""
-    async with anyio.create_task_group() as group:
-        group.start_soon(block_that_rests, world)
-
-
-async def block_in_plain_task(world: World) -> None:
-    await asyncio.create_task(block_that_rests(world))
-
-
-async def task_with_block(world: World) -> None:
-    await world.task(block(world))
-
-
-async def task_with_block_that_rests(world: World) -> None:
-    world.task(block_that_rests(world))
-    await rest()
-
-
-async def task_that_awaits(world: World) -> None:
-    await world.task(awaits(world))
-
-
-async def task_that_gathers(world: World) -> None:
-    await world.task(gathers(world))
-
-
-async def task_that_waits_for(world: World) -> None:
-    await world.task(waits_for(world))
-
-
-async def task_that_awaits_other_managers(world: World) -> None:
-    await world.task(awaits_other_managers(world))
-
-
-async def awaits_other_managers(world: World) -> None:
-    await world.keep(world.other.create_task(rest()))
-
-
-async def block_with_task_with_block(world: World) -> None:
-    async with TaskGroup("outer") as outer:
-        world.task(block_that_rests(world), outer)
-
-
-async def decorated(world: World) -> None:
-    @managed_task
-    async def work() -> None:
-        await world.leaf()
-
-    await work()
-
-
-async def block_with_decorated(world: World) -> None:
-    async with TaskGroup("block"):
-        await decorated(world)
-
-
-SHAPES = (
-    rests,
-    awaits,
-    gathers,
-    gathers_gathered,
-    waits,
-    shields,
-    awaits_in_timeout,
-    waits_for,
-    awaits_in_plain_task,
-    awaits_in_asyncio_group,
-    awaits_in_anyio_group,
-    block,
-    block_that_rests,
-    block_that_awaits,
-    block_in_block,
-    block_in_block_that_rests,
-    block_in_asyncio_group,
-    block_in_anyio_group,
-    block_in_plain_task,
-    task_with_block,
-    task_with_block_that_rests,
-    task_that_awaits,
-    task_that_gathers,
-    task_that_waits_for,
-    task_that_awaits_other_managers,
-    block_with_task_with_block,
-    decorated,
-    block_with_decorated,
-)
-
 # Where the handler's own cancellation reaches no task: they go on until the request ends.
 NOT_FORWARDED = {rests, waits, shields, task_with_block_that_rests}
 # Shapes with a task that is not the request's: its client's leaving and its end spare that.
 OF_OTHERS = {task_that_awaits_other_managers}
 
-IN_ALIEN_GROUP = {
-    awaits_in_asyncio_group,
-    awaits_in_anyio_group,
-    block_in_asyncio_group,
-    block_in_anyio_group,
-}
-
-Shape = Callable[[World], Coroutine[Any, Any, None]]
 END = Cause(CancelKind.SCOPE_ENDED, None, ROUTE, ROUTE)
 
 
@@ -312,6 +144,17 @@ async def server_cancels(world: World, shape: Shape) -> Cause:
     await started(world, shape)
     world.server.cancel("time is up")
     await asyncio.wait([world.server])
+    return Cause(CancelKind.SHUTDOWN, "time is up", ROUTE, ROUTE)
+
+
+async def server_cancels_in_the_grace_of_a_shutdown(world: World, shape: Shape) -> Cause:
+    """The event is set by then, and nothing is cancelled before the grace is over."""
+    await started(world, shape)
+    shutdown = asyncio.create_task(world.manager.shutdown(grace=50), name="lifespan")
+    await asyncio.sleep(1)
+    world.server.cancel("time is up")
+    await asyncio.wait([world.server], timeout=10)
+    await asyncio.wait([shutdown])
     return Cause(CancelKind.SHUTDOWN, "time is up", ROUTE, ROUTE)
 
 
@@ -394,9 +237,6 @@ async def wait_for_around(world: World, shape: Shape) -> Cause:
 
     await started(world, handler)
     await asyncio.wait([world.server])
-    if sys.version_info < (3, 12) and shape in IN_ALIEN_GROUP:
-        # There wait_for() runs its coroutine in a plain task of asyncio's, in which the group then stands.
-        pytest.skip("nothing tells why a plain task was cancelled in which no block of this library stands")
     return own(world, shape, CancelKind.TIMEOUT, "an asyncio timeout expired", None, ROUTE)
 
 
@@ -564,6 +404,7 @@ async def request_ends(world: World, shape: Shape) -> Cause:
 WAYS = (
     client_leaves,
     server_cancels,
+    server_cancels_in_the_grace_of_a_shutdown,
     server_cancels_in_a_callback,
     server_cancels_through_its_group,
     task_cancels_the_handler,
@@ -631,3 +472,210 @@ async def test_cause_is_the_same_at_every_depth(
     assert all(task.info().started_at is not None for task in world.tasks)
     # What notes the causes of plain tasks is gone.
     assert all(getattr(host.cancel, "__self__", None) is host for host in world.hosts)
+
+
+# --- who asks ------------------------------------------------------------------------------------------
+
+
+async def asked_by(ask: Callable[[Callable[[], None]], Awaitable[object]]) -> str | None:
+    """Cancel an event in a request by a way to call a function; who has asked."""
+    event = CancelEvent()
+
+    async def handler(world: World) -> None:
+        await ask(event.set)
+
+    with SpanRecorder() as spans:
+        await World(spans).serve(handler)
+    assert event.cause is not None
+    return event.cause.asked_by
+
+
+async def test_handler_is_named_after_its_route() -> None:
+    """Not after the server's task, in which it runs."""
+
+    async def here(ask: Callable[[], None]) -> None:
+        ask()
+
+    assert await asked_by(here) == ROUTE
+
+
+async def test_plain_task_of_a_request_is_named_after_the_route() -> None:
+    """As a gathered coroutine is, or a handler behind Starlette's BaseHTTPMiddleware."""
+
+    async def here(ask: Callable[[], None]) -> None:
+        ask()
+
+    assert await asked_by(lambda ask: asyncio.gather(here(ask))) == ROUTE
+
+
+async def test_def_handler_is_named_after_its_route() -> None:
+    """It runs in a thread, where no task is current."""
+    assert await asked_by(asyncio.to_thread) == ROUTE
+
+
+async def test_managed_task_of_a_request_has_its_own_name() -> None:
+    """It says more than the route does; so does the task of a function in a thread."""
+
+    async def here(ask: Callable[[], None]) -> None:
+        ask()
+
+    assert await asked_by(lambda ask: create_task(here(ask), name="janitor")) == "janitor"
+    assert await asked_by(lambda ask: run_in_thread(ask, name="janitor")) == "janitor"
+
+
+async def test_callback_has_no_name() -> None:
+    """No task asks."""
+
+    async def in_callback(ask: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_soon(ask)
+        await asyncio.sleep(0)
+
+    assert await asked_by(in_callback) is None
+
+
+async def test_plain_task_that_outlives_its_request_has_its_own_name(spans: SpanRecorder) -> None:
+    """It does not ask for the request, which is over."""
+    event, tasks = CancelEvent(), []
+
+    async def late() -> None:
+        await asyncio.sleep(1)
+        event.set()
+
+    async def handler(world: World) -> None:
+        tasks.append(asyncio.create_task(late(), name="session"))
+
+    await World(spans).serve(handler)
+    await tasks[0]
+    assert event.cause is not None
+    assert event.cause.asked_by == "session"
+
+
+# --- what a cause survives -----------------------------------------------------------------------------
+
+
+async def test_timeout_that_was_caught_is_no_cause_of_what_comes_later(spans: SpanRecorder) -> None:
+    """asyncio.timeout() takes its cancellation back; the server's cancels the block after it."""
+    world = World(spans)
+
+    async def handler(nest: Nest) -> None:
+        async with TaskGroup("outer"):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await rest()
+            await block_that_rests(nest)
+
+    assert await server_cancels(world, handler) == world.cause_of(world.tasks[0])
+
+
+async def test_first_cause_of_a_block_stays(spans: SpanRecorder) -> None:
+    """A server that cancels while a timeout's cleanup runs changes nothing."""
+    world = World(spans)
+
+    async def handler(nest: Nest) -> None:
+        async with asyncio.timeout(0.5), TaskGroup("block") as group:
+            nest.task(reluctant(), group)
+            await rest()
+
+    await server_cancels(world, handler)
+    assert [world.cause_of(task) for task in world.tasks] == [
+        Cause(CancelKind.TIMEOUT, "an asyncio timeout expired", None, ROUTE)
+    ]
+
+
+async def reluctant() -> None:
+    try:
+        await rest()
+    finally:
+        await asyncio.sleep(2)
+
+
+async def test_shutdown_reaches_into_an_uncancellable_block(spans: SpanRecorder) -> None:
+    """With the same cause, and the task that hosts it is left as it was."""
+    world = World(spans)
+
+    async def handler(nest: Nest) -> None:
+        async with uncancellable():
+            await block_that_rests(nest)
+
+    assert await server_cancels(world, handler) == world.cause_of(world.tasks[0])
+    (host,) = world.hosts
+    assert getattr(host.cancel, "__self__", None) is host
+
+
+async def test_timeout_of_a_managed_task_itself_is_no_cause_of_its_own() -> None:
+    """Its blocks are cancelled by it; the task goes on, and is not being cancelled for any reason."""
+    manager = TaskManager()
+    inner: list[ManagedTask[None]] = []
+
+    async def work() -> CancelCause | None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1), manager.group("block") as group:
+                inner.append(group.create_task(rest()))
+                await rest()
+        return task.cause
+
+    task = manager.create_task(work())
+    assert await task is None
+    assert kind_of(inner[0]) is CancelKind.TIMEOUT
+
+
+async def test_block_outside_of_a_request_is_cancelled_by_whoever_cancels_its_host() -> None:
+    """A plain task: by its name."""
+    leaves: list[ManagedTask[None]] = []
+
+    async def host() -> None:
+        async with TaskGroup() as group:
+            leaves.append(group.create_task(rest()))
+
+    async def stop() -> None:
+        task.cancel("no more")
+
+    task = asyncio.create_task(host())
+    await settle()
+    await asyncio.create_task(stop(), name="stopper")
+    await asyncio.wait([task])
+    cause = leaves[0].cause
+    assert cause is not None
+    assert (cause.kind, cause.message, cause.asked_by) == (CancelKind.EXPLICIT, "no more", "stopper")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are delivered otherwise there")
+def test_control_c_is_a_shutdown() -> None:
+    """It cancels the main task from a signal handler, in whatever task that comes."""
+    leaves: list[ManagedTask[None]] = []
+
+    async def main() -> None:
+        async with TaskGroup() as group:
+            leaves.append(group.create_task(rest()))
+            await asyncio.sleep(0.01)
+            await asyncio.create_task(interrupt())
+
+    async def interrupt() -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with asyncio.Runner() as runner, pytest.raises(KeyboardInterrupt):
+        runner.run(main())
+    cause = leaves[0].cause
+    assert cause is not None
+    assert (cause.kind, cause.message, cause.asked_by) == (
+        CancelKind.SHUTDOWN,
+        "interrupted from the keyboard",
+        None,
+    )
+
+
+async def test_several_have_the_same_task_watched() -> None:
+    """The last one that lets go leaves it as it was."""
+    task = asyncio.create_task(rest())
+    watch_cancels(task, None)
+    with covered(task, lambda task, message: message == "not you"):
+        unwatch_cancels(task)
+        await settle()
+        assert task.cancel("not you")
+        assert not task.cancelling()
+        watch_cancels(task, None)
+    task.cancel("you")
+    assert str(known_cause(task)) == "explicit: you"
+    unwatch_cancels(task)
+    assert getattr(task.cancel, "__self__", None) is task
+    await asyncio.wait([task])

@@ -150,6 +150,78 @@ async def test_cancel_from_a_callback_before_the_first_step_is_recorded_too() ->
     assert tasks[0].info().started_at is None
 
 
+@pytest.mark.parametrize("stop", ["cancel", "cancel and uncancel", "group", "manager", "callback"])
+@pytest.mark.parametrize("turns", range(4))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"timeout": 9.0},
+        {"timeout": 0.5},
+        {"metadata": {}},
+        {"queue_timeout": 0.5},
+        {"on_conflict": "replace"},
+        {"on_conflict": "replace", "timeout": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("limit", [None, 1])
+async def test_task_has_not_started_if_and_only_if_none_of_its_code_ran(
+    limit: int | None, options: dict[str, Any], turns: int, stop: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever stands around its coroutine, and whenever it ends; the log of a shutdown says the same."""
+    manager = TaskManager(max_concurrency=limit)
+    before = manager.create_task(reluctant(), name="work", group="before")
+    await asyncio.sleep(0)
+    ran: list[str] = []
+    task = manager.create_task(note_and_rest(ran), **{"name": "work", "group": "g", **options})
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await stop_by(stop, task, manager)
+    report = await manager.shutdown(0.1)
+    before.cancel()
+    await asyncio.wait([before, task])
+    assert (task.info().started_at is not None) is bool(ran)
+    (line,) = [record.getMessage() for record in caplog.records if "before they began" in record.msg] or [""]
+    assert (f"'{task.id}'" in line) <= (not ran)
+    assert report.clean
+
+
+async def stop_by(stop: str, task: ManagedTask[Any], manager: TaskManager) -> None:
+    match stop:
+        case "cancel":
+            task.cancel()
+        case "cancel and uncancel":
+            task.cancel()
+            task.uncancel()
+        case "group":
+            await manager.cancel_group("g")
+        case "callback":
+            asyncio.get_running_loop().call_soon(task.cancel)
+
+
+async def note_and_rest(ran: list[str]) -> None:
+    ran.append("ran")
+    await rest()
+
+
+async def reluctant() -> None:
+    """End a while after the cancellation."""
+    try:
+        await rest()
+    except asyncio.CancelledError:
+        await asyncio.sleep(1)
+        raise
+
+
+async def test_task_that_is_being_cancelled_before_its_first_step_has_not_started() -> None:
+    """Its snapshot says so while it lives, too."""
+    task = TaskManager().create_task(rest())
+    task.cancel()
+    assert (task.status, task.info().started_at) == (TaskStatus.CANCELLING, None)
+    await asyncio.wait([task])
+
+
 async def test_swallowed_cancellation_is_completed_and_visible(caplog: pytest.LogCaptureFixture) -> None:
     """Such a task is completed, flagged, warned of, and not counted as cancelled."""
     manager = TaskManager()

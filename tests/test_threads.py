@@ -1445,6 +1445,25 @@ async def test_abandoned_thread_keeps_its_place(gate: Gate) -> None:
         assert await next_one == (1, 0)
 
 
+async def test_shutdown_names_the_functions_that_got_no_thread(
+    gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their tasks had begun, but none of the work had."""
+    manager = TaskManager(max_threads=1)
+    working = manager.run_in_thread(gate, name="works")
+    await gate.entered()
+    tasks = [
+        manager.run_in_thread(pytest.fail, "called", name="waits", timeout=seconds) for seconds in (None, 60)
+    ]
+    await settle()
+    asyncio.get_running_loop().call_later(0.01, gate.open)
+    await manager.shutdown(0)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == "the shutdown has cancelled 2 tasks before they began: 'waits', 'waits-2'"
+    assert [task.info().started_at for task in tasks] == [None, None]
+    assert working.info().started_at is not None
+
+
 async def test_cancelled_in_the_queue_no_thread_is_started(gate: Gate) -> None:
     """Its turn goes to the next one; so it does when it is cancelled just as it comes."""
     async with TaskManager(max_threads=1) as manager:

@@ -30,7 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from otel_tasks import ManagedTask, TaskManager, create_task, current_group, current_task
 from otel_tasks.asgi import TaskGroupMiddleware, uncancellable
 from otel_tasks.fastapi import make_lifespan
-from tests.e2e import cleanup_app, listeners_app, shared_app, sockets_app, threads_app
+from tests.e2e import causes_app, cleanup_app, listeners_app, shared_app, sockets_app, threads_app
 from tests.e2e.journal import (
     PATIENCE,
     manager,
@@ -63,6 +63,7 @@ def add_routes(app: FastAPI) -> None:
     """Give `app` every route that a scenario needs."""
     app.include_router(shared_app.sessions)
     app.include_router(sockets_app.router)
+    app.include_router(causes_app.router)
 
     @app.get("/ping/{key}")
     async def ping(key: str) -> dict[str, str]:

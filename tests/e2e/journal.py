@@ -114,6 +114,7 @@ async def work(key: str, name: str) -> str:
             task=name,
             kind=str(cause.kind) if cause is not None else None,
             message=cause.message if cause is not None else None,
+            asked_by=cause.asked_by if cause is not None else None,
         )
         raise
     note(key, "task completed", task=name)

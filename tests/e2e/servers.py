@@ -65,6 +65,8 @@ class Kind:
     http2: bool = False
     logs_failures: bool = True
     """Whether it logs what an application raises after it has answered 500, as Starlette's does."""
+    cancels_before_lifespan_ends: bool = True
+    """Whether it cancels the requests that are left before it ends the lifespan, which ends the manager."""
     outlives_shutdown: str | None = None
     """Why no request sees this server's shutdown, if that is so."""
     hangs_with_large_uploads: bool = False
@@ -121,7 +123,7 @@ KINDS = (
         http2=True,
         outlives_shutdown="granian waits for its requests, then kills its worker",
     ),
-    Kind("gunicorn", _gunicorn, asgi=(2, 4), logs_failures=False),
+    Kind("gunicorn", _gunicorn, asgi=(2, 4), logs_failures=False, cancels_before_lifespan_ends=False),
 )
 
 
