@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from otel_tasks._group import TaskGroup
 
 
-def with_awaiters(caller: asyncio.Task[Any] | None) -> set[asyncio.Future[Any]]:
-    """The caller, and all that its end would wake: tasks, and the futures between."""
-    reached: dict[asyncio.Future[Any], None] = {} if caller is None else {caller: None}
+def with_awaiters(*callers: asyncio.Task[Any] | None) -> set[asyncio.Future[Any]]:
+    """The callers, and all that their end would wake: tasks, and the futures between."""
+    reached: dict[asyncio.Future[Any], None] = {caller: None for caller in callers if caller is not None}
     found = list(reached)
     # The list grows while it is walked.
     for future in found:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from otel_tasks._suspension import may_forward
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable
+    from contextvars import Context
 
     from otel_tasks._events import CancelCause
     from otel_tasks._group import TaskGroup
     from otel_tasks._manager import TaskManager
+
+    # A callback of a future, and the context in which it is called.
+    Callback: TypeAlias = tuple[Callable[..., object], Context]
 
 
 class Binding(Protocol):
@@ -60,7 +67,7 @@ class BoundRequest(Protocol):
         """The group that takes a task which was meant for the closed ``group``; ``group`` if none does."""
         ...
 
-    def intercept(self, awaited: asyncio.Task[Any], message: object) -> bool:
+    def intercept(self, awaited: asyncio.Task[Any], message: object, callbacks: list[Callback]) -> bool:
         """Keep a cancellation of this request from ``awaited``; False if it is not the request's."""
         ...
 
@@ -97,11 +104,21 @@ def intercepted(awaited: asyncio.Task[Any], message: object) -> bool:
     A task's ``cancel()`` is forwarded to what the task awaits. A request cancels its own work and nothing
     else, so what it awaits of others has to be left out. The contexts of the callbacks tell who awaits.
     """
-    requests = awaiting(awaited)
-    if (bound := _bound.get()) is not None and bound._request is not None:
-        requests.add(bound._request)
+    # In one pass: a thousand requests that await one task may be stopped in the same turn.
+    found: dict[BoundRequest, list[Callback]] = {}
+    here = _bound.get()
+    request = None if here is None else here._request
+    if request is not None and request in stopping:
+        found[request] = []
+    for callback, context in awaited._callbacks or ():
+        if context is None or not may_forward(callback):
+            continue
+        bound = context.get(_bound)
+        request = None if bound is None else bound._request
+        if request is not None and request in stopping:
+            found.setdefault(request, []).append((callback, context))
     # A list: each request concerned has to take its own.
-    return True in [request.intercept(awaited, message) for request in requests & stopping]
+    return True in [request.intercept(awaited, message, callbacks) for request, callbacks in found.items()]
 
 
 def awaiting(awaited: asyncio.Task[Any]) -> set[BoundRequest]:

@@ -156,7 +156,8 @@ class Witness:
             self._cause, self._message = cause, msg
             self._count = self._task.cancelling() + 1
         with passing(cause):
-            return asyncio.Task.cancel(self._task, msg)
+            # The method of its class: a task factory may make tasks of another one.
+            return type(self._task).cancel(self._task, msg)
 
 
 def watch_cancels(task: asyncio.Task[Any], request: BoundRequest | None) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 from otel_tasks import _task
 from otel_tasks._awaiters import with_awaiters
-from otel_tasks._binding import Binding, _bound, stopping
+from otel_tasks._binding import Binding, _bound, intercepted, stopping
 from otel_tasks._causes import covered, known_cause, passing, unwatch_cancels, watch_cancels
 from otel_tasks._clock import now
 from otel_tasks._current import in_flight
@@ -27,11 +27,12 @@ from otel_tasks._suspension import (
     awaiters,
     call_when_moved,
     context_of,
+    find_holder,
     forwarded_to,
-    holds_off,
     in_anyio_shield,
     interrupt,
     leave_wait_for,
+    waits_for,
 )
 from otel_tasks._telemetry import annotate_request, current_span_context, note_disconnect, route_in
 from otel_tasks.cancellation import CancelCause
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
     from contextvars import Context
 
+    from otel_tasks._binding import Callback
     from otel_tasks._group import TaskGroup
     from otel_tasks._manager import TaskManager
     from otel_tasks.asgi import TaskGroupMiddleware
@@ -98,13 +100,24 @@ class Stop:
         asked: How many tasks were cancelled.
         cancels: How often the handler's task was cancelled, each to be taken back once.
         cancelled: The handler was cancelled.
-        counts: ``cancelling()`` of tasks whose last cancellation has been dealt with. One that has more was
-            cancelled since: that tells a cancellation which asyncio forwards from an explicit one.
+        counts: ``cancelling()`` of tasks whose last cancellation has been dealt with, or came before the stop.
+            One that has more was cancelled since: that tells a cancellation which asyncio forwards from an
+            explicit one.
         forwarding: Tasks whose cancellation has been dealt with in this turn of the loop. One that awaits
             several others, in ``gather``, forwards it to each.
+        holders: What holds a cancel off, and is going to call back.
     """
 
-    __slots__ = ("asked", "cancelled", "cancels", "cause", "counts", "due", "forwarding")
+    __slots__ = (
+        "asked",
+        "cancelled",
+        "cancels",
+        "cause",
+        "counts",
+        "due",
+        "forwarding",
+        "holders",
+    )
 
     def __init__(self, cause: CancelCause) -> None:
         self.cause = cause
@@ -114,10 +127,15 @@ class Stop:
         self.cancelled = False
         self.counts: dict[asyncio.Task[Any], int] = {}
         self.forwarding: set[asyncio.Task[Any]] = set()
+        self.holders: set[asyncio.Future[Any]] = set()
 
-    def is_forwarded_by(self, task: asyncio.Task[Any]) -> bool:
-        """True if a task that awaits another has been cancelled and hands that on just now."""
-        if task in self.forwarding:
+    def note_counts(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
+        """Note how often tasks have been cancelled so far."""
+        self.counts.update((task, task.cancelling()) for task in tasks)
+
+    def is_forwarded_by(self, task: asyncio.Task[Any], awaited: asyncio.Task[Any]) -> bool:
+        """True if a task that awaits another has been cancelled and hands that on to ``awaited`` just now."""
+        if task in self.forwarding and waits_for(task) is not awaited:
             return True
         count = task.cancelling()
         if count <= self.counts.get(task, 0):
@@ -280,37 +298,55 @@ class Request(Connection):
             self._stop_work()
 
     def _begin_stop(self, cause: CancelCause) -> None:
-        self._stop = Stop(cause)
+        self._stop = stop = Stop(cause)
+        stop.note_counts(() if self.host is None else [self.host])
         stopping.add(self)
 
     def _stop_work(self) -> None:
-        # Tasks first: the handler's cancel goes through it into the task that it awaits.
         if self._stop is not None:
             self._stop.due = True
-        self._cancel_the_group(spare_told=not self.closed)
+        self._cancel_what_may_be()
+
+    def _cancel_what_may_be(self) -> None:
+        # Tasks first: the handler's cancel goes through it into the task that it awaits.
+        self._cancel_the_group()
         self._cancel_the_handler()
 
-    def _cancel_the_group(self, *, spare_told: bool = False) -> None:
+    def _cancel_the_group(self) -> None:
         """Cancel the tasks of the group, except for those that something holds off for now.
 
-        A task in ``uncancellable()`` takes note and is cancelled at the end of the block; what awaits it
-        would forward its own cancellation, past the shield. A task in a shielded scope of anyio would be torn
-        by a native cancel, so it is asked after its next step.
+        A task in ``uncancellable()`` takes note and is cancelled at the end of the block. A task in a shielded
+        scope of anyio would be torn by a native cancel, so it is asked once it has left the scope. A task that
+        has learned of the disconnect ends by itself. What awaits one of these would forward its own
+        cancellation to it.
         """
         stop, group = self._stop, self.group
         if stop is None or group is None:
             return
-        spared = set[asyncio.Future[Any]](self.told if spare_told else ())
         tasks = [task for task in group._every_live() if not task.done()]
-        for task in tasks:
-            if _task.is_shielded(task):
-                spared |= with_awaiters(task) - {task}
-            elif task._cause is None and in_anyio_shield(task):
-                spared |= with_awaiters(task)
-                call_when_moved(task, self._cancel_the_group)
-        with self._sparing(tasks):
+        shielded = {task for task in tasks if _task.is_shielded(task)}
+        scoped = [task for task in tasks if task._cause is None and in_anyio_shield(task)]
+        for task in scoped:
+            self._wait_for_move_of(task, stop)
+        spared = with_awaiters(*shielded, *scoped, *(() if self.closed else self.told)) - shielded
+        stop.note_counts(task for task in tasks if task not in stop.counts)
+        with self._sparing(forwarded_to(tasks, self._is_spared).stops):
             stop.asked += group._cancel_tasks(stop.cause, spared=spared)
-        stop.counts.update((task, task.cancelling()) for task in tasks)
+        stop.note_counts(tasks)
+
+    def _wait_for_move_of(self, holder: asyncio.Future[Any], stop: Stop) -> None:
+        """Go on once ``holder``, which holds a cancel off, no longer does."""
+        # Several cancels may wait for one, and each look finds all of them: without this they would multiply.
+        if holder not in stop.holders:
+            stop.holders.add(holder)
+            call_when_moved(holder, lambda: self._holder_has_moved(holder, stop))
+
+    def _holder_has_moved(self, holder: asyncio.Future[Any], stop: Stop) -> None:
+        stop.holders.discard(holder)
+        if isinstance(holder, asyncio.Task) and not holder.done() and in_anyio_shield(holder):
+            self._wait_for_move_of(holder, stop)
+        else:
+            self._cancel_what_may_be()
 
     def _cancel_the_handler(self) -> bool:
         """Cancel the handler's task, unless it is to be left alone; later, if something holds that off now.
@@ -321,15 +357,16 @@ class Request(Connection):
         stop, host = self._stop, self.host
         if stop is None or host is None or not stop.due or not self._is_cancellable(stop):
             return False
-        forwarded = forwarded_to(host, self._is_spared)
-        if holds_off(host, forwarded):
-            call_when_moved(host, self._cancel_the_handler)
+        forwarding = forwarded_to([host], self._is_spared)
+        holder = find_holder(host, forwarding.passed)
+        if holder is not None:
+            self._wait_for_move_of(holder, stop)
             return False
         stop.cancelled = True
         stop.cancels += 1
-        with self._sparing([host]), passing(stop.cause):
+        with self._sparing(forwarding.stops), passing(stop.cause):
             host.cancel(str(stop.cause))
-        stop.counts[host] = host.cancelling()
+        stop.note_counts([host])
         return host is asyncio.current_task()
 
     def _is_cancellable(self, stop: Stop) -> bool:
@@ -346,7 +383,7 @@ class Request(Connection):
 
     # What of it is not cancelled: work of others, and its own while a shield is open.
 
-    def intercept(self, awaited: asyncio.Task[Any], message: object) -> bool:
+    def intercept(self, awaited: asyncio.Task[Any], message: object, callbacks: list[Callback]) -> bool:
         """Keep a cancellation that a task of this request forwards to ``awaited`` from going further.
 
         Where that is a task of others, the one that awaits it is woken instead. Where it is one of its own
@@ -360,26 +397,30 @@ class Request(Connection):
         if not spared and not self._is_cleaning_up(awaited):
             return False
         # A list first: interrupting one changes what is walked.
-        if spared and _request_of(copy_context()) is self and leave_wait_for(awaited):
+        if spared and self._is_its(copy_context()) and leave_wait_for(awaited):
             return True
         ours = [
-            found
-            for found in awaiters(awaited)
-            if _request_of(found[3]) is self and stop.is_forwarded_by(found[0])
+            awaiter
+            for awaiter in awaiters(awaited, callbacks)
+            if self._is_its(awaiter.context) and stop.is_forwarded_by(awaiter.task, awaited)
         ]
-        for task, future, callback, context in ours if spared else ():
-            interrupt(task, future, callback, context, message)
+        for awaiter in ours if spared else ():
+            interrupt(awaiter, message)
         return bool(ours)
 
     def _is_spared(self, task: asyncio.Task[Any]) -> bool:
         """True for a task that does not belong to this request, or that cleans up for it."""
         if isinstance(task, _task.ManagedTask):
-            return not self._owns(task._group)
+            return not _is_below(self.group, task._group)
         context = context_of(task)
         # One that was started here and that others await by now is shared.
-        return (context is not None and _request_of(context) is not self) or any(
-            _request_of(waiting) is not self for _, _, _, waiting in awaiters(task)
+        return (context is not None and not self._is_its(context)) or any(
+            not self._is_its(awaiter.context) for awaiter in awaiters(task)
         )
+
+    def _is_its(self, context: Context) -> bool:
+        bound: Any = context.get(_bound)
+        return bound is not None and bound._request is self
 
     def _is_cleaning_up(self, task: asyncio.Task[Any]) -> bool:
         """True for a task of this request that has been cancelled once, or that a shield protects from it."""
@@ -387,24 +428,25 @@ class Request(Connection):
             return True
         return self._sheltered is not None and task in self._sheltered
 
-    def _owns(self, group: TaskGroup | None) -> bool:
-        while group is not None and group is not self.group:
-            group = group._parent
-        return group is not None
-
     @contextmanager
-    def _sparing(self, tasks: Iterable[asyncio.Task[Any]]) -> Generator[None]:
-        """Keep plain tasks of others from being cancelled through these tasks, which await them.
+    def _sparing(self, others: Iterable[asyncio.Task[Any]]) -> Generator[None]:
+        """Keep tasks of others from being cancelled through tasks of this request that await them.
 
         ``ManagedTask.cancel`` asks the request itself. A plain task has asyncio's own method, which this
         covers on the instance for as long as the cancellation goes down.
         """
-        with ExitStack() as stack:
-            for task in tasks:
-                for future in forwarded_to(task, self._is_spared):
-                    if type(future) is asyncio.Task and self._is_spared(future):
-                        stack.enter_context(covered(future, self.intercept))
-            yield
+        # After the end of the request, too: a grace or a shield of anyio may outlast it.
+        is_late = self not in stopping
+        stopping.add(self)
+        try:
+            with ExitStack() as stack:
+                for task in others:
+                    if not isinstance(task, _task.ManagedTask):
+                        stack.enter_context(covered(task, intercepted))
+                yield
+        finally:
+            if is_late:
+                stopping.discard(self)
 
     @contextmanager
     def sheltering(self, task: asyncio.Task[Any] | None) -> Generator[None]:
@@ -418,7 +460,7 @@ class Request(Connection):
         elif task is None:
             yield
         else:
-            with covered(task, self.intercept):
+            with covered(task, intercepted):
                 yield
 
     def unshield(self, task: asyncio.Task[Any] | None) -> bool:
@@ -438,9 +480,17 @@ class Request(Connection):
         self._wake()
         if self._stop is not None and self._stop.due:
             # Those that were spared because they waited for this one.
-            self._cancel_the_group()
+            if any(map(self._is_to_be_cancelled, with_awaiters(task))):
+                self._cancel_the_group()
             delivered |= self._cancel_the_handler()
         return delivered
+
+    def _is_to_be_cancelled(self, waiting: asyncio.Future[Any]) -> bool:
+        return (
+            isinstance(waiting, _task.ManagedTask)
+            and waiting._cause is None
+            and _is_below(self.group, waiting._group)
+        )
 
     def withholds(self) -> bool:
         """True while ``uncancellable()`` is open: a listener would break it by its own cancellation.
@@ -468,7 +518,8 @@ class Request(Connection):
         except RuntimeError:
             return True
         if isinstance(task, _task.ManagedTask):
-            return not self._owns(task._group)
+            cleanup = None if self._cleanup is None else self._cleanup.group
+            return not (_is_below(self.group, task._group) or _is_below(cleanup, task._group))
         return task is not self.host
 
     def stand_in(self, group: TaskGroup) -> TaskGroup:
@@ -665,12 +716,16 @@ class Cleanup:
 
     @property
     def task_group(self) -> TaskGroup:
-        """The group for cleanup, made on first use."""
-        if self.group is None:
-            # With the request's own, at whose end this one is joined.
-            self._request.own_group()
-            self.group = self._request._open_group(self._name, self)
-        return self.group
+        """The group for cleanup, made on first use; the manager's for what has outlived the request."""
+        with _making:
+            group = self.group
+            if (group is None or group._sealed) and self._request.over:
+                return self.manager._root
+            if group is None:
+                # With the request's own, at whose end this one is joined.
+                self._request.own_group()
+                self.group = group = self._request._open_group(self._name, self)
+            return group
 
     def _name(self) -> str:
         return f"{self._request._name()} uncancellable"
@@ -709,10 +764,11 @@ def _route_template(scope: Scope) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _request_of(context: Context) -> Request | None:
-    """The request to which a context belongs."""
-    bound: Any = context.get(_bound)
-    return None if bound is None else bound._request
+def _is_below(top: TaskGroup | None, group: TaskGroup | None) -> bool:
+    """True if ``group`` is ``top``, or hangs below it."""
+    while group is not None and group is not top:
+        group = group._parent
+    return group is not None
 
 
 def _kind_of(message: Message) -> tuple[CancelKind, str | None]:

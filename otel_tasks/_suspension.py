@@ -14,18 +14,20 @@ import sys
 from asyncio import tasks as asyncio_tasks
 from concurrent.futures import Future as ThreadFuture
 from contextvars import Context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from types import FrameType
 
 # What gather() returns: it forwards its cancellation to each of its children.
 _GatheringFuture: Any = vars(asyncio_tasks)["_GatheringFuture"]
 # What wait_for() cancels with up to Python 3.11; from 3.12 on it is an asyncio.timeout().
 _CANCEL_AND_WAIT = vars(asyncio_tasks)["_cancel_and_wait"].__code__ if sys.version_info < (3, 12) else None
+_WAIT_FOR = asyncio.wait_for.__code__ if sys.version_info < (3, 12) else None
 # asyncio's own, past the override of ManagedTask, which counts those who wait.
 _add_done_callback = asyncio.Future.add_done_callback
+_remove_done_callback = asyncio.Future.remove_done_callback
 
 
 def waits_for(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
@@ -34,28 +36,60 @@ def waits_for(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
     return waiter if isinstance(waiter, asyncio.Future) and not waiter.done() else None
 
 
+class Forwarding(NamedTuple):
+    """Where a cancellation goes.
+
+    Attributes:
+        passed: Every future that it would cancel, the nearest first.
+        stops: Every task at which it goes no further, and which it would not cancel.
+    """
+
+    passed: list[asyncio.Future[Any]]
+    stops: list[asyncio.Task[Any]]
+
+
 def forwarded_to(
-    task: asyncio.Task[Any], stops_at: Callable[[asyncio.Task[Any]], bool]
-) -> list[asyncio.Future[Any]]:
-    """Every future that a ``cancel()`` of ``task`` would be forwarded to, the nearest first.
+    tasks: Iterable[asyncio.Task[Any]], stops_at: Callable[[asyncio.Task[Any]], bool]
+) -> Forwarding:
+    """Follow a ``cancel()`` of each of ``tasks`` to every future that asyncio would forward it to.
 
     Args:
-        task: Where the cancellation starts.
+        tasks: Where the cancellation starts. In one walk: tasks may wait for one another, in long chains.
         stops_at: Tells of a task on the way whether the cancellation goes no further there.
     """
-    reached: dict[asyncio.Future[Any], None] = {}
-    pending = [waits_for(task)]
+    reached: set[asyncio.Future[Any]] = set()
+    found = Forwarding([], [])
+    pending = list(map(_awaited_by, tasks))
     # The list grows while it is walked.
     for future in pending:
         if future is None or future in reached:
             continue
-        reached[future] = None
+        reached.add(future)
         if isinstance(future, asyncio.Task):
-            if not stops_at(future):
-                pending.append(waits_for(future))
+            if stops_at(future):
+                found.stops.append(future)
+                continue
+            pending.append(_awaited_by(future))
         elif isinstance(future, _GatheringFuture):
             pending.extend(child for child in _gathered_by(future) if not child.done())
-    return list(reached)
+        found.passed.append(future)
+    return found
+
+
+def _awaited_by(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
+    """What a task waits for: what ``asyncio.wait_for`` stands for, not the future in which that waits."""
+    waiter = waits_for(task)
+    if waiter is None or _WAIT_FOR is None or isinstance(waiter, asyncio.Task):
+        return waiter
+    coro: Any = task.get_coro()
+    frame: FrameType | None = None
+    # To the innermost one: what that awaits is a future's iterator, which has no frame.
+    while (inner := getattr(coro, "cr_frame", None)) is not None:
+        frame, coro = inner, coro.cr_await
+    if frame is None or frame.f_code is not _WAIT_FOR:
+        return waiter
+    waited = frame.f_locals.get("fut")
+    return waited if isinstance(waited, asyncio.Future) and not waited.done() else waiter
 
 
 def _gathered_by(gathering: Any) -> list[asyncio.Future[Any]]:
@@ -63,19 +97,53 @@ def _gathered_by(gathering: Any) -> list[asyncio.Future[Any]]:
     return list(gathering._children)
 
 
+class Awaiter(NamedTuple):
+    """A task that forwards its cancellation to a future.
+
+    Attributes:
+        task: Which.
+        future: Where it is suspended: the future itself, or the one of a ``gather``.
+        callback: What wakes it there.
+        context: The one in which it runs.
+    """
+
+    task: asyncio.Task[Any]
+    future: asyncio.Future[Any]
+    callback: Callable[..., object]
+    context: Context
+
+
+class StandIn:
+    """A callback in the place of a task's own, from its interruption until it wakes a turn later.
+
+    A second cancel of the task in this turn is forwarded to where it waited, too.
+    """
+
+    __slots__ = ("cancels", "task")
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self.task = task
+        self.cancels = task.cancelling()
+
+    def __call__(self, _: object) -> None:
+        """Nobody is woken."""
+
+
 def awaiters(
-    future: asyncio.Future[Any],
-) -> Iterator[tuple[asyncio.Task[Any], asyncio.Future[Any], Callable[..., object], Context]]:
+    future: asyncio.Future[Any], callbacks: Iterable[tuple[Callable[..., object], Context | None]] | None = None
+) -> Iterator[Awaiter]:
     """The tasks that forward their cancellation to ``future``.
 
-    Yields:
-        The task, the future at which it is suspended (``future`` itself, or the one of a ``gather``), its
-        callback there, and its context.
+    Args:
+        future: Any.
+        callbacks: The callbacks of it to look at; None is all of them.
     """
-    for callback, context in future._callbacks or ():
-        owner = getattr(callback, "__self__", None)
-        if isinstance(owner, asyncio.Task) and getattr(callback, "__name__", "").endswith("wakeup"):
-            yield owner, future, callback, context
+    for callback, context in future._callbacks or () if callbacks is None else callbacks:
+        if context is None:
+            continue
+        owner = callback.task if isinstance(callback, StandIn) else _woken_by(callback)
+        if owner is not None:
+            yield Awaiter(owner, future, callback, context)
             continue
         for cell in getattr(callback, "__closure__", None) or ():
             with contextlib.suppress(ValueError):  # the cell is empty
@@ -83,18 +151,31 @@ def awaiters(
                     yield from awaiters(cell.cell_contents)
 
 
-def interrupt(
-    task: asyncio.Task[Any],
-    future: asyncio.Future[Any],
-    callback: Callable[..., object],
-    context: Context,
-    message: object,
-) -> None:
-    """Raise CancelledError in ``task`` at its await of ``future``, and leave ``future`` alone.
+def _woken_by(callback: Callable[..., object]) -> asyncio.Task[Any] | None:
+    owner = getattr(callback, "__self__", None)
+    is_its = isinstance(owner, asyncio.Task) and getattr(callback, "__name__", "").endswith("wakeup")
+    return owner if is_its else None
 
-    What ``asyncio.shield`` does beforehand, done afterwards. The arguments are what ``awaiters`` yields: the
-    task's own callback is called, a turn later, with a future that is cancelled.
+
+def may_forward(callback: Callable[..., object]) -> bool:
+    """False for the callback of a task that is not being cancelled; the quick answer, for one of thousands."""
+    if isinstance(callback, StandIn):
+        return callback.task.cancelling() > callback.cancels
+    owner = getattr(callback, "__self__", None)
+    return not isinstance(owner, asyncio.Task) or owner.cancelling() > 0
+
+
+def interrupt(awaiter: Awaiter, message: object) -> None:
+    """Raise CancelledError in a task at its await of a future, and leave the future alone.
+
+    What ``asyncio.shield`` does beforehand, done afterwards: the task's own callback is called, a turn later,
+    with a future that is cancelled.
     """
+    task, future, callback, context = awaiter
+    if isinstance(callback, StandIn):
+        # It has been interrupted already.
+        callback.cancels = task.cancelling()
+        return
     future.remove_done_callback(callback)
     if isinstance(future, _GatheringFuture):
         # Nobody is left to retrieve what its children raise; asyncio would log that.
@@ -102,7 +183,14 @@ def interrupt(
     loop = task.get_loop()
     cancelled: asyncio.Future[Any] = loop.create_future()
     cancelled.cancel(message)
-    loop.call_soon(callback, cancelled, context=context)
+    stand_in = StandIn(task)
+
+    def wake() -> None:
+        _remove_done_callback(future, stand_in)
+        callback(cancelled)
+
+    _add_done_callback(future, stand_in, context=context)
+    loop.call_soon(wake, context=context)
 
 
 def leave_wait_for(future: asyncio.Future[Any]) -> bool:
@@ -113,7 +201,7 @@ def leave_wait_for(future: asyncio.Future[Any]) -> bool:
     Returns:
         False if the call does not come from there.
     """
-    if not _is_called_from_wait_for():
+    if not _is_called_from_cancelled_wait_for():
         return False
     # The last one is its own: it has added it just before.
     callbacks = future._callbacks or []
@@ -125,12 +213,17 @@ def leave_wait_for(future: asyncio.Future[Any]) -> bool:
     return True
 
 
-def _is_called_from_wait_for() -> bool:
+def _is_called_from_cancelled_wait_for() -> bool:
     frame: FrameType | None = sys._getframe(1)
     # From here out through the package to whatever called `cancel()`.
     while frame is not None and frame.f_globals.get("__package__") == __package__:
         frame = frame.f_back
-    return frame is not None and frame.f_code is _CANCEL_AND_WAIT
+    if frame is None or frame.f_code is not _CANCEL_AND_WAIT:
+        return False
+    # One whose time is up is in none of its `except` clauses. It takes the result of what it has cancelled.
+    error = sys.exception()
+    traceback = None if error is None else error.__traceback__
+    return traceback is not None and traceback.tb_frame is frame.f_back
 
 
 def _retrieve(future: asyncio.Future[Any]) -> None:
@@ -147,21 +240,25 @@ def context_of(task: asyncio.Task[Any]) -> Context | None:
     waiter = waits_for(task)
     if waiter is None:
         return None
-    return next((context for owner, _, _, context in awaiters(waiter) if owner is task), None)
+    return next((awaiter.context for awaiter in awaiters(waiter) if awaiter.task is task), None)
 
 
-def holds_off(task: asyncio.Task[Any], forwarded: list[asyncio.Future[Any]]) -> bool:
-    """True while a native cancel of ``task`` would tear what must stay whole.
+def find_holder(
+    task: asyncio.Task[Any], forwarded: list[asyncio.Future[Any]]
+) -> asyncio.Future[Any] | None:
+    """Find what a native cancel of ``task`` would tear although it must stay whole; None if there is nothing.
 
-    That is a shielded scope of anyio, through which a native cancel passes, and the wait for a function in
-    a worker thread: the thread runs on, and uses what the task would release.
+    That is a task in a shielded scope of anyio, through which a native cancel passes, and the wait for a
+    function in a worker thread: the thread runs on, and uses what the task would release.
 
     Args:
         task: Which.
         forwarded: Where its cancellation would go, as ``forwarded_to`` says.
     """
-    tasks = [task, *(future for future in forwarded if isinstance(future, asyncio.Task))]
-    return any(map(in_anyio_shield, tasks)) or any(map(_is_in_thread, forwarded))
+    for future in (task, *forwarded):
+        if _is_in_thread(future) or (isinstance(future, asyncio.Task) and in_anyio_shield(future)):
+            return future
+    return None
 
 
 def in_anyio_shield(task: asyncio.Task[Any]) -> bool:
@@ -197,11 +294,11 @@ def _is_in_thread(future: asyncio.Future[Any]) -> bool:
     return False
 
 
-def call_when_moved(task: asyncio.Task[Any], callback: Callable[[], object]) -> None:
-    """Call back once after ``task`` has run its next step."""
-    waiter = waits_for(task)
+def call_when_moved(future: asyncio.Future[Any], callback: Callable[[], object]) -> None:
+    """Call back once after a task has run its next step, or any other future is done."""
+    waiter = waits_for(future) if isinstance(future, asyncio.Task) else future
     if waiter is None:
-        task.get_loop().call_soon(callback, context=Context())
+        future.get_loop().call_soon(callback, context=Context())
         return
     # After the task's own: callbacks are called in the order in which they were added.
 
