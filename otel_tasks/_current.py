@@ -94,15 +94,18 @@ def is_being_cancelled() -> bool:
 
 def in_flight(is_wanted: Callable[[BaseException], bool]) -> bool:
     """Tell whether the calling code handles such an exception, or one that took its place or contains it."""
-    error = sys.exception()
-    pending = [] if error is None else [error]
-    # The list grows while it is walked; exceptions may refer to one another in a circle.
+    pending = [sys.exception()]
+    # By their ids: exceptions may refer to one another in a circle, and be equal or not as their class says.
+    seen = set[int]()
+    # The list grows while it is walked.
     for exception in pending:
+        if exception is None or id(exception) in seen:
+            continue
+        seen.add(id(exception))
         if is_wanted(exception):
             return True
         inner = exception.exceptions if isinstance(exception, BaseExceptionGroup) else ()
-        linked = (exception.__context__, exception.__cause__, *inner)
-        pending.extend(other for other in linked if other is not None and other not in pending)
+        pending.extend((exception.__context__, exception.__cause__, *inner))
     return False
 
 

@@ -100,8 +100,8 @@ class Stop:
         asked: How many tasks were cancelled.
         cancels: How often the handler's task was cancelled, each to be taken back once.
         cancelled: The handler was cancelled.
-        counts: ``cancelling()`` of tasks whose last cancellation has been dealt with, or came before the stop.
-            One that has more was cancelled since: that tells a cancellation which asyncio forwards from an
+        counts: ``cancelling()`` of tasks whose last cancellation has been dealt with, or came before. One
+            that has more was cancelled since: that tells a cancellation which asyncio forwards from an
             explicit one.
         forwarding: Tasks whose cancellation has been dealt with in this turn of the loop. One that awaits
             several others, in ``gather``, forwards it to each.
@@ -315,10 +315,10 @@ class Request(Connection):
     def _cancel_the_group(self) -> None:
         """Cancel the tasks of the group, except for those that something holds off for now.
 
-        A task in ``uncancellable()`` takes note and is cancelled at the end of the block. A task in a shielded
-        scope of anyio would be torn by a native cancel, so it is asked once it has left the scope. A task that
-        has learned of the disconnect ends by itself. What awaits one of these would forward its own
-        cancellation to it.
+        A task in ``uncancellable()`` takes note and is cancelled at the end of the block. A task in a
+        shielded scope of anyio would be torn by a native cancel, so it is asked once it has left the scope.
+        A task that has learned of the disconnect ends by itself. What awaits one of these would forward its
+        own cancellation to it.
         """
         stop, group = self._stop, self.group
         if stop is None or group is None:

@@ -130,7 +130,8 @@ class StandIn:
 
 
 def awaiters(
-    future: asyncio.Future[Any], callbacks: Iterable[tuple[Callable[..., object], Context | None]] | None = None
+    future: asyncio.Future[Any],
+    callbacks: Iterable[tuple[Callable[..., object], Context | None]] | None = None,
 ) -> Iterator[Awaiter]:
     """The tasks that forward their cancellation to ``future``.
 
@@ -158,7 +159,7 @@ def _woken_by(callback: Callable[..., object]) -> asyncio.Task[Any] | None:
 
 
 def may_forward(callback: Callable[..., object]) -> bool:
-    """False for the callback of a task that is not being cancelled; the quick answer, for one of thousands."""
+    """False for the callback of a task that is not being cancelled: most of thousands are not."""
     if isinstance(callback, StandIn):
         return callback.task.cancelling() > callback.cancels
     owner = getattr(callback, "__self__", None)
@@ -243,9 +244,7 @@ def context_of(task: asyncio.Task[Any]) -> Context | None:
     return next((awaiter.context for awaiter in awaiters(waiter) if awaiter.task is task), None)
 
 
-def find_holder(
-    task: asyncio.Task[Any], forwarded: list[asyncio.Future[Any]]
-) -> asyncio.Future[Any] | None:
+def find_holder(task: asyncio.Task[Any], forwarded: list[asyncio.Future[Any]]) -> asyncio.Future[Any] | None:
     """Find what a native cancel of ``task`` would tear although it must stay whole; None if there is nothing.
 
     That is a task in a shielded scope of anyio, through which a native cancel passes, and the wait for a

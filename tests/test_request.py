@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -607,6 +608,108 @@ async def test_handler_that_waits_for_a_thread_is_cancelled_after_it(manager: Ta
 
 
 @pytest.mark.real_clock
+async def test_tasks_in_shields_of_anyio_are_looked_at_once_each(manager: TaskManager) -> None:
+    """Every move of one of them is a look at all; what waits for their moves must not multiply by that."""
+    loop = asyncio.get_running_loop()
+    waits = [[loop.create_future() for _ in range(6)] for _ in range(4)]
+    left = []
+
+    async def work(futures: list[asyncio.Future[None]]) -> None:
+        with anyio.CancelScope(shield=True):
+            for future in futures:
+                await future
+        left.append(loop.time())
+        await asyncio.sleep(60)
+
+    async def handler() -> None:
+        for futures in waits:
+            create_task(work(futures))
+        await asyncio.sleep(60)
+
+    serving = asyncio.create_task(hang_up_on(app_of(handler), manager))
+    await asyncio.sleep(2 * LONG)
+    for step in range(6):
+        for futures in waits:
+            # The task's own callback, and one that waits for its move.
+            assert len(futures[step]._callbacks or ()) == 2
+            futures[step].set_result(None)
+            await asyncio.sleep(0.01)
+    await serving
+    assert len(left) == 4
+    assert loop.time() < left[-1] + 1
+
+
+async def _sleep_in_a_shield() -> None:
+    with anyio.CancelScope(shield=True):
+        await asyncio.sleep(2 * LONG)
+
+
+@pytest.mark.parametrize("wait", [_sleep_in_a_shield, lambda: asyncio.to_thread(time.sleep, 2 * LONG)])
+async def test_handler_ends_with_what_held_its_cancellation_off(
+    manager: TaskManager, wait: Callable[[], Awaitable[object]]
+) -> None:
+    """Also where it awaits more than that, which would take much longer."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await hang_up_on(app_of(lambda: asyncio.gather(wait(), asyncio.sleep(60))), manager)
+    assert began + LONG < loop.time() < began + 2
+
+
+async def test_handler_that_gives_a_thread_some_time_is_cancelled_after_it(manager: TaskManager) -> None:
+    """`asyncio.wait_for` stands between the two; on Python 3.11 it waits in a future of its own."""
+    order: list[str] = []
+
+    def function() -> None:
+        time.sleep(2 * LONG)
+        order.append("thread")
+
+    async def handler() -> None:
+        try:
+            await asyncio.wait_for(asyncio.to_thread(function), 30)
+        finally:
+            order.append("released")
+
+    await hang_up_on(app_of(handler), manager)
+    assert order == ["thread", "released"]
+
+
+async def test_shield_of_the_application_holds_no_request_off(manager: TaskManager) -> None:
+    """Its task goes on in any case, so the handler that awaits it need not wait."""
+    loop = asyncio.get_running_loop()
+
+    async def fill() -> str:
+        with anyio.CancelScope(shield=True):
+            await asyncio.sleep(2)
+        return "price"
+
+    shared = manager.create_task(fill(), group="cache")
+    began = loop.time()
+    await hang_up_on(app_of(lambda: _by_await(shared)), manager)
+    assert loop.time() == pytest.approx(began + LONG, abs=0.01)
+    assert await shared == "price"
+
+
+async def test_reader_is_left_alone_where_a_task_of_the_request_awaits_it(manager: TaskManager) -> None:
+    """That task would forward its own cancellation to it."""
+    log = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def read() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            await asyncio.sleep(CLEANUP)
+            log.append("closed")
+
+        async def supervise() -> None:
+            await create_task(read())
+            log.append("over")
+
+        await create_task(supervise())
+
+    await hang_up_on(app, manager)
+    assert log == ["closed", "over"]
+
+
 async def test_function_that_waits_for_a_thread_of_its_executor_is_cancelled(manager: TaskManager) -> None:
     """It has not begun, so the cancellation keeps it from beginning."""
     import threading
@@ -808,6 +911,88 @@ async def test_timeout_in_the_handler_keeps_asyncios_meaning(manager: TaskManage
     assert shared.cancelled()
 
 
+async def test_wait_for_that_expires_after_the_disconnect_raises_its_timeout(manager: TaskManager) -> None:
+    """It is no cancellation of the request, from which the task of the application would be kept."""
+    shared = manager.create_task(asyncio.sleep(60), group="cache")
+    seen = []
+
+    async def handler() -> None:
+        try:
+            await asyncio.wait_for(shared, 1)
+        except Exception as error:
+            seen.append(type(error))
+
+    await hang_up_on(app_of(handler), manager, post())
+    assert seen == [TimeoutError]
+    shared.cancel()
+
+
+@pytest.mark.parametrize("way", [_by_await, _by_gather], ids=lambda function: function.__name__)
+async def test_second_cancel_before_the_handler_wakes_reaches_no_task_of_others(
+    manager: TaskManager, way: Callable[[asyncio.Task[str]], Awaitable[object]]
+) -> None:
+    """A server shuts down in the same turn of the loop in which the client leaves."""
+    shared = manager.create_task(asyncio.sleep(2, "price"), group="cache")
+    host: list[asyncio.Task[object]] = []
+
+    async def handler() -> None:
+        host.append(asyncio.current_task())  # type: ignore[arg-type]  # it runs in one
+        await way(shared)
+
+    def rule(_: Scope) -> bool:
+        # It is asked before the cancellation, whose delivery stands behind this in the loop.
+        asyncio.get_running_loop().call_soon(host[0].cancel)
+        return True
+
+    connection = FakeConnection()
+    middleware = TaskGroupMiddleware(app_of(handler), manager=manager, cancel_handler=rule)
+    serving = asyncio.create_task(connection.run(middleware))
+    await asyncio.sleep(LONG)
+    connection.disconnect()
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+    assert await shared == "price"
+
+
+async def test_cancellation_from_before_the_disconnect_is_not_taken_for_its_own(manager: TaskManager) -> None:
+    """A handler that has swallowed one awaits a task of the application, which others then cancel."""
+    shared = manager.create_task(asyncio.sleep(60), group="cache")
+
+    async def handler() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        with pytest.raises(asyncio.CancelledError):
+            await shared
+        assert shared.cancelled()
+        task.uncancel()
+
+    asyncio.get_running_loop().call_later(1, shared.cancel)
+    await hang_up_on(app_of(handler), manager, post())
+    assert shared.cancelled()
+
+
+async def test_grace_that_outlasts_the_request_spares_tasks_of_others(
+    manager: TaskManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is late is cancelled after the request, and what it awaits of the application is not."""
+    shared = manager.create_task(asyncio.sleep(60, "price"), group="cache")
+    left: list[ManagedTask[object]] = []
+
+    async def handler() -> None:
+        left.append(create_task(_by_await(shared)))
+        await asyncio.sleep(2 * LONG)
+
+    with caplog.at_level(logging.ERROR, "otel_tasks"):
+        await hang_up_on(app_of(handler), manager, post(), grace=20)
+    assert not left[0].done()
+    assert await shared == "price"
+    assert left[0].cancelled()
+    assert not stopping
+
+
 async def test_end_of_a_request_cancels_no_task_of_others(manager: TaskManager) -> None:
     """A task that is left over is cancelled; what it awaits of the application is not."""
     shared = manager.create_task(asyncio.sleep(2, "price"), group="cache")
@@ -864,6 +1049,29 @@ async def test_late_task_has_a_trace_of_its_own(manager: TaskManager, spans: Spa
         span = spans.span(name)
         assert span.parent is None
         assert [link.context.span_id for link in span.links] == [server.get_span_context().span_id]
+
+
+async def test_task_that_was_started_in_a_shield_and_outlives_its_request_belongs_to_the_manager(
+    manager: TaskManager,
+) -> None:
+    """Its context names the request's cleanup, which is over."""
+    sessions = []
+    groups = []
+
+    async def session() -> None:
+        await asyncio.sleep(1)
+        task = create_task(asyncio.sleep(1))
+        groups.append(task.group)
+        await task
+
+    async def handler() -> None:
+        async with uncancellable():
+            sessions.append(asyncio.create_task(session()))
+
+    await FakeConnection().run(TaskGroupMiddleware(app_of(handler), manager=manager))
+    await sessions[0]
+    assert [group.parent for group in groups] == [None]
+    assert groups[0].manager is manager
 
 
 async def test_uncancellable_after_the_request_does_nothing(manager: TaskManager) -> None:

@@ -14,11 +14,12 @@ from otel_tasks._suspension import (
     awaiters,
     call_when_moved,
     context_of,
+    find_holder,
     forwarded_to,
-    holds_off,
     in_anyio_shield,
     interrupt,
     leave_wait_for,
+    may_forward,
     waits_for,
 )
 
@@ -57,9 +58,10 @@ async def test_cancellation_reaches_what_a_task_awaits_and_the_children_of_a_gat
     done = asyncio.create_task(asyncio.sleep(0))
     await done
     outer = await started(waiting(asyncio.gather(inner, done)))
-    reached = forwarded_to(outer, never)
-    assert reached[1:] == [inner, future]
-    assert forwarded_to(outer, lambda task: task is inner)[1:] == [inner]
+    passed, stops = forwarded_to([outer], never)
+    assert (passed[1:], stops) == ([inner, future], [])
+    passed, stops = forwarded_to([outer], lambda task: task is inner)
+    assert (passed[1:], stops) == ([], [inner])
     future.set_result(None)
     await outer
 
@@ -68,12 +70,35 @@ async def test_interrupted_task_gets_the_cancellation_and_what_it_awaits_continu
     """As if it had awaited asyncio.shield(); others who await the same are not woken."""
     future = asyncio.get_running_loop().create_future()
     first, second = await started(waiting(future)), await started(waiting(future))
-    ((task, at, callback, context),) = [found for found in awaiters(future) if found[0] is first]
-    interrupt(task, at, callback, context, "gone")
+    (awaiter,) = [found for found in awaiters(future) if found.task is first]
+    interrupt(awaiter, "gone")
     with pytest.raises(asyncio.CancelledError, match="gone"):
         await first
     future.set_result("answer")
     assert await second == "answer"
+
+
+async def test_interrupted_task_that_is_cancelled_again_is_found_where_it_waited() -> None:
+    """Until it wakes: asyncio forwards the second cancel there, too."""
+
+    class Spared(asyncio.Future[None]):
+        def cancel(self, msg: Any = None) -> bool:
+            return True
+
+    future = Spared()
+    task = await started(waiting(future))
+    interrupt(next(awaiters(future)), None)
+    ((callback, _),) = future._callbacks or ()
+    assert not may_forward(callback)
+    task.cancel()
+    assert may_forward(callback)
+    (awaiter,) = awaiters(future)
+    assert awaiter.task is task
+    interrupt(awaiter, None)
+    assert not may_forward(callback)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not future._callbacks
 
 
 async def test_other_callbacks_are_no_awaiters() -> None:
@@ -103,6 +128,18 @@ async def test_callback_comes_after_the_next_step() -> None:
     assert order[:2] == ["first", "moved"]
     await asyncio.sleep(0)
     assert order[2:] == ["second", "moved again"]
+
+
+async def test_callback_comes_when_a_future_is_done() -> None:
+    """Such as the one of a thread's function, which has no steps."""
+    future = asyncio.get_running_loop().create_future()
+    seen: list[bool] = []
+    call_when_moved(future, lambda: seen.append(future.done()))
+    await asyncio.sleep(0)
+    assert seen == []
+    future.set_result(None)
+    await asyncio.sleep(0)
+    assert seen == [True]
 
 
 async def test_context_of_a_suspended_task_is_its_own() -> None:
@@ -141,7 +178,7 @@ async def test_shield_around_the_task_group_of_a_task_shields_it() -> None:
         task = asyncio.current_task()
         assert task is not None
         found.append(in_anyio_shield(task))
-        found.append(holds_off(task, []))
+        found.append(find_holder(task, []) is task)
 
     for shield in (True, False):
         with anyio.CancelScope(shield=shield):
