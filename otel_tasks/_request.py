@@ -105,7 +105,7 @@ class Stop:
             explicit one.
         forwarding: Tasks whose cancellation has been dealt with in this turn of the loop. One that awaits
             several others, in ``gather``, forwards it to each.
-        holders: What holds a cancel off, and is going to call back.
+        holders: The futures that hold a cancel off, and will call back.
     """
 
     __slots__ = (
@@ -317,8 +317,8 @@ class Request(Connection):
 
         A task in ``uncancellable()`` takes note and is cancelled at the end of the block. A task in a
         shielded scope of anyio would be torn by a native cancel, so it is asked once it has left the scope.
-        A task that has learned of the disconnect ends by itself. What awaits one of these would forward its
-        own cancellation to it.
+        A task that has learned of the disconnect ends by itself. A task that awaits one of them would forward
+        its own cancellation to it.
         """
         stop, group = self._stop, self.group
         if stop is None or group is None:
@@ -413,7 +413,7 @@ class Request(Connection):
         if isinstance(task, _task.ManagedTask):
             return not _is_below(self.group, task._group)
         context = context_of(task)
-        # One that was started here and that others await by now is shared.
+        # A task that was started here and that others await, too, is shared.
         return (context is not None and not self._is_its(context)) or any(
             not self._is_its(awaiter.context) for awaiter in awaiters(task)
         )

@@ -103,7 +103,7 @@ class Awaiter(NamedTuple):
     Attributes:
         task: Which.
         future: Where it is suspended: the future itself, or the one of a ``gather``.
-        callback: What wakes it there.
+        callback: The callback that wakes it there.
         context: The one in which it runs.
     """
 

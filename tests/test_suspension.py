@@ -88,7 +88,7 @@ async def test_interrupted_task_that_is_cancelled_again_is_found_where_it_waited
     future = Spared()
     task = await started(waiting(future))
     interrupt(next(awaiters(future)), None)
-    ((callback, _),) = future._callbacks or ()
+    ((callback, _),) = future._callbacks or []
     assert not may_forward(callback)
     task.cancel()
     assert may_forward(callback)
