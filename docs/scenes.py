@@ -19,8 +19,7 @@ from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerPro
 
 from otel_tasks import OtelTasksError, RestartPolicy, TaskGroup, TaskManager, create_task
 from otel_tasks._state import Signal, TaskStatus, next_status
-from otel_tasks.asgi import TaskGroupMiddleware
-from otel_tasks.fastapi import make_lifespan
+from otel_tasks.fastapi import TaskGroupMiddleware, make_lifespan
 from otel_tasks.testing import FakeConnection, run
 
 if TYPE_CHECKING:

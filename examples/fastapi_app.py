@@ -40,8 +40,13 @@ from otel_tasks import (
     current_group,
     current_task,
 )
-from otel_tasks.asgi import TaskGroupMiddleware, uncancellable
-from otel_tasks.fastapi import RequestTasks, make_lifespan, progress_events
+from otel_tasks.fastapi import (
+    RequestTasks,
+    TaskGroupMiddleware,
+    make_lifespan,
+    progress_events,
+    uncancellable,
+)
 
 # --- 1. Tracing ------------------------------------------------------------------------------------------
 

@@ -738,13 +738,12 @@ def current_request() -> Request | None:
     return None if request is None or request.over else request
 
 
-def this_request(who: str) -> Request:
+def this_request(
+    who: str, problem: str = "was called outside of a request, or without the middleware"
+) -> Request:
     request = current_request()
     if request is None:
-        raise RuntimeError(
-            f"{who} was called outside of a request: "
-            "app.add_middleware(TaskGroupMiddleware) gives each request a group"
-        )
+        raise RuntimeError(f"{who} {problem}: app.add_middleware(TaskGroupMiddleware)")
     return request
 
 

@@ -1,7 +1,6 @@
-"""A thin adapter for FastAPI: the request's group as a dependency, a lifespan, progress as events.
+"""Everything for a FastAPI application: the middleware, the request's group, a lifespan, progress as events.
 
-The middleware itself knows no framework: ``app.add_middleware(TaskGroupMiddleware)`` comes from
-``otel_tasks.asgi``.
+The middleware and what belongs to it come from ``otel_tasks.asgi``, which imports no framework.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ from otel_tasks._checks import checked_seconds
 from otel_tasks._group import TaskGroup
 from otel_tasks._lifespan import GRACE, TIMEOUT, managed
 from otel_tasks._manager import global_task_manager
+from otel_tasks._request import this_request
 from otel_tasks._task import ManagedTask, TaskInfo, wait_until_done
 from otel_tasks.asgi import (
+    ClientDisconnected,
     TaskGroupMiddleware,
     checked_manager,
     request_group,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from otel_tasks.progress import Progress, ProgressWatch
 
 __all__ = [
+    "ClientDisconnected",
     "RequestTasks",
     "TaskGroupMiddleware",
     "cancel_handler_on_disconnect",
@@ -46,17 +48,21 @@ __all__ = [
     "make_lifespan",
     "progress_events",
     "request_group",
+    "set_cancel_handler",
     "uncancellable",
 ]
 
 State = TypeVar("State")
+
+# A dependency runs in a request: without a group there, only the middleware can be missing.
+_NO_MIDDLEWARE = "needs the group of the request; add the middleware"
 
 
 # `async`, all three, though nothing here waits: FastAPI runs a plain function in a thread.
 
 
 async def _request_tasks() -> TaskGroup:
-    return request_group()
+    return this_request("RequestTasks", _NO_MIDDLEWARE).own_group()
 
 
 RequestTasks = Annotated[TaskGroup, Depends(_request_tasks)]
@@ -84,7 +90,7 @@ async def cancel_handler_on_disconnect() -> None:
         >>> @app.post("/preview", dependencies=[Depends(cancel_handler_on_disconnect)])
         ... async def preview(): ...
     """
-    set_cancel_handler(True)
+    this_request("cancel_handler_on_disconnect", _NO_MIDDLEWARE).cancel_handler = True
 
 
 async def keep_handler_on_disconnect() -> None:
@@ -97,7 +103,7 @@ async def keep_handler_on_disconnect() -> None:
 
     **Cancellation**: passed on; it never waits.
     """
-    set_cancel_handler(False)
+    this_request("keep_handler_on_disconnect", _NO_MIDDLEWARE).cancel_handler = False
 
 
 def lifespan(app: FastAPI) -> AbstractAsyncContextManager[None]:

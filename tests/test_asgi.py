@@ -206,8 +206,12 @@ async def test_lifespan_is_passed_on(manager: TaskManager) -> None:
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append(scope)
-        with pytest.raises(RuntimeError, match="outside of a request"):
+        with pytest.raises(RuntimeError) as error:
             request_group()
+        assert str(error.value) == (
+            "request_group() was called outside of a request, or without the middleware: "
+            "app.add_middleware(TaskGroupMiddleware)"
+        )
 
     async def receive() -> Any: ...
 

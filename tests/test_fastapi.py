@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import pytest
 from fastapi import (
@@ -21,14 +21,16 @@ from fastapi import (
 from fastapi.responses import StreamingResponse
 from starlette.middleware.base import BaseHTTPMiddleware
 
-from otel_tasks import CancelKind, TaskManager, create_task, global_task_manager
-from otel_tasks.asgi import TaskGroupMiddleware, request_group
+from otel_tasks import CancelKind, TaskManager, asgi, create_task, global_task_manager
+from otel_tasks import fastapi as fastapi_module
 from otel_tasks.fastapi import (
     RequestTasks,
+    TaskGroupMiddleware,
     cancel_handler_on_disconnect,
     keep_handler_on_disconnect,
     lifespan,
     make_lifespan,
+    request_group,
 )
 from otel_tasks.testing import FakeConnection, SpanRecorder
 
@@ -87,15 +89,32 @@ async def test_plain_route_names_the_group(app: FastAPI) -> None:
     assert names == ["GET /items/{id}"]
 
 
-async def test_without_middleware_the_dependency_says_what_is_missing() -> None:
-    """The error shows the line to add."""
+@pytest.mark.parametrize(
+    ("name", "dependency"),
+    [
+        ("RequestTasks", get_args(RequestTasks)[1]),
+        ("cancel_handler_on_disconnect", Depends(cancel_handler_on_disconnect)),
+        ("keep_handler_on_disconnect", Depends(keep_handler_on_disconnect)),
+    ],
+)
+async def test_without_middleware_a_dependency_says_what_is_missing(name: str, dependency: Any) -> None:
+    """The error names the dependency that the route has, and shows the line to add."""
     app = FastAPI()
 
-    @app.get("/")
-    async def route(tasks: RequestTasks) -> None: ...
+    @app.get("/", dependencies=[dependency])
+    async def route() -> None: ...
 
-    with pytest.raises(RuntimeError, match="add_middleware"):
+    with pytest.raises(RuntimeError) as error:
         await FakeConnection().run(app)
+    assert str(error.value) == (
+        f"{name} needs the group of the request; add the middleware: app.add_middleware(TaskGroupMiddleware)"
+    )
+
+
+def test_one_import_line_is_enough_for_an_application() -> None:
+    """What otel_tasks.asgi exports, otel_tasks.fastapi exports too, as the same objects."""
+    assert set(asgi.__all__) < set(fastapi_module.__all__)
+    assert all(getattr(fastapi_module, name) is getattr(asgi, name) for name in asgi.__all__)
 
 
 async def test_disconnect_stops_handler_and_tasks(app: FastAPI, manager: TaskManager) -> None:

@@ -17,8 +17,7 @@ from fastapi.responses import JSONResponse
 
 from examples.three_services.shared import NOT_FOUND, TELEMETRY, connect, debug_routes, set_up_telemetry
 from otel_tasks import TaskManager, TaskPriority
-from otel_tasks.asgi import TaskGroupMiddleware
-from otel_tasks.fastapi import RequestTasks, make_lifespan
+from otel_tasks.fastapi import RequestTasks, TaskGroupMiddleware, make_lifespan
 
 send_the_rest = set_up_telemetry("gateway")
 pricing = connect(os.environ.get("PRICING_URL", "http://127.0.0.1:8001"))

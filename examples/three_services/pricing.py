@@ -15,8 +15,7 @@ from fastapi import FastAPI, HTTPException
 
 from examples.three_services.shared import NOT_FOUND, TELEMETRY, connect, debug_routes, set_up_telemetry
 from otel_tasks import TaskManager
-from otel_tasks.asgi import TaskGroupMiddleware
-from otel_tasks.fastapi import RequestTasks, make_lifespan
+from otel_tasks.fastapi import RequestTasks, TaskGroupMiddleware, make_lifespan
 
 SUPPLIERS = ("acme", "globex")
 

@@ -13,8 +13,7 @@ from fastapi import FastAPI, HTTPException
 
 from examples.three_services.shared import TELEMETRY, debug_routes, set_up_telemetry
 from otel_tasks import TaskManager, TaskPriority
-from otel_tasks.asgi import TaskGroupMiddleware
-from otel_tasks.fastapi import RequestTasks, make_lifespan
+from otel_tasks.fastapi import RequestTasks, TaskGroupMiddleware, make_lifespan
 
 PRICES = {
     "acme": {"lamp": 39, "desk": 210, "wardrobe": 880, "sofa": 1190},
