@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, get_args
 
 from otel_tasks._state import TaskPriority
+
+LONGEST_NAME = 200
+# Control characters are Unicode's category Cc: line ends and escape sequences, which forge lines of a log.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+is_plain_name = re.compile(rf"[^#\x00-\x1f\x7f-\x9f]{{1,{LONGEST_NAME}}}").fullmatch
+
+
+class AttemptName(str):
+    """The name of a service's attempt, ``prices#1``: the library's own, so it may have a ``#``."""
+
+    __slots__ = ()
 
 
 def checked_seconds(what: str, seconds: float | None) -> float | None:
@@ -44,16 +56,39 @@ def checked_name(what: str, name: object, hint: str = "leave it out to have one 
 
     Raises:
         TypeError: It is not a string.
-        ValueError: It is empty.
+        ValueError: It is empty, longer than 200 characters, or contains ``#`` or a control character.
     """
-    if type(name) is str and name:
+    if type(name) is str and is_plain_name(name):
         return name
     if not isinstance(name, str):
         raise TypeError(f"{what} name must be a string, got {name!r}")
+    is_checked = type(name) is AttemptName
+    # Its characters alone: one that is an Enum too says something else when asyncio asks for its text.
+    name = str.__str__(name)
+    if is_checked:
+        return name
     if not name:
         raise ValueError(f"{what} name must not be empty: {hint}")
-    # Its characters alone: one that is an Enum too says something else when asyncio asks for its text.
-    return str.__str__(name)
+    if len(name) > LONGEST_NAME:
+        raise ValueError(
+            f"{what} name must have at most {LONGEST_NAME} characters, "
+            f"got {len(name)}, {_beginning(name)}: shorten it"
+        )
+    if "#" in name:
+        raise ValueError(
+            f"{what} name must not contain '#', got {_beginning(name)}: "
+            f"ids have it, as in 'group#3/name'; write {_beginning(name.replace('#', '-'))}"
+        )
+    if _CONTROL.search(name):
+        raise ValueError(
+            f"{what} name must not contain control characters, got {_beginning(name)}: "
+            f"write {_beginning(_CONTROL.sub(' ', name))}"
+        )
+    return name
+
+
+def _beginning(name: str) -> str:
+    return repr(name if len(name) <= 60 else f"{name[:60]}...")
 
 
 def checked_priority(priority: object) -> TaskPriority:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, TypeVar
 
 from otel_tasks._admission import Limiter, Ticket, admit, would_wait
 from otel_tasks._binding import _bound
-from otel_tasks._checks import check_choice, checked_name, checked_priority, checked_seconds
+from otel_tasks._checks import check_choice, checked_name, checked_priority, checked_seconds, is_plain_name
 from otel_tasks._current import is_request_over, stand_in
 from otel_tasks._factory import make
 from otel_tasks._state import CancelKind, TaskPriority
@@ -307,7 +307,9 @@ def chosen_name(
     previous: tuple[asyncio.Task[Any], ...] = ()
     if taken is not None:
         name, previous = make_way(group, name, taken, on_conflict)
-    group._ledger.note_name(name)
+    # As `note_name()`, without the call.
+    if name[-1].isdecimal():
+        group._ledger.lookalikes = True
     return name, name, previous
 
 
@@ -509,9 +511,11 @@ def numbered(group: TaskGroup, base: str) -> str:
 
 def is_free_name(ledger: Ledger, names: Mapping[str | int, ManagedTask[Any]], name: object) -> bool:
     """True if no task stands under this name, and it is one."""
-    if type(name) is not str or not name or by_name(names, name) is not None:
+    if type(name) is not str or by_name(names, name) is not None or not is_plain_name(name):
         return False
-    ledger.note_name(name)
+    # As `ledger.note_name(name)`, without the call.
+    if name[-1].isdecimal():
+        ledger.lookalikes = True
     return True
 
 
@@ -575,7 +579,7 @@ def make_way(
         return (second if holder(group, second) is None else numbered(group, name)), ()
     previous = with_predecessors(taken)
     # The old one keeps its place in the books under another name until it has ended.
-    taken.set_name(numbered(group, name))
+    taken._rename_to(numbered(group, name))
     ask(taken, CancelCause.make(CancelKind.REPLACED, f"replaced by a new task {name!r}"))
     return name, previous
 
@@ -595,7 +599,7 @@ def rename(group: TaskGroup, task: ManagedTask[Any], name: str) -> str:
     if group._live.get(old) is not task:
         # It has ended, and is in no table any more.
         return name
-    key = name if holder(group, checked_name("task", name)) in (None, task) else numbered(group, name)
+    key = name if holder(group, name) in (None, task) else numbered(group, name)
     group._ledger.note_name(key)
     for table in (group._live, group._names):
         table.pop(old, None)

@@ -213,7 +213,8 @@ class TaskManager:
 
         Args:
             coro: What to run; closed if the task is refused.
-            name: Unique among the live tasks; None makes one from the function's name.
+            name: Unique among the live tasks, at most 200 characters, without ``#`` and control characters;
+                None makes one from the function's name.
             group: A labeled group, made on first use (dots nest: ``"ingest.fetch"``), or a group
                 object; None is the manager's root. The current group is not looked at: the
                 function ``create_task`` does that.
@@ -239,7 +240,7 @@ class TaskManager:
             WrongThreadError: No event loop runs in this thread.
             WrongLoopError: The manager has live tasks in another loop.
             TypeError: ``coro`` is no coroutine.
-            ValueError: A name is empty, a timeout negative.
+            ValueError: A name is empty or has what names may not have, or a timeout is negative.
 
         Telemetry: a span named after the task, from now to its end.
 
@@ -499,7 +500,8 @@ class TaskManager:
             name: Dots nest: ``"ingest.fetch"`` is below ``"ingest"``.
 
         Raises:
-            ValueError: The name is empty, or has an empty part.
+            ValueError: The name is empty, has an empty part, or has what names may not have: ``#``, control
+                characters, more than 200 characters.
         """
         if name == "root":
             return self._root

@@ -26,7 +26,7 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
 
-from otel_tasks._checks import check_choice, check_count, checked_name
+from otel_tasks._checks import AttemptName, check_choice, check_count, checked_name
 from otel_tasks._create import clear_name, close_quietly
 from otel_tasks._log import about, logger
 from otel_tasks._state import CancelKind, TaskStatus
@@ -194,7 +194,7 @@ class Service(Generic[T]):
         try:
             attempt = await self._group.put_task(
                 coro,
-                name=f"{service.get_name()}#{self._attempts}",
+                name=AttemptName(f"{service.get_name()}#{self._attempts}"),
                 priority=self._priority,
                 metadata=self._metadata,
                 detached=True,

@@ -24,6 +24,7 @@ from weakref import WeakValueDictionary
 from otel_tasks._admission import Ticket, lift
 from otel_tasks._binding import intercepted, stopping
 from otel_tasks._causes import cause_of_cancel, known_cause, name_of_timeout, passed_down, passing
+from otel_tasks._checks import checked_name
 from otel_tasks._clock import clock_of, rounded, wall_clock
 from otel_tasks._events import own_name
 from otel_tasks._frames import suspended_frames
@@ -435,9 +436,19 @@ class ManagedTask(asyncio.Task[T]):
         return full_name(super().get_name(), getattr(self, "_key", ""))
 
     def set_name(self, value: object) -> None:
-        """Rename it in its group too; a name that is taken gets a number behind it."""
+        """Rename it in its group too; a name that is taken gets a number behind it.
+
+        Raises:
+            ValueError: It is empty, longer than 200 characters, or contains ``#`` or a control character.
+        """
         # C's __init__ sets the first name without coming here.
-        self._key = name = self._group._rename(self, str(value))
+        name = str(value)
+        # Its own may be one of the library's, or a function's.
+        if name != self.get_name():
+            self._rename_to(checked_name("task", name))
+
+    def _rename_to(self, name: str) -> None:
+        self._key = name = self._group._rename(self, name)
         super().set_name(name)
 
     def add_done_callback(self, fn: Callable[[Any], object], /, *, context: Context | None = None) -> None:

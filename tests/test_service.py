@@ -308,7 +308,9 @@ async def test_renamed_service_has_attempts_of_its_new_name() -> None:
 async def test_name_of_an_attempt_may_be_taken() -> None:
     """Where a task has an attempt's name already, the attempt gets another one."""
     manager = TaskManager()
-    manager.create_task(rest(), name="prices#1")
+    renamed = await manager.start_service("prices", rest)
+    await settle()
+    renamed.set_name("rates")
     work = Flaky(0)
     await manager.start_service("prices", work)
     await settle()
