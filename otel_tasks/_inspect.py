@@ -211,7 +211,7 @@ class TaskTree:
         return {
             "manager": self.manager,
             "closed": self.closed,
-            "stats": self.stats._asdict(),
+            "stats": self.stats.to_dict(),
             "max_concurrency": self.max_concurrency,
             "root": self.root.to_dict(),
             "abandoned_threads": [

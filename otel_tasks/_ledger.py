@@ -97,6 +97,10 @@ class TaskStats(NamedTuple):
     queued: int
     remembered: int
 
+    def to_dict(self) -> dict[str, int]:
+        """Give the counters as JSON-ready data."""
+        return self._asdict()
+
 
 class Ledger:
     """The books of one manager."""
@@ -197,6 +201,14 @@ class Ledger:
             self.bind(loop)
         self._check_open()
         return loop
+
+    @property
+    def closed_here(self) -> bool:
+        """Whether it is shut down in the running loop; where none runs, in the loop to which it belongs."""
+        loop = _get_running_loop()
+        if loop is None or loop is self.loop:
+            return self.closed
+        return self.shutdowns.of(loop) is not None
 
     def _check_open(self) -> None:
         if self.closed:

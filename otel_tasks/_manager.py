@@ -194,8 +194,16 @@ class TaskManager:
         """The ids of the tasks that have ended while their function runs on in its thread."""
         return tuple(worker.id for worker in self._ledger.threads.abandoned())
 
+    @property
+    def closed(self) -> bool:
+        """True from the moment it is shut down: it refuses new tasks, in the event loop of the shutdown.
+
+        In another loop, and after ``async with`` has opened it again, it is False.
+        """
+        return self._ledger.closed_here
+
     def __repr__(self) -> str:
-        state = "shut down" if self._ledger.closed else "open"
+        state = "shut down" if self.closed else "open"
         return f"<TaskManager {self.name!r} {state}, {self._ledger.live} live tasks>"
 
     # -- starting ---------------------------------------------------------------------------

@@ -248,6 +248,48 @@ async def test_group_tasks_are_those_below() -> None:
     await manager.shutdown(0)
 
 
+async def test_manager_is_closed_while_it_refuses_new_tasks() -> None:
+    """closed is True from the call of shutdown() on, until the manager is opened again."""
+    manager = TaskManager()
+    assert not manager.closed
+    seen = []
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            seen.append(manager.closed)
+
+    manager.create_task(work())
+    await settle()
+    await manager.shutdown(0)
+    assert seen == [True]
+    assert manager.closed
+    async with manager:
+        assert not manager.closed
+    assert manager.closed
+
+
+def test_manager_is_closed_in_the_loop_of_its_shutdown_only() -> None:
+    """Another loop finds it open, even before its first task; outside of loops the last shutdown counts."""
+    manager = TaskManager()
+
+    async def end() -> bool:
+        before = manager.closed
+        await manager.create_task(give(1))
+        await manager.shutdown(0)
+        assert manager.closed
+        return before
+
+    assert [run(end()), manager.closed] == [False, True]
+
+    async def look() -> bool:
+        return manager.closed
+
+    assert not run(look())
+    assert not run(end())
+
+
 async def test_manager_says_its_name_and_state() -> None:
     """The repr has name, state and number of live tasks."""
     manager = TaskManager("mine")
