@@ -283,10 +283,10 @@ async def test_group_of_another_manager_is_refused_when_cancelling() -> None:
 
 
 LOOKING: list[tuple[Callable[[TaskManager, Any], object], str]] = [
-    (lambda manager, task: manager.get_task(task), "looked up by its name or its id"),
-    (lambda manager, task: manager.get_task_info(task), "looked up by its name or its id"),
-    (lambda manager, task: manager.wait_for_task(task), "looked up by its name or its id"),
-    (lambda manager, task: manager.cancel_task(task), "looked up by its name or its id"),
+    (lambda manager, task: manager.get_task(task), "looked up by its name, its id or its uid"),
+    (lambda manager, task: manager.get_task_info(task), "looked up by its name, its id or its uid"),
+    (lambda manager, task: manager.wait_for_task(task), "looked up by its name, its id or its uid"),
+    (lambda manager, task: manager.cancel_task(task), "looked up by its name, its id or its uid"),
     (lambda manager, task: manager.get_group_tasks(task), "group must be a name or a TaskGroup"),
     (lambda manager, task: manager.cancel_group(task), "group must be a name or a TaskGroup"),
     (lambda manager, task: manager.join(task), "group must be a name or a TaskGroup"),
