@@ -31,6 +31,7 @@ from otel_tasks._create import (
     is_free_name,
     next_free,
     start_task_span,
+    with_options_of,
 )
 from otel_tasks._current import current_group_or_none, current_manager, nearest_open, stand_in
 from otel_tasks._scope import OnError, Scope
@@ -274,12 +275,13 @@ class TaskGroup:
 
     # -- tasks ------------------------------------------------------------------------------
 
+    @with_options_of(creating.create)
     def create_task(
         self,
         coro: Coroutine[Any, Any, T],
         *,
         name: str | None = None,
-        priority: TaskPriority = TaskPriority.NORMAL,
+        priority: TaskPriority | int = TaskPriority.NORMAL,
         **options: Unpack[RareOptions],
     ) -> ManagedTask[T]:
         """Create a task in this group; the parameters are those of ``TaskManager.create_task``.
@@ -343,6 +345,7 @@ class TaskGroup:
         add_done_callback(task, ledger.on_done, context=ledger.context)
         return task
 
+    @with_options_of(creating.create)
     def create_task_threadsafe(
         self,
         work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
@@ -374,6 +377,7 @@ class TaskGroup:
         """
         return self._hand_over(work, lambda: self, options)
 
+    @with_options_of(creating.create)
     def run_in_thread(
         self,
         function: Callable[[*Args], T],
@@ -420,6 +424,7 @@ class TaskGroup:
             close_quietly(coro)
             raise
 
+    @with_options_of(creating.create)
     async def put_task(self, coro: Coroutine[Any, Any, T], **options: Unpack[TaskOptions]) -> ManagedTask[T]:
         """Create a task as soon as it may wait for its place: ``create_task`` with patience.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 from otel_tasks._admission import Limiter, checked_limiter
 from otel_tasks._awaiters import with_awaiters
 from otel_tasks._checks import check_count, checked_name, checked_seconds
-from otel_tasks._create import EAGER, clear_name, close_quietly
+from otel_tasks._create import EAGER, clear_name, close_quietly, create, with_options_of
 from otel_tasks._current import (
     as_coroutine_function,
     current_group_or_none,
@@ -208,13 +208,14 @@ class TaskManager:
 
     # -- starting ---------------------------------------------------------------------------
 
+    @with_options_of(create)
     def create_task(
         self,
         coro: Coroutine[Any, Any, T],
         *,
         name: str | None = None,
         group: str | TaskGroup | None = None,
-        priority: TaskPriority = TaskPriority.NORMAL,
+        priority: TaskPriority | int = TaskPriority.NORMAL,
         **options: Unpack[RareOptions],
     ) -> ManagedTask[T]:
         """Create a task; it runs from the loop's next turn on, as after ``asyncio.create_task``.
@@ -260,6 +261,7 @@ class TaskManager:
             return where._create_with(coro, name, priority, options)
         return where.create_task(coro, name=name, priority=priority)
 
+    @with_options_of(create)
     def create_task_threadsafe(
         self,
         work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
@@ -283,6 +285,7 @@ class TaskManager:
         where = self._root if group is None else self._group_for(group, work)
         return where.create_task_threadsafe(work, **options)
 
+    @with_options_of(create)
     def run_in_thread(
         self,
         function: Callable[[*Args], T],
@@ -307,6 +310,7 @@ class TaskManager:
         where = self._root if group is None else self._group_for(group, function)
         return where.run_in_thread(function, *args, abandon=abandon, **options)
 
+    @with_options_of(create)
     async def put_task(
         self,
         coro: Coroutine[Any, Any, T],
@@ -335,7 +339,7 @@ class TaskManager:
         factory: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T],
         *,
         group: str | TaskGroup | None = None,
-        priority: TaskPriority = TaskPriority.NORMAL,
+        priority: TaskPriority | int = TaskPriority.NORMAL,
         timeout: float | None = None,
         queue_timeout: float | None = None,
         metadata: Mapping[str, Any] | None = None,
@@ -417,7 +421,7 @@ class TaskManager:
         *,
         restart: RestartPolicy = DEFAULT_POLICY,
         group: str | TaskGroup | None = None,
-        priority: TaskPriority = TaskPriority.CRITICAL,
+        priority: TaskPriority | int = TaskPriority.CRITICAL,
         metadata: Mapping[str, Any] | None = None,
         on_conflict: OnConflict = "error",
         drains: bool = False,
@@ -1276,11 +1280,12 @@ def current_cancel_event() -> CancelEvent:
     return current_group().cancel_event if worker is None else worker.event
 
 
+@with_options_of(create)
 def create_task(
     coro: Coroutine[Any, Any, T],
     *,
     name: str | None = None,
-    priority: TaskPriority = TaskPriority.NORMAL,
+    priority: TaskPriority | int = TaskPriority.NORMAL,
     **options: Unpack[RareOptions],
 ) -> ManagedTask[T]:
     """Create a task in the current group; the parameters are those of ``TaskManager.create_task``.
@@ -1298,6 +1303,7 @@ def create_task(
     return where.create_task(coro, name=name, priority=priority)
 
 
+@with_options_of(create)
 def create_task_threadsafe(
     work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]], **options: Unpack[TaskOptions]
 ) -> concurrent.futures.Future[T]:
@@ -1316,6 +1322,7 @@ def create_task_threadsafe(
     return where.create_task_threadsafe(work, **options)
 
 
+@with_options_of(create)
 def run_in_thread(
     function: Callable[[*Args], T],
     /,
@@ -1343,12 +1350,13 @@ def _manager_for(group: str | TaskGroup | None) -> TaskManager:
 
 
 @as_coroutine_function
+@with_options_of(TaskManager.start_task)
 def start_task(
     name: str,
     factory: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T],
     *,
     group: str | TaskGroup | None = None,
-    priority: TaskPriority = TaskPriority.NORMAL,
+    priority: TaskPriority | int = TaskPriority.NORMAL,
     cancel_existing: bool = False,
     **options: Unpack[RareOptions],
 ) -> Coroutine[Any, Any, ManagedTask[T]]:
@@ -1390,7 +1398,7 @@ def start_service(
     *,
     restart: RestartPolicy = DEFAULT_POLICY,
     group: str | TaskGroup | None = None,
-    priority: TaskPriority = TaskPriority.CRITICAL,
+    priority: TaskPriority | int = TaskPriority.CRITICAL,
     metadata: Mapping[str, Any] | None = None,
     on_conflict: OnConflict = "error",
     drains: bool = False,

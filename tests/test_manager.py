@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import inspect
+import pydoc
 import traceback
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -24,14 +26,18 @@ from otel_tasks import (
     TaskPriority,
     TaskStatus,
     WrongLoopError,
+    create_task,
+    create_task_threadsafe,
     managed_task,
+    run_in_thread,
+    start_task,
     wait_for_task,
 )
 from otel_tasks.testing import VirtualClockLoop, run
 from tests.helpers import cancel_at_each_await, fail, give, ignore_cancels, kind_of, now, rest, settle
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from otel_tasks.testing import SpanRecorder
 
@@ -354,6 +360,64 @@ async def test_wait_for_a_task_that_fails() -> None:
     assert first.value is not second.value
     frames = [frame.name for frame in traceback.extract_tb(second.value.__traceback__)]
     assert "fail" not in frames
+
+
+# -- signatures ------------------------------------------------------------------------------------
+
+CREATING = [
+    *(create_task, create_task_threadsafe, run_in_thread, start_task, TaskManager.start_task),
+    *(TaskGroup.create_task, TaskGroup.create_task_threadsafe, TaskGroup.put_task, TaskGroup.run_in_thread),
+    *(TaskManager.create_task, TaskManager.create_task_threadsafe, TaskManager.put_task),
+    TaskManager.run_in_thread,
+]
+
+
+@pytest.mark.parametrize("function", CREATING, ids=lambda function: function.__qualname__)
+def test_signature_shows_every_option(function: Callable[..., object]) -> None:
+    """help() and inspect show each option as a keyword of its own, with its default."""
+    parameters = inspect.signature(function).parameters
+    assert not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    by_name = "start" in function.__qualname__
+    defaults = {
+        "name": inspect.Parameter.empty if by_name else None,
+        "priority": TaskPriority.NORMAL,
+        "timeout": None,
+        "queue_timeout": None,
+        "metadata": None,
+        "on_conflict": "error" if by_name else "suffix",
+        "detached": False,
+        "context": None,
+        "eager_start": None,
+    }
+    assert {name: parameters[name].default for name in defaults} == defaults
+    text = pydoc.plain(pydoc.render_doc(function))
+    assert all(f"{name}: " in text for name in defaults)
+
+
+async def test_default_of_every_option_may_be_passed() -> None:
+    """What a signature shows as a default does what leaving the option out does."""
+    manager = TaskManager()
+    for function in (manager.create_task, manager.get_group("g").create_task, create_task):
+        parameters = inspect.signature(function).parameters.values()
+        shown = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+        task = function(give(1), **shown)
+        assert (task.get_name()[:5], task.priority) == ("give-", TaskPriority.NORMAL)
+        assert await task == 1
+
+
+async def test_priority_may_be_a_number() -> None:
+    """The number of a priority is taken wherever a priority is, and a task has the priority itself."""
+    manager = TaskManager()
+    tasks = [
+        manager.create_task(give(1), priority=2),
+        manager.get_group("g").create_task(give(1), priority=2),
+        await manager.start_task("a", give(1), priority=2),
+        await manager.start_service("s", rest, priority=2),
+        managed_task(priority=2, manager=manager)(rest).start(),
+    ]
+    for task in tasks:
+        assert task.priority is TaskPriority(2)
+    await manager.shutdown(0)
 
 
 # -- lookup in a group -----------------------------------------------------------------------------

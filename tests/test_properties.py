@@ -87,7 +87,7 @@ class World:
             name="work",
             on_conflict="replace" if work.what == "replace" else "suffix",
             timeout=work.timeout,
-            priority=work.priority,  # type: ignore[arg-type]  # a number is taken, too
+            priority=work.priority,
         )
         self.tasks.append(task)
         self.parents[task] = parent

@@ -60,11 +60,19 @@ async def nothing() -> None:
     """A coroutine function without."""
 
 
+def plain_number() -> int:
+    """A plain function."""
+    return 1
+
+
 async def creating(manager: TaskManager) -> None:
     """A task has the type of what its coroutine returns."""
     assert_type(create_task(count(1)), ManagedTask[int])
     assert_type(await create_task(count(1)), int)
     assert_type(create_task(nothing(), name="n", priority=TaskPriority.HIGH), ManagedTask[None])
+    assert_type(create_task(count(1), priority=2), ManagedTask[int])
+    assert_type(manager.create_task(count(1), priority=2).priority, TaskPriority)
+    assert_type(manager.run_in_thread(plain_number, priority=2), ManagedTask[int])
     assert_type(manager.create_task(count(1), group="a.b", timeout=1), ManagedTask[int])
     assert_type(manager.create_task(count(1), group=manager.get_group("a")), ManagedTask[int])
     assert_type(
@@ -84,6 +92,8 @@ async def creating(manager: TaskManager) -> None:
 async def starting(manager: TaskManager) -> None:
     """start_task takes a factory, a coroutine function or a coroutine."""
     assert_type(await manager.start_task("n", lambda: count(1)), ManagedTask[int])
+    assert_type(await start_task("n", nothing, priority=2), ManagedTask[None])
+    assert_type(await start_service("n", nothing, priority=2), ManagedTask[None])
     assert_type(await manager.start_task("n", nothing), ManagedTask[None])
     assert_type(await manager.start_task("n", count(1), cancel_existing=True), ManagedTask[int])
     assert_type(await start_task("n", nothing, on_conflict="return"), ManagedTask[None])
@@ -193,6 +203,11 @@ async def mixing() -> None:
     assert_type(await asyncio.gather(task, create_task(nothing())), tuple[int, None])
     task.add_done_callback(lambda done: print(done.result() + 1))
     await asyncio.wait([task, plain])
+
+
+@managed_task(priority=2)
+async def leveled() -> None:
+    """Decorated with a number for a priority."""
 
 
 @managed_task
