@@ -408,7 +408,7 @@ async def test_default_of_every_option_may_be_passed() -> None:
 async def test_priority_may_be_a_number() -> None:
     """The number of a priority is taken wherever a priority is, and a task has the priority itself."""
     manager = TaskManager()
-    tasks = [
+    tasks: list[ManagedTask[Any]] = [
         manager.create_task(give(1), priority=2),
         manager.get_group("g").create_task(give(1), priority=2),
         await manager.start_task("a", give(1), priority=2),
