@@ -174,7 +174,8 @@ async def test_task_has_not_started_if_and_only_if_none_of_its_code_ran(
     before = manager.create_task(reluctant(), name="work", group="before")
     await asyncio.sleep(0)
     ran: list[str] = []
-    task = manager.create_task(note_and_rest(ran), **{"name": "work", "group": "g", **options})
+    wanted: dict[str, Any] = {"name": "work", "group": "g", **options}
+    task = manager.create_task(note_and_rest(ran), **wanted)
     for _ in range(turns):
         await asyncio.sleep(0)
     await stop_by(stop, task, manager)
@@ -198,6 +199,9 @@ async def stop_by(stop: str, task: ManagedTask[Any], manager: TaskManager) -> No
             await manager.cancel_group("g")
         case "callback":
             asyncio.get_running_loop().call_soon(task.cancel)
+        case _:
+            # By the shutdown that follows.
+            pass
 
 
 async def note_and_rest(ran: list[str]) -> None:
