@@ -1005,9 +1005,7 @@ class TaskManager:
 
     def _find(self, name: str, group: str | TaskGroup | None = None) -> ManagedTask[Any] | None:
         if not isinstance(name, str):
-            raise TypeError(
-                f"a task is looked up by its name or its id (or its uid), got {name!r}: pass task.id"
-            )
+            raise TypeError(f"a task is looked up by its name, its id or its uid, got {name!r}: pass task.id")
         if group is None:
             return self._find_anywhere(name)
         node = self._find_group(group)
