@@ -70,7 +70,8 @@ EVENTS = {
 LINKS = {
     "cancelled_by": "The span that caused the cancellation: the request's, the failed sibling's, or the one "
     "that was current at the `cancel()` call.",
-    "spawned_by": "The span that was current where a `detached=True` task or a service was created.",
+    "spawned_by": "The span that was current where a service, or a task in a new trace (`detached=True`), "
+    "was created.",
     "restart_of": "The service's attempt before this one.",
 }
 

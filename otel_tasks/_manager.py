@@ -362,7 +362,7 @@ class TaskManager:
             metadata: Kept with the task and its record.
             on_conflict: As for ``create_task``, but ``"error"`` unless told otherwise.
             cancel_existing: The same as ``on_conflict="replace"``.
-            detached: Begin a new trace.
+            detached: Begin a new trace, as for ``create_task``.
             context: Where it runs.
             eager_start: As for ``create_task``.
 
@@ -482,7 +482,7 @@ class TaskManager:
         max_queue: int | None = None,
         span: bool = False,
     ) -> TaskGroup:
-        """Make a scoped group of this manager; enter it with ``async with``.
+        """Make a block: a new scoped group for ``async with``; ``group="x"`` is a label, see ``get_group``.
 
         It nests in the group around it: that of the enclosing ``async with`` block, or the
         current group.
@@ -506,10 +506,13 @@ class TaskManager:
         )
 
     def get_group(self, name: str) -> TaskGroup:
-        """Give the labelled group of this name, made on first use; ``"root"`` is the manager's own.
+        """Give the label that ``group="x"`` means, made on first use; ``group("x")`` makes a block.
 
         Args:
-            name: Dots nest: ``"ingest.fetch"`` is below ``"ingest"``.
+            name: Dots nest: ``"ingest.fetch"`` is below ``"ingest"``. ``"root"`` is the manager's own group.
+
+        Returns:
+            The labeled group, which all who say its name share, never a block of the same name.
 
         Raises:
             ValueError: The name is empty, has an empty part, or has what names may not have: ``#``, control

@@ -650,7 +650,7 @@ def _links_of_detached(surroundings: otel_context.Context) -> list[Link] | None:
 
 
 def link_restart(context: contextvars.Context, predecessor: Span) -> None:
-    """Let the next detached span that begins in ``context`` link to the one that it takes the place of."""
+    """Let the next span in ``context`` that begins a new trace link to the one that it takes the place of."""
 
     def note() -> None:
         otel_context.attach(otel_context.set_value(_PREDECESSOR, span_context(predecessor)))

@@ -78,7 +78,7 @@ class TaskGroupMiddleware:
         grace: Seconds that tasks and handler have to act upon the cancel event before they are cancelled; 0
             cancels in the same turn of the loop.
         on_exit: What happens to the group's tasks when the request ends, background tasks included:
-            ``"cancel"``, ``"wait"`` for them, or ``"detach"``: hand them to the application.
+            ``"cancel"``, ``"wait"`` for them, or ``"detach"``: hand them over to the manager.
         span: Give each group a span of its own, between the server's and the tasks'.
 
     Raises:

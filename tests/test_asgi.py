@@ -861,7 +861,7 @@ async def test_on_exit_decides_about_what_is_left(
     assert not manager._ledger.scopes
 
 
-async def test_detached_task_is_reached_by_the_managers_shutdown(
+async def test_task_that_is_handed_over_is_reached_by_the_managers_shutdown(
     manager: TaskManager, journal: Journal
 ) -> None:
     """What a request handed to the application ends with the application."""
@@ -888,7 +888,9 @@ async def test_client_that_leaves_while_the_exit_waits_cancels_nothing(
     assert connection.status == 200
 
 
-async def test_disconnect_ends_detached_and_waited_tasks_too(manager: TaskManager, journal: Journal) -> None:
+async def test_disconnect_ends_tasks_that_would_be_handed_over_or_waited_for(
+    manager: TaskManager, journal: Journal
+) -> None:
     """on_exit is about requests that end well: a client that leaves stops its tasks in each case."""
 
     async def body() -> None:
@@ -1432,7 +1434,9 @@ async def test_task_that_ignores_its_cancellation_does_not_hold_a_request_for_ev
     await manager.join()
 
 
-async def test_detached_task_goes_on_creating_tasks(manager: TaskManager, journal: Journal) -> None:
+async def test_task_that_is_handed_over_goes_on_creating_tasks(
+    manager: TaskManager, journal: Journal
+) -> None:
     """What is handed to the application works on, tasks of its own included."""
 
     async def job() -> None:
