@@ -302,6 +302,12 @@ class Request(Connection):
         stop.note_counts(() if self.host is None else [self.host])
         stopping.add(self)
 
+    def end_stop(self) -> None:
+        """Let go of the tasks: what outlives the request keeps it, by its context, for as long."""
+        stopping.discard(self)
+        if self._stop is not None:
+            self._stop.counts.clear()
+
     def _stop_work(self) -> None:
         if self._stop is not None:
             self._stop.due = True
@@ -399,12 +405,13 @@ class Request(Connection):
         # A list first: interrupting one changes what is walked.
         if spared and self._is_its(copy_context()) and leave_wait_for(awaited):
             return True
-        ours = [
-            awaiter
+        # Each once: a gather may wait for it several times, through others.
+        ours = {
+            awaiter.task: awaiter
             for awaiter in awaiters(awaited, callbacks)
             if self._is_its(awaiter.context) and stop.is_forwarded_by(awaiter.task, awaited)
-        ]
-        for awaiter in ours if spared else ():
+        }
+        for awaiter in ours.values() if spared else ():
             interrupt(awaiter, message)
         return bool(ours)
 

@@ -313,10 +313,11 @@ def anyio_shield() -> Generator[None]:
     anyio = sys.modules.get("anyio")
     # None in a module that is being imported just now.
     make_scope = getattr(anyio, "CancelScope", None)
-    if make_scope is None:
+    task = asyncio.current_task()
+    # Without a task (granian can run coroutines without one) nothing of anyio works.
+    if make_scope is None or task is None:
         yield
         return
-    task = asyncio.current_task()
     scope = make_scope(shield=True)
     scope.__enter__()
     try:

@@ -21,7 +21,7 @@ import inspect
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from otel_tasks._binding import _bound, stopping
+from otel_tasks._binding import _bound
 from otel_tasks._checks import check_choice, check_flag, checked_finite_seconds
 from otel_tasks._disconnect import ClientDisconnected, Receive, Scope, Send, Sweeper
 from otel_tasks._lifespan import serve_lifespan
@@ -157,7 +157,7 @@ class TaskGroupMiddleware:
             if request._watcher is not None:
                 request._watcher.cancel()
             if request._stop is not None:
-                stopping.discard(request)
+                request.end_stop()
             _bound.reset(token)
 
     async def _serve_part(self, scope: Scope, receive: Receive, send: Send) -> None:

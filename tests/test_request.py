@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import logging
 import time
+import weakref
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -993,6 +995,16 @@ async def test_grace_that_outlasts_the_request_spares_tasks_of_others(
     assert not stopping
 
 
+async def test_handler_that_awaits_a_task_of_the_application_several_times_is_woken_once(
+    manager: TaskManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each gather() around it forwards the cancellation; asyncio would log a second wake-up."""
+    shared = manager.create_task(asyncio.sleep(2, "price"), group="cache")
+    await hang_up_on(app_of(lambda: asyncio.gather(asyncio.gather(shared), shared, shared)), manager)
+    assert await shared == "price"
+    assert caplog.messages == []
+
+
 async def test_end_of_a_request_cancels_no_task_of_others(manager: TaskManager) -> None:
     """A task that is left over is cancelled; what it awaits of the application is not."""
     shared = manager.create_task(asyncio.sleep(2, "price"), group="cache")
@@ -1072,6 +1084,22 @@ async def test_task_that_was_started_in_a_shield_and_outlives_its_request_belong
     await sessions[0]
     assert [group.parent for group in groups] == [None]
     assert groups[0].manager is manager
+
+
+async def test_task_that_outlives_its_request_keeps_no_task_of_it(manager: TaskManager) -> None:
+    """Its context refers to the request, but not to the tasks that were cancelled with it."""
+    sessions = []
+    ended: list[weakref.ref[ManagedTask[None]]] = []
+
+    async def handler() -> None:
+        sessions.append(asyncio.create_task(asyncio.sleep(5)))
+        ended.append(weakref.ref(create_task(asyncio.sleep(60))))
+        await asyncio.sleep(60)
+
+    await hang_up_on(app_of(handler), manager)
+    gc.collect()
+    assert [reference() for reference in ended] == [None]
+    await sessions[0]
 
 
 async def test_uncancellable_after_the_request_does_nothing(manager: TaskManager) -> None:

@@ -168,6 +168,18 @@ async def test_without_anyio_there_are_no_shields(monkeypatch: pytest.MonkeyPatc
         assert not in_anyio_shield(task)
 
 
+async def test_without_a_task_no_shield_is_opened() -> None:
+    """As on a server that runs coroutines without one, where anyio refuses."""
+    ended = asyncio.get_running_loop().create_future()
+
+    def callback() -> None:
+        with anyio_shield():
+            ended.set_result(asyncio.current_task())
+
+    asyncio.get_running_loop().call_soon(callback)
+    assert await ended is None
+
+
 async def test_shield_around_the_task_group_of_a_task_shields_it() -> None:
     """anyio looks up to the scopes of the parent task, too."""
     import anyio
