@@ -637,7 +637,7 @@ async def test_task_cannot_wait_for_itself() -> None:
     """A task that would wait for itself is told so."""
     caller = asyncio.current_task()
     assert caller is not None
-    with pytest.raises(RuntimeError, match="wait for itself: it would wait for ever; pass another task"):
+    with pytest.raises(RuntimeError, match="wait for itself: it would wait forever; pass another task"):
         await wait_with_cancellation(caller)
 
 
