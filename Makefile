@@ -18,7 +18,7 @@ UPGRADED := fastapi starlette uvicorn anyio opentelemetry-api opentelemetry-sdk 
 	opentelemetry-distro opentelemetry-instrumentation opentelemetry-instrumentation-asgi \
 	opentelemetry-instrumentation-fastapi opentelemetry-instrumentation-httpx
 
-# The nightly tests have one too: what they install is nobody else's concern.
+# The nightly tests have one too: what they install is nobody else's concern. Its pytest plugins are for the peers' suites.
 NIGHTLY := $(VENV)-nightly
 
 # The peers have an environment of their own: they want other versions than the tools do. Eager tasks are measured
@@ -50,7 +50,7 @@ test-newest: $(NEWEST)/.ready ## Run the tests with the newest FastAPI, Starlett
 	$(NEWEST)/bin/python -m pytest $(ARGS)
 
 nightly: $(NIGHTLY)/.ready ## Run the long tests, those with vendors' agents and shared clients, and the peers' suites
-	$(NIGHTLY)/bin/python -m pytest -o faulthandler_timeout=1800 $(wildcard tests/nightly tests/peers) $(ARGS)
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(NIGHTLY)/bin/python -m pytest -o faulthandler_timeout=1800 $(wildcard tests/nightly tests/peers) $(ARGS)
 
 cover: $(READY) ## Run the tests without servers and show what they do not reach
 	$(BIN)/python -m pytest -m "not e2e" --cov --cov-report=term-missing $(ARGS)

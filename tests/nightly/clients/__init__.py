@@ -1,0 +1,1 @@
+"""Client libraries, each with a pool of five connections that all requests share."""

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.peers.suites import SUITES, Suite
+
+HERE = Path(__file__).resolve().parent
+CACHE = HERE.parent.parent / "build" / "peers"
+
+RUN_TIMEOUT = 900.0
+"""Seconds that one run of one suite may take."""
+
+AGAIN = 3
+"""How often a test with another outcome than in the bare run is repeated: a flaky test is no difference."""
+
+OPTIONS = [
+    *("-p", "wrapping", "-p", "no:otel_tasks", "-p", "no:cacheprovider"),
+    *("-q", "--tb=short", "--continue-on-collection-errors"),
+    # Of a suite's own settings, only its filters of warnings, its markers, and its modes stay.
+    *("-o", "addopts=", "-o", "log_cli=false"),
+    # pytest-asyncio is there for one suite, and warns in the others.
+    *("-o", "asyncio_default_fixture_loop_scope=function"),
+]
+
+DOWNLOAD = ["-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(CACHE)]
+
+Outcomes = dict[str, dict[str, Any]]
+
+
+@pytest.mark.parametrize(
+    ("suite", "place"),
+    [(suite, place) for suite in SUITES for place in suite.through],
+    ids=[f"{suite.package}-{place}" for suite in SUITES for place in suite.through],
+)
+def test_suite_passes_with_the_middleware_around_every_app(suite: Suite, place: str) -> None:
+    """Each test of the project ends as it does without the middleware, but for the intended differences."""
+    bare, wrapped = outcomes(suite, "bare"), outcomes(suite, place)
+    different = {test for test in bare.keys() | wrapped.keys() if ending(bare, test) != ending(wrapped, test)}
+    intended = suite.differences.get(place, {})
+    unintended = confirmed(suite, place, bare, different - intended.keys())
+    served = sum(test.get("connections", 0) > 0 for test in wrapped.values())
+    passed = sum(test.get("outcome") == "passed" for test in wrapped.values())
+
+    print(
+        f"{name_and_version(suite.package)} {place}: {len(wrapped)} tests, {passed} passed, "
+        f"{served} through the middleware, {len(different & intended.keys())} intended differences, "
+        f"{len(different - intended.keys())} others, {len(unintended)} of them confirmed"
+    )
+    assert served >= suite.through[place]
+    assert unintended == {}
+    assert intended.keys() - different == set(), "no longer different"
+
+
+def confirmed(suite: Suite, place: str, bare: Outcomes, tests: set[str]) -> dict[str, str]:
+    """Those that end differently once more when they run alone: how, by test id."""
+    found: dict[str, str] = {}
+    for number in range(AGAIN if tests else 0):
+        again = run(suite, place, f"{place}-again-{number}", sorted(tests))
+        for test in tests:
+            if ending(again, test) != ending(bare, test):
+                reason = again.get(test, {}).get("reason", "")
+                found[test] = f"{ending(bare, test)} -> {ending(again, test)}\n{reason}"
+    return found
+
+
+def ending(tests: Outcomes, test: str) -> str:
+    """The outcome of the test; "absent" when it has not run."""
+    return str(tests.get(test, {}).get("outcome", "absent"))
+
+
+@functools.cache
+def outcomes(suite: Suite, place: str) -> Outcomes:
+    """Run the whole suite once per place."""
+    return run(suite, place, place, list(suite.tests))
+
+
+def run(suite: Suite, place: str, name: str, tests: list[str]) -> Outcomes:
+    """Run tests of the suite in a process of its own; the outcome by test id."""
+    folder = unpacked(suite.package)
+    report = CACHE / f"{folder.name}.{name}.json"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", *OPTIONS]
+    command += [f"--deselect={test}" for test in suite.left_out]
+    result = subprocess.run(
+        [*command, *tests],
+        cwd=folder,
+        env=environment(place, report),
+        capture_output=True,
+        text=True,
+        timeout=RUN_TIMEOUT,
+        check=False,
+    )
+    assert report.exists(), result.stdout[-4000:] + result.stderr[-4000:]
+    found: Outcomes = json.loads(report.read_text("utf-8"))
+    return found
+
+
+def environment(place: str, report: Path) -> dict[str, str]:
+    """The plugin's instructions; neither this run's options nor spans that lead elsewhere."""
+    kept = {
+        name: value for name, value in os.environ.items() if not re.match("OTEL_|PYTEST_|PYTHONPATH", name)
+    }
+    return kept | {"PYTHONPATH": str(HERE), "PEERS_PLACE": place, "PEERS_REPORT": str(report)}
+
+
+@functools.cache
+def unpacked(package: str) -> Path:
+    """The folder of the package's source distribution, fetched with pip on first use."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    stem = name_and_version(package).replace("==", "-").lower()
+    if not (archive := find_archive(stem)):
+        command = [sys.executable, *DOWNLOAD, name_and_version(package)]
+        subprocess.run(command, check=True, timeout=300)
+        archive = find_archive(stem)
+    assert archive is not None, f"pip has fetched no {stem}.tar.gz"
+    folder = CACHE / archive.name.removesuffix(".tar.gz")
+    if not folder.is_dir():
+        with tarfile.open(archive) as content:
+            content.extractall(CACHE, filter="data")
+    return folder
+
+
+def find_archive(stem: str) -> Path | None:
+    """The archive of the source distribution, with underscores or hyphens in its name."""
+    wanted = re.sub("[-_.]", "-", stem)
+    found = (
+        path for path in CACHE.glob("*.tar.gz") if re.sub("[-_.]", "-", path.name[:-7].lower()) == wanted
+    )
+    return next(found, None)
+
+
+def name_and_version(package: str) -> str:
+    """As pip takes it."""
+    return f"{package}=={importlib.metadata.version(package)}"
