@@ -158,6 +158,13 @@ VISITS = {
         """,
         ["3", "['watch_prices cancelled scope_ended']"],
     ),
+    ("docs/howto/clients.md", "place_order"): (
+        """
+        await visit("POST", "/orders/7", leaves=0.1)
+        print(journal)
+        """,
+        ["['7: commit sent', '7: committed', '7: published']"],
+    ),
     ("docs/howto/finish.md", "write_bill"): (
         """
         await visit("POST", "/completions", leaves=0.5)

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,28 +40,27 @@ def postgresql(folder: Path) -> Generator[str]:
     """Debian: postgresql. It refuses to run as root, so root runs it as the user ``postgres``."""
     places = sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True)
     initdb, server = found("initdb", *places), found("postgres", *places)
-    port, data = free_port(), folder / "data"
-    user = None
-    if os.getuid() == 0:
-        user = "postgres"
-        shutil.chown(folder, user)
-        for parent in folder.parents:
-            # pytest keeps its temporary folders to their owner.
-            if parent.stat().st_mode & 0o001 == 0:
-                parent.chmod(0o711)
-    subprocess.run(
-        [initdb, "-D", data, "-A", "trust", "-U", "postgres", "--no-sync", "-E", "UTF8"],
-        **as_user(user, folder),
-        check=True,
-        stdout=subprocess.DEVNULL,
-        timeout=START_TIMEOUT,
-    )
-    command = [server, "-D", str(data), "-p", str(port), "-c", "listen_addresses=127.0.0.1"]
-    command += ["-c", "unix_socket_directories=", "-c", "fsync=off"]
-    with running(command, folder, listens(port), user=user, stop=signal.SIGINT):
-        url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
-        wait_until(lambda: create_table(url), "PostgreSQL accepts connections")
-        yield url
+    user = "postgres" if os.getuid() == 0 else None
+    # Not in pytest's folder, which other users cannot enter.
+    with tempfile.TemporaryDirectory() as name:
+        place, port = Path(name), free_port()
+        if user is not None:
+            shutil.chown(place, user)
+        subprocess.run(
+            [initdb, "-D", "data", "-A", "trust", "-U", "postgres", "--no-sync", "-E", "UTF8"],
+            **as_user(user, place),
+            check=True,
+            stdout=subprocess.DEVNULL,
+            timeout=START_TIMEOUT,
+        )
+        command = [server, "-D", "data", "-p", str(port), "-c", "listen_addresses=127.0.0.1"]
+        command += ["-c", "unix_socket_directories=", "-c", "fsync=off"]
+        with running(
+            command, folder, listens(port), place=as_user(user, place), stop=signal.SIGINT, log="postgresql.log"
+        ):
+            url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
+            wait_until(lambda: create_table(url), "PostgreSQL accepts connections")
+            yield url
 
 
 def create_table(url: str) -> bool:
@@ -198,12 +198,11 @@ def running(
     ready: Callable[[], bool],
     *,
     environment: dict[str, str] | None = None,
-    user: str | None = None,
+    place: dict[str, Any] | None = None,
     stop: signal.Signals = signal.SIGTERM,
     log: str = "server.log",
 ) -> Generator[None]:
     """Run a server as a process group of its own; end the group, and every process in it."""
-    place: dict[str, Any] = as_user(user, folder) if user else {"cwd": REPOSITORY}
     with (folder / log).open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -212,7 +211,7 @@ def running(
             stdout=output,
             stderr=output,
             start_new_session=True,
-            **place,
+            **(place or {"cwd": REPOSITORY}),
         )
     try:
         wait_until(lambda: ready() or process.poll() is not None, f"{command[0]} is ready")

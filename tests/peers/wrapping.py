@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import types
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ class Wrapped(TaskGroupMiddleware):
 def pytest_configure(config: pytest.Config) -> None:
     """Patch what runs an app, before any test module is imported."""
     _provide_missing_modules()
+    _import_all()
     config.pluginmanager.register(Outcomes(), "peers-outcomes")
     if PLACE == "outside":
         _wrap_outside()
@@ -126,6 +128,25 @@ def _wrapped(app: App) -> App:
     return app if isinstance(app, Wrapped) else Wrapped(app)
 
 
+def _import_all() -> None:
+    """Import all that may be patched, in the bare run too: an import has effects, such as warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in (*_PATCHED, *_UVICORN_PROTOCOLS):
+            with contextlib.suppress(ModuleNotFoundError):
+                importlib.import_module(name)
+
+
+_PATCHED = (
+    "asgiref.testing",
+    "fastapi",
+    "httpx",
+    "httpx2",
+    "starlette.applications",
+    "starlette.testclient",
+)
+
+
 # Outside: around what a server, a test client, or a transport is given.
 
 
@@ -137,12 +158,8 @@ def _wrap_outside() -> None:
         _wrap_argument(module.TestClient, "app", as_asgi3=module)
     if module := _module("starlette.applications"):
         _wrap_calls(module.Starlette)
-    if module := _module("blacksheep"):
-        _wrap_calls(module.Application)
     if module := _module("asgiref.testing"):
         _wrap_argument(module.ApplicationCommunicator, "application")
-    if module := _module("hypercorn.app_wrappers"):
-        _wrap_argument(module.ASGIWrapper, "app")
     for name, protocol in _UVICORN_PROTOCOLS.items():
         if module := _module(name):
             _wrap_attribute(getattr(module, protocol), "app")
@@ -159,10 +176,7 @@ _UVICORN_PROTOCOLS = {
 
 
 def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        return None
+    return sys.modules.get(name)
 
 
 def _wrap_argument(owner: Any, parameter: str, *, as_asgi3: Any = None) -> None:
