@@ -56,7 +56,12 @@ def postgresql(folder: Path) -> Generator[str]:
         command = [server, "-D", "data", "-p", str(port), "-c", "listen_addresses=127.0.0.1"]
         command += ["-c", "unix_socket_directories=", "-c", "fsync=off"]
         with running(
-            command, folder, listens(port), place=as_user(user, place), stop=signal.SIGINT, log="postgresql.log"
+            command,
+            folder,
+            listens(port),
+            place=as_user(user, place),
+            stop=signal.SIGINT,
+            log="postgresql.log",
         ):
             url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
             wait_until(lambda: create_table(url), "PostgreSQL accepts connections")
