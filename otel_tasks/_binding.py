@@ -111,7 +111,8 @@ def intercepted(awaited: asyncio.Task[Any], message: object) -> bool:
     if request is not None and request in stopping:
         found[request] = []
     for callback, context in awaited._callbacks or ():
-        if context is None or not may_forward(callback):
+        # An empty one binds nothing; a callback that was given None, as C allows, has none at all.
+        if not context or not may_forward(callback):
             continue
         bound = context.get(_bound)
         request = None if bound is None else bound._request

@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
-    from types import FrameType
+    from types import CodeType, FrameType
 
 # What gather() returns: it forwards its cancellation to each of its children.
 _GatheringFuture: Any = vars(asyncio_tasks)["_GatheringFuture"]
 # What wait_for() cancels with up to Python 3.11; from 3.12 on it is an asyncio.timeout().
-_CANCEL_AND_WAIT = vars(asyncio_tasks)["_cancel_and_wait"].__code__ if sys.version_info < (3, 12) else None
-_WAIT_FOR = asyncio.wait_for.__code__ if sys.version_info < (3, 12) else None
+_CANCEL_AND_WAIT: CodeType | None = (
+    vars(asyncio_tasks)["_cancel_and_wait"].__code__ if sys.version_info < (3, 12) else None
+)
+_WAIT_FOR: CodeType | None = asyncio.wait_for.__code__ if sys.version_info < (3, 12) else None
 # asyncio's own, past the override of ManagedTask, which counts those who wait.
 _add_done_callback = asyncio.Future.add_done_callback
 _remove_done_callback = asyncio.Future.remove_done_callback
