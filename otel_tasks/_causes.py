@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from otel_tasks._binding import _bound, awaiting, bound_request
 from otel_tasks._events import CancelCause, own_name
+from otel_tasks._log import logger
 from otel_tasks._state import CancelKind
-from otel_tasks._suspension import awaiters, cancelled_scope
+from otel_tasks._suspension import awaiters, cancelled_scopes
 from otel_tasks._telemetry import text_of
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _DEPTH = 10
 _EXPIRED = "an asyncio timeout expired"
 _release_waiter = vars(asyncio_tasks).get("_release_waiter")
+_has_logged = False
 _ANYIO = "anyio._backends._asyncio"
 
 
@@ -92,11 +94,31 @@ def cause_of_cancel(task: asyncio.Task[Any], message: object, request: BoundRequ
     if _passing.cause is not None:
         return Found(_passing.cause)
     text = None if message is None else str(message)
-    if not _asked_in_app():
-        request = request or _awaiting_request(task)
-        if request is not None and not _is_timeout_of(request.host):
-            return Found(request.cause_of_shutdown(text))
-    return _found_on_stack() or Found(CancelCause.make(CancelKind.EXPLICIT, text))
+    try:
+        found = _found_from_server(task, text, request) or _found_on_stack()
+    except Exception:
+        # Attributes of asyncio's and anyio's that have no public names: a cancellation does not fail by them.
+        _log_once()
+        found = None
+    return found or Found(CancelCause.make(CancelKind.EXPLICIT, text))
+
+
+def _found_from_server(
+    task: asyncio.Task[Any], text: str | None, request: BoundRequest | None
+) -> Found | None:
+    if _asked_in_app():
+        return None
+    request = request or _awaiting_request(task)
+    if request is None or _is_timeout_of(request.host):
+        return None
+    return Found(request.cause_of_shutdown(text))
+
+
+def _log_once() -> None:
+    global _has_logged
+    if not _has_logged:
+        _has_logged = True
+        logger.exception("finding the cause of a cancellation raised; further errors are not logged")
 
 
 @functools.singledispatch
@@ -306,49 +328,71 @@ def _asked_by_nobody(kind: CancelKind, message: str) -> CancelCause:
 
 
 def _cause_of_group(group: asyncio.TaskGroup) -> CancelCause:
-    errors: list[BaseException] = vars(group)["_errors"]
     host: asyncio.Task[Any] = vars(group)["_parent_task"]
+    if host.cancelling() and not vars(group)["_errors"]:
+        return _cause_of_host(host) or CancelCause.make(CancelKind.EXPLICIT)
+    return _own_cause_of_group(group)
+
+
+def _own_cause_of_group(group: asyncio.TaskGroup) -> CancelCause:
+    errors: list[BaseException] = vars(group)["_errors"]
     if errors:
         text = f"a task of an asyncio.TaskGroup failed: {text_of(errors[0], repr)}"
         return _asked_by_nobody(CancelKind.SIBLING_FAILED, text)
-    if host.cancelling():
-        return _cause_of_host(host) or CancelCause.make(CancelKind.EXPLICIT)
     return CancelCause.make(CancelKind.SCOPE_ENDED, "the block of an asyncio.TaskGroup raised")
 
 
 def _cause_of_scope(scope: Any) -> CancelCause:
     """The cause of what an ``anyio.CancelScope`` cancels; its own message has an address in it."""
-    if scope.deadline <= asyncio.get_running_loop().time():
+    if _is_expired(scope):
         return _asked_by_nobody(CancelKind.TIMEOUT, "an anyio timeout expired")
     text = "an anyio cancel scope was cancelled"
     return _cause_of_host(scope._host_task) or CancelCause.make(CancelKind.EXPLICIT, text)
 
 
+def _is_expired(scope: Any) -> bool:
+    expired: bool = scope.deadline <= asyncio.get_running_loop().time()
+    return expired
+
+
 def _cause_of_host(host: asyncio.Task[Any] | None) -> CancelCause | None:
-    """Why the task was cancelled that hosts a block of asyncio's or anyio's."""
+    """Why the task was cancelled that hosts a block of asyncio's or anyio's.
+
+    A plain task without a witness was cancelled for the cause of what stands around it: from one task up to
+    the next, to the first whose cause is known.
+    """
     if host is None or not host.cancelling():
         return None
-    return known_cause(host) or _cause_around(host) or _cause_of_request(host)
+    reached: list[asyncio.Task[Any]] = [host]
+    # The list grows while it is walked.
+    for task in reached:
+        if cause := known_cause(task):
+            return cause
+        for above in _above(task):
+            if isinstance(above, CancelCause):
+                return above
+            if above.cancelling() and above not in reached:
+                reached.append(above)
+    return _cause_of_request(host)
 
 
-def _cause_around(task: asyncio.Task[Any]) -> CancelCause | None:
-    """The cause of what stands around a plain task, which was cancelled by it and has no witness."""
+def _above(task: asyncio.Task[Any]) -> Iterator[asyncio.Task[Any] | CancelCause]:
+    """What may have cancelled a plain task: tasks that await or host it, or a cause that is found there."""
     for callback, _ in task._callbacks or ():
-        group = getattr(callback, "__self__", None)
-        if isinstance(group, asyncio.TaskGroup) and vars(group)["_aborting"]:
-            return _cause_of_group(group)
-        if isinstance(callback, functools.partial) and callback.func is _release_waiter:
+        owner = getattr(callback, "__self__", None)
+        if isinstance(owner, asyncio.TaskGroup) and vars(owner)["_aborting"]:
+            host: asyncio.Task[Any] = vars(owner)["_parent_task"]
+            yield host if host.cancelling() and not vars(owner)["_errors"] else _own_cause_of_group(owner)
+        elif isinstance(callback, functools.partial) and callback.func is _release_waiter:
             # Python 3.11: of an asyncio.wait_for(), which waits for the end of what it has cancelled.
-            return _cause_of_awaiters(callback.args[0]) or _asked_by_nobody(CancelKind.TIMEOUT, _EXPIRED)
-    if cause := _cause_of_awaiters(task):
-        return cause
-    scope = cancelled_scope(task)
-    return None if scope is None else _cause_of_scope(scope)
-
-
-def _cause_of_awaiters(future: asyncio.Future[Any]) -> CancelCause | None:
-    causes = (_cause_of_host(task) for task, *_ in awaiters(future))
-    return next((cause for cause in causes if cause is not None), None)
+            waiting = [awaiter for awaiter, *_ in awaiters(callback.args[0]) if awaiter.cancelling()]
+            yield waiting[0] if waiting else _asked_by_nobody(CancelKind.TIMEOUT, _EXPIRED)
+    yield from (awaiter for awaiter, *_ in awaiters(task))
+    for scope in cancelled_scopes(task):
+        if _is_expired(scope):
+            yield _cause_of_scope(scope)
+        elif scope._host_task is not None and scope._host_task is not task:
+            yield scope._host_task if scope._host_task.cancelling() else _cause_of_scope(scope)
 
 
 def _cause_of_request(task: asyncio.Task[Any]) -> CancelCause | None:

@@ -626,7 +626,7 @@ class Ledger:
         task._cause = cause_at_end(task, status)
         ignored = self._count(task, status)
         if task._extras is not None:
-            self._close_unstarted(task, task._extras)
+            self._close_unstarted(task, task._extras, status)
         info = snapshot(task)
         self._remember(task, info, error)
         self._report_end(task, outcome_of(task, status), error, ignored=ignored)
@@ -663,7 +663,7 @@ class Ledger:
         key = self._counted[2]
         self.cancelled_by[key] = self.cancelled_by.get(key, 0) + 1
 
-    def _close_unstarted(self, task: ManagedTask[Any], extras: Extras) -> None:
+    def _close_unstarted(self, task: ManagedTask[Any], extras: Extras, status: TaskStatus) -> None:
         """End what a task had begun that never got as far as its own code."""
         if extras.begin is not None and extras.started_at is None:
             # Cancelled while it waited for a place: its span is all of its life, in one.
@@ -675,10 +675,8 @@ class Ledger:
             if extras.made.shadow is not None:
                 end_like(extras.made.shadow, task)
         if extras.inner is not None:
-            # The frame first: most have ended, and have none.
-            extras.never_ran = getattr(extras.inner, "cr_frame", None) is not None and not has_begun(
-                extras.inner
-            )
+            if status is not TaskStatus.COMPLETED:
+                extras.never_ran = not has_begun(extras.inner)
             # A wrapper that never ran leaves the user's coroutine behind, unawaited.
             extras.inner.close()
 

@@ -268,9 +268,9 @@ def in_anyio_shield(task: asyncio.Task[Any]) -> bool:
     return any(scope.shield for scope in _anyio_scopes(task))
 
 
-def cancelled_scope(task: asyncio.Task[Any]) -> Any:
-    """The innermost ``anyio.CancelScope`` around the task that is cancelled; None if none is."""
-    return next((scope for scope in _anyio_scopes(task) if scope.cancel_called), None)
+def cancelled_scopes(task: asyncio.Task[Any]) -> list[Any]:
+    """Each ``anyio.CancelScope`` around the task that is cancelled, the innermost first."""
+    return [scope for scope in _anyio_scopes(task) if scope.cancel_called]
 
 
 def _anyio_scopes(task: asyncio.Task[Any]) -> Iterator[Any]:

@@ -393,8 +393,9 @@ class ManagedTask(asyncio.Task[T]):
             the loop is told, and asks in its next turn.
 
         Telemetry: an event ``otel_tasks.cancel_requested`` on its span, and a link to the span
-        that is current here. Neither if the request comes from a bare loop callback: that is how
-        ``asyncio.timeout`` and ``asyncio.TaskGroup`` inside the task cancel it for themselves.
+        that is current here. Neither if the request comes from a bare loop callback, unless that is
+        known to be a timeout or the like of another task: ``asyncio.timeout`` and ``asyncio.TaskGroup``
+        inside the task cancel it for themselves that way.
         """
         if get_ident() != self._group._ledger.thread and _get_running_loop() is not self.get_loop():
             return _cancel_from_elsewhere(self, msg)
@@ -785,7 +786,7 @@ def started_at(task: ManagedTask[Any], status: TaskStatus) -> float | None:
         return None
     if extras is None:
         return task._created_at
-    if extras.never_ran or extras.never_called:
+    if (extras.never_ran and status is not TaskStatus.COMPLETED) or extras.never_called:
         return None
     return task._created_at if extras.gate is None else extras.started_at
 

@@ -96,6 +96,14 @@ async def waits_for_in_anyio_group(nest: Nest) -> None:
         group.start_soon(waits_for, nest)
 
 
+async def waits_for_in_plain_task(nest: Nest) -> None:
+    await asyncio.create_task(waits_for(nest))
+
+
+async def asyncio_group_in_plain_task(nest: Nest) -> None:
+    await asyncio.create_task(awaits_in_asyncio_group(nest))
+
+
 async def block(nest: Nest) -> None:
     async with TaskGroup("block") as group:
         nest.leaf(group)
@@ -202,6 +210,8 @@ SHAPES = (
     awaits_in_anyio_group,
     waits_for_in_asyncio_group,
     waits_for_in_anyio_group,
+    waits_for_in_plain_task,
+    asyncio_group_in_plain_task,
     block,
     block_that_rests,
     block_that_awaits,

@@ -19,6 +19,7 @@ from otel_tasks import (
     ManagedTask,
     TaskGroup,
     TaskManager,
+    _causes,
     create_task,
     run_in_thread,
     wait_with_cancellation,
@@ -32,6 +33,7 @@ from .shapes import (
     SHAPES,
     Nest,
     Shape,
+    awaits,
     block_that_rests,
     rests,
     shields,
@@ -600,6 +602,59 @@ async def test_shutdown_reaches_into_an_uncancellable_block(spans: SpanRecorder)
     assert await server_cancels(world, handler) == world.cause_of(world.tasks[0])
     (host,) = world.hosts
     assert getattr(host.cancel, "__self__", None) is host
+
+
+async def test_server_cancels_a_request_that_has_no_group(spans: SpanRecorder) -> None:
+    """It has started no task of its own, and awaits one of the application behind a framework's task."""
+    world = World(spans)
+
+    async def wait(nest: Nest) -> None:
+        await asyncio.wait_for(nest.keep(nest.other.create_task(rest())), 3000)
+
+    async def handler(nest: Nest) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait, nest)
+
+    await server_cancels(world, handler)
+    assert [world.cause_of(task) for task in world.tasks] == [Cause(CancelKind.SHUTDOWN, None, ROUTE, ROUTE)]
+
+
+async def test_asyncio_group_whose_block_raises_ends_what_its_tasks_await(spans: SpanRecorder) -> None:
+    """As a block of this library does."""
+    world = World(spans)
+
+    async def handler(world: World) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(awaits(world))
+            await settle()
+            raise ValueError("over")
+
+    await started(world, handler)
+    assert [world.cause_of(task) for task in world.tasks] == [
+        Cause(CancelKind.SCOPE_ENDED, "the block of an asyncio.TaskGroup raised", ROUTE, ROUTE)
+    ]
+
+
+async def test_asyncio_that_keeps_its_state_elsewhere_breaks_no_cancellation(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The cause is then explicit, and the log says so once."""
+
+    def fail(frame: object) -> None:
+        raise AttributeError("_task")
+
+    rules = dict.fromkeys(_causes._RULES, fail)
+    monkeypatch.setattr(_causes, "_RULES", rules)
+    monkeypatch.setattr(_causes, "_has_logged", False)
+    manager = TaskManager()
+    tasks = [manager.create_task(rest()) for _ in range(2)]
+    for task in tasks:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1):
+                await task
+    assert [kind_of(task) for task in tasks] == [CancelKind.EXPLICIT] * 2
+    (record,) = caplog.records
+    assert record.getMessage().startswith("finding the cause of a cancellation raised")
 
 
 async def test_timeout_of_a_managed_task_itself_is_no_cause_of_its_own() -> None:
