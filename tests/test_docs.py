@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 import xml.etree.ElementTree as ET
 from typing import TYPE_CHECKING, Any
 
@@ -448,3 +449,19 @@ def test_installed_list_for_machines_leads_to_the_pages() -> None:
     )
     assert sorted(links) == sorted(PAGES)
     assert len(text.split()) < 1000
+
+
+def test_page_about_clients_names_the_versions_of_the_nightly_test() -> None:
+    """Each version in the table of docs/howto/clients.md is the one that `make nightly` installs."""
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["dependency-groups"]
+    pins = [name for name in groups["nightly"] + groups["example"] if isinstance(name, str)]
+    installed = {re.sub(r"\[.*?\]", "", name) for name in pins}
+    page = (DOCS / "howto/clients.md").read_text("utf-8").replace("redis-py", "redis")
+    named = {
+        f"{client.lower()}=={version}"
+        for row in re.findall(r"^\| [^|]*", page, re.MULTILINE)
+        for client, version in re.findall(r"([\w-]+) (\d+\.\d+\.\d+)", row)
+    }
+
+    assert len(named) >= 11
+    assert named - installed == set()
