@@ -257,7 +257,7 @@ def find_holder(task: asyncio.Task[Any], forwarded: list[asyncio.Future[Any]]) -
         forwarded: Where its cancellation would go, as ``forwarded_to`` says.
     """
     for future in (task, *forwarded):
-        if _is_in_thread(future) or (isinstance(future, asyncio.Task) and in_anyio_shield(future)):
+        if in_anyio_shield(future) if isinstance(future, asyncio.Task) else _is_in_thread(future):
             return future
     return None
 
