@@ -35,7 +35,7 @@ def with_awaiters(*callers: asyncio.Task[Any] | None) -> set[asyncio.Future[Any]
 
 
 def _waiting_for(future: asyncio.Future[Any]) -> Iterator[asyncio.Future[Any]]:
-    # asyncio's own attribute, 3.11 to 3.14, in C and in Python: it keeps no list of who awaits what.
+    # asyncio's own attribute, 3.11 to 3.15, in C and in Python.
     for callback, _ in future._callbacks or ():
         yield from _woken_by(callback)
     yield from standing_for(future)

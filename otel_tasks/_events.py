@@ -127,7 +127,7 @@ class CancelEvent(asyncio.Event):
         >>> request = CancelEvent(parent=shutdown)
     """
 
-    # asyncio's own, 3.11 to 3.14: whether it is set; the loop of those who wait, None before somebody has.
+    # asyncio's own, 3.11 to 3.15: whether it is set; the loop of those who wait, None before somebody has.
     _value: bool
     _loop: asyncio.AbstractEventLoop | None
     _get_loop: Callable[[], asyncio.AbstractEventLoop]

@@ -678,7 +678,7 @@ def failure_of(task: asyncio.Task[Any]) -> BaseException | None:
 
     ``task.exception()`` would: asyncio then no longer logs an error that nobody ever takes.
     """
-    # The attribute that asyncio.Future itself reads, in C and in Python, 3.11 to 3.14.
+    # The attribute that asyncio.Future itself reads, in C and in Python, 3.11 to 3.15.
     error: BaseException | None = task._exception
     return error
 
@@ -729,7 +729,7 @@ def cause_at_end(task: ManagedTask[Any], status: TaskStatus) -> CancelCause | No
 
 
 def cancel_message(task: asyncio.Task[Any]) -> object:
-    """Read what the last ``cancel()`` of a running task said; asyncio's own attribute, 3.11 to 3.14."""
+    """Read what the last ``cancel()`` of a running task said; asyncio's own attribute, 3.11 to 3.15."""
     return getattr(task, "_cancel_message", None)
 
 

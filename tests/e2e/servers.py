@@ -115,6 +115,8 @@ KINDS = (
         asgi=(2, 1),
         hides_close_codes=True,
         http2=True,
+        # asyncio's Server.wait_closed(), which it calls first, waits for connections from Python 3.12 on.
+        outlives_shutdown="hypercorn waits for its requests" if sys.version_info >= (3, 12) else None,
         hangs_with_large_uploads=True,
     ),
     Kind(
