@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 # asyncio's and anyio's own frames are next to the call, or behind one or two of gather().
 _DEPTH = 10
 _EXPIRED = "an asyncio timeout expired"
+_GROUP_CANCELLED = "an asyncio.TaskGroup was cancelled"
 _release_waiter = vars(asyncio_tasks).get("_release_waiter")
 _has_logged = False
 _ANYIO = "anyio._backends._asyncio"
@@ -303,7 +304,7 @@ def _by_task_group(frame: FrameType) -> Found:
     group: asyncio.TaskGroup = frame.f_locals["self"]
     host: asyncio.Task[Any] = vars(group)["_parent_task"]
     if not vars(group)["_errors"] and any(caller.f_code is _ON_GROUP_CANCEL for caller in _callers()):
-        return Found(CancelCause.make(CancelKind.EXPLICIT, "an asyncio.TaskGroup was cancelled"), host)
+        return Found(CancelCause.make(CancelKind.EXPLICIT, _GROUP_CANCELLED), host)
     return Found(_cause_of_group(group), host)
 
 
@@ -329,7 +330,7 @@ def _asked_by_nobody(kind: CancelKind, message: str) -> CancelCause:
 
 def _cause_of_group(group: asyncio.TaskGroup) -> CancelCause:
     host: asyncio.Task[Any] = vars(group)["_parent_task"]
-    if host.cancelling() and not vars(group)["_errors"]:
+    if _ended_from_above(group):
         return _cause_of_host(host) or CancelCause.make(CancelKind.EXPLICIT)
     return _own_cause_of_group(group)
 
@@ -339,7 +340,16 @@ def _own_cause_of_group(group: asyncio.TaskGroup) -> CancelCause:
     if errors:
         text = f"a task of an asyncio.TaskGroup failed: {text_of(errors[0], repr)}"
         return _asked_by_nobody(CancelKind.SIBLING_FAILED, text)
+    if vars(group)["_parent_cancel_requested"]:
+        return _asked_by_nobody(CancelKind.EXPLICIT, _GROUP_CANCELLED)
     return CancelCause.make(CancelKind.SCOPE_ENDED, "the block of an asyncio.TaskGroup raised")
+
+
+def _ended_from_above(group: asyncio.TaskGroup) -> bool:
+    """True if a group that is aborting is so because its host was cancelled, and not by the group itself."""
+    state = vars(group)
+    host: asyncio.Task[Any] = state["_parent_task"]
+    return host.cancelling() > 0 and not state["_errors"] and not state["_parent_cancel_requested"]
 
 
 def _cause_of_scope(scope: Any) -> CancelCause:
@@ -382,7 +392,7 @@ def _above(task: asyncio.Task[Any]) -> Iterator[asyncio.Task[Any] | CancelCause]
         owner = getattr(callback, "__self__", None)
         if isinstance(owner, asyncio.TaskGroup) and vars(owner)["_aborting"]:
             host: asyncio.Task[Any] = vars(owner)["_parent_task"]
-            yield host if host.cancelling() and not vars(owner)["_errors"] else _own_cause_of_group(owner)
+            yield host if _ended_from_above(owner) else _own_cause_of_group(owner)
         elif isinstance(callback, functools.partial) and callback.func is _release_waiter:
             # Python 3.11: of an asyncio.wait_for(), which waits for the end of what it has cancelled.
             waiting = [awaiter for awaiter, *_ in awaiters(callback.args[0]) if awaiter.cancelling()]

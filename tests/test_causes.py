@@ -291,7 +291,7 @@ async def asyncio_group_is_cancelled(world: World, shape: Shape) -> Cause:
     await started(world, handler)
     await by_janitor(world, lambda: groups[0].cancel())
     await asyncio.wait([world.server])
-    return own(world, shape, CancelKind.EXPLICIT, "an asyncio.TaskGroup was cancelled", "janitor")
+    return own(world, shape, CancelKind.EXPLICIT, "an asyncio.TaskGroup was cancelled", "janitor", "janitor")
 
 
 async def sibling_fails(world: World, shape: Shape) -> Cause:
@@ -633,6 +633,36 @@ async def test_asyncio_group_whose_block_raises_ends_what_its_tasks_await(spans:
     assert [world.cause_of(task) for task in world.tasks] == [
         Cause(CancelKind.SCOPE_ENDED, "the block of an asyncio.TaskGroup raised", ROUTE, ROUTE)
     ]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 15), reason="asyncio.TaskGroup.cancel() came with Python 3.15")
+async def test_asyncio_group_that_is_cancelled_ends_what_nested_groups_await(spans: SpanRecorder) -> None:
+    """Between plain tasks that nobody watches, the group that was cancelled is found from below."""
+    world = World(spans)
+    groups: list[Any] = []
+
+    async def inner() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(awaits(world))
+
+    async def outer() -> None:
+        async with asyncio.TaskGroup() as group:
+            groups.append(group)
+            group.create_task(inner())
+
+    async def handler(world: World) -> None:
+        plain = asyncio.create_task(outer())
+        await asyncio.sleep(1)
+        groups[0].cancel()
+        await plain
+
+    await world.serve(handler)
+    (task,) = world.tasks
+    assert task.cause is not None
+    assert (task.cause.kind, task.cause.message) == (
+        CancelKind.EXPLICIT,
+        "an asyncio.TaskGroup was cancelled",
+    )
 
 
 async def test_asyncio_that_keeps_its_state_elsewhere_breaks_no_cancellation(
