@@ -21,8 +21,9 @@ import yaml
 import otel_tasks
 from docs import scenes, signatures
 from docs.picture import state_picture
-from otel_tasks import _create, asgi, exceptions, fastapi, instrumentation, logs, testing
-from otel_tasks._state import TRANSITIONS, CancelKind, Outcome, TaskPriority
+from otel_tasks import asgi, exceptions, fastapi, instrumentation, logs, testing
+from otel_tasks._core import creation as _create
+from otel_tasks._core.state import TRANSITIONS, CancelKind, Outcome, TaskPriority
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -139,7 +140,7 @@ def code(words: Iterable[object]) -> str:
 
 
 def transitions() -> str:
-    """The table of ``_state``, row by row."""
+    """The table of ``state``, row by row."""
     return table(
         ["from", "signal", "to"],
         ([f"`{s}`", str(signal), f"`{t}`"] for s, row in TRANSITIONS.items() for signal, t in row.items()),

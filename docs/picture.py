@@ -1,4 +1,4 @@
-"""The state diagram as an SVG, drawn from the table in ``otel_tasks._state``.
+"""The state diagram as an SVG, drawn from the table in ``otel_tasks._core.state``.
 
 ``running`` and ``cancelling`` are long boxes with the ends between them, so that every way is a straight line
 and no two cross. A status or a way that has no place here is an error, not a gap in the picture.
@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from otel_tasks import TaskStatus
-from otel_tasks._state import TRANSITIONS
+from otel_tasks._core.state import TRANSITIONS
 
 
 class Box(NamedTuple):

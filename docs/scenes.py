@@ -18,14 +18,14 @@ from opentelemetry.sdk.metrics.export import Histogram, InMemoryMetricReader, Su
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 
 from otel_tasks import OtelTasksError, RestartPolicy, TaskGroup, TaskManager, create_task
-from otel_tasks._state import Signal, TaskStatus, next_status
+from otel_tasks._core.state import Signal, TaskStatus, next_status
 from otel_tasks.fastapi import TaskGroupMiddleware, make_lifespan
 from otel_tasks.testing import FakeConnection, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
-    from otel_tasks._disconnect import Receive, Scope, Send
+    from otel_tasks._asgi.connection import Receive, Scope, Send
 
 
 class Metric(NamedTuple):

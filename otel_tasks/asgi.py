@@ -1,7 +1,7 @@
 """The middleware that gives each request a task group of its own, and stops it when the client leaves.
 
 ``TaskGroupMiddleware`` is pure ASGI 3 and knows no framework; ``otel_tasks.fastapi`` adds what FastAPI users
-expect. How the disconnect is noticed stands in ``_disconnect``; here is what then happens to the work.
+expect. How the disconnect is noticed stands in ``connection``; here is what then happens to the work.
 
 Rules, each with a test of its own:
 
@@ -21,19 +21,19 @@ import inspect
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from otel_tasks._binding import _bound
-from otel_tasks._checks import check_choice, check_flag, checked_finite_seconds
-from otel_tasks._disconnect import ClientDisconnected, Receive, Scope, Send, Sweeper
-from otel_tasks._lifespan import serve_lifespan
-from otel_tasks._log import logger
-from otel_tasks._manager import TaskManager, global_task_manager
-from otel_tasks._request import CancelHandler, OnExit, Request, Rules, current_request, this_request
-from otel_tasks._suspension import anyio_shield
+from otel_tasks._asgi.connection import ClientDisconnected, Receive, Scope, Send, Sweeper
+from otel_tasks._asgi.lifespan import serve_lifespan
+from otel_tasks._asgi.request import CancelHandler, OnExit, Request, Rules, current_request, this_request
+from otel_tasks._core.binding import current_binding
+from otel_tasks._core.checks import check_choice, check_flag, checked_finite_seconds
+from otel_tasks._core.log import logger
+from otel_tasks._core.manager import TaskManager, global_task_manager
+from otel_tasks._core.suspension import anyio_shield
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
 
-    from otel_tasks._group import TaskGroup
+    from otel_tasks._core.group import TaskGroup
 
     App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -138,7 +138,7 @@ class TaskGroupMiddleware:
         # In the scope itself, not in a copy: routing will write the route there, which names the group.
         scope[_MARK] = True
         request = Request(self, scope, receive, send)
-        token = _bound.set(request)
+        token = current_binding.set(request)
         try:
             await self.app(scope, request.receive, request.send)
         except (Exception, asyncio.CancelledError, BaseExceptionGroup) as error:
@@ -158,7 +158,7 @@ class TaskGroupMiddleware:
                 request._watcher.cancel()
             if request._stop is not None:
                 request.end_stop()
-            _bound.reset(token)
+            current_binding.reset(token)
 
     async def _serve_part(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the part of an application that is behind a second middleware, by this one's rules."""
@@ -247,14 +247,14 @@ async def uncancellable() -> AsyncGenerator[None]:
         yield
         return
     task = asyncio.current_task()
-    token = _bound.set(request.cleanup)
+    token = current_binding.set(request.cleanup)
     try:
         with request.sheltering(task), anyio_shield():
             yield
     finally:
         # A generator that is finalized elsewhere ends in another task, and so in another context.
         if asyncio.current_task() is task:
-            _bound.reset(token)
+            current_binding.reset(token)
         delivered = request.unshield(task)
     if delivered:
         # The cancel is thrown at the next await: here, and not somewhere behind the block.

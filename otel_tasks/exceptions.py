@@ -46,4 +46,4 @@ class WrongThreadError(OtelTasksError, RuntimeError):
 
 
 class IllegalTransitionError(OtelTasksError):
-    """The table in ``_state`` does not have this signal for this status; nothing has changed."""
+    """The table in ``state`` does not have this signal for this status; nothing has changed."""

@@ -13,12 +13,12 @@ from zlib import crc32
 import fastapi
 from fastapi import Depends
 
-from otel_tasks._checks import checked_seconds
-from otel_tasks._group import TaskGroup
-from otel_tasks._lifespan import GRACE, TIMEOUT, managed
-from otel_tasks._manager import global_task_manager
-from otel_tasks._request import this_request
-from otel_tasks._task import ManagedTask, TaskInfo, wait_until_done
+from otel_tasks._asgi.lifespan import GRACE, TIMEOUT, managed
+from otel_tasks._asgi.request import this_request
+from otel_tasks._core.checks import checked_seconds
+from otel_tasks._core.group import TaskGroup
+from otel_tasks._core.manager import global_task_manager
+from otel_tasks._core.task import ManagedTask, TaskInfo, wait_until_done
 from otel_tasks.asgi import (
     ClientDisconnected,
     TaskGroupMiddleware,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from fastapi.sse import ServerSentEvent
 
-    from otel_tasks._manager import TaskManager
+    from otel_tasks._core.manager import TaskManager
     from otel_tasks.progress import Progress, ProgressWatch
 
 __all__ = [
@@ -184,10 +184,10 @@ def _check_grace(grace: float) -> None:
         )
 
 
-def _check_number(what: str, seconds: object, mend: str) -> None:
+def _check_number(what: str, seconds: object, hint: str) -> None:
     # For what must not be None: elsewhere that is "no bound", and `checked_seconds` takes it.
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise TypeError(f"{what} must be seconds as a number, got {seconds!r}: {mend}")
+        raise TypeError(f"{what} must be seconds as a number, got {seconds!r}: {hint}")
 
 
 @asynccontextmanager

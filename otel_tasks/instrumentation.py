@@ -20,8 +20,8 @@ from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-de
     BaseInstrumentor,
 )
 
-from otel_tasks._log import logger
-from otel_tasks._telemetry import Providers, set_default_providers
+from otel_tasks._core.log import logger
+from otel_tasks._core.telemetry import Providers, set_default_providers
 from otel_tasks.asgi import TaskGroupMiddleware
 
 if TYPE_CHECKING:

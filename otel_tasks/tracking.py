@@ -20,13 +20,14 @@ from contextvars import Context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from otel_tasks._awaiters import with_awaiters
-from otel_tasks._checks import checked_seconds
-from otel_tasks._create import close_quietly
-from otel_tasks._log import logger
-from otel_tasks._state import CancelKind
-from otel_tasks._task import add_done_callback, failure_of, stack_of, wait_until_done
-from otel_tasks.cancellation import CancelCause, ask_to_end
+from otel_tasks._core.awaiters import with_awaiters
+from otel_tasks._core.cancellation import ask_to_end
+from otel_tasks._core.checks import checked_seconds
+from otel_tasks._core.creation import close_quietly
+from otel_tasks._core.events import CancelCause
+from otel_tasks._core.log import logger
+from otel_tasks._core.state import CancelKind
+from otel_tasks._core.task import add_done_callback, failure_of, stack_of, wait_until_done
 from otel_tasks.exceptions import WrongLoopError
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from opentelemetry.metrics import _internal as metrics_internal
 from opentelemetry.trace import NoOpTracerProvider, Span, Tracer, TracerProvider
 
 from otel_tasks import RestartPolicy, TaskManager, current_task
-from otel_tasks import _telemetry as telemetry
-from otel_tasks._telemetry import Providers, set_default_providers
+from otel_tasks._core import telemetry
+from otel_tasks._core.telemetry import Providers, set_default_providers
 from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.logs import TaskContextFilter
 from otel_tasks.testing import FakeConnection, SpanRecorder

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from otel_tasks import CancelCause, CancelEvent, CancelKind
-from otel_tasks.cancellation import TREE_LOCK
+from otel_tasks._core.events import TREE_LOCK
 from tests.helpers import now, settle
 
 if TYPE_CHECKING:

@@ -19,12 +19,12 @@ from otel_tasks import (
     ManagedTask,
     TaskGroup,
     TaskManager,
-    _causes,
     create_task,
     run_in_thread,
     wait_with_cancellation,
 )
-from otel_tasks._causes import covered, known_cause, unwatch_cancels, watch_cancels
+from otel_tasks._core import causes as _causes
+from otel_tasks._core.causes import covered, known_cause, unwatch_cancels, watch_cancels
 from otel_tasks.asgi import TaskGroupMiddleware, request_group, uncancellable
 from otel_tasks.testing import FakeConnection, SpanRecorder
 

@@ -26,8 +26,8 @@ from otel_tasks import (
     current_cancel_event,
     current_task,
 )
-from otel_tasks import _clock as clock
-from otel_tasks._task import Extras, run_when
+from otel_tasks._core import clock
+from otel_tasks._core.task import Extras, run_when
 from otel_tasks.testing import SpanRecorder, VirtualClockLoop, run
 from tests.helpers import fail, give, rest, settle
 

@@ -38,7 +38,7 @@ from tests.helpers import give, kind_of, rest, settle
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
-    from otel_tasks._disconnect import Receive, Scope, Send
+    from otel_tasks._asgi.connection import Receive, Scope, Send
 
 BY_NAME = (start_task, start_service, wait_for_task, cancel_group, cancel_all_tasks)
 LONG = 0.06

@@ -26,7 +26,7 @@ from tests.blocks import ROOT
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from otel_tasks._disconnect import Receive, Scope, Send
+    from otel_tasks._asgi.connection import Receive, Scope, Send
 
     Task = asyncio.Task[Any]
     Way = Callable[[list[Task]], object]

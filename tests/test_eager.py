@@ -27,7 +27,7 @@ from tests.helpers import cancel_at_each_await, counters, fail, give, kind_of, n
 
 if TYPE_CHECKING:
     from otel_tasks import TaskGroup
-    from otel_tasks._task import TaskInfo
+    from otel_tasks._core.task import TaskInfo
     from otel_tasks.testing import SpanRecorder
 
 needs_eager = pytest.mark.skipif(sys.version_info < (3, 12), reason="eager start came with Python 3.12")
@@ -91,7 +91,7 @@ async def test_every_way_to_start_takes_it() -> None:
 async def test_it_is_ignored_where_python_has_none(manager: TaskManager, monkeypatch: Any) -> None:
     """Before 3.12 the option is taken, and the task runs from the next turn on."""
     if sys.version_info >= (3, 12):
-        monkeypatch.setattr("otel_tasks._create.EAGER", False)
+        monkeypatch.setattr("otel_tasks._core.creation.EAGER", False)
     steps: list[str] = []
     tasks = [manager.create_task(note(steps)), manager.create_task(note(steps), eager_start=True)]
     assert steps == []

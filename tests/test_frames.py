@@ -12,7 +12,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from otel_tasks._frames import Location, Place, Stacks, place_of, suspended_frames
+from otel_tasks._core.frames import Location, Place, Stacks, place_of, suspended_frames
 from tests.helpers import settle
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from otel_tasks import (
 from tests.helpers import counters, fail, give, ignore_cancels, now, rest, settle
 
 if TYPE_CHECKING:
-    from otel_tasks._create import OnConflict
+    from otel_tasks._core.creation import OnConflict
     from otel_tasks.testing import SpanRecorder
 
 DISCONNECT = CancelCause(CancelKind.CLIENT_DISCONNECT, "gone")
@@ -461,7 +461,7 @@ async def test_repr_says_what_a_group_is_doing() -> None:
     manager.create_task(rest(), group="g")
     assert repr(manager.get_group("g")) == "<TaskGroup 'g' is open, 1 live tasks>"
     assert repr(TaskGroup("load")) == "<TaskGroup 'load' has not been entered, 0 live tasks>"
-    manager.get_group("g")._announce(DISCONNECT)
+    manager.get_group("g")._signal_cancel(DISCONNECT)
     assert repr(manager.get_group("g")) == "<TaskGroup 'g' is being cancelled, 1 live tasks>"
     await manager.shutdown(0)
 
@@ -572,10 +572,10 @@ def test_current_things_can_be_asked_for_without_a_loop() -> None:
 async def test_binding_in_the_context_beats_the_current_task() -> None:
     """A request's handler has its group by context; a task started from it elsewhere has its own group."""
     manager = TaskManager()
-    from otel_tasks._binding import _bound
+    from otel_tasks._core.binding import current_binding
 
     bound = manager.get_group("request")
-    token = _bound.set(bound)
+    token = current_binding.set(bound)
     try:
         assert current_group() is bound
 
@@ -587,12 +587,12 @@ async def test_binding_in_the_context_beats_the_current_task() -> None:
         plain = asyncio.create_task(look())
         assert await plain is bound
     finally:
-        _bound.reset(token)
+        current_binding.reset(token)
 
 
 async def test_create_task_closes_the_coroutine_where_the_binding_refuses() -> None:
     """Whatever stands for the current group may refuse; the coroutine is closed then."""
-    from otel_tasks._binding import _bound
+    from otel_tasks._core.binding import current_binding
 
     class Refusing:
         _request = None
@@ -605,12 +605,12 @@ async def test_create_task_closes_the_coroutine_where_the_binding_refuses() -> N
         def task_group(self) -> TaskGroup:
             raise LookupError("no request")
 
-    token = _bound.set(Refusing())
+    token = current_binding.set(Refusing())
     try:
         with pytest.raises(LookupError):
             create_task(rest())
     finally:
-        _bound.reset(token)
+        current_binding.reset(token)
     gc.collect()
 
 

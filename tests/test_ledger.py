@@ -27,7 +27,7 @@ from otel_tasks import (
     WrongLoopError,
     WrongThreadError,
 )
-from otel_tasks._history import without_frames
+from otel_tasks._core.records import without_frames
 from otel_tasks.testing import SpanRecorder, VirtualClockLoop, run
 from tests.helpers import counters, fail, give, ignore_cancels, rest, settle
 

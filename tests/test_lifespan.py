@@ -21,7 +21,7 @@ from otel_tasks import (
     current_cancel_event,
     global_task_manager,
 )
-from otel_tasks._lifespan import GRACE, TIMEOUT, _runs
+from otel_tasks._asgi.lifespan import GRACE, TIMEOUT, _runs
 from otel_tasks.asgi import TaskGroupMiddleware, request_group
 from otel_tasks.fastapi import RequestTasks, lifespan, make_lifespan
 from otel_tasks.testing import FakeConnection, run
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
     from contextlib import AbstractAsyncContextManager
 
-    from otel_tasks._disconnect import Message, Receive, Scope, Send
-    from otel_tasks._lifespan import App
+    from otel_tasks._asgi.connection import Message, Receive, Scope, Send
+    from otel_tasks._asgi.lifespan import App
 
 COMPLETE = ["lifespan.startup.complete", "lifespan.shutdown.complete"]
 

@@ -33,14 +33,14 @@ from otel_tasks import (
     current_group,
     current_task,
 )
-from otel_tasks._telemetry import Providers, set_default_providers
+from otel_tasks._core.telemetry import Providers, set_default_providers
 from otel_tasks.testing import SpanRecorder, VirtualClockLoop, assert_no_tasks_left, run
 from tests.helpers import cancel_at_each_await, counters, give, kind_of, now, rest, settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from otel_tasks._task import TaskInfo
+    from otel_tasks._core.task import TaskInfo
 
 LOW, NORMAL, HIGH, CRITICAL = TaskPriority
 here = contextvars.ContextVar("here", default="outside")
@@ -507,7 +507,7 @@ async def test_a_fault_after_the_place_was_claimed_gives_it_back(
 
     for running in (0, 1):
         with monkeypatch.context() as patch:
-            patch.setattr("otel_tasks._create.ManagedTask", no_memory)
+            patch.setattr("otel_tasks._core.creation.ManagedTask", no_memory)
             refused = log.work("no")
             with pytest.raises(MemoryError):
                 manager.create_task(refused, timeout=60)
@@ -754,17 +754,17 @@ async def test_put_task_waits_for_room(log: Log, max_queue: int, whose: str) -> 
     manager = TaskManager(**(limits if whose == "manager" else {}))
     async with manager.group("pages", **(limits if whose == "group" else {})) as group:
         begin = now()
-        putters = [put(group, log.work(number)) for number in range(8)]
+        waiting_producers = [put(group, log.work(number)) for number in range(8)]
         await settle()
-        assert [putter.done() for putter in putters].count(True) == 1 + max_queue
+        assert [putter.done() for putter in waiting_producers].count(True) == 1 + max_queue
         refused = log.work("refused")
         with pytest.raises(QueueFullError):
             group.create_task(refused)
-        await asyncio.gather(*putters)
+        await asyncio.gather(*waiting_producers)
 
     assert log.begun == list(range(8))
     assert (log.most, now() - begin) == (1, 8)
-    assert not manager._ledger.putters
+    assert not manager._ledger.waiting_producers
 
 
 async def test_a_putter_wakes_for_a_place_as_for_room(log: Log) -> None:
@@ -801,7 +801,7 @@ async def test_a_higher_limit_wakes_putters(log: Log, whose: str) -> None:
         group.create_task(log.work("first", 100))
         await settle()
         group.max_concurrency = manager.max_concurrency = 1
-        putters = [put(group, log.work(number, 100)) for number in range(4)]
+        waiting_producers = [put(group, log.work(number, 100)) for number in range(4)]
         await settle()
         if whose == "manager":
             group.max_concurrency = 10
@@ -810,7 +810,7 @@ async def test_a_higher_limit_wakes_putters(log: Log, whose: str) -> None:
             manager.max_concurrency = 10
             group.max_concurrency = 3
         await settle()
-        assert [putter.done() for putter in putters] == [True, True, False, False]
+        assert [putter.done() for putter in waiting_producers] == [True, True, False, False]
         assert log.begun == ["first", 0, 1]
         group.max_concurrency = manager.max_concurrency = None
         await settle()
@@ -827,7 +827,7 @@ async def test_a_putter_whose_room_was_taken_stands_at_the_head_again(log: Log) 
     ):
         task = first.create_task(log.work("first"))
         second.create_task(log.work("second"))
-        putters = [
+        waiting_producers = [
             put(first, log.work("put 1")),
             put(first, log.work("put 2")),
             put(second, log.work("put 3")),
@@ -835,8 +835,8 @@ async def test_a_putter_whose_room_was_taken_stands_at_the_head_again(log: Log) 
         await settle()
         task.add_done_callback(lambda _: first.create_task(log.work("faster", 10)))
         await asyncio.sleep(2)
-        assert [putter.done() for putter in putters] == [False, False, True]
-        await asyncio.gather(*putters)
+        assert [putter.done() for putter in waiting_producers] == [False, False, True]
+        await asyncio.gather(*waiting_producers)
 
     assert log.begun == ["first", "second", "faster", "put 3", "put 1", "put 2"]
 
@@ -918,10 +918,10 @@ async def test_a_putter_of_a_group_that_is_cancelled(log: Log) -> None:
     manager.create_task(log.work("long", 100))
     begin = now()
     async with manager.group("outer") as outer, outer.group("inner") as inner:
-        putters = [put(outer, log.work("no")), put(inner, log.work("no"))]
+        waiting_producers = [put(outer, log.work("no")), put(inner, log.work("no"))]
         await settle()
         outer.cancel("enough")
-        for putter in putters:
+        for putter in waiting_producers:
             with pytest.raises(GroupClosedError, match="is closed \\(explicit\\)"):
                 await asyncio.shield(putter)
             assert now() == begin
@@ -933,11 +933,11 @@ async def test_putters_of_a_manager_that_is_shut_down(log: Log) -> None:
     manager = TaskManager(max_concurrency=1, max_queue=0)
     manager.create_task(log.work("first", 3))
     coros = [log.work(number) for number in range(3)]
-    putters = [put(manager, coro) for coro in coros]
+    waiting_producers = [put(manager, coro) for coro in coros]
     await settle()
     begin = now()
     stopping = asyncio.create_task(manager.shutdown(grace=10))
-    for putter in putters:
+    for putter in waiting_producers:
         with pytest.raises(ManagerClosedError, match="was shut down by shutdown"):
             await putter
     assert now() == begin
@@ -1258,7 +1258,7 @@ def test_each_await_may_be_cancelled(spans: SpanRecorder) -> None:
     assert cancel_at_each_await(scenario, spans) >= 4
     for manager, group in seen:
         assert places(manager, group) == [(0, 0)] * 2
-        assert not manager._ledger.putters
+        assert not manager._ledger.waiting_producers
         assert manager._ledger._woken is None
 
 
@@ -1378,7 +1378,7 @@ class World:
     manager: TaskManager
     groups: list[TaskGroup | None]
     tasks: list[ManagedTask[Any]] = field(default_factory=list)
-    putters: list[asyncio.Task[ManagedTask[Any]]] = field(default_factory=list)
+    waiting_producers: list[asyncio.Task[ManagedTask[Any]]] = field(default_factory=list)
     waiters: list[asyncio.Task[Any]] = field(default_factory=list)
     coros: list[Coroutine[Any, Any, Any]] = field(default_factory=list)
     running: dict[object, int] = field(default_factory=dict)
@@ -1412,13 +1412,13 @@ class World:
             self.create(step, place, group)
         elif step.what == "put":
             self.coros.append(self.work(group, step.seconds))
-            self.putters.append(put(place, self.coros[-1], priority=step.level))
+            self.waiting_producers.append(put(place, self.coros[-1], priority=step.level))
         elif step.what == "limit":
             place.max_concurrency = step.limit
         elif step.what == "cancel" and self.tasks:
             self.tasks[step.number % len(self.tasks)].cancel()
-        elif step.what == "drop putter" and self.putters:
-            self.putters[step.number % len(self.putters)].cancel()
+        elif step.what == "drop putter" and self.waiting_producers:
+            self.waiting_producers[step.number % len(self.waiting_producers)].cancel()
         elif step.what == "wait for" and self.tasks:
             chosen = self.tasks[step.number % len(self.tasks)]
             # Of another manager, so that it takes no place here.
@@ -1456,7 +1456,7 @@ class World:
             assert task._extras is not None
             assert task._extras.ticket is not None
             assert any(limiter.room() < 1 for limiter in task._extras.ticket.limiters)
-        for group, waiter in self.manager._ledger.putters:
+        for group, waiter in self.manager._ledger.waiting_producers:
             assert group._stands_in_line()
             assert not waiter.done()
 
@@ -1464,15 +1464,15 @@ class World:
         # All have at most five seconds to run once they run: nobody may still wait after this.
         await asyncio.sleep(5 * len(self.coros) + 5)
         self.check()
-        assert all(putter.done() for putter in self.putters)
+        assert all(putter.done() for putter in self.waiting_producers)
         assert all(task.done() for task in self.tasks)
         assert all(map(is_closed, self.coros))
-        put_by = [putter.result() for putter in self.putters if not putter.cancelled()]
+        put_by = [putter.result() for putter in self.waiting_producers if not putter.cancelled()]
         assert self.manager.stats().created == len(self.tasks) + len(put_by)
         for place in self.limited():
             assert self.running.get(place, 0) == 0
         assert (await self.manager.shutdown(grace=0)).clean
-        await asyncio.gather(*self.putters, *self.waiters, return_exceptions=True)
+        await asyncio.gather(*self.waiting_producers, *self.waiters, return_exceptions=True)
         await assert_no_tasks_left()
 
 

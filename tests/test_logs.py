@@ -382,7 +382,7 @@ async def test_record_factory_with_the_same_names_does_no_harm(kept: Kept) -> No
 def test_page_lists_every_line_that_the_code_can_log() -> None:
     """The table of `docs/logs.md` has each line of the code once, with level and fields, and no other."""
     in_code = set()
-    for path in sorted(PACKAGE.glob("*.py")):
+    for path in sorted(PACKAGE.rglob("*.py")):
         in_code |= lines_of(ast.parse(path.read_text("utf-8")))
 
     assert sorted(rows_of_the_page()) == sorted(in_code)
@@ -392,14 +392,14 @@ def test_all_lines_go_to_one_logger() -> None:
     """Only one module asks for a logger, and its name is that of the package."""
     calls = [
         (path.name, ast.unparse(node))
-        for path in sorted(PACKAGE.glob("*.py"))
+        for path in sorted(PACKAGE.rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.Call)
         and ast.unparse(node.func).endswith("getLogger")
         and "opentelemetry" not in ast.unparse(node)
     ]
 
-    assert calls == [("_log.py", "logging.getLogger('otel_tasks')")]
+    assert calls == [("log.py", "logging.getLogger('otel_tasks')")]
 
 
 def test_blocks_of_the_page_print_what_it_says() -> None:
@@ -421,13 +421,13 @@ def rows_of_the_page() -> list[tuple[str, str, str]]:
 
 
 def lines_of(tree: ast.AST) -> set[tuple[str, str, str]]:
-    """Level, line and fields of each call that logs; `complain` is the ledger's, for the first only."""
+    """Level, line and fields of each call that logs; `log_once` is the ledger's, for the first only."""
     found = set()
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
         name, owner = node.func.attr, ast.unparse(node.func.value)
-        if name == "complain":
+        if name == "log_once":
             found.add(("ERROR", readable(node) + "; further ones are not logged", ""))
         elif owner == "logger" and name in LEVELS and not isinstance(node.args[0], ast.BinOp):
             level = "ERROR" if name == "exception" else name.upper()
@@ -446,5 +446,5 @@ def fields_of(call: ast.Call) -> str:
     """What stands in `record.otel_tasks`."""
     for keyword in call.keywords:
         if keyword.arg == "extra":
-            return "task_ids" if ast.unparse(keyword.value).startswith("about_all(") else "task"
+            return "task_ids" if ast.unparse(keyword.value).startswith("log_fields_of_all(") else "task"
     return ""

@@ -17,7 +17,7 @@ from opentelemetry.metrics import _internal as metrics_internal
 
 import otel_tasks
 from otel_tasks import CancelCause, CancelKind, TaskManager, TaskPriority, create_task
-from otel_tasks import _telemetry as telemetry
+from otel_tasks._core import telemetry
 
 if TYPE_CHECKING:
     from otel_tasks.testing import SpanRecorder

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from otel_tasks import GroupProgress, ManagedTask, Progress, TaskManager, WrongLoopError, current_task
-from otel_tasks._task import Extras, extras_of
-from otel_tasks.progress import TaskProgress, add_up
+from otel_tasks._core.progress import TaskProgress, add_up
+from otel_tasks._core.task import Extras, extras_of
 from otel_tasks.testing import SpanRecorder, run
 from tests.helpers import cancel_at_each_await, fail, give, rest, settle
 
@@ -678,7 +678,7 @@ async def test_who_comes_second_to_the_lock_uses_what_is_there(
 
         def __exit__(self, *_: object) -> None: ...
 
-    monkeypatch.setattr("otel_tasks._task._making", AnotherThreadWasFaster())
+    monkeypatch.setattr("otel_tasks._core.task._making", AnotherThreadWasFaster())
     assert extras_of(task) is extras
     extras.progress = None
     assert task.progress is progress

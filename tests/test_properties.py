@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from otel_tasks import ManagedTask, TaskGroup, TaskManager, TaskStatus
-from otel_tasks._task import shield, unshield
+from otel_tasks._core.task import shield, unshield
 from otel_tasks.testing import SpanRecorder, assert_no_tasks_left, run
 from tests.helpers import ignore_cancels
 
 if TYPE_CHECKING:
-    from otel_tasks._scope import OnError
+    from otel_tasks._core.scope import OnError
 
 LABELS = ("a", "a.b", "a.b.c", "d")
 SECONDS = st.integers(0, 4)

@@ -23,8 +23,8 @@ from otel_tasks import (
     current_group,
     start_task,
 )
-from otel_tasks._binding import stopping
-from otel_tasks._request import this_request
+from otel_tasks._asgi.request import this_request
+from otel_tasks._core.binding import stopping
 from otel_tasks.asgi import TaskGroupMiddleware, request_group, uncancellable
 from otel_tasks.testing import FakeConnection, SpanRecorder
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from otel_tasks import ManagedTask
-    from otel_tasks._disconnect import Receive, Scope, Send
+    from otel_tasks._asgi.connection import Receive, Scope, Send
 
     App = Callable[[Scope, Receive, Send], Awaitable[None]]
 

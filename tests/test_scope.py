@@ -968,6 +968,6 @@ async def test_block_whose_span_cannot_start_runs_all_the_same(caplog: pytest.Lo
 async def test_cause_made_by_hand_closes_the_group() -> None:
     """What the middleware announces is the reason that a refused task is told."""
     async with TaskManager().group("load") as group:
-        group._announce(CancelCause(CancelKind.CLIENT_DISCONNECT))
+        group._signal_cancel(CancelCause(CancelKind.CLIENT_DISCONNECT))
         with pytest.raises(GroupClosedError, match="client_disconnect"):
             group.create_task(rest())

@@ -32,7 +32,7 @@ from otel_tasks import (
     global_task_manager,
     start_service,
 )
-from otel_tasks._service import Failures, Service, _sleep
+from otel_tasks._core.service import Failures, Service, _sleep
 from otel_tasks.testing import SpanRecorder, VirtualClockLoop, assert_no_tasks_left, run
 from tests.helpers import CancelledAt, counters, give, ignore_cancels, kind_of, now, rest, settle
 

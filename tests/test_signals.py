@@ -171,7 +171,7 @@ async def test_nothing_is_raised_into_what_it_interrupts(monkeypatch: pytest.Mon
     def broken(*_: object) -> Any:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("otel_tasks._manager.tree_of", broken)
+    monkeypatch.setattr("otel_tasks._core.manager.tree_of", broken)
     with manager.dump_on_signal(file=file):
         send()
     assert file.getvalue().endswith("RuntimeError: broken\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from otel_tasks import IllegalTransitionError, TaskPriority, TaskStatus
-from otel_tasks._state import TRANSITIONS, Signal, next_status, state_diagram
+from otel_tasks._core.state import TRANSITIONS, Signal, next_status, state_diagram
 
 PENDING, RUNNING, CANCELLING = TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.CANCELLING
 COMPLETED, FAILED, CANCELLED = TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED

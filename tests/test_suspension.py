@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from otel_tasks._suspension import (
+from otel_tasks._core.suspension import (
     anyio_shield,
     awaiters,
     call_when_moved,

@@ -23,7 +23,7 @@ from otel_tasks import (
     TaskStatus,
     create_task,
 )
-from otel_tasks._task import ask, shield, unshield, wait_until_done
+from otel_tasks._core.task import request_cancel, shield, unshield, wait_until_done
 from otel_tasks.testing import SpanRecorder, run
 from tests.helpers import counters, fail, give, ignore_cancels, kind_of, now, rest, settle
 
@@ -813,8 +813,8 @@ async def test_shielded_task_is_not_stopped_by_a_disconnect_until_released() -> 
     task = TaskManager().create_task(rest())
     shield(task)
     shield(task)
-    assert ask(task, DISCONNECT) is False
-    assert ask(task, CancelCause(CancelKind.CLIENT_DISCONNECT, "again")) is False
+    assert request_cancel(task, DISCONNECT) is False
+    assert request_cancel(task, CancelCause(CancelKind.CLIENT_DISCONNECT, "again")) is False
     unshield(task)
     assert task.cause is None
     unshield(task)
@@ -826,7 +826,7 @@ async def test_shield_holds_back_nothing_but_a_disconnect() -> None:
     """A shutdown is not held back by a shield."""
     task = TaskManager().create_task(rest())
     shield(task)
-    assert ask(task, CancelCause(CancelKind.SHUTDOWN)) is True
+    assert request_cancel(task, CancelCause(CancelKind.SHUTDOWN)) is True
     unshield(task)
     await asyncio.wait([task])
     assert kind_of(task) is CancelKind.SHUTDOWN
@@ -835,11 +835,11 @@ async def test_shield_holds_back_nothing_but_a_disconnect() -> None:
 async def test_asking_happens_once() -> None:
     """What is done on a group's behalf is asked of each task once, and of an ended one never."""
     task = TaskManager().create_task(rest())
-    assert ask(task, DISCONNECT) is True
-    assert ask(task, CancelCause(CancelKind.SHUTDOWN)) is False
+    assert request_cancel(task, DISCONNECT) is True
+    assert request_cancel(task, CancelCause(CancelKind.SHUTDOWN)) is False
     assert task.cancelling() == 1
     await asyncio.wait([task])
-    assert ask(task, DISCONNECT) is False
+    assert request_cancel(task, DISCONNECT) is False
 
 
 async def test_wait_until_done_gives_up_after_its_timeout() -> None:

@@ -20,7 +20,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 import otel_tasks
 from otel_tasks import CancelCause, CancelKind, TaskGroup, TaskManager, TaskPriority, create_task
-from otel_tasks import _telemetry as telemetry
+from otel_tasks._core import telemetry
 from otel_tasks.testing import run
 
 if TYPE_CHECKING:
@@ -771,7 +771,7 @@ async def test_disconnect_links_to_the_request(
         task = group.create_task(asyncio.sleep(60), name="query")
     await started(task)
     cause = CancelCause.make(CancelKind.CLIENT_DISCONNECT, context=request)
-    group._announce(cause)
+    group._signal_cancel(cause)
     group._cancel_tasks(cause)
     group._seal(cause)
     await ended(task)
@@ -1547,9 +1547,9 @@ async def test_without_an_sdk_no_span_work_is_done(monkeypatch: pytest.MonkeyPat
         raise AssertionError("span work without an SDK")
 
     for name in ("copy_context", "start_span", "code_name"):
-        monkeypatch.setattr(f"otel_tasks._create.{name}", never)
+        monkeypatch.setattr(f"otel_tasks._core.creation.{name}", never)
     for name in ("end_span", "outcome_of"):
-        monkeypatch.setattr(f"otel_tasks._ledger.{name}", never)
+        monkeypatch.setattr(f"otel_tasks._core.ledger.{name}", never)
     manager = TaskManager()
     task = manager.create_task(work())
     async with manager.group("load", span=True) as group:
@@ -1588,7 +1588,7 @@ async def test_no_op_provider_counts_as_no_sdk() -> None:
 def test_private_names_of_opentelemetry_are_still_there() -> None:
     """The installed version has the names that are read instead of the slow public functions.
 
-    Without them everything works, at 1.2 us more for each task: mend `_telemetry` then.
+    Without them everything works, at 1.2 us more for each task: mend `telemetry` then.
     """
     assert hasattr(trace, "_TRACER_PROVIDER")
     assert hasattr(metrics_internal, "_METER_PROVIDER")

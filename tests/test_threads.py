@@ -44,7 +44,7 @@ from otel_tasks import (
     current_task,
     run_in_thread,
 )
-from otel_tasks._threads import TaskFuture, Worker, hand_over
+from otel_tasks._core.threads import TaskFuture, Worker, hand_over
 from otel_tasks.asgi import TaskGroupMiddleware, request_group
 from otel_tasks.fastapi import RequestTasks  # noqa: TC001 - FastAPI reads the annotations
 from otel_tasks.testing import FakeConnection, SpanRecorder, VirtualClockLoop, run
@@ -645,7 +645,7 @@ async def test_module_function_closes_the_coroutine_where_no_group_is_to_be_had(
     def broken() -> TaskGroup:
         raise LookupError("no group")
 
-    monkeypatch.setattr("otel_tasks._manager.current_group", broken)
+    monkeypatch.setattr("otel_tasks._core.manager.current_group", broken)
     coro = rest()
     with pytest.raises(LookupError):
         create_task_threadsafe(coro)
@@ -880,7 +880,7 @@ async def test_event_made_while_another_waits_to_make_it_is_the_one(
 ) -> None:
     """Who comes second finds it made."""
     group = manager.get_group("a")
-    with Beaten(monkeypatch, "otel_tasks._tree.TREE_LOCK", lambda: group.cancel_event) as first:
+    with Beaten(monkeypatch, "otel_tasks._core.tree.TREE_LOCK", lambda: group.cancel_event) as first:
         assert group.cancel_event is first[0]
 
 
@@ -1684,7 +1684,7 @@ async def test_group_made_while_another_waits_to_make_it_is_the_one(
     found: list[TaskGroup] = []
 
     async def endpoint(scope: Any, receive: Any, send: Any) -> None:
-        with Beaten(monkeypatch, "otel_tasks._request._making", request_group) as first:
+        with Beaten(monkeypatch, "otel_tasks._asgi.request._making", request_group) as first:
             found.extend([request_group(), first[0]])
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body", "body": b""})

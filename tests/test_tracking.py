@@ -24,7 +24,7 @@ from otel_tasks import (
     cleanup_lingering_tasks,
     wait_with_cancellation,
 )
-from otel_tasks._awaiters import with_awaiters
+from otel_tasks._core.awaiters import with_awaiters
 from tests.helpers import cancel_at_each_await, fail, give, ignore_cancels, now, rest, settle
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from otel_tasks import TaskManager, WrongThreadError, _watch, create_task
-from otel_tasks._watch import Watchdog, request_of
+from otel_tasks import TaskManager, WrongThreadError, create_task
+from otel_tasks._core import watch as _watch
+from otel_tasks._core.watch import Watchdog, request_of
 from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.testing import FakeConnection, run
 from tests.helpers import give, ignore_cancels, rest, settle
@@ -172,13 +173,13 @@ async def test_end_of_the_block_ends_the_looking(
 def test_manager_that_goes_to_another_loop_is_left(caplog: pytest.LogCaptureFixture) -> None:
     """A watch ends with the loop for which it was begun."""
     manager = TaskManager()
-    looks: list[_watch.Look | None] = []
+    looks: list[_watch.HealthScan | None] = []
 
     async def first() -> None:
         manager.watch(held=None, ignored=1)
 
     async def second() -> None:
-        look = _watch.Look(manager._ledger, asyncio.get_running_loop(), [1.0], 1.0, None, None)
+        look = _watch.HealthScan(manager._ledger, asyncio.get_running_loop(), [1.0], 1.0, None, None)
         looks.append(look)
         manager._ledger.loop = None
         look._part(iter(()), [], [])

@@ -234,7 +234,7 @@ def _fastapi(**options: Any) -> FastAPI:
     return app
 
 
-def _bound(**options: Any) -> FastAPI:
+def current_binding(**options: Any) -> FastAPI:
     app = _fastapi()
     app.add_middleware(TaskGroupMiddleware, manager=manager, **options)
     return app
@@ -248,7 +248,7 @@ def _inside_of_us() -> FastAPI:
 
 
 def _outside_of_us(**options: Any) -> FastAPI:
-    app = _bound(**options)
+    app = current_binding(**options)
     app.add_middleware(BaseHTTPMiddleware, dispatch=pass_through)
     return app
 
@@ -256,7 +256,7 @@ def _outside_of_us(**options: Any) -> FastAPI:
 def _mounted() -> FastAPI:
     outer = FastAPI()
     outer.add_middleware(TaskGroupMiddleware, manager=manager)
-    outer.mount("/sub", _bound())
+    outer.mount("/sub", current_binding())
     return outer
 
 
@@ -310,10 +310,10 @@ def _framework(name: str, *, bound: bool) -> ASGIApp:
 
 
 variants: dict[str, ASGIApp] = {
-    "plain": _bound(),
+    "plain": current_binding(),
     "stock": _fastapi(),
-    "keep": _bound(cancel_handler=False),
-    "always": _bound(cancel_handler=True),
+    "keep": current_binding(cancel_handler=False),
+    "always": current_binding(cancel_handler=True),
     "inside": _inside_of_us(),
     "outside": _outside_of_us(),
     "keep-outside": _outside_of_us(cancel_handler=False),

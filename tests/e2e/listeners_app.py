@@ -193,7 +193,7 @@ async def _noting(request: Request, call_next: RequestResponseEndpoint) -> Respo
     return response
 
 
-def _bound(app: ASGIApp) -> ASGIApp:
+def current_binding(app: ASGIApp) -> ASGIApp:
     return TaskGroupMiddleware(app, manager=manager)
 
 
@@ -223,12 +223,12 @@ variants: dict[str, ASGIApp] = {
     "bare": _routes(),
     "bare-base": _routes(_base),
     "bare-bases": _routes(_base, _base),
-    "listen": _routes(_bound),
-    "listen-inside": _routes(_base, _bound),
-    "listen-outside": _routes(_bound, _base),
-    "listen-between": _routes(_base, _bound, _base),
+    "listen": _routes(current_binding),
+    "listen-inside": _routes(_base, current_binding),
+    "listen-outside": _routes(current_binding, _base),
+    "listen-between": _routes(_base, current_binding, _base),
     "bare-sender": _broken(sender),
-    "listen-sender": _broken(_bound(sender)),
+    "listen-sender": _broken(current_binding(sender)),
     "bare-child-sender": _broken(child_sender),
-    "listen-child-sender": _broken(_bound(child_sender)),
+    "listen-child-sender": _broken(current_binding(child_sender)),
 }

@@ -1,0 +1,1 @@
+"""The parts of the middleware: the connection, the request, and the lifespan."""

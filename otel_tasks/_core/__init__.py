@@ -1,0 +1,1 @@
+"""The implementation: tasks, groups, and managers, without a web framework."""

@@ -1,0 +1,169 @@
+"""The decorator that makes each call of a coroutine function a managed task."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
+
+from otel_tasks._core.checks import checked_name, checked_priority, checked_seconds
+from otel_tasks._core.current import as_coroutine_function, bound_to, current_manager, innermost
+from otel_tasks._core.manager import create_task
+from otel_tasks._core.state import TaskPriority
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
+
+    from otel_tasks._core.binding import Binding
+    from otel_tasks._core.manager import TaskManager
+    from otel_tasks._core.task import ManagedTask
+
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+T = TypeVar("T")
+S = TypeVar("S")
+
+
+class ManagedFunction(Generic[P, T]):
+    """A coroutine function whose calls run as managed tasks; made by ``managed_task``.
+
+    A call, and ``start()``, raise what ``create_task`` raises: ``GroupClosedError`` where the current group
+    takes no new tasks, ``ManagerClosedError``, ``QueueFullError``, ``WrongLoopError``, and
+    ``WrongThreadError``; and what ``record`` raises. The function does not run then.
+    """
+
+    def __init__(
+        self,
+        function: Callable[P, Coroutine[Any, Any, T]],
+        create: Callable[[Coroutine[Any, Any, T], Mapping[str, Any] | None], ManagedTask[T]],
+        record: Callable[..., Mapping[str, Any]] | None,
+    ) -> None:
+        self._function = function
+        self._create = create
+        self._record = record
+        functools.update_wrapper(self, function)
+        as_coroutine_function(self)
+
+    @as_coroutine_function
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
+        """Run it as a managed task and return its result.
+
+        The coroutine creates the task at its first step, in the group that is current at the call, even where
+        ``asyncio.gather`` runs it in a plain task.
+
+        Raises:
+            GroupClosedError: The current group takes no new tasks.
+            ManagerClosedError: The manager is shut down.
+            QueueFullError: No place is free, and no more tasks may wait.
+            TimeoutError: The task's ``timeout`` expired.
+            WrongLoopError: The manager has live tasks in another loop.
+
+        What the function raises is raised here.
+
+        Cancellation: of the caller cancels the task and waits for its end.
+        """
+        return _run(innermost(), functools.partial(self.start, *args, **kwargs))
+
+    def start(self, *args: P.args, **kwargs: P.kwargs) -> ManagedTask[T]:
+        """Start it as a managed task and return the task without waiting.
+
+        Raises:
+            GroupClosedError: The current group takes no new tasks.
+            ManagerClosedError: The manager is shut down.
+            QueueFullError: No place is free, and no more tasks may wait.
+            WrongLoopError: The manager has live tasks in another loop.
+            WrongThreadError: No event loop runs in this thread.
+        """
+        metadata = None if self._record is None else self._record(*args, **kwargs)
+        return self._create(self._function(*args, **kwargs), metadata)
+
+    @overload
+    def __get__(self, instance: None, owner: type | None = None) -> ManagedFunction[P, T]: ...
+    @overload
+    def __get__(
+        self: ManagedFunction[Concatenate[S, Q], T], instance: S, owner: type | None = None
+    ) -> ManagedFunction[Q, T]: ...
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """Bind it to an instance, so that it works as a method: ``self.work.start(1)``."""
+        if instance is None:
+            return self
+        record = None if self._record is None else functools.partial(self._record, instance)
+        return ManagedFunction(self._function.__get__(instance, owner), self._create, record)
+
+
+async def _run(here: Binding | None, start: Callable[[], ManagedTask[T]]) -> T:
+    with bound_to(here):
+        task = start()
+    return await task
+
+
+@overload
+def managed_task(function: Callable[P, Coroutine[Any, Any, T]], /) -> ManagedFunction[P, T]: ...
+@overload
+def managed_task(
+    *,
+    name: str | None = None,
+    group: str | None = None,
+    priority: TaskPriority | int = TaskPriority.NORMAL,
+    timeout: float | None = None,
+    manager: TaskManager | None = None,
+    record: Callable[..., Mapping[str, Any]] | None = None,
+) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], ManagedFunction[P, T]]: ...
+def managed_task(
+    function: Callable[P, Coroutine[Any, Any, T]] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    group: str | None = None,
+    priority: TaskPriority | int = TaskPriority.NORMAL,
+    timeout: float | None = None,
+    manager: TaskManager | None = None,
+    record: Callable[..., Mapping[str, Any]] | None = None,
+) -> Any:
+    """Make each call of a coroutine function a managed task.
+
+    ``await work(1)`` runs it and returns its result; ``work.start(1)`` does not wait.
+
+    Args:
+        function: The coroutine function, if the decorator is used without parentheses.
+        name: The name of its tasks; a second one at the same time gets a number. None takes the function's
+            name.
+        group: A labeled group of the manager; None is the current group, or the root of ``manager``.
+        priority: How urgent the tasks are.
+        timeout: Seconds for each call; None means no limit.
+        manager: The manager of its tasks; None is that of the request or managed task that calls the
+            function, elsewhere the global manager.
+        record: Takes the arguments of each call and returns the metadata of its task. Without it, arguments
+            are never recorded.
+
+    Raises:
+        TypeError: It is not a coroutine function.
+        ValueError: The name is empty, the timeout negative.
+
+    Example:
+        >>> @managed_task(group="mail", timeout=30)
+        ... async def send_mail(user: User) -> None: ...
+    """
+    if function is not None:
+        return managed_task()(function)
+    if name is not None:
+        checked_name("task", name)
+    checked_seconds("timeout", timeout)
+    level = checked_priority(priority)
+
+    def create(coro: Coroutine[Any, Any, T], metadata: Mapping[str, Any] | None) -> ManagedTask[T]:
+        if group is None and manager is None:
+            return create_task(coro, name=name, priority=level, timeout=timeout, metadata=metadata)
+        owner = current_manager() if manager is None else manager
+        return owner.create_task(
+            coro, name=name, group=group, priority=level, timeout=timeout, metadata=metadata
+        )
+
+    def decorate(target: Callable[P, Coroutine[Any, Any, T]]) -> ManagedFunction[P, T]:
+        if not inspect.iscoroutinefunction(target):
+            raise TypeError(
+                f"managed_task decorates a coroutine function, got {target!r}: declare it with async def"
+            )
+        return ManagedFunction(target, create, record)
+
+    return decorate

@@ -1,0 +1,242 @@
+"""Where a task is: the line of the user's code, found in suspended coroutines or a thread's frames.
+
+Rules, each with a test of its own:
+
+1. The *place* is the innermost line of the user's own code: not of the standard library, not of this package,
+   and not of an installed library, unless the task's function is from that library (an application may be
+   installed too). The function that this line calls is reported with it.
+2. Without such a line, the place is the innermost line of a library, then of the standard library.
+3. An awaitable without frames (such as Cython's coroutines) ends the search. Nothing here raises or changes
+   anything: a thread and a signal handler may call it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import os
+import re
+import sys
+import threading
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
+_STANDARD_LIBRARY = os.path.join(os.path.dirname(os.path.dirname(asyncio.__file__)), "")
+_INSTALLED = re.compile(r"[/\\](?:site|dist)-packages[/\\]([^/\\]+)")
+# Nobody awaits deeper than Python's stack is, unless its limit was raised; then the rest is not seen.
+_LONGEST: Final = 1000
+# They stand between what awaits and what is awaited, and have no attribute that leads on.
+_BETWEEN = frozenset(
+    {"coroutine_wrapper", "async_generator_asend", "async_generator_athrow", "anext_awaitable"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A line of code.
+
+    Attributes:
+        file: The path, as Python knows it.
+        line: The number of the line.
+        function: The function in which it stands, with its class.
+    """
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.function} {_shortened(self.file)}:{self.line}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give it as JSON-ready data."""
+        return {"file": self.file, "line": self.line, "function": self.function}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a task is; both are None where that cannot be told.
+
+    Attributes:
+        at: The innermost line of the user's code.
+        calls: The function that this line has called.
+    """
+
+    at: Location | None = None
+    calls: str | None = None
+
+
+class Stacks:
+    """The frames of all threads, taken once when they are first needed.
+
+    Args:
+        interrupted: Of a signal handler, the frame in which it was called: what is above is the handler's.
+    """
+
+    def __init__(self, interrupted: FrameType | None = None) -> None:
+        self._interrupted = interrupted
+        self._frames: dict[int, FrameType | None] | None = None
+
+    def of_thread(self, number: int | None) -> list[FrameType]:
+        """The frames of a thread, outermost first; none if it is not there."""
+        if self._frames is None:
+            own = self._interrupted or _outside(sys._getframe())
+            # Not the frames that look: they would hold themselves, and all around, until the next collection.
+            self._frames = {**sys._current_frames(), threading.get_ident(): own}
+        frame = None if number is None else self._frames.get(number)
+        frames: list[FrameType] = []
+        while frame is not None:
+            frames.append(frame)
+            frame = frame.f_back
+        return frames[::-1]
+
+    def of_task(
+        self,
+        task: asyncio.Task[Any],
+        thread: int | None,
+        coroutine_of: Callable[[asyncio.Task[Any]], Any] = lambda task: task.get_coro(),
+    ) -> list[FrameType]:
+        """The frames of a task, outermost first.
+
+        Args:
+            task: Any.
+            thread: That of its loop.
+            coroutine_of: Gives the coroutine of a live task with which to begin.
+        """
+        try:
+            if task.done():
+                return []
+            coro = coroutine_of(task)
+            if task is not asyncio.current_task(task.get_loop()):
+                return suspended_frames(coro)
+            frames = self.of_thread(thread)
+            outermost = _first_of(coro, "cr_frame", "gi_frame")
+            return frames[frames.index(outermost) :] if outermost in frames else frames
+        except Exception:
+            # Tasks of other kinds than asyncio's may be live in a loop.
+            return []
+
+
+def suspended_frames(awaitable: object) -> list[FrameType]:
+    """The frames of a suspended coroutine and of what it awaits, outermost first."""
+    frames: list[FrameType] = []
+    for _ in range(_LONGEST):
+        if awaitable is None:
+            break
+        frame = _first_of(awaitable, "cr_frame", "gi_frame", "ag_frame")
+        if isinstance(frame, FrameType):
+            frames.append(frame)
+        elif frame is not None:
+            # An object that has every attribute, such as a mock: it would lead on forever.
+            break
+        awaitable = _inside_of(awaitable)
+    return frames
+
+
+def place_of(frames: Sequence[FrameType], *, home: bool = False) -> Place:
+    """Find the user's line among frames.
+
+    Args:
+        frames: Outermost first.
+        home: The outermost one is the user's, in whatever library it stands.
+    """
+    files = [frame.f_code.co_filename for frame in frames]
+    origins = [_origin(file) for file in files]
+    users = {""}
+    if home:
+        users.update([origin for origin in origins if origin is not None][:1])
+    candidates = (
+        [n for n, origin in enumerate(origins) if origin in users]
+        or [n for n, origin in enumerate(origins) if origin is not None]
+        or [n for n, file in enumerate(files) if not _is_ours(file)]
+    )
+    if not candidates:
+        return Place()
+    number = candidates[-1]
+    calls = frames[number + 1].f_code.co_qualname if number + 1 < len(frames) else None
+    return Place(_location(frames[number]), calls)
+
+
+def calling_line() -> Location | None:
+    """The line of the current task's own code that has called this package; None where there is none."""
+    task = asyncio.current_task()
+    outermost = None if task is None else _first_of(task.get_coro(), "cr_frame", "gi_frame")
+    frames: list[FrameType] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        frames.append(frame)
+        # What is further out has started the loop.
+        frame = None if frame is outermost else frame.f_back
+    return place_of(frames[::-1]).at
+
+
+def _location(frame: FrameType) -> Location:
+    code = frame.f_code
+    # The line of a frame is None between two instructions that have one.
+    line: int | None = frame.f_lineno
+    return Location(code.co_filename, code.co_firstlineno if line is None else line, code.co_qualname)
+
+
+def _inside_of(awaitable: object) -> object:
+    if type(awaitable).__name__ in _BETWEEN:
+        return next((thing for thing in gc.get_referents(awaitable) if _leads_on(thing)), None)
+    return _first_of(awaitable, "cr_await", "gi_yieldfrom", "ag_await")
+
+
+def _leads_on(thing: object) -> bool:
+    return (
+        type(thing).__name__ in _BETWEEN or _first_of(thing, "cr_frame", "gi_frame", "ag_frame") is not None
+    )
+
+
+def _first_of(thing: object, *names: str) -> Any:
+    """The first of these attributes that is there and not None."""
+    for name in names:
+        try:
+            value = getattr(thing, name, None)
+        except Exception:  # noqa: S112  # foreign code: what it cannot tell is not told
+            continue
+        if value is not None:
+            return value
+    return None
+
+
+def _outside(frame: FrameType | None) -> FrameType | None:
+    """The frame that has called this package."""
+    while frame is not None and _is_ours(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def _is_ours(file: str) -> bool:
+    return file.startswith(_PACKAGE)
+
+
+@functools.lru_cache(maxsize=4096)
+def _origin(file: str) -> str | None:
+    """Whose a file is: "" the user's, the name of an installed library, or None for neither."""
+    if _is_ours(file):
+        return None
+    installed = _INSTALLED.search(file)
+    if installed is not None:
+        return installed[1]
+    return None if file.startswith((_STANDARD_LIBRARY, "<frozen ")) else ""
+
+
+def _shortened(file: str) -> str:
+    """A path without the way to the working directory, or to the library."""
+    installed = _INSTALLED.search(file)
+    if installed is not None:
+        return file[installed.start(1) :]
+    try:
+        here = os.path.join(os.getcwd(), "")
+    except OSError:
+        # The directory is gone.
+        here = _STANDARD_LIBRARY
+    return file.removeprefix(here).removeprefix(_STANDARD_LIBRARY)

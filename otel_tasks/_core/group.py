@@ -1,0 +1,695 @@
+"""TaskGroup: a node in the tree of work.
+
+*Labelled* groups are named by a string, made on first use, nest by the dots in their names and
+stay open until shutdown; a failure in one is its task's own. *Scoped* groups are entered with
+``async with``, joined and then closed; they cancel their siblings and raise, as asyncio's do.
+A request's group is scoped too, but no block: the middleware opens, cancels and seals it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import _get_running_loop
+from contextlib import suppress
+from contextvars import copy_context
+from types import CoroutineType
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
+
+from otel_tasks._core import creation as creating
+from otel_tasks._core import tree
+from otel_tasks._core.awaiters import with_awaiters
+from otel_tasks._core.binding import Binding, BoundRequest, current_binding
+from otel_tasks._core.cancellation import CancelCause, CancelEvent
+from otel_tasks._core.checks import check_choice, check_count, check_flag, checked_name, checked_seconds
+from otel_tasks._core.creation import (
+    NamedTaskOptions,
+    TaskOptions,
+    check_coroutine,
+    close_quietly,
+    create_eagerly,
+    create_with,
+    is_free_name,
+    next_free,
+    start_task_span,
+    with_options_of,
+)
+from otel_tasks._core.current import current_group_or_none, current_manager, nearest_open, stand_in
+from otel_tasks._core.places import Limiter, checked_limiter
+from otel_tasks._core.progress import add_up
+from otel_tasks._core.scope import OnError, Scope
+from otel_tasks._core.state import CancelKind, TaskPriority
+from otel_tasks._core.task import ManagedTask, add_done_callback, cause_elsewhere, reported, wait_until_done
+from otel_tasks._core.telemetry import (
+    GROUP_ID,
+    GROUP_NAME,
+    MANAGER_NAME,
+    low_cardinality,
+    start_group_span,
+    trace,
+)
+from otel_tasks._core.threads import in_thread
+from otel_tasks.exceptions import GroupClosedError
+
+if TYPE_CHECKING:
+    import concurrent.futures
+    from collections.abc import Callable, Collection, Coroutine, Iterator
+    from types import TracebackType
+    from typing import Self, Unpack
+
+    from otel_tasks._core.ledger import Ledger
+    from otel_tasks._core.manager import TaskManager
+    from otel_tasks._core.progress import GroupProgress
+    from otel_tasks._core.telemetry import GroupSpan
+
+T = TypeVar("T")
+
+# By name: asking an enumeration for a member takes as long as calling a method, before Python 3.12.
+_NORMAL = TaskPriority.NORMAL
+Args = TypeVarTuple("Args")
+
+_NAME_IT = 'call it by its work, as in TaskGroup("load")'
+
+
+class TaskGroup:
+    """A group of tasks, and of groups below it; with ``async with`` a drop-in for ``asyncio.TaskGroup``.
+
+    Args:
+        name: What it is called in traces; its id gets a number behind it. None is ``"group"``.
+        on_error: ``"cancel"``: a failing task cancels its siblings and the block raises an
+            ``ExceptionGroup``; ``"isolate"``: it is reported and the others go on.
+        timeout: Seconds that the block may take, at least 0; then everything in it is cancelled
+            and it raises ``TimeoutError``. None is without bound.
+        max_concurrency: How many of its tasks run at a time, at least 1; the others wait for a
+            place, highest priority first. None is without bound. The manager's limit holds too.
+        max_queue: How many may wait, at least 0; one more is refused. None is without bound.
+        span: Give the block a span of its own.
+        manager: Whose tasks they are; None is the manager of the request or the managed task that makes the
+            group, elsewhere the global manager.
+
+    Cancellation: of the task in the block cancels all tasks of the group, waits for them, and
+    goes on its way.
+
+    Example:
+        >>> async with TaskGroup("load") as group:
+        ...     first = group.create_task(fetch(1))
+        ...     second = group.create_task(fetch(2))
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_binding",
+        "_cause",
+        "_children",
+        "_event",
+        "_host",
+        "_id",
+        "_label",
+        "_ledger",
+        "_limiter",
+        "_linked",
+        "_live",
+        "_name",
+        "_names",
+        "_number",
+        "_owns_span",
+        "_parent",
+        "_past_progress",
+        "_queued",
+        "_refusal",
+        "_scope",
+        "_sealed",
+        "_span",
+    )
+
+    _refusal: str | None
+    _scope: Scope | None
+    _limiter: Limiter | None
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        on_error: OnError = "cancel",
+        timeout: float | None = None,
+        max_concurrency: int | None = None,
+        max_queue: int | None = None,
+        span: bool = False,
+        manager: TaskManager | None = None,
+    ) -> None:
+        root = (current_manager() if manager is None else manager)._root
+        check_choice("on_error", on_error, OnError)
+        label = "group" if name is None else checked_name("group", name, _NAME_IT)
+        self._set_up(root._ledger, label, None)
+        check_flag("span", span)
+        self._scope = Scope(on_error, checked_seconds("timeout", timeout), span=span)
+        self._refusal = "has not been entered"
+        self._limiter = checked_limiter(max_concurrency, max_queue)
+
+    def _set_up(self, ledger: Ledger, name: str | Callable[[], str], parent: TaskGroup | None) -> None:
+        self._ledger = ledger
+        self._name = name
+        self._id: str | None = None
+        # Name, id and whether it is scoped, as the history keeps them; None while they may change.
+        self._label: tuple[str, str, bool] | None = None
+        # Given when a scoped group opens; 0 before.
+        self._number = 0
+        self._parent = parent
+        self._children: dict[TaskGroup, None] = {}
+        self._live: dict[str | int, ManagedTask[Any]] = {}
+        # The table in which names must be unique: its own, or for labelled groups the root's.
+        self._names = self._live
+        self._linked = False
+        self._sealed = False
+        # Its own, or that of the group around it: the parent of what its block starts.
+        self._span: GroupSpan | None = None
+        self._owns_span = False
+        self._event: CancelEvent | None = None
+        # Why it is being cancelled; for good in a scoped group, for the moment in a labelled one.
+        self._cause: CancelCause | None = None
+        # How many of its ended tasks had reported progress, and how much they did; of a scoped group only.
+        self._past_progress: tuple[int, float] | None = None
+        # Why it takes no new tasks; None while it does.
+        self._refusal = None
+        self._scope = None
+        self._limiter = None
+        # Of the live tasks, those that wait for a place.
+        self._queued = 0
+        self._binding: Binding | None = None
+        # The task in which a request's handler runs.
+        self._host: asyncio.Task[Any] | None = None
+
+    @classmethod
+    def _labelled(cls, ledger: Ledger, name: str, parent: TaskGroup | None) -> TaskGroup:
+        group = cls.__new__(cls)
+        group._set_up(ledger, name, parent)
+        group._id = name
+        group._label = (name, name, False)
+        if parent is not None:
+            group._names = ledger.root._live
+        return group
+
+    @classmethod
+    def _opened(
+        cls,
+        root: TaskGroup,
+        name: str | Callable[[], str],
+        binding: Binding | None,
+        host: asyncio.Task[Any] | None,
+        span: bool,
+    ) -> TaskGroup:
+        """Open an isolating scoped group below ``root`` without a block, as a request's is."""
+        group = cls.__new__(cls)
+        group._set_up(root._ledger, name, root)
+        group._binding = binding
+        group._host = host
+        group._open(root)
+        if span:
+            group._start_span()
+        return group
+
+    # -- what it is -------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """What it is called; a request's is named after its route once that is known."""
+        return self._name if isinstance(self._name, str) else self._name()
+
+    @property
+    def id(self) -> str:
+        """The name, for a scoped group with ``#`` and a number behind it."""
+        if self._id is None:
+            return f"{self.name}#{self._number}" if self._number else self.name
+        return self._id
+
+    @property
+    def scoped(self) -> bool:
+        """True for one that is entered and closed, False for one that is named by a string."""
+        return self._id is None
+
+    @property
+    def parent(self) -> TaskGroup | None:
+        """The group above; None for a manager's root."""
+        return self._parent
+
+    @property
+    def manager(self) -> TaskManager:
+        """The manager at whose root its tree begins."""
+        return self._ledger.manager
+
+    @property
+    def tasks(self) -> tuple[ManagedTask[Any], ...]:
+        """The live tasks of this very group, oldest first."""
+        if self._parent is None:
+            # The root's table has the tasks of all labelled groups.
+            return tuple(task for task in self._live.values() if task._group is self)
+        return tuple(self._live.values())
+
+    @property
+    def cancel_event(self) -> CancelEvent:
+        """Set when the group or one above it is cancelled; made on first use, for a labelled group anew.
+
+        It may be asked for in any thread.
+        """
+        if self._cause is not None and not self.scoped:
+            # Perhaps that of a shutdown in another loop.
+            self._ledger.look()
+        event = self._event
+        return tree.make_event(self) if event is None or tree.is_used_up(self, event) else event
+
+    @property
+    def progress(self) -> GroupProgress:
+        """What the tasks here and below have reported of their progress, added up now."""
+        past = [group._past_progress for group in self._below() if group._past_progress is not None]
+        return add_up(map(reported, self._every_live()), past)
+
+    @property
+    def task_group(self) -> TaskGroup:
+        """Itself: a group may stand for the current group."""
+        return self
+
+    @property
+    def _request(self) -> BoundRequest | None:
+        group: TaskGroup | None = self
+        while group is not None:
+            if group._binding is not None:
+                return group._binding._request
+            group = group._parent
+        return None
+
+    def __repr__(self) -> str:
+        state = self._refusal or ("is being cancelled" if self._cause is not None else "is open")
+        return f"<TaskGroup {self.id!r} {state}, {len(self._live)} live tasks>"
+
+    # -- tasks ------------------------------------------------------------------------------
+
+    @with_options_of(creating.create)
+    def create_task(
+        self,
+        coro: Coroutine[Any, Any, T],
+        *,
+        name: str | None = None,
+        priority: TaskPriority | int = TaskPriority.NORMAL,
+        **options: Unpack[TaskOptions],
+    ) -> ManagedTask[T]:
+        """Create a task in this group; the parameters are those of ``TaskManager.create_task``.
+
+        Raises:
+            GroupClosedError: The group takes no new tasks; ``coro`` is closed.
+            QueueFullError: No place is free and no more tasks may wait; ``coro`` is closed.
+        """
+        ledger = self._ledger
+        names = self._names
+        bound = current_binding.get()
+        if (
+            options
+            or (loop := _get_running_loop()) is not ledger.fast_path_loop
+            or ledger.factories._task_factory is not None
+            or type(coro) is not CoroutineType
+            or (priority is not _NORMAL and type(priority) is not TaskPriority)
+            or self._refusal is not None
+            or self._limiter is not None
+            or (bound is not None and bound is not (self._binding or self))
+            or (name is not None and not is_free_name(ledger, names, name))
+        ):
+            return create_with(self, coro, name, priority, options)
+        # What is left is most tasks: no option, and nobody who listens or limits. The same as
+        # `creation.create` with all that cannot matter here left out and the calls inlined, in a
+        # third of its time.
+        if name is None:
+            name = coro.__name__
+            key: str | int = next_free(self, name) if ledger.lookalikes else ledger.next_number()
+        else:
+            key = name
+        span = context = None
+        # Looked at before asking: two calls less where nobody traces, 2 % of a task. In this order: a
+        # later OpenTelemetry may lack the name.
+        if not ledger.telemetry.is_global or trace._TRACER_PROVIDER is not None:
+            tracer = ledger.telemetry.tracer()
+            if tracer is not None:
+                context = copy_context()
+                span = context.run(start_task_span, self, tracer, name, key, coro, priority, False)
+        if ledger.eager_start:
+            return create_eagerly(self, coro, name, key, priority, span, context)
+        # Built directly: create_task() of the loop would make a task of another class.
+        if context is None:
+            task = ManagedTask(coro, loop=loop, name=name)
+        else:
+            task = ManagedTask(coro, loop=loop, name=name, context=context)
+        task._group = self
+        task._key = key
+        task._priority = priority
+        task._created_at = ledger.clock()
+        task._span = span
+        task._cause = None
+        task._extras = None
+        task._waiters = 0
+        ledger.created += 1
+        names[key] = task
+        if self._live is not names:
+            self._live[key] = task
+        if not self._linked and self._parent is not None:
+            tree.link(self._parent, self)
+        add_done_callback(task, ledger.on_done, context=ledger.context)
+        return task
+
+    @with_options_of(creating.create)
+    def create_task_threadsafe(
+        self,
+        work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
+        **options: Unpack[NamedTaskOptions],
+    ) -> concurrent.futures.Future[T]:
+        """Create a task in this group from another thread, as ``asyncio.run_coroutine_threadsafe`` would.
+
+        Args:
+            work: A coroutine, or a function that makes one; it is called in the event loop.
+            **options: As for ``create_task``. The task runs in a copy of the context that is current
+                here, and so belongs to its trace.
+
+        Returns:
+            What ends when the task has ended. Its ``cancel()`` cancels the task. Do not wait for it in
+            the loop's own thread: the task would never begin.
+
+        Raises:
+            GroupClosedError: The group takes no new tasks.
+            ManagerClosedError: The manager is shut down.
+            WrongLoopError: The manager has not been used in an event loop yet, or that one is closed.
+            TypeError: ``work`` is neither, or an option is of the wrong type.
+            ValueError: An option is out of its range.
+
+        What only the loop can tell is raised by the future, as a name that is taken. A coroutine is
+        closed on every refusal.
+
+        Example:
+            >>> price = group.create_task_threadsafe(fetch_price(7)).result(timeout=5.0)
+        """
+        return self._hand_over(work, lambda: self, options)
+
+    @with_options_of(creating.create)
+    def run_in_thread(
+        self,
+        function: Callable[[*Args], T],
+        /,
+        *args: *Args,
+        abandon: bool = False,
+        **options: Unpack[NamedTaskOptions],
+    ) -> ManagedTask[T]:
+        """Create a task that calls a plain function in a thread of its own.
+
+        The function runs in the task's context: ``current_task()``, ``current_group()`` and
+        ``current_cancel_event()`` work in it, and what it traces belongs to the task's span. No
+        more than the manager's ``max_threads`` work at a time; the others wait, highest priority first.
+
+        Args:
+            function: What to call; ``functools.partial`` gives it keyword arguments.
+            *args: What to call it with.
+            abandon: What becomes of the thread when the task is cancelled or runs into its timeout. A
+                thread cannot be stopped; both ways its cancel event is set. False: the task ends when
+                the function has returned. True: it ends at once, and the thread runs on, named in the
+                log and in ``manager.abandoned_threads`` until it returns.
+            **options: As for ``create_task``.
+
+        Returns:
+            The task. Once cancelled it ends as cancelled, also if the function returns a value after
+            that; if it raises, other than CancelledError, the task has failed.
+
+        Raises:
+            TypeError: ``function`` is no plain function.
+            GroupClosedError: The group takes no new tasks.
+
+        Example:
+            >>> def resize(paths):
+            ...     for path in paths:
+            ...         if current_cancel_event().is_set():
+            ...             return
+            ...         shrink(path)
+            >>> await group.run_in_thread(resize, paths, timeout=60.0)
+        """
+        coro = in_thread(self._ledger.threads, function, args, abandon=abandon)
+        try:
+            return self.create_task(coro, **options)
+        except BaseException:
+            close_quietly(coro)
+            raise
+
+    @with_options_of(creating.create)
+    async def put_task(
+        self, coro: Coroutine[Any, Any, T], **options: Unpack[NamedTaskOptions]
+    ) -> ManagedTask[T]:
+        """Create a task as soon as it may wait for its place: ``create_task`` with patience.
+
+        As ``asyncio.Queue.put`` is to ``put_nowait``: where ``create_task`` would raise
+        ``QueueFullError`` this waits for room in the queue. The parameters are the same.
+
+        Raises:
+            GroupClosedError: The group takes no new tasks, or none any more.
+            ManagerClosedError: The manager is shut down, or was while this waited.
+            WrongLoopError: The manager has live tasks in another loop.
+
+        Cancellation: of the caller, while it waits for room: ``coro`` is closed, no task is created.
+        """
+        try:
+            check_coroutine(coro)
+            await self._room()
+            return self.create_task(coro, **options)
+        except BaseException:
+            close_quietly(coro)
+            raise
+        finally:
+            # What this one did not need, or leaves over, is for the next in line.
+            self._ledger.wake_producer()
+
+    @property
+    def max_concurrency(self) -> int | None:
+        """How many of its tasks run at a time; may be changed while they do. None is without bound.
+
+        Raises:
+            ValueError: It is set to what is no whole number of at least 1.
+        """
+        return None if self._limiter is None else self._limiter.limit
+
+    @max_concurrency.setter
+    def max_concurrency(self, limit: int | None) -> None:
+        # A lower one waits for running tasks to end, it stops none.
+        check_count("max_concurrency", limit, 1)
+        if self._limiter is None:
+            self._limiter = Limiter(None, None)
+            self._ledger.adopt(self.tasks, self._limiter, before=True)
+        # A labelled group is forgotten when it is empty; not one with a limit.
+        self._ledger.limited.discard(self)
+        if limit is not None and not self.scoped:
+            self._ledger.limited.add(self)
+        self._ledger.change_limit(self._limiter, limit)
+
+    def group(
+        self,
+        name: str,
+        *,
+        on_error: OnError = "cancel",
+        timeout: float | None = None,
+        max_concurrency: int | None = None,
+        max_queue: int | None = None,
+        span: bool = False,
+    ) -> TaskGroup:
+        """Make a scoped group below this one; enter it with ``async with``.
+
+        Args:
+            name: What it is called.
+            on_error: What a failing task does to its siblings, as for ``TaskGroup``.
+            timeout: Seconds that the block may take; None is without bound.
+            max_concurrency: How many of its tasks run at a time; this group's limit, if it has
+                one, does not count for it.
+            max_queue: How many may wait for a place.
+            span: Give the block a span of its own.
+        """
+        group = TaskGroup(
+            name,
+            on_error=on_error,
+            timeout=timeout,
+            max_concurrency=max_concurrency,
+            max_queue=max_queue,
+            span=span,
+        )
+        group._ledger = self._ledger
+        group._parent = self
+        return group
+
+    def cancel(self, reason: str | None = None) -> None:
+        """Cancel all that is live in this group and below it, at once and without waiting.
+
+        The block of a scoped group is left without an exception; it takes no new tasks from
+        now on. A labelled group stays usable. The calling task is cancelled too if it is one of
+        the group's; ``manager.cancel_group`` spares it, and waits. From another thread the loop is
+        told, and does it in its next turn.
+
+        Args:
+            reason: Noted with the cause of each task.
+        """
+        loop = self._ledger.elsewhere()
+        if loop is None:
+            self._cancel_all(CancelCause.make(CancelKind.EXPLICIT, reason))
+            return
+        with suppress(RuntimeError):  # It is closed: nothing in it can be cancelled any more.
+            loop.call_soon_threadsafe(self._cancel_all, cause_elsewhere(loop, reason))
+
+    def _cancel_all(self, cause: CancelCause) -> None:
+        announced = self._signal_cancel(cause)
+        self._cancel_tasks(cause)
+        if self._scope is not None:
+            self._scope.cancel_body(cause)
+        tree.renew(announced, cause)
+
+    async def join(self) -> None:
+        """Wait until nothing is live in this group and below it, the calling task and what awaits it aside.
+
+        It raises nothing of what the tasks raise: that is reported where it belongs.
+
+        Cancellation: of the caller leaves the tasks alone.
+        """
+        # Anew each time: two that join each other would wait for ever, if the second came later.
+        while live := self._live_without(with_awaiters(asyncio.current_task())):
+            await wait_until_done(live)
+
+    def _live_without(self, spared: Collection[asyncio.Future[Any]]) -> list[ManagedTask[Any]]:
+        return [task for task in self._every_live() if task not in spared]
+
+    # -- async with -------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        scope = self._scope
+        if scope is None:
+            raise RuntimeError(
+                f"group {self.id!r} is open already and cannot be entered: "
+                'async with manager.group("name") makes one that can'
+            )
+        if scope.entered:
+            raise RuntimeError(f"group {self.id!r} has already been entered: make a new one for each block")
+        host = asyncio.current_task()
+        if host is None:
+            raise RuntimeError(f"group {self.name!r} cannot determine the parent task: enter it in a task")
+        ledger = self._ledger
+        loop = ledger.enter()
+        parent = None if self._parent is None else stand_in(self._parent)
+        if parent is not None and parent.scoped and not parent._linked:
+            state = "is finished" if parent._number else "has not been entered"
+            raise GroupClosedError(
+                f"group {self.name!r} cannot be entered: the group above it, {parent.id!r}, {state}; "
+                "enter it inside of that one's block"
+            )
+        scope.outer = outer = ledger.hosts.get(host)
+        ledger.hosts[host] = self
+        # What it inherits from above is no reason to cancel the body: whoever hosts it decides.
+        cancelled_before = self._cause
+        self._open(self._place(outer))
+        if scope.wants_span:
+            self._start_span()
+        scope.enter(self, host, loop)
+        if cancelled_before is not None:
+            scope.cancel_body(cancelled_before)
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        # Not `bool`: type checkers would then hold that every block may swallow an exception.
+        scope = self._scope
+        if scope is None or scope.host is None:
+            raise RuntimeError(f"group {self.id!r} has not been entered: use it with async with")
+        try:
+            return await scope.leave(self, exc)
+        finally:
+            self._close(scope, scope.host)
+            # See `leave`.
+            del exc, traceback
+
+    def _open(self, parent: TaskGroup) -> None:
+        self._parent = parent
+        self._span = parent._span
+        self._number = self._ledger.next_number()
+        if isinstance(self._name, str):
+            self._label = (self._name, self.id, True)
+        self._refusal = None if self._cause is None else f"is closed ({self._cause.kind})"
+        # By number: a request's name, and so its id, changes once its route is known.
+        self._ledger.scopes[self._number] = self
+        parent._link(self)
+        above = parent._cause
+        if above is not None and self._cause is None:
+            # What hangs below a cancelled group is born cancelled.
+            self._signal_cancel(above)
+
+    def _close(self, scope: Scope, host: asyncio.Task[Any]) -> None:
+        ledger = self._ledger
+        if ledger.hosts.get(host) is self:
+            del ledger.hosts[host]
+            if scope.outer is not None and scope.outer._linked:
+                ledger.hosts[host] = scope.outer
+        scope.close()
+        self._refusal = self._refusal or "is finished"
+        self._sealed = True
+        self._leave_tree()
+        ledger.wake_producer()
+
+    def _place(self, outer: TaskGroup | None) -> TaskGroup:
+        """The group below which the block runs: the one it was made for, or the one around it."""
+        if self._parent is not None:
+            return stand_in(self._parent)
+        return self._surroundings() if outer is None else nearest_open(outer)
+
+    def _surroundings(self) -> TaskGroup:
+        """The current group, if it is one of this manager's and not over; else the manager's root."""
+        group = current_group_or_none()
+        if group is None or group._ledger is not self._ledger or (group.scoped and not group._linked):
+            return self._ledger.root
+        return group
+
+    def _start_span(self) -> None:
+        tracer = self._ledger.telemetry.tracer()
+        if tracer is None:
+            return
+        attributes = {GROUP_NAME: self.name, GROUP_ID: self.id, MANAGER_NAME: self._ledger.name}
+        try:
+            self._span = start_group_span(tracer, low_cardinality(self.name), attributes, self._span)
+            self._owns_span = True
+        except Exception:
+            self._ledger.log_once("starting a span for group %r raised", self.id)
+
+    # -- what other modules call: creating stands in `creation`, the tree in `tree` ---------
+
+    _create = creating.create
+    _create_with = creating.create_with
+    _admit = creating.admit_name
+    _hand_over = creating.hand_over_to
+    _holder = creating.holder
+    _rename = creating.rename
+    _room = creating.wait_for_room
+    _stands_in_line = creating.stands_in_line
+
+    _remove = tree.remove
+    _is_empty = tree.is_empty
+    _link = tree.link
+    _leave_tree = tree.leave_tree
+    _keep_progress = tree.keep_progress
+    _below = tree.below
+    _signal_cancel = tree.signal_cancel
+    _cancel_tasks = tree.cancel_tasks
+    _cancel_bodies = tree.cancel_bodies
+    _seal = tree.seal
+
+    def _labels(self) -> tuple[str, str, bool]:
+        """Name, id and whether it is scoped, as spans and the history have them."""
+        if self._label is not None:
+            return self._label
+        # Looked up once: a request has to ask for its route.
+        name = self.name
+        return name, f"{name}#{self._number}", True
+
+    def _task_id(self, name: str) -> str:
+        return f"{self.id}/{name}" if self._id is None else name
+
+    def _every_live(self) -> Iterator[ManagedTask[Any]]:
+        """All live tasks of this group and below, each once."""
+        for group in self._below():
+            yield from group.tasks
+
+    def _child_failed(self, task: ManagedTask[Any], error: BaseException) -> bool:
+        """True if the failure is raised here, False if it has to be reported."""
+        return self._scope is not None and self._scope.child_failed(self, task, error)

@@ -1,0 +1,1482 @@
+"""TaskManager: the root of the tree of work; its parts that need no waiting are in `group` and `ledger`."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from asyncio import _get_running_loop
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
+
+from otel_tasks._core.awaiters import with_awaiters
+from otel_tasks._core.cancellation import CancelCause, CancelEvent
+from otel_tasks._core.checks import check_count, checked_name, checked_seconds
+from otel_tasks._core.creation import EAGER, clear_name, close_quietly, create, with_options_of
+from otel_tasks._core.current import (
+    as_coroutine_function,
+    current_group_or_none,
+    current_manager,
+    set_global_manager,
+)
+from otel_tasks._core.frames import Stacks, calling_line
+from otel_tasks._core.group import TaskGroup
+from otel_tasks._core.inspection import check_limit, tree_of
+from otel_tasks._core.ledger import Ledger
+from otel_tasks._core.log import log_fields, log_fields_of_all, logger
+from otel_tasks._core.places import Limiter, checked_limiter
+from otel_tasks._core.service import DEFAULT_POLICY, RestartPolicy, start_supervisor
+from otel_tasks._core.signals import write_on_signal
+from otel_tasks._core.state import CancelKind, TaskPriority, TaskStatus
+from otel_tasks._core.task import (
+    NO_RESULT,
+    ManagedTask,
+    TaskInfo,
+    asyncio_cancel,
+    by_name,
+    runs_forever,
+    wait_until_done,
+)
+from otel_tasks._core.telemetry import Telemetry
+from otel_tasks._core.threads import Threads, current_worker
+from otel_tasks._core.tree import renew
+from otel_tasks._core.watch import Watch
+from otel_tasks.exceptions import TaskNotFoundError, WrongThreadError
+
+if TYPE_CHECKING:
+    import concurrent.futures
+    from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
+    from contextvars import Context
+    from types import TracebackType
+    from typing import Self, TextIO, Unpack
+
+    from otel_tasks._core.binding import Binding
+    from otel_tasks._core.creation import NamedTaskOptions, OnConflict, TaskOptions
+    from otel_tasks._core.inspection import TaskTree
+    from otel_tasks._core.ledger import TaskEvent, TaskStats
+    from otel_tasks._core.records import Ending
+    from otel_tasks._core.scope import OnError
+    from otel_tasks._core.telemetry import MeterProvider, TracerProvider
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownReport:
+    """What became of the tasks that were live when a manager was shut down.
+
+    Attributes:
+        completed: How many returned.
+        failed: How many raised.
+        cancelled: How many ended cancelled.
+        cancel_ignored: The ids of those that were cancelled and completed all the same.
+        still_running: The ids of those that would not stop, each with the stack where it is.
+        abandoned_threads: The ids of tasks that have ended, now or before, while their function runs on
+            in a thread, each with the stack where it is.
+    """
+
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    cancel_ignored: tuple[str, ...] = ()
+    still_running: Mapping[str, str] = field(default_factory=dict)
+    abandoned_threads: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def clean(self) -> bool:
+        """True if nothing runs on."""
+        return not self.still_running and not self.abandoned_threads
+
+
+class TaskManager:
+    """Starts tasks, knows them by name and group, cancels them, and shuts them down.
+
+    It belongs to one running event loop at a time: it binds at its first task, and anew once
+    it has no live task. With ``async with`` it is shut down at the end of the block.
+
+    Args:
+        name: What it is called in traces.
+        max_concurrency: How many tasks run at a time, at least 1; the others wait for a place,
+            highest priority first. A running task that waits for a queued one keeps its place. None
+            is without bound.
+        max_queue: How many may wait, at least 0; one more is refused. None is without bound.
+        ageing: Seconds of waiting that are worth one level of priority, above 0, so that nothing
+            waits for ever; infinity is strict priority.
+        max_threads: How many threads of ``run_in_thread`` may work at a time, at least 1, those included
+            that were abandoned. None is without bound.
+        eager_start: Run the first step of each task when it is created (Python 3.12; ignored before).
+        history: How many ended tasks to remember, at least 0; counters do not depend on it.
+        on_error: Called with the snapshot and the exception of each task that fails while
+            nobody waits for it; without one the failure is logged at ERROR.
+        tracer_provider: Where spans go; None is the global provider, also one that is set up later.
+        meter_provider: Where metrics go; None is the global provider, also one that is set up later.
+
+    Example:
+        >>> async with TaskManager() as manager:
+        ...     manager.create_task(refresh(), group="cache", priority=TaskPriority.LOW)
+    """
+
+    def __init__(
+        self,
+        name: str = "default",
+        *,
+        max_concurrency: int | None = None,
+        max_queue: int | None = None,
+        ageing: float = 10.0,
+        max_threads: int | None = 40,
+        eager_start: bool = False,
+        history: int = 1000,
+        on_error: Callable[[TaskInfo, BaseException], object] | None = None,
+        tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
+    ) -> None:
+        checked_name("manager", name, 'leave it out for "default"')
+        if not isinstance(history, int) or isinstance(history, bool) or history < 0:
+            raise ValueError(f"history must be a whole number of tasks, at least 0, got {history!r}")
+        check_count("max_threads", max_threads, 1)
+        if not isinstance(ageing, int | float) or isinstance(ageing, bool) or not ageing > 0:
+            raise ValueError(f"ageing must be more than 0 seconds, got {ageing!r}")
+        self._ledger = Ledger(
+            name,
+            Telemetry(name, tracer_provider, meter_provider),
+            history,
+            on_error,
+            checked_limiter(max_concurrency, max_queue) or Limiter(None, None),
+            float(ageing),
+            eager_start and EAGER,
+            Threads(max_threads, float(ageing)),
+        )
+        self._root = TaskGroup._labelled(self._ledger, "root", None)
+        self._ledger.root = self._root
+        self._ledger.manager = self
+
+    @property
+    def name(self) -> str:
+        """What it is called in traces."""
+        return self._ledger.name
+
+    @property
+    def max_concurrency(self) -> int | None:
+        """How many tasks run at a time; may be changed while they do. None is without bound.
+
+        Raises:
+            ValueError: It is set to what is no whole number of at least 1.
+        """
+        return self._ledger.limiter.limit
+
+    @max_concurrency.setter
+    def max_concurrency(self, limit: int | None) -> None:
+        # A lower one waits for running tasks to end, it stops none.
+        check_count("max_concurrency", limit, 1)
+        ledger = self._ledger
+        if limit is not None:
+            ledger.adopt(self._root._every_live(), ledger.limiter, before=False)
+        ledger.change_limit(ledger.limiter, limit)
+
+    @property
+    def max_threads(self) -> int | None:
+        """How many threads of ``run_in_thread`` work at a time; may be changed while they do.
+
+        Raises:
+            ValueError: It is set to what is no whole number of at least 1.
+        """
+        return self._ledger.threads.limit
+
+    @max_threads.setter
+    def max_threads(self, limit: int | None) -> None:
+        # A lower one waits for threads to return.
+        check_count("max_threads", limit, 1)
+        self._ledger.threads.limit = limit
+
+    @property
+    def abandoned_threads(self) -> tuple[str, ...]:
+        """The ids of the tasks that have ended while their function runs on in its thread."""
+        return tuple(worker.id for worker in self._ledger.threads.abandoned())
+
+    @property
+    def closed(self) -> bool:
+        """True from the moment it is shut down: it refuses new tasks, in the event loop of the shutdown.
+
+        In another loop, and after ``async with`` has opened it again, it is False.
+        """
+        return self._ledger.closed_here
+
+    def __repr__(self) -> str:
+        state = "shut down" if self.closed else "open"
+        return f"<TaskManager {self.name!r} {state}, {self._ledger.live} live tasks>"
+
+    # -- starting ---------------------------------------------------------------------------
+
+    @with_options_of(create)
+    def create_task(
+        self,
+        coro: Coroutine[Any, Any, T],
+        *,
+        name: str | None = None,
+        group: str | TaskGroup | None = None,
+        priority: TaskPriority | int = TaskPriority.NORMAL,
+        **options: Unpack[TaskOptions],
+    ) -> ManagedTask[T]:
+        """Create a task; it runs from the loop's next turn on, as after ``asyncio.create_task``.
+
+        Args:
+            coro: What to run; closed if the task is refused.
+            name: Unique among the live tasks, at most 200 characters, without ``#`` and control characters;
+                None makes one from the function's name.
+            group: A labeled group, made on first use (dots nest: ``"ingest.fetch"``), or a group
+                object; None is the manager's root. The current group is not looked at: the
+                function ``create_task`` does that.
+            priority: How urgent.
+            timeout: Seconds from now, at least 0, until it is cancelled and raises ``TimeoutError``;
+                None is without bound.
+            queue_timeout: Seconds that it may wait for a place under ``max_concurrency``; then it
+                fails with ``TimeoutError`` without having run.
+            metadata: Kept with the task and its record, never put on spans.
+            on_conflict: What to do where a live task has the name: ``"suffix"`` makes another name,
+                ``"error"`` raises, ``"return"`` returns the live one, ``"replace"`` cancels it and
+                begins once it has ended.
+            detached: Begin a new trace, linked to this one, instead of being a child of the current span.
+            context: Where it runs; None is a copy of the current context. With tracing a copy of it.
+            eager_start: Run its first step now (Python 3.12; ignored before). None is the manager's, or True
+                where the task factory of the loop starts tasks eagerly.
+
+        Raises:
+            TaskExistsError: The name is taken and ``on_conflict`` is ``"error"``.
+            ManagerClosedError: The manager is shut down.
+            GroupClosedError: ``group`` takes no new tasks.
+            QueueFullError: No place is free, and no more tasks may wait.
+            WrongThreadError: No event loop runs in this thread.
+            WrongLoopError: The manager has live tasks in another loop.
+            TypeError: ``coro`` is no coroutine.
+            ValueError: A name is empty or has what names may not have, or a timeout is negative.
+
+        Telemetry: a span named after the task, from now to its end.
+
+        Example:
+            >>> task = manager.create_task(send_mail(user), group="mail")
+        """
+        where = self._root if group is None else self._group_for(group, coro)
+        if options:
+            return where._create_with(coro, name, priority, options)
+        return where.create_task(coro, name=name, priority=priority)
+
+    @with_options_of(create)
+    def create_task_threadsafe(
+        self,
+        work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
+        *,
+        group: str | TaskGroup | None = None,
+        **options: Unpack[NamedTaskOptions],
+    ) -> concurrent.futures.Future[T]:
+        """Create a task from another thread; the rest is as for ``TaskGroup.create_task_threadsafe``.
+
+        Args:
+            work: A coroutine, or a function that makes one; it is called in the event loop.
+            group: As for ``create_task``.
+            **options: As for ``create_task``.
+
+        Example:
+            >>> manager.create_task_threadsafe(send_mail(user), group="mail").result(timeout=5.0)
+        """
+        if isinstance(group, str):
+            # Made, or found, in the loop.
+            return self._root._hand_over(work, functools.partial(self.get_group, group), options)
+        where = self._root if group is None else self._group_for(group, work)
+        return where.create_task_threadsafe(work, **options)
+
+    @with_options_of(create)
+    def run_in_thread(
+        self,
+        function: Callable[[*Args], T],
+        /,
+        *args: *Args,
+        group: str | TaskGroup | None = None,
+        abandon: bool = False,
+        **options: Unpack[NamedTaskOptions],
+    ) -> ManagedTask[T]:
+        """Create a task that calls a plain function in a thread; see ``TaskGroup.run_in_thread``.
+
+        Args:
+            function: What to call.
+            *args: What to call it with.
+            group: As for ``create_task``.
+            abandon: Whether the task, when it is cancelled, ends before the function has returned.
+            **options: As for ``create_task``.
+
+        Example:
+            >>> task = manager.run_in_thread(render, page, group="render", timeout=30.0)
+        """
+        where = self._root if group is None else self._group_for(group, function)
+        return where.run_in_thread(function, *args, abandon=abandon, **options)
+
+    @with_options_of(create)
+    async def put_task(
+        self,
+        coro: Coroutine[Any, Any, T],
+        *,
+        group: str | TaskGroup | None = None,
+        **options: Unpack[NamedTaskOptions],
+    ) -> ManagedTask[T]:
+        """Create a task as soon as it may wait for its place: ``create_task`` with patience.
+
+        As ``asyncio.Queue.put`` is to ``put_nowait``: where ``create_task`` would raise
+        ``QueueFullError`` this waits for room in the queue. The parameters are the same.
+
+        Raises:
+            GroupClosedError: The group takes no new tasks, or none any more.
+            ManagerClosedError: The manager is shut down, or was while this waited.
+            WrongLoopError: The manager has live tasks in another loop.
+
+        Cancellation: of the caller, while it waits for room: ``coro`` is closed, no task is created.
+        """
+        where = self._root if group is None else self._group_for(group, coro)
+        return await where.put_task(coro, **options)
+
+    async def start_task(
+        self,
+        name: str,
+        factory: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T],
+        *,
+        group: str | TaskGroup | None = None,
+        priority: TaskPriority | int = TaskPriority.NORMAL,
+        timeout: float | None = None,
+        queue_timeout: float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        on_conflict: OnConflict = "error",
+        cancel_existing: bool = False,
+        detached: bool = False,
+        context: Context | None = None,
+        eager_start: bool | None = None,
+    ) -> ManagedTask[T]:
+        """Start a task by name; its result is kept with its record for ``wait_for_task``.
+
+        Args:
+            name: Unique among the live tasks.
+            factory: What makes the coroutine (``lambda: work(1)`` or the coroutine function
+                itself); a coroutine is taken too. It is not called if the task is refused.
+            group: As for ``create_task``.
+            priority: How urgent.
+            timeout: Seconds from its creation until it is cancelled; None is without bound.
+            queue_timeout: Seconds that it may wait for a place.
+            metadata: Kept with the task and its record.
+            on_conflict: As for ``create_task``, but ``"error"`` unless told otherwise.
+            cancel_existing: The same as ``on_conflict="replace"``.
+            detached: Begin a new trace, as for ``create_task``.
+            context: Where it runs.
+            eager_start: As for ``create_task``.
+
+        Returns:
+            The running task; it returns before the task has ended.
+
+        Raises:
+            TaskExistsError: A live task has the name, and ``on_conflict`` is ``"error"``.
+            GroupClosedError: ``group`` takes no new tasks.
+            ManagerClosedError: The manager is shut down.
+            QueueFullError: No place is free, and no more tasks may wait.
+            WrongLoopError: The manager has live tasks in another loop.
+            RuntimeError: The calling task is the one that is to be replaced.
+            TypeError: ``factory`` makes no coroutine, or an option is of the wrong type.
+            ValueError: An option is out of its range, the name empty, or the group another manager's.
+
+        What ``factory`` raises is raised here.
+
+        Cancellation: of the caller, while it waits for the task that is to be replaced: no new
+        task is started; the old one stays cancelled.
+        """
+        if cancel_existing:
+            on_conflict = "replace"
+        try:
+            checked_name("task", name, 'call it by its work, as in start_task("import", work)')
+            where = self._root if group is None else self._group_for(group)
+            if on_conflict == "replace":
+                check_factory(factory)
+                await clear_name(where, name, f"replaced by a new task {name!r}")
+            where._admit(name, on_conflict)
+            if on_conflict == "return" and (taken := where._holder(name)) is not None:
+                close_quietly(factory)
+                return taken
+            coro = made_coroutine(factory)
+            return where._create(
+                coro,
+                name,
+                priority,
+                timeout,
+                queue_timeout,
+                metadata,
+                on_conflict,
+                detached,
+                context,
+                eager_start,
+                True,
+            )
+        except BaseException:
+            close_quietly(factory)
+            raise
+
+    async def start_service(
+        self,
+        name: str,
+        factory: Callable[[], Coroutine[Any, Any, T]],
+        *,
+        restart: RestartPolicy = DEFAULT_POLICY,
+        group: str | TaskGroup | None = None,
+        priority: TaskPriority | int = TaskPriority.CRITICAL,
+        metadata: Mapping[str, Any] | None = None,
+        on_conflict: OnConflict = "error",
+        drains: bool = False,
+    ) -> ManagedTask[T]:
+        """Start what is meant to go on for the life of the application, and is begun again when it fails.
+
+        The task that this gives looks after the attempts, of which each is a task of its own: ``prices#1``,
+        ``prices#2``. It has no span and takes no place under ``max_concurrency``, the attempts do.
+
+        Args:
+            name: Unique among the live tasks.
+            factory: What makes the coroutine of each attempt: ``lambda: work(1)``, or the coroutine
+                function itself. It runs where ``start_service`` was called: in a copy of that context.
+            restart: What counts as a failure, how long to wait after one, when to give up.
+            group: A labeled group, by its name or itself; None is the manager's root.
+            priority: How urgent, its attempts too: unless told otherwise they are the last to be cancelled
+                in a shutdown.
+            metadata: Kept with it and with each attempt.
+            on_conflict: As for ``start_task``; ``"replace"`` starts it once the old one has ended.
+            drains: It ends by itself when ``current_cancel_event()`` is set, and the grace of a shutdown is
+                to wait for it. A service that does not would make every shutdown last its whole grace.
+
+        Returns:
+            The service. It returns what an attempt returned; it is cancelled with an attempt that somebody
+            cancelled; given up, it fails with the last failure.
+
+        Raises:
+            TaskExistsError: A live task has the name.
+            ManagerClosedError: The manager is shut down.
+            ValueError: ``group`` is a scoped one, which ends before a service does.
+            TypeError: ``factory`` cannot be called again and again, or ``restart`` is no policy.
+
+        A failure is logged as a warning, with the time until the next attempt; the last one is the service's,
+        and reported as that of any task. In a shutdown nothing is begun again, and unless ``drains`` it is
+        cancelled when all other tasks have ended.
+
+        Cancellation: of the caller, while it waits for the service that is to be replaced: no new one is
+        started; the old one stays cancelled. Of the service: its attempt is cancelled, for the same cause.
+
+        Telemetry: a span for each attempt, in a trace of its own, linked to the attempt before it
+        (``restart_of``), the first one to the span that is current here.
+
+        Example:
+            >>> await manager.start_service("prices", refresh_prices, restart=RestartPolicy(max_delay=30))
+        """
+        where = self._root if group is None else self._group_for(group, factory)
+        return await start_supervisor(
+            where, name, factory, restart, priority, metadata, on_conflict, drains=drains
+        )
+
+    def group(
+        self,
+        name: str,
+        *,
+        on_error: OnError = "cancel",
+        timeout: float | None = None,
+        max_concurrency: int | None = None,
+        max_queue: int | None = None,
+        span: bool = False,
+    ) -> TaskGroup:
+        """Make a block: a new scoped group for ``async with``; ``group="x"`` is a label, see ``get_group``.
+
+        It nests in the group around it: that of the enclosing ``async with`` block, or the
+        current group.
+
+        Args:
+            name: What it is called in traces.
+            on_error: What a failing task does to its siblings, as for ``TaskGroup``.
+            timeout: Seconds that the block may take; None is without bound.
+            max_concurrency: How many of its tasks run at a time, as for ``TaskGroup``.
+            max_queue: How many may wait for a place.
+            span: Give the block a span of its own.
+        """
+        return TaskGroup(
+            name,
+            on_error=on_error,
+            timeout=timeout,
+            max_concurrency=max_concurrency,
+            max_queue=max_queue,
+            span=span,
+            manager=self,
+        )
+
+    def get_group(self, name: str) -> TaskGroup:
+        """Give the label that ``group="x"`` means, made on first use; ``group("x")`` makes a block.
+
+        Args:
+            name: Dots nest: ``"ingest.fetch"`` is below ``"ingest"``. ``"root"`` is the manager's own group.
+
+        Returns:
+            The labeled group, which all who say its name share, never a block of the same name.
+
+        Raises:
+            ValueError: The name is empty, has an empty part, or has what names may not have: ``#``, control
+                characters, more than 200 characters.
+        """
+        if name == "root":
+            return self._root
+        group = self._ledger.labels.get(name)
+        return self._make_label(name) if group is None else group
+
+    # -- looking ----------------------------------------------------------------------------
+
+    def get_task(self, name: str, *, group: str | TaskGroup | None = None) -> ManagedTask[Any]:
+        """Give a live task by its name, by its id for one of a scoped group, or by its uid.
+
+        Args:
+            name: Its name, id or uid.
+            group: Look in this very group alone: a label, the id of a scoped group, or the group; there the
+                name is enough. A task of another group is not found, whatever the name or the id: use this
+                where it comes from a client. None looks in the whole manager.
+
+        Raises:
+            TaskNotFoundError: No live task is called that; it may have ended.
+            TypeError: ``name`` is no string, or ``group`` neither a name nor a group.
+            ValueError: The group is another manager's.
+
+        Example:
+            >>> manager.get_task(name, group="exports")
+        """
+        task = self._find(name, group)
+        if task is None:
+            raise self._not_found(
+                name,
+                group,
+                "get_task_info() has its record, and wait_for_task() the result of a start_task()",
+            )
+        return task
+
+    def get_task_info(self, name: str, *, group: str | TaskGroup | None = None) -> TaskInfo | None:
+        """Give a snapshot of a live or remembered task by name, id or uid; None if there is none.
+
+        Args:
+            name: Its name, id or uid.
+            group: Look in this very group alone, as for ``get_task``.
+        """
+        task = self._find(name, group)
+        return self._ledger.history.find(name, _group_id(group)) if task is None else task.info()
+
+    def get_all_task_info(self) -> dict[str, TaskInfo]:
+        """Give snapshots of all tasks by id: the live ones, then the remembered ones."""
+        return _merged(self._root._every_live(), reversed(list(self._ledger.history)))
+
+    def get_group_tasks(self, group: str | TaskGroup) -> dict[str, TaskInfo]:
+        """Give snapshots of the tasks of a group and of all below it: live, then remembered.
+
+        Ended tasks are found by the name of their own group, and by its dots: below what a
+        scoped group hung is not remembered.
+
+        Args:
+            group: The name of a labelled group, the name or id of a scoped one, or the group.
+        """
+        live = (task for node in self._find_groups(group) for task in node._every_live())
+        name = group if isinstance(group, str) else group.id
+        remembered = (
+            info
+            for info in reversed(list(self._ledger.history))
+            if name in ("root", info.group, info.group_id) or info.group_id.startswith(f"{name}.")
+        )
+        return _merged(live, remembered)
+
+    def stats(self) -> TaskStats:
+        """Read the counters."""
+        return self._ledger.stats()
+
+    def tree(self, *, limit: int = 100) -> TaskTree:
+        """Take a snapshot of what runs: groups, their tasks, how old each is and where it waits.
+
+        It may be called in any thread.
+
+        Args:
+            limit: How many tasks and groups to show at most, at least 1; the others are counted.
+
+        Raises:
+            ValueError: ``limit`` is below 1.
+
+        Example:
+            >>> print(manager.tree())
+            manager default: 1 live task
+            └── mail: 1 task
+                └── (T) send-3: running, 12.3s, at send app.py:31 > sleep
+        """
+        check_limit(limit)
+        return tree_of(self._ledger, limit, Stacks())
+
+    def dump_on_signal(
+        self, signum: int | None = None, *, file: TextIO | None = None, limit: int = 100
+    ) -> ExitStack:
+        """Write ``tree()`` whenever the process gets a signal, also while a task holds the event loop.
+
+        It is in effect from now on, until the ``with`` block ends or ``close()`` is called. To be called in
+        the main thread. A handler that was there before is called as well. Of a task that holds the loop with
+        code in C, which comes back to Python late or never, it shows nothing until then.
+
+        Args:
+            signum: Which; None is ``SIGUSR1``.
+            file: Where to, an open text file; None is ``sys.stderr`` as it is then.
+            limit: As for ``tree``.
+
+        Raises:
+            RuntimeError: This is not the main thread, or the platform has no ``SIGUSR1``.
+            TypeError: ``file`` is no file.
+            ValueError: There is no such signal, it cannot be handled, or ``limit`` is below 1.
+
+        Example:
+            >>> with manager.dump_on_signal():  # kill -USR1 <pid>
+            ...     uvicorn.run(app)
+        """
+        check_limit(limit)
+        ledger = self._ledger
+        return write_on_signal(lambda frame: str(tree_of(ledger, limit, Stacks(frame))), signum, file)
+
+    def watch(
+        self,
+        *,
+        held: float | None = 0.1,
+        ignored: float | None = 5.0,
+        unstarted: float | None = 10.0,
+        outlived: float | None = 10.0,
+    ) -> ExitStack:
+        """Warn in the log of tasks that are in trouble, while they live.
+
+        It is in effect from now on, until the ``with`` block ends, ``close()`` is called, or the loop is
+        closed. To be called where the event loop runs. Tasks are looked at from outside, by a timer, and for
+        ``held`` by a thread that asks the loop for an answer 40 times a second (at 0.1). None leaves a
+        kind out; infinity too.
+
+        Args:
+            held: Seconds for which anything may hold the loop at a stretch, at least 0.01: a task of whatever
+                kind, or a callback. The warning names it, and the line. It is about the loop: watch it with
+                one manager.
+            ignored: Seconds that a task may take to end after it was asked to.
+            unstarted: Seconds in which a task is to begin, unless it waits for a place under a limit.
+            outlived: Seconds for which a plain asyncio task may go on after the request has ended in which it
+                was started (Python 3.12; not seen before).
+
+        Raises:
+            WrongThreadError: No event loop runs here.
+            WrongLoopError: The manager has live tasks in another loop.
+            TypeError: A duration is no number.
+            ValueError: One is negative, or ``held`` below 0.01.
+
+        Example:
+            >>> @asynccontextmanager
+            ... async def watched(app):
+            ...     with global_task_manager.watch():
+            ...         yield
+            >>> app = FastAPI(lifespan=make_lifespan(watched))
+        """
+        bound = checked_seconds("held", held)
+        if bound is not None and bound < 0.01:
+            raise ValueError(f"held must be at least 0.01 seconds, got {held!r}: looking costs time, too")
+        bounds = [
+            checked_seconds(what, seconds)
+            for what, seconds in (("ignored", ignored), ("unstarted", unstarted), ("outlived", outlived))
+        ]
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise WrongThreadError(
+                f"watch() of manager {self.name!r} was called where no event loop runs: "
+                "call it in a coroutine, such as the application's lifespan"
+            ) from None
+        self._ledger.bind(loop)
+        watch = Watch(self._ledger, bound, *bounds)
+        end = ExitStack()
+        end.callback(watch.stop)
+        watch.start()
+        return end
+
+    def cleanup_completed_tasks(self, max_age: float | None = None) -> int:
+        """Forget ended tasks.
+
+        Args:
+            max_age: Seconds; younger ones are kept. None forgets all.
+
+        Returns:
+            How many were forgotten.
+        """
+        seconds = checked_seconds("max_age", max_age)
+        if max_age is not None and seconds is None:
+            return 0
+        before = float("inf") if seconds is None else self._ledger.clock() - seconds
+        return self._ledger.history.forget(before)
+
+    def add_listener(self, callback: Callable[[TaskEvent, TaskInfo], object]) -> None:
+        """Call ``callback(event, info)`` when a task is created, dequeued, cancelling or ended.
+
+        The event is one of these four words; ``"dequeued"`` is for tasks that had to wait for a place.
+
+        It is called on the spot and must not block; one that raises is logged and dropped.
+        """
+        self._ledger.listen(callback)
+
+    def remove_listener(self, callback: Callable[[TaskEvent, TaskInfo], object]) -> None:
+        """Stop calling ``callback``.
+
+        Raises:
+            ValueError: It is no listener.
+        """
+        self._ledger.unlisten(callback)
+
+    # -- waiting ----------------------------------------------------------------------------
+
+    async def wait_for_task(
+        self, name: str, timeout: float | None = None, *, group: str | TaskGroup | None = None
+    ) -> Any:
+        """Wait for a task by name, and give its result or raise what it raised.
+
+        Args:
+            name: Its name, id or uid. Of a task that has ended, as long as it is remembered, if it
+                was started by ``start_task``.
+            timeout: Seconds, at least 0; None is without bound.
+            group: Look in this very group alone, as for ``get_task``.
+
+        Raises:
+            TaskNotFoundError: No such task, or it has ended and its result was not kept.
+            TimeoutError: It still runs after ``timeout``; it goes on running.
+            asyncio.CancelledError: The task was cancelled.
+            RuntimeError: It is the calling task, which would wait for itself.
+            WrongLoopError: The manager has live tasks in another loop.
+            TypeError: ``name`` is no string, or ``timeout`` no number.
+            ValueError: ``timeout`` is negative.
+
+        What else the task raised is raised here.
+
+        Cancellation: of the caller leaves the task alone.
+        """
+        seconds = checked_seconds("timeout", timeout)
+        caller = self._caller()
+        task = self._find(name, group)
+        if task is not None and task is caller:
+            raise RuntimeError(
+                f"task {name!r} cannot wait for itself: it would wait for ever; let another task do it"
+            )
+        if task is None:
+            return self._ending(name, group).take()
+        await asyncio.wait([task], timeout=seconds)
+        if not task.done():
+            raise TimeoutError(f"task {name!r} is still {task.status} after {timeout:g} s, and goes on")
+        return task.result()
+
+    def get_result(self, name: str, *, default: Any = NO_RESULT, group: str | TaskGroup | None = None) -> Any:
+        """Give the result of a task that has completed, without waiting for it.
+
+        Args:
+            name: Its name, id or uid. Results are kept, as long as the task is remembered, of those that were
+                started by ``start_task``.
+            default: What to give where there is no result: the task is live, was cancelled, is not known,
+                or its result was not kept. Left out, each of these raises.
+            group: Look in this very group alone, as for ``get_task``.
+
+        Raises:
+            TaskNotFoundError: No such task, or it has ended and its result was not kept.
+            asyncio.InvalidStateError: It has not ended yet.
+            asyncio.CancelledError: It was cancelled.
+            TypeError: ``name`` is no string.
+
+        What the task raised is raised here, with a ``default`` too.
+
+        Example:
+            >>> manager.get_result("import", default=None)
+        """
+        task = self._find(name, group)
+        if task is None:
+            if default is NO_RESULT:
+                return self._ending(name, group).take()
+            ending = self._ledger.history.ending(name, _group_id(group))
+            if ending is None or ending.info.status is TaskStatus.CANCELLED:
+                return default
+            return ending.take()
+        if default is not NO_RESULT and (not task.done() or task.cancelled()):
+            return default
+        if not task.done():
+            raise asyncio.InvalidStateError(
+                f"task {name!r} is {task.status} and has no result yet: wait for it with wait_for_task()"
+            )
+        return task.result()
+
+    async def join(self, group: str | TaskGroup | None = None) -> None:
+        """Wait until nothing is live in ``group`` (None: in the whole manager), the calling task aside.
+
+        Args:
+            group: The name of a labelled group, the name or id of a scoped one, or the group. In one that
+                is not known nothing is live: no error, it returns at once.
+
+        Raises:
+            WrongLoopError: The manager has live tasks in another loop.
+            TypeError: ``group`` is neither a name nor a group.
+            ValueError: The group is another manager's.
+
+        Cancellation: of the caller leaves the tasks alone.
+        """
+        self._caller()
+        for node in [self._root] if group is None else self._find_groups(group):
+            await node.join()
+
+    # -- cancelling -------------------------------------------------------------------------
+
+    async def cancel_task(
+        self,
+        name: str,
+        reason: str | None = None,
+        *,
+        group: str | TaskGroup | None = None,
+        timeout: float | None = 10.0,
+    ) -> bool:
+        """Cancel a task and wait until it has ended.
+
+        Args:
+            name: Its name, id or uid.
+            reason: Noted with its cause.
+            group: Look in this very group alone, as for ``get_task``.
+            timeout: Seconds to wait for its end; None is without bound.
+
+        Returns:
+            True if it was asked and has ended by it. False if there is no live task of that
+            name, if it completed all the same, or still runs when ``timeout`` is over.
+
+        Raises:
+            WrongLoopError: The manager has live tasks in another loop.
+            TypeError: ``name`` is no string, or ``timeout`` no number.
+            ValueError: ``timeout`` is negative.
+
+        Cancellation: of the caller ends the waiting; the task stays cancelled.
+        """
+        seconds = checked_seconds("timeout", timeout)
+        caller = self._caller()
+        task = self._find(name, group)
+        if task is None or task.done():
+            return False
+        task.cancel(reason)
+        # A task that cancels itself ends at its next await, which is not to be here.
+        return task is not caller and await self._wait_for_end([task], seconds) == 1
+
+    async def cancel_group(
+        self,
+        group: str | TaskGroup,
+        reason: str | None = None,
+        *,
+        grace: float = 0.0,
+        timeout: float | None = 10.0,
+    ) -> int:
+        """Cancel all tasks of a group and of all below it, and wait for them together.
+
+        Args:
+            group: The name of a labelled group, the name or id of a scoped one, or the group. In one that
+                is not known nothing is live: no error, nothing is cancelled.
+            reason: Noted with each task's cause.
+            grace: Seconds between the cancel event and the cancelling, at least 0.
+            timeout: Seconds to wait for their end after that; None is without bound.
+
+        Returns:
+            How many have ended by it. What still runs after ``timeout`` is logged and stays listed.
+
+        Raises:
+            WrongLoopError: The manager has live tasks in another loop.
+            TypeError: ``group`` is neither a name nor a group, or a duration no number.
+            ValueError: The group is another manager's, or a duration negative.
+
+        A task that somebody has cancelled before is not asked again, so that its clean-up is
+        not torn; ``shutdown`` alone asks twice.
+
+        Cancellation: of the caller ends the waiting, or the grace; the tasks are cancelled. The
+        calling task is spared, and so is what awaits it.
+        """
+        return await self._cancel(self._find_groups(group), reason, grace, timeout)
+
+    async def cancel_all_tasks(
+        self, reason: str | None = None, *, grace: float = 0.0, timeout: float | None = 10.0
+    ) -> int:
+        """Cancel every task of the manager; the parameters are those of ``cancel_group``.
+
+        The manager stays usable.
+
+        Raises:
+            WrongLoopError: The manager has live tasks in another loop.
+            TypeError: A duration is no number.
+            ValueError: A duration is negative.
+
+        Cancellation: of the caller ends the waiting; the tasks stay cancelled.
+        """
+        return await self._cancel([self._root], reason, grace, timeout)
+
+    async def shutdown(self, grace: float = 5.0, timeout: float | None = 10.0) -> ShutdownReport:
+        """Refuse new tasks, let the live ones finish, cancel the rest, and report.
+
+        It belongs to the running event loop: in another loop the manager is open.
+
+        The cancel events are set first; what is still live after ``grace`` is cancelled by
+        rising priority, the critical tasks last; what ignored that is cancelled once more.
+
+        Args:
+            grace: Seconds to finish in, at least 0. It waits for services only if they drain.
+            timeout: Seconds for all that comes after, at least 0; None is without bound.
+
+        Returns:
+            What became of the tasks; also logged, if one would not stop.
+
+        Raises:
+            WrongLoopError: The manager has live tasks in another loop; it stays open.
+            TypeError: A duration is no number.
+            ValueError: A duration is negative.
+
+        Cancellation: of the caller ends the waiting; the manager stays closed. The calling
+        task is spared, and so is what awaits it.
+
+        Telemetry: the spans of tasks that would not stop are ended as ``abandoned``.
+        """
+        return await self._shut_down(grace, timeout, f"shutdown(){_called_at()}")
+
+    async def _shut_down(self, grace: float, timeout: float | None, by: str) -> ShutdownReport:
+        seconds = checked_seconds("timeout", timeout)
+        patience = checked_seconds("grace", grace)
+        spared = with_awaiters(self._caller())
+        tasks = self._others([self._root], spared)
+        cause = CancelCause.make(CancelKind.SHUTDOWN, f"manager {self.name!r} is shutting down")
+        self._ledger.close(by, cause)
+        self._root._signal_cancel(cause)
+        self._ledger.drop_queue(tasks, cause)
+        if patience != 0.0:
+            # Most services do not end by themselves: every shutdown would last its whole grace.
+            await wait_until_done([task for task in tasks if not runs_forever(task)], patience)
+        await self._cancel_by_priority(tasks, cause, seconds, spared)
+        return self._report(tasks)
+
+    async def __aenter__(self) -> Self:
+        """Open it, again if it was shut down."""
+        # First: an entry that is refused leaves a closed manager closed.
+        self._ledger.bind(asyncio.get_running_loop())
+        if self._ledger.closed:
+            self._ledger.reopen()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._shut_down(5.0, 10.0, f"the end of its async with block{_called_at()}")
+
+    # -- helpers ----------------------------------------------------------------------------
+
+    def _open_group(
+        self,
+        name: str | Callable[[], str],
+        *,
+        binding: Binding | None,
+        host: asyncio.Task[Any] | None,
+        span: bool = False,
+    ) -> TaskGroup:
+        loop = _get_running_loop()
+        if loop is None and host is not None:
+            # In the thread of a `def` handler.
+            loop = host.get_loop()
+        if loop is not None and loop is not self._ledger.loop:
+            self._ledger.meet(loop)
+        return TaskGroup._opened(self._root, name, binding, host, span)
+
+    def _group_for(self, group: str | TaskGroup, coro: object = None) -> TaskGroup:
+        try:
+            if isinstance(group, str):
+                return self.get_group(group)
+            if not isinstance(group, TaskGroup):
+                raise _no_group(group)
+            if group._ledger is not self._ledger:
+                raise ValueError(
+                    f"group {group.id!r} belongs to manager {group._ledger.name!r}, not to this one, "
+                    f"{self.name!r}: ask the group itself, as in group.create_task(...), or its own manager"
+                )
+        except BaseException:
+            close_quietly(coro)
+            raise
+        return group
+
+    def _make_label(self, name: str) -> TaskGroup:
+        hint = 'leave it out for the manager\'s own, which get_group("root") gives'
+        name = checked_name("group", name, hint)
+        parts = name.split(".")
+        if not all(parts):
+            raise ValueError(f"group name must not have empty parts between its dots, got {name!r}")
+        parent = self._root if len(parts) == 1 else self.get_group(name.rpartition(".")[0])
+        group = TaskGroup._labelled(self._ledger, name, parent)
+        self._ledger.labels[name] = group
+        return group
+
+    def _find(self, name: str, group: str | TaskGroup | None = None) -> ManagedTask[Any] | None:
+        if not isinstance(name, str):
+            raise TypeError(f"a task is looked up by its name, its id or its uid, got {name!r}: pass task.id")
+        if group is None:
+            return self._find_anywhere(name)
+        node = self._find_group(group)
+        if node is None:
+            return None
+        task = self._ledger.by_uid(name) or by_name(node._live, name) or self._find_anywhere(name)
+        # The root's table has the tasks of all labels, and an id may be that of any group's task.
+        return task if task is not None and task._group is node else None
+
+    def _find_anywhere(self, name: str) -> ManagedTask[Any] | None:
+        # The uid first: no name that somebody chooses can stand in its way.
+        task = self._ledger.by_uid(name) or by_name(self._root._live, name)
+        if task is not None:
+            return task
+        # An id: group id, slash, name; both may have slashes in them.
+        cut = name.find("/")
+        while cut != -1:
+            group = self._ledger.scope(name[:cut])
+            if group is not None:
+                return by_name(group._live, name[cut + 1 :])
+            cut = name.find("/", cut + 1)
+        return None
+
+    def _find_group(self, group: str | TaskGroup) -> TaskGroup | None:
+        """The one group that is meant; None if it is not known, and so has no live task."""
+        if not isinstance(group, str) or group == "root":
+            return self._group_for(group)
+        return self._ledger.labels.get(group) or self._ledger.scope(group)
+
+    def _ending(self, name: str, group: str | TaskGroup | None) -> Ending:
+        ending = self._ledger.history.ending(name, _group_id(group))
+        if ending is None:
+            raise self._not_found(
+                name,
+                group,
+                "only start_task() keeps results, of others keep the object that create_task() returned",
+            )
+        return ending
+
+    def _find_groups(self, group: str | TaskGroup) -> list[TaskGroup]:
+        if isinstance(group, TaskGroup):
+            return [self._group_for(group)]
+        if not isinstance(group, str):
+            raise _no_group(group)
+        scoped = [node for node in list(self._ledger.scopes.values()) if group in (node.id, node.name)]
+        if group in self._ledger.labels or group == "root":
+            return [self.get_group(group), *scoped]
+        return scoped
+
+    def _not_found(self, name: str, group: str | TaskGroup | None, hint: str) -> TaskNotFoundError:
+        """Say that a task is not live; ``hint`` is for one that is remembered."""
+        where = _group_id(group)
+        known = self._ledger.history.find(name, where)
+        if known is not None:
+            return TaskNotFoundError(f"task {name!r} has ended ({known.status}): {hint}")
+        if where is None:
+            return TaskNotFoundError(
+                f"no task is called {name!r}: it was never started, or is forgotten by now; "
+                "get_all_task_info() lists those that are known"
+            )
+        # Not whether another group has it: the name may come from a client, and the text may reach it.
+        return TaskNotFoundError(
+            f"no task of group {where!r} is called {name!r}: it was never started there, or is forgotten; "
+            "with group= the tasks of other groups are not looked up"
+        )
+
+    def _caller(self) -> asyncio.Task[Any] | None:
+        """The calling task, after a look whether this is the right loop to call from."""
+        self._ledger.bind(asyncio.get_running_loop())
+        return asyncio.current_task()
+
+    def _others(
+        self, groups: Iterable[TaskGroup], spared: Collection[asyncio.Future[Any]]
+    ) -> list[ManagedTask[Any]]:
+        """The tasks of these groups and below that are not done, some aside."""
+        return [
+            task for group in groups for task in group._every_live() if task not in spared and not task.done()
+        ]
+
+    async def _cancel(
+        self, groups: list[TaskGroup], reason: str | None, grace: float, timeout: float | None
+    ) -> int:
+        patience = checked_seconds("grace", grace)
+        seconds = checked_seconds("timeout", timeout)
+        # Who awaits the caller cannot end before it, and would hand the cancellation on to it.
+        spared = with_awaiters(self._caller())
+        cause = CancelCause.make(CancelKind.EXPLICIT, reason)
+        tasks = self._others(groups, spared)
+        announced = [node for group in groups for node in group._signal_cancel(cause)]
+        try:
+            if patience != 0.0:
+                await wait_until_done(tasks, patience)
+            # Those too that were created in the grace: they are cancelled with the others.
+            tasks = list(dict.fromkeys([*tasks, *self._others(groups, spared)]))
+        finally:
+            # Also when the caller is cancelled in the grace: what has been announced is done.
+            for group in groups:
+                group._cancel_tasks(cause, spared=spared)
+                if group._scope is not None and group._scope.host not in spared:
+                    group._scope.cancel_body(cause)
+            renew(announced, cause)
+        return await self._wait_for_end(tasks, seconds)
+
+    async def _wait_for_end(self, tasks: list[ManagedTask[Any]], timeout: float | None) -> int:
+        """Wait for tasks that were asked to end; returns how many did by it."""
+        await wait_until_done(tasks, timeout)
+        live = [task.id for task in tasks if not task.done()]
+        if live:
+            names = ", ".join(map(repr, live))
+            logger.warning(
+                "cancelled and still running after %s s: %s", timeout, names, extra=log_fields_of_all(live)
+            )
+        return sum(task.done() and not task.cancel_ignored for task in tasks)
+
+    async def _cancel_by_priority(
+        self,
+        tasks: list[ManagedTask[Any]],
+        cause: CancelCause,
+        timeout: float | None,
+        spared: Collection[asyncio.Future[Any]],
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = None if timeout is None else loop.time() + timeout
+        levels = sorted({task.priority for task in tasks if not task.done()})
+        for number, level in enumerate(levels):
+            chosen = [task for task in tasks if task.priority is level and not task.done()]
+            self._ledger.ask_all(reversed(chosen), cause)
+            # An even share of what is left for each level and for the last step.
+            left = None if deadline is None else max(0.0, deadline - loop.time()) / (len(levels) - number + 1)
+            await wait_until_done(chosen, left)
+        self._root._cancel_bodies(self._root._below(), cause, spared)
+        stubborn = [task for task in tasks if not task.done()]
+        for task in stubborn:
+            # The one place that asks again: what is not done by now has swallowed the first.
+            asyncio_cancel(task, str(cause))
+        await wait_until_done(stubborn, None if deadline is None else max(0.0, deadline - loop.time()))
+
+    def _report(self, tasks: Iterable[ManagedTask[Any]]) -> ShutdownReport:
+        infos = [(task, task.info()) for task in tasks]
+        running = {info.id: task.stack() for task, info in infos if not task.done()}
+        for task, info in infos:
+            if info.id in running:
+                logger.error(
+                    "task %r would not stop at shutdown; it is at\n%s",
+                    info.id,
+                    running[info.id],
+                    extra=log_fields(info),
+                )
+                self._ledger.abandon(task)
+        _report_unstarted(infos)
+        statuses = [info.status for _, info in infos]
+        return ShutdownReport(
+            completed=statuses.count(TaskStatus.COMPLETED),
+            failed=statuses.count(TaskStatus.FAILED),
+            cancelled=statuses.count(TaskStatus.CANCELLED),
+            cancel_ignored=tuple(info.id for _, info in infos if info.cancel_ignored),
+            still_running=running,
+            abandoned_threads=self._abandoned_threads(),
+        )
+
+    def _abandoned_threads(self) -> dict[str, str]:
+        stacks = {worker: worker.stack() for worker in self._ledger.threads.abandoned()}
+        for worker, stack in stacks.items():
+            logger.error(
+                "the thread of task %r has not returned at shutdown; it is at\n%s",
+                worker.id,
+                stack,
+                extra=log_fields(worker.task.info()),
+            )
+        return {worker.id: stack for worker, stack in stacks.items()}
+
+
+def _called_at() -> str:
+    """Say which line of the user's code is calling, as in ``" in stop app.py:31"``; empty if none is."""
+    at = calling_line()
+    return "" if at is None else f" in {at}"
+
+
+def _report_unstarted(infos: Iterable[tuple[ManagedTask[Any], TaskInfo]]) -> None:
+    """Log which work a shutdown has dropped; a service is none: it is begun again with the application."""
+    lost = [
+        info.id
+        for task, info in infos
+        if info.status is TaskStatus.CANCELLED and info.started_at is None and not runs_forever(task)
+    ]
+    if lost:
+        names = ", ".join(map(repr, lost[:10])) + (", ..." if len(lost) > 10 else "")
+        logger.warning(
+            "the shutdown has cancelled %d tasks before they began: %s",
+            len(lost),
+            names,
+            extra=log_fields_of_all(lost),
+        )
+
+
+def _merged(live: Iterable[ManagedTask[Any]], remembered: Iterable[TaskInfo]) -> dict[str, TaskInfo]:
+    """Snapshots by id; of several with one id the live one, else the first of the remembered."""
+    infos = {info.id: info for info in (task.info() for task in live)}
+    for info in remembered:
+        infos.setdefault(info.id, info)
+    return infos
+
+
+def _group_id(group: str | TaskGroup | None) -> str | None:
+    """The id by which the history knows a group."""
+    return group.id if isinstance(group, TaskGroup) else group
+
+
+def _no_group(group: object) -> TypeError:
+    return TypeError(
+        f"group must be a name or a TaskGroup, got {group!r}: "
+        'write group="mail", or what manager.get_group("mail") gives'
+    )
+
+
+def check_factory(factory: object) -> None:
+    """Raise a TypeError that shows the right line, unless this makes a coroutine or is one."""
+    if not callable(factory) and not asyncio.iscoroutine(factory):
+        raise TypeError(
+            f"start_task() takes what makes a coroutine, got {factory!r}: "
+            "write start_task(name, lambda: work(1))"
+        )
+
+
+def made_coroutine(
+    factory: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T],
+) -> Coroutine[Any, Any, T]:
+    """Call a factory, if it is one, and check what comes out."""
+    if asyncio.iscoroutine(factory):
+        return factory
+    check_factory(factory)
+    made = factory()
+    if not asyncio.iscoroutine(made):
+        name = getattr(factory, "__name__", repr(factory))
+        raise TypeError(
+            f"start_task() takes what makes a coroutine, and {name}() made {made!r}: "
+            f"declare it as `async def {name}(...)`"
+        )
+    return made
+
+
+global_task_manager = TaskManager()
+"""The manager that is current outside of requests and managed tasks."""
+global_task_manager._ledger.in_code = "global_task_manager"
+set_global_manager(global_task_manager)
+
+
+def current_task() -> ManagedTask[Any] | None:
+    """The managed task that runs here, or whose function does in its thread; None outside of one."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        worker = current_worker()
+        return None if worker is None else worker.task
+    return task if isinstance(task, ManagedTask) else None
+
+
+def current_group() -> TaskGroup:
+    """The group that ``create_task`` uses here: the request's, the enclosing task's, else the global root.
+
+    In a plain asyncio task (``asyncio.gather`` makes such) it is the request's, if there is one.
+    """
+    return current_group_or_none() or global_task_manager._root
+
+
+def current_cancel_event() -> CancelEvent:
+    """The cancel event of the current group, to wait for or to look at between two steps.
+
+    In the thread of ``run_in_thread`` the task's own, which is set when the task is cancelled too.
+    """
+    worker = current_worker()
+    return current_group().cancel_event if worker is None else worker.event
+
+
+@with_options_of(create)
+def create_task(
+    coro: Coroutine[Any, Any, T],
+    *,
+    name: str | None = None,
+    priority: TaskPriority | int = TaskPriority.NORMAL,
+    **options: Unpack[TaskOptions],
+) -> ManagedTask[T]:
+    """Create a task in the current group; the parameters are those of ``TaskManager.create_task``.
+
+    Example:
+        >>> prices = create_task(fetch_prices(id), priority=TaskPriority.HIGH)
+    """
+    try:
+        where = current_group()
+    except BaseException:
+        close_quietly(coro)
+        raise
+    if options:
+        return where._create_with(coro, name, priority, options)
+    return where.create_task(coro, name=name, priority=priority)
+
+
+@with_options_of(create)
+def create_task_threadsafe(
+    work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]], **options: Unpack[NamedTaskOptions]
+) -> concurrent.futures.Future[T]:
+    """Create a task in the current group from another thread; see ``TaskGroup.create_task_threadsafe``.
+
+    Example:
+        >>> @app.get("/report")
+        ... def report():
+        ...     return create_task_threadsafe(fetch_report()).result()
+    """
+    try:
+        where = current_group()
+    except BaseException:
+        close_quietly(work)
+        raise
+    return where.create_task_threadsafe(work, **options)
+
+
+@with_options_of(create)
+def run_in_thread(
+    function: Callable[[*Args], T],
+    /,
+    *args: *Args,
+    abandon: bool = False,
+    **options: Unpack[NamedTaskOptions],
+) -> ManagedTask[T]:
+    """Create a task in the current group that calls a plain function in a thread.
+
+    See ``TaskGroup.run_in_thread``.
+
+    Example:
+        >>> digest = await run_in_thread(hash_file, path)
+    """
+    return current_group().run_in_thread(function, *args, abandon=abandon, **options)
+
+
+def _manager_for(group: str | TaskGroup | None) -> TaskManager:
+    """The manager of a group object; a name, or nothing, is looked up in the current manager."""
+    return group.manager if isinstance(group, TaskGroup) else current_manager()
+
+
+# By name, in the current manager. Plain functions that return a coroutine: the manager is that of the caller,
+# not that of the task which runs the coroutine.
+
+
+@as_coroutine_function
+@with_options_of(TaskManager.start_task)
+def start_task(
+    name: str,
+    factory: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T],
+    *,
+    group: str | TaskGroup | None = None,
+    priority: TaskPriority | int = TaskPriority.NORMAL,
+    cancel_existing: bool = False,
+    **options: Unpack[TaskOptions],
+) -> Coroutine[Any, Any, ManagedTask[T]]:
+    """Start a task by name in the current manager; the rest is as for ``TaskManager.start_task``.
+
+    The current manager is that of the request or the managed task which calls this, else the global manager.
+    The task belongs to the manager, not to the request.
+
+    Args:
+        name: Unique among the live tasks of the manager.
+        factory: What makes the coroutine.
+        group: A labeled group, by its name or itself; None is the manager's root.
+        priority: How urgent.
+        cancel_existing: The same as ``on_conflict="replace"``.
+        **options: As for ``TaskManager.start_task``.
+
+    Raises:
+        TaskExistsError: A live task has the name, and ``on_conflict`` is ``"error"``.
+        GroupClosedError: ``group`` takes no new tasks.
+        ManagerClosedError: The manager is shut down.
+        QueueFullError: No place is free, and no more tasks may wait.
+        WrongLoopError: The manager has live tasks in another loop.
+
+    **Cancellation**: of the caller, while it waits for the task to be replaced: no new task is started.
+
+    Example:
+        >>> await start_task("import", lambda: run_import(file))
+        >>> await wait_for_task("import")
+    """
+    return _manager_for(group).start_task(
+        name, factory, group=group, priority=priority, cancel_existing=cancel_existing, **options
+    )
+
+
+@as_coroutine_function
+def start_service(
+    name: str,
+    factory: Callable[[], Coroutine[Any, Any, T]],
+    *,
+    restart: RestartPolicy = DEFAULT_POLICY,
+    group: str | TaskGroup | None = None,
+    priority: TaskPriority | int = TaskPriority.CRITICAL,
+    metadata: Mapping[str, Any] | None = None,
+    on_conflict: OnConflict = "error",
+    drains: bool = False,
+) -> Coroutine[Any, Any, ManagedTask[T]]:
+    """Start a service in the current manager; the parameters are those of ``TaskManager.start_service``.
+
+    Raises:
+        TaskExistsError: A live task has the name.
+        ManagerClosedError: The manager is shut down.
+
+    **Cancellation**: of the caller, while it waits for the service to be replaced: no new one is started.
+
+    Example:
+        >>> await start_service("prices", refresh_prices, restart=RestartPolicy(max_delay=30))
+    """
+    return _manager_for(group).start_service(
+        name,
+        factory,
+        restart=restart,
+        group=group,
+        priority=priority,
+        metadata=metadata,
+        on_conflict=on_conflict,
+        drains=drains,
+    )
+
+
+@as_coroutine_function
+def wait_for_task(
+    name: str, timeout: float | None = None, *, group: str | TaskGroup | None = None
+) -> Coroutine[Any, Any, Any]:
+    """Wait for a task of the current manager by name; see ``TaskManager.wait_for_task``.
+
+    With a group object the manager is that of the group.
+
+    Raises:
+        TaskNotFoundError: No such task, or it has ended and its result was not kept.
+        TimeoutError: It still runs after ``timeout``; it goes on running.
+        WrongLoopError: The manager has live tasks in another loop.
+
+    What else the task raised is raised here.
+
+    **Cancellation**: of the caller leaves the task alone.
+    """
+    return _manager_for(group).wait_for_task(name, timeout, group=group)
+
+
+@as_coroutine_function
+def cancel_group(
+    group: str | TaskGroup, reason: str | None = None, *, grace: float = 0.0, timeout: float | None = 10.0
+) -> Coroutine[Any, Any, int]:
+    """Cancel a group, which a name finds in the current manager; see ``TaskManager.cancel_group``.
+
+    Raises:
+        WrongLoopError: The manager has live tasks in another loop.
+
+    **Cancellation**: of the caller ends the waiting; the tasks stay cancelled.
+    """
+    return _manager_for(group).cancel_group(group, reason, grace=grace, timeout=timeout)
+
+
+@as_coroutine_function
+def cancel_all_tasks(
+    reason: str | None = None, *, grace: float = 0.0, timeout: float | None = 10.0
+) -> Coroutine[Any, Any, int]:
+    """Cancel every task of the current manager; see ``TaskManager.cancel_all_tasks``.
+
+    Raises:
+        WrongLoopError: The manager has live tasks in another loop.
+
+    **Cancellation**: of the caller ends the waiting; the tasks stay cancelled.
+    """
+    return current_manager().cancel_all_tasks(reason, grace=grace, timeout=timeout)
+
+
+def get_all_task_info() -> dict[str, TaskInfo]:
+    """Give snapshots of all tasks of the current manager by id; see ``TaskManager.get_all_task_info``."""
+    return current_manager().get_all_task_info()

@@ -1,0 +1,237 @@
+"""Which task may start now and which waits: limits, a bounded queue, priority with ageing.
+
+Everything is sync and pure: the functions change the records and return the tickets that may start; the
+caller starts them. The property tests check each of these invariants:
+
+1. Never more tickets hold a place of a limiter than its limit.
+2. A place is taken in all limiters of a ticket or in none: no ticket holds one place while it waits for
+   another.
+3. No place stays free while a ticket waits that could take it.
+4. Higher priority first, FIFO within a level; ``ageing`` seconds of waiting count as one level, so nothing
+   waits forever. All tickets age at the same rate, so their order never changes: the key is fixed on arrival,
+   and one heap needs no further sorting.
+"""
+
+from __future__ import annotations
+
+import itertools
+from heapq import heapify, heappop, heappush
+from typing import TYPE_CHECKING, Any
+
+from otel_tasks._core.checks import check_count
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from otel_tasks._core.state import TaskPriority
+
+_numbers = itertools.count()
+
+
+class Limiter:
+    """At most ``limit`` places, and at most ``max_queue`` tickets that wait for one.
+
+    Args:
+        limit: Places, at least 1; None means no limit.
+        max_queue: Waiting tickets, at least 0; None means no limit.
+    """
+
+    __slots__ = ("_heap", "_stale", "limit", "max_queue", "used", "waiting")
+
+    def __init__(self, limit: int | None, max_queue: int | None) -> None:
+        self.limit = limit
+        self.max_queue = max_queue
+        # Places taken, and tickets that wait and will take one (in whatever queue they stand).
+        self.used = 0
+        self.waiting = 0
+        self._heap: list[tuple[tuple[float, float], int, int, Ticket]] = []
+        # The number of its entries whose tickets have left or have been pushed again.
+        self._stale = 0
+
+    def room(self) -> float:
+        """Free places; negative after the limit was lowered."""
+        return float("inf") if self.limit is None else self.limit - self.used
+
+    @property
+    def queue_full(self) -> bool:
+        """True if no more tickets may wait."""
+        return self.max_queue is not None and self.waiting >= self.max_queue
+
+    def push(self, ticket: Ticket) -> None:
+        """Let a ticket wait here."""
+        if ticket.queue is not None:
+            ticket.queue.drop()
+        ticket.queue = self
+        ticket.version += 1
+        # An entry with an older version is skipped when it comes up.
+        heappush(self._heap, (ticket.key(), ticket.number, ticket.version, ticket))
+
+    def drop(self) -> None:
+        """Note that an entry is stale; the heap drops stale entries before they are the majority."""
+        self._stale += 1
+        if self._stale > len(self._heap) // 2 + 8:
+            self._heap = [
+                entry for entry in self._heap if entry[3].queue is self and entry[3].version == entry[2]
+            ]
+            heapify(self._heap)
+            self._stale = 0
+
+    def pump(self, ready: list[Ticket]) -> None:
+        """Offer the free places to those who wait, best first; those that start are added to ``ready``."""
+        offered = 0
+        shared: Limiter | None = None
+        while self._heap and self.room() > offered:
+            _, _, version, ticket = heappop(self._heap)
+            if ticket.queue is not self or ticket.version != version:
+                self._stale -= 1
+                continue
+            # It is out of the heap; `push` is not to count it once more.
+            ticket.queue = None
+            last = ticket.limiters[-1]
+            if last is not self:
+                # It has to stand in the manager's queue too, or it would overtake those who wait
+                # there. The place here is kept in mind for it, so that not all move after it.
+                last.push(ticket)
+                shared = last
+                offered += 1
+            elif _place(ticket):
+                ready.append(ticket)
+        if shared is not None:
+            shared.pump(ready)
+
+    def clear(self) -> None:
+        """Forget everybody."""
+        self.used = self.waiting = self._stale = 0
+        self._heap.clear()
+
+
+class Ticket:
+    """One task's claim to places.
+
+    Args:
+        limiters: The group's (if it has one) before the manager's (if it has one); at least one.
+        level: The task's priority.
+        arrived: When it came, in seconds on the manager's clock.
+        ageing: Seconds of waiting that are worth one level; infinity is strict priority.
+        payload: Whose it is.
+    """
+
+    __slots__ = ("ageing", "arrived", "level", "limiters", "number", "payload", "queue", "started", "version")
+
+    def __init__(
+        self, limiters: tuple[Limiter, ...], level: TaskPriority, arrived: float, ageing: float, payload: Any
+    ) -> None:
+        self.limiters = limiters
+        self.level = level
+        self.arrived = arrived
+        self.ageing = ageing
+        self.payload = payload
+        self.number = next(_numbers)
+        # Where it waits; None once it has started or is gone.
+        self.queue: Limiter | None = None
+        self.started = False
+        self.version = 0
+
+    def key(self) -> tuple[float, float]:
+        """The place in the order: smaller is sooner."""
+        if self.ageing == float("inf"):
+            return (-float(self.level), self.arrived)
+        return (self.arrived - self.level * self.ageing, 0.0)
+
+
+def would_wait(limiters: Iterable[Limiter]) -> bool:
+    """True if a ticket that comes now could not start at once."""
+    return any(limiter.room() < 1 for limiter in limiters)
+
+
+def admit(ticket: Ticket) -> bool:
+    """Take a new ticket in; True if it may start at once, False if it waits."""
+    if _place(ticket):
+        return True
+    for limiter in ticket.limiters:
+        limiter.waiting += 1
+    return False
+
+
+def release(ticket: Ticket) -> list[Ticket]:
+    """Take a ticket out, started or waiting; returns those that may start now."""
+    ready: list[Ticket] = []
+    for limiter in ticket.limiters:
+        if ticket.started:
+            limiter.used -= 1
+        elif ticket.queue is not None:
+            limiter.waiting -= 1
+    ticket.started = False
+    if ticket.queue is not None:
+        queue, ticket.queue = ticket.queue, None
+        queue.drop()
+    for limiter in ticket.limiters:
+        # Of one that waited too: a place that was kept in mind for it is free for others.
+        limiter.pump(ready)
+    return _no_longer_waiting(ready)
+
+
+def lift(ticket: Ticket, level: TaskPriority) -> None:
+    """Let a waiting ticket count as one of a higher priority, because such a task waits for it."""
+    if ticket.queue is not None and level > ticket.level:
+        ticket.level = level
+        # Again in all limiters: it may now rank above the ticket that is remembered for a free place of its
+        # group. This cannot start it: every ticket that could start has started.
+        _place(ticket)
+
+
+def set_limit(limiter: Limiter, limit: int | None) -> list[Ticket]:
+    """Change a limit; returns the tickets that may start now. A lower one waits for tasks to end."""
+    limiter.limit = limit
+    ready: list[Ticket] = []
+    limiter.pump(ready)
+    return _no_longer_waiting(ready)
+
+
+def _place(ticket: Ticket) -> bool:
+    for limiter in ticket.limiters:
+        if limiter.room() < 1:
+            limiter.push(ticket)
+            return False
+    for limiter in ticket.limiters:
+        limiter.used += 1
+    ticket.queue = None
+    ticket.started = True
+    return True
+
+
+def adopt(ticket: Ticket, limiter: Limiter, *, before: bool) -> None:
+    """Let a ticket count for one more limiter, one that was set while the task was live.
+
+    Args:
+        ticket: Started or waiting.
+        limiter: Not one of its own yet.
+        before: It is a group's, to be asked before the manager's.
+    """
+    ticket.limiters = (limiter, *ticket.limiters) if before else (*ticket.limiters, limiter)
+    if ticket.started:
+        limiter.used += 1
+    else:
+        limiter.waiting += 1
+
+
+def _no_longer_waiting(ready: list[Ticket]) -> list[Ticket]:
+    for ticket in ready:
+        for limiter in ticket.limiters:
+            limiter.waiting -= 1
+    return ready
+
+
+def checked_limiter(limit: int | None, max_queue: int | None) -> Limiter | None:
+    """Make the limiter for these options; None where there is nothing to limit.
+
+    Raises:
+        ValueError: The limit is below 1, the queue's below 0, or there is a queue without a limit.
+    """
+    check_count("max_concurrency", limit, 1)
+    check_count("max_queue", max_queue, 0)
+    if limit is None:
+        if max_queue is not None:
+            raise ValueError(f"max_queue={max_queue} needs max_concurrency: without it no task ever waits")
+        return None
+    return Limiter(limit, max_queue)

@@ -1,0 +1,211 @@
+"""What is remembered of tasks that have ended: bounded, without frames, tasks or groups."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from otel_tasks._core.cancellation import CancelCause
+from otel_tasks._core.state import TaskPriority, TaskStatus
+from otel_tasks._core.task import TaskInfo, full_name
+from otel_tasks._core.telemetry import SpanContext, ids_in_hex
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# What is kept of a plain task that returned or was cancelled: most do, and a TaskInfo of each would
+# cost them 1 us more. Name, and number of one that was given none; the group's name, id and whether
+# it is scoped; priority, created at, ended at; the cause of a cancelled one; the span.
+Brief = tuple[
+    str,
+    str | int,
+    tuple[str, str, bool],
+    TaskPriority,
+    float,
+    float,
+    CancelCause | None,
+    SpanContext | None,
+]
+
+
+class Ending(NamedTuple):
+    """What is kept of a task that was started by name, for those who wait for it later."""
+
+    info: TaskInfo
+    error: BaseException | None
+
+    def take(self) -> Any:
+        """Return the result, or raise as the task did."""
+        if self.info.status is TaskStatus.CANCELLED:
+            raise asyncio.CancelledError(f"task {self.info.name!r} was cancelled")
+        if self.error is not None:
+            # A fresh copy each time: raising gives an exception a traceback, and so frames.
+            raise without_frames(self.error)
+        return self.info.result
+
+
+class History:
+    """The last tasks that ended, oldest first.
+
+    Looking one up walks from the newest on: the bound keeps that short, and remembering cheap.
+
+    Args:
+        limit: How many, at least 0.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._entries: deque[Brief | TaskInfo | Ending] = deque(maxlen=limit)
+        self._epoch = 0.0
+        # Called for each task that ends.
+        self.add = self._entries.append
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[TaskInfo]:
+        return map(self._info, self._entries)
+
+    def find(self, task_id: str, group_id: str | None = None) -> TaskInfo | None:
+        """The newest one of this id; in a group of its name, too."""
+        entry = self._newest(task_id, group_id)
+        return None if entry is None else self._info(entry)
+
+    def ending(self, task_id: str, group_id: str | None = None) -> Ending | None:
+        """The newest one of this id, or name in a group, if its result was kept."""
+        entry = self._newest(task_id, group_id)
+        return entry if isinstance(entry, Ending) else None
+
+    def change_epoch(self, epoch: float) -> None:
+        """Set the epoch of the clock on which the next tasks end; those that have ended keep theirs."""
+        if epoch != self._epoch:
+            entries = [entry if isinstance(entry, Ending) else self._info(entry) for entry in self._entries]
+            self._entries.clear()
+            self._entries.extend(entries)
+            self._epoch = epoch
+
+    def forget(self, before: float) -> int:
+        """Drop what ended at or before this moment on the clock of these tasks; returns how many."""
+        kept = [entry for entry in self._entries if (self._info(entry).ended_at or 0.0) > before]
+        dropped = len(self._entries) - len(kept)
+        self._entries.clear()
+        self._entries.extend(kept)
+        return dropped
+
+    def _info(self, entry: Brief | TaskInfo | Ending) -> TaskInfo:
+        return _info(entry, self._epoch)
+
+    def note_uid(self, ended: TaskInfo) -> None:
+        """Write a uid into the record of a task, if it is remembered: somebody asked for it after its end."""
+        for index, entry in enumerate(self._entries):
+            if _is_called(entry, ended.name, ended.group_id):
+                info = self._info(entry)
+                if info.uid is None and _times(info) == _times(ended):
+                    info = replace(info, uid=ended.uid)
+                    self._entries[index] = entry._replace(info=info) if isinstance(entry, Ending) else info
+                    return
+
+    def _newest(self, task_id: str, group_id: str | None) -> Brief | TaskInfo | Ending | None:
+        entry: Brief | TaskInfo | Ending
+        for entry in reversed(self._entries):
+            if _is_called(entry, task_id, group_id):
+                return entry
+        return None
+
+
+def _times(info: TaskInfo) -> tuple[float, float | None]:
+    return info.created_at, info.ended_at
+
+
+def _is_called(entry: Brief | TaskInfo | Ending, name: str, wanted: str | None) -> bool:
+    """True for a task of this id or uid; in a group of this name, too."""
+    task_id, own, uid, group_id = _known_as(entry)
+    if wanted is None:
+        return name in (task_id, uid)
+    return name in (task_id, uid, own) and _is_same_group(group_id, wanted, is_scoped=task_id != own)
+
+
+def _known_as(entry: Brief | TaskInfo | Ending) -> tuple[str, str, str | None, str]:
+    """Id, name, uid, and the group's id."""
+    if isinstance(entry, Ending):
+        entry = entry.info
+    if isinstance(entry, TaskInfo):
+        return entry.id, entry.name, entry.uid, entry.group_id
+    name, (_, group_id, scoped) = full_name(entry[0], entry[1]), entry[2]
+    return f"{group_id}/{name}" if scoped else name, name, None, group_id
+
+
+def _is_same_group(group_id: str, wanted: str, *, is_scoped: bool) -> bool:
+    if group_id == wanted:
+        return True
+    # By its number: what is before the "#" changes, once the route of a request is known.
+    return is_scoped and "#" in wanted and group_id.rpartition("#")[2] == wanted.rpartition("#")[2]
+
+
+def _info(entry: Brief | TaskInfo | Ending, epoch: float) -> TaskInfo:
+    if isinstance(entry, Ending):
+        return entry.info
+    if isinstance(entry, TaskInfo):
+        return entry
+    _, _, (group, group_id, _), priority, created_at, ended_at, cause, span = entry
+    task_id, name, uid, _ = _known_as(entry)
+    trace_id, span_id = ids_in_hex(span)
+    return TaskInfo(
+        id=task_id,
+        uid=uid,
+        name=name,
+        group=group,
+        group_id=group_id,
+        priority=priority,
+        status=TaskStatus.COMPLETED if cause is None else TaskStatus.CANCELLED,
+        created_at=created_at,
+        started_at=created_at,
+        ended_at=ended_at,
+        error_type=None,
+        error=None,
+        cause=cause,
+        cancel_ignored=False,
+        progress=None,
+        metadata={},
+        trace_id=trace_id,
+        span_id=span_id,
+        epoch=epoch,
+    )
+
+
+def without_frames(error: BaseException, seen: frozenset[int] = frozenset()) -> BaseException:
+    """Copy an exception without its traceback, which would keep every frame of the task in being.
+
+    The original is not changed, others may hold it. One that cannot be copied is kept as it is.
+    """
+    try:
+        copy = _copied(error)
+    except Exception:
+        return error
+    cause = error.__cause__
+    # An exception may be its own cause, by whatever way around.
+    known = cause is None or id(cause) in seen or cause is error
+    copy.__cause__ = None if known or cause is None else without_frames(cause, seen | {id(error)})
+    copy.__suppress_context__ = error.__suppress_context__
+    return copy
+
+
+def _copied(error: BaseException) -> BaseException:
+    if isinstance(error, BaseExceptionGroup):
+        return error.derive([without_frames(part) for part in error.exceptions])
+    cls = type(error)
+    # The nearest built-in class knows how to make itself again (errno and file name, the parts of
+    # a UnicodeError); a class of the user's is not called, it may want arguments that are gone.
+    base: Any = next(
+        parent for parent in cls.__mro__ if parent.__module__ == "builtins" and "__init__" in vars(parent)
+    )
+    _, arguments, *state = base.__reduce__(error)
+    copy: BaseException = cls.__new__(cls, *arguments)
+    vars(base)["__init__"](copy, *arguments)
+    copy.__setstate__(*state or [None])
+    for parent in cls.__mro__:
+        for slot in parent.__dict__.get("__slots__", ()):
+            if hasattr(error, slot):
+                setattr(copy, slot, getattr(error, slot))
+    return copy

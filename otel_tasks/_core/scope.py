@@ -1,0 +1,225 @@
+"""What ``async with`` adds to a group: its body, its errors, and the rules of its exit.
+
+The rules are those of ``asyncio.TaskGroup`` in Python 3.15 (and its own tests pass here) on every Python:
+``cancel()`` leaves the block without an exception, and a generator that is closed inside a block raises none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Literal
+
+from otel_tasks._core.binding import bound_request
+from otel_tasks._core.cancellation import CancelCause
+from otel_tasks._core.causes import known_cause, passing, unwatch_cancels, watch_cancels
+from otel_tasks._core.state import CancelKind
+from otel_tasks._core.task import ManagedTask, _uncancel, asyncio_cancel, cancel_message, extras_of
+from otel_tasks._core.telemetry import span_context, text_of
+
+if TYPE_CHECKING:
+    from otel_tasks._core.group import TaskGroup
+
+OnError = Literal["cancel", "isolate"]
+
+
+class Scope:
+    """The state of one ``async with`` block over a group.
+
+    Args:
+        on_error: ``"cancel"``: a failing task cancels its siblings and the body, and is raised;
+            ``"isolate"``: it is reported and the others go on.
+        timeout: Seconds that the whole block may take; None is without bound.
+        span: Give the block a span of its own.
+    """
+
+    def __init__(self, on_error: OnError, timeout: float | None, *, span: bool) -> None:
+        self.on_error = on_error
+        self.timeout = timeout
+        self.wants_span = span
+        self.entered = False
+        # None before the block, and after it: nothing is kept of the task in which it ran.
+        self.host: asyncio.Task[Any] | None = None
+        # The block around this one in the same task.
+        self.outer: TaskGroup | None = None
+        self.exiting = False
+        self.timed_out = False
+        self._errors: list[BaseException] = []
+        self._base_error: BaseException | None = None
+        # The body's task has been cancelled by us, and owes us one uncancel().
+        self._body_cancelled = False
+        self._level = 0
+        self._idle: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def enter(self, group: TaskGroup, host: asyncio.Task[Any], loop: asyncio.AbstractEventLoop) -> None:
+        """Begin the block in the task ``host``."""
+        self.entered = True
+        self.host = host
+        self._level = host.cancelling()
+        watch_cancels(host, bound_request())
+        if self.timeout is not None:
+            self._timer = loop.call_later(self.timeout, self._run_out, group)
+
+    def close(self) -> None:
+        """Let go of the host: the block has ended."""
+        if self.host is not None:
+            unwatch_cancels(self.host)
+        self.host = self.outer = None
+
+    def cancel_body(self, cause: CancelCause) -> None:
+        """Cancel the body, once; not while it waits for the tasks at its end, they end by themselves."""
+        if self.host is None or self.exiting or self._body_cancelled:
+            return
+        self._body_cancelled = True
+        # This is taken back at the exit: a managed task does not record it as a cancellation of its own.
+        with passing(cause):
+            if isinstance(self.host, ManagedTask):
+                extras_of(self.host).unrecorded = cause
+                asyncio_cancel(self.host, str(cause))
+            else:
+                self.host.cancel(str(cause))
+
+    def child_failed(self, group: TaskGroup, task: ManagedTask[Any], error: BaseException) -> bool:
+        """Take a task's failure; returns False if nobody here will raise it."""
+        if self.on_error == "isolate" and isinstance(error, Exception):
+            return False
+        if self.host is None or self.host.done():
+            return False
+        # Raised with the group, so asyncio need not log it.
+        task.exception()
+        self._errors.append(error)
+        if isinstance(error, SystemExit | KeyboardInterrupt) and self._base_error is None:
+            self._base_error = error
+        if group._cause is None:
+            message = f"{task.name} failed: {text_of(error, repr)}"
+            now = group._ledger.clock()
+            origin = None if task._span is None else span_context(task._span)
+            self.abort(group, CancelCause(CancelKind.SIBLING_FAILED, message, task.name, now, origin))
+        return True
+
+    def abort(self, group: TaskGroup, cause: CancelCause) -> None:
+        """Cancel all tasks of the group, and the body if it still runs."""
+        group._signal_cancel(cause)
+        group._cancel_tasks(cause)
+        self.cancel_body(cause)
+
+    async def leave(self, group: TaskGroup, error: BaseException | None) -> bool:
+        """Wait for the tasks and decide what the block raises; True swallows ``error``."""
+        self.exiting = True
+        if isinstance(error, SystemExit | KeyboardInterrupt) and self._base_error is None:
+            self._base_error = error
+        if error is not None:
+            self._abort_because_of(group, error)
+        pending = error if isinstance(error, asyncio.CancelledError) else None
+        pending = await self._wait_for_tasks(group) or pending
+        if self._body_cancelled and pending is None:
+            pending = await self._absorb()
+        raised = self._settle(group, error, pending)
+        if raised is None:
+            return error is not None
+        if raised is error:
+            return False
+        try:
+            raise raised
+        finally:
+            # An exception that a frame refers to through which it went lives until the next collection.
+            error = pending = raised = None
+
+    async def _wait_for_tasks(self, group: TaskGroup) -> asyncio.CancelledError | None:
+        interrupted = None
+        # In a loop: the host may be cancelled again and again while it waits here.
+        while not group._is_empty():
+            self._idle = asyncio.get_running_loop().create_future()
+            try:
+                await self._idle
+            except asyncio.CancelledError as error:
+                interrupted = error
+                self._abort_because_of(group, error)
+        self._idle = None
+        try:
+            return interrupted
+        finally:
+            # See `leave`.
+            interrupted = None
+
+    async def _absorb(self) -> asyncio.CancelledError | None:
+        """Meet a cancellation of ours that has not arrived: the body ended before its next await.
+
+        Before Python 3.13 ``uncancel()`` alone would leave it to strike after the block.
+        """
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError as error:
+            return error
+        return None
+
+    def tasks_ended(self) -> None:
+        """Wake the exit that waits for the last task."""
+        idle = self._idle
+        # The loop may have been closed under the block: then nobody waits any more.
+        if idle is not None and not idle.done() and not idle.get_loop().is_closed():
+            idle.set_result(None)
+
+    def _settle(
+        self, group: TaskGroup, error: BaseException | None, pending: asyncio.CancelledError | None
+    ) -> BaseException | None:
+        """Take the cancellation of the body back, and give what the block raises."""
+        if self._timer is not None:
+            self._timer.cancel()
+        errors, self._errors = self._errors, []
+        base_error, self._base_error = self._base_error, None
+        if base_error is not None:
+            return base_error
+        if self._body_cancelled and self.host is not None and self.host.uncancel() <= self._level:
+            # The only cancellation was ours: it ends here.
+            pending = None
+        if error is not None and not isinstance(error, asyncio.CancelledError):
+            errors.append(error)
+        if errors:
+            self._redeliver()
+            # Who closes a generator is to see no exception of it.
+            is_closed = isinstance(error, GeneratorExit) and len(errors) == 1
+            text = f"unhandled errors in group {group.id!r}"
+            return error if is_closed else _without_context(BaseExceptionGroup(text, errors))
+        if pending is not None:
+            return pending
+        if self.timed_out:
+            text = f"group {group.id!r} ran into its timeout of {self.timeout:g} s"
+            return _without_context(TimeoutError(text))
+        return None
+
+    def _redeliver(self) -> None:
+        """Let the errors go first where somebody else has cancelled the host too.
+
+        The cancellation arrives at its next await, with the count and the cause as they were.
+        """
+        host = self.host
+        if host is not None and host.cancelling() > self._level:
+            message = cancel_message(host)
+            _uncancel(host)
+            asyncio_cancel(host, message)
+
+    def _abort_because_of(self, group: TaskGroup, error: BaseException) -> None:
+        cause = None
+        if isinstance(error, asyncio.CancelledError) and self.host is not None:
+            cause = known_cause(self.host)
+        if group._cause is not None and cause in (None, group._cause):
+            # What has set the event decides which tasks it cancels, and when.
+            return
+        if cause is None:
+            # Also a CancelledError out of something that the block awaits: nobody has cancelled the host.
+            cause = CancelCause.make(CancelKind.SCOPE_ENDED, f"the block raised {text_of(error, repr)}")
+        group._signal_cancel(cause)
+        group._cancel_tasks(cause)
+
+    def _run_out(self, group: TaskGroup) -> None:
+        if group._cause is None:
+            self.timed_out = True
+            message = f"group timeout of {self.timeout:g} s"
+            self.abort(group, CancelCause.make(CancelKind.TIMEOUT, message))
+
+
+def _without_context(error: BaseException) -> BaseException:
+    """As ``raise ... from None`` raises it."""
+    error.__suppress_context__ = True
+    return error

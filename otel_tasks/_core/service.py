@@ -1,0 +1,414 @@
+"""Services: work that runs as long as the application, and is restarted when it fails.
+
+Rules, each with a test of its own:
+
+1. A service is a *supervisor*, the handle that ``start_service`` returns, and its *attempts*, one after
+   another, each a managed task: ``prices#1``, ``prices#2``.
+2. The supervisor has no span, which would be exported only when the application ends, and takes no place
+   under a limit. Each attempt has its own trace, linked to the attempt before it, and takes a place.
+3. Only a failure leads to another attempt: an exception, or a CancelledError that no request caused. An
+   attempt that returns, or that is cancelled, ends the service, as with systemd's ``Restart=on-failure`` and
+   Erlang's ``transient``. A policy may count returning as a failure.
+4. A service ends as its last attempt ended. Each cancellation of the service is passed on to its attempt with
+   its cause, and the service waits for the attempt.
+5. Once its group is being cancelled, or its manager shut down, there is no restart.
+6. A failure is reported once: as a warning that says what comes next, or, if nothing does, as the service's
+   own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections import deque
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
+
+from otel_tasks._core.cancellation import CancelCause, _call_when_set
+from otel_tasks._core.checks import AttemptName, check_choice, check_count, checked_name
+from otel_tasks._core.creation import clear_name, close_quietly
+from otel_tasks._core.log import log_fields, logger
+from otel_tasks._core.state import CancelKind, TaskStatus
+from otel_tasks._core.task import (
+    asyncio_cancel,
+    cancel_message,
+    cause_at_end,
+    extras_of,
+    request_cancel,
+)
+from otel_tasks._core.telemetry import link_restart, text_of
+from otel_tasks.exceptions import ManagerClosedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
+
+    from otel_tasks._core.creation import OnConflict
+    from otel_tasks._core.group import TaskGroup
+    from otel_tasks._core.state import TaskPriority
+    from otel_tasks._core.task import ManagedTask
+
+T = TypeVar("T")
+
+RestartOn = Literal["failure", "always"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartPolicy:
+    """When a failed service restarts, after which delay, and when it gives up.
+
+    Each delay is ``factor`` times the one before, up to ``max_delay``, and half of it is random, so that
+    services that fail together do not restart together ("equal jitter" in
+    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/; its "full jitter" may be no
+    pause at all).
+
+    Args:
+        on: ``"failure"`` restarts only after a failure; with ``"always"``, returning is a failure too.
+        delay: Seconds before the first restart, at least 0.
+        factor: The delay grows by this factor with each failure, at least 1.
+        max_delay: The longest delay in seconds, at least ``delay``.
+        max_failures: The service gives up at this many failures ``within`` that many seconds, at least 1;
+            None never gives up.
+        within: Seconds, above 0. After an attempt that ran this long, the delay starts over. Infinity counts
+            every failure since the start.
+        jitter: Returns a number from 0 to 1: the share of the random half that is waited for.
+
+    Example:
+        >>> RestartPolicy(delay=0.5, max_failures=None)
+    """
+
+    on: RestartOn = "failure"
+    delay: float = 1.0
+    factor: float = 2.0
+    max_delay: float = 60.0
+    max_failures: int | None = 10
+    within: float = 600.0
+    jitter: Callable[[], float] = field(default=random.random, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_choice("on", self.on, RestartOn)
+        _check_number("delay", self.delay, 0)
+        _check_number("max_delay", self.max_delay, 0)
+        _check_number("factor", self.factor, 1)
+        if self.max_delay < self.delay:
+            raise ValueError(f"max_delay must be at least delay={self.delay!r}, got {self.max_delay!r}")
+        check_count("max_failures", self.max_failures, 1)
+        if self.within != math.inf:
+            _check_number("within", self.within, 0)
+        if self.within == 0:
+            raise ValueError("within must be more than 0 seconds, got 0")
+        if not callable(self.jitter):
+            raise TypeError(f"jitter must be a function that gives a number, got {self.jitter!r}")
+
+
+async def start_supervisor(
+    group: TaskGroup,
+    name: str,
+    factory: Callable[[], Coroutine[Any, Any, T]],
+    policy: RestartPolicy,
+    priority: TaskPriority | int,
+    metadata: Mapping[str, Any] | None,
+    on_conflict: OnConflict,
+    *,
+    drains: bool,
+) -> ManagedTask[T]:
+    """Start a service in a labeled group; see ``TaskManager.start_service``."""
+    _check_factory(factory)
+    checked_name("service", name, 'call it by its work, as in start_service("prices", work)')
+    if not isinstance(policy, RestartPolicy):
+        raise TypeError(f"restart must be a RestartPolicy, got {policy!r}")
+    if group.scoped:
+        raise ValueError(
+            f"cannot start service {name!r}: group {group.id!r} ends with its block or its request, and a "
+            "service goes on; name a group of the manager"
+        )
+    if on_conflict == "replace":
+        await clear_name(group, name, f"replaced by a new service {name!r}")
+    service = Service(group, factory, policy, priority, metadata, drains=drains)
+    return group._create(
+        service.run(),
+        name,
+        priority,
+        None,
+        None,
+        metadata,
+        on_conflict,
+        False,
+        # Not the caller's: log records of the supervisor would go under its trace for days.
+        Context(),
+        False,
+        True,
+        supervises=True,
+    )
+
+
+class Service(Generic[T]):
+    """The state and the actions of one supervisor."""
+
+    def __init__(
+        self,
+        group: TaskGroup,
+        factory: Callable[[], Coroutine[Any, Any, T]],
+        policy: RestartPolicy,
+        priority: TaskPriority | int,
+        metadata: Mapping[str, Any] | None,
+        *,
+        drains: bool,
+    ) -> None:
+        self._drains = drains
+        self._group = group
+        self._factory = factory
+        self._policy = policy
+        self._priority = priority
+        self._metadata = metadata
+        # Each attempt gets a copy: none sees what another has set.
+        self._context = copy_context()
+        self._failures = Failures(policy)
+        self._attempts = 0
+
+    async def run(self) -> T:
+        """Run one attempt after another until one is the last, and end as it did."""
+        service = cast("ManagedTask[T]", asyncio.current_task())
+        extras_of(service).runs_forever = not self._drains
+        attempt: ManagedTask[T] | None = None
+        failure: Exception | None = None
+        try:
+            while True:
+                attempt = await self._begin(service)
+                await _until_ended(service, attempt)
+                failure = self._failure_of(service, attempt)
+                if failure is None:
+                    return attempt.result()
+                if not await self._pause(service, attempt, failure):
+                    raise failure
+        finally:
+            extras_of(service).attempt = None
+            # What is raised here holds this frame, and is not to be held by it.
+            del service, attempt, failure
+
+    async def _begin(self, service: ManagedTask[T]) -> ManagedTask[T]:
+        """Create the next attempt, once there is room in the queue."""
+        self._attempts += 1
+        coro = self._context.run(make_attempt, self._factory)
+        try:
+            attempt = await self._group.put_task(
+                coro,
+                name=AttemptName(f"{service.get_name()}#{self._attempts}"),
+                priority=self._priority,
+                metadata=self._metadata,
+                detached=True,
+                context=self._context.copy(),
+                # It might fail before anybody waits for it, and be reported as nobody's.
+                eager_start=False,
+            )
+            extras_of(attempt).runs_forever = not self._drains
+            extras_of(service).attempt = attempt
+            return attempt
+        except ManagerClosedError:
+            cause = self._group.cancel_event.cause or CancelCause.make(CancelKind.SHUTDOWN)
+        _end_cancelled(service, cause)
+
+    def _failure_of(self, service: ManagedTask[T], attempt: ManagedTask[T]) -> Exception | None:
+        """Return the failure that another attempt may fix; None if this one was the last."""
+        error = None if attempt.cancelled() else attempt.exception()
+        if isinstance(error, SystemExit | KeyboardInterrupt):
+            # It has gone through the loop to the code that runs the loop; the service does not send it again.
+            text = f"{attempt.name} raised {text_of(error, repr)}"
+            _end_cancelled(service, CancelCause.make(CancelKind.SIBLING_FAILED, text))
+        if service.cancelling():
+            return None
+        if attempt.cancelled():
+            return _failure_of_cancelled(service, attempt)
+        if error is None and self._policy.on == "always" and not self._group.cancel_event.is_set():
+            return RuntimeError(f"attempt {attempt.name!r} returned, and is meant to go on")
+        return error if isinstance(error, Exception) else None
+
+    async def _pause(self, service: ManagedTask[T], attempt: ManagedTask[T], failure: Exception) -> bool:
+        """Wait until it is time for the next attempt; False to give up."""
+        event = self._group.cancel_event
+        if event.cause is not None:
+            _warn(service, attempt, failure, f"not started again ({event.cause})")
+            _end_cancelled(service, event.cause)
+        delay = self._failures.add(attempt._ended_at, _seconds_of(attempt))
+        if delay is None:
+            # Not a log record of its own: the failure is reported with the service that ends by it.
+            failure.add_note(
+                f"service {service.id!r} is given up after {self._policy.max_failures} failures within "
+                f"{self._policy.within:g} s; the last was that of {_known_as(attempt)}"
+            )
+            return False
+        _warn(service, attempt, failure, f"started again in {delay:.3g} s")
+        if attempt._span is not None:
+            link_restart(self._context, attempt._span)
+        await _sleep(delay, event)
+        if event.cause is not None:
+            _end_cancelled(service, event.cause)
+        return True
+
+
+class Failures:
+    """Counts the failures of one service; it is pure, so tests of a policy need no clock."""
+
+    def __init__(self, policy: RestartPolicy) -> None:
+        self._policy = policy
+        self._next_delay = float(policy.delay)
+        # When the last ones were, oldest first; as many as are one too many.
+        self._recent: deque[float] = deque(maxlen=policy.max_failures or 0)
+
+    def add(self, now: float, ran: float) -> float | None:
+        """Count one more failure.
+
+        Args:
+            now: The time of the failure.
+            ran: How many seconds the attempt ran.
+
+        Returns:
+            Seconds until the next attempt; None to give up.
+        """
+        policy = self._policy
+        self._recent.append(now)
+        if len(self._recent) == policy.max_failures and now - self._recent[0] < policy.within:
+            return None
+        if ran >= policy.within:
+            self._next_delay = float(policy.delay)
+        delay = self._next_delay
+        self._next_delay = min(delay * policy.factor, policy.max_delay)
+        return delay / 2 + delay / 2 * policy.jitter()
+
+
+def make_attempt(factory: Callable[[], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
+    """Call a service's factory; if it raises, the attempt fails.
+
+    Raises:
+        TypeError: It does not return a coroutine, and would not the next time.
+    """
+    try:
+        made = factory()
+    except Exception as error:
+        return _fail(error)
+    if not asyncio.iscoroutine(made):
+        name = getattr(factory, "__name__", repr(factory))
+        raise TypeError(
+            f"start_service() takes what makes a coroutine, and {name}() made {made!r}: "
+            f"declare it as `async def {name}(...)`"
+        )
+    return made
+
+
+async def _fail(error: Exception) -> NoReturn:
+    raise error
+
+
+async def _until_ended(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> None:
+    """Wait for an attempt; meanwhile, pass a cancellation of the service on to it."""
+    while not attempt.done():
+        try:
+            # This counts as somebody who will be told of a failure. `await attempt` would too, but hands
+            # a cancellation on without its cause.
+            await asyncio.wait([attempt])
+        except asyncio.CancelledError:
+            _pass_on(service, attempt)
+
+
+def _pass_on(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> None:
+    """Cancel an attempt once for each cancellation of its service."""
+    cause = cause_at_end(service, TaskStatus.CANCELLED)
+    if (
+        attempt._cause is not None
+        and attempt._cause is cause
+        and attempt.cancelling() >= service.cancelling()
+    ):
+        # Who cancels their group, or shuts the manager down, has asked both. The count alone does
+        # not say so: a timeout inside of the attempt has one too, and takes it back.
+        return
+    if cause is None or not request_cancel(attempt, cause):
+        asyncio_cancel(attempt, cancel_message(service))
+
+
+def _end_cancelled(service: ManagedTask[Any], cause: CancelCause) -> NoReturn:
+    """End a service as if it had been cancelled itself."""
+    request_cancel(service, cause)
+    raise asyncio.CancelledError(str(cause))
+
+
+def _failure_of_cancelled(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> Exception | None:
+    """Tell a CancelledError from inside the attempt from one that was requested."""
+    cause = attempt.cause
+    if cause is not None and cause.kind is not CancelKind.FOREIGN:
+        request_cancel(service, cause)
+        return None
+    failure = RuntimeError(f"attempt {attempt.name!r} ended by a CancelledError that nobody asked for")
+    try:
+        attempt.result()
+    except asyncio.CancelledError as error:
+        # Its traceback says what the attempt was waiting for.
+        failure.__cause__ = error
+    return failure
+
+
+def _seconds_of(attempt: ManagedTask[Any]) -> float:
+    """How long an ended attempt ran, without its wait for a place."""
+    started_at = attempt.info().started_at
+    return 0.0 if started_at is None else attempt._ended_at - started_at
+
+
+async def _sleep(seconds: float, event: asyncio.Event) -> None:
+    """Sleep until ``event``, which is not set, is set; for ``seconds`` at most."""
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[None] = loop.create_future()
+
+    def wake(_: object = None) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    timer = loop.call_later(seconds, wake)
+    # Not asyncio.timeout(): that would cancel the service, and a reader of its status would see it.
+    forget = _call_when_set(event, wake)
+    try:
+        await waiter
+    finally:
+        timer.cancel()
+        forget()
+
+
+def _warn(service: ManagedTask[Any], attempt: ManagedTask[Any], failure: Exception, fate: str) -> None:
+    logger.warning(
+        "service %r failed in %s and is %s",
+        service.id,
+        _known_as(attempt),
+        fate,
+        exc_info=failure,
+        extra=log_fields(attempt.info()),
+    )
+
+
+def _known_as(attempt: ManagedTask[Any]) -> str:
+    trace = f" (trace {attempt.trace_id})" if attempt.trace_id else ""
+    return f"attempt {attempt.id!r}{trace}"
+
+
+def _check_factory(factory: object) -> None:
+    if asyncio.iscoroutine(factory):
+        close_quietly(factory)
+        raise TypeError(
+            f"a service may be started again, and the coroutine {factory!r} runs only once: "
+            "write start_service(name, lambda: work(1))"
+        )
+    if not callable(factory):
+        raise TypeError(
+            f"start_service() takes what makes a coroutine, got {factory!r}: "
+            "write start_service(name, lambda: work(1))"
+        )
+
+
+def _check_number(what: str, value: object, least: int) -> None:
+    """Raise unless ``value`` is a finite number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{what} must be a number, got {value!r}")
+    if not least <= value < math.inf:
+        raise ValueError(f"{what} must be at least {least} and finite, got {value!r}")
+
+
+# Made last: its checks are defined above.
+DEFAULT_POLICY = RestartPolicy()

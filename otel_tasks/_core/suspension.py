@@ -1,0 +1,334 @@
+"""Where a suspended task waits: what its cancellation would reach, what holds it off, and how to wake it.
+
+asyncio keeps most of this in attributes without public names. They are read here and nowhere else
+(``awaiters`` reads the callbacks of futures, too). They have been the same from Python 3.11 to 3.15, in C
+and in Python.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import sys
+from asyncio import tasks as asyncio_tasks
+from concurrent.futures import Future as ThreadFuture
+from contextvars import Context
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator
+    from types import CodeType, FrameType
+
+# What gather() returns: it forwards its cancellation to each of its children.
+_GatheringFuture: Any = vars(asyncio_tasks)["_GatheringFuture"]
+# What wait_for() cancels with up to Python 3.11; from 3.12 on it is an asyncio.timeout().
+_CANCEL_AND_WAIT: CodeType | None = (
+    vars(asyncio_tasks)["_cancel_and_wait"].__code__ if sys.version_info < (3, 12) else None
+)
+_WAIT_FOR: CodeType | None = asyncio.wait_for.__code__ if sys.version_info < (3, 12) else None
+# asyncio's own, past the override of ManagedTask, which counts those who wait.
+_add_done_callback = asyncio.Future.add_done_callback
+_remove_done_callback = asyncio.Future.remove_done_callback
+
+
+def waits_for(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
+    """The future at which a task is suspended; None if it runs, is about to run, or is done."""
+    waiter = getattr(task, "_fut_waiter", None)
+    return waiter if isinstance(waiter, asyncio.Future) and not waiter.done() else None
+
+
+class Forwarding(NamedTuple):
+    """Where a cancellation goes.
+
+    Attributes:
+        passed: Every future that it would cancel, the nearest first.
+        stops: Every task at which it goes no further, and which it would not cancel.
+    """
+
+    passed: list[asyncio.Future[Any]]
+    stops: list[asyncio.Task[Any]]
+
+
+def forwarded_to(
+    tasks: Iterable[asyncio.Task[Any]], stops_at: Callable[[asyncio.Task[Any]], bool]
+) -> Forwarding:
+    """Follow a ``cancel()`` of each of ``tasks`` to every future that asyncio would forward it to.
+
+    Args:
+        tasks: Where the cancellation starts. In one walk: tasks may wait for one another, in long chains.
+        stops_at: Tells of a task on the way whether the cancellation goes no further there.
+    """
+    reached: set[asyncio.Future[Any]] = set()
+    found = Forwarding([], [])
+    pending = list(map(_awaited_by, tasks))
+    # The list grows while it is walked.
+    for future in pending:
+        if future is None or future in reached:
+            continue
+        reached.add(future)
+        if isinstance(future, asyncio.Task):
+            if stops_at(future):
+                found.stops.append(future)
+                continue
+            pending.append(_awaited_by(future))
+        elif isinstance(future, _GatheringFuture):
+            pending.extend(child for child in _gathered_by(future) if not child.done())
+        found.passed.append(future)
+    return found
+
+
+def _awaited_by(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
+    """What a task waits for: what ``asyncio.wait_for`` stands for, not the future in which that waits."""
+    waiter = waits_for(task)
+    if waiter is None or _WAIT_FOR is None or isinstance(waiter, asyncio.Task):
+        return waiter
+    coro: Any = task.get_coro()
+    frame: FrameType | None = None
+    # To the innermost one: what that awaits is a future's iterator, which has no frame.
+    while (inner := getattr(coro, "cr_frame", None)) is not None:
+        frame, coro = inner, coro.cr_await
+    if frame is None or frame.f_code is not _WAIT_FOR:
+        return waiter
+    waited = frame.f_locals.get("fut")
+    return waited if isinstance(waited, asyncio.Future) and not waited.done() else waiter
+
+
+def _gathered_by(gathering: Any) -> list[asyncio.Future[Any]]:
+    """The futures that a ``gather`` waits for."""
+    return list(gathering._children)
+
+
+class Awaiter(NamedTuple):
+    """A task that forwards its cancellation to a future.
+
+    Attributes:
+        task: Which.
+        future: Where it is suspended: the future itself, or the one of a ``gather``.
+        callback: The callback that wakes it there.
+        context: The one in which it runs.
+    """
+
+    task: asyncio.Task[Any]
+    future: asyncio.Future[Any]
+    callback: Callable[..., object]
+    context: Context
+
+
+class StandIn:
+    """A callback in the place of a task's own, from its interruption until it wakes a turn later.
+
+    A second cancel of the task in this turn is forwarded to where it waited, too.
+    """
+
+    __slots__ = ("cancels", "task")
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self.task = task
+        self.cancels = task.cancelling()
+
+    def __call__(self, _: object) -> None:
+        """Nobody is woken."""
+
+
+def awaiters(
+    future: asyncio.Future[Any],
+    callbacks: Iterable[tuple[Callable[..., object], Context | None]] | None = None,
+) -> Iterator[Awaiter]:
+    """The tasks that forward their cancellation to ``future``.
+
+    Args:
+        future: Any.
+        callbacks: The callbacks of it to look at; None is all of them.
+    """
+    for callback, context in future._callbacks or () if callbacks is None else callbacks:
+        if context is None:
+            continue
+        owner = callback.task if isinstance(callback, StandIn) else _woken_by(callback)
+        if owner is not None:
+            yield Awaiter(owner, future, callback, context)
+            continue
+        for cell in getattr(callback, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # the cell is empty
+                if isinstance(cell.cell_contents, _GatheringFuture):
+                    yield from awaiters(cell.cell_contents)
+
+
+def _woken_by(callback: Callable[..., object]) -> asyncio.Task[Any] | None:
+    owner = getattr(callback, "__self__", None)
+    is_its = isinstance(owner, asyncio.Task) and getattr(callback, "__name__", "").endswith("wakeup")
+    return owner if is_its else None
+
+
+def may_forward(callback: Callable[..., object]) -> bool:
+    """False for the callback of a task that is not being cancelled: most of thousands are not."""
+    if isinstance(callback, StandIn):
+        return callback.task.cancelling() > callback.cancels
+    owner = getattr(callback, "__self__", None)
+    return not isinstance(owner, asyncio.Task) or owner.cancelling() > 0
+
+
+def interrupt(awaiter: Awaiter, message: object) -> None:
+    """Raise CancelledError in a task at its await of a future, and leave the future alone.
+
+    What ``asyncio.shield`` does beforehand, done afterwards: the task's own callback is called, a turn later,
+    with a future that is cancelled.
+    """
+    task, future, callback, context = awaiter
+    if isinstance(callback, StandIn):
+        # It has been interrupted already.
+        callback.cancels = task.cancelling()
+        return
+    future.remove_done_callback(callback)
+    if isinstance(future, _GatheringFuture):
+        # Nobody is left to retrieve what its children raise; asyncio would log that.
+        future.add_done_callback(_retrieve)
+    loop = task.get_loop()
+    cancelled: asyncio.Future[Any] = loop.create_future()
+    cancelled.cancel(message)
+    stand_in = StandIn(task)
+
+    def wake() -> None:
+        _remove_done_callback(future, stand_in)
+        callback(cancelled)
+
+    _add_done_callback(future, stand_in, context=context)
+    loop.call_soon(wake, context=context)
+
+
+def leave_wait_for(future: asyncio.Future[Any]) -> bool:
+    """Let an ``asyncio.wait_for`` that was cancelled go without ``future``, which it is just cancelling.
+
+    Up to Python 3.11 it cancels what it waited for in a step of its own, and then waits for the end of that.
+
+    Returns:
+        False if the call does not come from there.
+    """
+    if not _is_called_from_cancelled_wait_for():
+        return False
+    # The last one is its own: it has added it just before.
+    callbacks = future._callbacks or []
+    callback = callbacks[-1][0] if callbacks else None
+    if not isinstance(callback, functools.partial):
+        return False
+    future.remove_done_callback(callback)
+    future.get_loop().call_soon(callback, future)
+    return True
+
+
+def _is_called_from_cancelled_wait_for() -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    # From here out through this package to whatever called `cancel()`.
+    while frame is not None and _is_ours(frame):
+        frame = frame.f_back
+    if frame is None or frame.f_code is not _CANCEL_AND_WAIT:
+        return False
+    # One whose time is up is in none of its `except` clauses. It takes the result of what it has cancelled.
+    error = sys.exception()
+    traceback = None if error is None else error.__traceback__
+    return traceback is not None and traceback.tb_frame is frame.f_back
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__package__")).partition(".")[0] == "otel_tasks"
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    if not future.cancelled():
+        future.exception()
+
+
+def context_of(task: asyncio.Task[Any]) -> Context | None:
+    """The context in which a task runs; None if that cannot be told (Python 3.11, unless it is suspended)."""
+    get_context = getattr(task, "get_context", None)
+    if get_context is not None:
+        context: Context = get_context()
+        return context
+    waiter = waits_for(task)
+    if waiter is None:
+        return None
+    return next((awaiter.context for awaiter in awaiters(waiter) if awaiter.task is task), None)
+
+
+def find_holder(task: asyncio.Task[Any], forwarded: list[asyncio.Future[Any]]) -> asyncio.Future[Any] | None:
+    """Find what a native cancel of ``task`` would tear although it must stay whole; None if there is nothing.
+
+    That is a task in a shielded scope of anyio, through which a native cancel passes, and the wait for a
+    function in a worker thread: the thread runs on, and uses what the task would release.
+
+    Args:
+        task: Which.
+        forwarded: Where its cancellation would go, as ``forwarded_to`` says.
+    """
+    for future in (task, *forwarded):
+        if in_anyio_shield(future) if isinstance(future, asyncio.Task) else _is_in_thread(future):
+            return future
+    return None
+
+
+def in_anyio_shield(task: asyncio.Task[Any]) -> bool:
+    """True if the task is inside a shielded ``anyio.CancelScope``; ``anyio.to_thread.run_sync`` opens one."""
+    # Up to the scopes of the tasks around it: a shield there shields this one too.
+    return any(scope.shield for scope in _anyio_scopes(task))
+
+
+def cancelled_scopes(task: asyncio.Task[Any]) -> list[Any]:
+    """Each ``anyio.CancelScope`` around the task that is cancelled, the innermost first."""
+    return [scope for scope in _anyio_scopes(task) if scope.cancel_called]
+
+
+def _anyio_scopes(task: asyncio.Task[Any]) -> Iterator[Any]:
+    backend = sys.modules.get("anyio._backends._asyncio")
+    state = None if backend is None else backend._task_states.get(task)
+    scope = None if state is None else state.cancel_scope
+    while scope is not None:
+        yield scope
+        scope = scope._parent_scope
+
+
+def _is_in_thread(future: asyncio.Future[Any]) -> bool:
+    """True for what ``run_in_executor`` gives while its function runs."""
+    for callback, _ in future._callbacks or ():
+        if getattr(callback, "__qualname__", "") != "_chain_future.<locals>._call_check_cancel":
+            continue
+        for cell in getattr(callback, "__closure__", None) or ():
+            source = cell.cell_contents
+            # One that waits in the queue of its executor can still be cancelled, and is.
+            if isinstance(source, ThreadFuture) and source.running():
+                return True
+    return False
+
+
+def call_when_moved(future: asyncio.Future[Any], callback: Callable[[], object]) -> None:
+    """Call back once after a task has run its next step, or any other future is done."""
+    waiter = waits_for(future) if isinstance(future, asyncio.Task) else future
+    if waiter is None:
+        future.get_loop().call_soon(callback, context=Context())
+        return
+    # After the task's own: callbacks are called in the order in which they were added.
+
+    def call(_: object) -> None:
+        callback()
+
+    _add_done_callback(waiter, call, context=Context())
+
+
+@contextlib.contextmanager
+def anyio_shield() -> Generator[None]:
+    """Open a shielded ``anyio.CancelScope`` where anyio is imported; do nothing where it is not."""
+    anyio = sys.modules.get("anyio")
+    # None in a module that is being imported just now.
+    make_scope = getattr(anyio, "CancelScope", None)
+    task = asyncio.current_task()
+    # Without a task (granian can run coroutines without one) nothing of anyio works.
+    if make_scope is None or task is None:
+        yield
+        return
+    scope = make_scope(shield=True)
+    scope.__enter__()
+    try:
+        yield
+    finally:
+        # A generator that is finalized elsewhere ends in another task, where anyio refuses the exit.
+        if asyncio.current_task() is task:
+            scope.__exit__(*sys.exc_info())

@@ -1,0 +1,992 @@
+"""ManagedTask: an asyncio.Task that knows its group, its cause of cancellation and its span.
+
+There is one of these for each piece of work, so it is kept lean: slots and no ``__init__`` of
+its own (C's does the work), the status is derived when somebody asks, and what few tasks need
+stands in one ``Extras`` object that most never get.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import traceback
+from asyncio import _get_running_loop
+from collections.abc import Mapping
+from contextvars import Context
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
+from secrets import token_urlsafe
+from threading import get_ident
+from types import CoroutineType
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from weakref import WeakValueDictionary
+
+from otel_tasks._core.binding import intercepted, stopping
+from otel_tasks._core.cancellation import CancelCause, ask_to_end
+from otel_tasks._core.causes import cause_of_cancel, known_cause, name_of_timeout, passed_down, passing
+from otel_tasks._core.checks import checked_name
+from otel_tasks._core.clock import clock_of, rounded, wall_clock
+from otel_tasks._core.events import own_name
+from otel_tasks._core.frames import suspended_frames
+from otel_tasks._core.places import Ticket, lift
+from otel_tasks._core.progress import TaskProgress
+from otel_tasks._core.state import CancelKind, Outcome, Signal, TaskPriority, TaskStatus, next_status
+from otel_tasks._core.telemetry import note_cancel_requested, span_ids, text_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Coroutine
+
+    from otel_tasks._core.factory import Made
+    from otel_tasks._core.group import TaskGroup
+    from otel_tasks._core.progress import Progress
+    from otel_tasks._core.telemetry import Span
+    from otel_tasks._core.threads import TaskFuture, Worker
+
+T = TypeVar("T")
+
+# asyncio's own, past our overrides: for what is done to a task on nobody's behalf.
+add_done_callback: Callable[..., None] = asyncio.Task.add_done_callback
+base_name: Callable[[asyncio.Task[Any]], str] = asyncio.Task.get_name
+init_task: Callable[..., None] = asyncio.Task.__init__
+_remove_done_callback = asyncio.Task.remove_done_callback
+asyncio_cancel = asyncio.Task.cancel
+_uncancel = asyncio.Task.uncancel
+
+# What uncancellable() holds off: a client that leaves, and the end of the request.
+_HELD_BACK = frozenset({CancelKind.CLIENT_DISCONNECT, CancelKind.SCOPE_ENDED})
+
+# A task's progress may be used from threads: two that come at once must not make two.
+_making = threading.RLock()
+
+
+class Extras:
+    """What only some tasks need: a timeout, metadata, a result to keep, a shield."""
+
+    __slots__ = (
+        "attempt",
+        "begin",
+        "context",
+        "deferred",
+        "dropped",
+        "futures",
+        "inner",
+        "keep_result",
+        "made",
+        "message",
+        "metadata",
+        "never_called",
+        "never_ran",
+        "place_granted",
+        "previous",
+        "progress",
+        "queue_seconds",
+        "queue_timed_out",
+        "runs_forever",
+        "seconds",
+        "shields",
+        "started_at",
+        "supervises",
+        "ticket",
+        "timeout",
+        "uid",
+        "unrecorded",
+        "worker",
+    )
+
+    def __init__(
+        self,
+        metadata: Mapping[str, Any] | None = None,
+        keep_result: bool = False,
+        seconds: float | None = None,
+        queue_seconds: float | None = None,
+    ) -> None:
+        self.metadata = None if metadata is None else checked_metadata(metadata)
+        self.keep_result = keep_result
+        # Made when somebody asks for it.
+        self.uid: str | None = None
+        # The task's own timeout, and asyncio's while it runs.
+        self.seconds = seconds
+        self.timeout: asyncio.Timeout | None = None
+        # Its claim to a place, if places are limited; the gate opens when it gets one.
+        self.ticket: Ticket | None = None
+        self.place_granted: asyncio.Future[None] | None = None
+        self.queue_seconds = queue_seconds
+        self.queue_timed_out = False
+        # Of a task that had to wait: when it first ran, how its span is begun then, and where.
+        self.started_at: float | None = None
+        self.begin: Callable[[ManagedTask[Any]], None] | None = None
+        self.context: Context | None = None
+        # The user's coroutine inside of the one that the task runs.
+        self.inner: Coroutine[Any, Any, Any] | None = None
+        # What the loop's task factory has made of that.
+        self.made: Made | None = None
+        # The tasks that have to end before this one begins.
+        self.previous: tuple[asyncio.Task[Any], ...] = ()
+        self.progress: TaskProgress | None = None
+        # The cause that the last uncancel() took away.
+        self.dropped: CancelCause | None = None
+        # Why it cancels itself, or has a timeout of its own that does: no cause of the task's.
+        self.unrecorded: CancelCause | None = None
+        # What stands for it in other threads; the thread in which its function runs.
+        self.futures: tuple[TaskFuture[Any], ...] = ()
+        self.worker: Worker[Any] | None = None
+        # Of a cancel() that left no cause.
+        self.message: str | None = None
+        # It has run none of its code: known at its end, before that of one that was cancelled.
+        self.never_ran = False
+        # Its function was to run in a thread, and did not get one.
+        self.never_called = False
+        # It only looks after other tasks, which have the spans and take the places.
+        self.supervises = False
+        # Of a service, the attempt that it looks after.
+        self.attempt: ManagedTask[Any] | None = None
+        # It is a service that does not end by itself, or an attempt of such.
+        self.runs_forever = False
+        self.shields = 0
+        self.deferred: CancelCause | None = None
+
+    @property
+    def queued(self) -> bool:
+        """It waits for a place."""
+        return self.place_granted is not None and not self.place_granted.done()
+
+    def close(self) -> None:
+        """Close what the task has not awaited: one that is cancelled before its first step runs nothing."""
+        if self.made is not None:
+            self.made.coro.close()
+        if self.inner is not None:
+            self.inner.close()
+
+
+def checked_metadata(metadata: object) -> dict[str, Any]:
+    """Copy a task's metadata.
+
+    Raises:
+        TypeError: It is not a mapping.
+    """
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata must be a mapping of names to values, got {metadata!r}")
+    return dict(metadata)
+
+
+class _Absent(Enum):
+    """What stands where a snapshot has no result: still itself after it was pickled or copied."""
+
+    RESULT = "no result"
+
+
+NO_RESULT: Final = _Absent.RESULT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskInfo:
+    """A snapshot of a task; it holds no task, no frame, no exception.
+
+    Times are seconds on a monotonic clock; ``to_dict()`` gives them as wall-clock stamps, the same ones on
+    every call.
+
+    Attributes:
+        id: Unique among the live tasks of a manager.
+        uid: ``task.uid``, if that has been read; None otherwise. A snapshot makes none.
+        name: Unique among the live tasks of its scoped group, or of the manager.
+        group: The group's name.
+        group_id: The group's id.
+        priority: How urgent.
+        status: Where it is in its life.
+        created_at: When it was created.
+        started_at: When it was handed to the loop; None for a task that has not run any of its code.
+        ended_at: When it ended; None while it is live.
+        error_type: The class of what it raised.
+        error: The text of what it raised.
+        cause: Why it was or is being cancelled.
+        cancel_ignored: True for a task that was cancelled and completed anyway.
+        progress: What it reported last of its progress; None if it never did.
+        metadata: What was given at its creation.
+        trace_id: In hex; None without tracing.
+        span_id: In hex; None without tracing.
+        epoch: The wall-clock time at which the clock of these times was 0, in seconds since 1970.
+    """
+
+    id: str
+    uid: str | None
+    name: str
+    group: str
+    group_id: str
+    priority: TaskPriority
+    status: TaskStatus
+    created_at: float
+    started_at: float | None
+    ended_at: float | None
+    error_type: str | None
+    error: str | None
+    cause: CancelCause | None
+    cancel_ignored: bool
+    progress: Progress | None
+    metadata: dict[str, Any]
+    trace_id: str | None
+    span_id: str | None
+    epoch: float
+    # Compared by nobody: the == of a result may be no bool, as an array's.
+    _result: Any = field(default=NO_RESULT, repr=False, compare=False)
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds from creation to end; None while it is live."""
+        return None if self.ended_at is None else self.ended_at - self.created_at
+
+    @property
+    def has_result(self) -> bool:
+        """True for a task that has completed and whose result is kept: one of ``start_task``."""
+        return self._result is not NO_RESULT
+
+    @property
+    def result(self) -> Any:
+        """What the task returned, if it is kept; ``to_dict()`` leaves it out.
+
+        Raises:
+            AttributeError: There is none, see ``has_result``: ``getattr(info, "result", None)`` works.
+        """
+        if self._result is NO_RESULT:
+            raise AttributeError(
+                f"the snapshot of task {self.name!r} ({self.status}) has no result: "
+                "only that of a completed start_task() has; ask has_result first"
+            )
+        return self._result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the snapshot as JSON-ready data, without the result (metadata is passed through as it is)."""
+        data = {key: getattr(self, key) for key in _PLAIN}
+        for key in ("created_at", "started_at", "ended_at"):
+            data[key] = None if data[key] is None else wall_clock(data[key], self.epoch)
+        data["priority"] = self.priority.name
+        data["status"] = str(self.status)
+        data["cause"] = self.cause and self.cause.to_dict()
+        data["progress"] = self.progress and self.progress.to_dict()
+        data["duration"] = None if self.duration is None else rounded(self.duration)
+        return data
+
+
+_PLAIN = tuple(each.name for each in fields(TaskInfo) if each.name not in ("epoch", "_result"))
+
+
+class ManagedTask(asyncio.Task[T]):
+    """A task of a manager; made by ``create_task`` and ``start_task``, never directly.
+
+    It is an ``asyncio.Task`` in all respects: ``await`` it, pass it to ``asyncio.wait``,
+    cancel it. Awaiting it forwards the awaiter's own cancellation to it, as for any asyncio
+    task; ``manager.wait_for_task`` does not.
+    """
+
+    __slots__ = (
+        "_cause",
+        "_created_at",
+        "_ended_at",
+        "_extras",
+        "_group",
+        "_key",
+        "_priority",
+        "_span",
+        "_waiters",
+    )
+
+    _group: TaskGroup
+    # Its key in the group's tables: its name, or the number of one that was given none. Such a
+    # name is made of the function's and the number when somebody asks for it: most are never
+    # asked for theirs, and making it took 4 % of a task's instructions.
+    _key: str | int
+    _priority: TaskPriority
+    _created_at: float
+    # Set at the end only.
+    _ended_at: float
+    _span: Span | None
+    _cause: CancelCause | None
+    _extras: Extras | None
+    # Done-callbacks of others: somebody who waits will be told of a failure.
+    _waiters: int
+
+    @property
+    def id(self) -> str:
+        """The name, or ``group id/name`` in a scoped group: unique among the manager's live tasks."""
+        return self._group._task_id(self.get_name())
+
+    @property
+    def uid(self) -> str:
+        """An id that no other task ever has, and that nobody can guess: hand this one to a client.
+
+        It is made when it is first read. From then on the functions that take a name find the task by it too,
+        as long as it is live or remembered.
+        """
+        return uid_of(self)
+
+    @property
+    def name(self) -> str:
+        """The name, as ``get_name()``."""
+        return self.get_name()
+
+    @property
+    def group(self) -> TaskGroup:
+        """The group in which it was created."""
+        return self._group
+
+    @property
+    def priority(self) -> TaskPriority:
+        """How urgent it is."""
+        return self._priority
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What was given at its creation, the task's own to add to."""
+        extras = extras_of(self)
+        if extras.metadata is None:
+            extras.metadata = {}
+        return extras.metadata
+
+    @property
+    def progress(self) -> TaskProgress:
+        """Where it reports its progress, by ``update`` or ``advance``, and others ``watch`` it."""
+        return progress_of(self)
+
+    @property
+    def status(self) -> TaskStatus:
+        """Where it is in its life, derived from the task itself."""
+        if self.done():
+            return final_status(self)
+        if self.cancelling():
+            return TaskStatus.CANCELLING
+        return TaskStatus.RUNNING if has_started(self) else TaskStatus.PENDING
+
+    @property
+    def cause(self) -> CancelCause | None:
+        """Why it was or is being cancelled; None if nobody asked."""
+        return self._cause
+
+    @property
+    def cancel_ignored(self) -> bool:
+        """True if it was cancelled and completed all the same."""
+        if not self.done() or self.cancelled() or failure_of(self) is not None:
+            return False
+        return self.cancelling() > 0 or timed_out(self)
+
+    @property
+    def trace_id(self) -> str | None:
+        """Its trace in hex, as Jaeger shows it; None without tracing."""
+        return span_ids(self._span)[0]
+
+    def info(self) -> TaskInfo:
+        """Take a snapshot."""
+        return snapshot(self)
+
+    def stack(self) -> str:
+        """Say where it waits, as lines of a traceback; empty once it is done."""
+        worker = None if self._extras is None else self._extras.worker
+        # Of a function in a thread, where the thread is.
+        return (worker and worker.stack()) or stack_of(self)
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        """Ask for its cancellation, exactly as ``asyncio.Task.cancel`` does; from any thread.
+
+        Args:
+            msg: The reason; handed to the CancelledError, and noted with the cause.
+
+        Returns:
+            False if it had ended already; True says asked for, not ended. From another thread
+            the loop is told, and asks in its next turn.
+
+        Telemetry: an event ``otel_tasks.cancel_requested`` on its span, and a link to the span
+        that is current here. Neither if the request comes from a bare loop callback, unless that is
+        known to be a timeout or the like of another task: ``asyncio.timeout`` and ``asyncio.TaskGroup``
+        inside the task cancel it for themselves that way.
+        """
+        if get_ident() != self._group._ledger.thread and _get_running_loop() is not self.get_loop():
+            return _cancel_from_elsewhere(self, msg)
+        if stopping and intercepted(self, msg):
+            # It came from a request that awaits this task, and stops there.
+            return True
+        if self.done():
+            return False
+        if _get_running_loop() is None:
+            # As asyncio.run() does at its end.
+            self._group._ledger.lost.note(self.get_loop())
+        if not has_started(self):
+            extras_of(self).never_ran = True
+        cause, host = cause_of_cancel(self, msg)
+        noted = note_request(self, cause, is_own=host is self, message=msg)
+        with passing(cause):
+            asked = super().cancel(msg)
+        if noted:
+            self._group._ledger.cancelling(self)
+        return asked
+
+    def uncancel(self) -> int:
+        """Take one request back, exactly as ``asyncio.Task.uncancel``; the last takes the cause with it."""
+        remaining = super().uncancel()
+        if not remaining and self._cause is not None:
+            extras_of(self).dropped = self._cause
+            self._cause = None
+        extras = self._extras
+        if not remaining and extras is not None:
+            extras.unrecorded = None
+            # From Python 3.13 on it then runs; before, a cancel() before the first step holds. asyncio's own
+            # attribute, 3.11 to 3.15.
+            extras.never_ran = extras.never_ran and getattr(self, "_must_cancel", True)
+        return remaining
+
+    def get_name(self) -> str:
+        """The name: unique among the live tasks of its scoped group, or of the manager."""
+        # Without a key where its making has failed halfway, and asyncio says so.
+        return full_name(super().get_name(), getattr(self, "_key", ""))
+
+    def set_name(self, value: object) -> None:
+        """Rename it in its group too; a name that is taken gets a number behind it.
+
+        Raises:
+            ValueError: It is empty, longer than 200 characters, or contains ``#`` or a control character.
+        """
+        # C's __init__ sets the first name without coming here.
+        name = str(value)
+        # Its own may be one of the library's, or a function's.
+        if name != self.get_name():
+            self._rename_to(checked_name("task", name))
+
+    def _rename_to(self, name: str) -> None:
+        self._key = name = self._group._rename(self, name)
+        super().set_name(name)
+
+    def add_done_callback(self, fn: Callable[[Any], object], /, *, context: Context | None = None) -> None:
+        """As ``asyncio.Task.add_done_callback``; counted, to know whether anybody waits."""
+        if context is None:
+            # Not handed on: C takes an explicit None for a context, and then calls back in a stranger's.
+            super().add_done_callback(fn)
+        else:
+            super().add_done_callback(fn, context=context)
+        self._waiters += waits(fn)
+        if self._extras is not None and self._extras.place_granted is not None:
+            lift_for_waiter(self, self._extras)
+
+    def remove_done_callback(self, fn: Callable[[Any], object], /) -> int:
+        """As ``asyncio.Task.remove_done_callback``."""
+        removed = super().remove_done_callback(fn)
+        self._waiters -= removed * waits(fn)
+        return removed
+
+
+def full_name(base: str, key: str | int) -> str:
+    """The name of a task, of what asyncio calls it and of its key."""
+    return f"{base}-{key}" if isinstance(key, int) else base
+
+
+def by_name(tasks: Mapping[str | int, ManagedTask[Any]], name: str) -> ManagedTask[Any] | None:
+    """Look a task up in a table of a group: under its name, or under the number at the end of it."""
+    task = tasks.get(name)
+    number = name.rpartition("-")[2]
+    # Bounded: int() refuses very long ones.
+    if task is None and number.isdecimal() and len(number) < 19:
+        task = tasks.get(int(number))
+        return task if task is not None and task.get_name() == name else None
+    return task
+
+
+def request_cancel(task: ManagedTask[Any], cause: CancelCause, text: str | None = None) -> bool:
+    """Cancel a task on behalf of its group, its manager or a shutdown: once, so that clean-up is not torn.
+
+    Args:
+        task: Which.
+        cause: Noted with it.
+        text: ``str(cause)``, from callers that ask many.
+
+    Returns:
+        True if this call was the one that asked.
+    """
+    if task._cause is not None or task.done():
+        return False
+    extras = task._extras
+    if extras is not None and extras.shields and cause.kind in _HELD_BACK:
+        extras.deferred = extras.deferred or cause
+        return False
+    record_cause(task, cause)
+    with passing(cause):
+        asyncio_cancel(task, text or str(cause))
+    task._group._ledger.cancelling(task)
+    return True
+
+
+def _cancel_from_elsewhere(task: ManagedTask[Any], message: object) -> bool:
+    """Have the loop of a task cancel it, for a cause of this thread."""
+    if task.done():
+        return False
+    loop = task.get_loop()
+    cause = cause_elsewhere(loop, None if message is None else str(message))
+
+    def cancel() -> None:
+        noted = task._cause is None and not task.done()
+        if noted:
+            record_cause(task, cause)
+        with passing(cause):
+            asyncio_cancel(task, message)
+        if noted:
+            task._group._ledger.cancelling(task)
+
+    try:
+        loop.call_soon_threadsafe(cancel)
+    except RuntimeError:
+        # It is closed: the task can neither be cancelled nor end.
+        return False
+    return True
+
+
+def cause_elsewhere(loop: asyncio.AbstractEventLoop, message: str | None) -> CancelCause:
+    """Note a cause in a thread, on the clock of the loop that it is for."""
+    return replace(CancelCause.make(CancelKind.EXPLICIT, message), at=clock_of(loop)())
+
+
+# What modules that know nothing of managed tasks do with one.
+ask_to_end.register(ManagedTask, request_cancel)
+own_name.register(ManagedTask, ManagedTask.get_name)
+
+
+@known_cause.register(ManagedTask)
+def _known_cause(task: ManagedTask[Any]) -> CancelCause | None:
+    if task._cause is not None or task._extras is None:
+        return task._cause
+    return task._extras.unrecorded
+
+
+@name_of_timeout.register(ManagedTask)
+def _name_of_timeout(task: ManagedTask[Any], timeout: asyncio.Timeout) -> str:
+    extras = task._extras
+    if extras is None or extras.timeout is not timeout:
+        return "an asyncio timeout expired"
+    return timeout_text(extras)
+
+
+def note_request(task: ManagedTask[Any], cause: CancelCause, *, is_own: bool, message: object) -> bool:
+    """Record why a task is being cancelled, if it is not the task itself that asks.
+
+    Args:
+        task: Which.
+        cause: Why.
+        is_own: A construct inside of the task asks, such as ``asyncio.timeout``, which takes it back.
+        message: What ``cancel()`` was called with.
+
+    Returns:
+        True if the cause was recorded: the first one is, unless it was taken back.
+    """
+    asker = asyncio.current_task(task.get_loop())
+    extras = task._extras
+    if (
+        task._cause is None
+        and not is_own
+        and (passed_down() is not None or _is_of_others(task, asker, cause))
+    ):
+        record_cause(task, cause)
+        return True
+    if asker is task and message is None and extras is not None and task._cause is None:
+        # What asyncio.TaskGroup does from 3.13 on, when it fails in a task that is being
+        # cancelled: uncancel() and cancel() again. The cause is the same as before.
+        task._cause, extras.dropped = extras.dropped, None
+    if task._cause is None:
+        extras = extras_of(task)
+        extras.unrecorded = extras.unrecorded or cause
+        # asyncio forgets it at the end.
+        extras.message = extras.message if message is None else str(message)
+    return False
+
+
+def _is_of_others(task: ManagedTask[Any], asker: asyncio.Task[Any] | None, cause: CancelCause) -> bool:
+    """True for a request of others; libraries cancel the task in which they run from bare callbacks."""
+    if asker is None:
+        return cause.kind is not CancelKind.EXPLICIT
+    return asker is not task
+
+
+def record_cause(task: ManagedTask[Any], cause: CancelCause) -> None:
+    """Write a cause beside the request, and the moment of it onto the span."""
+    task._cause = cause
+    if not has_started(task):
+        extras_of(task).never_ran = True
+    if task._span is not None:
+        note_cancel_requested(task._span, cause)
+
+
+def with_predecessors(task: ManagedTask[Any]) -> tuple[asyncio.Task[Any], ...]:
+    """A task and those for which it still waits itself: what has to end before its successor begins."""
+    return (task,) if task._extras is None else (task, *task._extras.previous)
+
+
+def extras_of(task: ManagedTask[Any]) -> Extras:
+    """Give a task's extras, made on first use."""
+    if task._extras is None:
+        with _making:
+            if task._extras is None:
+                task._extras = Extras()
+    return task._extras
+
+
+def progress_of(task: ManagedTask[Any]) -> TaskProgress:
+    """Give a task's progress, made on first use."""
+    extras = extras_of(task)
+    if extras.progress is None:
+        with _making:
+            if extras.progress is None:
+                extras.progress = TaskProgress(task.get_loop())
+        if task.done():
+            # Also where it ended while a thread was here: whoever takes the end has seen no progress.
+            extras.progress.end()
+    return extras.progress
+
+
+def uid_of(task: ManagedTask[Any]) -> str:
+    """Give a task's uid, made on first use."""
+    extras = extras_of(task)
+    if extras.uid is None:
+        with _making:
+            if extras.uid is None:
+                # 128 bits: more than anybody can try. With a counter a client would know its neighbors'.
+                uid = token_urlsafe(16)
+                task._group._ledger.note_uid(task, uid)
+                extras.uid = uid
+        task._group._ledger.record_uid(task)
+    return extras.uid
+
+
+def reported(task: ManagedTask[Any]) -> Progress | None:
+    """What a task has reported last, if it has."""
+    extras = task._extras
+    return None if extras is None or extras.progress is None else extras.progress.snapshot()
+
+
+def has_started(task: ManagedTask[Any]) -> bool:
+    """Tell by its coroutine whether a live task has run any of its code."""
+    if task.done():
+        # Before its coroutine is asked for: one that ended in an eager first step has none, and CPython
+        # 3.12 up to 3.12.4 crashes (https://github.com/python/cpython/issues/122332).
+        return True
+    extras = task._extras
+    return has_begun(task.get_coro() if extras is None or extras.inner is None else extras.inner)
+
+
+def has_begun(coro: object) -> bool:
+    """Tell whether a coroutine has run any of its code."""
+    if not isinstance(coro, CoroutineType):
+        # Cython's coroutines and other Awaitables do not show their state.
+        return True
+    return coro.cr_suspended or coro.cr_running or coro.cr_frame is None
+
+
+def failure_of(task: asyncio.Task[Any]) -> BaseException | None:
+    """Look at what a finished task raised without marking it as retrieved.
+
+    ``task.exception()`` would: asyncio then no longer logs an error that nobody ever takes.
+    """
+    # The attribute that asyncio.Future itself reads, in C and in Python, 3.11 to 3.15.
+    error: BaseException | None = task._exception
+    return error
+
+
+def timed_out(task: ManagedTask[Any]) -> bool:
+    """True if the task's own timeout has expired."""
+    extras = task._extras
+    if extras is None:
+        return False
+    return extras.queue_timed_out or (extras.timeout is not None and extras.timeout.expired())
+
+
+def final_signal(task: ManagedTask[Any]) -> Signal:
+    """Say by which signal a finished task ended."""
+    if task.cancelled():
+        return Signal.UNWIND if task.cancelling() else Signal.FOREIGN_CANCEL
+    return Signal.RETURN if failure_of(task) is None else Signal.RAISE
+
+
+def final_status(task: ManagedTask[Any]) -> TaskStatus:
+    """Look the status of a finished task up in the table."""
+    before = TaskStatus.CANCELLING if task.cancelling() else TaskStatus.RUNNING
+    return next_status(before, final_signal(task))
+
+
+def outcome_of(task: ManagedTask[Any], status: TaskStatus) -> Outcome:
+    """Say how a finished task ended, in the words of its span."""
+    if status is TaskStatus.COMPLETED:
+        return Outcome.SUCCESS
+    if status is TaskStatus.CANCELLED:
+        return Outcome.CANCELLED
+    ran_out = timed_out(task) and isinstance(failure_of(task), TimeoutError)
+    return Outcome.TIMEOUT if ran_out else Outcome.ERROR
+
+
+def cause_at_end(task: ManagedTask[Any], status: TaskStatus) -> CancelCause | None:
+    """Give the noted cause, or the one that a finished task shows.
+
+    A request that was not noted left its count and its message; without a count nobody asked.
+    """
+    if timed_out(task) and task._extras is not None:
+        return task._cause or CancelCause(CancelKind.TIMEOUT, timeout_text(task._extras))
+    if task._cause is not None or status is not TaskStatus.CANCELLED:
+        return task._cause
+    if not task.cancelling():
+        return CancelCause(CancelKind.FOREIGN, "a CancelledError that nobody asked for")
+    return CancelCause(CancelKind.EXPLICIT, None if task._extras is None else task._extras.message)
+
+
+def cancel_message(task: asyncio.Task[Any]) -> object:
+    """Read what the last ``cancel()`` of a running task said; asyncio's own attribute, 3.11 to 3.15."""
+    return getattr(task, "_cancel_message", None)
+
+
+def snapshot(task: ManagedTask[Any]) -> TaskInfo:
+    """Take a snapshot of a task, live or ended."""
+    group = task._group
+    # In one step: what a request's group is called has to be looked up.
+    group_name, group_id, is_scoped = group._label or group._labels()
+    name = task.get_name()
+    status = task.status
+    extras = task._extras
+    error = failure_of(task) if status is TaskStatus.FAILED else None
+    trace_id, span_id = span_ids(task._span)
+    metadata: dict[str, Any] = {}
+    progress = None
+    result: Any = NO_RESULT
+    uid = None
+    if extras is not None:
+        uid = extras.uid
+        if extras.metadata is not None:
+            metadata = dict(extras.metadata)
+        if extras.progress is not None:
+            progress = extras.progress.snapshot()
+        if extras.keep_result and status is TaskStatus.COMPLETED:
+            result = task.result()
+    return TaskInfo(
+        id=f"{group_id}/{name}" if is_scoped else name,
+        uid=uid,
+        name=name,
+        group=group_name,
+        group_id=group_id,
+        priority=task._priority,
+        status=status,
+        created_at=task._created_at,
+        started_at=started_at(task, status),
+        ended_at=getattr(task, "_ended_at", None),
+        error_type=None if error is None else type(error).__name__,
+        error=None if error is None else text_of(error),
+        cause=task._cause,
+        cancel_ignored=task.cancel_ignored,
+        progress=progress,
+        metadata=metadata,
+        trace_id=trace_id,
+        span_id=span_id,
+        epoch=group._ledger.epoch,
+        _result=result,
+    )
+
+
+def started_at(task: ManagedTask[Any], status: TaskStatus) -> float | None:
+    """When it was handed to the loop, or got its place; None for one that has run none of its code."""
+    extras = task._extras
+    if status is TaskStatus.PENDING:
+        return None
+    if extras is None:
+        return task._created_at
+    if (extras.never_ran and status is not TaskStatus.COMPLETED) or extras.never_called:
+        return None
+    return task._created_at if extras.place_granted is None else extras.started_at
+
+
+def runs_forever(task: ManagedTask[Any]) -> bool:
+    """True for a service that does not end by itself, and its attempts."""
+    return task._extras is not None and task._extras.runs_forever
+
+
+def queue_time(task: ManagedTask[Any]) -> float | None:
+    """Seconds for which an ended task waited for its place; None if it never had to."""
+    extras = task._extras
+    if extras is None or extras.place_granted is None:
+        return None
+    return (task._ended_at if extras.started_at is None else extras.started_at) - task._created_at
+
+
+def timeout_text(extras: Extras) -> str:
+    """Say which timeout a task ran into."""
+    if extras.queue_timed_out:
+        return f"queue timeout of {extras.queue_seconds:g} s"
+    return f"timeout of {extras.seconds:g} s"
+
+
+def waits(callback: object) -> bool:
+    """Tell somebody who will be told of a failure from ``tasks.discard``, which keeps a set in order."""
+    return not isinstance(getattr(callback, "__self__", None), set | list | dict)
+
+
+def lift_for_waiter(task: ManagedTask[Any], extras: Extras) -> None:
+    """Let a queued task count as urgent as the task that is about to wait for it."""
+    waiter = asyncio.current_task(task.get_loop())
+    if extras.ticket is not None and isinstance(waiter, ManagedTask):
+        lift(extras.ticket, waiter._priority)
+
+
+def stack_of(task: asyncio.Task[Any]) -> str:
+    """Say where a task waits, managed or not, as lines of a traceback; empty once it is done.
+
+    asyncio's own ``print_stack`` shows of a waiting task the outermost line alone.
+    """
+    frames = () if task.done() else suspended_frames(own_coroutine(task))
+    return "".join(traceback.StackSummary.extract((frame, frame.f_lineno) for frame in frames).format())
+
+
+def own_coroutine(task: asyncio.Task[Any]) -> Any:
+    """Give the user's coroutine once it runs, not what this package or a task factory wraps around it."""
+    extras = task._extras if isinstance(task, ManagedTask) else None
+    inner = None if extras is None else extras.inner
+    runs = getattr(inner, "cr_suspended", False) or getattr(inner, "cr_running", False)
+    return inner if runs else task.get_coro()
+
+
+def shield(task: ManagedTask[Any]) -> None:
+    """Hold back the end of its request from a task until ``unshield`` has been called as often."""
+    extras_of(task).shields += 1
+
+
+def is_shielded(task: ManagedTask[Any]) -> bool:
+    """True while the end of its request is held back from a task."""
+    return task._extras is not None and task._extras.shields > 0
+
+
+def unshield(task: ManagedTask[Any]) -> None:
+    """Let go of one shield; with the last one a cancellation that was held back is delivered."""
+    extras = extras_of(task)
+    extras.shields -= 1
+    if not extras.shields and extras.deferred is not None:
+        cause, extras.deferred = extras.deferred, None
+        request_cancel(task, cause)
+
+
+def run_when(
+    coro: Coroutine[Any, Any, T],
+    extras: Extras,
+    previous: tuple[asyncio.Task[Any], ...],
+    created_at: float,
+    clock: Callable[[], float] | None = None,
+) -> Coroutine[Any, Any, T]:
+    """Make what runs ``coro`` after all ``previous`` have ended, and up to its timeout.
+
+    Args:
+        coro: What to run.
+        extras: Where its timeout is.
+        previous: The tasks to wait for.
+        created_at: The timeout counts from here.
+        clock: That of ``created_at``; None is the loop's ``time()``.
+    """
+    # Cancelled before its first step it never runs: whoever takes the end closes the inner one.
+    if extras.made is None:
+        extras.inner = coro
+    extras.previous = previous
+    deadline = None if extras.seconds is None else created_at + extras.seconds
+    return _run_when(coro, extras, deadline, clock)
+
+
+async def _run_when(
+    coro: Coroutine[Any, Any, T],
+    extras: Extras,
+    deadline: float | None,
+    clock: Callable[[], float] | None,
+) -> T:
+    if clock is not None and deadline is not None:
+        # What is left, in the loop's own time: the two clocks need not agree.
+        deadline += asyncio.get_running_loop().time() - clock()
+    try:
+        async with asyncio.timeout_at(deadline) as extras.timeout:
+            if extras.place_granted is not None:
+                await _wait_for_place(extras.place_granted, extras)
+            await wait_until_done(extras.previous)
+            extras.previous = ()
+            return await coro
+    except TimeoutError:
+        if extras.timeout is not None and (extras.queue_timed_out or extras.timeout.expired()):
+            raise TimeoutError(f"the task ran into its {timeout_text(extras)}") from None
+        raise
+
+
+async def _wait_for_place(place_granted: asyncio.Future[None], extras: Extras) -> None:
+    try:
+        async with asyncio.timeout(extras.queue_seconds):
+            await place_granted
+    except TimeoutError:
+        extras.queue_timed_out = True
+        raise
+    task = asyncio.current_task()
+    if extras.begin is not None and isinstance(task, ManagedTask):
+        begin, extras.begin, extras.context = extras.begin, None, None
+        extras.started_at = task._group._ledger.clock()
+        begin(task)
+
+
+class PendingWaiter:
+    """The tasks for which somebody who waits for many has still to wait: a done-callback is at one alone."""
+
+    __slots__ = ("__weakref__", "left", "waiter")
+
+    def __init__(self, left: Mapping[asyncio.Task[Any], None], waiter: asyncio.Task[Any] | None) -> None:
+        self.left = left
+        self.waiter = waiter
+
+
+# All of this process, for those who ask who awaits a task. Weak: one that stands in a loop that was
+# closed under it goes with it.
+_pending_waiters: WeakValueDictionary[int, PendingWaiter] = WeakValueDictionary()
+
+
+def waiters_behind(task: asyncio.Future[Any]) -> list[asyncio.Task[Any]]:
+    """Say who waits for many tasks, with this one among those that are still to come."""
+    # A list made in one step: lines come and go in other threads meanwhile.
+    lines = [line for link in _pending_waiters.valuerefs() if (line := link()) is not None]
+    return [line.waiter for line in lines if line.waiter is not None and task in line.left]
+
+
+async def wait_until_done(tasks: Collection[asyncio.Task[Any]], timeout: float | None = None) -> None:
+    """Wait until all ``tasks`` are done, or for ``timeout`` seconds (None: without bound).
+
+    Their own done-callbacks have been called by then: the books are in order. Unlike
+    ``asyncio.wait`` it does not count as somebody who will be told of their failures.
+
+    Cancellation: of the caller leaves the tasks alone.
+    """
+    if not tasks:
+        return
+    loop = asyncio.get_running_loop()
+    deadline = None if timeout is None else loop.time() + timeout
+    # A dictionary, to take the last one out of it, and to be asked whether one is in it.
+    left = dict.fromkeys(tasks)
+    if len(left) > 1:
+        line = PendingWaiter(left, asyncio.current_task())
+        _pending_waiters[id(line)] = line
+    ended_before = False
+    # One after another, the last first: tasks that end in the same turn cost one wait, not one each.
+    while left:
+        task, _ = left.popitem()
+        ended_before = task.done()
+        if not ended_before and not await _is_done_by(task, deadline, loop):
+            return
+    if ended_before:
+        # Perhaps in this very turn: then its done-callbacks are to be called in the next.
+        await asyncio.sleep(0)
+
+
+async def _is_done_by(
+    task: asyncio.Task[Any], deadline: float | None, loop: asyncio.AbstractEventLoop
+) -> bool:
+    waiter: asyncio.Future[bool] = loop.create_future()
+
+    def finish(is_done: bool) -> None:
+        if not waiter.done():
+            waiter.set_result(is_done)
+
+    def one_done(_: object) -> None:
+        finish(True)
+
+    add_done_callback(task, one_done, context=Context())
+    timer = None if deadline is None else loop.call_at(deadline, finish, False)
+    try:
+        return await waiter
+    finally:
+        if timer is not None:
+            timer.cancel()
+        _remove_done_callback(task, one_done)
