@@ -5,7 +5,6 @@ tests in ``testing`` and ``pytest_plugin``, the logging filter in ``logs``, and 
 ``instrumentation``. ``_core`` and ``_asgi`` hold the implementation; ``docs/architecture.md`` maps it.
 """
 
-
 from otel_tasks._core.current import current_manager
 from otel_tasks._core.decorator import ManagedFunction, managed_task
 from otel_tasks._core.frames import Location
