@@ -469,63 +469,6 @@ async def test_repr_says_what_a_group_is_doing() -> None:
 # -- groups without a block: a request's -----------------------------------------------------------
 
 
-async def test_request_group_is_named_late_and_found_by_its_number() -> None:
-    """A request's group gets its route's name later; it is found and removed all the same."""
-    manager = TaskManager()
-    name = ["GET"]
-    group = manager._open_group(lambda: name[0], binding=None, host=None, span=False)
-    early = group.id
-    name[0] = "GET /orders/{id}"
-    task = group.create_task(rest(), name="work")
-    assert group.id == f"GET /orders/{{id}}#{early.partition('#')[2]}"
-    assert manager.get_task(f"{group.id}/work") is task
-    group.cancel()
-    await asyncio.wait([task])
-    await settle()
-    group._seal()
-    assert not manager._ledger.scopes
-    assert not manager._root._children
-
-
-async def test_sealed_request_group_takes_no_more_and_leaves_when_empty() -> None:
-    """A sealed group refuses new tasks and leaves the tree with its last one."""
-    manager = TaskManager()
-    binding = manager.get_group("root")
-    group = manager._open_group("GET /orders", binding=binding, host=None, span=False)
-    task = group.create_task(rest())
-    group._seal(DISCONNECT)
-    with pytest.raises(
-        GroupClosedError,
-        match=rf"^cannot create task 'send_mail': group '{group.id}' is closed \(client_disconnect\); "
-        r"work that outlives the request belongs in manager\.create_task\(\.\.\., group=\.\.\.\)$",
-    ):
-        group.create_task(rest(), name="send_mail")
-    assert manager._ledger.scopes
-    task.cancel()
-    await asyncio.wait([task])
-    await settle()
-    assert not manager._ledger.scopes
-
-
-async def test_sealed_group_without_a_cause_is_finished() -> None:
-    """A group that was sealed because its request ended says so; sealing twice changes nothing."""
-    group = TaskManager()._open_group("GET", binding=None, host=None, span=False)
-    group._seal()
-    group._seal(DISCONNECT)
-    with pytest.raises(GroupClosedError, match="is finished; work that outlives the block belongs in"):
-        group.create_task(rest())
-
-
-async def test_request_group_has_a_span_if_asked_for(spans: SpanRecorder) -> None:
-    """span=True gives a request's group a span that its tasks are children of."""
-    manager = TaskManager(tracer_provider=spans.provider)
-    group = manager._open_group("GET /orders", binding=None, host=None, span=True)
-    await group.create_task(give(1), name="work")
-    await settle()
-    group._seal()
-    assert [span.name for span in spans.children(spans.span("GET /orders"))] == ["work"]
-
-
 async def test_cancel_spares_who_it_is_told_to_spare() -> None:
     """The caller that is going to wait, or a task that has the message already, is left alone."""
     manager = TaskManager()

@@ -29,6 +29,7 @@ from otel_tasks import (
 )
 from otel_tasks._core import inspection as _inspect
 from otel_tasks._core.inspection import duration
+from otel_tasks._core.request_group import RequestGroup
 from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.testing import FakeConnection, run
 from tests.helpers import fail, ignore_cancels, now, rest, settle
@@ -217,7 +218,7 @@ async def test_blocks_are_shown_with_who_runs_them() -> None:
 async def test_closed_group_says_so() -> None:
     """A group that takes no new tasks, and is not being cancelled, tells why."""
     async with TaskManager() as manager:
-        group = manager._open_group("GET", binding=None, host=None)
+        group = RequestGroup.open(manager, "GET", binding=None, host=None)
         group.create_task(rest(), name="work")
         group._seal()
         node = manager.tree().root.groups[0]

@@ -15,6 +15,7 @@ import pytest
 
 import otel_tasks
 from otel_tasks import TaskManager, create_task
+from otel_tasks._core.request_group import RequestGroup
 from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.logs import TaskContextFilter
 from otel_tasks.testing import FakeConnection
@@ -207,7 +208,7 @@ async def test_filter_never_raises(kept: Kept) -> None:
         known = True
 
     async with TaskManager() as manager:
-        group = manager._open_group(route, binding=None, host=None)
+        group = RequestGroup.open(manager, route, binding=None, host=None)
         await group.create_task(work(), name="work")
         group._leave_tree()
 

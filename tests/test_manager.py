@@ -33,6 +33,7 @@ from otel_tasks import (
     start_task,
     wait_for_task,
 )
+from otel_tasks._core.request_group import RequestGroup
 from otel_tasks.testing import VirtualClockLoop, run
 from tests.helpers import cancel_at_each_await, fail, give, ignore_cancels, kind_of, now, rest, settle
 
@@ -598,7 +599,7 @@ async def test_lookup_in_a_group_whose_name_changes() -> None:
     """A request's group is renamed once its route is known; the ids that it had still lead to its tasks."""
     manager = TaskManager()
     route = ["GET"]
-    group = manager._open_group(lambda: route[0], binding=None, host=None)
+    group = RequestGroup.open(manager, lambda: route[0], binding=None, host=None)
     first = group.id
     await manager.start_task("early", give(1), group=group)
     await settle()

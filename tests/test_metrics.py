@@ -18,6 +18,7 @@ from opentelemetry.metrics import _internal as metrics_internal
 import otel_tasks
 from otel_tasks import CancelCause, CancelKind, TaskManager, TaskPriority, create_task
 from otel_tasks._core import telemetry
+from otel_tasks._core.request_group import RequestGroup
 
 if TYPE_CHECKING:
     from otel_tasks.testing import SpanRecorder
@@ -243,7 +244,7 @@ async def test_active_adds_up_to_the_live_tasks(manager: TaskManager, spans: Spa
 async def test_active_counts_requests_by_route(manager: TaskManager, spans: SpanRecorder) -> None:
     """A request's group is counted under the name that it has when it is read."""
     route = "GET"
-    group = manager._open_group(lambda: route, binding=None, host=None)
+    group = RequestGroup.open(manager, lambda: route, binding=None, host=None)
     group.create_task(work())
     assert active(spans) == {"GET": 1}
     route = "GET /report/{id}"
@@ -565,7 +566,7 @@ async def test_raising_instrument_breaks_no_task(
 
 async def test_no_id_stands_on_any_metric(manager: TaskManager, spans: SpanRecorder) -> None:
     """Names with numbers, ids of groups and requests, and counted names all stay off the metrics."""
-    request = manager._open_group("GET /order/{id}", binding=None, host=None)
+    request = RequestGroup.open(manager, "GET /order/{id}", binding=None, host=None)
     request.create_task(work(60), name="pay-4711")
     async with manager.group("load-7") as group:
         group.create_task(work(), name="fetch-1")

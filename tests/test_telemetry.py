@@ -21,6 +21,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 import otel_tasks
 from otel_tasks import CancelCause, CancelKind, TaskGroup, TaskManager, TaskPriority, create_task
 from otel_tasks._core import telemetry
+from otel_tasks._core.request_group import RequestGroup
 from otel_tasks.testing import run
 
 if TYPE_CHECKING:
@@ -767,7 +768,7 @@ async def test_disconnect_links_to_the_request(
     """A cause made with a request's context has the request's span as its origin, wherever it is made."""
     with tracer.start_as_current_span("GET /report"):
         request = contextvars.copy_context()
-        group = manager._open_group("GET /report", binding=None, host=None)
+        group = RequestGroup.open(manager, "GET /report", binding=None, host=None)
         task = group.create_task(asyncio.sleep(60), name="query")
     await started(task)
     cause = CancelCause.make(CancelKind.CLIENT_DISCONNECT, context=request)
@@ -946,7 +947,7 @@ async def test_open_group_has_a_span_if_asked_for(
 ) -> None:
     """The span of a group without a block, as a request's, ends when the group is sealed and empty."""
     with tracer.start_as_current_span("GET"):
-        group = manager._open_group("GET /report", binding=None, host=None, span=True)
+        group = RequestGroup.open(manager, "GET /report", binding=None, host=None, span=True)
         task = group.create_task(work(), name="query")
         group._seal()
         await task

@@ -25,6 +25,7 @@ from otel_tasks import (
     wait_with_cancellation,
 )
 from otel_tasks._core.awaiters import with_awaiters
+from otel_tasks._core.request_group import RequestGroup
 from tests.helpers import cancel_at_each_await, fail, give, ignore_cancels, now, rest, settle
 
 if TYPE_CHECKING:
@@ -685,7 +686,7 @@ async def test_handler_of_the_request_is_left_alone() -> None:
     """A task of a request's group that cleans up does not cancel the request's handler."""
     async with TaskManager() as manager:
         handler = asyncio.create_task(asyncio.sleep(1.0, "answered"))
-        group = manager._open_group("GET /", binding=None, host=handler)
+        group = RequestGroup.open(manager, "GET /", binding=None, host=handler)
         cleaning = group.create_task(cleanup_lingering_tasks())
         group._seal()
         # This test itself waits for the caller, too.

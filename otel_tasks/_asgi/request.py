@@ -23,6 +23,7 @@ from otel_tasks._core.clock import now
 from otel_tasks._core.current import in_flight
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.log import log_fields_of_all, logger
+from otel_tasks._core.request_group import REQUEST_ENDED, RequestGroup
 from otel_tasks._core.state import CancelKind
 from otel_tasks._core.suspension import (
     awaiters,
@@ -69,8 +70,6 @@ _OUR_DEPARTURES = (
     ClientDisconnected,
     GroupClosedError,
 )
-# What the group of a request says that has ended when all of its tasks had: nobody is cancelled by it.
-_OVER = CancelCause(CancelKind.SCOPE_ENDED)
 _NOBODY: frozenset[asyncio.Task[Any]] = frozenset()
 # A ``def`` handler may ask for its request's group while the loop, or another thread, does.
 _making = threading.RLock()
@@ -173,7 +172,7 @@ class Request(Connection):
         "settings",
     )
 
-    group: TaskGroup | None
+    group: RequestGroup | None
     cause: CancelCause | None
     cancel_handler: bool | None
     _stop: Stop | None
@@ -224,7 +223,7 @@ class Request(Connection):
         group = self.group
         return group if group is not None and not self.closed else self._late_group()
 
-    def own_group(self) -> TaskGroup:
+    def own_group(self) -> RequestGroup:
         """The request's own group, made on first use."""
         return self.group if self.group is not None else self._make_group()
 
@@ -233,9 +232,9 @@ class Request(Connection):
         return self
 
     def _late_group(self) -> TaskGroup:
-        return self.manager._root if self.over else self.own_group()
+        return self.manager.get_group("root") if self.over else self.own_group()
 
-    def _make_group(self) -> TaskGroup:
+    def _make_group(self) -> RequestGroup:
         with _making:
             if self.group is not None:
                 return self.group
@@ -245,15 +244,15 @@ class Request(Connection):
             # Before the looks at what has happened: the loop notes that before it looks for a group.
             self.group = group
             if self.cause is not None:
-                group._signal_cancel(self.cause)
+                group.signal_cancel(self.cause)
             if self.closed:
                 over = self.cause or self._make_cause(CancelKind.SCOPE_ENDED)
-                group._seal(over, refuse=self.left or self.rules.on_exit != "detach")
+                group.seal(over, refuse=self.left or self.rules.on_exit != "detach")
             return group
 
-    def _open_group(self, name: Callable[[], str], binding: Binding) -> TaskGroup:
-        return self.manager._open_group(
-            name, binding=binding, host=self.host, span=self.settings.span and binding is self
+    def _open_group(self, name: Callable[[], str], binding: Binding) -> RequestGroup:
+        return RequestGroup.open(
+            self.manager, name, binding=binding, host=self.host, span=self.settings.span and binding is self
         )
 
     @property
@@ -291,7 +290,7 @@ class Request(Connection):
         if self.cause.kind is CancelKind.CLIENT_DISCONNECT:
             note_disconnect(self._context)
         if self.group is not None:
-            self.group._signal_cancel(self.cause)
+            self.group.signal_cancel(self.cause)
         if self.rules.grace:
             self.sweeper.call_later(self.rules.grace, self._stop_work)
         else:
@@ -329,7 +328,7 @@ class Request(Connection):
         stop, group = self._stop, self.group
         if stop is None or group is None:
             return
-        tasks = [task for task in group._every_live() if not task.done()]
+        tasks = [task for task in group.live_tasks() if not task.done()]
         shielded = {task for task in tasks if _task.is_shielded(task)}
         scoped = [task for task in tasks if task._cause is None and in_anyio_shield(task)]
         for task in scoped:
@@ -337,7 +336,7 @@ class Request(Connection):
         spared = with_awaiters(*shielded, *scoped, *(() if self.closed else self.told)) - shielded
         stop.note_counts(task for task in tasks if task not in stop.counts)
         with self._sparing(forwarded_to(tasks, self._is_spared).stops):
-            stop.asked += group._cancel_tasks(stop.cause, spared=spared)
+            stop.asked += group.cancel_tasks(stop.cause, spared=spared)
         stop.note_counts(tasks)
 
     def _wait_for_move_of(self, holder: asyncio.Future[Any], stop: Stop) -> None:
@@ -537,7 +536,7 @@ class Request(Connection):
         its response: then what it starts, it starts knowingly.
         """
         if self.over:
-            return self.manager._root
+            return self.manager.get_group("root")
         inside = isinstance(current_binding.get(), Cleanup)
         if self.left and (inside or self.told or self.complete or in_flight(self._ends_code)):
             return self.cleanup.task_group
@@ -599,42 +598,46 @@ class Request(Connection):
         # A failing handler's 500 is still to be sent, by a layer outside: it does not wait for tasks.
         failed = error is not None and not self.complete
         on_exit = "cancel" if failed or self.left else self.rules.on_exit
-        is_empty = group._is_empty()
-        is_unseen = is_empty and group._event is None
-        cause = self.cause or (_OVER if is_unseen else self._make_cause(CancelKind.SCOPE_ENDED))
-        if on_exit == "cancel" and not self.left:
-            group._signal_cancel(cause)
-            if not is_empty:
+        # Most requests: what they started has ended.
+        if on_exit != "cancel" or self.left or self._cleanup is not None or not group.close_if_unused():
+            await self._end_used_group(group, on_exit)
+        if self.host is not None:
+            unwatch_cancels(self.host)
+
+    async def _end_used_group(self, group: RequestGroup, on_exit: OnExit) -> None:
+        cancels = on_exit == "cancel"
+        cause = self.cause or (self._make_cause(CancelKind.SCOPE_ENDED) if cancels else REQUEST_ENDED)
+        if cancels and not self.left:
+            group.signal_cancel(cause)
+            if not group.is_empty:
                 self._begin_stop(cause)
                 self._stop_work()
-        group._seal(cause, refuse=on_exit != "detach")
+        group.seal(cause, refuse=on_exit != "detach")
         if self.left and self._stop is not None and self._stop.due:
             # Those that were told had until now to end by themselves.
             self._cancel_the_group()
         try:
             if on_exit == "wait":
                 await group.join()
-            elif on_exit == "cancel" and not group._is_empty():
+            elif cancels and not group.is_empty:
                 await self._wait_for_end([group])
             if self._cleanup is not None and self._cleanup.group is not None:
                 await self._join_cleanup(self._cleanup.group)
         except asyncio.CancelledError:
             await self._shut_down()
             raise
-        if self.host is not None:
-            unwatch_cancels(self.host)
 
-    async def _join_cleanup(self, group: TaskGroup) -> None:
+    async def _join_cleanup(self, group: RequestGroup) -> None:
         await self._wait_for_end([group])
         # What is late runs on, and may create further tasks; a shutdown of the manager reaches it.
-        group._seal(refuse=False)
+        group.seal(refuse=False)
 
-    async def _wait_for_end(self, groups: list[TaskGroup]) -> None:
+    async def _wait_for_end(self, groups: list[RequestGroup]) -> None:
         """Wait for tasks to end, but not forever: a response may depend on it."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _END_TIMEOUT
         # In a loop: cleanup may start further tasks.
-        while tasks := [task for group in groups for task in group._every_live()]:
+        while tasks := [task for group in groups for task in group.live_tasks()]:
             # A block of uncancellable() takes as long as it takes.
             timeout = None if self._sheltered else max(0.0, deadline - loop.time())
             await _task.wait_until_done(tasks, timeout)
@@ -669,9 +672,9 @@ class Request(Connection):
         cleanup = None if self._cleanup is None else self._cleanup.group
         groups = [self.group] if cleanup is None else [self.group, cleanup]
         for group in groups:
-            group._signal_cancel(cause)
-            group._cancel_tasks(cause)
-            group._seal(cause)
+            group.signal_cancel(cause)
+            group.cancel_tasks(cause)
+            group.seal(cause)
         try:
             await self._wait_for_end(groups)
         finally:
@@ -714,7 +717,7 @@ class Cleanup:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self.group: TaskGroup | None = None
+        self.group: RequestGroup | None = None
 
     @property
     def manager(self) -> TaskManager:
@@ -726,8 +729,8 @@ class Cleanup:
         """The group for cleanup, made on first use; the manager's for what has outlived the request."""
         with _making:
             group = self.group
-            if (group is None or group._sealed) and self._request.over:
-                return self.manager._root
+            if (group is None or group.is_sealed) and self._request.over:
+                return self.manager.get_group("root")
             if group is None:
                 # With the request's own, at whose end this one is joined.
                 self._request.own_group()

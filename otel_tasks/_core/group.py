@@ -97,11 +97,9 @@ class TaskGroup:
 
     __slots__ = (
         "__weakref__",
-        "_binding",
         "_cause",
         "_children",
         "_event",
-        "_host",
         "_id",
         "_label",
         "_ledger",
@@ -124,6 +122,9 @@ class TaskGroup:
     _refusal: str | None
     _scope: Scope | None
     _limiter: Limiter | None
+    # The group of a request, RequestGroup, has both.
+    _binding: Binding | None = None
+    _host: asyncio.Task[Any] | None = None
 
     def __init__(
         self,
@@ -174,9 +175,6 @@ class TaskGroup:
         self._limiter = None
         # Of the live tasks, those that wait for a place.
         self._queued = 0
-        self._binding: Binding | None = None
-        # The task in which a request's handler runs.
-        self._host: asyncio.Task[Any] | None = None
 
     @classmethod
     def _labelled(cls, ledger: Ledger, name: str, parent: TaskGroup | None) -> TaskGroup:
@@ -186,25 +184,6 @@ class TaskGroup:
         group._label = (name, name, False)
         if parent is not None:
             group._names = ledger.root._live
-        return group
-
-    @classmethod
-    def _opened(
-        cls,
-        root: TaskGroup,
-        name: str | Callable[[], str],
-        binding: Binding | None,
-        host: asyncio.Task[Any] | None,
-        span: bool,
-    ) -> TaskGroup:
-        """Open an isolating scoped group below ``root`` without a block, as a request's is."""
-        group = cls.__new__(cls)
-        group._set_up(root._ledger, name, root)
-        group._binding = binding
-        group._host = host
-        group._open(root)
-        if span:
-            group._start_span()
         return group
 
     # -- what it is -------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from asyncio import _get_running_loop
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self, TextIO, Unpack
 
-    from otel_tasks._core.binding import Binding
     from otel_tasks._core.creation import NamedTaskOptions, OnConflict, TaskOptions
     from otel_tasks._core.inspection import TaskTree
     from otel_tasks._core.ledger import TaskEvent, TaskStats
@@ -962,22 +960,6 @@ class TaskManager:
         await self._shut_down(5.0, 10.0, f"the end of its async with block{_called_at()}")
 
     # -- helpers ----------------------------------------------------------------------------
-
-    def _open_group(
-        self,
-        name: str | Callable[[], str],
-        *,
-        binding: Binding | None,
-        host: asyncio.Task[Any] | None,
-        span: bool = False,
-    ) -> TaskGroup:
-        loop = _get_running_loop()
-        if loop is None and host is not None:
-            # In the thread of a `def` handler.
-            loop = host.get_loop()
-        if loop is not None and loop is not self._ledger.loop:
-            self._ledger.meet(loop)
-        return TaskGroup._opened(self._root, name, binding, host, span)
 
     def _group_for(self, group: str | TaskGroup, coro: object = None) -> TaskGroup:
         try:
