@@ -206,8 +206,8 @@ WITHOUT_SPANS = {"get_tracer", "start_span", "end", "get_span_context"}
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test finds what a fresh process finds: nothing logged, and no instruments."""
-    monkeypatch.setattr(telemetry, "_logged", set())
-    monkeypatch.setattr(telemetry, "_instruments", {})
+    monkeypatch.setattr(telemetry.errors, "_logged", set())
+    monkeypatch.setattr(telemetry.metrics, "_instruments", {})
 
 
 @pytest.fixture
@@ -683,20 +683,20 @@ async def test_instruments_are_dropped_with_their_provider() -> None:
     link = weakref.ref(provider)
     manager = TaskManager(meter_provider=provider)
     await manager.create_task(give(1))
-    assert len(telemetry._instruments) == 1
+    assert len(telemetry.metrics._instruments) == 1
     del provider, manager
     await settle()
     gc.collect()
 
     assert link() is None
-    assert telemetry._instruments == {}
+    assert telemetry.metrics._instruments == {}
 
 
 async def test_provider_with_the_id_of_another_has_its_own_instruments(recorder: SpanRecorder) -> None:
     """Python gives the id of a dropped object to a new one; an entry is for the object, not for its id."""
     provider = Unhashable(recorder.meter_provider)
-    stale = telemetry._Instruments(NoOpMeterProvider())
-    telemetry._instruments[id(provider)] = (lambda: None, stale)
+    stale = telemetry.metrics.Instruments(NoOpMeterProvider())
+    telemetry.metrics._instruments[id(provider)] = (lambda: None, stale)
     await TaskManager(meter_provider=provider).create_task(give(1))
     await settle()
 
@@ -768,8 +768,8 @@ async def test_environment_that_names_no_provider_breaks_no_task(
     """A misspelt name in the environment is logged, and tasks run without spans and metrics."""
     monkeypatch.setattr(trace, "_TRACER_PROVIDER", None)
     monkeypatch.setattr(metrics_internal, "_METER_PROVIDER", None)
-    monkeypatch.setattr(telemetry, "_READABLE", readable)
-    monkeypatch.setattr(telemetry, "_METERS_READABLE", readable)
+    monkeypatch.setattr(telemetry.providers, "_READABLE", readable)
+    monkeypatch.setattr(telemetry.providers, "_METERS_READABLE", readable)
     monkeypatch.setenv("OTEL_PYTHON_TRACER_PROVIDER", "misspelt")
     monkeypatch.setenv("OTEL_PYTHON_METER_PROVIDER", "misspelt")
     manager = TaskManager()

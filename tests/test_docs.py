@@ -17,8 +17,8 @@ from benchmarks.measure import Table
 from docs import generate, hooks, scenes
 from docs.picture import state_picture
 from otel_tasks import TaskStatus, asgi, fastapi, instrumentation, logs, testing
-from otel_tasks._core import telemetry as _telemetry
 from otel_tasks._core.state import TRANSITIONS
+from otel_tasks._core.telemetry import conventions
 from tests.blocks import ROOT, promised_output, python_blocks, run_block
 
 if TYPE_CHECKING:
@@ -307,13 +307,13 @@ def test_figures_are_those_of_the_last_run(tmp_path: Path) -> None:
 
 
 def test_every_attribute_of_the_code_is_documented() -> None:
-    """The scenes have shown each name that `telemetry` knows: none is missing in the tables."""
+    """The scenes have shown each name of `telemetry.conventions`: none is missing in the tables."""
     seen = scenes.watch()
     shown = {name for name, _, _ in seen.attributes()} | {name for name, _ in seen.events()}
     shown |= {name for metric in seen.metrics() for name in [metric.name, *metric.attributes]}
     known = {
         value
-        for name, value in vars(_telemetry).items()
+        for name, value in vars(conventions).items()
         if re.fullmatch("[A-Z][A-Z_]*", name)
         and isinstance(value, str)
         and "." in value

@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from otel_tasks._core.binding import awaiting, bound_request, current_binding
 from otel_tasks._core.events import CancelCause, own_name
-from otel_tasks._core.log import logger
+from otel_tasks._core.log import logger, text_of
 from otel_tasks._core.state import CancelKind
 from otel_tasks._core.suspension import awaiters, cancelled_scopes
-from otel_tasks._core.telemetry import text_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping

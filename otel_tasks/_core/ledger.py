@@ -279,7 +279,7 @@ class Ledger:
         self.history.change_epoch(self.epoch)
         self.other_clock = None if reads_loop_time(loop) else self.clock
         self.threads.bind(loop)
-        self.telemetry.watch(self)
+        self.telemetry.observe(self)
         report_at_exit(self)
 
     def now(self) -> float:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
 from otel_tasks._core.cancellation import CancelCause, _call_when_set
 from otel_tasks._core.checks import AttemptName, check_choice, check_count, checked_name
 from otel_tasks._core.creation import clear_name, close_quietly
-from otel_tasks._core.log import log_fields, logger
+from otel_tasks._core.log import log_fields, logger, text_of
 from otel_tasks._core.state import CancelKind, TaskStatus
 from otel_tasks._core.task import (
     asyncio_cancel,
@@ -38,7 +38,7 @@ from otel_tasks._core.task import (
     extras_of,
     request_cancel,
 )
-from otel_tasks._core.telemetry import link_restart, text_of
+from otel_tasks._core.telemetry import link_restart
 from otel_tasks.exceptions import ManagerClosedError
 
 if TYPE_CHECKING:

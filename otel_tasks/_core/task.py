@@ -28,10 +28,11 @@ from otel_tasks._core.checks import checked_name
 from otel_tasks._core.clock import clock_of, rounded, wall_clock
 from otel_tasks._core.events import own_name
 from otel_tasks._core.frames import suspended_frames
+from otel_tasks._core.log import text_of
 from otel_tasks._core.places import Ticket, lift
 from otel_tasks._core.progress import TaskProgress
 from otel_tasks._core.state import CancelKind, Outcome, Signal, TaskPriority, TaskStatus, next_status
-from otel_tasks._core.telemetry import note_cancel_requested, span_ids, text_of
+from otel_tasks._core.telemetry import note_cancel_requested, span_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine

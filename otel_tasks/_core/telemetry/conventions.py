@@ -1,0 +1,67 @@
+"""The names of this library's attributes, events, and instruments, and what their values look like.
+
+``docs/reference/`` lists them from what reaches an SDK; a new name needs its meaning in ``docs/generate.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from importlib.metadata import version
+
+VERSION = version("otel-tasks")
+SCOPE = "otel_tasks"
+
+TASK_NAME = "otel_tasks.task.name"
+TASK_ID = "otel_tasks.task.id"
+TASK_PRIORITY = "otel_tasks.task.priority"
+TASK_STATE = "otel_tasks.task.state"
+TASK_OUTCOME = "otel_tasks.task.outcome"
+GROUP_NAME = "otel_tasks.group.name"
+GROUP_ID = "otel_tasks.group.id"
+MANAGER_NAME = "otel_tasks.manager.name"
+CODE_FUNCTION = "code.function.name"
+CANCEL_REASON = "otel_tasks.cancel.reason"
+CANCEL_MESSAGE = "otel_tasks.cancel.message"
+CANCEL_DURATION = "otel_tasks.cancel.duration"
+ORIGIN_TRACE_ID = "otel_tasks.cancel.origin.trace_id"
+ORIGIN_SPAN_ID = "otel_tasks.cancel.origin.span_id"
+CANCEL_IGNORED = "otel_tasks.cancel.ignored"
+CANCEL_COUNT = "otel_tasks.cancel.count"
+REQUEST_OUTCOME = "otel_tasks.request.outcome"
+REQUEST_HANDLER = "otel_tasks.request.handler"
+REQUEST_CLOSE_CODE = "otel_tasks.request.close_code"
+ERROR_TYPE = "error.type"
+LINK = "otel_tasks.link"
+# An attribute of spans and the name of a histogram.
+QUEUE_DURATION = "otel_tasks.task.queue.duration"
+
+# Events.
+CLIENT_DISCONNECT = "otel_tasks.client_disconnect"
+STARTED = "otel_tasks.started"
+CANCEL_REQUESTED = "otel_tasks.cancel_requested"
+
+# Instruments.
+TASK_DURATION = "otel_tasks.task.duration"
+ACTIVE_TASKS = "otel_tasks.task.active"
+CANCELLATIONS = "otel_tasks.task.cancellations"
+
+# A number or an id as a part of its own: "fetch-17", "order_4711_pay", "job:9f8b7c6d".
+_ID = r"(?:[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}|\d+|(?=[a-fA-F]*\d)[0-9a-fA-F]{8,})"
+# A slash only at the end: routes have numbers of their own ("/v/2/users").
+_ID_PART = re.compile(rf"[-_:#. ]{_ID}(?=[-_:#. ]|$)|(?:/{_ID})+$")
+
+
+@lru_cache(maxsize=1024)
+def low_cardinality(name: str) -> str:
+    """Cut numbers and ids out of a name: span names and metrics must not contain any.
+
+    Back ends make one operation of each span name (https://opentelemetry.io/docs/specs/otel/trace/api/#span).
+    """
+    return _ID_PART.sub("", name) or name
+
+
+def error_type(error: BaseException) -> str:
+    """Name an exception's class as the semantic conventions define ``error.type``."""
+    cls = type(error)
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"

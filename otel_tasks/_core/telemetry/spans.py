@@ -1,0 +1,299 @@
+"""The spans of tasks and of scoped groups: one start, one end, and what stands on them.
+
+A span is made current in the context that ends with its task, so no token is ever detached.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.trace import INVALID_SPAN, Link, Span, SpanContext, StatusCode, Tracer
+
+from otel_tasks._core.clock import rounded
+from otel_tasks._core.log import text_of
+from otel_tasks._core.state import Outcome
+from otel_tasks._core.telemetry.context import ids_in_hex, span_context
+from otel_tasks._core.telemetry.conventions import (
+    CANCEL_DURATION,
+    CANCEL_IGNORED,
+    CANCEL_MESSAGE,
+    CANCEL_REASON,
+    CANCEL_REQUESTED,
+    ERROR_TYPE,
+    LINK,
+    ORIGIN_SPAN_ID,
+    ORIGIN_TRACE_ID,
+    QUEUE_DURATION,
+    STARTED,
+    TASK_OUTCOME,
+    error_type,
+)
+from otel_tasks._core.telemetry.errors import log_otel_error
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from otel_tasks._core.state import CancelKind
+
+# By name: before Python 3.12, reading a member of an enumeration takes as long as calling a method.
+_ERROR = Outcome.ERROR
+_ERRONEOUS = (Outcome.ERROR, Outcome.TIMEOUT, Outcome.ABANDONED)
+
+# In the context of a service's next attempt: the span of the previous one.
+_PREDECESSOR = otel_context.create_key("otel_tasks.predecessor")
+_DESCRIPTION_LIMIT = 256
+
+
+class Cause(Protocol):
+    """What a span says of a ``CancelCause``."""
+
+    @property
+    def kind(self) -> CancelKind:
+        """Why."""
+        ...
+
+    @property
+    def message(self) -> str | None:
+        """The requester's message."""
+        ...
+
+    @property
+    def at(self) -> float | None:
+        """The time of the request."""
+        ...
+
+    @property
+    def origin(self) -> SpanContext | None:
+        """The span that caused it."""
+        ...
+
+
+# -- start ---------------------------------------------------------------------------
+
+
+def start_span(
+    tracer: Tracer,
+    name: str,
+    attributes: Mapping[str, Any],
+    *,
+    parent: Span | None,
+    detached: bool,
+    start_time: int | None = None,
+) -> Span:
+    """Start a span and make it current in the context that this runs in.
+
+    Call it by ``contextvars.Context.run`` in the context made for the task: nothing is ever detached, because
+    that context ends with its task.
+
+    Args:
+        tracer: The manager's.
+        name: The span's name, of low cardinality.
+        attributes: The attributes that samplers may read.
+        parent: The parent; None is the current span.
+        detached: Start a new trace, with a link to the span that would have been the parent, or to the one
+            that ``link_restart`` has set.
+        start_time: Nanoseconds since the epoch; None is now.
+
+    Raises:
+        Exception: The tracer's or the context's own.
+    """
+    surroundings = otel_context.get_current()
+    if parent is not None:
+        surroundings = trace.set_span_in_context(parent, surroundings)
+    links = None
+    if detached:
+        links = _links_of_detached(surroundings)
+        # Only the task itself has the predecessor, not what it starts in turn.
+        surroundings = otel_context.set_value(_PREDECESSOR, None, surroundings)
+        surroundings = trace.set_span_in_context(INVALID_SPAN, surroundings)
+    span = tracer.start_span(
+        name,
+        surroundings,
+        attributes=attributes,
+        links=links,
+        start_time=start_time,
+        record_exception=False,
+        set_status_on_exception=False,
+    )
+    try:
+        otel_context.attach(trace.set_span_in_context(span, surroundings))
+    except Exception:
+        # Only this frame knows the span.
+        span.end()
+        raise
+    return span
+
+
+def _links_of_detached(surroundings: otel_context.Context) -> list[Link] | None:
+    predecessor = otel_context.get_value(_PREDECESSOR, surroundings)
+    if isinstance(predecessor, SpanContext):
+        return [Link(predecessor, {LINK: "restart_of"})]
+    creator = span_context(trace.get_current_span(surroundings))
+    return None if creator is None else [Link(creator, {LINK: "spawned_by"})]
+
+
+def link_restart(context: contextvars.Context, predecessor: Span) -> None:
+    """Let the next span that starts a new trace in ``context`` link to the span that it replaces."""
+
+    def set_predecessor() -> None:
+        otel_context.attach(otel_context.set_value(_PREDECESSOR, span_context(predecessor)))
+
+    try:
+        context.run(set_predecessor)
+    except Exception:
+        log_otel_error("attaching a context")
+
+
+# -- events ---------------------------------------------------------------------------
+
+
+def note_cancel_requested(span: Span, cause: Cause) -> None:
+    """Add an event for the moment of a cancel request."""
+    _add_event(span, CANCEL_REQUESTED, {CANCEL_REASON: str(cause.kind)})
+
+
+def note_started(span: Span) -> None:
+    """Add an event for the moment a queued task got its place."""
+    # New Relic's span raises for an event without attributes.
+    _add_event(span, STARTED, {})
+
+
+def _add_event(span: Span, name: str, attributes: Mapping[str, str]) -> None:
+    try:
+        if span.is_recording():
+            span.add_event(name, attributes)
+    except Exception:
+        log_otel_error("adding an event to a task's span")
+
+
+# -- end ---------------------------------------------------------------------------
+
+
+def end_span(
+    span: Span,
+    outcome: Outcome,
+    error: BaseException | None,
+    cause: Cause | None,
+    *,
+    ignored: bool = False,
+    now: float = 0.0,
+    queued: float | None = None,
+) -> SpanContext | None:
+    """Write the end of a task to its span, and end the span; one that has ended is left alone.
+
+    Args:
+        span: The task's span.
+        outcome: How the task ended.
+        error: What it raised.
+        cause: Why it was cancelled, if it was.
+        ignored: It was cancelled and completed anyway.
+        now: Seconds on the clock of ``cause.at``, for the duration of the cancellation.
+        queued: Seconds for which it waited for a place.
+
+    Returns:
+        The span's identity.
+
+    Raises:
+        Exception: The span's own, from the first call that failed. What was still to be written is dropped,
+            the least important last; the span is ended.
+    """
+    recording = True
+    try:
+        recording = span.is_recording()
+        if recording:
+            attributes: dict[str, Any] = {TASK_OUTCOME: str(outcome)}
+            if cause is not None:
+                _describe_cancel(attributes, cause, now)
+            if ignored:
+                attributes[CANCEL_IGNORED] = True
+            if queued is not None:
+                attributes[QUEUE_DURATION] = rounded(queued)
+            if outcome in _ERRONEOUS:
+                _describe_error(span, attributes, outcome, error)
+            span.set_attributes(attributes)
+            if cause is not None:
+                _link_to_origin(span, cause)
+            if outcome is _ERROR and error is not None:
+                # Last: the SDK asks the exception for its text, which may raise.
+                span.record_exception(error)
+        return span.get_span_context()
+    finally:
+        if recording:
+            span.end()
+
+
+def _describe_cancel(attributes: dict[str, Any], cause: Cause, now: float) -> None:
+    attributes[CANCEL_REASON] = str(cause.kind)
+    if cause.message:
+        attributes[CANCEL_MESSAGE] = cause.message
+    if cause.at is not None:
+        attributes[CANCEL_DURATION] = rounded(max(0.0, now - cause.at))
+
+
+def _describe_error(
+    span: Span, attributes: dict[str, Any], outcome: Outcome, error: BaseException | None
+) -> None:
+    raised = error if outcome is _ERROR else None
+    attributes[ERROR_TYPE] = str(outcome) if raised is None else error_type(raised)
+    description = str(outcome) if error is None else text_of(error)
+    span.set_status(StatusCode.ERROR, description[:_DESCRIPTION_LIMIT])
+
+
+def _link_to_origin(span: Span, cause: Cause) -> None:
+    # A task may cancel its own group: then it is its own origin.
+    if cause.origin is None or cause.origin.span_id == span.get_span_context().span_id:
+        return
+    add_link = getattr(span, "add_link", None)
+    if add_link is None or getattr(add_link, "__func__", None) is Span.add_link:
+        # Datadog's span takes links only at its start, and the API's own method only warns of that.
+        trace_id, span_id = ids_in_hex(cause.origin)
+        span.set_attributes({ORIGIN_TRACE_ID: str(trace_id), ORIGIN_SPAN_ID: str(span_id)})
+    else:
+        add_link(cause.origin, {LINK: "cancelled_by"})
+
+
+# -- scoped groups ---------------------------------------------------------------------------
+
+
+class GroupSpan(NamedTuple):
+    """The span of a scoped group, and the span that was current around its block."""
+
+    span: Span
+    around: Span
+
+    def parent(self) -> Span | None:
+        """The group's span for tasks that the block itself starts; None below any other span.
+
+        The span is not current in the block: that would need a token to detach, possibly in another context,
+        and what the block itself does is not work of the group.
+        """
+        return self.span if trace.get_current_span() is self.around else None
+
+
+def start_group_span(
+    tracer: Tracer, name: str, attributes: Mapping[str, Any], outer: GroupSpan | None
+) -> GroupSpan:
+    """Start the span of a scoped group, below ``outer``, the span of the group around it."""
+    around = trace.get_current_span()
+    span = contextvars.copy_context().run(
+        start_span, tracer, name, attributes, parent=None if outer is None else outer.parent(), detached=False
+    )
+    return GroupSpan(span, around)
+
+
+def end_group_span(span: Span, cause: Cause | None) -> None:
+    """End the span of a scoped group: it has the group's cause; errors are on the spans of its tasks.
+
+    Raises:
+        Exception: The span's own; the span is ended.
+    """
+    try:
+        if cause is not None:
+            message = {CANCEL_MESSAGE: cause.message} if cause.message else {}
+            span.set_attributes({CANCEL_REASON: str(cause.kind), **message})
+            _link_to_origin(span, cause)
+    finally:
+        span.end()
