@@ -1,4 +1,4 @@
-"""Generates the text between ``<!-- generated: ... -->`` marks, the state picture, and llms.txt.
+"""Generates the text between ``<!-- generated: ... -->`` marks, the pictures, and llms.txt.
 
     python -m docs.generate    # writes them; a test fails when a file differs
 
@@ -20,6 +20,7 @@ import yaml
 
 import otel_tasks
 from docs import scenes, signatures
+from docs.architecture import architecture_picture
 from docs.picture import state_picture
 from otel_tasks import asgi, exceptions, fastapi, instrumentation, logs, testing
 from otel_tasks._core import creation as _create
@@ -387,6 +388,7 @@ def files() -> dict[Path, str]:
         if "<!-- generated:" in path.read_text("utf-8")
     }
     return pages | {
+        DOCS / "images" / "architecture.svg": architecture_picture(),
         DOCS / "images" / "states.svg": state_picture(),
         DOCS / "llms.txt": llms_txt(),
         ROOT / "otel_tasks" / "llms.txt": installed_llms_txt(),
