@@ -19,8 +19,8 @@ from opentelemetry.metrics import _internal as metrics_internal
 from opentelemetry.trace import NoOpTracerProvider, Span, Tracer, TracerProvider
 
 from otel_tasks import RestartPolicy, TaskManager, current_task
-from otel_tasks._core import telemetry
-from otel_tasks._core.telemetry import Providers, set_default_providers
+from otel_tasks._core.telemetry import Providers, errors, providers, set_default_providers
+from otel_tasks._core.telemetry import metrics as instruments
 from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.logs import TaskContextFilter
 from otel_tasks.testing import FakeConnection, SpanRecorder
@@ -206,8 +206,8 @@ WITHOUT_SPANS = {"get_tracer", "start_span", "end", "get_span_context"}
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test finds what a fresh process finds: nothing logged, and no instruments."""
-    monkeypatch.setattr(telemetry.errors, "_logged", set())
-    monkeypatch.setattr(telemetry.metrics, "_instruments", {})
+    monkeypatch.setattr(errors, "_logged", set())
+    monkeypatch.setattr(instruments, "_instruments", {})
 
 
 @pytest.fixture
@@ -683,20 +683,20 @@ async def test_instruments_are_dropped_with_their_provider() -> None:
     link = weakref.ref(provider)
     manager = TaskManager(meter_provider=provider)
     await manager.create_task(give(1))
-    assert len(telemetry.metrics._instruments) == 1
+    assert len(instruments._instruments) == 1
     del provider, manager
     await settle()
     gc.collect()
 
     assert link() is None
-    assert telemetry.metrics._instruments == {}
+    assert instruments._instruments == {}
 
 
 async def test_provider_with_the_id_of_another_has_its_own_instruments(recorder: SpanRecorder) -> None:
     """Python gives the id of a dropped object to a new one; an entry is for the object, not for its id."""
     provider = Unhashable(recorder.meter_provider)
-    stale = telemetry.metrics.Instruments(NoOpMeterProvider())
-    telemetry.metrics._instruments[id(provider)] = (lambda: None, stale)
+    stale = instruments.Instruments(NoOpMeterProvider())
+    instruments._instruments[id(provider)] = (lambda: None, stale)
     await TaskManager(meter_provider=provider).create_task(give(1))
     await settle()
 
@@ -768,8 +768,8 @@ async def test_environment_that_names_no_provider_breaks_no_task(
     """A misspelt name in the environment is logged, and tasks run without spans and metrics."""
     monkeypatch.setattr(trace, "_TRACER_PROVIDER", None)
     monkeypatch.setattr(metrics_internal, "_METER_PROVIDER", None)
-    monkeypatch.setattr(telemetry.providers, "_READABLE", readable)
-    monkeypatch.setattr(telemetry.providers, "_METERS_READABLE", readable)
+    monkeypatch.setattr(providers, "_READABLE", readable)
+    monkeypatch.setattr(providers, "_METERS_READABLE", readable)
     monkeypatch.setenv("OTEL_PYTHON_TRACER_PROVIDER", "misspelt")
     monkeypatch.setenv("OTEL_PYTHON_METER_PROVIDER", "misspelt")
     manager = TaskManager()

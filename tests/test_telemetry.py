@@ -22,6 +22,7 @@ import otel_tasks
 from otel_tasks import CancelCause, CancelKind, TaskGroup, TaskManager, TaskPriority, create_task
 from otel_tasks._core import telemetry
 from otel_tasks._core.request_group import RequestGroup
+from otel_tasks._core.telemetry import errors, providers
 from otel_tasks.testing import run
 
 if TYPE_CHECKING:
@@ -1436,7 +1437,7 @@ class BrokenSampler(NotingSampler):
 @pytest.fixture(autouse=True)
 def nothing_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test logs what a fresh process logs."""
-    monkeypatch.setattr(telemetry.errors, "_logged", set())
+    monkeypatch.setattr(errors, "_logged", set())
 
 
 @pytest.fixture(params=["on_start", "on_end", "sampler"])
@@ -1597,7 +1598,7 @@ def test_private_names_of_opentelemetry_are_still_there() -> None:
 
 async def test_private_names_may_go_away(spans: SpanRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a version that lacks the private name the public function is asked."""
-    monkeypatch.setattr(telemetry.providers, "_READABLE", False)
+    monkeypatch.setattr(providers, "_READABLE", False)
     monkeypatch.setattr(trace, "get_tracer_provider", lambda: spans.provider)
     await TaskManager("test").create_task(work(), name="work")
 
@@ -1608,8 +1609,8 @@ async def test_tasks_need_no_private_names_of_opentelemetry(
     spans: SpanRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a version that has none of the names tasks begin and end as ever, with a span."""
-    monkeypatch.setattr(telemetry.providers, "_READABLE", False)
-    monkeypatch.setattr(telemetry.providers, "_METERS_READABLE", False)
+    monkeypatch.setattr(providers, "_READABLE", False)
+    monkeypatch.setattr(providers, "_METERS_READABLE", False)
     monkeypatch.setattr(trace, "get_tracer_provider", lambda: spans.provider)
     monkeypatch.setattr(metrics, "get_meter_provider", lambda: spans.meter_provider)
     monkeypatch.delattr(trace, "_TRACER_PROVIDER")
