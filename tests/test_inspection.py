@@ -27,9 +27,9 @@ from otel_tasks import (
     create_task,
     current_task,
 )
-from otel_tasks._core import inspection as _inspect
-from otel_tasks._core.inspection import duration
+from otel_tasks._core import inspection, task_tree
 from otel_tasks._core.request_group import RequestGroup
+from otel_tasks._core.task_tree import duration
 from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.testing import FakeConnection, run
 from tests.helpers import fail, ignore_cancels, now, rest, settle
@@ -94,11 +94,11 @@ async def test_drawing_shows_groups_tasks_ages_places_progress_and_cancellations
             [
                 "manager shop: 5 live tasks",
                 "├── (T) waits: running, 12.5s, at first_of tests/test_inspection.py:N, awaits slow",
-                "├── (T) stubborn: cancelling, 12.5s, asked to end 2.5s ago (explicit: enough), "
+                "├── (T) stubborn: cancelling, 12.5s, cancel requested 2.5s ago (explicit: enough), "
                 "at ignore_cancels tests/helpers.py:N > sleep",
                 "└── ingest: 1 task",
                 "    ├── (T) load: running, 1m52s, high, at rest tests/helpers.py:N > sleep, "
-                "done 4 of 10 (40%): parsing",
+                "progress 4 of 10 (40%): parsing",
                 "    └── ingest.fetch: 2 tasks",
                 "        ├── (T) slow: running, 12.5s, at rest tests/helpers.py:N > sleep",
                 "        └── (T) new: running, 12.5s, at rest tests/helpers.py:N > sleep",
@@ -138,13 +138,13 @@ async def test_queue_is_shown_with_the_places_in_it(monkeypatch: pytest.MonkeyPa
         assert without_lines(str(tree)).splitlines() == [
             "manager shop: 5 live tasks, 4 queued, max_concurrency 1",
             "├── (T) runs: running, 0ms, at rest tests/helpers.py:N > sleep",
-            "├── (T) last: queued, 0ms, low, place 4",
-            "├── (T) second: queued, 0ms, place 2",
-            "├── (T) first: queued, 0ms, high, place 1",
+            "├── (T) last: queued, 0ms, low, queue position 4",
+            "├── (T) second: queued, 0ms, queue position 2",
+            "├── (T) first: queued, 0ms, high, queue position 1",
             "└── one: 1 task, 1 queued, max_concurrency 1",
-            "    └── (T) elsewhere: queued, 0ms, place 3",
+            "    └── (T) elsewhere: queued, 0ms, queue position 3",
         ]
-        monkeypatch.setattr(_inspect, "_LONGEST_QUEUE", 2)
+        monkeypatch.setattr(inspection, "_MAX_QUEUE", 2)
         node = find(manager.tree(), "first")
         assert (node.queued, node.queue_position) == (True, None)
         await manager.cancel_all_tasks()
@@ -171,7 +171,7 @@ async def test_service_is_shown_with_its_attempt() -> None:
         assert manager.tree().to_dict()["root"]["tasks"][0]["attempt"]["name"] == "prices#1"
         await asyncio.sleep(1)
         assert str(manager.tree()).splitlines()[1:] == [
-            "└── (S) offers: running, 1.5s, critical, no attempt runs"
+            "└── (S) offers: running, 1.5s, critical, no running attempt"
         ]
 
 
@@ -212,7 +212,7 @@ async def test_blocks_are_shown_with_who_runs_them() -> None:
         assert plain.where is not None
         assert cancelled.cause is not None
         assert cancelled.refusal == "is closed (explicit)"
-        assert f"cancelled (explicit: over), block in {me} at" in _inspect._head_of(cancelled)
+        assert f"cancelled (explicit: over), block in {me} at" in task_tree._head_of(cancelled)
 
 
 async def test_closed_group_says_so() -> None:
@@ -283,7 +283,7 @@ async def test_thread_is_shown_where_it_is() -> None:
             ]
             assert tree.to_dict()["abandoned_threads"][0]["where"]["function"] == "stays"
             last = without_lines(str(tree)).splitlines()[-1]
-            assert last == "the thread of stays runs on after it at stays tests/test_inspection.py:N"
+            assert last == "abandoned thread of stays at stays tests/test_inspection.py:N"
         finally:
             release.set()
         await asyncio.to_thread(returned.wait, PATIENCE)
@@ -380,7 +380,7 @@ async def test_names_cannot_write_to_the_terminal() -> None:
         first, second, third = str(manager.tree()).splitlines()
         assert second == "└── caf\u00e9: 1 task"
         assert third.startswith(
-            "    └── (T) a\\nb\\x1b[2J-1: cancelling, 0ms, asked to end 0ms ago (explicit: x\\ty)"
+            "    └── (T) a\\nb\\x1b[2J-1: cancelling, 0ms, cancel requested 0ms ago (explicit: x\\ty)"
         )
         assert first == "manager default: 1 live task"
 
@@ -395,7 +395,7 @@ async def test_cause_without_a_moment() -> None:
         task._cause = type(task.cause)(task.cause.kind)
         node = manager.tree().root.tasks[0]
         assert node.cancelling_for is None
-        assert "asked to end (explicit)" in str(node)
+        assert "cancel requested (explicit)" in str(node)
 
 
 async def test_progress_without_a_total() -> None:
@@ -410,7 +410,7 @@ async def test_progress_without_a_total() -> None:
     async with TaskManager() as manager:
         manager.create_task(counts(), name="counts")
         await settle()
-        assert str(manager.tree()).endswith(" > sleep, done 7")
+        assert str(manager.tree()).endswith(" > sleep, progress 7")
 
 
 async def test_big_tree_is_bounded_and_counts_the_rest() -> None:
@@ -453,7 +453,7 @@ async def test_limit_of_one() -> None:
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True, "many", None])
 def test_wrong_limit_is_refused(limit: Any) -> None:
     """A limit below 1, or none at all, says what it must be."""
-    with pytest.raises(ValueError, match=r"limit must be how many .* at least 1"):
+    with pytest.raises(ValueError, match=r"limit must be the number of .* at least 1"):
         TaskManager().tree(limit=limit)
 
 

@@ -251,7 +251,7 @@ async def test_other_thread_is_refused() -> None:
 
 def test_wrong_limit_is_refused() -> None:
     """A limit below 1 is refused before a handler is there."""
-    with pytest.raises(ValueError, match=r"limit must be how many .* at least 1"):
+    with pytest.raises(ValueError, match=r"limit must be the number of .* at least 1"):
         TaskManager().dump_on_signal(limit=0)
 
 

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from otel_tasks import TaskManager, WrongThreadError, create_task
-from otel_tasks._core import watch as _watch
-from otel_tasks._core.watch import Watchdog, request_of
+from otel_tasks._core import watch, watchdog
+from otel_tasks._core.inspection import request_of
+from otel_tasks._core.watch import HealthScan
+from otel_tasks._core.watchdog import Watchdog
 from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.testing import FakeConnection, run
 from tests.helpers import give, ignore_cancels, rest, settle
@@ -53,8 +55,8 @@ async def test_task_that_ignores_its_cancellation_is_told_once(caplog: pytest.Lo
             await asyncio.sleep(50)
             (line,) = lines(caplog)
             assert re.fullmatch(
-                r"task 'stubborn' was asked to end [5-7]\.\ds ago \(explicit: enough\) and still runs; "
-                r"it is at ignore_cancels tests/helpers\.py:N > sleep",
+                r"task 'stubborn' still runs [5-7]\.\ds after its cancellation was requested "
+                r"\(explicit: enough\); it is at ignore_cancels tests/helpers\.py:N > sleep",
                 line,
             )
             facts: Any = caplog.records[0].__dict__["otel_tasks"]
@@ -108,8 +110,7 @@ async def test_task_that_never_begins_is_told(caplog: pytest.LogCaptureFixture) 
             await asyncio.sleep(30)
             (line,) = lines(caplog)
             assert re.fullmatch(
-                r"task 'old' was created 1\d\.\ds ago and has run none of its code: it waits for the end of "
-                r"'\S+'",
+                r"task 'old' was created 1\d\.\ds ago and has not started: it waits until '\S+' has ended",
                 line,
             )
             await task
@@ -129,7 +130,7 @@ async def test_many_at_once_are_told_in_few_lines(
 ) -> None:
     """Of many tasks in the same trouble ten are named, the others counted; none is told twice."""
     # So that a look takes several turns.
-    monkeypatch.setattr(_watch, "_PART", 5)
+    monkeypatch.setattr(watch, "_BATCH", 5)
     async with TaskManager() as manager:
         with manager.watch(held=None, ignored=5, unstarted=5):
             async with manager.group("block") as block:
@@ -141,11 +142,11 @@ async def test_many_at_once_are_told_in_few_lines(
                     manager.create_task(give(1), name=f"stubborn-{number}", on_conflict="replace")
                 await asyncio.sleep(25)
     found = lines(caplog)
-    asked = [line for line in found if "was asked to end" in line]
-    created = [line for line in found if "has run none of its code" in line]
+    asked = [line for line in found if "its cancellation was requested" in line]
+    created = [line for line in found if "has not started" in line]
     assert (len(asked), len(created)) == (10, 10)
-    assert "2 more tasks were asked to end and still run" in found
-    assert "2 more tasks have run none of their code" in found
+    assert "2 more tasks still run after their cancellation was requested" in found
+    assert "2 more tasks have not started" in found
     (record, *_) = [record for record in caplog.records if "2 more" in record.getMessage()]
     assert len(record.__dict__["otel_tasks"]["task_ids"]) == 2
 
@@ -154,18 +155,18 @@ async def test_end_of_the_block_ends_the_looking(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the block nothing is told and no timer is left, also if it ends in the middle of a look."""
-    monkeypatch.setattr(_watch, "_PART", 1)
+    monkeypatch.setattr(watch, "_BATCH", 1)
     async with TaskManager() as manager:
         for number in range(10):
             manager.create_task(ignore_cancels(30), name=f"stubborn-{number}")
         await settle()
         for task in manager.get_group("root").tasks:
             task.cancel()
-        watch = manager.watch(held=None, ignored=2, unstarted=None, outlived=None)
-        # The look at 2 s takes 11 turns.
+        watching = manager.watch(held=None, ignored=2, unstarted=None, outlived=None)
+        # The scan at 2 s takes 11 turns.
         await asyncio.sleep(2)
-        watch.close()
-        watch.close()
+        watching.close()
+        watching.close()
         await asyncio.sleep(20)
         assert lines(caplog) == []
 
@@ -173,17 +174,17 @@ async def test_end_of_the_block_ends_the_looking(
 def test_manager_that_goes_to_another_loop_is_left(caplog: pytest.LogCaptureFixture) -> None:
     """A watch ends with the loop for which it was begun."""
     manager = TaskManager()
-    looks: list[_watch.HealthScan | None] = []
+    scans: list[HealthScan] = []
 
     async def first() -> None:
         manager.watch(held=None, ignored=1)
 
     async def second() -> None:
-        look = _watch.HealthScan(manager._ledger, asyncio.get_running_loop(), [1.0], 1.0, None, None)
-        looks.append(look)
+        scan = HealthScan(manager._ledger, asyncio.get_running_loop(), 1.0, None, None)
+        scans.append(scan)
         manager._ledger.loop = None
-        look._part(iter(()), [], [])
-        assert not hasattr(look, "_handle")
+        scan._scan_batch(iter(()), [[]])
+        assert not hasattr(scan, "_handle")
 
     run(first())
     run(second())
@@ -258,7 +259,7 @@ async def test_plain_task_that_outlives_its_request_is_told(caplog: pytest.LogCa
     (line,) = lines(caplog)
     assert re.fullmatch(
         r"asyncio task 'stray-[02]' \(rest\) was started in request 'GET' and still runs 1\d\.\ds after "
-        r"its end; it is at rest tests/helpers\.py:N > sleep; "
+        r"the request ended; it is at rest tests/helpers\.py:N > sleep; "
         r"create_task\(\) would have ended it with the request",
         line,
     )
@@ -286,7 +287,7 @@ async def test_very_many_tasks_are_not_searched_for_plain_ones(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where asyncio would have to go through too many tasks at once, plain ones are not looked for."""
-    monkeypatch.setattr(_watch, "_TOO_MANY", 0)
+    monkeypatch.setattr(watch, "_MAX_LIVE", 0)
     manager = TaskManager()
     strays: list[asyncio.Task[Any]] = []
 
@@ -352,7 +353,7 @@ async def test_task_that_holds_the_loop_is_told_while_it_does(caplog: pytest.Log
     (record,) = [record for record in caplog.records if record.getMessage().startswith("task 'spins'")]
     assert record.__dict__["otel_tasks"]["task_name"] == "spins"
     (end,) = about("'spins'", logging.INFO)
-    assert re.fullmatch(r"the event loop goes on: it was held for \S+s by task 'spins'", end)
+    assert re.fullmatch(r"the event loop runs again: it was held for \S+s by task 'spins'", end)
 
 
 @pytest.mark.real_clock
@@ -412,7 +413,7 @@ async def test_loop_that_waits_is_not_held(caplog: pytest.LogCaptureFixture) -> 
             # The test's task is about to wait for this thread.
             while asyncio.current_task(dog._loop) is not None:
                 pass
-            return dog._tell()
+            return dog._report()
 
         # Before its first answer a callback cannot be told from what runs the loop.
         assert await asyncio.to_thread(tells) is None
@@ -430,10 +431,10 @@ async def test_answer_that_comes_in_between_is_no_trouble(caplog: pytest.LogCapt
         manager._ledger.bind(asyncio.get_running_loop())
         dog = Watchdog(manager._ledger, asyncio.get_running_loop(), 0.02)
         dog._answered.set()
-        assert dog._tell() is None
+        assert dog._report() is None
         dog._answered.clear()
         dog.stop()
-        assert dog._tell() is None
+        assert dog._report() is None
         dog._wait_for_answer(time.monotonic(), "somebody")
     assert lines(caplog) == []
 
@@ -442,7 +443,7 @@ def test_loop_that_does_not_run_is_not_held() -> None:
     """Between two runs of a loop nobody answers, and that is all right."""
     loop = asyncio.new_event_loop()
     try:
-        assert Watchdog(TaskManager()._ledger, loop, 0.02)._tell() is None
+        assert Watchdog(TaskManager()._ledger, loop, 0.02)._report() is None
     finally:
         loop.close()
 
@@ -481,14 +482,14 @@ async def test_same_functions_are_told_once_in_a_minute(monkeypatch: pytest.Monk
         dog = Watchdog(manager._ledger, asyncio.get_running_loop(), 0.02)
         one, two, three = (manager.create_task(rest()) for _ in range(3))
         here, there = frozenset([rest.__code__]), frozenset([give.__code__])
-        assert not dog._is_known(one, here)
-        assert dog._is_known(one, there)
-        assert dog._is_known(two, here)
-        assert dog._is_known(None, here)
-        assert not dog._is_known(None, there)
-        monkeypatch.setattr(_watch, "_QUIET", 0.0)
-        assert not dog._is_known(three, here)
-        assert dog._is_known(three, here)
+        assert not dog._was_reported(one, here)
+        assert dog._was_reported(one, there)
+        assert dog._was_reported(two, here)
+        assert dog._was_reported(None, here)
+        assert not dog._was_reported(None, there)
+        monkeypatch.setattr(watchdog, "_QUIET", 0.0)
+        assert not dog._was_reported(three, here)
+        assert dog._was_reported(three, here)
         await manager.cancel_all_tasks()
 
 
@@ -500,8 +501,8 @@ async def test_known_trouble_is_not_told_again(caplog: pytest.LogCaptureFixture)
         dog = Watchdog(manager._ledger, asyncio.get_running_loop(), 0.02)
 
         async def holds() -> None:
-            assert dog._tell() == "task 'holds'"
-            assert dog._tell() is None
+            assert dog._report() == "task 'holds'"
+            assert dog._report() is None
             # The loop is held for some rounds more, by what was told of.
             threading.Timer(0.1, dog._answered.set).start()
             dog._held = 0.01

@@ -43,6 +43,8 @@ class BoundRequest(Protocol):
     """What the core asks of a request."""
 
     host: asyncio.Task[Any] | None
+    # It has ended.
+    closed: bool
 
     @property
     def over(self) -> bool:

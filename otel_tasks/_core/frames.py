@@ -7,7 +7,7 @@ Rules, each with a test of its own:
    installed too). The function that this line calls is reported with it.
 2. Without such a line, the place is the innermost line of a library, then of the standard library.
 3. An awaitable without frames (such as Cython's coroutines) ends the search. Nothing here raises or changes
-   anything: a thread and a signal handler may call it.
+   anything, so a thread and a signal handler may call it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 _STANDARD_LIBRARY = os.path.join(os.path.dirname(os.path.dirname(asyncio.__file__)), "")
 _INSTALLED = re.compile(r"[/\\](?:site|dist)-packages[/\\]([^/\\]+)")
-# Nobody awaits deeper than Python's stack is, unless its limit was raised; then the rest is not seen.
-_LONGEST: Final = 1000
-# They stand between what awaits and what is awaited, and have no attribute that leads on.
-_BETWEEN = frozenset(
+# Python's own limit on the depth of its stack, unless it was raised; then the rest is not seen.
+_MAX_FRAMES: Final = 1000
+# Types that stand between an awaiting coroutine and what it awaits, without an attribute for the next object.
+_WRAPPERS = frozenset(
     {"coroutine_wrapper", "async_generator_asend", "async_generator_athrow", "anext_awaitable"}
 )
 
@@ -43,8 +43,8 @@ class Location:
 
     Attributes:
         file: The path, as Python knows it.
-        line: The number of the line.
-        function: The function in which it stands, with its class.
+        line: The line number.
+        function: The function that contains it, with its class.
     """
 
     file: str
@@ -55,13 +55,13 @@ class Location:
         return f"{self.function} {_shortened(self.file)}:{self.line}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Give it as JSON-ready data."""
+        """Return it as JSON-ready data."""
         return {"file": self.file, "line": self.line, "function": self.function}
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a task is; both are None where that cannot be told.
+    """Where a task is; both are None if that is unknown.
 
     Attributes:
         at: The innermost line of the user's code.
@@ -71,12 +71,19 @@ class Place:
     at: Location | None = None
     calls: str | None = None
 
+    def __str__(self) -> str:
+        return f"{self.at} > {self.calls}" if self.calls else str(self.at or "")
+
+    def clause(self) -> str:
+        """The end of a sentence about the task; empty if the place is unknown."""
+        return "" if self.at is None else f"; it is at {self}"
+
 
 class Stacks:
-    """The frames of all threads, taken once when they are first needed.
+    """The frames of all threads, read once when they are first needed.
 
     Args:
-        interrupted: Of a signal handler, the frame in which it was called: what is above is the handler's.
+        interrupted: In a signal handler, the frame that it has interrupted: those above are the handler's.
     """
 
     def __init__(self, interrupted: FrameType | None = None) -> None:
@@ -84,10 +91,11 @@ class Stacks:
         self._frames: dict[int, FrameType | None] | None = None
 
     def of_thread(self, number: int | None) -> list[FrameType]:
-        """The frames of a thread, outermost first; none if it is not there."""
+        """The frames of a thread, outermost first; none if there is no such thread."""
         if self._frames is None:
             own = self._interrupted or _outside(sys._getframe())
-            # Not the frames that look: they would hold themselves, and all around, until the next collection.
+            # Without the frames of this package, which would hold themselves and those around them until the
+            # next garbage collection.
             self._frames = {**sys._current_frames(), threading.get_ident(): own}
         frame = None if number is None else self._frames.get(number)
         frames: list[FrameType] = []
@@ -105,9 +113,9 @@ class Stacks:
         """The frames of a task, outermost first.
 
         Args:
-            task: Any.
+            task: Any, managed or not.
             thread: That of its loop.
-            coroutine_of: Gives the coroutine of a live task with which to begin.
+            coroutine_of: Returns the outermost coroutine to consider of a live task.
         """
         try:
             if task.done():
@@ -119,23 +127,23 @@ class Stacks:
             outermost = _first_of(coro, "cr_frame", "gi_frame")
             return frames[frames.index(outermost) :] if outermost in frames else frames
         except Exception:
-            # Tasks of other kinds than asyncio's may be live in a loop.
+            # Not every task in a loop is one of asyncio's.
             return []
 
 
 def suspended_frames(awaitable: object) -> list[FrameType]:
     """The frames of a suspended coroutine and of what it awaits, outermost first."""
     frames: list[FrameType] = []
-    for _ in range(_LONGEST):
+    for _ in range(_MAX_FRAMES):
         if awaitable is None:
             break
         frame = _first_of(awaitable, "cr_frame", "gi_frame", "ag_frame")
         if isinstance(frame, FrameType):
             frames.append(frame)
         elif frame is not None:
-            # An object that has every attribute, such as a mock: it would lead on forever.
+            # An object that has every attribute, such as a mock: the search would not end.
             break
-        awaitable = _inside_of(awaitable)
+        awaitable = _awaited_by(awaitable)
     return frames
 
 
@@ -144,34 +152,36 @@ def place_of(frames: Sequence[FrameType], *, home: bool = False) -> Place:
 
     Args:
         frames: Outermost first.
-        home: The outermost one is the user's, in whatever library it stands.
+        home: The outermost one is the user's, in whatever library it is.
     """
     files = [frame.f_code.co_filename for frame in frames]
-    origins = [_origin(file) for file in files]
     users = {""}
     if home:
-        users.update([origin for origin in origins if origin is not None][:1])
-    candidates = (
-        [n for n, origin in enumerate(origins) if origin in users]
-        or [n for n, origin in enumerate(origins) if origin is not None]
-        or [n for n, file in enumerate(files) if not _is_ours(file)]
-    )
-    if not candidates:
+        users.update([origin for origin in map(_origin, files) if origin is not None][:1])
+    rank, number = max(((_rank(file, users), number) for number, file in enumerate(files)), default=(0, 0))
+    if not rank:
         return Place()
-    number = candidates[-1]
     calls = frames[number + 1].f_code.co_qualname if number + 1 < len(frames) else None
     return Place(_location(frames[number]), calls)
 
 
+def _rank(file: str, users: set[str]) -> int:
+    """The user's files before a library's, those before the standard library's; 0 for this package's."""
+    origin = _origin(file)
+    if origin is not None:
+        return 3 if origin in users else 2
+    return 0 if _is_ours(file) else 1
+
+
 def calling_line() -> Location | None:
-    """The line of the current task's own code that has called this package; None where there is none."""
+    """The line of the current task's own code that has called this package; None if there is none."""
     task = asyncio.current_task()
     outermost = None if task is None else _first_of(task.get_coro(), "cr_frame", "gi_frame")
     frames: list[FrameType] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         frames.append(frame)
-        # What is further out has started the loop.
+        # The frames outside of it have started the loop.
         frame = None if frame is outermost else frame.f_back
     return place_of(frames[::-1]).at
 
@@ -183,24 +193,24 @@ def _location(frame: FrameType) -> Location:
     return Location(code.co_filename, code.co_firstlineno if line is None else line, code.co_qualname)
 
 
-def _inside_of(awaitable: object) -> object:
-    if type(awaitable).__name__ in _BETWEEN:
+def _awaited_by(awaitable: object) -> object:
+    if type(awaitable).__name__ in _WRAPPERS:
         return next((thing for thing in gc.get_referents(awaitable) if _leads_on(thing)), None)
     return _first_of(awaitable, "cr_await", "gi_yieldfrom", "ag_await")
 
 
 def _leads_on(thing: object) -> bool:
     return (
-        type(thing).__name__ in _BETWEEN or _first_of(thing, "cr_frame", "gi_frame", "ag_frame") is not None
+        type(thing).__name__ in _WRAPPERS or _first_of(thing, "cr_frame", "gi_frame", "ag_frame") is not None
     )
 
 
 def _first_of(thing: object, *names: str) -> Any:
-    """The first of these attributes that is there and not None."""
+    """The first of these attributes that exists and is not None."""
     for name in names:
         try:
             value = getattr(thing, name, None)
-        except Exception:  # noqa: S112  # foreign code: what it cannot tell is not told
+        except Exception:  # noqa: S112  # foreign code: an attribute that raises counts as missing
             continue
         if value is not None:
             return value
@@ -220,7 +230,7 @@ def _is_ours(file: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _origin(file: str) -> str | None:
-    """Whose a file is: "" the user's, the name of an installed library, or None for neither."""
+    """The owner of a file: "" is the user, else the name of an installed library; None is neither."""
     if _is_ours(file):
         return None
     installed = _INSTALLED.search(file)
@@ -230,7 +240,7 @@ def _origin(file: str) -> str | None:
 
 
 def _shortened(file: str) -> str:
-    """A path without the way to the working directory, or to the library."""
+    """A path relative to the working directory, or to the folder of the library."""
     installed = _INSTALLED.search(file)
     if installed is not None:
         return file[installed.start(1) :]

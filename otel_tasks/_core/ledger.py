@@ -14,7 +14,7 @@ from contextlib import suppress
 from contextvars import Context, copy_context
 from threading import get_ident
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 from otel_tasks._core.causes import passing
@@ -22,7 +22,6 @@ from otel_tasks._core.clock import clock_of, epoch_of, monotonic, reads_loop_tim
 from otel_tasks._core.closing import Shutdown, Shutdowns
 from otel_tasks._core.factory import end_like, holder_of
 from otel_tasks._core.log import log_fields, logger
-from otel_tasks._core.lost import LostWork, report_at_exit
 from otel_tasks._core.places import Limiter, Ticket, adopt, release, set_limit
 from otel_tasks._core.records import Ending, History, without_frames
 from otel_tasks._core.state import Outcome, TaskStatus
@@ -102,6 +101,22 @@ class TaskStats(NamedTuple):
         return self._asdict()
 
 
+class LossReport(Protocol):
+    """Reports the tasks that can never end; ``lost`` implements it."""
+
+    def watch_exit(self) -> None:
+        """Report when the process ends."""
+        ...
+
+    def note(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Note that a task is being cancelled while its loop does not run."""
+        ...
+
+    def report(self) -> None:
+        """Report every live task."""
+        ...
+
+
 class Ledger:
     """The books of one manager."""
 
@@ -143,7 +158,7 @@ class Ledger:
         self.shutdowns = Shutdowns()
         # Whether it is shut down in that loop.
         self.closed = False
-        self.lost = LostWork(self)
+        self.lost: LossReport
         # What a line of code calls the manager.
         self.in_code = "manager"
         # That of the loop, for every timestamp and duration of this manager.
@@ -280,7 +295,7 @@ class Ledger:
         self.other_clock = None if reads_loop_time(loop) else self.clock
         self.threads.bind(loop)
         self.telemetry.observe(self)
-        report_at_exit(self)
+        self.lost.watch_exit()
 
     def now(self) -> float:
         """Read the clock, for those that outlive a change of the loop."""

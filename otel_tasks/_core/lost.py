@@ -1,11 +1,11 @@
-"""Work that is lost because nothing shut its manager down, and the one WARNING that says so.
+"""Logs the work that is lost because nothing shut its manager down, in one WARNING.
 
-A loop ends in three ways, and a manager learns of each in another place:
+A loop ends in three ways, and a manager learns of each in a different place:
 
 1. Its runner cancels every task that is left, as ``asyncio.run()`` does. Unlike at any other cancellation, no
    loop runs at that moment.
 2. It is closed under live tasks. The manager sees that when it is used in another loop.
-3. The process ends. A process that is killed by a signal says nothing.
+3. The process ends. A process that a signal kills logs nothing.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from otel_tasks._core.ledger import Ledger
     from otel_tasks._core.task import ManagedTask
 
-_MOST = 10
+# The number of tasks that the warning names.
+_MAX_NAMED = 10
 
 
 class LostWork:
-    """What one manager loses; each task is reported once.
+    """Reports what one manager loses, each task once.
 
     Args:
         ledger: The manager's.
@@ -41,15 +42,29 @@ class LostWork:
         self._noted_in: asyncio.AbstractEventLoop | None = None
         self._reported: WeakSet[ManagedTask[Any]] = WeakSet()
 
+    def watch_exit(self) -> None:
+        """Report when the process ends."""
+        _watch_exit(self)
+
     def note(self, loop: asyncio.AbstractEventLoop) -> None:
         """Note that a task is being cancelled while its loop does not run."""
         if self._noted_in is loop or self._ledger.closed or loop.is_closed():
             return
         self._noted_in = loop
-        # Now, before they end. Not those of a block or a request that is cancelled with them, and sees that.
+        # Read now, before the tasks end. Tasks of a block or a request are left out: it is cancelled with
+        # them, and sees that.
         lost = [(task, _described(task)) for task in self._live() if not _is_in_a_block(task)]
-        # When the loop runs once more, every task has been cancelled.
+        # The loop runs once more after every task has been cancelled.
         loop.call_soon(self._report_if_over, loop, lost, context=Context())
+
+    def report(self) -> None:
+        """Report every live task: none of them can ever end."""
+        self._report([(task, _described(task)) for task in self._live()])
+
+    def report_at_exit(self) -> None:
+        """Report every live task, unless the manager is shut down."""
+        if self._ledger.live and not self._ledger.closed:
+            self.report()
 
     def _report_if_over(
         self, loop: asyncio.AbstractEventLoop, lost: list[tuple[ManagedTask[Any], str]]
@@ -58,14 +73,9 @@ class LostWork:
         if all(task.cancelling() for task in asyncio.all_tasks(loop)):
             self._report(lost)
 
-    def report(self) -> None:
-        """Log that what is live can never end."""
-        self._report([(task, _described(task)) for task in self._live()])
-
     def _live(self) -> list[ManagedTask[Any]]:
-        return [
-            task for task in self._ledger.root._every_live() if not task.done() and task not in self._reported
-        ]
+        live = self._ledger.root._every_live()
+        return [task for task in live if not task.done() and task not in self._reported]
 
     def _report(self, lost: list[tuple[ManagedTask[Any], str]]) -> None:
         if not lost:
@@ -88,16 +98,16 @@ def _described(task: ManagedTask[Any]) -> str:
 def _listed(lost: list[tuple[ManagedTask[Any], str]]) -> str:
     """Name tasks by their groups: ``group 'outbox': 'mail-1', 'mail-2'``."""
     groups: dict[str, list[str]] = {}
-    for task, text in lost[:_MOST]:
-        groups.setdefault(task._group.id, []).append(text)
+    for task, text in lost[:_MAX_NAMED]:
+        groups.setdefault(task.group.id, []).append(text)
     listed = [f"group {group!r}: {', '.join(texts)}" for group, texts in groups.items()]
-    more = len(lost) - _MOST
+    more = len(lost) - _MAX_NAMED
     return "; ".join(listed) + (f"; {more} more tasks" if more > 0 else "")
 
 
 def _is_in_a_block(task: ManagedTask[Any]) -> bool:
-    """True if a block or a request that has not ended itself waits for the task."""
-    group: TaskGroup | None = task._group
+    """True if a block or a request that has not ended waits for the task."""
+    group: TaskGroup | None = task.group
     while group is not None:
         host = group._host if group._scope is None else group._scope.host
         if host is not None and not host.done():
@@ -108,25 +118,24 @@ def _is_in_a_block(task: ManagedTask[Any]) -> bool:
 
 # --- the end of the process --------------------------------------------------------------------------------
 
-_used: WeakSet[Ledger] = WeakSet()
+_watched: WeakSet[LostWork] = WeakSet()
 _process = 0
 
 
-def report_at_exit(ledger: Ledger) -> None:
-    """Report what ``ledger`` has lost when this process ends."""
+def _watch_exit(work: LostWork) -> None:
     global _process
     if _process != os.getpid():
-        # Also after a fork: what was live in the parent is not lost with the child.
+        # After a fork too: what was live in the parent is not lost with the child.
         _process = os.getpid()
-        _used.clear()
+        _watched.clear()
         _call_at_exit()
-    _used.add(ledger)
+    _watched.add(work)
 
 
 def _call_at_exit() -> None:
     atexit.unregister(_report_all)
     atexit.register(_report_all)
-    # A forked worker of multiprocessing does not run what atexit knows.
+    # A forked worker of multiprocessing does not run the functions registered with atexit.
     processes = sys.modules.get("multiprocessing.util")
     if processes is not None:
         processes.Finalize(None, _report_all, exitpriority=0)
@@ -135,6 +144,5 @@ def _call_at_exit() -> None:
 def _report_all() -> None:
     if _process != os.getpid():
         return
-    for ledger in list(_used):
-        if ledger.live and not ledger.closed:
-            ledger.lost.report()
+    for work in list(_watched):
+        work.report_at_exit()

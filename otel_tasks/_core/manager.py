@@ -23,6 +23,7 @@ from otel_tasks._core.group import TaskGroup
 from otel_tasks._core.inspection import check_limit, tree_of
 from otel_tasks._core.ledger import Ledger
 from otel_tasks._core.log import log_fields, log_fields_of_all, logger
+from otel_tasks._core.lost import LostWork
 from otel_tasks._core.places import Limiter, checked_limiter
 from otel_tasks._core.service import DEFAULT_POLICY, RestartPolicy, start_supervisor
 from otel_tasks._core.signals import write_on_signal
@@ -50,10 +51,10 @@ if TYPE_CHECKING:
     from typing import Self, TextIO, Unpack
 
     from otel_tasks._core.creation import NamedTaskOptions, OnConflict, TaskOptions
-    from otel_tasks._core.inspection import TaskTree
     from otel_tasks._core.ledger import TaskEvent, TaskStats
     from otel_tasks._core.records import Ending
     from otel_tasks._core.scope import OnError
+    from otel_tasks._core.task_tree import TaskTree
     from otel_tasks._core.telemetry import MeterProvider, TracerProvider
 
 T = TypeVar("T")
@@ -148,6 +149,7 @@ class TaskManager:
         self._root = TaskGroup._labelled(self._ledger, "root", None)
         self._ledger.root = self._root
         self._ledger.manager = self
+        self._ledger.lost = LostWork(self._ledger)
 
     @property
     def name(self) -> str:

@@ -70,9 +70,7 @@ class Limiter:
         """Note that an entry is stale; the heap drops stale entries before they are the majority."""
         self._stale += 1
         if self._stale > len(self._heap) // 2 + 8:
-            self._heap = [
-                entry for entry in self._heap if entry[3].queue is self and entry[3].version == entry[2]
-            ]
+            self._heap = self._current()
             heapify(self._heap)
             self._stale = 0
 
@@ -98,6 +96,16 @@ class Limiter:
                 ready.append(ticket)
         if shared is not None:
             shared.pump(ready)
+
+    def in_order(self, most: int) -> list[Ticket] | None:
+        """The tickets that wait here, the next one first; None for more than ``most`` entries."""
+        if len(self._heap) > most:
+            return None
+        return [entry[3] for entry in sorted(self._current())]
+
+    def _current(self) -> list[tuple[tuple[float, float], int, int, Ticket]]:
+        """The entries whose tickets still wait here."""
+        return [entry for entry in self._heap if entry[3].queue is self and entry[3].version == entry[2]]
 
     def clear(self) -> None:
         """Forget everybody."""

@@ -295,10 +295,15 @@ class Worker(Generic[T]):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    @property
+    def thread_id(self) -> int | None:
+        """The identifier of its thread; None before that has started."""
+        thread = getattr(self, "_thread", None)
+        return None if thread is None else thread.ident
+
     def stack(self) -> str:
         """Say where the thread is, as lines of a traceback; empty if it has none that works."""
-        thread = getattr(self, "_thread", None)
-        number = None if thread is None or self._over else thread.ident
+        number = None if self._over else self.thread_id
         frame = None if number is None else sys._current_frames().get(number)
         outer, depth = frame, 0
         # Without what is below the function: this module, and how a thread begins.

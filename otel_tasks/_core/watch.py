@@ -2,71 +2,55 @@
 
 Rules, each with a test of its own:
 
-1. A timer of the loop looks at tasks from outside: a task pays nothing, watched or not. A look is taken in
-   short parts, however many tasks there are.
-2. Only another thread can see that the loop is held. It keeps asking the loop for an answer; if none comes in
-   time, it looks where the loop's thread is.
-3. Each warning is given once per task; that the loop is held in the same functions, once a minute. Of many
+1. A timer of the loop looks at tasks from outside: a task costs the same, watched or not. A scan runs in
+   short batches, however many tasks there are.
+2. Only another thread can see that the loop is held: ``watchdog``.
+3. Each warning is logged once per task; that the loop is held in the same functions, once a minute. Of many
    tasks at a time, some are logged one by one and the rest are counted.
-4. Nothing here keeps a task longer than a look takes, and everything ends with the ``with`` block or the
+4. Nothing here holds a task for longer than a scan takes, and everything ends with the ``with`` block or the
    loop.
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
-import threading
-import time
 from contextvars import Context
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
-from otel_tasks._core.binding import current_binding
-from otel_tasks._core.frames import Stacks, place_of
-from otel_tasks._core.inspection import duration, in_words, known_as, place_of_task
+from otel_tasks._core.frames import Stacks
+from otel_tasks._core.inspection import is_queued, place_of_task, request_of
 from otel_tasks._core.log import log_fields, log_fields_of_all, logger
-from otel_tasks._core.task import ManagedTask, has_started, own_coroutine, snapshot
+from otel_tasks._core.task import ManagedTask, has_started, snapshot
+from otel_tasks._core.task_tree import duration
+from otel_tasks._core.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import CodeType, FrameType
 
+    from otel_tasks._core.binding import BoundRequest
     from otel_tasks._core.ledger import Ledger
 
-# Tasks that are looked at in one go: about a tenth of a millisecond.
-_PART = 500
-# Warnings of one kind that one look writes one by one.
-_ONE_BY_ONE = 10
-# Looking for plain tasks takes asyncio one go through all there are.
-_TOO_MANY = 10_000
-# Seconds between two warnings that the loop is held in the same functions.
-_QUIET = 60.0
-# How often the loop is asked for an answer in the time that it may take for it.
-_PINGS = 4
-
-
-def _code_between() -> CodeType | None:
-    """What stands between asyncio's loop and a callback from another thread alone: from Python 3.14 on."""
-    method = getattr(vars(asyncio.events).get("_ThreadSafeHandle"), "_run", None)
-    return getattr(method, "__code__", None)
-
-
-_BETWEEN = _code_between()
+# Tasks per batch, which takes about a tenth of a millisecond.
+_BATCH = 500
+# Tasks with the same trouble that one scan names; the others are counted.
+_MAX_NAMED = 10
+# With more live tasks, plain tasks are not scanned: asyncio lists all tasks in one go.
+_MAX_LIVE = 10_000
 
 
 class Watch:
-    """Watches one manager, in the loop and from a thread.
+    """Watches one manager, from the loop and from a thread.
 
     Args:
         ledger: The manager's records, bound to the loop that runs here.
-        held: Seconds for which the loop may be held in one go.
+        held: Seconds for which anything may hold the loop at a stretch.
         ignored: Seconds that a task may take to end after a cancel request.
         unstarted: Seconds in which a task must start if it does not wait for a place.
         outlived: Seconds for which a plain asyncio task may outlive the request that started it.
 
-    None is not to look for that.
+    None turns a warning off.
     """
 
     def __init__(
@@ -78,93 +62,91 @@ class Watch:
         outlived: float | None,
     ) -> None:
         loop = asyncio.get_running_loop()
-        bounds = [bound for bound in (ignored, unstarted, outlived) if bound is not None]
-        self._look = HealthScan(ledger, loop, bounds, ignored, unstarted, outlived) if bounds else None
+        scans = (ignored, unstarted, outlived) != (None, None, None)
+        self._scan = HealthScan(ledger, loop, ignored, unstarted, outlived) if scans else None
         self._watchdog = None if held is None else Watchdog(ledger, loop, held)
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start watching."""
         if self._watchdog is not None:
             self._watchdog.start()
-        if self._look is not None:
-            self._look.arm()
+        if self._scan is not None:
+            self._scan.arm()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop watching."""
         if self._watchdog is not None:
             self._watchdog.stop()
-        if self._look is not None:
-            self._look.stop()
+        if self._scan is not None:
+            self._scan.stop()
 
 
 class HealthScan:
-    """A look at all live tasks from time to time, by the loop."""
+    """Looks at all live tasks from time to time, in the loop.
+
+    Args:
+        ledger: The manager's records.
+        loop: The manager's loop.
+        ignored: As for ``Watch``; at least one of the three is a number.
+        unstarted: As for ``Watch``.
+        outlived: As for ``Watch``.
+    """
 
     def __init__(
         self,
         ledger: Ledger,
         loop: asyncio.AbstractEventLoop,
-        bounds: list[float],
         ignored: float | None,
         unstarted: float | None,
         outlived: float | None,
     ) -> None:
         self._ledger = ledger
         self._loop = loop
-        self._ignored = ignored
-        self._unstarted = unstarted
-        self._outlived = outlived
-        # Nothing is told later than half of its bound after it, nor is it looked for without a pause.
-        self._pause = min(5.0, max(0.05, min(bounds) / 2))
-        # The next look, or the next part of one.
+        self._checks: list[_Check] = []
+        if ignored is not None:
+            self._checks.append(_IgnoredCancels(ledger, ignored))
+        if unstarted is not None:
+            self._checks.append(_Unstarted(ledger, unstarted))
+        self._strays = None if outlived is None else _Strays(ledger, loop, outlived)
+        # A warning comes at most half of its bound late, and there is a pause between any two scans.
+        shortest = min(bound for bound in (ignored, unstarted, outlived) if bound is not None)
+        self._pause = min(5.0, max(0.05, shortest / 2))
+        # The next scan, or the next batch.
         self._handle: asyncio.Handle
         self._stopped = False
-        self._told_ignored: WeakSet[ManagedTask[Any]] = WeakSet()
-        self._told_unstarted: WeakSet[ManagedTask[Any]] = WeakSet()
-        self._told_outlived: set[str] = set()
-        # Since when each is known to outlive its request.
-        self._strays: WeakKeyDictionary[asyncio.Task[Any], float] = WeakKeyDictionary()
 
     def arm(self) -> None:
-        """Take a look after the pause."""
-        # An empty context: otherwise it would be that of the request that started the watch.
+        """Scan after the pause."""
+        # An empty context: the current one may be that of a request.
         self._handle = self._loop.call_later(self._pause, self._begin, context=Context())
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop scanning."""
         self._stopped = True
         self._handle.cancel()
 
     def _begin(self) -> None:
-        # In the next turn: tasks that were created while the loop was held are still to run in this one.
-        self._soon(self._every_live(), [], [])
+        # In the next turn: tasks that were created while the loop was held run their first step in this one.
+        self._schedule(self._every_live(), [[] for _ in self._checks])
 
-    def _soon(self, *state: Any) -> None:
-        self._handle = self._loop.call_soon(self._part, *state, context=Context())
+    def _schedule(self, *state: Any) -> None:
+        self._handle = self._loop.call_soon(self._scan_batch, *state, context=Context())
 
-    def _part(
-        self,
-        tasks: Iterator[ManagedTask[Any]],
-        ignoring: list[ManagedTask[Any]],
-        unstarted: list[ManagedTask[Any]],
-    ) -> None:
+    def _scan_batch(self, tasks: Iterator[ManagedTask[Any]], found: list[list[ManagedTask[Any]]]) -> None:
         """Look at some tasks, and at the next ones in the next turn."""
         if self._stopped or self._ledger.loop is not self._loop:
             return
         now = self._ledger.clock()
-        part = list(islice(tasks, _PART))
-        for task in part:
-            if self._ignores(task, now):
-                ignoring.append(task)
-            elif self._has_not_begun(task, now):
-                unstarted.append(task)
-        if len(part) == _PART:
-            self._soon(tasks, ignoring, unstarted)
+        batch = list(islice(tasks, _BATCH))
+        for check, troubled in zip(self._checks, found, strict=True):
+            troubled += [task for task in batch if check.finds(task, now)]
+        if len(batch) == _BATCH:
+            self._schedule(tasks, found)
             return
-        self._tell_of_ignoring(ignoring, now)
-        self._tell_of_unstarted(unstarted, now)
-        if self._outlived is not None and self._ledger.live <= _TOO_MANY:
-            self._look_for_strays(self._outlived, now)
+        for check, troubled in zip(self._checks, found, strict=True):
+            check.report(troubled, now)
+        if self._strays is not None:
+            self._strays.search(now)
         self.arm()
 
     def _every_live(self) -> Iterator[ManagedTask[Any]]:
@@ -175,196 +157,145 @@ class HealthScan:
             if group.scoped:
                 yield from list(group._live.values())
 
-    # -- what is wrong ----------------------------------------------------------------------
 
-    def _ignores(self, task: ManagedTask[Any], now: float) -> bool:
+# -- what it looks for ----------------------------------------------------------------------------
+
+
+class _Check:
+    """Finds one kind of trouble, and reports each task once.
+
+    Args:
+        ledger: The manager's records.
+        bound: Seconds after which it is trouble.
+    """
+
+    def __init__(self, ledger: Ledger, bound: float) -> None:
+        self._ledger = ledger
+        self._bound = bound
+        self._reported: WeakSet[ManagedTask[Any]] = WeakSet()
+
+    def finds(self, task: ManagedTask[Any], now: float) -> bool:
+        """True if a task is in trouble that was not reported."""
+        return self._is_overdue(task, now) and self._is_in_trouble(task) and task not in self._reported
+
+    def report(self, tasks: list[ManagedTask[Any]], now: float) -> None:
+        """Log some of these tasks one by one, and the number of the others."""
+        for task in tasks[:_MAX_NAMED]:
+            self._report_one(task, now)
+        self._reported.update(tasks)
+        rest = [task.id for task in tasks[_MAX_NAMED:]]
+        if rest:
+            self._report_rest(rest)
+
+    def _is_overdue(self, task: ManagedTask[Any], now: float) -> bool:
+        raise NotImplementedError
+
+    def _is_in_trouble(self, task: ManagedTask[Any]) -> bool:
+        raise NotImplementedError
+
+    def _report_one(self, task: ManagedTask[Any], now: float) -> None:
+        raise NotImplementedError
+
+    def _report_rest(self, task_ids: list[str]) -> None:
+        raise NotImplementedError
+
+
+class _IgnoredCancels(_Check):
+    """Finds tasks that still run long after a cancel request."""
+
+    def _is_overdue(self, task: ManagedTask[Any], now: float) -> bool:
         cause = task._cause
-        if self._ignored is None or cause is None or cause.at is None or now - cause.at < self._ignored:
-            return False
-        return not task.done() and task.cancelling() > 0 and task not in self._told_ignored
+        return cause is not None and cause.at is not None and now - cause.at >= self._bound
 
-    def _has_not_begun(self, task: ManagedTask[Any], now: float) -> bool:
-        if self._unstarted is None or now - task._created_at < self._unstarted or has_started(task):
-            return False
-        # One in a queue waits for its turn, and a request for its end is on its way to one that is cancelled.
-        waits = task._extras is not None and task._extras.queued
-        return not (waits or task.done() or task.cancelling() or task in self._told_unstarted)
+    def _is_in_trouble(self, task: ManagedTask[Any]) -> bool:
+        return not task.done() and task.cancelling() > 0
 
-    def _look_for_strays(self, patience: float, now: float) -> None:
-        """Look for plain tasks that were started in a request which is over (Python 3.12 on)."""
-        for task in asyncio.all_tasks(self._loop):
-            request = None if isinstance(task, ManagedTask) else request_of(task)
-            if request is None or not request.closed:
-                continue
-            since = self._strays.setdefault(task, now)
-            function = getattr(task.get_coro(), "__qualname__", "?")
-            if now - since >= patience and function not in self._told_outlived:
-                self._told_outlived.add(function)
-                logger.warning(
-                    "asyncio task %r (%s) was started in request %r and still runs %s after its end%s; "
-                    "create_task() would have ended it with the request",
-                    task.get_name(),
-                    function,
-                    request._name(),
-                    duration(now - since),
-                    self._at(task),
-                )
+    def _report_one(self, task: ManagedTask[Any], now: float) -> None:
+        cause = task.cause
+        logger.warning(
+            "task %r still runs %s after its cancellation was requested (%s)%s",
+            task.id,
+            "some time" if cause is None or cause.at is None else duration(now - cause.at),
+            cause,
+            _clause(task, self._ledger),
+            extra=log_fields(snapshot(task)),
+        )
 
-    # -- telling ----------------------------------------------------------------------------
-
-    def _tell_of_ignoring(self, tasks: list[ManagedTask[Any]], now: float) -> None:
-        for task in tasks[:_ONE_BY_ONE]:
-            cause = task._cause
-            logger.warning(
-                "task %r was asked to end %s ago (%s) and still runs%s",
-                task.id,
-                "some time" if cause is None or cause.at is None else duration(now - cause.at),
-                cause,
-                self._at(task),
-                extra=log_fields(snapshot(task)),
-            )
-        self._told_ignored.update(tasks)
-        rest = [task.id for task in tasks[_ONE_BY_ONE:]]
-        if rest:
-            logger.warning(
-                "%d more tasks were asked to end and still run", len(rest), extra=log_fields_of_all(rest)
-            )
-
-    def _tell_of_unstarted(self, tasks: list[ManagedTask[Any]], now: float) -> None:
-        for task in tasks[:_ONE_BY_ONE]:
-            previous = () if task._extras is None else task._extras.previous
-            names = ", ".join(repr(other.get_name()) for other in previous if not other.done())
-            logger.warning(
-                "task %r was created %s ago and has run none of its code%s",
-                task.id,
-                duration(now - task._created_at),
-                f": it waits for the end of {names}" if names else "",
-                extra=log_fields(snapshot(task)),
-            )
-        self._told_unstarted.update(tasks)
-        rest = [task.id for task in tasks[_ONE_BY_ONE:]]
-        if rest:
-            logger.warning(
-                "%d more tasks have run none of their code", len(rest), extra=log_fields_of_all(rest)
-            )
-
-    def _at(self, task: asyncio.Task[Any]) -> str:
-        return in_words(place_of_task(task, Stacks(), self._ledger.thread))
+    def _report_rest(self, task_ids: list[str]) -> None:
+        logger.warning(
+            "%d more tasks still run after their cancellation was requested",
+            len(task_ids),
+            extra=log_fields_of_all(task_ids),
+        )
 
 
-class Watchdog(threading.Thread):
-    """A thread that sees when the loop is held."""
+class _Unstarted(_Check):
+    """Finds tasks that have not started long after their creation."""
 
-    def __init__(self, ledger: Ledger, loop: asyncio.AbstractEventLoop, held: float) -> None:
-        super().__init__(name=f"otel_tasks watch {ledger.name}", daemon=True)
+    def _is_overdue(self, task: ManagedTask[Any], now: float) -> bool:
+        return now - task._created_at >= self._bound
+
+    def _is_in_trouble(self, task: ManagedTask[Any]) -> bool:
+        # A queued task waits for its turn, and a cancelled one for its CancelledError.
+        return not (has_started(task) or is_queued(task) or task.cancelling())
+
+    def _report_one(self, task: ManagedTask[Any], now: float) -> None:
+        previous = () if task._extras is None else task._extras.previous
+        names = ", ".join(repr(other.get_name()) for other in previous if not other.done())
+        logger.warning(
+            "task %r was created %s ago and has not started%s",
+            task.id,
+            duration(now - task._created_at),
+            f": it waits until {names} has ended" if names else "",
+            extra=log_fields(snapshot(task)),
+        )
+
+    def _report_rest(self, task_ids: list[str]) -> None:
+        logger.warning("%d more tasks have not started", len(task_ids), extra=log_fields_of_all(task_ids))
+
+
+class _Strays:
+    """Finds plain tasks that outlive the request that started them (Python 3.12).
+
+    Args:
+        ledger: The manager's records.
+        loop: The manager's loop.
+        bound: Seconds for which they may.
+    """
+
+    def __init__(self, ledger: Ledger, loop: asyncio.AbstractEventLoop, bound: float) -> None:
         self._ledger = ledger
         self._loop = loop
-        self._held = held
-        self._stopped = threading.Event()
-        self._answered = threading.Event()
-        self._told: WeakSet[asyncio.Task[Any]] = WeakSet()
-        # When the same functions were told of last.
-        self._last: dict[frozenset[CodeType], float] = {}
-        # Of the loop's thread, as of its last answer: which it is, how many frames are below a callback, and
-        # the code of the one that has called it.
-        self._thread = ledger.thread
-        self._depth = 0
-        self._caller: CodeType | None = None
+        self._bound = bound
+        self._reported: set[str] = set()
+        # The times at which they were first seen to outlive their requests.
+        self._since: WeakKeyDictionary[asyncio.Task[Any], float] = WeakKeyDictionary()
 
-    def stop(self) -> None:
-        """End it, soon."""
-        self._stopped.set()
-        self._answered.set()
+    def search(self, now: float) -> None:
+        """Look at all tasks of the loop, unless there are very many."""
+        if self._ledger.live > _MAX_LIVE:
+            return
+        for task in asyncio.all_tasks(self._loop):
+            request = None if isinstance(task, ManagedTask) else request_of(task)
+            if request is not None and request.closed:
+                self._check(task, request, now)
 
-    def run(self) -> None:
-        """Ask the loop for an answer until it is closed, or the watch is over."""
-        pause = self._held / _PINGS
-        while True:
-            self._answered.clear()
-            began = time.monotonic()
-            if self._stopped.wait(pause):
-                return
-            # Late itself: code in C has let no other thread run, and is where it was called just now.
-            late = time.monotonic() - began > pause + self._held
-            told = self._tell() if late else None
-            try:
-                self._loop.call_soon_threadsafe(self._answer, context=Context())
-            except RuntimeError:
-                # It is closed.
-                return
-            if told is not None or not self._answered.wait(self._held):
-                self._wait_for_answer(began, told)
-
-    def _answer(self) -> None:
-        frame, depth = sys._getframe().f_back, 0
-        self._caller = None if frame is None else frame.f_code
-        while frame is not None:
-            depth += frame.f_code is not _BETWEEN
-            frame = frame.f_back
-        self._thread, self._depth = threading.get_ident(), depth
-        self._answered.set()
-
-    def _wait_for_answer(self, began: float, told: str | None) -> None:
-        # What comes next in the same stretch is the same trouble.
-        told = told or self._tell()
-        while not (self._stopped.is_set() or self._loop.is_closed() or self._answered.wait(self._held)):
-            told = told or self._tell()
-        if told is not None and not self._stopped.is_set():
-            seconds = duration(time.monotonic() - began)
-            logger.info("the event loop goes on: it was held for %s by %s", seconds, told)
-
-    def _tell(self) -> str | None:
-        """Say in the log what holds the loop; returns who it is, None if nothing was said."""
-        if not self._loop.is_running() or self._stopped.is_set():
-            return None
-        task = asyncio.current_task(self._loop)
-        frames = self._frames(task)
-        place = place_of(frames, home=isinstance(task, ManagedTask))
-        if self._answered.is_set() or (task is None and place.at is None):
-            # It went on just now; or it waits, and the whole process had no time for it.
-            return None
-        who = "a callback" if task is None else described(task)
-        if self._is_known(task, frozenset(frame.f_code for frame in frames)):
-            return None
+    def _check(self, task: asyncio.Task[Any], request: BoundRequest, now: float) -> None:
+        seconds = now - self._since.setdefault(task, now)
+        function = getattr(task.get_coro(), "__qualname__", "?")
+        if seconds < self._bound or function in self._reported:
+            return
+        self._reported.add(function)
         logger.warning(
-            "%s has held the event loop for more than %s%s",
-            who,
-            duration(self._held),
-            in_words(place),
-            extra=log_fields(snapshot(task)) if isinstance(task, ManagedTask) else None,
+            "asyncio task %r (%s) was started in request %r and still runs %s after the request ended%s; "
+            "create_task() would have ended it with the request",
+            task.get_name(),
+            function,
+            request.name,
+            duration(seconds),
+            _clause(task, self._ledger),
         )
-        return who
-
-    def _frames(self, task: asyncio.Task[Any] | None) -> list[FrameType]:
-        stacks = Stacks()
-        if task is not None:
-            return stacks.of_task(task, self._thread, own_coroutine)
-        # What runs the loop is no part of the callback.
-        frames = [frame for frame in stacks.of_thread(self._thread) if frame.f_code is not _BETWEEN]
-        frames = frames[max(0, self._depth - 1) :]
-        return frames[1:] if frames and frames[0].f_code is self._caller else []
-
-    def _is_known(self, task: asyncio.Task[Any] | None, functions: frozenset[CodeType]) -> bool:
-        """True if this task, or another in the same functions, was told of; else it is noted."""
-        now = time.monotonic()
-        self._last = {key: then for key, then in self._last.items() if now - then < _QUIET}
-        if functions in self._last or (task is not None and task in self._told):
-            return True
-        self._last[functions] = now
-        if task is not None:
-            self._told.add(task)
-        return False
 
 
-def described(task: asyncio.Task[Any]) -> str:
-    """Say which task it is; of a plain one, as that of a request's handler, in which request."""
-    request = None if isinstance(task, ManagedTask) else request_of(task)
-    return f"task {known_as(task)!r}" + ("" if request is None else f" of request {request._name()!r}")
-
-
-def request_of(task: asyncio.Task[Any]) -> Any:
-    """The request in which a plain task was started; None for none, and in Python 3.11."""
-    get_context = getattr(task, "get_context", None)
-    bound = None if get_context is None else get_context().get(current_binding)
-    # The middleware is above this module. What it binds is a request, or a group where work has left one.
-    return bound if hasattr(bound, "closed") else None
+def _clause(task: asyncio.Task[Any], ledger: Ledger) -> str:
+    return place_of_task(task, Stacks(), ledger.thread).clause()

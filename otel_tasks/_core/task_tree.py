@@ -1,0 +1,317 @@
+"""What runs in a manager, as data, as JSON-ready data, and as text: ``TaskTree`` and its nodes.
+
+Rules, each with a test of its own:
+
+1. A tree holds no task, no group, and no frame. ``inspection`` takes it.
+2. The text of a node stays on its line and sends nothing to a terminal, whatever the names contain: they may
+   come from a client.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from otel_tasks._core.clock import rounded
+from otel_tasks._core.frames import Place
+from otel_tasks._core.state import TaskPriority, TaskStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from otel_tasks._core.cancellation import CancelCause
+    from otel_tasks._core.frames import Location
+    from otel_tasks._core.ledger import TaskStats
+    from otel_tasks._core.progress import Progress
+
+TaskKind = Literal["task", "thread", "service"]
+GroupKind = Literal["labeled", "block", "request"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskNode:
+    """A live task in a ``TaskTree``.
+
+    Attributes:
+        id: Unique among the manager's live tasks.
+        name: Its name.
+        kind: ``"task"``; ``"thread"``: a function in a thread; ``"service"``, with its attempt below it.
+        priority: How urgent it is.
+        status: Where it is in its life.
+        age: Seconds since it was created.
+        where: The innermost line of your code, not of a library, that it has reached; None if unknown.
+        calls: The function that this line calls, such as ``sleep`` or ``Queue.get``.
+        awaits: The id of the task that it awaits, or its asyncio name.
+        queued: It waits for a place under ``max_concurrency``.
+        queue_position: Its position in that queue, 1 is next; None in no queue and in a very long one.
+        cause: Why it is being cancelled; None if it is not.
+        cancelling_for: Seconds since the cancel request.
+        progress: Its latest progress report; None before the first.
+        trace_id: In hex; None without tracing.
+        span_id: In hex; None without tracing.
+        attempt: A service's running attempt; None between two attempts.
+    """
+
+    id: str
+    name: str
+    kind: TaskKind
+    priority: TaskPriority
+    status: TaskStatus
+    age: float
+    where: Location | None
+    calls: str | None
+    awaits: str | None
+    queued: bool
+    queue_position: int | None
+    cause: CancelCause | None
+    cancelling_for: float | None
+    progress: Progress | None
+    trace_id: str | None
+    span_id: str | None
+    attempt: TaskNode | None
+
+    def __str__(self) -> str:
+        mark = "(S)" if self.kind == "service" else "(T)"
+        return f"{mark} {_printable(self.name)}: {', '.join(_facts_of_task(self))}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON-ready data."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            "kind": self.kind,
+            "priority": self.priority.name,
+            "status": str(self.status),
+            "age": rounded(self.age),
+            "where": self.where and self.where.to_dict(),
+            "calls": self.calls,
+            "awaits": self.awaits,
+            "queued": self.queued,
+            "queue_position": self.queue_position,
+            "cause": self.cause and self.cause.to_dict(),
+            "cancelling_for": None if self.cancelling_for is None else rounded(self.cancelling_for),
+            "progress": self.progress and self.progress.to_dict(),
+            "trace_id": self.trace_id,
+            "span_id": self.span_id,
+            "attempt": self.attempt and self.attempt.to_dict(),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupNode:
+    """A group in a ``TaskTree``, with its content.
+
+    Attributes:
+        id: The name; for a block or a request, the name with ``#`` and a number.
+        name: Its name.
+        kind: ``"labeled"``, ``"block"`` (``async with``), or ``"request"``.
+        refusal: Why it takes no new tasks; None if it does.
+        cause: Why it is being cancelled; None if it is not.
+        max_concurrency: How many of its tasks run at once; None means no limit.
+        live: The number of its own live tasks.
+        queued: The number of those that wait for a place.
+        host: The task that runs the block or the request's handler; None for a labeled group.
+        where: The line that the host has reached; None for a managed task, which has a node of its own.
+        tasks: Its tasks, oldest first.
+        groups: The groups below it, oldest first.
+        more_tasks: The number of its own tasks that are left out.
+        more_groups: The number of groups directly below it that are left out with their content.
+    """
+
+    id: str
+    name: str
+    kind: GroupKind
+    refusal: str | None
+    cause: CancelCause | None
+    max_concurrency: int | None
+    live: int
+    queued: int
+    host: str | None
+    where: Location | None
+    tasks: tuple[TaskNode, ...]
+    groups: tuple[GroupNode, ...]
+    more_tasks: int
+    more_groups: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON-ready data."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            "kind": self.kind,
+            "refusal": self.refusal,
+            "cause": self.cause and self.cause.to_dict(),
+            "max_concurrency": self.max_concurrency,
+            "live": self.live,
+            "queued": self.queued,
+            "host": self.host,
+            "where": self.where and self.where.to_dict(),
+            "tasks": [task.to_dict() for task in self.tasks],
+            "groups": [group.to_dict() for group in self.groups],
+            "more_tasks": self.more_tasks,
+            "more_groups": self.more_groups,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskTree:
+    """The running groups and tasks of a manager; ``str(tree)`` draws them.
+
+    The drawing marks a task with ``(T)``, as Python 3.14's ``python -m asyncio pstree`` does, and a service
+    with ``(S)``.
+
+    Attributes:
+        manager: The manager's name.
+        closed: It is shut down.
+        stats: Its counters.
+        max_concurrency: How many of its tasks run at once; None means no limit.
+        root: Its root group, with everything below it.
+        abandoned_threads: The ids of ended tasks whose functions still run in a thread, each with the line
+            that the thread has reached.
+
+    Example:
+        >>> @app.get("/debug/tasks")
+        ... async def tasks():
+        ...     return global_task_manager.tree().to_dict()
+    """
+
+    manager: str
+    closed: bool
+    stats: TaskStats
+    max_concurrency: int | None
+    root: GroupNode
+    abandoned_threads: tuple[tuple[str, Location | None], ...]
+
+    def __str__(self) -> str:
+        head = f"manager {_printable(self.manager)}: {', '.join(_facts_of_manager(self))}"
+        threads = [
+            f"abandoned thread of {_printable(task_id)}{_at(where)}"
+            for task_id, where in self.abandoned_threads
+        ]
+        return "\n".join([head, *_lines_of(self.root), *threads])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON-ready data."""
+        return {
+            "manager": self.manager,
+            "closed": self.closed,
+            "stats": self.stats.to_dict(),
+            "max_concurrency": self.max_concurrency,
+            "root": self.root.to_dict(),
+            "abandoned_threads": [
+                {"id": task_id, "where": where and where.to_dict()}
+                for task_id, where in self.abandoned_threads
+            ],
+        }
+
+
+def duration(seconds: float) -> str:
+    """Write a duration in few characters."""
+    if seconds < 60:
+        return f"{seconds * 1000:.0f}ms" if seconds < 0.9995 else f"{seconds:.1f}s"
+    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
+    if days:
+        return f"{days}d{hours % 24:02d}h"
+    return f"{hours}h{minutes % 60:02d}m" if hours else f"{minutes}m{int(seconds % 60):02d}s"
+
+
+# -- drawing --------------------------------------------------------------------------------------
+
+
+def _lines_of(group: GroupNode) -> Iterator[str]:
+    """The lines below the one of a group."""
+    entries = _entries_of(group)
+    for number, entry in enumerate(entries, 1):
+        first, rest = ("└── ", "    ") if number == len(entries) else ("├── ", "│   ")
+        yield first + (_head_of(entry) if isinstance(entry, GroupNode) else str(entry))
+        if isinstance(entry, GroupNode):
+            yield from (rest + line for line in _lines_of(entry))
+        elif isinstance(entry, TaskNode) and entry.attempt is not None:
+            yield f"{rest}└── {entry.attempt}"
+
+
+def _entries_of(group: GroupNode) -> list[TaskNode | GroupNode | str]:
+    entries: list[TaskNode | GroupNode | str] = [*group.tasks]
+    if group.more_tasks:
+        entries.append(f"... {_counted(group.more_tasks, 'more task')}")
+    entries += group.groups
+    if group.more_groups:
+        entries.append(f"... {_counted(group.more_groups, 'more group')}")
+    return entries
+
+
+def _head_of(group: GroupNode) -> str:
+    facts = [_counted(group.live, "task"), *_limits(group.queued, group.max_concurrency)]
+    if group.cause is not None:
+        facts.append(f"cancelled ({_printable(str(group.cause))})")
+    elif group.refusal is not None:
+        facts.append(group.refusal)
+    facts += _facts_of_host(group)
+    return f"{_printable(group.id)}: {', '.join(facts)}"
+
+
+def _facts_of_host(group: GroupNode) -> Iterator[str]:
+    if group.host is None:
+        return
+    if group.kind == "request":
+        yield "handler" + (_at(group.where) or f" in {_printable(group.host)}")
+    else:
+        yield f"block in {_printable(group.host)}{_at(group.where)}"
+
+
+def _facts_of_manager(tree: TaskTree) -> Iterator[str]:
+    yield _counted(tree.stats.live, "live task")
+    yield from _limits(tree.stats.queued, tree.max_concurrency)
+    if tree.closed:
+        yield "shut down"
+
+
+def _limits(queued: int, max_concurrency: int | None) -> Iterator[str]:
+    if queued:
+        yield f"{queued} queued"
+    if max_concurrency is not None:
+        yield f"max_concurrency {max_concurrency}"
+
+
+def _facts_of_task(task: TaskNode) -> Iterator[str]:
+    yield "queued" if task.queued else str(task.status)
+    yield duration(task.age)
+    if task.priority is not TaskPriority.NORMAL:
+        yield task.priority.name.lower()
+    if task.queue_position is not None:
+        yield f"queue position {task.queue_position}"
+    if task.cause is not None:
+        ago = "" if task.cancelling_for is None else f" {duration(task.cancelling_for)} ago"
+        yield f"cancel requested{ago} ({_printable(str(task.cause))})"
+    yield from _activity_of(task)
+
+
+def _activity_of(task: TaskNode) -> Iterator[str]:
+    if task.kind == "thread":
+        yield "in a thread"
+    if task.kind == "service" and task.attempt is None:
+        yield "no running attempt"
+    if task.where is not None:
+        yield f"at {_printable(str(Place(task.where, task.calls)))}"
+    if task.awaits is not None:
+        yield f"awaits {_printable(task.awaits)}"
+    if task.progress is not None:
+        yield _drawn_progress(task.progress)
+
+
+def _drawn_progress(progress: Progress) -> str:
+    text = f"{progress.done:g}" if progress.total is None else f"{progress.done:g} of {progress.total:g}"
+    fraction = "" if progress.fraction is None else f" ({progress.fraction:.0%})"
+    return f"progress {text}{fraction}{': ' + _printable(progress.message) if progress.message else ''}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _at(where: Location | None) -> str:
+    return "" if where is None else f" at {_printable(str(where))}"
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
