@@ -1,4 +1,4 @@
-"""The chart: panels of bars, ours in colour, and a mark where the goal is. Drawn by hand: no dependency."""
+"""The chart: panels of bars, ours in color, and a mark where the goal is. Drawn by hand: no dependency."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def _scenarios() -> dict[str, Work]:
     scenarios = {
         "task": _batch(lambda: plain.create_task(work())),
         "task in a group": _in_group(plain),
-        "named task in a labelled group": _batch(lambda: plain.create_task(work(), name="work", group="a.b")),
+        "named task in a labeled group": _batch(lambda: plain.create_task(work(), name="work", group="a.b")),
         "task with a timeout": _batch(lambda: plain.create_task(work(), timeout=60)),
         "task under a limit": _batch(_creating(TaskManager("limited", max_concurrency=10))),
         "task with a span": _batch(_creating(_traced(ALWAYS_ON))),

@@ -1,12 +1,12 @@
-"""How the figures come about: sides take turns in one process, and what counts is CPU time.
+"""How the benchmarks measure: sides take turns in one process, and CPU time counts.
 
 Rules:
 
 1. A figure is a ratio to a yardstick that ran in the same round: a slower or busier machine moves both.
-2. Many short rounds; the order is drawn anew in each; the median counts, and the quartiles are shown.
-3. The garbage collector runs as it does in production. What one side leaves behind is collected before the
-   next begins, outside of the measured time.
-4. CPU time of the process, all threads: an exporter's thread counts for whoever keeps it busy.
+2. Many short rounds; the order is random in each; the median counts, and the quartiles are shown.
+3. The garbage collector runs as it does in production. Garbage that one side leaves is collected before
+   the next one starts, outside the measured time.
+4. CPU time of the process, all threads: an exporter's thread counts toward the side that keeps it busy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 cpu_clock = time.process_time
 
-# Does one round, and gives back what one piece of work took, in seconds.
+# Runs one round and returns the seconds per piece of work.
 Side: TypeAlias = Callable[[], Awaitable[float]]
 
 
@@ -35,7 +35,7 @@ class Spread:
 
     @classmethod
     def of(cls, figures: list[float]) -> Spread:
-        """Summarise figures; one alone has no spread."""
+        """Summarize figures; a single figure has no spread."""
         if len(figures) < 2:
             return cls(figures[0], figures[0], figures[0])
         low, median, high = statistics.quantiles(figures, n=4, method="inclusive")
@@ -50,7 +50,7 @@ class Row:
         name: What was measured.
         value: In the unit of the table.
         ratio: To the yardstick of the table, taken round by round.
-        added: What it took more than the yardstick, in the unit of the table.
+        added: The difference from the yardstick, in the unit of the table.
     """
 
     name: str
@@ -61,16 +61,16 @@ class Row:
 
 @dataclass
 class Table:
-    """What one measurement brought.
+    """The result of one measurement.
 
     Attributes:
-        id: By which goals and chart find it.
+        id: The goals and the chart find it by this.
         title: Its heading.
         unit: Of the values.
         yardstick: The name of the row to which all are compared; empty if there is none.
         rounds: How many went in.
         rows: One for each side.
-        note: What has to be known to read it.
+        note: Explains how to read it.
     """
 
     id: str
@@ -106,14 +106,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much time may go into one table: it ends with the first that is reached, but has two rounds."""
+    """The bounds of one table: it ends at the first one that is reached, but not before two rounds."""
 
     rounds: int
     seconds: float
 
     @property
     def quick(self) -> bool:
-        """Only to see that all works: a few rounds, and nothing that takes long or much memory."""
+        """Whether this run only checks that everything works: a few rounds, nothing slow or large."""
         return self.rounds <= 3
 
     def less(self, share: float) -> Effort:
@@ -124,15 +124,15 @@ class Effort:
 async def take_turns(
     sides: dict[str, Side], effort: Effort, *, collect: bool = True
 ) -> dict[str, list[float]]:
-    """Let the sides take turns, in an order that is drawn anew in each round.
+    """Let the sides take turns, in a new random order in each round.
 
     Args:
         sides: By name.
         effort: When to stop.
-        collect: Collect garbage before each turn. False where so much is live that it would take seconds.
+        collect: Collect garbage before each turn. False if collecting would take seconds.
 
     Returns:
-        For each side the seconds of each round; the first round is for warming up and not among them.
+        For each side, the seconds of each round, without the first one, which warms up.
     """
     figures: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides)

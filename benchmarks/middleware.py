@@ -73,7 +73,7 @@ def _requests(app: Any, request: bytes) -> Side:
                 await asyncio.sleep(0)
         took = (cpu_clock() - begin) / COUNT
         protocol.connection_lost(None)
-        # For whoever has to notice that.
+        # The application needs a moment to notice that.
         await asyncio.sleep(0.01)
         return took
 

@@ -1,6 +1,7 @@
-"""The same work in the words of each library: create tasks, let them run, be sure that they have ended.
+"""The same work with each library: create tasks, let them run, and wait until all have ended.
 
-Each gets the cheapest form that it documents. Whoever has to collect what it waits for pays for it here too.
+Each library is used in the cheapest way that it documents. If that way collects the tasks to wait for them,
+the cost of collecting counts.
 """
 
 from __future__ import annotations

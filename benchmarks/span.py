@@ -77,7 +77,7 @@ def _flushed(each: Work, provider: TracerProvider) -> Side:
     async def side() -> float:
         begin = cpu_clock()
         await each(COUNT)
-        # Here, so that the exporter's thread works for whoever made the spans.
+        # Inside the measured time, so that the exporter's work counts toward the side that made the spans.
         provider.force_flush()
         return (cpu_clock() - begin) / COUNT
 

@@ -12,7 +12,7 @@ from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from docs.imports import Graph, graph, layers, reduced
+from docs.imports import Graph, collapsed, graph, layers, reduced
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -79,18 +79,23 @@ class Node:
 def architecture_picture() -> str:
     """Draw the package."""
     rows = [[*row, FRONT] if BESIDE in row else row for row in layers()]
-    return draw(rows, reduced(graph()))
+    return draw(rows, arrows())
 
 
-def draw(rows: Sequence[Sequence[str]], arrows: Graph) -> str:
+def arrows() -> Graph:
+    """The imports that the picture shows."""
+    return reduced(collapsed(graph()))
+
+
+def draw(rows: Sequence[Sequence[str]], ways: Graph) -> str:
     """Draw modules in rows, from top to bottom, and the arrows between them."""
-    placed, chains = layout(rows, arrows)
+    placed, chains = layout(rows, ways)
     height = placed[-1][0].bottom + MARGIN
     said = "; ".join(
-        f"{title(name)} imports {', '.join(map(title, sorted(arrows[name])))}"
+        f"{title(name)} imports {', '.join(map(title, sorted(ways[name])))}"
         for row in rows
         for name in row
-        if arrows[name]
+        if ways[name]
     )
     nodes = [node for row in placed for node in row if node.name]
     lines = [
@@ -113,12 +118,12 @@ def draw(rows: Sequence[Sequence[str]], arrows: Graph) -> str:
 # --- places ------------------------------------------------------------------------------------------------
 
 
-def layout(rows: Sequence[Sequence[str]], arrows: Graph) -> tuple[list[list[Node]], list[list[Node]]]:
+def layout(rows: Sequence[Sequence[str]], ways: Graph) -> tuple[list[list[Node]], list[list[Node]]]:
     """The nodes of each row from left to right, and the nodes that each arrow passes."""
     placed = [[Node(number, name) for name in row] for number, row in enumerate(rows)]
     by_name = {node.name: node for row in placed for node in row}
     chains = [
-        passed(by_name[name], by_name[target], placed) for name in by_name for target in sorted(arrows[name])
+        passed(by_name[name], by_name[target], placed) for name in by_name for target in sorted(ways[name])
     ]
     for row in placed:
         spread(row)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "otel_tasks"
 
 # A module by its path below the package, without the suffix: "_core/task". The package itself is "__init__".
+# Where a module is a folder, its parts are modules too: "_core/telemetry/__init__", "_core/telemetry/spans".
 Graph = dict[str, set[str]]
 
 
@@ -33,7 +34,9 @@ def modules() -> dict[str, ast.Module]:
         path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text("utf-8"))
         for path in sorted(PACKAGE.rglob("*.py"))
     }
-    return {name: tree for name, tree in trees.items() if not name.endswith("/__init__")}
+    return {
+        name: tree for name, tree in trees.items() if not name.endswith("/__init__") or len(tree.body) > 1
+    }
 
 
 def imported(name: str, *, type_only: bool) -> set[str]:
@@ -64,8 +67,9 @@ def imports(node: ast.AST, *, type_only: bool) -> Iterator[ast.Import | ast.Impo
 def module_of(dotted: str) -> str:
     """The module that a dotted name means; empty for one that is not of the package."""
     package, _, path = dotted.partition(".")
-    name = path.replace(".", "/") or "__init__"
-    return name if package == PACKAGE.name and name in modules() else ""
+    name = path.replace(".", "/")
+    choices = (name, f"{name}/__init__") if name else ("__init__",)
+    return next((each for each in choices if package == PACKAGE.name and each in modules()), "")
 
 
 def reduced(imports: Graph) -> Graph:
@@ -99,8 +103,24 @@ def circles(imports: Graph) -> list[list[str]]:
     return sorted(list(group) for group in groups if group)
 
 
+def collapsed(imports: Graph) -> Graph:
+    """The graph with each folder below `_core` and `_asgi` as one module."""
+    found: Graph = {whole(name): set() for name in imports}
+    for name, targets in imports.items():
+        found[whole(name)] |= {whole(target) for target in targets} - {whole(name)}
+    return found
+
+
+def whole(name: str) -> str:
+    """The module that a module is a part of, or itself."""
+    return "/".join(name.split("/")[:2])
+
+
 def layers() -> list[list[str]]:
-    """The modules from top to bottom, by the layers of the import contracts in pyproject.toml."""
+    """The modules from top to bottom, by the layers of the import contracts in pyproject.toml.
+
+    A module that is a folder counts as one.
+    """
     config = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     contracts: list[dict[str, Any]] = config["tool"]["importlinter"]["contracts"]
     by_container = {c["containers"][0]: c["layers"] for c in contracts if c["type"] == "layers"}
@@ -109,7 +129,7 @@ def layers() -> list[list[str]]:
         for layer in by_container[container]:
             names = layer.split(" | ")
             inner = f"{container}.{layer}"
-            if inner in by_container:
+            if inner in by_container and not folder:
                 yield from rows(inner, f"{folder}{layer}/")
             else:
                 yield [folder + name for name in names]

@@ -2,10 +2,10 @@
 
 Run it with ``uvicorn examples.fastapi_app:app``, or see it at work with ``make demo``.
 
-What to look for, from the top: how tracing is set up once and handed to whoever records spans (1); the one
-line that binds work to its request (2); what a handler looks like when everything it starts ends with it (3);
-how work that must not be torn by an impatient client is kept apart from the rest (4); and a long task that
-belongs to nobody's request, whose progress any client may watch (5).
+Read it from the top: tracing is set up once and shared by everything that records spans (1); one line binds
+work to its request (2); a handler ends together with everything it starts (3); work that a closed tab must
+not interrupt is kept apart (4); and a long task belongs to no request, so any client can watch its progress
+(5).
 """
 
 import asyncio
@@ -273,7 +273,7 @@ async def read_order(reference: str) -> dict[str, str]:
 
 async def charge(order: Order) -> None:
     """Two steps that must both happen: without the second, money is held for nothing."""
-    orders[order.reference] = "authorised"
+    orders[order.reference] = "authorized"
     await asyncio.sleep(0.25)
     orders[order.reference] = "paid"
 

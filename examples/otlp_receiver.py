@@ -87,7 +87,7 @@ class Received:
         return [span for span in spans if trace_id in (None, span.trace_id)]
 
     def points(self) -> list[Point]:
-        """All points of all metrics, as often as they have come: each export sends them anew."""
+        """All points of all metrics, repeated as each export sends them again."""
         with self._news:
             requests = [each for each in self.requests if isinstance(each, ExportMetricsServiceRequest)]
         return list(chain.from_iterable(map(points_of, requests)))

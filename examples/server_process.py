@@ -62,7 +62,7 @@ async def service(
         *command,
         "--timeout-graceful-shutdown",
         "2",
-        # It looks at its stdout for whether to colour its stderr, which is read here.
+        # uvicorn looks at its stdout to decide whether to color its stderr, which is read here.
         "--no-use-colors",
         cwd=ROOT,
         # Without a collector, the exporter is to give up before the service is made to end.

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 BAR_WIDTH = 30
-COLOURS = {
+COLORS = {
     "success": "green",
     "cancelled": "yellow",
     "timeout": "magenta",
@@ -121,16 +121,16 @@ def trace_tree(spans: Iterable[Span], *, hung_up_at: float | None = None) -> Tab
         if span is None:
             table.add_row(Text(NO_ROOT, "red"))
             continue
-        colour = COLOURS[span.outcome]
+        color = COLORS[span.outcome]
         service = f"{span.service} " if several_services and span.is_request else ""
         name = Text.assemble(
             (guide, "dim"), (service, "cyan"), (span.name, "bold" if span.is_request else "")
         )
         if not span.is_request and not span.is_task and not span.is_call:
             name.append(" ").append("(group)", "dim")
-        bar = _bar((span.start - first) * scale, (span.end - first) * scale, colour)
+        bar = _bar((span.start - first) * scale, (span.end - first) * scale, color)
         milliseconds = f"{(span.end - span.start) * 1000:.0f}"
-        table.add_row(name, bar, milliseconds, Text(_verdict(span, names), style=colour))
+        table.add_row(name, bar, milliseconds, Text(_verdict(span, names), style=color))
     return table
 
 
@@ -177,11 +177,11 @@ def missing_parents(spans: Iterable[Span]) -> list[str]:
     ]
 
 
-def _bar(start: float, end: float, colour: str) -> Text:
+def _bar(start: float, end: float, color: str) -> Text:
     """A bar from one column to another; the shortest span is still seen."""
     left = min(round(start), BAR_WIDTH - 1)
     # The blanks have no style of their own: some viewers of SVG drop those that begin a styled text.
-    return Text.assemble(" " * left, ("█" * max(round(end) - left, 1), colour))
+    return Text.assemble(" " * left, ("█" * max(round(end) - left, 1), color))
 
 
 def _ruler(hung_up_at: float | None, first: float, scale: float) -> Text:

@@ -32,6 +32,6 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 
 async def _leaving_no_task(test: Coroutine[Any, Any, None]) -> None:
-    # Not in a `finally`: a test that has failed already shall be reported for its own reason.
+    # Not in a `finally`: a test that has already failed is reported for its own reason.
     await test
     await assert_no_tasks_left()

@@ -35,7 +35,7 @@ async def rest() -> None:
 
 
 async def ignore_cancels(seconds: float) -> str:
-    """Swallow each cancellation, and return after ``seconds`` all the same."""
+    """Swallow each cancellation, and return after ``seconds`` anyway."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
     while loop.time() < end:

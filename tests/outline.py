@@ -1,7 +1,7 @@
-"""Traces and metrics as text, to be read by people and compared by tests: no ids, no times, no chance order.
+"""Traces and metrics as text for people and tests: no ids, no times, no random order.
 
-What is expected stands in files, and a failure shows the difference. When a change is meant,
-``UPDATE_EXPECTED=1 make test ARGS=tests/e2e/test_services.py`` writes the files anew, and git shows it.
+The expected text is in files, and a failure shows the difference. After an intended change,
+``UPDATE_EXPECTED=1 make test ARGS=tests/e2e/test_services.py`` rewrites the files.
 """
 
 from __future__ import annotations

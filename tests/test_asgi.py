@@ -446,7 +446,9 @@ async def test_task_that_received_the_message_is_not_cancelled(
     assert journal == ["task cancelled", "listener finished", "handler finished"]
 
 
-async def test_told_task_does_not_outlive_the_request(manager: TaskManager, journal: Journal) -> None:
+async def test_task_that_read_the_message_does_not_outlive_the_request(
+    manager: TaskManager, journal: Journal
+) -> None:
     """A task that ignores the message it received is cancelled when the request ends."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -842,10 +844,10 @@ async def test_cancelled_error_of_an_awaited_task_is_raised(manager: TaskManager
         ("detach", ["handler finished", "request over", "task finished"]),
     ],
 )
-async def test_on_exit_decides_about_what_is_left(
+async def test_on_exit_decides_about_remaining_tasks(
     manager: TaskManager, journal: Journal, on_exit: str, expected: list[str]
 ) -> None:
-    """What still runs at the end is cancelled, awaited, or handed to the application."""
+    """Tasks that still run at the end are cancelled, awaited, or handed to the application."""
     tasks = []
 
     async def body() -> None:
@@ -1000,7 +1002,7 @@ async def test_uncancellable_keeps_a_task_of_the_group(manager: TaskManager, jou
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_uncancellable_is_not_torn_through_what_waits_for_it(
+async def test_uncancellable_is_not_cancelled_through_its_waiter(
     manager: TaskManager, journal: Journal, method: str
 ) -> None:
     """A task that awaits one in uncancellable() would hand its cancellation on: it is asked afterwards."""
@@ -1180,7 +1182,7 @@ async def test_websocket_disconnect_cancels_the_group_and_is_delivered(
 
 
 @pytest.mark.parametrize(("option", "cancelled"), [("safe", False), (True, True), (False, False)])
-async def test_websocket_handler_is_cancelled_only_when_asked_for(
+async def test_websocket_handler_is_cancelled_only_with_the_option(
     manager: TaskManager, journal: Journal, option: Any, cancelled: bool
 ) -> None:
     """A WebSocket's handler is told by the message; cancel_handler=True cancels one that does not listen."""
@@ -1411,7 +1413,7 @@ async def test_failing_handler_does_not_wait_for_tasks(manager: TaskManager, jou
     assert journal == ["slow cancelled"]
 
 
-async def test_task_that_ignores_its_cancellation_does_not_hold_a_request_for_ever(
+async def test_task_that_ignores_its_cancellation_does_not_hold_a_request_forever(
     manager: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
     """After a bound the request goes on, and what still runs is named and stays with the manager."""
@@ -1434,10 +1436,10 @@ async def test_task_that_ignores_its_cancellation_does_not_hold_a_request_for_ev
     await manager.join()
 
 
-async def test_task_that_is_handed_over_goes_on_creating_tasks(
+async def test_task_that_is_handed_over_can_still_create_tasks(
     manager: TaskManager, journal: Journal
 ) -> None:
-    """What is handed to the application works on, tasks of its own included."""
+    """A task handed to the application keeps working and may create tasks."""
 
     async def job() -> None:
         await asyncio.sleep(1)
@@ -1454,7 +1456,7 @@ async def test_task_that_is_handed_over_goes_on_creating_tasks(
 
 
 async def test_rule_for_handlers_is_a_plain_function(manager: TaskManager) -> None:
-    """A coroutine function would be true whatever it says: it is refused, with the mend."""
+    """A coroutine function would always be true: it is refused with a hint."""
 
     async def rule(scope: Scope) -> bool:
         return False

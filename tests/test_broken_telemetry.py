@@ -242,7 +242,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 async def ended(*tasks: asyncio.Task[Any]) -> list[str]:
-    """How tasks ended, when their ends are in the books."""
+    """How tasks ended, once their ends are recorded."""
     await asyncio.gather(*tasks, return_exceptions=True)
     await settle()
     return ["cancelled" if task.cancelled() else repr(task.exception() or task.result()) for task in tasks]

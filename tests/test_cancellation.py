@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CAUSE = CancelCause(CancelKind.CLIENT_DISCONNECT, "the client left")
 
 
-async def test_cause_notes_who_asked_and_when() -> None:
+async def test_cause_records_its_origin_and_time() -> None:
     """A cause made in a task has that task's name and the loop's time."""
     cause = CancelCause.make(CancelKind.EXPLICIT, "enough")
     task = asyncio.current_task()
@@ -199,7 +199,7 @@ def test_dropped_tree_leaves_nothing_behind() -> None:
 
 
 async def test_set_wakes_the_waiters_of_descendants() -> None:
-    """Whoever waits for a descendant wakes within one turn of the loop."""
+    """A waiter of a descendant wakes within one turn of the loop."""
     top = CancelEvent()
     waiter = asyncio.create_task(CancelEvent(top).wait())
     await settle()

@@ -555,7 +555,7 @@ async def test_plain_task_that_outlives_its_request_has_its_own_name(spans: Span
 # --- what a cause survives -----------------------------------------------------------------------------
 
 
-async def test_timeout_that_was_caught_is_no_cause_of_what_comes_later(spans: SpanRecorder) -> None:
+async def test_timeout_that_was_caught_causes_no_later_cancellation(spans: SpanRecorder) -> None:
     """asyncio.timeout() takes its cancellation back; the server's cancels the block after it."""
     world = World(spans)
 
@@ -619,7 +619,7 @@ async def test_server_cancels_a_request_that_has_no_group(spans: SpanRecorder) -
     assert [world.cause_of(task) for task in world.tasks] == [Cause(CancelKind.SHUTDOWN, None, ROUTE, ROUTE)]
 
 
-async def test_asyncio_group_whose_block_raises_ends_what_its_tasks_await(spans: SpanRecorder) -> None:
+async def test_asyncio_group_whose_block_raises_ends_the_awaited_tasks(spans: SpanRecorder) -> None:
     """As a block of this library does."""
     world = World(spans)
 
@@ -636,7 +636,9 @@ async def test_asyncio_group_whose_block_raises_ends_what_its_tasks_await(spans:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 15), reason="asyncio.TaskGroup.cancel() came with Python 3.15")
-async def test_asyncio_group_that_is_cancelled_ends_what_nested_groups_await(spans: SpanRecorder) -> None:
+async def test_asyncio_group_that_is_cancelled_ends_tasks_awaited_in_nested_groups(
+    spans: SpanRecorder,
+) -> None:
     """Between plain tasks that nobody watches, the group that was cancelled is found from below."""
     world = World(spans)
     groups: list[Any] = []
@@ -704,8 +706,8 @@ async def test_timeout_of_a_managed_task_itself_is_no_cause_of_its_own() -> None
     assert kind_of(inner[0]) is CancelKind.TIMEOUT
 
 
-async def test_block_outside_of_a_request_is_cancelled_by_whoever_cancels_its_host() -> None:
-    """A plain task: by its name."""
+async def test_cause_of_a_block_outside_of_a_request_names_the_canceller() -> None:
+    """The canceller is a plain task, which the cause names."""
     leaves: list[ManagedTask[None]] = []
 
     async def host() -> None:

@@ -216,7 +216,7 @@ async def test_disconnect_is_sticky_after_the_response() -> None:
     assert [message["type"] for message in messages] == ["http.disconnect"] * 2
 
 
-async def test_disconnect_wakes_all_who_wait_in_receive() -> None:
+async def test_disconnect_wakes_all_waiters_in_receive() -> None:
     """Several tasks of the application that wait for a message all learn of the disconnect."""
     told = []
 
@@ -342,7 +342,7 @@ async def test_message_is_not_lost_by_a_waiter_that_is_cancelled() -> None:
     assert bodies == [b"precious"]
 
 
-async def test_waiter_is_woken_by_what_the_watcher_reads() -> None:
+async def test_waiter_wakes_when_the_watcher_reads() -> None:
     """An application that begins to read while it is watched gets the rest of the body from the watcher."""
     bodies = []
 
@@ -530,8 +530,8 @@ async def test_oserror_from_receive_is_a_disconnect() -> None:
     assert messages == [{"type": "http.disconnect"}] * 2
 
 
-async def test_broken_websocket_is_told_with_the_code_for_it() -> None:
-    """Where the server raises instead of telling, the application gets 1006 (no close frame)."""
+async def test_broken_websocket_gets_its_close_code() -> None:
+    """Where the server raises instead of sending the message, the application gets 1006 (no close frame)."""
     messages = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

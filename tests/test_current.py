@@ -351,7 +351,7 @@ def test_functions_by_name_look_like_coroutine_functions() -> None:
 
 
 @pytest.mark.parametrize("name", [function.__name__ for function in BY_NAME] + ["get_all_task_info"])
-def test_functions_by_name_take_what_the_method_takes(name: str) -> None:
+def test_functions_by_name_take_the_options_of_the_method(name: str) -> None:
     """Each parameter of the function is one of the manager's method, with the same default."""
     method = inspect.signature(getattr(TaskManager, name)).parameters
     for parameter in inspect.signature(getattr(otel_tasks, name)).parameters.values():

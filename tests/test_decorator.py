@@ -69,7 +69,7 @@ async def test_options_are_those_of_the_tasks() -> None:
 
 
 async def test_group_without_a_manager_is_the_global_ones() -> None:
-    """group= alone means a labelled group of the global manager."""
+    """group= alone means a labeled group of the global manager."""
 
     @managed_task(group="outbox")
     async def work() -> None: ...
@@ -163,7 +163,7 @@ async def test_method_is_bound() -> None:
     assert Shop.sell.__doc__ == "Sell something."
 
 
-async def test_record_keeps_what_it_returns_as_metadata() -> None:
+async def test_record_keeps_the_returned_metadata() -> None:
     """record= is given the arguments of each call; without it they are not kept."""
 
     def what(user: str, *, secret: str) -> Mapping[str, Any]:

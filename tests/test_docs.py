@@ -254,7 +254,7 @@ def test_every_python_block_is_found() -> None:
 
 
 @pytest.mark.parametrize(("page", "code"), ALONE, ids=lambda value: value if value.startswith("docs") else "")
-def test_every_block_runs_and_prints_what_it_says(page: str, code: str) -> None:
+def test_every_block_runs_and_prints_its_comments(page: str, code: str) -> None:
     """Each block runs by itself, without a warning; where a comment says what is printed, it is."""
     wanted = promised_output(code)
     printed = run_block(code).splitlines()
@@ -263,7 +263,7 @@ def test_every_block_runs_and_prints_what_it_says(page: str, code: str) -> None:
 
 
 @pytest.mark.parametrize(("page", "words"), VISITS, ids=lambda value: value.rpartition("/")[2])
-def test_every_application_does_what_the_page_says(page: str, words: str) -> None:
+def test_every_application_behaves_as_the_page_says(page: str, words: str) -> None:
     """A client of the block's application, patient or not, finds what stands in the prose."""
     (code,) = [code for code in python_blocks(page) if words in code]
     script, wanted = VISITS[page, words]
@@ -284,7 +284,7 @@ def test_the_tree_on_the_page_is_the_one_that_is_printed() -> None:
     assert re.sub(r"\d+ms", "100ms", run_block(code)).replace("<string>", "app.py") == shown
 
 
-def test_what_is_generated_is_up_to_date() -> None:
+def test_generated_text_is_up_to_date() -> None:
     """Tables, the state picture and llms.txt are what `python -m docs.generate` writes."""
     stale = [path for path, text in generate.files().items() if path.read_text("utf-8") != text]
     assert stale == [], "run: python -m docs.generate"
@@ -398,7 +398,7 @@ def test_durations_of_the_kubernetes_page_fit_into_each_other() -> None:
     assert total + 10 == pod["terminationGracePeriodSeconds"]
 
 
-def test_collector_configuration_asks_for_what_there_is() -> None:
+def test_collector_configuration_names_existing_attributes() -> None:
     """Each policy names an attribute of the library and values that it can have; the pipeline is complete."""
     (config,) = yaml_blocks((DOCS / "howto/sampling.md").read_text("utf-8"))
     seen = {name: types for name, types, _ in scenes.watch().attributes()}
@@ -431,7 +431,7 @@ def test_every_page_is_listed_for_machines() -> None:
     assert sorted(listed) == sorted(page.removeprefix("docs/") for page in PAGES)
 
 
-def test_skill_says_what_it_is_for() -> None:
+def test_skill_has_a_name_and_a_description() -> None:
     """The page for coding assistants starts with the name and the description by which they choose it."""
     head = re.match(r"---\n(.*?)\n---\n", (ROOT / SKILL).read_text("utf-8"), re.DOTALL)
     assert head is not None

@@ -102,7 +102,7 @@ async def test_it_is_ignored_where_python_has_none(manager: TaskManager, monkeyp
 
 
 @needs_eager
-async def test_it_is_in_the_books_before_its_first_step(manager: TaskManager) -> None:
+async def test_it_is_registered_before_its_first_step(manager: TaskManager) -> None:
     """Inside it the task is the current one, is found by name and group, and counts."""
     seen: list[Any] = []
 
@@ -125,7 +125,7 @@ async def test_it_is_in_the_books_before_its_first_step(manager: TaskManager) ->
 
 @needs_eager
 async def test_it_may_complete_at_once(manager: TaskManager) -> None:
-    """A task that waits for nothing has ended when it is returned, books and all."""
+    """A task that waits for nothing has ended and is recorded when it is returned."""
     begin = now()
     task = manager.create_task(give("at once"), name="quick", metadata={"a": 1})
 
@@ -144,7 +144,7 @@ async def test_it_may_complete_at_once(manager: TaskManager) -> None:
 
 
 @needs_eager
-async def test_it_goes_on_as_any_task(manager: TaskManager) -> None:
+async def test_it_continues_as_any_task(manager: TaskManager) -> None:
     """After its first await the loop runs it; awaiting and cancelling are the same."""
     steps: list[str] = []
     task = manager.create_task(note(steps))
@@ -250,7 +250,7 @@ async def test_it_may_raise_at_once() -> None:
 
 @needs_eager
 async def test_a_failure_at_once_that_is_awaited_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever awaits it in the same breath is told by that."""
+    """An immediate await raises the error, so it is not reported."""
     manager = TaskManager(eager_start=True)
     with pytest.raises(ValueError, match="bad"):
         await manager.create_task(fail(ValueError("bad")))
@@ -287,7 +287,7 @@ async def test_a_failure_at_once_in_a_block_raises_the_group(manager: TaskManage
 
 @needs_eager
 @pytest.mark.parametrize("error", [ValueError("bad"), asyncio.CancelledError()])
-async def test_one_that_ended_at_once_may_be_asked_for_and_cancelled(
+async def test_one_that_ended_at_once_can_be_found_and_cancelled(
     manager: TaskManager, error: BaseException
 ) -> None:
     """It has no coroutine any more while its end is still to be booked; CPython 3.12.1 crashes over that."""
@@ -363,7 +363,7 @@ async def test_it_may_cancel_its_own_group_at_once(manager: TaskManager) -> None
 @needs_eager
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
 def test_system_exit_passes_through(manager: TaskManager, error: BaseException) -> None:
-    """It reaches whoever creates the task, and is in the books."""
+    """It reaches the creator of the task, and it is recorded."""
 
     async def main() -> None:
         with pytest.raises(type(error)) as caught:
@@ -516,7 +516,7 @@ async def test_a_queued_task_is_not_eager() -> None:
 
 @needs_eager
 async def test_one_that_ends_at_once_gives_its_place_back() -> None:
-    """Whoever waits gets it in the next turn; a thousand of them need one place."""
+    """The next waiter gets it one turn later; a thousand tasks need one place."""
     manager = TaskManager(max_concurrency=1, max_queue=0, eager_start=True)
     for number in range(1000):
         assert manager.create_task(give(number)).result() == number

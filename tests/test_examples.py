@@ -79,7 +79,7 @@ async def hang_up_after(seconds: float, connection: FakeConnection) -> None:
     await request
 
 
-async def test_search_answers_with_what_came_when_a_supplier_fails() -> None:
+async def test_search_returns_partial_results_when_a_supplier_fails() -> None:
     """A failed supplier is named as missing; the others' offers are there, both hotel chains included."""
     connection = get("/search/Lisbon", "fail=trains")
     await connection.run(fastapi_app.app)
@@ -170,7 +170,7 @@ async def test_a_websockets_tasks_end_with_it() -> None:
     ] * 2
 
 
-async def test_an_export_goes_on_without_its_request_and_tells_how_far_it_is() -> None:
+async def test_an_export_outlives_its_request_and_reports_progress() -> None:
     """The job is the application's; its stream ends with it, and who comes late is told the end."""
     started = post("/exports", {"city": "Oslo"})
     await started.run(fastapi_app.app)
@@ -191,7 +191,7 @@ async def test_an_export_goes_on_without_its_request_and_tells_how_far_it_is() -
     assert late.body.decode().splitlines()[0] == "event: ended"
 
 
-async def test_an_export_goes_on_when_who_watches_it_leaves() -> None:
+async def test_an_export_continues_when_its_watcher_leaves() -> None:
     """A client that hangs up ends its own stream alone."""
     started = post("/exports", {"city": "Oslo"})
     await started.run(fastapi_app.app)
@@ -459,7 +459,7 @@ def test_of_very_many_requests_a_few_are_drawn(monkeypatch: pytest.MonkeyPatch) 
     assert "and 3 more requests, see http://service/debug/spans" in shown
 
 
-def test_a_service_that_does_not_answer_is_asked_again() -> None:
+def test_a_service_that_does_not_answer_is_retried() -> None:
     """A look that fails draws nothing and forgets nothing."""
 
     def refuse(request: httpx.Request) -> httpx.Response:
@@ -479,7 +479,7 @@ def request_span(name: str) -> Span:
 
 @pytest.mark.e2e
 def test_a_demo_whose_service_does_not_start_says_why(environment: dict[str, str]) -> None:
-    """The service's own words are shown and the demo fails; it does not wait for ever."""
+    """The service's own words are shown and the demo fails; it does not wait forever."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = subprocess.run(
             [sys.executable, DEMO, "--port", str(taken.getsockname()[1])],

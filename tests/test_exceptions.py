@@ -1,4 +1,4 @@
-"""The errors of this package, and wrong use: refused with a message that names the value and the mend."""
+"""The errors of this package, and wrong use: refused with a message that names the value and the fix."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_every_error_has_one_base(error: type[Exception]) -> None:
     assert issubclass(error, OtelTasksError)
 
 
-def test_errors_are_also_what_the_standard_library_raises() -> None:
+def test_errors_derive_from_those_of_the_standard_library() -> None:
     """Who catches KeyError or RuntimeError, as around asyncio's own, is served."""
     assert issubclass(TaskNotFoundError, KeyError)
     for error in (GroupClosedError, ManagerClosedError, WrongLoopError, WrongThreadError):
@@ -212,7 +212,7 @@ CREATING: list[tuple[Use, type[Exception], str]] = [
 @pytest.mark.parametrize(
     ("use", "error", "message"), CREATING, ids=lambda value: value if isinstance(value, str) else ""
 )
-async def test_wrong_use_says_who_did_what_and_the_mend(
+async def test_wrong_use_names_the_call_the_value_and_the_fix(
     use: Use, error: type[Exception], message: str
 ) -> None:
     """A refusal names the value and the right form, changes nothing, and closes the coroutine."""

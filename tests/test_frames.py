@@ -98,7 +98,7 @@ async def test_place_of_a_waiting_task(
     await end(task)
 
 
-async def test_task_that_has_not_begun_is_at_its_first_line() -> None:
+async def test_task_that_has_not_started_is_at_its_first_line() -> None:
     """Before its first step a task is where its function begins."""
     task = asyncio.create_task(waits())
 

@@ -81,8 +81,8 @@ async def test_name_may_be_a_member_of_an_enumeration() -> None:
     assert manager.stats().live == 0
 
 
-async def test_names_are_unique_among_all_labelled_groups() -> None:
-    """A name is taken for the whole manager, whatever the labelled group."""
+async def test_names_are_unique_among_all_labeled_groups() -> None:
+    """A name is taken in the whole manager, whichever labeled group has the task."""
     manager = TaskManager()
     manager.create_task(rest(), name="a", group="one")
     with pytest.raises(TaskExistsError):
@@ -111,7 +111,7 @@ async def test_name_is_free_again_after_the_end() -> None:
     assert manager.stats().completed == 2
 
 
-async def test_conflict_error_names_the_task_and_the_mends() -> None:
+async def test_conflict_error_names_the_task_and_the_options() -> None:
     """on_conflict="error" refuses, closes the coroutine, and leaves the live one alone."""
     manager = TaskManager()
     first = manager.create_task(rest(), name="mail", group="outbox")
@@ -244,7 +244,7 @@ async def test_conflict_with_a_task_that_is_just_done_is_none(on_conflict: OnCon
     assert not manager._root.tasks
 
 
-# -- labelled groups -------------------------------------------------------------------------------
+# -- labeled groups --------------------------------------------------------------------------------
 
 
 async def test_labelled_group_is_made_on_first_use_and_kept_while_used() -> None:
@@ -270,8 +270,8 @@ async def test_groups_nest_by_dots() -> None:
     assert above == ["a.b", "a", "root"]
 
 
-async def test_emptied_labelled_group_costs_nothing() -> None:
-    """With its last task a labelled group leaves the tree and is freed."""
+async def test_emptied_labeled_group_costs_nothing() -> None:
+    """When its last task ends, a labeled group leaves the tree and is freed."""
     manager = TaskManager()
     group = weakref.ref(manager.get_group("a.b"))
     await manager.create_task(give(1), group="a.b")
@@ -282,8 +282,8 @@ async def test_emptied_labelled_group_costs_nothing() -> None:
     assert not manager._root._children
 
 
-async def test_failure_in_a_labelled_group_is_its_tasks_own() -> None:
-    """Siblings of a failed task in a labelled group go on."""
+async def test_failure_in_a_labeled_group_stays_with_its_task() -> None:
+    """Siblings of a failed task in a labeled group keep running."""
     manager = TaskManager()
     sibling = manager.create_task(asyncio.sleep(1, "fine"), group="g")
     with pytest.raises(ValueError, match="no"):
@@ -291,7 +291,7 @@ async def test_failure_in_a_labelled_group_is_its_tasks_own() -> None:
     assert await sibling == "fine"
 
 
-async def test_cancelling_a_group_reaches_what_is_below_and_nothing_else() -> None:
+async def test_cancelling_a_group_reaches_its_descendants_and_nothing_else() -> None:
     """Cancelling "ingest" cancels "ingest.fetch" and scoped groups below it; the rest goes on."""
     manager = TaskManager()
     inside = [manager.create_task(rest(), group=name) for name in ("ingest", "ingest.fetch", "ingest.a.b")]
@@ -324,8 +324,8 @@ async def test_group_cancels_newest_first() -> None:
     assert order == [2, 1, 0]
 
 
-async def test_cancelled_labelled_group_has_a_fresh_event() -> None:
-    """A labelled group stays usable: new tasks see an event that is not set."""
+async def test_cancelled_labeled_group_has_a_fresh_event() -> None:
+    """A labeled group stays usable: new tasks see an event that is not set."""
     manager = TaskManager()
     task = manager.create_task(rest(), group="g")
     group = manager.get_group("g")
@@ -352,7 +352,7 @@ async def test_empty_groups_below_have_fresh_events_too() -> None:
 
 
 async def test_held_event_keeps_its_group_connected() -> None:
-    """Whoever holds the event of an empty labelled group is told when that group is cancelled later."""
+    """A held event of an empty labeled group is set when that group is cancelled later."""
     manager = TaskManager()
     event = manager.get_group("g").cancel_event
     gc.collect()
@@ -360,7 +360,7 @@ async def test_held_event_keeps_its_group_connected() -> None:
     assert event.is_set()
 
 
-async def test_task_of_a_cancelled_group_that_awaits_another_is_asked_once() -> None:
+async def test_task_of_a_cancelled_group_that_awaits_another_is_cancelled_once() -> None:
     """A cancellation that arrives through an awaited task of the same group counts as the group's."""
     manager = TaskManager()
     inner = manager.create_task(rest(), group="g")
@@ -426,7 +426,7 @@ async def test_task_that_joins_its_own_group_does_not_wait_for_itself() -> None:
 async def test_tasks_that_join_the_group_they_share_do_not_wait_for_each_other(
     order: str, at_once: bool
 ) -> None:
-    """Whoever comes first, and whomever each waits for just then, all return with the last of the others."""
+    """In any order of arrival, and whatever each waits for at that point, all return with the last one."""
     group = TaskManager().get_group("g")
     start = now()
 
@@ -444,8 +444,8 @@ async def test_tasks_that_join_the_group_they_share_do_not_wait_for_each_other(
     assert now() - start == order.rindex("x") + 1
 
 
-async def test_labelled_group_cannot_be_entered() -> None:
-    """A labelled group is open already; the message shows what can be entered."""
+async def test_labeled_group_cannot_be_entered() -> None:
+    """A labeled group is already open; the message shows what can be entered."""
     with pytest.raises(
         RuntimeError,
         match=r"^group 'mail' is open already and cannot be entered: "
@@ -455,7 +455,7 @@ async def test_labelled_group_cannot_be_entered() -> None:
             raise AssertionError("unreachable")
 
 
-async def test_repr_says_what_a_group_is_doing() -> None:
+async def test_repr_shows_the_state_of_a_group() -> None:
     """The repr shows id, state and number of live tasks."""
     manager = TaskManager()
     manager.create_task(rest(), group="g")
@@ -469,7 +469,7 @@ async def test_repr_says_what_a_group_is_doing() -> None:
 # -- groups without a block: a request's -----------------------------------------------------------
 
 
-async def test_cancel_spares_who_it_is_told_to_spare() -> None:
+async def test_cancel_spares_the_given_tasks() -> None:
     """The caller that is going to wait, or a task that has the message already, is left alone."""
     manager = TaskManager()
     spared, other = manager.create_task(rest(), group="g"), manager.create_task(rest(), group="g")
@@ -505,7 +505,7 @@ async def test_outside_of_all_tasks_the_current_group_is_the_global_root() -> No
     assert await task == 1
 
 
-def test_current_things_can_be_asked_for_without_a_loop() -> None:
+def test_current_objects_can_be_read_without_a_loop() -> None:
     """Outside of a loop there is no current task, and the current group is the global root."""
     assert current_task() is None
     assert current_group() is global_task_manager.get_group("root")
@@ -634,7 +634,7 @@ async def test_tasks_created_in_the_grace_are_waited_for_and_counted() -> None:
 
 
 async def test_label_does_not_hide_blocks_of_its_name() -> None:
-    """cancel_group() by name reaches the labelled group and the blocks that are called so."""
+    """cancel_group() reaches the labeled group and the blocks of that name."""
     manager = TaskManager()
     manager.create_task(rest(), group="load")
     async with manager.group("load") as block:

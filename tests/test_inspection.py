@@ -175,7 +175,7 @@ async def test_service_is_shown_with_its_attempt() -> None:
         ]
 
 
-async def test_blocks_are_shown_with_who_runs_them() -> None:
+async def test_blocks_are_shown_with_their_host_task() -> None:
     """A block names the task in which it is; of a plain one the line as well."""
 
     async def opens() -> None:
@@ -199,11 +199,11 @@ async def test_blocks_are_shown_with_who_runs_them() -> None:
         assert lines == [
             "manager default: 3 live tasks",
             "├── jobs: 1 task",
-            "│   ├── (T) host: running, 0ms, at test_blocks_are_shown_with_who_runs_them.<locals>.opens "
+            "│   ├── (T) host: running, 0ms, at test_blocks_are_shown_with_their_host_task.<locals>.opens "
             "tests/test_inspection.py:N > TaskGroup.__aexit__",
             "│   └── inner#2: 1 task, max_concurrency 4, block in host",
             "│       └── (T) work: running, 0ms, at rest tests/helpers.py:N > sleep",
-            f"└── outer#1: 1 task, block in {me} at test_blocks_are_shown_with_who_runs_them "
+            f"└── outer#1: 1 task, block in {me} at test_blocks_are_shown_with_their_host_task "
             "tests/test_inspection.py:N",
             "    └── (T) work: running, 0ms, at ignore_cancels tests/helpers.py:N > sleep",
         ]
@@ -582,8 +582,8 @@ async def test_age_is_that_of_the_loop() -> None:
         assert manager.tree().root.tasks[0].age == now() - begin == 42
 
 
-async def test_failed_task_in_the_books_is_shown_as_ended() -> None:
-    """A task that has just ended is listed with its status until the books are written."""
+async def test_failed_task_is_shown_as_ended() -> None:
+    """A task that has just ended is listed with its final status until it is recorded."""
     async with TaskManager(on_error=lambda info, error: None) as manager:
         task = manager.create_task(fail(ValueError()), name="fails")
         seen: list[str] = []

@@ -152,7 +152,7 @@ async def test_metrics_go_to_the_given_provider_and_are_counted_once(
 async def test_manager_that_is_gone_is_no_hindrance(
     instrumentor: OtelTasksInstrumentor, spans: SpanRecorder
 ) -> None:
-    """The books of a manager that nobody holds any more are not looked for."""
+    """A manager that has been freed is not looked for."""
     manager = TaskManager()
     await manager.create_task(give(1))
     telemetry = manager._ledger.telemetry
@@ -404,10 +404,10 @@ async def test_failing_build_leaves_the_application_as_it_was(instrumentor: Otel
     assert app.user_middleware is own
 
 
-async def test_who_has_changed_the_class_since_keeps_it(
+async def test_class_that_was_patched_since_is_kept(
     instrumentor: OtelTasksInstrumentor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Undone in another order than done, nobody's change is lost, and ours has no effect."""
+    """Patches may be undone in any order: the other one stays, and ours has no effect."""
     before = FastAPI.build_middleware_stack
     instrumentor.instrument(fastapi_middleware=True)
     ours = FastAPI.build_middleware_stack

@@ -66,7 +66,7 @@ def test_no_file_has_words_that_the_project_does_not_use() -> None:
 
 
 @needs_git
-def test_list_of_what_is_left_is_not_stale() -> None:
+def test_list_of_files_is_not_stale() -> None:
     """A file that is clean or gone is off the list."""
     stale = language.allowed().keys() - language.find_in_project().keys()
     assert stale == set(), "run: python -m tests.language --write"

@@ -1,4 +1,4 @@
-"""The books of a manager: failures, counters, history, listeners, and the loop it belongs to."""
+"""The records of a manager: failures, counters, history, listeners, and the loop it belongs to."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def test_logged_failure_names_its_trace(spans: SpanRecorder, caplog: pytes
 
 
 async def test_failure_that_somebody_awaits_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever waits is told, and nobody else."""
+    """The error is raised in the waiter, and reported nowhere else."""
     manager = TaskManager(on_error=lambda info, error: pytest.fail("reported"))
     with pytest.raises(ValueError, match="no"):
         await manager.create_task(fail(ValueError("no")))
@@ -176,7 +176,7 @@ async def test_error_without_a_text_breaks_nothing(caplog: pytest.LogCaptureFixt
     assert not caplog.messages
 
 
-async def test_error_that_is_false_is_an_error_all_the_same() -> None:
+async def test_error_that_is_falsy_is_still_an_error() -> None:
     """An exception with a length of zero is one: it fails its task."""
 
     class Empty(Exception):
@@ -239,7 +239,7 @@ async def test_cancellations_are_counted_by_group_and_reason() -> None:
 # -- history ---------------------------------------------------------------------------------------
 
 
-async def test_history_keeps_the_newest() -> None:
+async def test_history_keeps_the_newest_records() -> None:
     """History is bounded by count; the oldest go first."""
     manager = TaskManager(history=2)
     for name in "abc":
@@ -248,7 +248,7 @@ async def test_history_keeps_the_newest() -> None:
     assert manager.get_task_info("a") is None
 
 
-async def test_history_of_zero_remembers_nothing() -> None:
+async def test_history_of_zero_keeps_nothing() -> None:
     """history=0 keeps no record."""
     manager = TaskManager(history=0)
     await manager.start_task("a", lambda: give(1))
@@ -413,7 +413,7 @@ def test_kept_exception_has_no_frames() -> None:
     assert error.__traceback__ is not None
 
 
-def test_kept_builtin_exceptions_keep_what_their_init_set() -> None:
+def test_kept_builtin_exceptions_keep_their_attributes() -> None:
     """Built-in classes keep fields in C: they are set on the copy too."""
     decode = without_frames(raised(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")))
     assert str(decode) == "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"
@@ -462,7 +462,7 @@ def test_exception_that_cannot_be_copied_is_kept_itself() -> None:
 # -- listeners -------------------------------------------------------------------------------------
 
 
-async def test_listeners_are_told_of_the_life_of_a_task() -> None:
+async def test_listeners_see_the_life_of_a_task() -> None:
     """A listener sees created, cancelling and ended, each with a snapshot of that moment."""
     heard: list[tuple[str, str, TaskStatus]] = []
     manager = TaskManager()
@@ -479,7 +479,7 @@ async def test_listeners_are_told_of_the_life_of_a_task() -> None:
     ]
 
 
-async def test_listeners_are_told_of_group_cancellations() -> None:
+async def test_listeners_see_group_cancellations() -> None:
     """A cancellation by group is told as one by task, with its cause."""
     heard: list[CancelCause | None] = []
     manager = TaskManager()
@@ -784,7 +784,7 @@ async def test_ask_all_asks_each_once() -> None:
     await asyncio.wait(tasks)
 
 
-async def test_cancellation_before_the_first_step_that_somebody_wanted_is_not_told(
+async def test_requested_cancellation_before_the_first_step_is_not_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A task that another one cancels before it has begun is as it should be."""

@@ -199,7 +199,7 @@ async def test_a_queued_task_is_pending(log: Log) -> None:
     assert (info.started_at, info.duration) == (created + 5, 10)
 
 
-async def test_a_queued_task_keeps_what_it_was_created_with(log: Log) -> None:
+async def test_a_queued_task_keeps_its_options(log: Log) -> None:
     """Metadata, context variables, its group and its group's cancel event are its own when it begins."""
     manager = TaskManager(max_concurrency=1)
     manager.create_task(log.work())
@@ -270,7 +270,7 @@ async def test_queued_tasks_start_by_priority_then_first_come(log: Log) -> None:
 
 @pytest.mark.parametrize(("ageing", "waits"), [(1.0, 4), (10.0, 31), (float("inf"), 100)])
 async def test_nothing_starves_under_a_steady_stream(log: Log, ageing: float, waits: int) -> None:
-    """A low task that waits is overtaken by critical ones for three times `ageing` seconds, not for ever."""
+    """A low task that waits is overtaken by critical ones for three times `ageing` seconds, not forever."""
     manager = TaskManager(max_concurrency=1, ageing=ageing)
     manager.create_task(log.work("first"))
     manager.create_task(log.work("low"), priority=LOW)
@@ -427,8 +427,8 @@ async def test_a_groups_full_queue_refuses(log: Log) -> None:
     assert log.begun == ["work", "other", "later"]
 
 
-async def test_the_managers_queue_counts_who_waits_in_groups(log: Log) -> None:
-    """Whoever will take one of its places counts, in whatever queue; who need not wait is not refused."""
+async def test_the_managers_queue_counts_tasks_that_wait_in_groups(log: Log) -> None:
+    """Each task that will need its place counts, in any queue; a task that need not wait is not refused."""
     manager = TaskManager(max_concurrency=2, max_queue=1)
     async with manager.group("pages", max_concurrency=1) as group:
         group.create_task(log.work())
@@ -552,7 +552,7 @@ async def test_a_lower_limit_stops_nobody(log: Log) -> None:
 
 
 @pytest.mark.parametrize("whose", ["manager", "group"])
-async def test_a_limit_set_late_counts_what_is_live(log: Log, whose: str) -> None:
+async def test_a_limit_set_late_counts_live_tasks(log: Log, whose: str) -> None:
     """From none to some and back: running tasks take their places, and nobody is lost."""
     manager = TaskManager()
     async with manager.group("pages") as group:
@@ -577,7 +577,7 @@ async def test_a_limit_set_late_counts_what_is_live(log: Log, whose: str) -> Non
 
 
 async def test_a_limit_set_late_passes_over_tasks_that_have_ended() -> None:
-    """One that is done, and not yet out of the books, holds no place."""
+    """A task that is done but not yet recorded holds no place."""
     manager = TaskManager()
     task = manager.create_task(give(1))
     task.add_done_callback(lambda _: None)
@@ -605,8 +605,8 @@ async def test_both_limits_set_late(log: Log) -> None:
     assert places(manager, group) == [(0, 0)] * 2
 
 
-async def test_a_labelled_groups_limit_is_kept(log: Log) -> None:
-    """A labelled group is forgotten when it is empty, but not while it has a limit."""
+async def test_a_labeled_groups_limit_is_kept(log: Log) -> None:
+    """A labeled group is forgotten when it is empty, but not while it has a limit."""
     manager = TaskManager()
     manager.get_group("mail").max_concurrency = 1
     gc.collect()
@@ -794,7 +794,7 @@ async def test_a_putter_wakes_for_whatever_limit_it_waited(log: Log) -> None:
 
 
 @pytest.mark.parametrize("whose", ["manager", "group"])
-async def test_a_higher_limit_wakes_putters(log: Log, whose: str) -> None:
+async def test_a_higher_limit_wakes_waiting_producers(log: Log, whose: str) -> None:
     """As many as have room now."""
     manager = TaskManager(max_concurrency=1, max_queue=0)
     async with manager.group("pages", max_concurrency=1, max_queue=0) as group:
@@ -928,8 +928,8 @@ async def test_a_putter_of_a_group_that_is_cancelled(log: Log) -> None:
     await manager.join()
 
 
-async def test_putters_of_a_manager_that_is_shut_down(log: Log) -> None:
-    """They are told at once, all of them, while running tasks have their grace."""
+async def test_waiting_producers_of_a_manager_that_is_shut_down(log: Log) -> None:
+    """All of them get the error at once, while running tasks have their grace."""
     manager = TaskManager(max_concurrency=1, max_queue=0)
     manager.create_task(log.work("first", 3))
     coros = [log.work(number) for number in range(3)]
@@ -1441,7 +1441,7 @@ class World:
             assert is_closed(coro)
 
     def check(self) -> None:
-        """With nothing on its way: the books fit the tasks, and nobody waits for what is there."""
+        """With nothing in flight, the records match the tasks, and no task waits for a free place."""
         live = list(self.manager._root._every_live())
         queued = [task for task in live if task._extras is not None and task._extras.queued]
         assert self.manager.stats().queued == len(queued)

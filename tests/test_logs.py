@@ -145,7 +145,7 @@ async def test_threads_of_a_task(kept: Kept, spans: SpanRecorder) -> None:
     ]
 
 
-async def test_what_a_record_has_is_left_alone(kept: Kept) -> None:
+async def test_fields_that_a_record_has_are_left_alone(kept: Kept) -> None:
     """A field that the caller has set stays, and so does what a first filter has found."""
 
     async def work() -> None:
@@ -360,7 +360,7 @@ async def test_line_of_the_library_is_about_the_task_that_it_names(kept: Kept, s
 
 
 async def test_record_factory_with_the_same_names_does_no_harm(kept: Kept) -> None:
-    """Where a record factory sets `trace_id` on every record, the library can log all the same."""
+    """Where a record factory sets `trace_id` on every record, the library can still log."""
     before = logging.getLogRecordFactory()
 
     def factory(*args: Any, **kwargs: Any) -> logging.LogRecord:
@@ -403,7 +403,7 @@ def test_all_lines_go_to_one_logger() -> None:
     assert calls == [("log.py", "logging.getLogger('otel_tasks')")]
 
 
-def test_blocks_of_the_page_print_what_it_says() -> None:
+def test_blocks_of_the_page_print_their_comments() -> None:
     """Each Python block of the page runs, and prints the text block behind it."""
     text = (PACKAGE.parent / PAGE).read_text("utf-8")
     expected = re.findall(r"^```text\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)

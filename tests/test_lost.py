@@ -54,7 +54,7 @@ async def leave(manager: TaskManager) -> None:
 
 
 @pytest.mark.parametrize("runner", [asyncio.run, run])
-def test_end_of_the_loop_names_what_is_lost(
+def test_end_of_the_loop_names_lost_tasks(
     runner: Callable[[Any], None], manager: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One line has the groups, the tasks, and the line of code that would have prevented it."""
@@ -114,14 +114,14 @@ def test_two_managers_have_a_line_each(caplog: pytest.LogCaptureFixture) -> None
     assert sorted(message.split("'")[1] for message in caplog.messages) == ["bank", "shop"]
 
 
-def test_each_loop_is_told_of(manager: TaskManager, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_loop_is_reported(manager: TaskManager, caplog: pytest.LogCaptureFixture) -> None:
     """What the next loop loses is reported, too."""
     for _ in range(2):
         run(leave(manager))
     assert len(caplog.messages) == 2
 
 
-def test_tasks_that_end_otherwise_are_lost_all_the_same(
+def test_tasks_that_end_otherwise_are_lost_too(
     manager: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The line tells of the loop's end, whatever a task makes of its cancellation; and only once."""
@@ -255,7 +255,7 @@ def test_client_without_a_lifespan_loses_the_outbox(
 
 
 @pytest.mark.usefixtures("_destroyed_tasks_are_expected")
-def test_loop_closed_under_tasks_is_told_in_the_next(
+def test_loop_closed_under_tasks_is_reported_in_the_next(
     manager: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where nobody has cancelled the tasks, the manager finds them when it is used again."""
@@ -273,7 +273,7 @@ async def created(manager: TaskManager) -> int:
 
 
 @pytest.mark.usefixtures("_destroyed_tasks_are_expected")
-def test_task_cancelled_after_its_loop_is_told_with_the_others(
+def test_task_cancelled_after_its_loop_is_reported_with_the_others(
     manager: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A cancellation that the closed loop can no longer deliver changes nothing."""
@@ -352,12 +352,12 @@ def printed(code: str) -> list[str]:
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_end_of_the_process_names_what_is_lost(end: str) -> None:
+def test_end_of_the_process_names_lost_tasks(end: str) -> None:
     """A process that ends with live tasks says so, once."""
     assert printed(ENDS[end]) == [f"WARNING {LOST}group 'root': 'poll'{HINT}"]
 
 
-def test_end_of_the_loop_is_not_told_again_at_the_end_of_the_process() -> None:
+def test_end_of_the_loop_is_not_reported_again_at_the_end_of_the_process() -> None:
     """What the loop's end has reported is not reported by that of the process."""
     assert len(printed("asyncio.run(leave())")) == 1
 

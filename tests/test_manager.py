@@ -149,7 +149,7 @@ async def test_concurrent_replacing_leaves_one_live() -> None:
 
 
 async def test_start_task_replaces_one_that_is_just_done() -> None:
-    """A task whose callbacks are still to come is no reason to wait for ever."""
+    """A task that is done, with its callbacks still to run, does not block the start."""
     manager = TaskManager()
     manager.create_task(give(1), name="a")
     await asyncio.sleep(0)
@@ -516,7 +516,7 @@ async def test_uid_is_never_used_again() -> None:
 
 
 @pytest.mark.parametrize("how", ["named", "numbered", "started"])
-async def test_uid_asked_for_after_the_end_finds_the_record(how: str) -> None:
+async def test_uid_read_after_the_end_finds_the_record(how: str) -> None:
     """A task may have ended before anybody had the time to ask for its uid, as an eager one has."""
     manager = TaskManager()
     for _ in range(2):
@@ -533,7 +533,7 @@ async def test_uid_asked_for_after_the_end_finds_the_record(how: str) -> None:
     assert [info.uid for info in manager._ledger.history] == [None, task.uid]
 
 
-async def test_uid_asked_for_in_a_thread_finds_the_record() -> None:
+async def test_uid_read_in_a_thread_finds_the_record() -> None:
     """A thread may ask for the uid of a task that is ending."""
     manager = TaskManager()
     task = manager.create_task(give(1))
@@ -547,7 +547,7 @@ async def test_uid_asked_for_in_a_thread_finds_the_record() -> None:
     assert manager.get_task_info(uid) == late.info()
 
 
-async def test_uid_is_made_only_for_those_who_ask() -> None:
+async def test_uid_is_made_on_first_use() -> None:
     """A snapshot makes no uid, and a task of which nobody asks it gets nothing for it."""
     manager = TaskManager()
     task = manager.create_task(give(1))
@@ -621,8 +621,8 @@ async def test_module_function_waits_in_a_group() -> None:
         await wait_for_task("a", group="g")
 
 
-async def test_lookup_refuses_what_is_no_group_of_the_manager() -> None:
-    """A group of another manager, or what is no group, is a mistake."""
+async def test_lookup_refuses_anything_but_groups_of_the_manager() -> None:
+    """A group of another manager, or any other object, is an error."""
     manager = TaskManager()
     with pytest.raises(ValueError, match="belongs to manager 'other'"):
         manager.get_task("a", group=TaskManager("other").get_group("g"))
@@ -682,7 +682,7 @@ async def test_get_result_of_a_cancelled_task_is_the_default() -> None:
         await settle()
 
 
-async def test_get_result_raises_what_the_task_raised() -> None:
+async def test_get_result_raises_the_error_of_the_task() -> None:
     """A failure is no missing result: it is raised with a default too, whatever its class."""
     manager = TaskManager(on_error=lambda info, error: None)
     for name, error in (("a", ValueError("no")), ("b", TaskNotFoundError("its own"))):
@@ -787,7 +787,7 @@ async def test_cancel_task_that_is_not_there_is_false() -> None:
     assert await manager.cancel_task("a") is False
 
 
-async def test_cancel_task_that_completes_all_the_same_is_false() -> None:
+async def test_cancel_task_that_completes_anyway_is_false() -> None:
     """A task that ignored its cancellation did not end by it."""
     manager = TaskManager()
     manager.create_task(ignore_cancels(3), name="a")
@@ -824,7 +824,7 @@ async def test_task_may_cancel_itself_by_name(caplog: pytest.LogCaptureFixture) 
     assert not caplog.messages
 
 
-async def test_cancel_group_counts_what_ended_by_it() -> None:
+async def test_cancel_group_counts_the_tasks_that_it_ended() -> None:
     """The count leaves out those that ignored it, that had ended before, and that run on."""
     manager = TaskManager()
     manager.create_task(rest(), group="g")
@@ -989,7 +989,7 @@ async def test_shutdown_cancels_by_rising_priority() -> None:
     assert report == ShutdownReport(cancelled=3)
 
 
-async def test_shutdown_reports_what_became_of_each() -> None:
+async def test_shutdown_reports_the_end_of_each_task() -> None:
     """The report counts the tasks that were live, and names those that ignored it."""
     manager = TaskManager(on_error=lambda info, error: None)
 
@@ -1293,7 +1293,7 @@ def test_nothing_leaks_whichever_await_is_cancelled(scenario: Any, awaits: int, 
     assert cancel_at_each_await(scenario, spans) >= awaits
 
 
-async def test_who_joins_the_callers_group_is_spared() -> None:
+async def test_task_that_joins_the_callers_group_is_spared() -> None:
     """A join awaits all of its tasks, also while it is the turn of another than the caller."""
     manager = TaskManager()
 
@@ -1308,7 +1308,7 @@ async def test_who_joins_the_callers_group_is_spared() -> None:
     assert joining.status is TaskStatus.COMPLETED
 
 
-async def test_shutdown_spares_what_awaits_its_caller() -> None:
+async def test_shutdown_spares_tasks_that_await_its_caller() -> None:
     """A task that shuts its manager down is awaited by others: they would hand the cancellation on to it."""
     manager = TaskManager()
     reports: list[ShutdownReport] = []
@@ -1386,7 +1386,7 @@ def test_refused_entry_leaves_a_closed_manager_closed() -> None:
     first.close()
 
 
-async def test_shutdown_tells_what_it_has_dropped(caplog: pytest.LogCaptureFixture) -> None:
+async def test_shutdown_logs_dropped_tasks(caplog: pytest.LogCaptureFixture) -> None:
     """Tasks that were in a queue are named in one line, the first ten of many; services are no lost work."""
     manager = TaskManager(max_concurrency=1)
     manager.create_task(give(1), name="runs")

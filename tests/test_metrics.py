@@ -53,7 +53,7 @@ async def fail(error: BaseException) -> None:
 async def ended(*tasks: asyncio.Task[Any]) -> None:
     """Wait for tasks, whatever becomes of them, and fetch their exceptions."""
     await asyncio.gather(*tasks, return_exceptions=True)
-    # A task is done one turn before its end is in the books; since 3.12 gather() may not wait for that.
+    # A task is done one turn before its end is recorded; since 3.12 gather() may not wait for that.
     await asyncio.sleep(0)
 
 
@@ -168,7 +168,7 @@ async def test_duration_of_a_cancelled_task(manager: TaskManager, spans: SpanRec
 
 
 async def test_duration_of_a_replaced_task_keeps_its_name(manager: TaskManager, spans: SpanRecorder) -> None:
-    """That the books call it otherwise while it unwinds is nobody's business."""
+    """The name that the records give it while it unwinds does not show."""
     old = manager.create_task(work(60), name="sync")
     new = manager.create_task(work(), name="sync", on_conflict="replace")
     await ended(old, new)
@@ -191,7 +191,7 @@ async def test_duration_leads_to_a_trace(spans: SpanRecorder) -> None:
 
 
 async def test_active_counts_live_tasks_by_group(manager: TaskManager, spans: SpanRecorder) -> None:
-    """Root, labelled, nested labelled and scoped groups each count their own tasks, once."""
+    """Root, labeled, nested labeled, and scoped groups each count their own tasks, once."""
     manager.create_task(work())
     manager.create_task(work(), group="ingest")
     manager.create_task(work(), group="ingest.fetch")
@@ -445,7 +445,9 @@ async def test_cancellations_are_counted_by_group_and_reason(
     }
 
 
-async def test_what_did_not_end_cancelled_is_not_counted(manager: TaskManager, spans: SpanRecorder) -> None:
+async def test_task_that_did_not_end_cancelled_is_not_counted(
+    manager: TaskManager, spans: SpanRecorder
+) -> None:
     """Neither a cancellation that was ignored, nor one that ended in an error, nor a timeout."""
 
     async def ignore() -> None:
@@ -653,7 +655,7 @@ async def main():
     print(points("duration"), points("cancellations"))
 asyncio.run(main())
 """
-    # The counter is read from the manager's own books, which are older than the SDK.
+    # The counter is read from the manager's own records, which are older than the SDK.
     assert run_script(script) == "[[1]] [[2]]"
 
 

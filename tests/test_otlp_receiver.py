@@ -122,7 +122,7 @@ def test_spans_and_metrics_of_real_exporters_are_decoded(
         ("/v1/metrics", PROTOBUF | {"content-encoding": "br"}, b"", 400),
     ],
 )
-def test_what_cannot_be_read_is_refused_and_not_kept(
+def test_unreadable_request_is_refused_and_not_kept(
     received: Received, path: str, headers: dict[str, str], body: bytes, status: int
 ) -> None:
     """A wrong path, type, encoding or body gets the status that a collector gives, and a reason."""
@@ -155,7 +155,7 @@ def test_all_is_passed_on_to_another_collector() -> None:
         assert metrics_outline(other.points()) == metrics_outline(received.points())
 
 
-def test_what_another_collector_does_not_take_is_kept_and_told() -> None:
+def test_request_that_another_collector_refuses_is_kept_and_reported() -> None:
     """The sender hears nothing of it; a collector that knows no metrics is none that has failed."""
     with receiver() as gone:
         endpoint = gone.endpoint
@@ -170,7 +170,7 @@ def test_what_another_collector_does_not_take_is_kept_and_told() -> None:
         assert received.undelivered.startswith("/v1/traces: 404 no such path")
 
 
-def test_what_has_come_can_be_waited_for(received: Received) -> None:
+def test_received_data_can_be_waited_for(received: Received) -> None:
     """`wait_for` gives what its look finds, and says how little came when it finds nothing."""
     export(received.endpoint, shopping)
     assert received.wait_for(lambda so_far: len(so_far.spans())) == 4

@@ -145,7 +145,7 @@ def test_infinite_ageing_is_strict_priority() -> None:
 
 
 @pytest.mark.parametrize("waiting", [True, False])
-def test_who_leaves_is_passed_over(waiting: bool) -> None:
+def test_ticket_that_leaves_is_passed_over(waiting: bool) -> None:
     """A ticket that leaves the queue never starts, and its room in the queue is free."""
     limiter = Limiter(1, 2)
     running, gone, last = (ticket(name, limiter) for name in ("running", "gone", "last"))
@@ -277,7 +277,7 @@ def test_one_free_place_of_a_group_is_kept_in_mind_for_one() -> None:
     assert names(release(outsider)) == ["second"]
 
 
-def test_who_comes_up_after_its_group_has_filled_waits_in_its_group_again() -> None:
+def test_ticket_that_comes_up_after_its_group_has_filled_waits_in_its_group_again() -> None:
     """The manager's place then goes to the next, and the group's order is kept."""
     group, manager = Limiter(1, None), Limiter(1, None)
     outsider = ticket("outsider", manager)
@@ -337,7 +337,7 @@ def test_lifting_never_lowers(level: TaskPriority) -> None:
     assert served(limiter, running) == ["high", "normal"]
 
 
-def test_lifting_who_has_started_changes_nothing() -> None:
+def test_lifting_a_started_ticket_changes_nothing() -> None:
     """There is nothing left to move up in."""
     limiter = Limiter(1, None)
     running = ticket("running", limiter)
@@ -350,7 +350,7 @@ def test_lifting_who_has_started_changes_nothing() -> None:
 
 
 def test_lifting_overtakes_the_one_kept_in_mind() -> None:
-    """Where another of the group waits for the manager already, the lifted one goes first all the same."""
+    """The lifted task goes first even if another one of its group already waits for the manager."""
     group, manager = Limiter(1, None), Limiter(2, None)
     running, outsider = ticket("running", group, manager), ticket("outsider", manager)
     admit(running)
@@ -535,6 +535,6 @@ class Admission(RuleBasedStateMachine):
 
 
 def test_random_tickets_keep_the_rules() -> None:
-    """Whoever comes, goes, is lifted or finds a new limit: exactly those start that the model lets start."""
+    """Tasks come, leave, and are lifted, and limits change: the same tasks start as in the model."""
     bounds = settings(max_examples=200, stateful_step_count=40, deadline=None, derandomize=True)
     run_state_machine_as_test(Admission, settings=bounds)

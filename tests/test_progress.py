@@ -85,8 +85,8 @@ async def test_a_task_reports_and_anyone_can_look(manager: TaskManager) -> None:
     await task
 
 
-async def test_what_is_left_out_of_a_report_stays(manager: TaskManager) -> None:
-    """Each of done, total and message is kept until it is reported anew; a bare report is a sign of life."""
+async def test_report_keeps_values_that_it_leaves_out(manager: TaskManager) -> None:
+    """Each of done, total, and message is kept until reported again; a bare report is a sign of life."""
     task = manager.create_task(rest())
     task.progress.update(total=10)
     task.progress.update(message="begun")
@@ -146,7 +146,7 @@ async def test_rare_reports_have_a_rate(manager: TaskManager) -> None:
     await end(task)
 
 
-async def test_going_back_measures_the_rate_anew(manager: TaskManager) -> None:
+async def test_going_back_restarts_the_rate(manager: TaskManager) -> None:
     """Work that is done again is no error; its rate is not that of what came before, nor negative."""
     task = manager.create_task(rest())
     task.progress.update(done=0, total=100)
@@ -204,7 +204,7 @@ def test_a_number_that_counts_nothing_is_refused(wrong: float) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["3", True, [1], 1j])
-def test_what_is_no_number_is_refused(wrong: Any) -> None:
+def test_value_that_is_no_number_is_refused(wrong: Any) -> None:
     """Anything but an int or a float is a TypeError; so is a message that is no string."""
     progress = TaskProgress(asyncio.new_event_loop())
     with pytest.raises(TypeError, match="done must be a number"):
@@ -217,7 +217,7 @@ def test_what_is_no_number_is_refused(wrong: Any) -> None:
 
 
 async def test_a_report_after_the_end_is_dropped(manager: TaskManager) -> None:
-    """Whoever still reports for a task that has ended is not heard, and not told off."""
+    """A report for a task that has ended is dropped without an error."""
     task = manager.create_task(count_to(2))
     await task
     await settle()
@@ -378,7 +378,7 @@ async def test_reports_in_one_turn_are_one(manager: TaskManager) -> None:
     "how", [give(1), fail(ValueError("broken")), rest()], ids=["return", "raise", "cancel"]
 )
 async def test_watching_ends_with_a_task_that_never_reports(manager: TaskManager, how: Any) -> None:
-    """However the task ends: the watcher sees nothing, and then the books are in order."""
+    """However the task ends, the watcher sees nothing, and the end is recorded after it."""
     task = manager.create_task(how)
     watcher = asyncio.create_task(seen(task.progress.watch()))
     await asyncio.wait([task], timeout=1)
@@ -390,7 +390,7 @@ async def test_watching_ends_with_a_task_that_never_reports(manager: TaskManager
 
 
 async def test_watching_a_task_that_has_ended_ends_at_once(manager: TaskManager) -> None:
-    """Its last report is given, if it made one; also in the turn between its end and its books."""
+    """Its last report is given, if it made one; also in the turn between its end and its record."""
     silent = manager.create_task(give(1))
     counting = manager.create_task(count_to(2))
 
@@ -427,7 +427,7 @@ async def test_several_watch_at_once(manager: TaskManager) -> None:
     assert leaving.cancelled()
 
 
-async def test_a_watcher_can_begin_after_what_it_knows(manager: TaskManager) -> None:
+async def test_a_watcher_can_continue_after_a_known_report(manager: TaskManager) -> None:
     """It waits for a snapshot with a higher number, or for the end; also if that number is never reached."""
     task = manager.create_task(count_to(3))
     await asyncio.sleep(1.5)
@@ -664,7 +664,7 @@ async def test_threads_that_come_first_make_one_progress() -> None:
         await end(task)
 
 
-async def test_who_comes_second_to_the_lock_uses_what_is_there(
+async def test_second_thread_at_the_lock_uses_the_first_ones_object(
     manager: TaskManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two threads may both find nothing; the one that has to wait looks again before it makes a second."""
@@ -713,7 +713,7 @@ async def test_watching_from_another_loop_says_so(manager: TaskManager) -> None:
 
 
 async def test_a_groups_progress_is_that_of_its_live_tasks_and_of_those_below(manager: TaskManager) -> None:
-    """What they report is added up when it is asked for, labelled groups below included."""
+    """Their reports are added up when the property is read, with those of labeled groups below."""
     ingest, fetch = manager.get_group("ingest"), manager.get_group("ingest.fetch")
     assert ingest.progress == GroupProgress(0, 0, 0, 0, 0, None)
     first = ingest.create_task(rest())
@@ -729,7 +729,7 @@ async def test_a_groups_progress_is_that_of_its_live_tasks_and_of_those_below(ma
 
 
 async def test_an_unknown_total_makes_the_groups_fraction_unknown(manager: TaskManager) -> None:
-    """What is known is added up all the same."""
+    """The known parts are still added up."""
     group = manager.get_group("mixed")
     known, unknown = group.create_task(rest()), group.create_task(rest())
     unknown.progress.update(done=3)
@@ -741,8 +741,8 @@ async def test_an_unknown_total_makes_the_groups_fraction_unknown(manager: TaskM
     await manager.cancel_all_tasks()
 
 
-async def test_ended_tasks_of_a_block_count_with_what_they_did(manager: TaskManager) -> None:
-    """The fraction of a scoped group goes to 1 as its tasks end, whatever they did in the end."""
+async def test_ended_tasks_of_a_block_count_in_its_fraction(manager: TaskManager) -> None:
+    """The fraction of a scoped group reaches 1 as its tasks end, whatever they last reported."""
     async with manager.group("load", on_error="isolate") as group:
         done = group.create_task(count_to(10, every=0.1))
         group.create_task(rest())
@@ -772,8 +772,8 @@ async def test_a_closed_block_hands_its_sum_to_the_block_around_it(manager: Task
         assert outer.progress == GroupProgress(tasks=0, reporting=0, unknown=0, ended=2, done=6, total=6)
 
 
-async def test_ended_tasks_of_a_labelled_group_do_not_count(manager: TaskManager) -> None:
-    """It goes on for ever: what has ended in it, or in a block below it, is history."""
+async def test_ended_tasks_of_a_labeled_group_do_not_count(manager: TaskManager) -> None:
+    """The group has no end, so tasks that ended in it, or in a block below it, are history."""
     jobs = manager.get_group("jobs")
     jobs.create_task(rest())
     await jobs.create_task(count_to(3))

@@ -147,7 +147,7 @@ async def test_a_task_that_never_reports_has_one_event(app: FastAPI, manager: Ta
     assert (event.name, event.data["status"], event.data["progress"]) == ("ended", "completed", None)
 
 
-async def test_a_failure_is_told_without_its_text(app: FastAPI, manager: TaskManager) -> None:
+async def test_a_failure_is_sent_without_its_text(app: FastAPI, manager: TaskManager) -> None:
     """What an exception says is not for clients: it may name hosts, paths and people."""
     task = manager.create_task(fail(ValueError("secret of the house")), name="job")
     stream = await get(app, "/jobs/job")
@@ -156,7 +156,7 @@ async def test_a_failure_is_told_without_its_text(app: FastAPI, manager: TaskMan
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_a_cancellation_is_told_by_its_kind(app: FastAPI, manager: TaskManager) -> None:
+async def test_a_cancellation_is_sent_with_its_kind(app: FastAPI, manager: TaskManager) -> None:
     """The last event says that the task was cancelled and by what kind of cause, not in whose words."""
     task = manager.create_task(rest(), name="job")
     watching = asyncio.create_task(get(app, "/jobs/job"))
@@ -169,7 +169,7 @@ async def test_a_cancellation_is_told_by_its_kind(app: FastAPI, manager: TaskMan
     assert b"words" not in stream
 
 
-async def test_a_client_that_comes_late_is_told_the_end(app: FastAPI, manager: TaskManager) -> None:
+async def test_a_late_client_gets_the_end(app: FastAPI, manager: TaskManager) -> None:
     """Of a task that has ended there is its record: one event, with the last progress."""
     await manager.create_task(count_to(2), name="job")
     await settle()
@@ -212,7 +212,7 @@ async def test_without_bound_the_interval_leaves_the_first_and_the_last(manager:
 # --- coming back -----------------------------------------------------------------------------------------
 
 
-async def test_a_client_that_comes_back_gets_what_is_newer(app: FastAPI, manager: TaskManager) -> None:
+async def test_a_client_that_reconnects_gets_newer_events(app: FastAPI, manager: TaskManager) -> None:
     """Nothing is told twice, neither at once nor when the same has been reported in between."""
     manager.create_task(count_to(6), name="job")
     first = asyncio.create_task(get(app, "/jobs/job"))
@@ -238,7 +238,7 @@ async def test_a_client_that_knows_the_newest_waits_for_the_next(app: FastAPI, m
         break
 
 
-async def test_a_client_that_knows_the_end_is_told_nothing(app: FastAPI, manager: TaskManager) -> None:
+async def test_a_client_that_knows_the_end_gets_nothing(app: FastAPI, manager: TaskManager) -> None:
     """A browser that did not close its source comes back with the last id; the stream is empty."""
     task = manager.create_task(count_to(1), name="job")
     end = parse(await get(app, "/jobs/job"))[-1]
@@ -376,7 +376,7 @@ async def test_a_snapshot_of_a_live_task_is_refused(manager: TaskManager) -> Non
     await asyncio.wait([task])
 
 
-async def test_what_is_no_task_is_refused() -> None:
+async def test_argument_that_is_no_task_is_refused() -> None:
     """At the call, not at the first event: then the response has begun."""
     plain: Any = asyncio.create_task(give(1))
     with pytest.raises(TypeError, match="takes a ManagedTask, or the TaskInfo of an ended one"):
@@ -433,7 +433,7 @@ async def test_the_stamps_of_a_virtual_clock_are_of_today(manager: TaskManager) 
     assert datetime.fromisoformat(task.info().to_dict()["ended_at"]).timestamp() == pytest.approx(stamp)
 
 
-async def test_an_older_fastapi_is_told_what_it_lacks(
+async def test_an_older_fastapi_raises_an_error_that_names_the_version(
     manager: TaskManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rest of the adapter works there; this function names the version that it needs."""

@@ -81,7 +81,7 @@ def test_no_registry_is_named() -> None:
     assert [str(path) for path in tracked_files() if REGISTRIES.search(text_of(path))] == []
 
 
-def test_every_suppressed_complaint_has_its_code_and_reason() -> None:
+def test_every_suppression_has_its_code_and_reason() -> None:
     """A `type: ignore` or `noqa` names what it suppresses, and says why on its line."""
     suppression = re.compile(r"#\s*(type: ignore|noqa|pyright: ignore)(?!\[[\w, -]+\]|: [A-Z]+\d+)")
     without_reason = re.compile(
@@ -181,7 +181,7 @@ def test_files_mounted_by_compose_exist() -> None:
     assert [volume for volume in volumes if not (ROOT / volume.split(":")[0]).is_file()] == []
 
 
-def test_jaeger_pipelines_use_what_is_defined() -> None:
+def test_jaeger_pipelines_use_defined_components() -> None:
     """Jaeger's configuration names no component, storage or Prometheus port that is not defined."""
     config = yaml.safe_load((ROOT / "examples/jaeger/config.yaml").read_text("utf-8"))
     defined = {

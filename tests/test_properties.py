@@ -40,7 +40,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Somebody cancels a task, a block or a labelled group; the number picks one of those there are."""
+    """Cancel a task, a block, or a labeled group; the number picks one of them."""
 
     after: int
     what: str
@@ -128,7 +128,7 @@ class World:
 
     def is_below(self, node: object, top: object) -> bool:
         while node is not None and node != top:
-            # A labelled group, by its dots; or what the plan says.
+            # A labeled group's parent is in its name; the others are in the plan.
             node = node.rpartition(".")[0] or None if isinstance(node, str) else self.parents[node]
         return node is not None
 
@@ -141,7 +141,7 @@ class World:
             event = group.cancel_event
             group.cancel(reason)
             assert event.is_set()
-            # A labelled group stays usable.
+            # A labeled group stays usable.
             assert not group.cancel_event.is_set()
         elif cancel.what == "block" and self.blocks:
             top = block = self.blocks[cancel.number % len(self.blocks)]
@@ -196,7 +196,7 @@ def check(world: World, heard: list[tuple[str, str]], spans: SpanRecorder) -> No
         for task in world.tasks:
             if task.cause is not None and task.cause.message == reason:
                 assert world.is_below(task, top)
-    # Nothing is left in the books.
+    # Nothing is left in the records.
     ledger = world.manager._ledger
     assert not ledger.scopes
     assert not ledger.hosts

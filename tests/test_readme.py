@@ -63,7 +63,7 @@ def test_the_fastapi_block_answers_and_stops() -> None:
     assert hasty == "499 ['client_disconnect', 'client_disconnect']"
 
 
-def test_the_library_block_prints_what_its_comments_say() -> None:
+def test_the_library_block_prints_its_comments() -> None:
     """Each comment beside a print shows what it prints."""
     code = block('TaskManager("crawler"')
     assert run_block(code).splitlines() == promised_output(code)

@@ -647,7 +647,7 @@ async def _sleep_in_a_shield() -> None:
 
 
 @pytest.mark.parametrize("wait", [_sleep_in_a_shield, lambda: asyncio.to_thread(time.sleep, 2 * LONG)])
-async def test_handler_ends_with_what_held_its_cancellation_off(
+async def test_handler_ends_with_the_block_that_deferred_its_cancellation(
     manager: TaskManager, wait: Callable[[], Awaitable[object]]
 ) -> None:
     """Also where it awaits more than that, which would take much longer."""
@@ -1240,7 +1240,7 @@ async def _raising(manager: TaskManager, error: Callable[[Send], Awaitable[None]
     await serving
 
 
-async def test_what_a_websockets_application_raises_passes_through(manager: TaskManager) -> None:
+async def test_error_of_a_websocket_application_passes_through(manager: TaskManager) -> None:
     """Outer layers roll back, as without the middleware."""
 
     async def disconnect(send: Send) -> None:
@@ -1250,7 +1250,7 @@ async def test_what_a_websockets_application_raises_passes_through(manager: Task
         await _raising(manager, disconnect)
 
 
-async def test_what_a_framework_makes_of_our_refusal_to_send_stays_inside(manager: TaskManager) -> None:
+async def test_error_that_a_framework_makes_of_our_refusal_to_send_stays_inside(manager: TaskManager) -> None:
     """It is recognized by its context, whatever its class."""
 
     async def send_late(send: Send) -> None:
@@ -1335,7 +1335,7 @@ async def test_inner_middleware_in_a_context_of_its_own_passes_through(manager: 
     assert connection.status == 200
 
 
-async def test_requests_group_that_is_used_after_its_request_hands_tasks_to_the_manager(
+async def test_group_that_is_used_after_its_request_moves_tasks_to_the_manager(
     manager: TaskManager,
 ) -> None:
     """A plain task that has kept the group object starts its tasks with the manager as well."""

@@ -64,7 +64,7 @@ async def test_sealed_group_without_a_cause_is_finished() -> None:
         group.create_task(rest())
 
 
-async def test_request_group_has_a_span_if_asked_for(spans: SpanRecorder) -> None:
+async def test_request_group_has_a_span_on_request(spans: SpanRecorder) -> None:
     """span=True gives a request's group a span that its tasks are children of."""
     manager = TaskManager(tracer_provider=spans.provider)
     group = RequestGroup.open(manager, "GET /orders", binding=None, host=None, span=True)

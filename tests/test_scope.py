@@ -162,7 +162,7 @@ async def test_finished_group_takes_no_tasks() -> None:
 
 
 async def test_group_that_is_not_entered_takes_no_tasks() -> None:
-    """The mend for a group before its block is to enter it."""
+    """The message says to enter the group."""
     with pytest.raises(
         GroupClosedError,
         match=r"^cannot create task 'rest': group 'load' has not been entered; "
@@ -261,7 +261,7 @@ async def test_failure_raised_by_the_group_is_not_logged(caplog: pytest.LogCaptu
     assert not caplog.messages
 
 
-async def test_isolated_group_reports_failures_and_goes_on() -> None:
+async def test_isolated_group_reports_failures_and_continues() -> None:
     """on_error="isolate": siblings and body go on, the failure goes to on_error."""
     reported: list[str] = []
     manager = TaskManager(on_error=lambda info, error: reported.append(f"{info.name}: {error}"))
@@ -272,7 +272,7 @@ async def test_isolated_group_reports_failures_and_goes_on() -> None:
     assert reported == ["bad: no"]
 
 
-async def test_failure_without_a_repr_ends_the_group_all_the_same() -> None:
+async def test_failure_without_a_repr_still_ends_the_group() -> None:
     """An exception whose __repr__ raises cancels the siblings, and is raised, as any other."""
 
     class Mute(Exception):
@@ -516,7 +516,7 @@ async def test_errors_during_cancel_are_raised() -> None:
     assert [str(error) for error in caught.value.exceptions] == ["clean-up"]
 
 
-async def test_body_that_swallows_the_cancel_goes_on() -> None:
+async def test_body_that_swallows_the_cancel_continues() -> None:
     """A body that catches its cancellation by cancel() may end in peace; nothing is left over."""
     async with TaskManager().group("load") as group:
         group.cancel()
@@ -530,7 +530,7 @@ async def test_body_that_swallows_the_cancel_goes_on() -> None:
 # -- cancelled from outside ------------------------------------------------------------------------
 
 
-async def test_external_cancel_of_the_host_cancels_the_tasks_and_goes_on() -> None:
+async def test_external_cancel_of_the_host_cancels_the_tasks_and_propagates() -> None:
     """Cancelling the task in the block cancels the group, waits for it, and is passed on."""
     tasks: list[ManagedTask[None]] = []
 
@@ -946,7 +946,7 @@ async def test_block_with_a_span_needs_no_sdk() -> None:
         assert await group.create_task(give(1)) == 1
 
 
-async def test_block_whose_span_cannot_start_runs_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+async def test_block_whose_span_cannot_start_still_runs(caplog: pytest.LogCaptureFixture) -> None:
     """A raising tracer breaks no block; it is complained of once."""
     from opentelemetry.trace import TracerProvider
 

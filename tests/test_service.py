@@ -118,7 +118,7 @@ def test_bad_policy_is_refused(options: dict[str, Any], error: type[Exception], 
         RestartPolicy(**options)
 
 
-def test_policies_are_compared_by_what_they_say() -> None:
+def test_policies_are_compared_by_value() -> None:
     """Two policies with the same numbers are equal, and a policy cannot be changed."""
     assert RestartPolicy(delay=2) == RestartPolicy(delay=2.0, jitter=lambda: 0.0)
     with pytest.raises(AttributeError):
@@ -132,12 +132,12 @@ def test_delays_grow_up_to_their_bound() -> None:
 
 
 def test_every_failure_since_the_start_may_count() -> None:
-    """Without an end to the time in which failures count, none is forgotten and no delay begins anew."""
+    """Without an end to the time in which failures count, none is forgotten and no delay is reset."""
     failures = Failures(RestartPolicy(max_failures=3, within=float("inf"), jitter=lambda: 1))
     assert [failures.add(0, 0), failures.add(1e6, 1e6), failures.add(2e6, 1e6)] == [1, 2, None]
 
 
-def test_delays_grow_for_ever_without_overflow() -> None:
+def test_delays_grow_without_overflow() -> None:
     """After thousands of failures the delay is still the longest."""
     failures = Failures(
         RestartPolicy(delay=1, factor=1e300, max_delay=60, max_failures=None, jitter=lambda: 1)
@@ -164,7 +164,7 @@ def test_chance_is_a_new_one_each_time() -> None:
     assert [first.add(0, 0) for _ in range(5)] != [second.add(0, 0) for _ in range(5)]
 
 
-def test_long_run_has_the_delay_begin_anew() -> None:
+def test_long_attempt_is_followed_by_the_first_delay() -> None:
     """An attempt that has run for as long as failures are counted is followed by the first delay."""
     failures = Failures(RestartPolicy(delay=1, max_failures=None, within=100, jitter=lambda: 1))
     assert [failures.add(0, 0), failures.add(1, 0), failures.add(100, 99), failures.add(300, 100)] == [
@@ -412,7 +412,7 @@ async def test_only_giving_up_is_an_error_for_the_handler(caplog: pytest.LogCapt
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
-async def test_who_awaits_the_service_gets_its_error(caplog: pytest.LogCaptureFixture) -> None:
+async def test_waiter_of_the_service_gets_its_error(caplog: pytest.LogCaptureFixture) -> None:
     """Where somebody waits for a service, the error is raised there and not logged."""
     manager = TaskManager()
     service = await manager.start_service("prices", Flaky(99), restart=RestartPolicy(max_failures=1))
@@ -452,7 +452,7 @@ async def test_failing_factory_is_a_failed_attempt(caplog: pytest.LogCaptureFixt
 
 
 async def test_factory_that_makes_no_coroutine_is_given_up_at_once() -> None:
-    """What is wrong with the code another attempt cannot mend."""
+    """Another attempt cannot fix an error in the code."""
     manager = TaskManager()
 
     def factory() -> int:
@@ -519,7 +519,7 @@ def test_exit_passes_through_the_loop_once(cancelled: bool, caplog: pytest.LogCa
 
 
 async def test_cancelling_the_service_cancels_its_attempt() -> None:
-    """The attempt is cancelled for the same cause, nothing is begun again, and the service ends after it."""
+    """The attempt is cancelled for the same cause, nothing restarts, and the service ends after it."""
     manager = TaskManager()
     order: list[str] = []
 
@@ -593,7 +593,7 @@ async def test_service_cancelled_in_its_delay_ends_at_once() -> None:
     assert len(work.began) == 1
 
 
-async def test_attempt_is_asked_as_often_as_its_service() -> None:
+async def test_attempt_is_cancelled_as_often_as_its_service() -> None:
     """One request interrupts the attempt once, a second one its clean-up, as ``await attempt`` would."""
     manager = TaskManager()
     interrupted: list[int] = []
@@ -657,7 +657,7 @@ async def test_stubborn_attempt_is_reported_as_for_any_task(caplog: pytest.LogCa
 
 
 async def test_failure_over_a_cancellation_is_the_services() -> None:
-    """What an attempt raises when it is cancelled is raised by the service, and begins nothing anew."""
+    """An error that a cancelled attempt raises is raised by the service, which does not restart."""
     manager = TaskManager()
 
     async def work() -> None:
@@ -733,7 +733,7 @@ async def test_stray_cancellation_is_a_failure(caplog: pytest.LogCaptureFixture)
 
 
 async def test_group_stays_usable_after_its_service_was_cancelled() -> None:
-    """Cancelling a labelled group ends its service for good; another may be started there."""
+    """Cancelling a labeled group ends its service for good; another may be started there."""
     manager = TaskManager()
     first = await manager.start_service("prices", Flaky(99), group="feeds")
     await settle()
@@ -950,7 +950,7 @@ async def test_group_cancelled_in_the_delay_begins_nothing_in_its_grace() -> Non
     assert len(work.began) == 1
 
 
-async def test_service_begun_in_the_turn_of_a_shutdown_ends_with_it() -> None:
+async def test_service_started_in_the_turn_of_a_shutdown_ends_with_it() -> None:
     """A service that has not made its first attempt yet makes none, and fails at nothing."""
     manager = TaskManager()
     work = Flaky(0)
@@ -1028,7 +1028,7 @@ async def test_attempt_waits_for_its_place_ahead_of_others() -> None:
 
 
 async def test_waiting_for_a_place_is_not_running_well() -> None:
-    """An attempt that waited for long and failed at once does not have the delay begin anew."""
+    """An attempt that waited long and failed at once does not reset the delay."""
     manager = TaskManager(max_concurrency=1)
     work = Flaky(3)
     policy = RestartPolicy(delay=1, within=20, jitter=lambda: 1)
@@ -1129,7 +1129,7 @@ async def test_link_to_the_predecessor_is_the_attempts_own(spans: SpanRecorder) 
 
 
 async def test_attempt_that_queued_is_linked_too(spans: SpanRecorder) -> None:
-    """A span that is begun when its task gets a place has the link to the attempt before."""
+    """A span that starts when its task gets a place has the link to the attempt before."""
     manager = TaskManager(tracer_provider=spans.provider, max_concurrency=1)
     service = await manager.start_service("prices", Flaky(1, returns=True), restart=STEADY)
     await asyncio.sleep(0.5)
@@ -1141,7 +1141,7 @@ async def test_attempt_that_queued_is_linked_too(spans: SpanRecorder) -> None:
     await manager.join()
 
 
-async def test_cancelled_attempt_is_linked_to_what_cancelled_the_service(spans: SpanRecorder) -> None:
+async def test_cancelled_attempt_is_linked_to_the_cause_of_the_service(spans: SpanRecorder) -> None:
     """The span in which a service is cancelled is the cause on its attempt's span."""
     manager = TaskManager(tracer_provider=spans.provider)
     service = await manager.start_service("prices", rest)
@@ -1274,7 +1274,7 @@ async def test_delay_leaves_no_timer_and_no_waiter(how: str) -> None:
 
 
 async def test_delay_of_nothing_ends_in_the_next_turn() -> None:
-    """Without a delay the next attempt begins at once, and the event is forgotten all the same."""
+    """Without a delay, the next attempt starts at once, and the event forgets the waiter."""
     event = CancelEvent()
     start = now()
     await _sleep(0, event)

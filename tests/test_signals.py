@@ -139,7 +139,7 @@ async def test_ending_in_another_order_leaves_the_newer_one() -> None:
 
 
 async def test_ended_in_a_thread_it_says_nothing() -> None:
-    """A thread cannot put a handler back; what it ends is silent all the same."""
+    """A thread cannot restore a handler; ending it there is silent anyway."""
     file = io.StringIO()
     before = signal.getsignal(signal.SIGUSR1)
     dump = TaskManager().dump_on_signal(file=file)
@@ -160,7 +160,7 @@ async def test_handler_that_was_not_pythons(monkeypatch: pytest.MonkeyPatch) -> 
     real(signal.SIGUSR1, before)
 
 
-async def test_nothing_is_raised_into_what_it_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_handler_raises_nothing_into_the_interrupted_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tree that cannot be drawn is replaced by the reason, a file that cannot be written by nothing."""
     manager = TaskManager()
     file, closed = io.StringIO(), io.StringIO()

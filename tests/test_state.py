@@ -44,7 +44,7 @@ def test_unknown_signal_is_an_error(status: TaskStatus, signal: Signal) -> None:
         next_status(status, signal)
 
 
-def test_error_names_what_the_status_takes() -> None:
+def test_error_names_the_signals_of_the_status() -> None:
     """The message of an illegal transition lists the signals that would be legal."""
     with pytest.raises(
         IllegalTransitionError,

@@ -60,7 +60,7 @@ def method_name(case: unittest.TestCase) -> str:
 def test_standard_librarys_own_test_passes_with_our_group(
     case: unittest.TestCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TaskGroup is a drop-in for asyncio.TaskGroup, by the judgement of CPython's tests."""
+    """TaskGroup is a drop-in for asyncio.TaskGroup, as CPython's tests judge it."""
     monkeypatch.setattr(asyncio, "TaskGroup", GroupWithPrivateName)
     monkeypatch.setattr(asyncio.taskgroups, "TaskGroup", GroupWithPrivateName)
     result = unittest.TestResult()

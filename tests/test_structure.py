@@ -14,7 +14,7 @@ from tests import measures
 # --- bounds ------------------------------------------------------------------------------------------------
 
 # The uses of private names of another folder, by module. The goal is none.
-CROSSINGS = {"_asgi/lifespan": 2, "_asgi/request": 27, "asgi": 4}
+CROSSINGS = {"_asgi/lifespan": 2, "_asgi/request": 8, "asgi": 4}
 
 # The attributes of other files that a module writes, and why. The goal is creation alone.
 WRITES = {
@@ -48,25 +48,23 @@ WRITES = {
 }
 
 # The modules that import each other in a circle. The goal is at most 5.
-IN_CIRCLES = 25
+IN_CIRCLES = 22
 
 # Lines of code, without comments, docstrings, and empty lines; the goal is 400 for each.
 LINES = 400
 LONG_MODULES = {
-    "_asgi/request": 575,
+    "_asgi/request": 577,
     "_core/creation": 550,
-    "_core/group": 455,
+    "_core/group": 436,
     "_core/ledger": 577,
-    "_core/manager": 762,
-    "_core/task": 610,
-    "_core/telemetry": 520,
+    "_core/manager": 746,
+    "_core/task": 611,
 }
 
 # Cyclomatic complexity of a function, nested ones included; the goal is 15 for each, and a mean below 3.
 COMPLEXITY = 15
-MEAN_COMPLEXITY = 3.45
+MEAN_COMPLEXITY = 3.4
 COMPLEX_FUNCTIONS = {
-    "_asgi/request:Request._end_group": 21,
     "_core/causes:_above": 17,
     "_core/creation:create": 45,
     "_core/frames:place_of": 16,

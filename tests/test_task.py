@@ -142,7 +142,7 @@ async def test_task_cancelled_before_its_first_step_runs_none_of_its_code(timeou
 
 
 async def test_cancel_from_a_callback_before_the_first_step_is_recorded_too() -> None:
-    """The record of a task that never ran says so, whoever cancelled it."""
+    """The record of a task that never ran has the cause too."""
     tasks: list[ManagedTask[None]] = []
     asyncio.get_running_loop().call_soon(lambda: tasks[0].cancel())
     tasks.append(TaskManager().create_task(rest()))
@@ -250,7 +250,7 @@ async def test_cancel_ignored_is_false_while_the_task_lives() -> None:
     await task
 
 
-async def test_cancelled_error_that_nobody_asked_for_is_foreign() -> None:
+async def test_cancelled_error_without_a_request_is_foreign() -> None:
     """A task that raises CancelledError of its own ends as cancelled, with cause foreign."""
     task = TaskManager().create_task(fail(asyncio.CancelledError()))
     await asyncio.wait([task])
@@ -474,7 +474,7 @@ async def test_nothing_of_an_ended_task_is_held() -> None:
 def test_system_exit_is_recorded_and_passes_through(
     error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """SystemExit and KeyboardInterrupt reach whoever runs the loop, and are recorded, not logged."""
+    """SystemExit and KeyboardInterrupt reach the caller that runs the loop; they are recorded, not logged."""
     manager = TaskManager()
 
     async def main() -> None:
@@ -571,7 +571,7 @@ async def test_cancel_before_the_timeout_keeps_its_cause() -> None:
 # -- what it shows ---------------------------------------------------------------------------------
 
 
-async def test_task_shows_what_it_was_created_with() -> None:
+async def test_task_shows_its_options() -> None:
     """Name, id, group, priority and metadata can be read from the task."""
     manager = TaskManager()
     given = {"user": 7}
@@ -655,7 +655,7 @@ async def test_name_of_an_unnamed_task_is_found_and_renamed() -> None:
 
 
 @pytest.mark.parametrize("name", ["rest-", "-1", "rest-01", "rest-\u0661", "other-1", "rest-" + "9" * 195])
-async def test_what_only_looks_like_the_name_of_an_unnamed_task_is_free(name: str) -> None:
+async def test_name_that_looks_like_that_of_an_unnamed_task_is_free(name: str) -> None:
     """A number at the end of a name is not taken for that of a task with another name."""
     manager = TaskManager()
     unnamed = manager.create_task(rest())
@@ -873,7 +873,7 @@ async def test_wait_until_done_wakes_once_when_time_and_tasks_meet() -> None:
     assert await task == "done"
 
 
-async def test_removed_done_callback_is_nobody_who_waits(caplog: pytest.LogCaptureFixture) -> None:
+async def test_removed_done_callback_is_no_waiter(caplog: pytest.LogCaptureFixture) -> None:
     """A callback that was taken back does not keep a failure from being reported."""
     task = TaskManager().create_task(fail(ValueError("no")), name="lonely")
     task.add_done_callback(print)
@@ -883,7 +883,7 @@ async def test_removed_done_callback_is_nobody_who_waits(caplog: pytest.LogCaptu
 
 
 @pytest.mark.parametrize("turns", range(6))
-async def test_wait_until_done_finds_the_books_in_order(turns: int) -> None:
+async def test_wait_until_done_returns_after_the_end_is_recorded(turns: int) -> None:
     """However many turns lie between the ends of two tasks, both have been booked when the wait is over."""
     manager = TaskManager()
     gates = [asyncio.Event(), asyncio.Event()]

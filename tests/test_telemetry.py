@@ -86,7 +86,7 @@ async def started(*tasks: asyncio.Task[Any]) -> None:
 async def ended(*tasks: asyncio.Task[Any]) -> None:
     """Wait for tasks, whatever becomes of them, and fetch their exceptions."""
     await asyncio.gather(*tasks, return_exceptions=True)
-    # A task is done one turn before its end is in the books; since 3.12 gather() may not wait for that.
+    # A task is done one turn before its end is recorded; since 3.12 gather() may not wait for that.
     await asyncio.sleep(0)
 
 
@@ -172,7 +172,7 @@ def own_provider(sampler: Sampler | None = None, *processors: SpanProcessor) -> 
     return provider
 
 
-async def test_sampler_is_told_all_start_attributes() -> None:
+async def test_sampler_gets_all_start_attributes() -> None:
     """A sampler sees task, group, priority, manager and function, with these types and no others."""
     sampler = NotingSampler()
     manager = TaskManager("shop", tracer_provider=own_provider(sampler))
@@ -196,7 +196,7 @@ async def test_sampler_is_told_all_start_attributes() -> None:
     ]
 
 
-async def test_sampler_is_told_the_id_of_a_scoped_group() -> None:
+async def test_sampler_gets_the_id_of_a_scoped_group() -> None:
     """In a scoped group the ids carry the group's number, and the names do not."""
     sampler = NotingSampler()
     manager = TaskManager(tracer_provider=own_provider(sampler))
@@ -211,7 +211,7 @@ async def test_sampler_is_told_the_id_of_a_scoped_group() -> None:
     assert told["otel_tasks.task.name"] == "first"
 
 
-async def test_sampler_is_told_of_a_group_span() -> None:
+async def test_sampler_gets_the_attributes_of_a_group_span() -> None:
     """A group's span starts with the group's and the manager's attributes."""
     sampler = NotingSampler()
     manager = TaskManager("shop", tracer_provider=own_provider(sampler))
@@ -408,7 +408,7 @@ async def test_cancel_without_reason_has_no_message(manager: TaskManager, spans:
     assert "otel_tasks.cancel.message" not in attributes(spans.span("work"))
 
 
-async def test_cancel_duration_is_from_asked_to_ended(manager: TaskManager, spans: SpanRecorder) -> None:
+async def test_cancel_duration_is_from_request_to_end(manager: TaskManager, spans: SpanRecorder) -> None:
     """The clean-up of a cancelled task is the duration of its cancellation, in seconds of the loop."""
 
     async def tidy() -> None:
@@ -515,7 +515,7 @@ async def test_foreign_cancellation_has_no_event(manager: TaskManager, spans: Sp
 async def test_cancelled_before_its_start_ends_its_span(
     manager: TaskManager, spans: SpanRecorder, timeout: float | None
 ) -> None:
-    """A task that never runs a step is cancelled all the same, and its span ends."""
+    """A task that never runs a step is cancelled like any other, and its span ends."""
     task = manager.create_task(work(), name="work", timeout=timeout)
     task.cancel()
     await ended(task)
@@ -604,7 +604,7 @@ async def test_span_that_the_work_ended_is_left_alone(manager: TaskManager, span
 # -- what cancelled it --------------------------------------------------------------------------
 
 
-async def test_cancelled_span_links_to_the_task_that_asked(manager: TaskManager, spans: SpanRecorder) -> None:
+async def test_cancelled_span_links_to_the_cancelling_task(manager: TaskManager, spans: SpanRecorder) -> None:
     """The link goes to the span of the managed task that called cancel()."""
     victim = manager.create_task(work(), name="victim")
 
@@ -744,7 +744,7 @@ async def test_cause_goes_down_with_its_first_origin(
         assert attributes(spans.span(name))["otel_tasks.cancel.message"] == "enough"
 
 
-async def test_awaited_task_links_to_what_cancelled_its_awaiter(
+async def test_awaited_task_links_to_the_span_that_cancelled_its_awaiter(
     manager: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
 ) -> None:
     """asyncio hands a cancellation on to the task that is awaited, and the cause goes with it."""
@@ -927,7 +927,7 @@ async def test_group_span_is_given_through_the_constructor_too(
     assert parent_id(spans.span("first")) == span_id(spans.span("load"))
 
 
-async def test_group_span_tells_what_cancelled_it(
+async def test_group_span_has_the_cause_of_its_cancellation(
     manager: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
 ) -> None:
     """A cancelled group's span has reason, message and link, and no error status."""
@@ -943,7 +943,7 @@ async def test_group_span_tells_what_cancelled_it(
     assert span.status.status_code is StatusCode.UNSET
 
 
-async def test_open_group_has_a_span_if_asked_for(
+async def test_open_group_has_a_span_on_request(
     manager: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
 ) -> None:
     """The span of a group without a block, as a request's, ends when the group is sealed and empty."""
@@ -958,7 +958,7 @@ async def test_open_group_has_a_span_if_asked_for(
     assert parent_id(spans.span("query")) == span_id(spans.span("GET /report"))
 
 
-async def test_no_group_span_unless_asked_for(manager: TaskManager, spans: SpanRecorder) -> None:
+async def test_group_has_no_span_by_default(manager: TaskManager, spans: SpanRecorder) -> None:
     """A scoped group has no span of its own by default."""
     async with manager.group("load") as group:
         group.create_task(work(), name="first")
@@ -1590,7 +1590,7 @@ async def test_no_op_provider_counts_as_no_sdk() -> None:
 def test_private_names_of_opentelemetry_are_still_there() -> None:
     """The installed version has the names that are read instead of the slow public functions.
 
-    Without them everything works, at 1.2 us more for each task: mend `telemetry` then.
+    Without them everything works, at 1.2 us more for each task. If this fails, fix `telemetry`.
     """
     assert hasattr(trace, "_TRACER_PROVIDER")
     assert hasattr(metrics_internal, "_METER_PROVIDER")

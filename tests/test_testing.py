@@ -59,7 +59,7 @@ def test_timers_run_in_their_order() -> None:
     assert run(main()) == pytest.approx([1, 2, 3])
 
 
-def test_waiting_for_ever_fails_with_names() -> None:
+def test_waiting_forever_fails_with_names() -> None:
     """A test that would hang names the tasks that wait, and the calls in which they do."""
 
     async def forever() -> None:
@@ -136,7 +136,7 @@ def test_anyio_thread_is_waited_for_really() -> None:
     assert passed < 30
 
 
-def test_thread_that_has_just_told_the_loop_and_ended_is_no_deadlock() -> None:
+def test_thread_that_has_just_woken_the_loop_and_ended_is_no_deadlock() -> None:
     """Between the look for events and the look for threads it may have done both."""
 
     async def wait() -> str:
@@ -183,7 +183,7 @@ def test_thread_that_waits_for_a_timer_is_no_deadlock() -> None:
 
 @pytest.mark.parametrize("wakes", [True, False])
 def test_socket_may_wake_a_loop_without_timers(wakes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a socket registered the loop waits really, with patience but not for ever."""
+    """With a socket registered, the loop waits in real time, but not forever."""
     monkeypatch.setattr("otel_tasks.testing._JumpingSelector.REAL_PATIENCE", 0.2)
 
     async def main() -> bytes:
@@ -366,7 +366,7 @@ def test_recorder_finds_spans_and_their_children(spans: SpanRecorder) -> None:
     assert spans.finished == ()
 
 
-def test_recorder_lists_what_there_is_when_a_span_is_missing(spans: SpanRecorder) -> None:
+def test_recorder_lists_its_spans_when_one_is_missing(spans: SpanRecorder) -> None:
     """A wrong name is answered with the right ones."""
     with spans.provider.get_tracer("test").start_as_current_span("work"):
         pass
@@ -400,7 +400,7 @@ def test_recorder_collects_metrics(spans: SpanRecorder) -> None:
 
 
 def test_recorder_names_the_extra_it_needs() -> None:
-    """Without the SDK the module is of use all the same; only the recorder says what is missing."""
+    """Without the SDK, the rest of the module works; only the recorder says what is missing."""
     script = (
         "import sys\n"
         "sys.modules['opentelemetry.sdk.trace'] = sys.modules['opentelemetry.sdk.metrics'] = None\n"

@@ -25,7 +25,7 @@ def test_each_section_is_shown_in_code() -> None:
 
 
 @pytest.mark.parametrize("code", SCRIPTS, ids=range(len(SCRIPTS)))
-def test_every_script_prints_what_it_says(code: str) -> None:
+def test_every_script_prints_its_comments(code: str) -> None:
     """Each block runs by itself, without a warning or a word on stderr."""
     assert run_block(code).splitlines() == promised_output(code)
 

@@ -58,7 +58,7 @@ PATIENCE = 20.0
 
 in_a_thread = asyncio.to_thread
 
-colour: contextvars.ContextVar[str] = contextvars.ContextVar("colour", default="none")
+color: contextvars.ContextVar[str] = contextvars.ContextVar("color", default="none")
 
 
 @pytest.fixture
@@ -175,8 +175,8 @@ async def test_thread_gets_the_result_of_its_task(manager: TaskManager) -> None:
     assert (info.group, info.status, info.metadata) == ("mail", TaskStatus.COMPLETED, {"for": "you"})
 
 
-async def test_books_are_in_order_when_the_future_ends(manager: TaskManager) -> None:
-    """Whoever waits for the future finds the task ended and counted."""
+async def test_end_is_recorded_when_the_future_ends(manager: TaskManager) -> None:
+    """When the future ends, the task has ended and is counted."""
     manager.create_task(give(None))
 
     def work() -> tuple[int, int]:
@@ -209,11 +209,11 @@ async def test_task_of_a_thread_belongs_to_the_threads_trace(
 
     def work() -> None:
         with tracer.start_as_current_span("work"):
-            colour.set("red")
+            color.set("red")
             assert manager.create_task_threadsafe(look).result(PATIENCE) == "red"
 
     async def look() -> str:
-        return colour.get()
+        return color.get()
 
     await in_a_thread(work)
     assert spans.span("look").parent == spans.span("work").context
@@ -223,10 +223,10 @@ async def test_given_context_is_where_the_task_runs() -> None:
     """As for create_task."""
     manager = TaskManager()
     context = contextvars.Context()
-    context.run(colour.set, "blue")
+    context.run(color.set, "blue")
 
     async def look() -> str:
-        return colour.get()
+        return color.get()
 
     async with manager:
         future = manager.create_task_threadsafe(look(), context=context)
@@ -300,10 +300,10 @@ async def test_failure_is_raised_in_the_thread_that_waits(
 
 
 @pytest.mark.parametrize("way", ["callback", "wait"])
-async def test_failure_is_told_to_who_has_asked_for_it(
+async def test_failure_is_not_logged_if_the_future_has_a_waiter(
     way: str, manager: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A callback counts as somebody who waits, and so does concurrent.futures.wait()."""
+    """A callback counts as a waiter, and so does concurrent.futures.wait()."""
     manager.create_task(give(None))
     told = []
     handed = threading.Event()
@@ -391,7 +391,7 @@ async def test_cancelling_the_future_cancels_the_task(manager: TaskManager, span
 
 
 async def test_future_cancelled_before_its_task_is_created_creates_none(manager: TaskManager) -> None:
-    """The coroutine is closed, and whoever waits for the future is told."""
+    """The coroutine is closed, and a wait for the future ends."""
     async with manager:
         coro = rest()
         future = manager.create_task_threadsafe(coro)
@@ -413,7 +413,7 @@ async def test_end_of_a_cancelled_task_cancels_its_future(manager: TaskManager) 
 
 
 async def test_task_that_ignores_its_cancellation_leaves_its_future_cancelled(manager: TaskManager) -> None:
-    """The future has been cancelled for good; the books say what the task did."""
+    """The future stays cancelled; the record says what the task did."""
     async with manager:
         future = manager.create_task_threadsafe(ignore_cancels(1.0), name="a")
         await settle()
@@ -449,7 +449,7 @@ async def test_wrong_option_is_refused_at_once(case: str, manager: TaskManager) 
     assert is_closed(coro)
 
 
-async def test_what_makes_no_coroutine_is_refused_at_once(manager: TaskManager) -> None:
+async def test_factory_that_makes_no_coroutine_is_refused_at_once(manager: TaskManager) -> None:
     """The message shows the right line."""
     async with manager:
         with pytest.raises(TypeError, match=r"takes a coroutine, or a function that makes one, got 7: "):
@@ -522,7 +522,7 @@ async def test_failing_factory_fails_the_future(manager: TaskManager) -> None:
         assert str(future.exception()) == "no such work"
 
 
-def test_exit_asked_for_by_a_factory_passes_through_the_loop() -> None:
+def test_system_exit_of_a_factory_passes_through_the_loop() -> None:
     """SystemExit ends the loop's run, and the future tells of it too."""
     futures = []
 
@@ -619,15 +619,15 @@ def test_loop_that_is_closed_under_a_task_ends_its_future() -> None:
 
 
 def test_cancelling_the_future_of_a_closed_loop_changes_nothing_there() -> None:
-    """The task is gone with its loop; the future is cancelled all the same."""
+    """The task is gone with its loop; the future is cancelled anyway."""
     loop = asyncio.new_event_loop()
     future: TaskFuture[Any] = TaskFuture(loop)
     loop.close()
     assert future.cancel()
 
 
-async def test_create_task_in_a_thread_says_what_to_write(manager: TaskManager) -> None:
-    """The mend is named."""
+async def test_create_task_in_a_thread_names_the_right_call(manager: TaskManager) -> None:
+    """The message names the call to use instead."""
     manager.create_task(give(None))
 
     def work() -> None:
@@ -927,7 +927,7 @@ async def test_function_runs_in_a_thread_and_gives_the_task_its_result(
     assert attributes["code.function.name"] == f"{__name__}.{add.__qualname__}"
 
 
-async def test_partial_and_callable_object_are_called_after_what_they_call(manager: TaskManager) -> None:
+async def test_partial_and_callable_object_are_named_after_their_function(manager: TaskManager) -> None:
     """A partial after its function, an object after its class."""
 
     class Adder:
@@ -950,12 +950,12 @@ def give_plain(value: int, other: int = 0) -> tuple[int, int]:
 async def test_function_sees_task_group_event_and_context(manager: TaskManager, spans: SpanRecorder) -> None:
     """As a coroutine would; what it traces belongs to the task's span, what it sets is its own."""
     tracer = spans.provider.get_tracer("test")
-    colour.set("green")
+    color.set("green")
 
     def look() -> tuple[Any, ...]:
         with tracer.start_as_current_span("inside"):
-            before = colour.get()
-            colour.set("of the thread")
+            before = color.get()
+            color.set("of the thread")
             return current_task(), current_group(), current_cancel_event(), before
 
     async with manager.group("scope") as group:
@@ -964,7 +964,7 @@ async def test_function_sees_task_group_event_and_context(manager: TaskManager, 
         assert seen is task
         assert where is group
         assert event.parent is group.cancel_event
-        assert before == colour.get() == "green"
+        assert before == color.get() == "green"
     assert spans.span("inside").parent == spans.span("look").context
 
 
@@ -1076,9 +1076,7 @@ async def test_stop_iteration_of_a_function_is_a_runtime_error(manager: TaskMana
         (7, r"takes a function and its arguments, got 7: write run_in_thread\(work, 1\), not"),
     ],
 )
-async def test_what_is_no_plain_function_is_refused(
-    function: Any, message: str, manager: TaskManager
-) -> None:
+async def test_only_plain_functions_are_accepted(function: Any, message: str, manager: TaskManager) -> None:
     """The message shows the right line."""
     with pytest.raises(TypeError, match=message):
         manager.run_in_thread(function)
@@ -1257,7 +1255,7 @@ async def test_timeout_tells_the_function_and_waits_for_it(manager: TaskManager)
 
 
 async def test_task_cancelled_before_its_first_step_starts_no_thread(manager: TaskManager) -> None:
-    """Nor one whose function would be called in vain."""
+    """No thread starts for a function whose result nobody could get."""
     task = manager.run_in_thread(pytest.fail, "called")
     task.cancel()
     await asyncio.wait([task])
@@ -1485,7 +1483,7 @@ async def test_cancelled_in_the_queue_no_thread_is_started(gate: Gate) -> None:
     assert woken.cancelled()
 
 
-async def test_more_places_let_those_start_who_wait(gate: Gate) -> None:
+async def test_more_places_start_waiting_functions(gate: Gate) -> None:
     """The limit may be changed at any time; None is without bound."""
     async with TaskManager(max_threads=1) as manager:
         first = manager.run_in_thread(gate)
@@ -1570,7 +1568,7 @@ async def waiting_for_a_place(manager: TaskManager) -> None:
 
 @pytest.mark.parametrize("scenario", [running_a_function, waiting_for_a_place])
 def test_cancelled_at_any_await_nothing_is_left(scenario: Any, spans: SpanRecorder) -> None:
-    """Wherever the cancellation strikes, the thread has returned and the books are in order."""
+    """Wherever the cancellation strikes, the thread has returned and every end is recorded."""
     assert cancel_at_each_await(scenario, spans) >= 1
 
 
@@ -1620,7 +1618,7 @@ async def test_def_endpoint_creates_tasks_in_its_requests_group(app: FastAPI) ->
     assert connection.body == b'{"groups":["GET /fan-out"],"cancelled":false}'
 
 
-async def test_def_endpoint_that_creates_a_task_is_told_what_to_write(
+async def test_def_endpoint_that_creates_a_task_gets_the_right_call_in_the_error(
     app: FastAPI, manager: TaskManager
 ) -> None:
     """The coroutine is closed, and the request's group is in order."""
@@ -1656,7 +1654,7 @@ async def test_def_endpoint_sees_that_the_client_has_left(app: FastAPI) -> None:
     assert app.state.watched == "stopped early"
 
 
-async def test_request_has_one_group_whoever_asks_first(manager: TaskManager) -> None:
+async def test_request_has_one_group_for_all_threads(manager: TaskManager) -> None:
     """Threads that ask for it at a time get the same one."""
     ready = threading.Barrier(4)
     groups: list[TaskGroup] = []

@@ -87,7 +87,7 @@ async def test_tracker_holds_a_task_until_it_is_done(kind: str) -> None:
 
 
 async def test_tracker_forgets_failed_and_cancelled_tasks_too() -> None:
-    """Nothing is kept for ever, however a task ends."""
+    """Nothing is kept forever, however a task ends."""
     tracker = TaskTracker()
     failing, resting = (tracker.add(asyncio.create_task(work)) for work in (fail(KeyError()), rest()))
     await settle()
@@ -174,7 +174,7 @@ async def test_closed_tracker_takes_no_more() -> None:
     assert await tracker.wait()
 
 
-async def test_what_is_no_task_is_refused() -> None:
+async def test_argument_that_is_no_task_is_refused() -> None:
     """A coroutine in the place of a task is closed and the right line shown; so is any other thing."""
     tracker = TaskTracker()
     wrong: Any = rest()
@@ -213,7 +213,7 @@ async def test_wrong_timeout_cancels_nothing(timeout: Any) -> None:
 
 
 @both_kinds
-async def test_cancel_all_counts_who_ended_cancelled_and_who_did_not(kind: str) -> None:
+async def test_cancel_all_counts_cancelled_and_other_tasks(kind: str) -> None:
     """Who ends cancelled is a success; who raises, returns all the same or runs on is an error."""
     async with creating(kind) as create:
         tracker = TaskTracker()
@@ -272,7 +272,7 @@ async def test_all_clean_up_at_the_same_time() -> None:
 
 
 async def test_task_cancelled_before_its_first_step_counts() -> None:
-    """A task that never ran is cancelled like any other, and does not pend for ever."""
+    """A task that never ran is cancelled like any other, and does not stay pending."""
     tracker = TaskTracker()
     task = tracker.add(asyncio.create_task(rest()))
     assert await tracker.cancel_all() == (1, 0)
@@ -376,7 +376,7 @@ async def test_report_holds_no_task() -> None:
 
 
 async def test_reports_instead_of_log_lines(caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever gets a report is not told by the log as well."""
+    """A caller that gets a report does not get a log line as well."""
     task = asyncio.create_task(ignore_cancels(2.0))
     await settle()
     with caplog.at_level(logging.DEBUG, "otel_tasks"):
@@ -389,7 +389,7 @@ async def test_reports_instead_of_log_lines(caplog: pytest.LogCaptureFixture) ->
 # --- waiting -------------------------------------------------------------------------------------------
 
 
-async def test_wait_includes_what_is_added_meanwhile() -> None:
+async def test_wait_includes_tasks_added_meanwhile() -> None:
     """A wait is over when nothing is left, tasks that tracked tasks have added included."""
     tracker, begun = TaskTracker(), now()
 
@@ -475,7 +475,7 @@ async def test_block_that_raises_cancels_its_tasks_and_raises() -> None:
     assert task.cancelled()
 
 
-async def test_block_says_in_the_log_what_would_not_stop(caplog: pytest.LogCaptureFixture) -> None:
+async def test_block_logs_tasks_that_do_not_stop(caplog: pytest.LogCaptureFixture) -> None:
     """The end of a block returns no report: what still runs is logged by name."""
     async with TaskTracker() as tracker:
         task = tracker.add(asyncio.create_task(ignore_cancels(60.0), name="stone"))
@@ -508,7 +508,7 @@ async def test_cleanup_ends_everything_but_the_caller() -> None:
     assert await cleanup_lingering_tasks() == CancelReport()
 
 
-async def test_cleanup_leaves_alone_what_is_excluded() -> None:
+async def test_cleanup_spares_excluded_tasks() -> None:
     """Excluded tasks run on and are in no report."""
     kept, other = asyncio.create_task(asyncio.sleep(1.0, "done")), asyncio.create_task(rest())
     assert await cleanup_lingering_tasks(exclude=[kept]) == CancelReport(cancelled=1)
@@ -516,7 +516,7 @@ async def test_cleanup_leaves_alone_what_is_excluded() -> None:
     assert await kept == "done"
 
 
-async def test_cleanup_reports_what_was_started_meanwhile() -> None:
+async def test_cleanup_reports_tasks_started_meanwhile() -> None:
     """A task that a clean-up starts is not hunted down in rounds, but shown as still running."""
 
     async def hydra() -> None:
@@ -543,7 +543,7 @@ async def test_tasks_of_another_loop_are_refused_and_of_a_closed_one_dropped() -
     for call in (tracker.cancel_all, tracker.wait, lambda: cancel_and_wait(task)):
         with pytest.raises(WrongLoopError, match="task 'stranger' runs in another event loop"):
             await call()
-    # The task shall never take its first step.
+    # The task must never take its first step.
     vars(loop)["_ready"].clear()
     coro: Any = task.get_coro()
     coro.close()
@@ -620,7 +620,7 @@ WAYS = [
 
 @both_kinds
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-async def test_who_waits_for_the_caller_is_left_alone(
+async def test_task_that_waits_for_the_caller_is_spared(
     kind: str, way: Callable[[asyncio.Task[CancelReport]], Awaitable[CancelReport]]
 ) -> None:
     """However a task waits for the caller: it is not cancelled, and gets the caller's result."""
@@ -694,7 +694,7 @@ async def test_handler_of_the_request_is_left_alone() -> None:
         assert await handler == "answered"
 
 
-async def test_task_that_is_to_follow_the_caller_is_left_alone() -> None:
+async def test_task_that_follows_the_caller_is_spared() -> None:
     """A task that replaces the caller waits for its end, and begins then."""
 
     async def clean() -> CancelReport:

@@ -99,7 +99,7 @@ async def test_failure_that_nobody_takes_is_still_logged(caplog: pytest.LogCaptu
 
 @both_kinds
 async def test_task_cancelled_by_somebody_else_is_cancelled(kind: str) -> None:
-    """The outcome of a task that ends cancelled is the same whoever asked for it."""
+    """The outcome of a cancelled task does not depend on its canceller."""
     async with creating(kind) as create:
         task = create(rest())
         asyncio.get_running_loop().call_later(1.0, task.cancel)
@@ -240,7 +240,7 @@ async def test_plain_task_reads_the_cause_as_the_message() -> None:
     assert told == ["client_disconnect: the client left"]
 
 
-async def test_managed_task_is_not_asked_a_second_time() -> None:
+async def test_managed_task_is_cancelled_once() -> None:
     """A task that its group has cancelled is not asked again by the event: its clean-up is not torn."""
     async with TaskManager() as manager:
         task = manager.create_task(clean_up_for(2.0), group="work")
@@ -253,7 +253,7 @@ async def test_managed_task_is_not_asked_a_second_time() -> None:
         assert task.cause.message == "no longer wanted"
 
 
-async def test_plain_task_is_not_asked_a_second_time() -> None:
+async def test_plain_task_is_cancelled_once() -> None:
     """Two waits with one event cancel their task once: its clean-up is not torn."""
     task, cancel = asyncio.create_task(clean_up_for(2.0)), asyncio.Event()
     waits = [asyncio.create_task(wait_with_cancellation(task, cancel)) for _ in range(2)]
@@ -263,7 +263,7 @@ async def test_plain_task_is_not_asked_a_second_time() -> None:
     assert task.cancelling() == 1
 
 
-async def test_task_in_a_timeout_of_its_own_is_asked_all_the_same() -> None:
+async def test_task_in_a_timeout_of_its_own_is_cancelled_too() -> None:
     """A count of cancellations that stems from asyncio.timeout is no request that was made before."""
     cancel = asyncio.Event()
 
@@ -299,7 +299,7 @@ async def test_disconnect_waits_for_the_end_of_an_uncancellable_stretch() -> Non
 
 
 @both_kinds
-async def test_task_that_completes_all_the_same_is_completed(kind: str) -> None:
+async def test_task_that_completes_anyway_is_completed(kind: str) -> None:
     """A task that swallows its cancellation and returns is never counted as cancelled."""
     async with creating(kind) as create:
         cancel = asyncio.Event()
@@ -351,7 +351,7 @@ async def test_timeout_is_the_cause_of_a_managed_task() -> None:
 
 @both_kinds
 async def test_timeout_of_zero_is_now(kind: str) -> None:
-    """0 is a timeout like any other, not the lack of one: who has not ended by now is cancelled."""
+    """0 is a timeout like any other, not the lack of one: a task that has not ended is cancelled."""
     async with creating(kind) as create:
         begun = now()
         assert await wait_with_cancellation(create(rest()), timeout=0) is WaitOutcome.TIMED_OUT
@@ -505,7 +505,7 @@ async def test_coroutine_is_run_to_its_end() -> None:
     assert ran == [1]
 
 
-async def test_coroutine_goes_on_after_its_completion_event() -> None:
+async def test_coroutine_continues_after_its_completion_event() -> None:
     """A coroutine whose completion event is set runs on, and is not lost to the garbage collector."""
     completion, ended = asyncio.Event(), asyncio.Event()
 
@@ -663,7 +663,7 @@ async def test_wrong_arguments_are_refused_and_the_coroutine_closed(
     assert await task == 1
 
 
-async def test_what_is_no_task_is_refused() -> None:
+async def test_argument_that_is_no_task_is_refused() -> None:
     """The coroutine function instead of its coroutine gets an error with the right line."""
     with pytest.raises(
         TypeError, match=r"got <function rest.*: write wait_with_cancellation\(work\(\.\.\.\)"
@@ -682,7 +682,7 @@ async def test_future_of_another_loop_is_refused() -> None:
 
 
 async def test_event_of_another_loop_is_refused_and_the_coroutine_ended() -> None:
-    """An event that waits in another loop is an error, and the coroutine that was begun is ended."""
+    """An event that waits in another loop is an error, and the coroutine is closed."""
     event = asyncio.Event()
 
     def use_elsewhere() -> None:

@@ -43,7 +43,7 @@ def lines(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> lis
 # -- by the loop's timer ----------------------------------------------------------------------------
 
 
-async def test_task_that_ignores_its_cancellation_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+async def test_task_that_ignores_its_cancellation_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     """A task that goes on after it was asked to end is named with its cause and its line, once."""
     async with TaskManager() as manager:
         with manager.watch(held=None, ignored=5):
@@ -64,7 +64,7 @@ async def test_task_that_ignores_its_cancellation_is_told_once(caplog: pytest.Lo
             await task
 
 
-async def test_task_that_ends_in_time_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+async def test_task_that_ends_in_time_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Who takes a while to clean up, or ends after all, is left in peace."""
 
     async def cleans_up() -> None:
@@ -82,7 +82,7 @@ async def test_task_that_ends_in_time_is_not_told(caplog: pytest.LogCaptureFixtu
     assert lines(caplog) == []
 
 
-async def test_cancellation_that_was_taken_back_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+async def test_withdrawn_cancellation_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     """A task that was asked by a timeout of its own, and goes on, has not ignored anything."""
 
     async def times_out() -> None:
@@ -98,7 +98,7 @@ async def test_cancellation_that_was_taken_back_is_not_told(caplog: pytest.LogCa
     assert lines(caplog) == []
 
 
-async def test_task_that_never_begins_is_told(caplog: pytest.LogCaptureFixture) -> None:
+async def test_task_that_never_starts_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """A task that has to wait for one that does not end is named with that one."""
     async with TaskManager() as manager:
         with manager.watch(held=None, ignored=None, unstarted=10):
@@ -125,7 +125,7 @@ async def test_queue_is_no_trouble(caplog: pytest.LogCaptureFixture) -> None:
     assert lines(caplog) == []
 
 
-async def test_many_at_once_are_told_in_few_lines(
+async def test_many_at_once_are_logged_in_few_lines(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of many tasks in the same trouble ten are named, the others counted; none is told twice."""
@@ -172,7 +172,7 @@ async def test_end_of_the_block_ends_the_looking(
 
 
 def test_manager_that_goes_to_another_loop_is_left(caplog: pytest.LogCaptureFixture) -> None:
-    """A watch ends with the loop for which it was begun."""
+    """A watch ends with the loop it was started for."""
     manager = TaskManager()
     scans: list[HealthScan] = []
 
@@ -235,7 +235,7 @@ def started_here(coro: Coroutine[Any, Any, Any], name: str = "stray") -> asyncio
     return Told(coro, context=contextvars.copy_context(), loop=asyncio.get_running_loop(), name=name)
 
 
-async def test_plain_task_that_outlives_its_request_is_told(caplog: pytest.LogCaptureFixture) -> None:
+async def test_plain_task_that_outlives_its_request_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """A task of `asyncio.create_task` in a handler is named with the request, once for its function."""
     manager = TaskManager()
     strays: list[asyncio.Task[Any]] = []
@@ -269,7 +269,7 @@ async def test_plain_task_that_outlives_its_request_is_told(caplog: pytest.LogCa
     await manager.shutdown(grace=0)
 
 
-async def test_plain_task_of_a_request_that_goes_on_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+async def test_plain_task_of_a_running_request_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     """While the request lasts, its plain tasks are nobody's trouble."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -332,7 +332,7 @@ def spin_until(happened: Callable[[], object]) -> None:
 
 
 @pytest.mark.real_clock
-async def test_task_that_holds_the_loop_is_told_while_it_does(caplog: pytest.LogCaptureFixture) -> None:
+async def test_task_that_blocks_the_loop_is_logged_meanwhile(caplog: pytest.LogCaptureFixture) -> None:
     """The warning comes while the task spins, with its line; one about the end follows."""
     caplog.set_level(logging.INFO, "otel_tasks")
 
@@ -358,7 +358,7 @@ async def test_task_that_holds_the_loop_is_told_while_it_does(caplog: pytest.Log
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("call", ["call_soon", "call_soon_threadsafe"])
-async def test_callback_that_holds_the_loop_is_told(call: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_callback_that_blocks_the_loop_is_logged(call: str, caplog: pytest.LogCaptureFixture) -> None:
     """A callback has no task, but a line; below one from a thread Python 3.14 has a frame more."""
 
     def spins() -> None:
@@ -380,7 +380,7 @@ async def test_callback_that_holds_the_loop_is_told(call: str, caplog: pytest.Lo
 
 
 @pytest.mark.real_clock
-async def test_handler_that_holds_the_loop_is_told_with_its_request(
+async def test_handler_that_blocks_the_loop_is_logged_with_its_request(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Of a plain task, such as a server's, the request is told as well."""
@@ -426,7 +426,7 @@ async def test_loop_that_waits_is_not_held(caplog: pytest.LogCaptureFixture) -> 
 
 @pytest.mark.real_clock
 async def test_answer_that_comes_in_between_is_no_trouble(caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever runs when the loop has answered just now is not blamed; nor is anybody after the end."""
+    """Code that runs after the loop has answered is not blamed, and none is after the end."""
     async with TaskManager() as manager:
         manager._ledger.bind(asyncio.get_running_loop())
         dog = Watchdog(manager._ledger, asyncio.get_running_loop(), 0.02)
@@ -449,7 +449,7 @@ def test_loop_that_does_not_run_is_not_held() -> None:
 
 
 @pytest.mark.real_clock
-async def test_code_that_lets_no_thread_run_is_told_afterwards(caplog: pytest.LogCaptureFixture) -> None:
+async def test_code_that_lets_no_thread_run_is_logged_afterwards(caplog: pytest.LogCaptureFixture) -> None:
     """Where the thread itself was held up, it looks at once, before anything else runs."""
 
     class Late(threading.Event):
@@ -476,7 +476,7 @@ async def test_code_that_lets_no_thread_run_is_told_afterwards(caplog: pytest.Lo
     assert not dog.is_alive()
 
 
-async def test_same_functions_are_told_once_in_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_same_functions_are_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     """A task is told of once; so are others that hold the loop in the same functions, for a minute."""
     async with TaskManager() as manager:
         dog = Watchdog(manager._ledger, asyncio.get_running_loop(), 0.02)
@@ -494,8 +494,8 @@ async def test_same_functions_are_told_once_in_a_minute(monkeypatch: pytest.Monk
 
 
 @pytest.mark.real_clock
-async def test_known_trouble_is_not_told_again(caplog: pytest.LogCaptureFixture) -> None:
-    """Where nothing new is to be said, nothing is, the end included."""
+async def test_known_trouble_is_not_logged_again(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is logged unless there is news, even at the end."""
     async with TaskManager() as manager:
         manager._ledger.bind(asyncio.get_running_loop())
         dog = Watchdog(manager._ledger, asyncio.get_running_loop(), 0.02)

@@ -86,7 +86,7 @@ def test_ci_runs_each_python_that_the_metadata_names() -> None:
     assert PYPROJECT["project"]["requires-python"] == f">={named[0]}"
 
 
-def test_release_publishes_only_what_was_checked() -> None:
+def test_release_publishes_only_checked_files() -> None:
     """One job builds and checks; the job that may publish takes its files and runs no code from here."""
     release = load("release")
     assert release["on"] == {"push": {"tags": ["v*"]}}

@@ -51,7 +51,7 @@ async def price_basket(
         for each in item
     ]
     delivery = tasks.create_task(find_delivery(), name="delivery")
-    # Nice to have: the answer does not wait for it for ever.
+    # Nice to have: the answer waits for it only so long.
     extras = tasks.create_task(find_extras(), name="extras", priority=TaskPriority.LOW, timeout=5.0)
     needed: list[asyncio.Task[Any]] = [*prices, delivery]
     await asyncio.wait([*needed, extras])

@@ -214,7 +214,7 @@ async def raw(scope: Scope, receive: Receive, send: Send) -> None:
             message = await receive()
             note(key, message["type"], length=len(message.get("body", b"")))
             if message["type"] == "http.disconnect":
-                # Some servers say it once, and would let a further call wait for ever.
+                # Some servers say it once, and a further call would never return.
                 async with asyncio.timeout(PATIENCE):
                     for _ in range(3):
                         note(key, f"{(await receive())['type']} again")

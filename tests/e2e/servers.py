@@ -81,7 +81,7 @@ def _uvicorn(http: str, loop: str) -> Callable[[int], list[str]]:
 
 
 def _hypercorn(port: int) -> list[str]:
-    # Without a worker process, so that the process that is signalled is the one that serves.
+    # Without a worker process, so that the signal reaches the process that serves.
     return ["hypercorn", "app:app", "-b", f"127.0.0.1:{port}", "-w", "0", "--graceful-timeout", "1"]
 
 

@@ -194,7 +194,7 @@ async def _stop_sse_starlette() -> None:
 # --- tasks that outlive their request ------------------------------------------------
 
 
-async def test_task_begun_by_one_request_serves_the_later_ones() -> None:
+async def test_task_started_by_one_request_serves_the_later_ones() -> None:
     """A plain task that outlives its request can still create tasks."""
     app = FastAPI()
     app.add_middleware(TaskGroupMiddleware, manager=TaskManager())

@@ -222,8 +222,8 @@ def test_same_spans_as_of_an_app_set_up_by_hand(start: Any, server_spans: str, m
         assert tasks["patient"]["attributes"]["otel_tasks.cancel.reason"] == "sibling_failed"
 
 
-def test_disabled_sdk_means_no_spans_and_the_same_behaviour(start: Any) -> None:
-    """With `OTEL_SDK_DISABLED=true` nothing is traced, and what the client leaves stops all the same."""
+def test_disabled_sdk_means_no_spans_and_the_same_behavior(start: Any) -> None:
+    """With `OTEL_SDK_DISABLED=true` nothing is traced, and a disconnect still stops the work."""
     shop = start(instrumented=True, OTEL_SDK_DISABLED="true", **{OPTION: "true"})
     shop.be_used()
 

@@ -90,7 +90,7 @@ def test_stream_that_starlette_ends_runs_its_background_task(case: Case, layers:
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("sender", ["sender", "child-sender"])
-def test_application_that_cannot_send_goes_on(case: Case, sender: str, method: str) -> None:
+def test_application_that_cannot_send_continues(case: Case, sender: str, method: str) -> None:
     """An application that got the server's `OSError` knows that the client left: it is not cancelled."""
     # The client is still connected, so the server complains about the incomplete response.
     case.complaints_expected = True

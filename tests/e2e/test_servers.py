@@ -390,7 +390,7 @@ def test_disconnect_of_a_later_request_on_a_kept_connection_is_noticed(case: Cas
 
 
 @pytest.mark.parametrize("how", ["handler", "task"])
-def test_failing_handler_gives_what_it_gives_without_us(case: Case, how: str) -> None:
+def test_failing_handler_gets_the_same_response_with_the_middleware(case: Case, how: str) -> None:
     """The client gets its 500; the server logs the plain exception as often as without the middleware."""
     logged: dict[str, int] = {}
     case.complaints_expected = True
@@ -429,7 +429,7 @@ def test_application_that_reads_by_itself_gets_every_message(case: Case) -> None
 
 
 def test_application_that_reads_by_itself_gets_a_whole_body(case: Case) -> None:
-    """Its chunks add up, whoever has read them first."""
+    """Its chunks add up, no matter which reader got them first."""
     with case.server.connect() as client:
         client.head("POST", case.path("raw"), content_length=40_000)
         for _ in range(4):

@@ -41,7 +41,7 @@ def _task_ends(case: Case) -> Iterator[None]:
 
 @pytest.mark.parametrize("method", ["get", "post"])
 @pytest.mark.parametrize("way", [*AT_ONCE, *WITH_THE_TASK])
-def test_application_task_goes_on_when_one_of_its_waiters_leaves(
+def test_application_task_continues_when_one_of_its_waiters_leaves(
     case: Case, first: Case, way: str, method: str
 ) -> None:
     """The first client hangs up; the second still gets the result."""
@@ -65,7 +65,7 @@ def test_application_task_goes_on_when_one_of_its_waiters_leaves(
 
 
 @pytest.mark.parametrize("way", [*AT_ONCE, *WITH_THE_TASK])
-def test_application_task_goes_on_when_its_only_waiter_leaves(case: Case, way: str) -> None:
+def test_application_task_continues_when_its_only_waiter_leaves(case: Case, way: str) -> None:
     """A payment in `group="outbox"` completes although nothing waits for it any longer."""
     with case.server.connect() as client:
         client.post(case.path(f"shared/{way}", f"of={case.key}"))

@@ -32,7 +32,7 @@ def rows() -> dict[str, list[str]]:
     return {name: rest for name, *rest in cells}
 
 
-def test_page_tells_what_the_servers_do() -> None:
+def test_page_matches_the_servers() -> None:
     """The page's table has one row per server, with the behavior that these tests assert."""
     assert rows() == {
         kind.name.split("-")[0]: [
@@ -57,7 +57,7 @@ def start(case: Case, method: str, route: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_generator_that_waits_gets_what_the_page_says(case: Case, method: str) -> None:
+def test_generator_that_waits_behaves_as_the_page_says(case: Case, method: str) -> None:
     """A waiting generator is cancelled at its await, or runs to its next chunk and is closed."""
     start(case, method, "plain/stream")
     case.wait_for("task cancelled", task="first", kind="client_disconnect")

@@ -62,7 +62,7 @@ ENDS: dict[str, Callable[[ClientConnection], object]] = {
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize(("how", "error"), [("receive", "WebSocketDisconnect"), ("fail", "ValueError")])
-def test_what_the_handler_raises_after_the_message_reaches_the_outer_layers(
+def test_error_of_the_handler_after_the_message_reaches_the_outer_layers(
     case: Case, how: str, error: str, end: str
 ) -> None:
     """An outer layer that commits or rolls back sees the same exception as without the middleware."""
@@ -86,7 +86,7 @@ def test_what_the_handler_raises_after_the_message_reaches_the_outer_layers(
         ("sockets-always/socket/wait", "handler cancelled"),
     ],
 )
-def test_what_we_have_caused_stays_inside(case: Case, route: str, ending: str, end: str) -> None:
+def test_error_caused_by_the_middleware_stays_inside(case: Case, route: str, ending: str, end: str) -> None:
     """A closed group's refusal and our own cancellation are not failures, and the server logs nothing."""
     leave(case, route, ENDS[end])
     case.wait_for("task cancelled", task="first")
