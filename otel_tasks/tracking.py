@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from otel_tasks._core.awaiters import with_awaiters
-from otel_tasks._core.cancellation import ask_to_end
+from otel_tasks._core.cancellation import cancel_once
 from otel_tasks._core.checks import checked_seconds
 from otel_tasks._core.creation import close_quietly
 from otel_tasks._core.events import CancelCause
@@ -289,7 +289,7 @@ async def _end(tasks: list[asyncio.Task[Any]], timeout: float | None, reason: st
     cause = CancelCause.make(CancelKind.EXPLICIT, reason)
     # Newest first: an older task may own what a newer one is using.
     for task in reversed(tasks):
-        ask_to_end(task, cause)
+        cancel_once(task, cause)
     await wait_until_done(tasks, timeout)
     return _report_on(tasks)
 

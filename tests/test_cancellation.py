@@ -231,7 +231,7 @@ async def test_wait_returns_at_once_when_set() -> None:
 def test_clear_is_refused() -> None:
     """An event is one-way."""
     with pytest.raises(
-        RuntimeError, match=r"^a CancelEvent is one-way: make a new one instead of clearing it$"
+        RuntimeError, match=r"^a CancelEvent is one-way: create a new one instead of clearing it$"
     ):
         CancelEvent().clear()
 

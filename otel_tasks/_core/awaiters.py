@@ -12,7 +12,7 @@ import functools
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from otel_tasks._core.cancellation import _Wait
+from otel_tasks._core.cancellation import Wait
 from otel_tasks._core.task import ManagedTask, waiters_behind
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _woken_by(callback: object) -> Iterator[asyncio.Future[Any]]:
             yield owner
     elif isinstance(owner, asyncio.TaskGroup):
         yield vars(owner)["_parent_task"]
-    elif isinstance(owner, _Wait):
+    elif isinstance(owner, Wait):
         yield owner.outcome
     # as_completed() has its queue there from Python 3.13 on, in a closure before.
     for thing in [*_enclosed_in(callback), getattr(owner, "_done", None)]:

@@ -77,7 +77,7 @@ class BoundRequest(Protocol):
 class ThreadWorker(Protocol):
     """What the core asks of a function that ``run_in_thread`` calls."""
 
-    def asker_name(self) -> str | None:
+    def requester_name(self) -> str | None:
         """The name of its task; None once that has ended."""
         ...
 

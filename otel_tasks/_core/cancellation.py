@@ -1,6 +1,6 @@
-"""Cancellation: causes and events, defined in ``events``, and waiting with them.
+"""Waiting with cancel events, for any asyncio task, and the public names of ``events``.
 
-Rules of waiting with events, for any asyncio task:
+Rules of waiting with events:
 
 1. An event takes effect in the loop's turn after its ``set()``: by a callback, not by polling.
 2. A task that the wait cancels has ended when the wait returns.
@@ -22,7 +22,7 @@ from otel_tasks._core.binding import bound_request
 from otel_tasks._core.causes import known_cause, passing, unwatch_cancels, watch_cancels
 from otel_tasks._core.checks import checked_seconds
 from otel_tasks._core.clock import clock_of
-from otel_tasks._core.events import TREE_LOCK, CancelCause, CancelEvent, asker_name
+from otel_tasks._core.events import TREE_LOCK, CancelCause, CancelEvent, requester_name
 from otel_tasks._core.state import CancelKind
 from otel_tasks._core.telemetry import current_span_context
 
@@ -33,8 +33,10 @@ __all__ = [
     "TREE_LOCK",
     "CancelCause",
     "CancelEvent",
+    "Wait",
     "WaitOutcome",
-    "ask_to_end",
+    "call_when_set",
+    "cancel_once",
     "propagate_cancellation",
     "wait_with_cancellation",
 ]
@@ -92,25 +94,24 @@ async def wait_with_cancellation(
     caller = asyncio.current_task()
     try:
         seconds = checked_seconds("timeout", timeout)
-        if cancel_event is not None:
-            _check_event("cancel_event", cancel_event)
-        if completion_event is not None:
-            _check_event("completion_event", completion_event)
+        for what, event in (("cancel_event", cancel_event), ("completion_event", completion_event)):
+            if event is not None:
+                _check_event(what, event)
         future = _checked_work(task, caller)
     except BaseException:
         if asyncio.iscoroutine(task):
             task.close()
         raise
-    wait = _Wait(future, asker_name())
+    wait = Wait(future, requester_name())
     try:
         with contextlib.ExitStack() as watches:
-            wait.begin(watches, cancel_event, completion_event, seconds)
+            wait.start(watches, cancel_event, completion_event, seconds)
             return await wait.outcome
     except BaseException:
         if future is not task:
             known = None if caller is None else known_cause(caller)
             text = "the task that waits for it was cancelled"
-            ask_to_end(future, known or CancelCause.make(CancelKind.EXPLICIT, text))
+            cancel_once(future, known or CancelCause.make(CancelKind.EXPLICIT, text))
             await asyncio.wait([future])
         raise
 
@@ -146,15 +147,15 @@ async def propagate_cancellation(parent_event: asyncio.Event, child_events: Iter
             event.set()
 
 
-# Tasks that are not managed and have been asked by ``ask_to_end``.
-_asked: weakref.WeakSet[asyncio.Future[Any]] = weakref.WeakSet()
+# Unmanaged tasks that ``cancel_once`` has cancelled.
+_cancelled: weakref.WeakSet[asyncio.Future[Any]] = weakref.WeakSet()
 
-# The loop itself holds its tasks weakly. Of a wait that ended by its completion event, this is what is left.
+# The loop itself holds its tasks weakly. This is what keeps a task whose wait its completion event ended.
 _running: set[asyncio.Future[Any]] = set()
 
 
 @functools.singledispatch
-def ask_to_end(task: asyncio.Future[Any], cause: CancelCause) -> bool:
+def cancel_once(task: asyncio.Future[Any], cause: CancelCause) -> bool:
     """Cancel a task on another task's behalf: once, so that its cleanup is not interrupted.
 
     ``task`` registers the variant for managed tasks, which records the cause.
@@ -162,38 +163,38 @@ def ask_to_end(task: asyncio.Future[Any], cause: CancelCause) -> bool:
     Returns:
         True if this call made the request.
     """
-    # Not by the count alone: a timeout inside of the task has one too, and takes it back.
-    if task in _asked and isinstance(task, asyncio.Task) and task.cancelling():
+    # The count alone does not tell: a timeout inside the task raises it too, and lowers it again.
+    if task in _cancelled and isinstance(task, asyncio.Task) and task.cancelling():
         return False
-    _asked.add(task)
+    _cancelled.add(task)
     with passing(cause):
         return task.cancel(str(cause))
 
 
-class _Wait:
-    """What one wait knows; all but ``begin`` is called by the loop.
+class Wait:
+    """One wait for a future; the loop calls everything but ``start``.
 
     Args:
-        future: What is waited for.
-        waiter: The asker, as a cause names it.
+        future: The future to wait for.
+        waiter: The requester, as a cause names it.
     """
 
     def __init__(self, future: asyncio.Future[Any], waiter: str | None) -> None:
         self._future = future
         self._waiter = waiter
         self._stopping = False
-        # What it is if it ends cancelled.
+        # The outcome if the future ends cancelled.
         self._if_cancelled = WaitOutcome.CANCELLED
         self.outcome: asyncio.Future[WaitOutcome] = future.get_loop().create_future()
 
-    def begin(
+    def start(
         self,
         watches: contextlib.ExitStack,
         cancel_event: asyncio.Event | None,
         completion_event: asyncio.Event | None,
         seconds: float | None,
     ) -> None:
-        """Act on what is there already, and watch for the rest until ``watches`` is closed."""
+        """Act on what has happened already, and watch for the rest until ``watches`` is closed."""
         if self._future.done():
             self._ended(self._future)
             return
@@ -203,32 +204,36 @@ class _Wait:
         self._future.add_done_callback(self._ended)
         watches.callback(self._future.remove_done_callback, self._ended)
         if completion_event is not None:
-            watches.callback(_call_when_set(completion_event, self._completed))
-        if cancel_event is not None and cancel_event.is_set():
-            self._cancel(cancel_event)
-        elif cancel_event is not None:
-            watches.callback(_call_when_set(cancel_event, functools.partial(self._cancel, cancel_event)))
+            watches.callback(call_when_set(completion_event, self._completed))
+        if cancel_event is not None:
+            self._watch_cancel_event(watches, cancel_event)
         if seconds == 0:
-            self._run_out(seconds)
+            self._expired(seconds)
         elif seconds is not None:
-            watches.callback(self._future.get_loop().call_later(seconds, self._run_out, seconds).cancel)
+            watches.callback(self._future.get_loop().call_later(seconds, self._expired, seconds).cancel)
+
+    def _watch_cancel_event(self, watches: contextlib.ExitStack, event: asyncio.Event) -> None:
+        if event.is_set():
+            self._cancel(event)
+        else:
+            watches.callback(call_when_set(event, functools.partial(self._cancel, event)))
 
     def _ended(self, future: asyncio.Future[Any]) -> None:
         if self.outcome.done():
             return
-        # Not asked by exception(): that would keep asyncio from logging what nobody ever takes.
+        # Not exception(): asyncio would then no longer log an error that nobody ever retrieves.
         error = None if future.cancelled() else future._exception
         if future.cancelled():
             self.outcome.set_result(self._if_cancelled)
         elif isinstance(error, asyncio.CancelledError):
-            # So gather() says that it was cancelled; as a failure it would be logged.
+            # gather() reports a cancellation this way; as a failure it would be logged.
             future.exception()
             self.outcome.set_result(self._if_cancelled)
         else:
             self.outcome.set_result(WaitOutcome.COMPLETED if error is None else WaitOutcome.FAILED)
 
     def _completed(self, _: object = None) -> None:
-        # Set in a `finally`, it comes with the end of the task, which has more to say.
+        # Set in a `finally`, it comes with the end of the task, which says more.
         if not (self._stopping or self._future.done() or self.outcome.done()):
             self.outcome.set_result(WaitOutcome.COMPLETED)
 
@@ -238,7 +243,7 @@ class _Wait:
             cause or self._cause(CancelKind.EXPLICIT, "its cancel event was set"), WaitOutcome.CANCELLED
         )
 
-    def _run_out(self, seconds: float) -> None:
+    def _expired(self, seconds: float) -> None:
         cause = self._cause(CancelKind.TIMEOUT, f"waited for {seconds:g} s")
         self._stop(cause, WaitOutcome.TIMED_OUT)
 
@@ -246,26 +251,26 @@ class _Wait:
         if self._stopping or self._future.done() or self.outcome.done():
             return
         self._stopping = True
-        if ask_to_end(self._future, cause):
+        if cancel_once(self._future, cause):
             self._if_cancelled = outcome
 
     def _cause(self, kind: CancelKind, message: str) -> CancelCause:
-        # A callback has no task of its own, but the context in which it was made.
+        # A callback has no current task, but it has the context of the code that registered it.
         now = clock_of(self._future.get_loop())()
         return CancelCause(kind, message, self._waiter, now, current_span_context(None))
 
 
-def _call_when_set(event: asyncio.Event, callback: Callable[[object], None]) -> Callable[[], None]:
-    """Call back in the turn after ``event`` is set; return a function that calls it off.
+def call_when_set(event: asyncio.Event, callback: Callable[[object], None]) -> Callable[[], None]:
+    """Call back in the turn after ``event`` is set; the returned function cancels that.
 
-    The event's own ``wait()`` starts here and never continues: that takes no task and no turn, and closing it
+    The event's own ``wait()`` starts here and never continues: this takes no task and no turn, and closing it
     removes its future from the event.
     """
     waiting = event.wait()
     try:
         future: asyncio.Future[Any] = waiting.send(None)
     except StopIteration:
-        # Set in another thread since the last check.
+        # Another thread has set it since the last check.
         return asyncio.get_running_loop().call_soon(callback, None).cancel
     future.add_done_callback(callback)
     return waiting.close
@@ -281,7 +286,7 @@ def _checked_work(
         )
     loop = asyncio.get_running_loop()
     if isinstance(work, asyncio.Future):
-        # Refuses one of another loop.
+        # Raises for a future of another loop.
         future: asyncio.Future[Any] = asyncio.ensure_future(work, loop=loop)
         return future
     if not asyncio.iscoroutine(work):
@@ -292,13 +297,13 @@ def _checked_work(
     task = loop.create_task(work)
     _running.add(task)
     task.add_done_callback(_running.discard)
-    # For what it waits for: another block's tasks are cancelled after it, and by it.
+    # It records why the task is cancelled: a managed task that it awaits is cancelled by it, with that cause.
     watch_cancels(task, bound_request())
     task.add_done_callback(unwatch_cancels)
     return task
 
 
 def _check_event(what: str, event: object) -> None:
-    # One of threading would block the whole loop.
+    # threading.Event would block the whole loop.
     if not isinstance(event, asyncio.Event):
         raise TypeError(f"{what} must be an asyncio.Event or a CancelEvent, got {event!r}")

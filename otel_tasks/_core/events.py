@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from otel_tasks._core.telemetry import SpanContext
 
-# Held while trees of events change, for threads change them too. Re-entrant: a finalizer or a signal
-# handler may come in between, and set an event.
+# Held while a tree of events changes, because threads change it too. Re-entrant: a finalizer or a signal
+# handler may run in between and set an event.
 TREE_LOCK = threading.RLock()
 
 
@@ -68,7 +68,7 @@ class CancelCause:
             message: The reason as text.
             context: The context with the span that caused it; None is the current one.
         """
-        return cls(kind, message, asker_name(), now(), current_span_context(context))
+        return cls(kind, message, requester_name(), now(), current_span_context(context))
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.message}" if self.message else str(self.kind)
@@ -85,27 +85,27 @@ class CancelCause:
         }
 
 
+def requester_name() -> str | None:
+    """The name that a cause gives to the code that runs here."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        return _requester_in_thread()
+    if task is None:
+        return None
+    # A handler runs in a task of the server or a framework, whose name means nothing to the reader.
+    return own_name(task) or _name_of_request() or task.get_name()
+
+
 @functools.singledispatch
 def own_name(task: asyncio.Task[Any]) -> str | None:
     """The name of a managed task, for which ``task`` registers it; None for any other."""
     return None
 
 
-def asker_name() -> str | None:
-    """The name that a cause gives to the code that runs here."""
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:
-        return _asker_in_thread()
-    if task is None:
-        return None
-    # A handler runs in a task of the server or a framework, whose name says nothing.
-    return own_name(task) or _name_of_request() or task.get_name()
-
-
-def _asker_in_thread() -> str | None:
+def _requester_in_thread() -> str | None:
     worker = worker_here.get()
-    return _name_of_request() if worker is None else worker.asker_name()
+    return _name_of_request() if worker is None else worker.requester_name()
 
 
 def _name_of_request() -> str | None:
@@ -114,9 +114,9 @@ def _name_of_request() -> str | None:
 
 
 class CancelEvent(asyncio.Event):
-    """An ``asyncio.Event`` with a parent, children, and a cause; it is one-way.
+    """A one-way ``asyncio.Event`` with a parent, children, and a cause.
 
-    It is a signal; it cancels nothing itself. You may create, set, and read it in any thread; ``wait()``
+    It is a signal and cancels nothing itself. You may create, set, and read it in any thread; ``wait()``
     belongs to one event loop.
 
     Args:
@@ -127,12 +127,12 @@ class CancelEvent(asyncio.Event):
         >>> request = CancelEvent(parent=shutdown)
     """
 
-    # asyncio's own, 3.11 to 3.15: whether it is set; the loop of those who wait, None before somebody has.
+    # asyncio's own, 3.11 to 3.15: whether it is set; the loop of its waiters, None before the first one.
     _value: bool
     _loop: asyncio.AbstractEventLoop | None
     _get_loop: Callable[[], asyncio.AbstractEventLoop]
 
-    # Of an event that belongs to a group, the clock of its manager: a thread may set the event, or one below.
+    # The clock of the manager, for a group's event: a thread may set the event, or one below it.
     _clock: Callable[[], float] | None = None
 
     def __init__(self, parent: CancelEvent | None = None) -> None:
@@ -140,7 +140,7 @@ class CancelEvent(asyncio.Event):
         self._parent = parent
         self._cause: CancelCause | None = None
         self._children: set[weakref.ref[CancelEvent]] | None = None
-        # Keeps the labeled group of this event alive as long as something waits here.
+        # A group's event keeps its labeled group alive as long as something waits here.
         self._owner: object = None
         if parent is not None:
             parent._adopt(self)
@@ -165,18 +165,22 @@ class CancelEvent(asyncio.Event):
             with TREE_LOCK:
                 # Another thread may still be on its way down: rule 1 is this call's promise too.
                 return
-        if cause is None:
-            cause = self._cause_here()
+        elsewhere = self._set_tree(self._cause_here() if cause is None else cause)
+        if elsewhere:
+            _wake_elsewhere(elsewhere)
+
+    def _set_tree(self, cause: CancelCause) -> list[CancelEvent]:
+        """Set this event and those below it, and wake the waiters of this loop; return the others' events."""
         here = _get_running_loop()
         elsewhere: list[CancelEvent] = []
         reached: list[CancelEvent] = [self]
         with TREE_LOCK:
-            # The list grows while it is walked: a loop over the tree, without recursion, and without
-            # a call for each, which took half as long again.
+            # The list grows while it is iterated over: one loop for the tree, without recursion. A call for
+            # each event took half as long again.
             for event in reached:
                 if event._value:
                     continue
-                # The cause first: a thread that sees the flag may ask for it.
+                # The cause first: a thread that sees the flag may read it.
                 event._cause = cause
                 event._value = True
                 # Without a loop, nothing has ever waited.
@@ -188,13 +192,12 @@ class CancelEvent(asyncio.Event):
                 if links is None:
                     continue
                 event._children = None
-                # A list first: a collected child takes itself out of the set at any moment.
+                # A list first: a collected child removes itself from the set at any moment.
                 for link in list(links):
                     child = link()
                     if child is not None:
                         reached.append(child)
-        if elsewhere:
-            _wake_elsewhere(elsewhere)
+        return elsewhere
 
     async def wait(self) -> Literal[True]:
         """Wait until it is set.
@@ -202,8 +205,8 @@ class CancelEvent(asyncio.Event):
         Cancellation: of the caller ends the waiting.
         """
         if not self._value:
-            # Bound to the loop before the flag is looked at once more: a thread that sets it in
-            # between then knows where to wake.
+            # Bind it to the loop before the flag is read again: a thread that sets the event in between
+            # then knows which loop to wake.
             self._get_loop()
         return await super().wait()
 
@@ -213,7 +216,12 @@ class CancelEvent(asyncio.Event):
         Raises:
             RuntimeError: Always.
         """
-        raise RuntimeError("a CancelEvent is one-way: make a new one instead of clearing it")
+        raise RuntimeError("a CancelEvent is one-way: create a new one instead of clearing it")
+
+    def set_owner(self, owner: object, clock: Callable[[], float]) -> None:
+        """Keep a group alive with this event, and stamp causes on its manager's clock."""
+        self._owner = owner
+        self._clock = clock
 
     def _adopt(self, child: CancelEvent) -> None:
         with TREE_LOCK:
@@ -222,11 +230,11 @@ class CancelEvent(asyncio.Event):
                 return
             if self._children is None:
                 self._children = set()
-            # The callback is the set's own method: it keeps neither parent nor child in being.
+            # The callback is the set's own method: it keeps neither parent nor child alive.
             self._children.add(weakref.ref(child, self._children.discard))
 
     def _cause_here(self) -> CancelCause:
-        """Record that it was set here, on the clock of the manager that it, or an event above it, is in."""
+        """Create the cause of a ``set()`` without one, on the clock of the nearest owner above."""
         cause = CancelCause.make(CancelKind.EXPLICIT)
         event: CancelEvent | None = self
         while event is not None and event._clock is None:

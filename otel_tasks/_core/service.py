@@ -26,7 +26,7 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
 
-from otel_tasks._core.cancellation import CancelCause, _call_when_set
+from otel_tasks._core.cancellation import CancelCause, call_when_set
 from otel_tasks._core.checks import AttemptName, check_choice, check_count, checked_name
 from otel_tasks._core.creation import clear_name, close_quietly
 from otel_tasks._core.log import log_fields, logger, text_of
@@ -364,7 +364,7 @@ async def _sleep(seconds: float, event: asyncio.Event) -> None:
 
     timer = loop.call_later(seconds, wake)
     # Not asyncio.timeout(): that would cancel the service, and a reader of its status would see it.
-    forget = _call_when_set(event, wake)
+    forget = call_when_set(event, wake)
     try:
         await waiter
     finally:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import WeakValueDictionary
 
 from otel_tasks._core.binding import intercepted, stopping
-from otel_tasks._core.cancellation import CancelCause, ask_to_end
+from otel_tasks._core.cancellation import CancelCause, cancel_once
 from otel_tasks._core.causes import cause_of_cancel, known_cause, name_of_timeout, passed_down, passing
 from otel_tasks._core.checks import checked_name
 from otel_tasks._core.clock import clock_of, rounded, wall_clock
@@ -541,7 +541,7 @@ def cause_elsewhere(loop: asyncio.AbstractEventLoop, message: str | None) -> Can
 
 
 # What modules that know nothing of managed tasks do with one.
-ask_to_end.register(ManagedTask, request_cancel)
+cancel_once.register(ManagedTask, request_cancel)
 own_name.register(ManagedTask, ManagedTask.get_name)
 
 

@@ -280,7 +280,7 @@ class Worker(Generic[T]):
         self._result: T
         self._error: BaseException | None = None
 
-    def asker_name(self) -> str | None:
+    def requester_name(self) -> str | None:
         """The name of its task; None once that has ended."""
         task = getattr(self, "task", None)
         return None if task is None else task.get_name()

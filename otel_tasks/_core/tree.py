@@ -104,8 +104,7 @@ def make_event(group: TaskGroup) -> CancelEvent:
         event = group._event
         if event is None or is_used_up(group, event):
             event = CancelEvent(None if group._parent is None else group._parent.cancel_event)
-            event._owner = group
-            event._clock = group._ledger.now
+            event.set_owner(group, group._ledger.now)
             # Before the look at the cause: the loop notes a cause before it looks for an event.
             group._event = event
             if group._cause is not None:
