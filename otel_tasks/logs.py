@@ -1,4 +1,4 @@
-"""A logging filter that puts the current task on each record."""
+"""A logging filter that adds the current task to each record."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["TaskContextFilter"]
 
 
 class TaskContextFilter(logging.Filter):
-    """Put the current task and span on each record; it keeps every record.
+    """Add the current task and span to each record.
 
     The fields are ``task_id``, ``task_name``, ``task_group``, ``trace_id``, and ``span_id``. Every record has
-    them, so that a format string can name them: without a task or a span, they hold ``default_value``. Fields
-    that a record already has stay as they are. A function in the thread of ``run_in_thread`` runs in its
-    task; one in ``asyncio.to_thread`` has only the trace and the span. On lines that this package logs
-    itself, the fields are those of the task that the line names.
+    them, so that a format string can use them: without a task or a span, they hold ``default_value``. Fields
+    that a record already has are not changed. A function that ``run_in_thread`` runs has its task's fields;
+    one in ``asyncio.to_thread`` has only the trace and the span. On lines that this package logs itself, the
+    fields are those of the task that the line names.
 
     Add it to handlers: a logger's filter does not see records of the loggers below it. With a queue, add it
     to the ``QueueHandler``, because the listener runs in its own thread.
 
     Args:
-        name: As for ``logging.Filter``: only records of this logger and of those below it pass. Empty lets
-            all pass.
+        name: As for ``logging.Filter``: only records of this logger and of those below it pass. With an empty
+            name, all records pass.
         default_value: The value of a field without a task or a span.
 
     It does *not* set ``otelTraceID`` and similar fields of OpenTelemetry's ``LoggingInstrumentor``.
@@ -45,27 +45,27 @@ class TaskContextFilter(logging.Filter):
         self.default_value = default_value
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Fill in the fields; it never raises."""
+        """Set the fields; it never raises."""
         try:
-            facts = _facts(record)
+            values = _values_for(record)
         except Exception:
-            # A group's name may come from foreign code. A line without its task is better than none.
-            facts = {}
+            # A group's name may come from foreign code. A line without its task is better than no line.
+            values = {}
         present = record.__dict__
         for field in FIELDS:
             if field not in present:
-                present[field] = facts.get(field) or self.default_value
+                present[field] = values.get(field) or self.default_value
         return super().filter(record)
 
 
-def _facts(record: logging.LogRecord) -> Mapping[str, Any]:
+def _values_for(record: logging.LogRecord) -> Mapping[str, Any]:
     own: object = record.__dict__.get(ATTRIBUTE)
     if isinstance(own, dict):
-        # Of this package: about a task that is seldom the one that runs here.
+        # This package's own record, about a task that is rarely the current one.
         return own
-    facts: dict[str, str | None] = {}
-    facts["trace_id"], facts["span_id"] = ids_in_hex(current_span_context())
+    values: dict[str, str | None] = {}
+    values["trace_id"], values["span_id"] = ids_in_hex(current_span_context())
     task = current_task()
     if task is not None:
-        facts["task_id"], facts["task_name"], facts["task_group"] = task.id, task.name, task.group.name
-    return facts
+        values["task_id"], values["task_name"], values["task_group"] = task.id, task.name, task.group.name
+    return values

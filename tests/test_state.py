@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from otel_tasks import IllegalTransitionError, TaskPriority, TaskStatus
+from otel_tasks import IllegalTransitionError, TaskManager, TaskPriority, TaskStatus, current_task
 from otel_tasks._core.state import TRANSITIONS, Signal, next_status, state_diagram
 
 PENDING, RUNNING, CANCELLING = TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.CANCELLING
@@ -73,6 +75,58 @@ def test_every_status_can_be_reached() -> None:
     for _ in TaskStatus:
         reached |= {target for status in reached for target in TRANSITIONS.get(status, {}).values()}
     assert reached == set(TaskStatus)
+
+
+async def act(task_signals: list[Signal], seen: list[TaskStatus]) -> None:
+    """Do to the current task what the signals say, and note its status after each."""
+    task = current_task()
+    assert task is not None
+    for signal in task_signals:
+        if signal is Signal.CANCEL:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
+        elif signal is Signal.UNCANCEL:
+            task.uncancel()
+        elif signal is Signal.RAISE:
+            raise ValueError
+        elif signal in (Signal.UNWIND, Signal.FOREIGN_CANCEL):
+            raise asyncio.CancelledError
+        elif signal is Signal.RETURN:
+            return
+        seen.append(task.status)
+
+
+@pytest.mark.parametrize(
+    "signals",
+    [
+        [Signal.CANCEL, Signal.UNWIND],
+        [Signal.START, Signal.RETURN],
+        [Signal.START, Signal.RAISE],
+        [Signal.START, Signal.FOREIGN_CANCEL],
+        [Signal.START, Signal.CANCEL, Signal.UNWIND],
+        [Signal.START, Signal.CANCEL, Signal.RETURN],
+        [Signal.START, Signal.CANCEL, Signal.RAISE],
+        [Signal.START, Signal.CANCEL, Signal.CANCEL, Signal.UNWIND],
+        [Signal.START, Signal.CANCEL, Signal.UNCANCEL, Signal.RETURN],
+    ],
+    ids=lambda signals: " ".join(signals),
+)
+async def test_statuses_of_a_task_are_those_of_the_table(signals: list[Signal]) -> None:
+    """A real task takes, signal by signal, the steps that the table has."""
+    async with TaskManager() as manager:
+        seen: list[TaskStatus] = []
+        task = manager.create_task(act(signals, seen))
+        seen.append(task.status)
+        if signals[0] is Signal.CANCEL:
+            task.cancel()
+            seen.append(task.status)
+        await asyncio.wait([task])
+        seen.append(task.status)
+        if not task.cancelled():
+            task.exception()
+
+    assert seen == list(itertools.accumulate(signals, next_status, initial=PENDING))
 
 
 def test_table_cannot_be_changed() -> None:

@@ -1,4 +1,4 @@
-"""Checks of arguments that several layers share, and the messages of their errors."""
+"""Checks of arguments, shared by several layers, and the messages of their errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, get_args
 from otel_tasks._core.state import TaskPriority
 
 LONGEST_NAME = 200
-# Control characters are Unicode's category Cc: line ends and escape sequences, which forge lines of a log.
+# Unicode's category Cc, the control characters: line ends and escape sequences can forge log lines.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 is_plain_name = re.compile(rf"[^#\x00-\x1f\x7f-\x9f]{{1,{LONGEST_NAME}}}").fullmatch
 
@@ -25,7 +25,7 @@ def checked_seconds(what: str, seconds: float | None) -> float | None:
 
     Raises:
         TypeError: It is not a number.
-        ValueError: It is negative or not a number at all (NaN).
+        ValueError: It is negative or NaN.
     """
     if seconds is None or seconds == float("inf"):
         return None
@@ -41,7 +41,7 @@ def checked_finite_seconds(what: str, seconds: object, *, above_zero: bool = Fal
 
     Raises:
         TypeError: It is not a number.
-        ValueError: It is negative, 0 where it must not be, infinite, or not a number at all (NaN).
+        ValueError: It is negative, infinite, or NaN, or it is 0 and ``above_zero`` is set.
     """
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         raise TypeError(f"{what} must be a number of seconds, got {seconds!r}")
@@ -52,7 +52,12 @@ def checked_finite_seconds(what: str, seconds: object, *, above_zero: bool = Fal
 
 
 def checked_name(what: str, name: object, hint: str = "leave it out to have one made") -> str:
-    """Return a usable name; ``hint`` says what to write instead of an empty one.
+    """Return a valid name, as a plain string.
+
+    Args:
+        what: What has the name, for the error messages: ``"task"``.
+        name: The name to check.
+        hint: What to write instead of an empty name.
 
     Raises:
         TypeError: It is not a string.
@@ -62,11 +67,14 @@ def checked_name(what: str, name: object, hint: str = "leave it out to have one 
         return name
     if not isinstance(name, str):
         raise TypeError(f"{what} name must be a string, got {name!r}")
-    is_checked = type(name) is AttemptName
-    # Its characters alone: one that is an Enum too says something else when asyncio asks for its text.
-    name = str.__str__(name)
-    if is_checked:
-        return name
+    # The plain characters: asyncio would take the text of a subclass, and an Enum member's differs.
+    plain = str.__str__(name)
+    if type(name) is not AttemptName:
+        _check_characters(what, plain, hint)
+    return plain
+
+
+def _check_characters(what: str, name: str, hint: str) -> None:
     if not name:
         raise ValueError(f"{what} name must not be empty: {hint}")
     if len(name) > LONGEST_NAME:
@@ -84,7 +92,6 @@ def checked_name(what: str, name: object, hint: str = "leave it out to have one 
             f"{what} name must not contain control characters, got {_beginning(name)}: "
             f"write {_beginning(_CONTROL.sub(' ', name))}"
         )
-    return name
 
 
 def _beginning(name: str) -> str:
@@ -92,13 +99,13 @@ def _beginning(name: str) -> str:
 
 
 def checked_priority(priority: object) -> TaskPriority:
-    """Return the TaskPriority for one or its number.
+    """Return the TaskPriority of a member or its number.
 
     Raises:
-        ValueError: There is no such priority.
+        ValueError: It is neither.
     """
     try:
-        return TaskPriority(priority)  # type: ignore[arg-type]  # anything may come in: that is what is checked
+        return TaskPriority(priority)  # type: ignore[arg-type]  # it is the argument under check
     except ValueError:
         names = ", ".join(f"TaskPriority.{level.name}" for level in TaskPriority)
         raise ValueError(f"priority must be one of {names}, got {priority!r}") from None
@@ -117,7 +124,7 @@ def check_flag(what: str, value: object) -> None:
 
 
 def check_choice(what: str, value: object, choices: Any) -> None:
-    """Raise a ValueError unless ``value`` is one of a ``Literal``'s."""
+    """Raise a ValueError unless ``value`` is one of the values of the ``Literal`` type ``choices``."""
     if value not in get_args(choices):
         listed = ", ".join(repr(choice) for choice in get_args(choices))
         raise ValueError(f"{what} must be one of {listed}, got {value!r}")

@@ -1,12 +1,12 @@
-"""The clock of an event loop: what timestamps and durations are measured with.
+"""The clock of an event loop, which timestamps and durations are measured with.
 
 Rules, each with a test of its own:
 
-1. A loop has one clock. It is chosen when the loop is first seen here and never changes, so that every
-   timestamp in that loop, including one that a thread takes for it, can be subtracted from every other.
+1. A loop has one clock. It is chosen when this module first sees the loop and never changes, so that any two
+   timestamps of that loop can be subtracted, including those that a thread takes for it.
 2. The clock is the system's monotonic clock in nanoseconds, unless the loop's ``time()`` is virtual.
-3. Deadlines are none of its business: ``call_at`` and ``timeout_at`` take the loop's own ``time()``.
-4. A moment has one wall-clock stamp: the offset between the two clocks is kept, not measured for each stamp.
+3. It is not for deadlines: ``call_at`` and ``timeout_at`` take the loop's own ``time()``.
+4. A moment has one wall-clock timestamp: the offset between the two clocks is kept, not measured each time.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from weakref import WeakKeyDictionary
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Before 3.13, Windows has a monotonic() that ticks 64 times a second, and a perf_counter() that is as precise
-# as monotonic() is elsewhere (https://github.com/python/cpython/issues/88494).
+# Before 3.13, monotonic() on Windows ticks 64 times a second, and perf_counter() is as precise as monotonic()
+# is elsewhere (https://github.com/python/cpython/issues/88494).
 monotonic: Callable[[], float] = (
     time.monotonic if time.get_clock_info("monotonic").resolution < 1e-5 else time.perf_counter
 )
 
-# Taken at import: a test may replace the method of the class, too.
+# Read at import: a test may replace the method of the class, too.
 ASYNCIO_TIME = asyncio.BaseEventLoop.time
 
-# Descriptors that may stand around a function in a class.
+# Descriptors that may wrap a function in a class.
 _WRITTEN_IN_PYTHON = (staticmethod, classmethod, functools.partialmethod)
 
-# A wall clock that is off by more seconds than this was set, or the machine slept.
+# A difference of more seconds than this means that the wall clock was set, or that the machine slept.
 _STEP = 1.0
 
 # The epoch of each loop with a virtual clock; None for a real one.
@@ -44,7 +44,7 @@ _real_epoch = time.time() - monotonic()
 
 
 def clock_of(loop: asyncio.AbstractEventLoop | None) -> Callable[[], float]:
-    """Give the clock of a loop; None is the clock of a thread without one."""
+    """Return the clock of a loop; None stands for a thread without a loop."""
     if loop is None:
         return monotonic
     try:
@@ -63,14 +63,14 @@ def now() -> float:
 
 
 def reads_loop_time(loop: asyncio.AbstractEventLoop) -> bool:
-    """Tell whether a moment on the clock of a loop is a moment on the loop's ``time()`` too."""
+    """Return whether the clock of a loop and the loop's ``time()`` are the same."""
     if _virtual_epoch(loop) is not None:
         return True
     return monotonic is time.monotonic and type(loop).time is ASYNCIO_TIME
 
 
 def epoch_of(loop: asyncio.AbstractEventLoop | None) -> float:
-    """Give the wall-clock time, in seconds since 1970, at which the clock of a loop was 0."""
+    """Return the wall-clock time, in seconds since 1970, at which the clock of a loop was 0."""
     # One for the process: threads that race here set the same value.
     global _real_epoch
     virtual = None if loop is None else _virtual_epoch(loop)
@@ -83,17 +83,17 @@ def epoch_of(loop: asyncio.AbstractEventLoop | None) -> float:
 
 
 def wall_clock(moment: float, epoch: float) -> str:
-    """Write a moment as a wall-clock stamp in UTC, to the microsecond.
+    """Format a moment as a wall-clock timestamp in UTC, to the microsecond.
 
     Args:
         moment: Seconds on a clock of this module.
-        epoch: What ``epoch_of`` gives for that clock.
+        epoch: The result of ``epoch_of`` for that clock.
     """
     return datetime.fromtimestamp(epoch + moment, UTC).isoformat(timespec="microseconds")
 
 
 def rounded(seconds: float) -> float:
-    """Round a duration to the microsecond, for people and for JSON: the rest is noise of the float."""
+    """Round a duration to the microsecond, for people and for JSON: smaller digits are noise of the float."""
     return round(seconds, 6)
 
 
@@ -101,7 +101,7 @@ def _virtual_epoch(loop: asyncio.AbstractEventLoop) -> float | None:
     try:
         return _epochs[loop]
     except KeyError:
-        # Atomic: two threads that see the loop for the first time agree.
+        # setdefault() is atomic: two threads that see the loop for the first time get the same value.
         return _epochs.setdefault(loop, _measured_epoch(loop))
 
 
@@ -110,15 +110,15 @@ def _measured_epoch(loop: asyncio.AbstractEventLoop) -> float | None:
 
 
 def _is_virtual(loop: asyncio.AbstractEventLoop) -> bool:
-    """Tell a clock that tests drive from a real one by where its ``time()`` is defined.
+    """Distinguish a test's virtual clock from a real one by the definition of its ``time()``.
 
-    asyncio's own reads ``time.monotonic``; that of a compiled loop (uvloop, winloop, rloop) reads the
-    system's. A test clock is written in Python, in a subclass or onto the object. So is the clock of a few
-    real loops (trio-asyncio, qasync): those are precise, and lose nothing by being used.
+    asyncio's own reads ``time.monotonic``; a compiled loop's (uvloop, winloop, rloop) reads the system's. A
+    virtual clock is written in Python, in a subclass or on the object. So is the clock of a few real loops
+    (trio-asyncio, qasync): those are precise, so using them loses nothing.
 
-    Rejected: comparing ``loop.time()`` with ``time.monotonic()``. Some test clocks start there and diverge
-    later (asynctest's, or any that adds an offset), and some real ones differ: libuv counts the time that a
-    Mac sleeps, an older uvloop stands still while a callback runs.
+    Rejected: comparing ``loop.time()`` with ``time.monotonic()``. Some virtual clocks start there and diverge
+    later (asynctest's, or any that adds an offset), and some real clocks differ: libuv counts the time that a
+    Mac sleeps, and an older uvloop's clock stops while a callback runs.
     """
     if "time" in getattr(loop, "__dict__", ()):
         return True

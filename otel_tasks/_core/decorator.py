@@ -1,4 +1,4 @@
-"""The decorator that makes each call of a coroutine function a managed task."""
+"""``managed_task``, the decorator that runs each call of a coroutine function as a managed task."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ S = TypeVar("S")
 
 
 class ManagedFunction(Generic[P, T]):
-    """A coroutine function whose calls run as managed tasks; made by ``managed_task``.
+    """A coroutine function whose calls run as managed tasks; ``managed_task`` creates it.
 
-    A call, and ``start()``, raise what ``create_task`` raises: ``GroupClosedError`` where the current group
-    takes no new tasks, ``ManagerClosedError``, ``QueueFullError``, ``WrongLoopError``, and
-    ``WrongThreadError``; and what ``record`` raises. The function does not run then.
+    A call and ``start()`` raise what ``create_task`` raises: ``GroupClosedError`` if the current group takes
+    no new tasks, ``ManagerClosedError``, ``QueueFullError``, ``WrongLoopError``, and ``WrongThreadError``.
+    They also raise what ``record`` raises. In all of these cases, the function does not run.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class ManagedFunction(Generic[P, T]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
         """Run it as a managed task and return its result.
 
-        The coroutine creates the task at its first step, in the group that is current at the call, even where
-        ``asyncio.gather`` runs it in a plain task.
+        The coroutine creates the task at its first step, in the group that is current at the call, even if
+        ``asyncio.gather`` runs the coroutine in a plain task.
 
         Raises:
             GroupClosedError: The current group takes no new tasks.
@@ -58,7 +58,7 @@ class ManagedFunction(Generic[P, T]):
             TimeoutError: The task's ``timeout`` expired.
             WrongLoopError: The manager has live tasks in another loop.
 
-        What the function raises is raised here.
+        It also raises what the function raises.
 
         Cancellation: of the caller cancels the task and waits for its end.
         """
@@ -120,25 +120,25 @@ def managed_task(
     manager: TaskManager | None = None,
     record: Callable[..., Mapping[str, Any]] | None = None,
 ) -> Any:
-    """Make each call of a coroutine function a managed task.
+    """Run each call of a coroutine function as a managed task.
 
-    ``await work(1)`` runs it and returns its result; ``work.start(1)`` does not wait.
+    ``await work(1)`` runs it and returns its result; ``work.start(1)`` returns the task without waiting.
 
     Args:
         function: The coroutine function, if the decorator is used without parentheses.
-        name: The name of its tasks; a second one at the same time gets a number. None takes the function's
+        name: The name of its tasks; a second one at the same time gets a number. None means the function's
             name.
         group: A labeled group of the manager; None is the current group, or the root of ``manager``.
         priority: How urgent the tasks are.
         timeout: Seconds for each call; None means no limit.
-        manager: The manager of its tasks; None is that of the request or managed task that calls the
-            function, elsewhere the global manager.
+        manager: The manager of its tasks; None is the manager of the request or managed task that calls the
+            function, or else the global manager.
         record: Takes the arguments of each call and returns the metadata of its task. Without it, arguments
             are never recorded.
 
     Raises:
-        TypeError: It is not a coroutine function.
-        ValueError: The name is empty, the timeout negative.
+        TypeError: ``function`` is not a coroutine function.
+        ValueError: The name is not valid, the timeout is negative, or there is no such priority.
 
     Example:
         >>> @managed_task(group="mail", timeout=30)

@@ -1,16 +1,16 @@
-"""The progress that a task reports, and the code that watches it.
+"""Progress: a task reports it, and any number of watchers iterate over the newest snapshots.
 
-``task.progress`` is made on first use; a task that never reports has none. Rules, each with a test:
+``task.progress`` is created on first use; a task that never reports has none. Rules, each with a test:
 
-1. A report replaces the one before: there is one newest snapshot and never a backlog, however slow a
+1. A report replaces the previous one: there is one newest snapshot and never a backlog, however slow a
    watcher is.
 2. A watcher gets the current snapshot first, if there is one, and the last one before the end. It ends with
-   the task, even if that never reports.
-3. A watcher is a future while it waits and nothing in between: no task, no timer, no entry in a list.
-   A watcher that is cancelled, or dropped in the middle of its loop, leaves nothing behind.
+   the task, even if the task never reports.
+3. A watcher is a future while it waits and nothing otherwise: no task, no timer, no entry in a list. A
+   watcher that is cancelled, or dropped in the middle of its loop, leaves nothing behind.
 4. Reports may come from any thread; watching belongs to the event loop of the task.
 5. A report after the end of the task is dropped: nothing watches a thread that outlives its task.
-6. A wrong estimate is not an error: ``done`` may pass ``total`` (the fraction stops at 1) and may go back
+6. A wrong estimate is not an error: ``done`` may exceed ``total`` (the fraction stops at 1) and may decrease
    (the rate is measured from there). A value that is not a number, or is negative, is an error.
 """
 
@@ -34,19 +34,19 @@ if TYPE_CHECKING:
 
     Waiters = dict[asyncio.Future[None], None]
 
-# The rate is that of the last one to two of these, in seconds: long enough to be calm, and it still follows.
+# Seconds. The rate is that of the last one to two spans: long enough to be steady, short enough to follow.
 _RATE_SPAN = 15.0
 
 
 class Progress(NamedTuple):
     """A snapshot of a task's progress, as of its newest report.
 
-    Rate and seconds left are as of that report too; they do not advance between reports.
+    The rate and the seconds left are as of that report, too; they do not advance between reports.
 
     Attributes:
         number: Counts the task's reports, from 1.
         done: How much is done, in the task's own unit; 0 until the task reports it.
-        total: How much there is to do; None while that is unknown.
+        total: How much there is to do; None while it is unknown.
         message: The task's last message; None if it has sent none.
         rate: Units per second over the last 15 to 30 seconds; None until there are two reports at two times.
         updated_at: The time of the report, in seconds on the clock of ``TaskInfo``'s times.
@@ -77,7 +77,7 @@ class Progress(NamedTuple):
         return _finite(left / self.rate) if self.rate else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the snapshot as JSON-ready data, with its time as a wall-clock timestamp."""
+        """Return the snapshot as JSON-ready data; its time is a wall-clock timestamp."""
         data = self._asdict()
         data["updated_at"] = wall_clock(self.updated_at, data.pop("epoch"))
         data["fraction"] = self.fraction
@@ -86,12 +86,12 @@ class Progress(NamedTuple):
 
 
 class GroupProgress(NamedTuple):
-    """The sum of what the tasks of a group and of all groups below it have reported.
+    """The sum of the reports of all tasks of a group and of the groups below it.
 
     Numbers are added as they are, so the tasks of one group should use one unit. A task that has not reported
-    counts only in ``tasks``. A task that has ended counts, in a scoped group until that closes, as complete:
-    its total becomes what it has done. So the fraction of a block reaches 1 as its tasks end, failed and
-    cancelled ones included. A labeled group has no end, and its ended tasks do not count.
+    counts only in ``tasks``. Until a scoped group closes, its ended tasks count as complete: the total of
+    each becomes what it has done. So the fraction of a block reaches 1 as its tasks end, including failed and
+    cancelled ones. A labeled group has no end, and its ended tasks do not count.
 
     Attributes:
         tasks: Live tasks.
@@ -115,12 +115,12 @@ class GroupProgress(NamedTuple):
         return None if self.unknown else _fraction(self.done, self.total)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON-ready data."""
+        """Return the sum as JSON-ready data."""
         return self._asdict() | {"fraction": self.fraction}
 
 
 class TaskProgress:
-    """``task.progress``: a task reports its progress here, and other code watches it.
+    """``task.progress``: the task reports its progress here, and other code watches it.
 
     Example:
         >>> async def load(pages):
@@ -157,7 +157,7 @@ class TaskProgress:
         self._total: float | None = None
         self._message: str | None = None
         self._updated_at = 0.0
-        # The time and the amount at which the rate's window starts, and those at which the next one will.
+        # The time and the amount at the start of the rate's window, and those at the start of the next one.
         self._since = self._mark = (0.0, 0.0)
         self._snapshot: Progress | None = None
         self._waiters: Waiters | None = None
@@ -168,18 +168,18 @@ class TaskProgress:
     ) -> None:
         """Report progress; values that you leave out stay as they are.
 
-        Call it from any thread, inside or outside of the task, as often as you like: it costs about a
+        Call it from any thread, inside or outside the task, as often as you like: it takes about a
         microsecond. After the end of the task, it does nothing.
 
         Args:
-            done: How much is done so far, at least 0 (for how much more, see ``advance``). It may pass the
-                total, and may go back if work is repeated.
+            done: How much is done so far, at least 0 (to add to it, see ``advance``). It may exceed the
+                total, and may decrease if work is repeated.
             total: How much there is to do, at least 0; leave it out while it is unknown.
             message: What the task is doing now.
 
         Raises:
             TypeError: A value is not a number, or the message is not a string.
-            ValueError: A number is negative, infinite or NaN.
+            ValueError: A number is negative, infinite, or NaN.
 
         Example:
             >>> current_task().progress.update(done=3, total=10, message="parsing")
@@ -191,7 +191,7 @@ class TaskProgress:
         if message is not None and not isinstance(message, str):
             raise TypeError(f"message must be a string, got {message!r}")
         with self._lock:
-            waiters = self._note(self._done if done is None else done, total, message)
+            waiters = self._record(self._done if done is None else done, total, message)
         self._wake(waiters)
 
     def advance(self, n: float = 1) -> None:
@@ -202,12 +202,12 @@ class TaskProgress:
 
         Raises:
             TypeError: ``n`` is not a number.
-            ValueError: ``n`` is negative, infinite or NaN.
+            ValueError: ``n`` is negative, infinite, or NaN.
         """
         _check_number("n", n)
         with self._lock:
-            # Read under the lock: two threads that advance lose nothing.
-            waiters = self._note(min(self._done + n, sys.float_info.max), None, None)
+            # Read under the lock: of two threads that advance at the same time, neither is lost.
+            waiters = self._record(min(self._done + n, sys.float_info.max), None, None)
         self._wake(waiters)
 
     def snapshot(self) -> Progress | None:
@@ -229,8 +229,8 @@ class TaskProgress:
         """Iterate over the newest snapshots: ``async for progress in task.progress.watch()``.
 
         It yields the current snapshot immediately, if there is one, then always the newest, and ends when the
-        task has ended. Reports that come while the body of the loop is busy are not queued: to get at most
-        ten a second, sleep 0.1 s in the body. There may be any number of watchers, and you may leave one at
+        task has ended. Reports that arrive while the body of the loop is busy are not queued: to get at most
+        ten per second, sleep 0.1 s in the body. There may be any number of watchers, and you may leave one at
         any moment, by ``break`` or by cancellation, without closing it. A task that watches itself waits
         forever.
 
@@ -238,7 +238,7 @@ class TaskProgress:
             after: The ``number`` of a snapshot you already have: it starts with the next one.
 
         Raises:
-            WrongLoopError: It is iterated in another event loop than the task's.
+            WrongLoopError: The iteration runs in another event loop than the task.
         """
         return ProgressWatch(self, after)
 
@@ -256,8 +256,8 @@ class TaskProgress:
         total = "?" if newest.total is None else newest.total
         return f"<TaskProgress {newest.done} of {total}, {newest.message!r}>"
 
-    def _note(self, done: float, total: float | None, message: str | None) -> Waiters | None:
-        """Take a report, under the lock; return the watchers to wake."""
+    def _record(self, done: float, total: float | None, message: str | None) -> Waiters | None:
+        """Store a report, under the lock; return the watchers to wake."""
         if self._ended:
             return None
         now = self._clock()
@@ -276,12 +276,12 @@ class TaskProgress:
         return self._take_waiters()
 
     def _rate(self) -> float | None:
-        began_at, done = self._since
-        seconds = self._updated_at - began_at
+        started_at, done = self._since
+        seconds = self._updated_at - started_at
         return _finite((self._done - done) / seconds) if seconds > 0 else None
 
     def _take_waiters(self) -> Waiters | None:
-        # Taken, so that they are woken once: of a thousand reports from a thread, the first calls the loop.
+        # Removed, so that they are woken once: of a thread's thousand reports, only the first calls the loop.
         waiters, self._waiters = self._waiters, None
         return waiters
 
@@ -295,7 +295,7 @@ class TaskProgress:
             self._loop.call_soon_threadsafe(_release, waiters)
 
     def _waiter_for_news(self, seen: int) -> asyncio.Future[None] | None:
-        """Return a future to wait for; None if there is a newer report than ``seen``, or never will be."""
+        """Return a future that the next report after ``seen`` sets; None if that is there, or never comes."""
         with self._lock:
             if self._ended or self._number > seen:
                 return None
@@ -312,7 +312,7 @@ class TaskProgress:
 
 
 class ProgressWatch(AsyncIterator[Progress]):
-    """The result of ``watch()``; not an async generator, so one dropped in mid-loop needs no closing."""
+    """The result of ``watch()``: unlike an async generator, it needs no closing when its loop is left."""
 
     __slots__ = ("_closed", "_progress", "_seen", "_waiter")
 
@@ -328,12 +328,15 @@ class ProgressWatch(AsyncIterator[Progress]):
     async def __anext__(self) -> Progress:
         """Wait for a snapshot that is newer than the last one.
 
-        **Cancellation**: ends the waiting and leaves nothing behind; it can be called again.
+        Raises:
+            WrongLoopError: It runs in another event loop than the task.
+
+        Cancellation: ends the wait and leaves nothing behind; it can be called again.
         """
         progress = self._progress
         _check_loop(progress._loop)
         if self._seen:
-            # Otherwise a thread that reports all the time would keep the loop in this one iteration.
+            # Otherwise a thread that reports without pause would keep the loop in this one iteration.
             await asyncio.sleep(0)
         while not self._closed and (waiter := progress._waiter_for_news(self._seen)) is not None:
             self._waiter = waiter
@@ -350,9 +353,9 @@ class ProgressWatch(AsyncIterator[Progress]):
         return newest
 
     async def aclose(self) -> None:
-        """End the iteration; one that waits in another task ends immediately. Calling it is optional.
+        """End the iteration; a wait in another task ends immediately. Calling it is optional.
 
-        **Cancellation**: it never waits.
+        Cancellation: it never waits.
         """
         self._closed = True
         if self._waiter is not None:
@@ -360,7 +363,7 @@ class ProgressWatch(AsyncIterator[Progress]):
 
 
 def add_up(live: Iterable[Progress | None], ended: Iterable[tuple[int, float]]) -> GroupProgress:
-    """Add up the reports of live tasks (None: no report), and the counts and sums of ended ones."""
+    """Add up the reports of live tasks (None: no report), and the counts and amounts of ended ones."""
     tasks = reporting = unknown = count = 0
     done: float = 0
     totals: list[float] = []
@@ -374,10 +377,10 @@ def add_up(live: Iterable[Progress | None], ended: Iterable[tuple[int, float]]) 
             unknown += 1
         else:
             totals.append(progress.total)
-    for number, what in ended:
+    for number, amount in ended:
         count += number
-        done += what
-        totals.append(what)
+        done += amount
+        totals.append(amount)
     return GroupProgress(tasks, reporting, unknown, count, done, sum(totals) if totals else None)
 
 
@@ -407,6 +410,6 @@ def _check_number(what: str, value: object) -> None:
 def _check_loop(loop: asyncio.AbstractEventLoop) -> None:
     if _get_running_loop() is not loop:
         raise WrongLoopError(
-            "a task's progress is watched in the task's own event loop: "
-            "elsewhere read task.progress.snapshot(), or hand the snapshots over"
+            "a task's progress can only be watched in the task's own event loop: "
+            "elsewhere, read task.progress.snapshot() or pass the snapshots on"
         )

@@ -1,6 +1,9 @@
 """The life of a task as data: statuses, signals, and the one table that joins them.
 
-Nothing here runs anything. ``docs/states.md`` is generated from ``TRANSITIONS``.
+``TRANSITIONS`` decides the final status of a task: ``task.final_status`` looks up the signal that ended it,
+and a signal without an entry raises. The status of a live task is not stored: ``ManagedTask.status`` derives
+it from the asyncio task, and a test compares the two, signal by signal. ``docs/states.md`` is generated from
+the table.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class TaskPriority(IntEnum):
-    """How urgent a task is: who starts first under a limit, and who is cancelled last in a shutdown.
+    """How urgent a task is: under a limit, higher ones start first; a shutdown cancels them last.
 
-    Running tasks are never preempted, whatever their priority.
+    Running tasks are never preempted.
     """
 
     LOW = 0
@@ -39,12 +42,12 @@ class TaskStatus(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """True once the task has ended, in whatever way."""
+        """True once the task has ended, however it ended."""
         return self not in TRANSITIONS
 
 
 class Signal(StrEnum):
-    """What can happen to a task."""
+    """An event in the life of a task."""
 
     START = "start"
     RETURN = "return"
@@ -55,8 +58,8 @@ class Signal(StrEnum):
     FOREIGN_CANCEL = "foreign cancel"
 
 
-# A timeout that fires inside a task asks for its cancellation and takes it back with
-# uncancel(): hence the way from cancelling to running.
+# A timeout that expires inside a task requests its cancellation and withdraws it with uncancel(): hence the
+# way from cancelling to running.
 TRANSITIONS: Mapping[TaskStatus, Mapping[Signal, TaskStatus]] = MappingProxyType(
     {
         TaskStatus.PENDING: MappingProxyType(
@@ -87,10 +90,10 @@ TRANSITIONS: Mapping[TaskStatus, Mapping[Signal, TaskStatus]] = MappingProxyType
 
 
 def next_status(status: TaskStatus, signal: Signal) -> TaskStatus:
-    """Look up what ``signal`` makes of ``status``.
+    """Return the status that follows ``status`` after ``signal``.
 
     Raises:
-        IllegalTransitionError: The table has no such entry; a final status has none at all.
+        IllegalTransitionError: The table has no entry for the two; a final status has no entries at all.
     """
     try:
         return TRANSITIONS[status][signal]
@@ -102,7 +105,7 @@ def next_status(status: TaskStatus, signal: Signal) -> TaskStatus:
 
 
 class CancelKind(StrEnum):
-    """Why a cancellation was asked for."""
+    """Why a cancellation was requested."""
 
     EXPLICIT = "explicit"
     CLIENT_DISCONNECT = "client_disconnect"
@@ -115,7 +118,7 @@ class CancelKind(StrEnum):
 
 
 class Outcome(StrEnum):
-    """How a task ended, as its span and its metrics say it."""
+    """How a task ended, in the words of its span and its metrics."""
 
     SUCCESS = "success"
     ERROR = "error"
