@@ -55,7 +55,7 @@ def checked_name(what: str, name: object, hint: str = "leave it out to have one 
     """Return a valid name, as a plain string.
 
     Args:
-        what: What has the name, for the error messages: ``"task"``.
+        what: The kind of thing that has the name, for the error messages: ``"task"``.
         name: The name to check.
         hint: What to write instead of an empty name.
 
