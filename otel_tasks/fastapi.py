@@ -14,7 +14,8 @@ import fastapi
 from fastapi import Depends
 
 from otel_tasks._asgi.lifespan import GRACE, TIMEOUT, managed
-from otel_tasks._asgi.request import this_request
+from otel_tasks._asgi.request import require_request
+from otel_tasks._asgi.settings import checked_manager
 from otel_tasks._core.checks import checked_seconds
 from otel_tasks._core.group import TaskGroup
 from otel_tasks._core.manager import global_task_manager
@@ -22,7 +23,6 @@ from otel_tasks._core.task import ManagedTask, TaskInfo, wait_until_done
 from otel_tasks.asgi import (
     ClientDisconnected,
     TaskGroupMiddleware,
-    checked_manager,
     request_group,
     set_cancel_handler,
     uncancellable,
@@ -62,7 +62,7 @@ _NO_MIDDLEWARE = "needs the group of the request; add the middleware"
 
 
 async def _request_tasks() -> TaskGroup:
-    return this_request("RequestTasks", _NO_MIDDLEWARE).own_group()
+    return require_request("RequestTasks", _NO_MIDDLEWARE).own_group()
 
 
 RequestTasks = Annotated[TaskGroup, Depends(_request_tasks)]
@@ -90,7 +90,7 @@ async def cancel_handler_on_disconnect() -> None:
         >>> @app.post("/preview", dependencies=[Depends(cancel_handler_on_disconnect)])
         ... async def preview(): ...
     """
-    this_request("cancel_handler_on_disconnect", _NO_MIDDLEWARE).cancel_handler = True
+    require_request("cancel_handler_on_disconnect", _NO_MIDDLEWARE).cancel_handler = True
 
 
 async def keep_handler_on_disconnect() -> None:
@@ -103,7 +103,7 @@ async def keep_handler_on_disconnect() -> None:
 
     **Cancellation**: passed on; it never waits.
     """
-    this_request("keep_handler_on_disconnect", _NO_MIDDLEWARE).cancel_handler = False
+    require_request("keep_handler_on_disconnect", _NO_MIDDLEWARE).cancel_handler = False
 
 
 def lifespan(app: FastAPI) -> AbstractAsyncContextManager[None]:

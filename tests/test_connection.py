@@ -96,7 +96,8 @@ async def test_no_timer_runs_while_nothing_is_in_flight() -> None:
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(1)
-        timers.append(server.middleware.sweeper is not None and server.middleware.sweeper._timer)
+        sweeper = server.middleware.settings.sweeper
+        timers.append(sweeper is not None and sweeper._timer)
         await respond(send)
 
     server = Server(app)
@@ -736,10 +737,10 @@ async def test_watched_requests_cost_no_tick() -> None:
     middleware = TaskGroupMiddleware(app, manager=TaskManager("test"))
     requests = [asyncio.create_task(FakeConnection().run(middleware)) for _ in range(1000)]
     await asyncio.sleep(1)
-    assert middleware.sweeper is not None
-    assert not middleware.sweeper._new
-    assert not middleware.sweeper._old
-    assert middleware.sweeper._timer is None
+    sweeper = middleware.settings.sweeper
+    assert sweeper is not None
+    assert not sweeper.in_flight
+    assert sweeper._timer is None
     await asyncio.gather(*requests)
 
 

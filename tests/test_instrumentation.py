@@ -380,7 +380,7 @@ def test_application_with_the_middleware_keeps_its_own(
     stack: Any = app.build_middleware_stack()
     found = []
     while stack is not None:
-        found += [stack.rules.on_exit] if isinstance(stack, TaskGroupMiddleware) else []
+        found += [stack.settings.rules.on_exit] if isinstance(stack, TaskGroupMiddleware) else []
         stack = getattr(stack, "app", None)
     assert found == ["wait"]
 

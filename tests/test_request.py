@@ -23,7 +23,7 @@ from otel_tasks import (
     current_group,
     start_task,
 )
-from otel_tasks._asgi.request import this_request
+from otel_tasks._asgi.request import require_request
 from otel_tasks._core.binding import stopping
 from otel_tasks.asgi import TaskGroupMiddleware, request_group, uncancellable
 from otel_tasks.testing import FakeConnection, SpanRecorder
@@ -1302,7 +1302,7 @@ async def test_outer_middleware_decides_behind_the_inner_part(manager: TaskManag
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await inner(scope, receive, send)
-        rules.append(this_request("test").rules)
+        rules.append(require_request("test").rules)
 
     await FakeConnection().run(TaskGroupMiddleware(app, manager=manager, cancel_handler=False))
     assert rules[0].cancel_handler is False

@@ -1,19 +1,19 @@
-"""Noticing that the client has left, at next to no cost: one sweep per loop, one reader per request.
+"""One request's connection: detects that the client has left, at almost no cost.
 
-No request pays for a task that watches it. A ``Sweeper`` looks at the requests in flight from time to
-time; only one that it meets a second time gets a watcher, a task that awaits the server's ``receive``.
+No request pays for a task that watches it. A ``Sweeper`` looks at the requests in flight at an interval. A
+request that lives through a whole interval gets a watcher: a task that awaits the server's ``receive``.
 
 Rules, each with a test of its own:
 
-1. One reader at a time. While the application waits in ``receive()``, that call is the watcher; while the
-   watcher reads, the application waits for what it brings. On most servers two readers hang or lose messages.
-2. What the watcher read is handed out without suspending: Starlette polls ``receive`` in a cancelled scope.
-   Being cancelled while waiting for the watcher loses nothing.
-3. The watcher keeps no more than the buffer limit (and one message); then it stops, and is tried again once
-   the application has read on.
-4. A disconnect is sticky: servers say it once and hang, or say it again and again.
-5. A disconnect after the end of the response is not the client leaving.
-6. An empty ``http.request`` after the end of the body is no message (uvicorn sends one to a second reader).
+1. One reader at a time. While the application waits in ``receive()``, that call is the watcher. While the
+   watcher reads, the application waits for what it reads. On most servers, two readers hang or lose messages.
+2. A message that the watcher has read is returned without suspending: Starlette polls ``receive`` in a
+   cancelled scope. A cancellation while waiting for the watcher loses no message.
+3. The watcher keeps at most the buffer limit and one message. Then it stops, and starts again once the
+   application has read on.
+4. A disconnect is sticky: some servers send it once and then hang, others repeat it.
+5. A disconnect after the end of the response does not mean that the client left.
+6. An empty ``http.request`` after the end of the body is dropped (uvicorn sends one to a second reader).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
+from itertools import takewhile
 from typing import Any, TypeAlias
 
 from otel_tasks._core.telemetry import quiet_context
@@ -37,284 +38,299 @@ _FINAL_UNLESS_MORE = {
     "websocket.close": "more_body",
     "websocket.http.response.body": "more_body",
 }
-# What a message takes beside its body, so that a flood of empty ones meets the limit too.
+# Added to the length of each body, so that a flood of empty messages reaches the limit too.
 _MESSAGE_OVERHEAD = 256
 
 
 class ClientDisconnected(OSError):
-    """The application sent something that nobody is there to receive.
+    """The application sent a message after the client had disconnected.
 
-    Raised by ``send()`` as the ASGI specification (2.4) asks of servers; it does not leave the middleware.
+    Raised by ``send()``, as the ASGI specification (2.4) requires of servers. It does not leave the
+    middleware.
     """
 
 
 class Connection:
-    """The server's ``receive`` and ``send`` of one request, and what they tell about its client.
+    """The server's ``receive`` and ``send`` for one request, and what they say about its client.
 
     Attributes:
         scope: The ASGI scope.
         sweeper: The sweeper of the running loop.
-        started: The application has begun its response.
-        complete: It has sent all of it; noted before the last message is handed to the server, for granian
+        server_send: The server's ``send``.
+        started: The application has started its response.
+        complete: It has sent all of it. Set before the last message is passed to the server, because granian
             delivers the disconnect inside that call.
-        left: The client has left before that.
+        left: The client left before the response was complete.
         closed: The application has returned or raised.
-        send_error: What the server's ``send`` raised because of it.
-        told: The application's tasks that have learned of it by themselves: they read the message, wait for
-            it, or met the server's error in ``send``. Empty until the client has left.
+        disconnect: The server's disconnect message; None before it.
+        send_error: The error of the server's ``send`` that reported the disconnect.
+        notified: The application's tasks that learned of the disconnect themselves: they read the message,
+            wait for it, or met the server's error in ``send``. Empty until the client has left.
     """
 
     __slots__ = (
+        "_ahead",
         "_body_ended",
-        "_buffer",
-        "_buffered",
-        "_last",
-        "_reading",
-        "_ripe",
+        "_is_reading",
+        "_receivers",
         "_server_receive",
-        "_server_send",
-        "_sweep",
         "_trailers",
-        "_waiting",
+        "_watch_pending",
         "_watcher",
         "closed",
         "complete",
+        "disconnect",
         "left",
+        "notified",
         "scope",
         "send_error",
+        "server_send",
         "started",
         "sweeper",
-        "told",
     )
 
     scope: Scope
     sweeper: Sweeper
+    server_send: Send
     started: bool
     complete: bool
     left: bool
     closed: bool
+    disconnect: Message | None
     send_error: OSError | None
-    told: set[asyncio.Task[Any]] | frozenset[asyncio.Task[Any]]
+    notified: set[asyncio.Task[Any]] | frozenset[asyncio.Task[Any]]
     _server_receive: Receive
-    _server_send: Send
     _body_ended: bool
     _trailers: bool
-    # Somebody is in the server's receive().
-    _reading: bool
-    # Old enough to be watched, but somebody else reads, or the buffer is full.
-    _ripe: bool
+    # A task is in the server's receive().
+    _is_reading: bool
+    # Old enough to be watched, but another task reads, or the buffer is full.
+    _watch_pending: bool
     _watcher: asyncio.Task[None] | None
-    _buffer: deque[Message] | None
-    _buffered: int
-    _last: Message | None
-    _waiting: dict[asyncio.Task[Any] | None, asyncio.Future[None]] | None
-    # The sweeper's set in which it is, or was last.
-    _sweep: set[Connection]
+    # None while nothing is kept.
+    _ahead: ReadAhead | None
+    # The application's tasks that wait for the reader, each with what wakes it.
+    _receivers: dict[asyncio.Task[Any] | None, asyncio.Future[None]] | None
 
-    # No __init__: a subclass sets all of this in its own. A call per request would be 0.15 us of 2.
+    # Request.__init__ sets all of this. An __init__ here would cost each request 1 call more than its 17, and
+    # 13 bytecode instructions of 285 (`python -m benchmarks.cost`).
 
     def on_disconnect(self, message: Message) -> None:
         """Called once, when the client has left."""
         raise NotImplementedError
 
-    def withholds(self) -> bool:
-        """True while the disconnect must not be delivered to the application's task that asks."""
+    def withholds_disconnect(self) -> bool:
+        """Return True while the calling task must not receive the disconnect."""
         raise NotImplementedError
 
-    # What the application calls.
+    # The application's side.
 
     async def receive(self) -> Message:
-        """Give the next message: one that the watcher kept, or the server's next.
+        """Return the next message: one that the watcher has read, or the server's next.
 
         **Cancellation**: loses no message that the watcher has read.
         """
         while True:
-            if self._buffer or (self._last is not None and not (self.left and self.withholds())):
-                return self._at_hand()
-            if self._reading or self._last is not None:
-                await self._news()
+            if self._ahead is not None or (self.disconnect is not None and self._delivers_disconnect()):
+                return self._next_kept()
+            if self._is_reading or self.disconnect is not None:
+                await self._wait_for_reader()
                 continue
-            self._reading = True
+            self._is_reading = True
             try:
                 message = await self._server_receive()
             except OSError:
                 message = self._disconnect_message()
             finally:
-                self._reading = False
-                if self._ripe:
-                    self._back_to_sweep()
-                if self._waiting:
-                    self._wake()
-            if self._note(message, asyncio.current_task):
-                if self._last is None or not (self.left and self.withholds()):
+                self._is_reading = False
+                if self._watch_pending or self._receivers:
+                    self._resume_others()
+            if self._record(message, asyncio.current_task):
+                if self.disconnect is None or self._delivers_disconnect():
                     return message
                 continue
-            # A turn for the others, should the server say the same again and again without waiting.
+            # Let others run: the server may repeat the same message without suspending.
             await asyncio.sleep(0)
 
     async def send(self, message: Message) -> None:
-        """Pass ``message`` on to the server, unless the client has left.
+        """Pass ``message`` to the server, unless the client has left.
 
         Raises:
-            ClientDisconnected: The client has left, and the application would go on and on.
-            OSError: The server's, when this very message met the closed connection.
+            ClientDisconnected: The client has left, and the application would send without end.
+            OSError: From the server: this message met the closed connection.
 
-        **Cancellation**: passed on to the server's ``send``.
+        **Cancellation**: forwarded to the server's ``send``.
         """
         if self.left:
             self._send_late(message)
             return
         kind = message["type"]
         if kind == "http.response.body":
-            if not (message.get("more_body", False) or self._trailers):
+            if not (message.get("more_body") or self._trailers):
                 self.complete = True
         elif kind == "http.response.start":
             self.started = True
-            self._trailers = message.get("trailers", False)
+            if "trailers" in message:
+                self._trailers = message["trailers"]
         elif (more := _FINAL_UNLESS_MORE.get(kind)) is not None and not message.get(more, False):
             self.complete = True
         try:
-            await self._server_send(message)
+            await self.server_send(message)
         except OSError as error:
-            # A file that is not there is not a client that is not there.
+            # A missing file is not a missing client.
             if kind != "http.response.pathsend":
                 self.complete = False
                 self.send_error = error
-                self._note(self._disconnect_message(), asyncio.current_task)
+                self._record(self._disconnect_message(), asyncio.current_task)
             raise
 
-    # What the sweeper and the middleware call.
+    # The side of the sweeper and the middleware.
 
-    def ripen(self) -> None:
-        """Begin to watch, now that the request has turned out to be a long one."""
-        if self._last is not None or self.complete or self.closed:
+    def watch(self) -> None:
+        """Start watching: the request has lived through a whole interval."""
+        if self.disconnect is not None or self.complete or self.closed:
             return
-        if self._reading or self._buffered >= self.sweeper.buffer_limit:
-            self._ripe = True
+        if self._is_reading or self._is_full():
+            self._watch_pending = True
             return
-        self._reading = True
+        self._is_reading = True
         self._watcher = self.sweeper.start(self._watch())
 
     def close(self) -> None:
-        """Stop watching: the application has returned."""
+        """Stop watching: the application has returned or raised."""
         self.closed = True
-        self._ripe = False
-        self._sweep.discard(self)
+        self.sweeper.in_flight.pop(self, None)
         if self._watcher is not None:
             self._watcher.cancel()
 
-    # Below: the reading side.
+    def wake_receivers(self) -> None:
+        """Let the application's tasks that wait in ``receive()`` look again."""
+        for waiter in (self._receivers or {}).values():
+            if not waiter.done():
+                waiter.set_result(None)
+
+    # Below: reading.
+
+    def _resume_others(self) -> None:
+        if self._watch_pending:
+            self._sweep_again()
+        self.wake_receivers()
 
     async def _watch(self) -> None:
         try:
-            while self._last is None and self._buffered < self.sweeper.buffer_limit:
+            while self.disconnect is None and not self._is_full():
                 message = await self._read_ahead()
                 if message is None:
                     return
-                if not self._note(message, _nobody):
-                    # Later: of a server that says it again and again the loop would see no end.
-                    self._back_to_sweep()
+                if not self._record(message, _no_task):
+                    # Later: a server that repeats this message would keep the loop busy.
+                    self._sweep_again()
                     return
                 self._keep(message)
-            self._ripe = self._last is None
+            self._watch_pending = self.disconnect is None
         finally:
-            self._reading = False
+            self._is_reading = False
             self._watcher = None
-            self._wake()
+            self.wake_receivers()
 
     async def _read_ahead(self) -> Message | None:
-        # Nothing but the server's call in the `try`: an error of our own must not pass for the server's.
+        # Only the server's call is in the `try`: an error of this package must not pass for the server's.
         try:
             return await self._server_receive()
         except OSError:
             return self._disconnect_message()
         except Exception:
-            # The application's to meet, in its own receive().
+            # Left to the application, which meets it in its own receive().
             return None
 
-    def _note(self, message: Message, reader: Callable[[], asyncio.Task[Any] | None]) -> bool:
-        """Learn from a message; False when it is none."""
+    def _record(self, message: Message, reader: Callable[[], asyncio.Task[Any] | None]) -> bool:
+        """Update the state from a message; return False if the message is to be dropped."""
         kind = message["type"]
         if kind == "http.request":
             if self._body_ended and not message.get("body"):
                 return False
             self._body_ended = not message.get("more_body", False)
         elif kind in _DISCONNECTS:
-            self._note_disconnect(message, reader)
+            self._record_disconnect(message, reader)
         return True
 
-    def _note_disconnect(self, message: Message, reader: Callable[[], asyncio.Task[Any] | None]) -> None:
-        if self._last is not None:
+    def _record_disconnect(self, message: Message, reader: Callable[[], asyncio.Task[Any] | None]) -> None:
+        if self.disconnect is not None:
             return
-        self._last = message
+        self.disconnect = message
         if message["type"] == "http.disconnect":
-            # Of a WebSocket all that came before is still delivered; a request's body ends here.
-            self._buffer = None
+            # A WebSocket's earlier messages are still delivered; a request's body ends here.
+            self._ahead = None
         if not self.complete:
             self.left = True
-            told = {reader(), *(self._waiting or ())}
-            self.told = {task for task in told if task is not None}
+            notified = {reader(), *(self._receivers or ())}
+            self.notified = {task for task in notified if task is not None}
             self.on_disconnect(message)
-        self._wake()
+        self.wake_receivers()
+
+    def _is_full(self) -> bool:
+        return self._ahead is not None and self._ahead.size >= self.sweeper.buffer_limit
 
     def _keep(self, message: Message) -> None:
         if message["type"] in _DISCONNECTS:
             return
-        if self._buffer is None:
-            self._buffer = deque()
-        self._buffer.append(message)
-        self._buffered += _weight(message)
-        self._wake()
+        if self._ahead is None:
+            self._ahead = ReadAhead()
+        self._ahead.add(message)
+        self.wake_receivers()
 
-    def _at_hand(self) -> Message:
-        if self._buffer:
-            message = self._buffer.popleft()
-            self._buffered -= _weight(message)
-            if self._ripe and self._buffered < self.sweeper.buffer_limit:
-                self._back_to_sweep()
-            return message
-        assert self._last is not None  # noqa: S101  # the caller has looked
+    def _delivers_disconnect(self) -> bool:
+        return not (self.left and self.withholds_disconnect())
+
+    def _next_kept(self) -> Message:
+        if self._ahead is not None:
+            return self._take(self._ahead)
+        assert self.disconnect is not None  # noqa: S101  # the caller has checked
         if self.left and (reader := asyncio.current_task()) is not None:
-            self.told = {*self.told, reader}
-        return dict(self._last)
+            self.notified = {*self.notified, reader}
+        return dict(self.disconnect)
 
-    def _back_to_sweep(self) -> None:
-        self._ripe = False
-        self._sweep = self.sweeper.add(self)
+    def _take(self, ahead: ReadAhead) -> Message:
+        message = ahead.take()
+        if self._watch_pending and not self._is_full():
+            self._sweep_again()
+        if not ahead.messages:
+            self._ahead = None
+        return message
 
-    async def _news(self) -> None:
-        """Wait until the reader has brought something, or has stopped."""
-        if self._waiting is None:
-            self._waiting = {}
+    def _sweep_again(self) -> None:
+        self._watch_pending = False
+        if not self.closed:
+            self.sweeper.add(self)
+
+    async def _wait_for_reader(self) -> None:
+        """Wait until the reader has read a message, or has stopped."""
+        if self._receivers is None:
+            self._receivers = {}
         task = asyncio.current_task()
-        waiter = self._waiting[task] = self.sweeper.loop.create_future()
+        waiter = self._receivers[task] = self.sweeper.loop.create_future()
         try:
             await waiter
         finally:
-            # Not sooner: who has been woken but has not run yet is still about to receive.
-            del self._waiting[task]
-
-    def _wake(self) -> None:
-        for waiter in (self._waiting or {}).values():
-            if not waiter.done():
-                waiter.set_result(None)
+            # Not earlier: a task that was woken and has not run yet is still about to receive.
+            del self._receivers[task]
 
     def _disconnect_message(self) -> Message:
         if self.scope["type"] == "websocket":
             return {"type": "websocket.disconnect", "code": 1006, "reason": None}
         return {"type": "http.disconnect"}
 
-    # Below: the sending side.
+    # Below: sending.
 
     def _send_late(self, message: Message) -> None:
         kind = message["type"]
         if kind.startswith("websocket."):
             endless = kind in ("websocket.send", "websocket.accept")
         else:
-            # The rest is dropped, so that a handler which runs on ends in its own way.
+            # The rest is dropped, so that a handler that is not cancelled ends normally.
             more = bool(message.get("more_body", False))
             endless = more and self._spec_version() >= (2, 4)
-            # As if it had been sent: what runs from here on is the application's cleanup.
+            # As if it had been sent: from here on, the application cleans up.
             self.complete = kind == "http.response.body" and not more
         if endless:
             raise ClientDisconnected(f"cannot send {kind!r}: the client has disconnected")
@@ -324,63 +340,99 @@ class Connection:
         return tuple(int(part) for part in version.split("."))
 
 
+class ReadAhead:
+    """Messages that the watcher has read and the application has not.
+
+    Attributes:
+        messages: Oldest first.
+        size: Bytes that they take.
+    """
+
+    __slots__ = ("messages", "size")
+
+    def __init__(self) -> None:
+        self.messages: deque[Message] = deque()
+        self.size = 0
+
+    def add(self, message: Message) -> None:
+        """Keep a message."""
+        self.messages.append(message)
+        self.size += _size_of(message)
+
+    def take(self) -> Message:
+        """Remove the oldest message, and return it."""
+        message = self.messages.popleft()
+        self.size -= _size_of(message)
+        return message
+
+
 class Sweeper:
     """Looks at the requests of one loop that are in flight, and lets the long ones be watched.
 
-    A request that has seen one whole tick is ripe. One that is watched is in neither set, so that a tick
-    costs nothing for requests which last. No timer is set once nothing is in flight.
+    A request is watched once it has lived through a whole interval. From then on it is not in flight here, so
+    that a tick costs nothing for it. No timer runs while nothing is in flight.
 
     Args:
-        loop: The loop whose requests these are.
-        interval: Seconds between two looks.
+        loop: The loop of these requests.
+        interval: Seconds between two ticks.
         buffer_limit: Bytes that a watcher may keep for one request.
+
+    Attributes:
+        in_flight: The connections that are not watched yet, oldest first, each with the number of ticks
+            before it was added.
     """
 
-    __slots__ = ("_context", "_new", "_old", "_timer", "buffer_limit", "interval", "loop")
+    __slots__ = ("_context", "_ticks", "_timer", "buffer_limit", "in_flight", "interval", "loop")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, interval: float, buffer_limit: int) -> None:
         self.loop = loop
         self.interval = interval
         self.buffer_limit = buffer_limit
-        self._new: set[Connection] = set()
-        self._old: set[Connection] = set()
+        self.in_flight: dict[Connection, int] = {}
+        self._ticks = 0
         self._timer: asyncio.TimerHandle | None = None
-        # In the context of the request that happened to come first, all would carry its trace.
+        # Otherwise every watcher would carry the trace of the request that came first.
         self._context = quiet_context()
 
-    def add(self, connection: Connection) -> set[Connection]:
-        """Look at ``connection`` from now on; returns the set from which it is to be taken at its end."""
-        # It stays in this very set, whose role changes with the ticks.
-        self._new.add(connection)
+    def add(self, connection: Connection) -> None:
+        """Watch ``connection`` after one to two ticks, unless it is closed before."""
+        self.in_flight[connection] = self._ticks
         if self._timer is None:
             self._arm()
-        return self._new
 
     def start(self, coro: Any) -> asyncio.Task[None]:
-        """Run a watcher, on behalf of nobody."""
+        """Run a watcher, outside of every trace."""
         return self.loop.create_task(coro, name="otel_tasks.watch", context=self._context.copy())
 
     def call_later(self, delay: float, callback: Callable[[], None]) -> None:
-        """Call back on behalf of nobody."""
+        """Call ``callback`` after ``delay`` seconds, outside of every trace."""
         self.loop.call_later(delay, callback, context=self._context.copy())
 
     def _arm(self) -> None:
         self._timer = self.loop.call_later(self.interval, self._tick, context=self._context)
 
     def _tick(self) -> None:
-        ripe, self._old, self._new = self._old, self._new, set()
-        for connection in ripe:
-            connection.ripen()
-        if self._old or self._new:
+        due = self._take_due()
+        self._ticks += 1
+        for connection in due:
+            connection.watch()
+        if self.in_flight:
             self._arm()
         else:
             self._timer = None
 
+    def _take_due(self) -> list[Connection]:
+        # Oldest first: the first one of this interval ends the search.
+        due = list(takewhile(lambda connection: self.in_flight[connection] < self._ticks, self.in_flight))
+        for connection in due:
+            del self.in_flight[connection]
+        return due
 
-def _nobody() -> None:
-    """The reader is the watcher: no task of the application's has been told."""
+
+def _no_task() -> None:
+    """The watcher reads: no task of the application is notified."""
 
 
-def _weight(message: Message) -> int:
+def _size_of(message: Message) -> int:
     body = message.get("body") or message.get("bytes") or message.get("text") or b""
     return len(body) + _MESSAGE_OVERHEAD

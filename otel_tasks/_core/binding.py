@@ -100,6 +100,12 @@ def bound_request() -> BoundRequest | None:
     return None if request is None or request.over else request
 
 
+def request_in(context: Context) -> BoundRequest | None:
+    """The request to which ``context`` belongs, over or not; None outside of one."""
+    bound = context.get(current_binding)
+    return None if bound is None else bound._request
+
+
 def intercepted(awaited: asyncio.Task[Any], message: object) -> bool:
     """Let requests that are being stopped take a cancellation which is theirs and not for ``awaited``.
 

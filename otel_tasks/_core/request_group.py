@@ -66,7 +66,7 @@ class RequestGroup(TaskGroup):
             group._start_span()
         return group
 
-    def contains(self, task: asyncio.Task[Any] | None) -> bool:
+    def contains(self, task: asyncio.Future[Any] | None) -> bool:
         """Return True for a task of this group or of a group below it."""
         if not isinstance(task, ManagedTask):
             return False

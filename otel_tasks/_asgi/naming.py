@@ -1,0 +1,45 @@
+"""The name of a request: its method and its route's template, never the path that was requested."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from otel_tasks._asgi.rule import SAFE_METHODS
+from otel_tasks._core.telemetry import route_in
+
+if TYPE_CHECKING:
+    from contextvars import Context
+
+    from otel_tasks._asgi.connection import Scope
+
+# A client may send any word as a method; only these appear in names.
+_KNOWN_METHODS = SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE", "CONNECT", "TRACE"}
+
+
+def request_name(scope: Scope, context: Context) -> str:
+    """Name a request after its route, or after its method alone until routing has matched.
+
+    Args:
+        scope: The ASGI scope, in which routing notes the route.
+        context: The request's. Its span has the route where the framework does not note it in the scope.
+    """
+    method = "WS" if scope["type"] == "websocket" else scope["method"]
+    method = method if method in _KNOWN_METHODS or method == "WS" else "HTTP"
+    template = _route_template(scope) or route_in(context)
+    return f"{method} {template}" if template else method
+
+
+def _route_template(scope: Scope) -> str | None:
+    """Return the route's path with its parameters as written in the code."""
+    # Litestar notes the template itself.
+    template: object = scope.get("path_template")
+    if isinstance(template, str):
+        return template
+    route = scope.get("route")
+    # FastAPI (0.16x) notes an included router's original route; only its context knows the prefix.
+    facts: dict[str, Any] = scope.get("fastapi") or {}
+    effective = facts.get("effective_route_context")
+    if route is not None and getattr(effective, "original_route", None) is route:
+        route = effective
+    template = getattr(route, "path_format", None) or getattr(route, "path", None)
+    return template if isinstance(template, str) else None

@@ -1,0 +1,93 @@
+"""Settings: the options of one middleware, and its sweeper in the running loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from otel_tasks._asgi.connection import Sweeper
+from otel_tasks._asgi.rule import CancelHandler, OnExit, checked_rules
+from otel_tasks._core.checks import check_flag, checked_finite_seconds
+from otel_tasks._core.log import logger
+from otel_tasks._core.manager import TaskManager, global_task_manager
+
+if TYPE_CHECKING:
+    import asyncio
+
+# The options that a request has only once, with their defaults: the outermost middleware decides them.
+_OUTERMOST: dict[str, object] = {
+    "manager": global_task_manager,
+    "detect_after": 0.025,
+    "buffer_limit": 262_144,
+    "span": False,
+}
+
+
+class Settings:
+    """The options of one ``TaskGroupMiddleware``, which documents them.
+
+    Attributes:
+        sweeper: The one of the loop that used this middleware last.
+    """
+
+    def __init__(
+        self,
+        manager: TaskManager | None,
+        cancel_handler: CancelHandler,
+        detect_after: float,
+        buffer_limit: int,
+        grace: float,
+        on_exit: OnExit,
+        span: bool,
+    ) -> None:
+        self.manager = checked_manager(manager)
+        self.detect_after = checked_finite_seconds("detect_after", detect_after, above_zero=True)
+        self.buffer_limit = _checked_buffer_limit(buffer_limit)
+        self.rules = checked_rules(cancel_handler, grace, on_exit)
+        check_flag("span", span)
+        self.span = span
+        self.sweeper: Sweeper | None = None
+        self._has_warned = False
+
+    def new_sweeper(self, loop: asyncio.AbstractEventLoop) -> Sweeper:
+        """Make the sweeper of ``loop``; two loops that take turns make a new one at each turn."""
+        self.sweeper = Sweeper(loop, self.detect_after, self.buffer_limit)
+        return self.sweeper
+
+    def warn_if_ignored(self, outer: Settings) -> None:
+        """Log once which of these options have no effect, because ``outer`` decides them."""
+        if self._has_warned:
+            return
+        self._has_warned = True
+        ignored = [
+            f"{option}={getattr(self, option)!r}"
+            for option, default in _OUTERMOST.items()
+            if getattr(self, option) not in (default, getattr(outer, option))
+        ]
+        if ignored:
+            logger.warning(
+                "TaskGroupMiddleware stands behind another one, which decides about %s: set it there",
+                ", ".join(ignored),
+            )
+
+
+def checked_manager(manager: object) -> TaskManager:
+    """Return a manager, the global one for None.
+
+    Raises:
+        TypeError: ``manager`` is something else.
+    """
+    if manager is None:
+        return global_task_manager
+    if not isinstance(manager, TaskManager):
+        raise TypeError(f"manager must be a TaskManager, got {manager!r}")
+    return manager
+
+
+def _checked_buffer_limit(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"buffer_limit must be a number of bytes, got {value!r}")
+    if value < 1:
+        raise ValueError(
+            f"buffer_limit must be at least 1 byte, got {value}: without it no disconnect is detected"
+        )
+    return value
