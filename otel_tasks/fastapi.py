@@ -54,8 +54,8 @@ __all__ = [
 
 State = TypeVar("State")
 
-# A dependency runs in a request: without a group there, only the middleware can be missing.
-_NO_MIDDLEWARE = "needs the group of the request; add the middleware"
+# A dependency runs in a request: if it finds none, only the middleware can be missing.
+_NO_MIDDLEWARE = "needs the task group of the request; to have one"
 
 
 # `async`, all three, though nothing here waits: FastAPI runs a plain function in a thread.

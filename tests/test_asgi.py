@@ -209,7 +209,7 @@ async def test_lifespan_is_passed_on(manager: TaskManager) -> None:
         with pytest.raises(RuntimeError) as error:
             request_group()
         assert str(error.value) == (
-            "request_group() was called outside of a request, or without the middleware: "
+            "request_group() was called outside of a request; in a request, add the middleware: "
             "app.add_middleware(TaskGroupMiddleware)"
         )
 

@@ -92,7 +92,7 @@ async def test_request_is_watched_after_one_to_two_ticks() -> None:
 
 async def test_no_timer_runs_while_nothing_is_in_flight() -> None:
     """The sweep stops by itself after the last request, and a watched request needs no tick."""
-    timers = []
+    timers: list[object] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(1)

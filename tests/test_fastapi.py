@@ -107,7 +107,8 @@ async def test_without_middleware_a_dependency_says_what_is_missing(name: str, d
     with pytest.raises(RuntimeError) as error:
         await FakeConnection().run(app)
     assert str(error.value) == (
-        f"{name} needs the group of the request; add the middleware: app.add_middleware(TaskGroupMiddleware)"
+        f"{name} needs the task group of the request; to have one, add the middleware: "
+        "app.add_middleware(TaskGroupMiddleware)"
     )
 
 

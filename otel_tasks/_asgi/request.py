@@ -285,9 +285,7 @@ def current_request() -> Request | None:
     return request if isinstance(request, Request) else None
 
 
-def require_request(
-    caller: str, problem: str = "was called outside of a request, or without the middleware"
-) -> Request:
+def require_request(caller: str, problem: str = "was called outside of a request; in a request") -> Request:
     """Return the request that is served here.
 
     Args:
@@ -299,5 +297,5 @@ def require_request(
     """
     request = current_request()
     if request is None:
-        raise RuntimeError(f"{caller} {problem}; add the middleware: app.add_middleware(TaskGroupMiddleware)")
+        raise RuntimeError(f"{caller} {problem}, add the middleware: app.add_middleware(TaskGroupMiddleware)")
     return request

@@ -50,11 +50,6 @@ class StoppedRequest(BoundRequest, Protocol):
         ...
 
     @property
-    def closed(self) -> bool:
-        """The application has returned or raised."""
-        ...
-
-    @property
     def notified(self) -> Collection[asyncio.Task[Any]]:
         """The tasks that have learned of the disconnect."""
         ...
@@ -129,7 +124,7 @@ class Stop:
         for task in scoped:
             self._wait_for(task)
         notified = () if request.closed else request.notified
-        # A shielded task notes the cause. What awaits a spared task would forward its cancellation to it.
+        # A shielded task notes the cause. A task that awaits a spared one would forward its cancellation.
         spared = with_awaiters(*shielded, *scoped, *notified) - shielded
         self._note_counts(task for task in tasks if task not in self._counts)
         with self._sparing(forwarded_to(tasks, self._is_spared).stops):

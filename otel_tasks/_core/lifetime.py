@@ -1,0 +1,37 @@
+"""What a server's lifespan does to a manager: opens it in a loop, and shuts it down with the server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from otel_tasks._core.manager import TaskManager
+
+
+def open_in(manager: TaskManager, loop: asyncio.AbstractEventLoop) -> None:
+    """Let ``manager`` take tasks in ``loop``, even if an earlier lifespan there has shut it down."""
+    ledger = manager._ledger
+    ledger.meet(loop)
+    if ledger.loop is loop and ledger.closed:
+        ledger.reopen()
+
+
+def is_open_in(manager: TaskManager, loop: asyncio.AbstractEventLoop) -> bool:
+    """Return True if ``manager`` belongs to ``loop`` and nothing has shut it down there."""
+    return manager._ledger.is_open_in(loop)
+
+
+async def shut_down(manager: TaskManager, grace: float, timeout: float | None, by: str) -> None:
+    """Shut ``manager`` down as ``manager.shutdown()`` does.
+
+    Args:
+        manager: The manager.
+        grace: Seconds in which tasks may finish.
+        timeout: Seconds for everything after that; None for no bound.
+        by: The caller, for the cause and the log.
+
+    Cancellation: stops the shutdown.
+    """
+    await manager._shut_down(grace, timeout, by)
