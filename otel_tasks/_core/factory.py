@@ -1,15 +1,18 @@
 """The task factory of an event loop, and what it adds to a managed task.
 
-Libraries set a factory to wrap what every task runs: Sentry's opens a scope around it. A managed task is
-built directly, so the factory is called with a stage in place of the loop. The task that it makes there is
+Libraries set a factory to wrap the coroutine of every task: Sentry's opens a scope around it. A managed task
+is built directly, so the factory is called with a proxy of the loop. The task that it creates on the proxy is
 never scheduled; the managed task runs its coroutine. Rules, each with a test of its own:
 
-1. What a factory wraps around a coroutine runs in the managed task. No second task runs, and no coroutine is
-   left unawaited.
+1. The coroutine that a factory wraps around another one runs in the managed task. No second task runs, and no
+   coroutine is left unawaited.
 2. A factory whose tasks start eagerly starts managed tasks eagerly.
 3. A task that the factory keeps, or adds a callback to, ends as the managed task does.
-4. What is lost is named in one warning per factory. A factory that raises, or makes no task on the loop that
-   it is given, is not used again: managed tasks run without it.
+4. One warning per factory names what is lost. A factory that raises, or creates no task on the loop that it
+   is given, is not used again: managed tasks run without it.
+
+Private attributes of an asyncio task are written here, and only of the factory's own task, which never runs:
+``_log_destroy_pending`` and ``_log_traceback`` keep asyncio from reporting it.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 # asyncio passes a name on from there.
 _TAKES_NAME = sys.version_info >= (3, 13, 3)
 
-# Of each factory, whether it is used. The second table has those that cannot be referenced weakly.
+# Whether each factory is used. The second table has those that cannot be referenced weakly.
 _known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 _known_by_id: dict[int, tuple[object, bool]] = {}
 
@@ -37,9 +40,9 @@ class Made(NamedTuple):
     """What a factory has made for a managed task.
 
     Attributes:
-        coro: What the managed task runs: the coroutine itself, or what is wrapped around it.
+        coro: The coroutine for the managed task to run: the given one, or the one wrapped around it.
         eager: The first step runs when the task is created.
-        shadow: The factory's own task, if somebody keeps it or added a callback to it.
+        shadow: The factory's own task, if some code keeps it or has added a callback to it.
         task_class: The class of that task.
     """
 
@@ -50,14 +53,14 @@ class Made(NamedTuple):
 
 
 class Unusable(Exception):
-    """The factory has made no task on the stage; the message says what it did instead."""
+    """The factory has created no task on the proxy; the message says what it did instead."""
 
 
 def holder_of(loop: asyncio.AbstractEventLoop) -> Any:
-    """Give the object that has the factory of ``loop`` as its attribute ``_task_factory``.
+    """Return an object whose attribute ``_task_factory`` is the factory of ``loop``.
 
-    An attribute, since every task reads it: that takes 10 ns, four of the 350 bytecodes of a task.
-    ``loop.get_task_factory()`` takes 30 ns and is one call more. Reading it once would not do: a library may
+    Every task reads it, so it is an attribute: that takes 10 ns, four of the 350 bytecodes of a task.
+    ``loop.get_task_factory()`` takes 30 ns and one more call. Reading it once is not enough: a library may
     set its factory at any time.
     """
     return loop if hasattr(loop, "_task_factory") else _Holder(loop)
@@ -70,12 +73,12 @@ def make(
     name: str | None,
     context: Context | None,
 ) -> Made | None:
-    """Let a factory make what a managed task runs.
+    """Let a factory make the coroutine that a managed task runs.
 
     Args:
         factory: The loop's.
         loop: Where the managed task will run.
-        coro: What the managed task is for.
+        coro: The managed task's coroutine.
         name: The task's name, if the caller has given one.
         context: The task's context, if the caller has given one.
 
@@ -83,7 +86,8 @@ def make(
         None if the factory is not used: the task then runs ``coro``.
 
     Raises:
-        RuntimeError: The factory has handed the coroutine to something else.
+        RuntimeError: The factory has passed the coroutine to something else.
+        Exception: The factory's own, if it has closed the coroutine.
     """
     if not _is_used(factory, loop):
         return None
@@ -93,7 +97,7 @@ def make(
         raise RuntimeError(f"task factory {factory!r} {error}") from None
     except Exception as error:
         if getattr(coro, "cr_frame", coro) is None:
-            # It has closed the coroutine: nothing is left to run.
+            # The factory has closed the coroutine: nothing is left to run.
             raise
         _drop(factory, f"raised {error!r}")
         return None
@@ -125,45 +129,47 @@ class _Holder:
         return self._read()
 
 
-class _Stage:
-    """Stands for a loop while its factory makes a task; everything else is passed on to the loop.
+class _LoopProxy:
+    """Stands for a loop while its factory creates a task; otherwise, it forwards everything to the loop.
 
     Args:
         loop: The loop.
     """
 
-    __slots__ = ("__weakref__", "asked_for_eager", "is_open", "loop")
+    __slots__ = ("__weakref__", "is_creating", "is_eager", "loop")
 
     loop: asyncio.AbstractEventLoop
-    is_open: bool
-    asked_for_eager: bool
+    # The factory has not returned yet.
+    is_creating: bool
+    # The task that it creates would have run its first step.
+    is_eager: bool
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._set("loop", loop)
-        self._set("is_open", True)
-        self._set("asked_for_eager", False)
+        self._set("is_creating", True)
+        self._set("is_eager", False)
 
     def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> Any:
-        """Schedule a callback, unless it is the first step of the task that is being made."""
-        if self.is_open and _is_step_on(self, callback):
+        """Schedule a callback, unless it is the first step of the task that is being created."""
+        if self.is_creating and _is_step_on(self, callback):
             return None
         return self.loop.call_soon(callback, *args, context=context)
 
     def is_running(self) -> bool:
-        """Say no while a task is being made: one that starts eagerly asks, and would run its first step."""
-        if self.is_open:
-            self._set("asked_for_eager", True)
+        """Return False while a task is being created: an eager one calls this before its first step."""
+        if self.is_creating:
+            self._set("is_eager", True)
             return False
         return self.loop.is_running()
 
-    def close_stage(self) -> None:
-        """Pass everything on from now on."""
-        self._set("is_open", False)
+    def end_creation(self) -> None:
+        """Forward everything from now on."""
+        self._set("is_creating", False)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    # A factory may look at the loop, keep a state on it, or look its own state up by the loop.
+    # A factory may read the loop, keep state on it, or look up its own state by the loop.
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loop, name)
@@ -177,14 +183,14 @@ class _Stage:
     def __hash__(self) -> int:
         return hash(self.loop)
 
-    @property  # type: ignore[misc]  # isinstance() asks for it, and object's own cannot be typed
-    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]  # nobody sets it
+    @property  # type: ignore[misc]  # isinstance() reads it, and object's own cannot be typed
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]  # it is never set
         return type(self.loop)
 
 
-def _is_step_on(stage: _Stage, callback: object) -> bool:
+def _is_step_on(proxy: _LoopProxy, callback: object) -> bool:
     task: Any = getattr(callback, "__self__", None)
-    return hasattr(task, "get_coro") and task.get_loop() is stage
+    return hasattr(task, "get_coro") and task.get_loop() is proxy
 
 
 def _is_used(factory: Any, loop: asyncio.AbstractEventLoop) -> bool:
@@ -192,29 +198,29 @@ def _is_used(factory: Any, loop: asyncio.AbstractEventLoop) -> bool:
         known = _known.get(factory)
     except TypeError:
         known = _known_by_id.get(id(factory), (None, None))[1]
-    return _try_out(factory, loop) if known is None else known
+    return _probe(factory, loop) if known is None else known
 
 
-def _note(factory: Any, is_used: bool) -> None:
+def _remember(factory: Any, is_used: bool) -> None:
     try:
         _known[factory] = is_used
     except TypeError:
-        # With the factory: its id must not become another's.
+        # Together with the factory, so that no other object can get its id.
         _known_by_id[id(factory)] = (factory, is_used)
 
 
 def _drop(factory: Any, reason: object) -> None:
-    _note(factory, False)
+    _remember(factory, False)
     logger.warning("managed tasks run without what task factory %r adds to tasks: it %s", factory, reason)
 
 
-def _try_out(factory: Any, loop: asyncio.AbstractEventLoop) -> bool:
-    """Let a factory make a task of a coroutine that does nothing, and see what managed tasks lose."""
+def _probe(factory: Any, loop: asyncio.AbstractEventLoop) -> bool:
+    """Let a factory create a task of a coroutine that does nothing; return whether it can be used."""
     coro = _nothing()
     try:
         made = _made_by(factory, loop, coro, None, None)
     except Unusable as error:
-        # A task on another loop, if it is that, is about to run the coroutine.
+        # If the factory has created a task on another loop, that task is about to run the coroutine.
         _drop(factory, error)
         return False
     except Exception as error:
@@ -223,7 +229,13 @@ def _try_out(factory: Any, loop: asyncio.AbstractEventLoop) -> bool:
         return False
     made.coro.close()
     coro.close()
-    _note(factory, True)
+    _remember(factory, True)
+    _warn_of_losses(factory, made)
+    return True
+
+
+def _warn_of_losses(factory: Any, made: Made) -> None:
+    """Name once what managed tasks lose of a factory that is used."""
     losses = []
     if made.task_class.__module__ not in ("_asyncio", "asyncio.tasks"):
         losses.append(f"they are not of its class {made.task_class.__qualname__}")
@@ -236,7 +248,6 @@ def _try_out(factory: Any, loop: asyncio.AbstractEventLoop) -> bool:
             factory,
             "; ".join(losses),
         )
-    return True
 
 
 async def _nothing() -> None:
@@ -250,28 +261,33 @@ def _made_by(
     name: str | None,
     context: Context | None,
 ) -> Made:
-    stage = _Stage(loop)
+    proxy = _LoopProxy(loop)
     options: dict[str, Any] = {} if context is None else {"context": context}
     if name is not None and _TAKES_NAME:
         options["name"] = name
     try:
-        task: Any = factory(stage, coro, **options)
+        task: Any = factory(proxy, coro, **options)
     finally:
-        stage.close_stage()
-    if not hasattr(task, "get_coro") or not hasattr(task, "get_loop"):
-        coro.close()
-        raise Unusable(f"returned {task!r}, which is no task")
-    if task.get_loop() is not stage:
-        raise Unusable("makes its tasks on another loop than the one that it is given")
+        proxy.end_creation()
+    _check_created(task, proxy, coro)
     task._log_destroy_pending = False
     made, task_class = task.get_coro(), type(task)
     shadow = task if task._callbacks else None
     link = weakref.ref(task)
+    # If the factory keeps its task, the reference is still alive after this.
     del task
-    return Made(made, stage.asked_for_eager, link() if shadow is None else shadow, task_class)
+    return Made(made, proxy.is_eager, link() if shadow is None else shadow, task_class)
+
+
+def _check_created(task: Any, proxy: _LoopProxy, coro: Coroutine[Any, Any, Any]) -> None:
+    if not hasattr(task, "get_coro") or not hasattr(task, "get_loop"):
+        coro.close()
+        raise Unusable(f"returned {task!r}, which is no task")
+    if task.get_loop() is not proxy:
+        raise Unusable("makes its tasks on another loop than the one that it is given")
 
 
 def _end(shadow: asyncio.Task[Any], how: str, *result: object) -> None:
-    # The method of Future: Task refuses results, and leaves its cancellation to its next step.
+    # Future's method: Task's refuses a result, and its cancel() waits for the task's next step.
     future = next(base for base in type(shadow).__mro__ if base.__name__ == "Future")
     getattr(future, how)(shadow, *result)
