@@ -225,7 +225,7 @@ async def test_lifespan_is_passed_on(manager: TaskManager) -> None:
 
 
 async def test_request_in_a_request_has_its_own_group(manager: TaskManager) -> None:
-    """An application called in-process from a handler is a request of its own, and the outer one goes on."""
+    """An application called in-process from a handler is its own request, and the outer one continues."""
     groups = []
 
     async def inner(scope: Scope, receive: Receive, send: Send) -> None:
@@ -263,7 +263,7 @@ async def test_failure_that_nobody_awaits_is_reported_and_no_500(
 
 
 async def test_failing_handler_raises_its_plain_exception(manager: TaskManager, journal: Journal) -> None:
-    """What the application raises leaves the middleware as it is, after the group has ended."""
+    """The application's exception leaves the middleware unchanged, after the group has ended."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         create_task(journal.work("task"))
@@ -347,7 +347,7 @@ async def test_post_handler_ends_where_it_awaits_a_task_of_its_group(
 
 
 async def test_awaited_task_is_cancelled_once(manager: TaskManager) -> None:
-    """The clean-up of a task that the cancelled handler awaits is not torn by a second cancellation."""
+    """The cleanup of a task that the cancelled handler awaits is not interrupted by a second cancellation."""
     log = []
 
     async def work() -> None:
@@ -400,7 +400,7 @@ async def test_grace_is_kept_when_the_handler_ends_before_it(manager: TaskManage
 
 
 async def test_group_made_after_the_disconnect_refuses_tasks(manager: TaskManager) -> None:
-    """A handler that goes on cannot start work for a client that has left; the message says why."""
+    """A handler that keeps running cannot start work for a client that has left; the message says why."""
     messages = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -556,7 +556,7 @@ async def test_connection_that_refuses_the_499_is_no_error(
     ],
 )
 async def test_errors_that_mean_the_client_left_stay_inside(manager: TaskManager, error: Exception) -> None:
-    """What says no more than that the client has left is not reported to the server."""
+    """An error that only means that the client has left is not reported to the server."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(1)
@@ -674,7 +674,7 @@ async def test_shutdown_cancels_the_group_and_passes_on(manager: TaskManager) ->
 
 
 async def test_shutdown_is_the_cause_of_the_task_that_the_handler_awaits(manager: TaskManager) -> None:
-    """asyncio hands the server's cancel on to that task before the middleware hears of it."""
+    """asyncio forwards the server's cancel to that task before the middleware sees it."""
     tasks = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -691,7 +691,7 @@ async def test_shutdown_is_the_cause_of_the_task_that_the_handler_awaits(manager
 
 
 async def test_shutdown_is_the_cause_of_all_tasks_that_the_handler_gathers(manager: TaskManager) -> None:
-    """Of those that ``asyncio.gather`` hands the server's cancel on to, as of one that is awaited itself."""
+    """The tasks to which ``asyncio.gather`` forwards the server's cancel have that cause too."""
     tasks: list[ManagedTask[None]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -707,7 +707,7 @@ async def test_shutdown_is_the_cause_of_all_tasks_that_the_handler_gathers(manag
 
 
 async def test_timeout_in_the_handler_is_no_shutdown(manager: TaskManager) -> None:
-    """What ``asyncio.timeout`` cancels around the await is not put down to the server."""
+    """A cancel by ``asyncio.timeout`` around the await is not attributed to the server."""
     causes = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -866,7 +866,7 @@ async def test_on_exit_decides_about_remaining_tasks(
 async def test_task_that_is_handed_over_is_reached_by_the_managers_shutdown(
     manager: TaskManager, journal: Journal
 ) -> None:
-    """What a request handed to the application ends with the application."""
+    """A task that a request hands over ends with the application."""
 
     async def body() -> None:
         create_task(journal.work("task"))
@@ -1005,7 +1005,7 @@ async def test_uncancellable_keeps_a_task_of_the_group(manager: TaskManager, jou
 async def test_uncancellable_is_not_cancelled_through_its_waiter(
     manager: TaskManager, journal: Journal, method: str
 ) -> None:
-    """A task that awaits one in uncancellable() would hand its cancellation on: it is asked afterwards."""
+    """A task that awaits one in uncancellable() would forward its cancel, so it is cancelled afterwards."""
 
     async def pay() -> None:
         async with uncancellable():
@@ -1034,7 +1034,7 @@ async def test_uncancellable_is_not_cancelled_through_its_waiter(
 async def test_work_started_inside_uncancellable_ends_before_the_request(
     manager: TaskManager, journal: Journal
 ) -> None:
-    """What the block starts is not reached by the disconnect either, and the request waits for it."""
+    """The disconnect does not reach tasks that the block starts, and the request waits for them."""
     groups = []
 
     async def body() -> None:
@@ -1185,7 +1185,7 @@ async def test_websocket_disconnect_cancels_the_group_and_is_delivered(
 async def test_websocket_handler_is_cancelled_only_with_the_option(
     manager: TaskManager, journal: Journal, option: Any, cancelled: bool
 ) -> None:
-    """A WebSocket's handler is told by the message; cancel_handler=True cancels one that does not listen."""
+    """A WebSocket's handler gets the message; cancel_handler=True cancels one that does not listen."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
@@ -1201,7 +1201,7 @@ async def test_websocket_handler_is_cancelled_only_with_the_option(
 
 
 async def test_websocket_handler_in_receive_is_never_cancelled(manager: TaskManager) -> None:
-    """Not even with cancel_handler=True: it has just been told."""
+    """Not even with cancel_handler=True: it has just received the message."""
     messages = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -1246,7 +1246,7 @@ async def test_sending_to_a_websocket_that_is_gone_raises(manager: TaskManager) 
 async def test_websocket_closed_by_the_application_is_complete(
     manager: TaskManager, journal: Journal
 ) -> None:
-    """What happens after the application's close is not the client leaving."""
+    """A close by the application is not a client that leaves."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
@@ -1364,7 +1364,7 @@ async def test_request_functions_need_a_request(function: Callable[[], object]) 
 async def test_server_without_asyncio_task_is_served(
     manager: TaskManager, journal: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A server that steps coroutines by itself has no task to cancel: the group is cancelled alone."""
+    """A server that steps coroutines itself has no task to cancel: only the group is cancelled."""
     loop = asyncio.get_running_loop()
     over = loop.create_future()
 
@@ -1399,7 +1399,7 @@ async def test_server_without_asyncio_task_is_served(
 
 
 async def test_failing_handler_does_not_wait_for_tasks(manager: TaskManager, journal: Journal) -> None:
-    """With on_exit="wait" a handler that fails has its 500 still to be sent: its tasks are cancelled."""
+    """With on_exit="wait", a failed handler's 500 is still to be sent, so its tasks are cancelled."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         create_task(journal.work("slow", 300))
@@ -1416,7 +1416,7 @@ async def test_failing_handler_does_not_wait_for_tasks(manager: TaskManager, jou
 async def test_task_that_ignores_its_cancellation_does_not_hold_a_request_forever(
     manager: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After a bound the request goes on, and what still runs is named and stays with the manager."""
+    """After a bound, the request ends; tasks that still run are logged by name and stay with the manager."""
 
     async def deaf() -> None:
         with suppress(asyncio.CancelledError):
@@ -1468,7 +1468,7 @@ async def test_rule_for_handlers_is_a_plain_function(manager: TaskManager) -> No
 async def test_rule_that_gives_a_coroutine_keeps_the_handler(
     manager: TaskManager, journal: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A rule that gives something to be awaited has not decided: the handler goes on, and it is logged."""
+    """A rule that returns an awaitable has not decided: the handler keeps running; the error is logged."""
 
     async def decide() -> bool:
         return True

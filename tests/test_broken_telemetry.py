@@ -473,7 +473,7 @@ async def test_duration_is_recorded_whatever_else_raises(call: str, recorder: Sp
 async def test_second_manager_of_a_raising_provider_logs_for_itself(
     recorder: SpanRecorder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What names a task is logged once for each manager, however many tasks there are."""
+    """The error is logged once per manager, however many tasks there are."""
     for _ in range(2):
         manager, _ = hostile(recorder, "start_span")
         await ended(*(manager.create_task(give(1)) for _ in range(10)))
@@ -503,7 +503,7 @@ class NoLinksProvider(TracerProvider):
 async def test_span_that_takes_no_links_has_its_origin_as_attributes(
     recorder: SpanRecorder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What cancelled a task is on its span, where no link can be added, as two ids; nothing warns."""
+    """Where no link can be added, two ids on the span name the origin of its cancellation; nothing warns."""
     manager = TaskManager(tracer_provider=NoLinksProvider(recorder.provider))
     task = manager.create_task(rest(), name="work")
     await settle()
@@ -678,7 +678,7 @@ async def test_equal_providers_are_still_two(recorder: SpanRecorder, spans: Span
 
 
 async def test_instruments_are_dropped_with_their_provider() -> None:
-    """A provider that nobody holds any more takes its entry in the table with it."""
+    """When a provider is freed, its entry in the table is dropped."""
     provider = Unhashable(metrics.NoOpMeterProvider())
     link = weakref.ref(provider)
     manager = TaskManager(meter_provider=provider)

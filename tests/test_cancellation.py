@@ -38,7 +38,7 @@ def test_cause_can_be_made_outside_of_a_loop() -> None:
 
 
 async def test_cause_made_in_a_callback_has_no_asker() -> None:
-    """No task asks in a bare callback of the loop."""
+    """In a bare callback of the loop, no task makes the request."""
     made: list[CancelCause] = []
     asyncio.get_running_loop().call_soon(lambda: made.append(CancelCause.make(CancelKind.TIMEOUT)))
     await settle()
@@ -139,7 +139,7 @@ def test_grandchild_below_a_set_child_is_reached_once() -> None:
 
 
 def test_second_thread_waits_until_the_first_has_reached_all() -> None:
-    """Rule 1, for both: a set() that finds the event set waits for the one that still goes down."""
+    """Rule 1, for both threads: a set() that finds the event set waits until the first is through."""
     event = CancelEvent()
     event.set(CAUSE)
     returned = threading.Event()

@@ -463,7 +463,7 @@ def own(
 async def test_cause_is_the_same_at_every_depth(
     way: Callable[[World, Shape], Awaitable[Cause]], shape: Shape, spans: SpanRecorder
 ) -> None:
-    """Every task below the place where a cancellation begins ends with its cause, whatever stands between."""
+    """Every task below the origin of a cancellation ends with its cause, whatever is in between."""
     world = World(spans)
     expected = await way(world, shape)
     await settle()
@@ -526,7 +526,7 @@ async def test_managed_task_of_a_request_has_its_own_name() -> None:
 
 
 async def test_callback_has_no_name() -> None:
-    """No task asks."""
+    """No task makes the request."""
 
     async def in_callback(ask: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_soon(ask)
@@ -639,7 +639,7 @@ async def test_asyncio_group_whose_block_raises_ends_the_awaited_tasks(spans: Sp
 async def test_asyncio_group_that_is_cancelled_ends_tasks_awaited_in_nested_groups(
     spans: SpanRecorder,
 ) -> None:
-    """Between plain tasks that nobody watches, the group that was cancelled is found from below."""
+    """Between unwatched plain tasks, the cancelled group is found from below."""
     world = World(spans)
     groups: list[Any] = []
 
@@ -690,7 +690,7 @@ async def test_asyncio_that_keeps_its_state_elsewhere_breaks_no_cancellation(
 
 
 async def test_timeout_of_a_managed_task_itself_is_no_cause_of_its_own() -> None:
-    """Its blocks are cancelled by it; the task goes on, and is not being cancelled for any reason."""
+    """A task's timeout cancels its blocks; the task itself continues and has no cause."""
     manager = TaskManager()
     inner: list[ManagedTask[None]] = []
 
@@ -752,7 +752,7 @@ def test_control_c_is_a_shutdown() -> None:
 
 
 async def test_several_have_the_same_task_watched() -> None:
-    """The last one that lets go leaves it as it was."""
+    """The last one that stops watching restores the task."""
     task = asyncio.create_task(rest())
     watch_cancels(task, None)
     with covered(task, lambda task, message: message == "not you"):

@@ -124,7 +124,7 @@ def test_clock_put_onto_a_loop_is_the_loops_own(
     patch: Callable[[], float],
     loops: list[asyncio.AbstractEventLoop],
 ) -> None:
-    """A time() that a test sets on the object counts, and so does the next one that it sets."""
+    """A time() that a test sets on the loop object counts, and so does a later one."""
     loops.append(make_loop())
     loop: Any = loops[0]
     loop.time = patch
@@ -155,7 +155,7 @@ def test_clock_is_chosen_once_for_a_loop(loops: list[asyncio.AbstractEventLoop])
 
 
 def test_choice_keeps_no_loop_alive() -> None:
-    """What is remembered of a loop goes with it."""
+    """What is cached for a loop is dropped with it."""
     loop = VirtualClockLoop()
     clock.clock_of(loop)
     loop.close()
@@ -334,7 +334,7 @@ async def test_event_set_by_a_function_in_a_thread_is_on_the_clock_of_the_loop()
 
 
 def test_cause_without_a_loop_is_on_the_systems_clock() -> None:
-    """Where nothing tells for which loop a cause is, it has the clock of real loops."""
+    """A cause that belongs to no known loop has the clock of real loops."""
     cause = CancelCause.make(CancelKind.EXPLICIT)
     assert cause.at == pytest.approx(clock.monotonic(), abs=60.0)
     assert cause.asked_by is None
@@ -411,7 +411,7 @@ def test_stamps_are_of_today_to_the_microsecond() -> None:
 
 
 async def test_durations_in_dictionaries_are_rounded_to_the_microsecond() -> None:
-    """What a float has beyond that is noise."""
+    """Digits beyond the microsecond are noise."""
     manager = TaskManager()
     task = manager.create_task(asyncio.sleep(0.1 + 0.2))
     await asyncio.sleep(0.1 + 0.2 - 0.1)
@@ -451,7 +451,7 @@ def test_stamps_follow_a_wall_clock_that_is_set(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_stamps_of_a_failure_are_stable_too() -> None:
-    """Of what the history keeps in full as of what it keeps in short."""
+    """They are stable for records kept in full and for compact ones."""
     manager = TaskManager()
     task = await manager.start_task("bad", lambda: fail(ValueError("no")))
     await asyncio.wait([task])

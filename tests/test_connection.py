@@ -143,7 +143,7 @@ async def test_disconnect_cancels_group_and_safe_handler() -> None:
     ],
 )
 async def test_disconnect_is_noticed_on_servers_with_quirks(quirk: str) -> None:
-    """Whatever the server's habits, a disconnect cancels the group and the call returns."""
+    """On each of these servers, a disconnect cancels the group and the call returns."""
     cancelled = []
 
     async def work() -> None:
@@ -256,7 +256,7 @@ async def test_application_reading_is_the_watcher() -> None:
 
 
 async def test_watching_begins_when_the_application_has_stopped_reading() -> None:
-    """A long upload read by the application is watched once the application goes on without reading."""
+    """A long upload that the application reads is watched once the application stops reading."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await drain(receive)
@@ -288,7 +288,7 @@ async def test_watching_begins_after_a_cancelled_read() -> None:
 
 
 async def test_second_reader_of_the_application_takes_over_from_a_cancelled_one() -> None:
-    """When the reading task is cancelled, another one that waits reads in its place."""
+    """When the reading task is cancelled, another waiting one reads in its place."""
     messages = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -306,7 +306,7 @@ async def test_second_reader_of_the_application_takes_over_from_a_cancelled_one(
 
 
 async def test_body_read_ahead_is_delivered_in_order_without_suspending() -> None:
-    """What the watcher has read comes out of receive() in order, each without a turn of the loop."""
+    """Messages that the watcher read come out of receive() in order, without a turn of the loop for each."""
     bodies = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -364,7 +364,7 @@ async def test_waiter_wakes_when_the_watcher_reads() -> None:
 
 
 async def test_unread_body_is_not_taken_into_memory() -> None:
-    """The watcher stops at the buffer limit, and goes on once the application has read."""
+    """The watcher stops at the buffer limit, and continues once the application has read."""
     taken = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -443,7 +443,7 @@ async def test_spurious_empty_request_after_the_body_is_dropped(wait: float) -> 
 
 @pytest.mark.parametrize("reads", [True, False])
 async def test_server_that_repeats_an_empty_request_does_not_stop_the_loop(reads: bool) -> None:
-    """A receive() that returns the same message at once, as in hand-made tests, starves nobody."""
+    """A receive() that returns the same message at once, as in handwritten tests, starves no task."""
     calls = []
 
     async def receive() -> Any:
@@ -571,7 +571,7 @@ async def test_send_that_fails_after_the_disconnect_was_noticed_changes_nothing(
 
 
 async def test_other_errors_of_receive_are_met_by_the_application() -> None:
-    """The watcher is silent about an error that is no disconnect; the application's read raises it."""
+    """The watcher ignores an error that is no disconnect; the application's read raises it."""
     raised = []
 
     async def broken() -> Any:
@@ -669,7 +669,7 @@ async def test_response_is_complete_with_its_very_last_message(trailers: bool, l
 
 
 async def test_sends_after_the_disconnect_are_not_forwarded() -> None:
-    """A handler that goes on may send its response; it reaches nobody, and nobody hangs."""
+    """A handler that keeps running may send its response; nothing receives it, and nothing hangs."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(1)
@@ -682,7 +682,7 @@ async def test_sends_after_the_disconnect_are_not_forwarded() -> None:
 
 @pytest.mark.parametrize(("version", "raises"), [("2.4", True), ("2.5", True), ("2.3", False), ("3.0", True)])
 async def test_endless_stream_is_ended_by_an_error(version: str, raises: bool) -> None:
-    """A stream that goes on after the disconnect gets an OSError, from the version of ASGI that has it."""
+    """A stream that continues after the disconnect gets an OSError, in the ASGI versions that have it."""
     errors = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

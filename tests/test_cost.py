@@ -49,7 +49,7 @@ def test_every_scenario_has_its_baseline(counts: Counts) -> None:
 
 
 def test_growth_is_reported_with_its_difference() -> None:
-    """What has grown is named with both figures; what has shrunk, or grown by less than 1 %, is not."""
+    """A count that has grown is named with both figures; one that shrank or grew by less than 1 % is not."""
     before = {"task": {"calls": 20.0, "instructions": 300.0, "bytes": 900.0}}
     now = {"task": {"calls": 23.0, "instructions": 303.0, "bytes": 800.0}}
 

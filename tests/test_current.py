@@ -174,7 +174,7 @@ async def serve(manager: TaskManager, body: Callable[[], Awaitable[object]], met
 async def test_request_has_its_manager(
     place: Callable[[], Awaitable[TaskManager]], shop: TaskManager
 ) -> None:
-    """Whatever takes no manager uses that of the request in which it runs."""
+    """Everything that takes no manager uses that of the request it runs in."""
     before = global_task_manager.stats().created
     async with shop:
         assert await serve(shop, place) is shop
@@ -185,7 +185,7 @@ async def test_request_has_its_manager(
 async def test_managed_task_has_its_manager(
     place: Callable[[], Coroutine[Any, Any, TaskManager]], shop: TaskManager
 ) -> None:
-    """Whatever takes no manager uses that of the managed task in which it runs."""
+    """Everything that takes no manager uses that of the managed task it runs in."""
     before = global_task_manager.stats().created
     async with shop:
         assert await shop.create_task(place()) is shop

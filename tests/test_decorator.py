@@ -239,7 +239,7 @@ def test_sync_function_is_refused() -> None:
 
 
 async def test_error_is_raised_to_the_caller() -> None:
-    """What the function raises comes out of the call, with its own traceback."""
+    """The function's exception is raised by the call, with its own traceback."""
 
     @managed_task
     async def work() -> None:
@@ -250,7 +250,7 @@ async def test_error_is_raised_to_the_caller() -> None:
 
 
 async def test_function_that_ignores_its_cancellation_gives_its_result() -> None:
-    """As with any awaited task: a caller whose task swallows the cancellation goes on."""
+    """As with any awaited task, a caller whose task swallows the cancellation continues."""
 
     @managed_task
     async def work() -> str:

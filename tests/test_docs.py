@@ -255,7 +255,7 @@ def test_every_python_block_is_found() -> None:
 
 @pytest.mark.parametrize(("page", "code"), ALONE, ids=lambda value: value if value.startswith("docs") else "")
 def test_every_block_runs_and_prints_its_comments(page: str, code: str) -> None:
-    """Each block runs by itself, without a warning; where a comment says what is printed, it is."""
+    """Each block runs by itself, without a warning, and prints the output in its comments."""
     wanted = promised_output(code)
     printed = run_block(code).splitlines()
     if wanted:
@@ -264,7 +264,7 @@ def test_every_block_runs_and_prints_its_comments(page: str, code: str) -> None:
 
 @pytest.mark.parametrize(("page", "words"), VISITS, ids=lambda value: value.rpartition("/")[2])
 def test_every_application_behaves_as_the_page_says(page: str, words: str) -> None:
-    """A client of the block's application, patient or not, finds what stands in the prose."""
+    """A client of the block's application, patient or not, gets what the prose says."""
     (code,) = [code for code in python_blocks(page) if words in code]
     script, wanted = VISITS[page, words]
     assert run_block(code + CLIENT.format(script=script)).splitlines() == wanted
@@ -377,13 +377,13 @@ def test_state_picture_shows_every_status_and_way() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
-    """Every relative link of a page is in the repository, also those that leave docs/."""
+    """Every relative link of a page leads to a file in the repository, inside or outside docs/."""
     targets = re.findall(r"\]\((?!http)([^)#\s]+)", (ROOT / page).read_text("utf-8"))
     assert [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()] == []
 
 
 def test_durations_of_the_kubernetes_page_fit_into_each_other() -> None:
-    """What may take its time one after another ends before the pod is killed."""
+    """The steps that run one after another end before the pod is killed."""
     text = (DOCS / "howto/kubernetes.md").read_text("utf-8")
     (block,) = yaml_blocks(text)
     pod = block["spec"]["template"]["spec"]

@@ -198,7 +198,7 @@ def test_nginx_that_caches_hides_a_hang_up(tmp_path: Path, app: tuple[int, Path]
 
 @pytest.mark.parametrize("passes_on", [True, False])
 def test_haproxy_needs_an_option(tmp_path: Path, app: tuple[int, Path], passes_on: bool) -> None:
-    """With `option abortonclose` in the defaults a hang-up is passed on, without it not."""
+    """HAProxy passes a hang-up on only with `option abortonclose` in the defaults."""
     changes = [] if passes_on else [("    option abortonclose\n", "")]
     command, port = haproxy(tmp_path, app[0], *changes)
     with running(command, port, tmp_path / "haproxy.out"):

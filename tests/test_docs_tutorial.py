@@ -136,7 +136,7 @@ def trees(text: str) -> list[list[list[str]]]:
 
 
 def test_the_other_blocks_are_python() -> None:
-    """What is not run above can be compiled, and the exporter that step 5 names exists."""
+    """The blocks that are not run above compile, and the exporter that step 5 names exists."""
     (jaeger,) = re.findall(r"^```python\n(from opentelemetry.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", jaeger],

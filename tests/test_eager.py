@@ -233,7 +233,7 @@ async def test_eager_tasks_inside_of_eager_tasks(manager: TaskManager) -> None:
 
 @needs_eager
 async def test_it_may_raise_at_once() -> None:
-    """A failure that nobody awaits is reported once; the creator gets the failed task."""
+    """A failure that no code awaits is reported once; the creator gets the failed task."""
     reported: list[tuple[str, str]] = []
     manager = TaskManager(
         eager_start=True, on_error=lambda info, error: reported.append((info.name, str(error)))
@@ -290,7 +290,7 @@ async def test_a_failure_at_once_in_a_block_raises_the_group(manager: TaskManage
 async def test_one_that_ended_at_once_can_be_found_and_cancelled(
     manager: TaskManager, error: BaseException
 ) -> None:
-    """It has no coroutine any more while its end is still to be booked; CPython 3.12.1 crashes over that."""
+    """Until its end is recorded, it has no coroutine, over which CPython 3.12.1 crashes."""
     tasks = [manager.create_task(fail(error), group="g") for _ in range(3)]
     manager.get_group("g").cancel()
     assert tasks[0].cancel("why") is False
@@ -316,7 +316,7 @@ async def test_a_failure_at_once_at_the_end_of_a_block(manager: TaskManager) -> 
 
 @needs_eager
 async def test_it_may_cancel_itself_in_its_first_step(manager: TaskManager) -> None:
-    """Then it ends at its first await, as one that cancels itself later does."""
+    """It ends at its first await, as a task that cancels itself later does."""
 
     async def give_up() -> None:
         task = current_task()
@@ -335,7 +335,7 @@ async def test_it_may_cancel_itself_in_its_first_step(manager: TaskManager) -> N
 
 @needs_eager
 async def test_it_may_raise_cancelled_error_at_once(manager: TaskManager) -> None:
-    """Nobody asked: it is a foreign one."""
+    """No code requested it, so its cause is foreign."""
 
     async def leave() -> None:
         raise asyncio.CancelledError
@@ -381,7 +381,7 @@ def test_system_exit_passes_through(manager: TaskManager, error: BaseException) 
 
 @needs_eager
 async def test_context_variables_of_an_eager_task(manager: TaskManager) -> None:
-    """Its first step runs in a copy of the creator's context, or in the one that was given."""
+    """Its first step runs in a copy of the creator's context, or in the given context."""
 
     async def change(to: str) -> str:
         before = here.get()
@@ -492,7 +492,7 @@ async def test_listeners_hear_of_eager_tasks_in_order(manager: TaskManager) -> N
 
 @needs_eager
 async def test_a_queued_task_is_not_eager() -> None:
-    """It begins when it gets its place; one that finds a place begins at once."""
+    """It starts when it gets its place; if a place is free, it starts immediately."""
     manager = TaskManager(max_concurrency=1, eager_start=True)
     heard: list[tuple[str, str]] = []
     manager.add_listener(lambda event, info: heard.append((event, info.name)))

@@ -101,7 +101,7 @@ async def test_search_does_not_wait_for_a_supplier_past_its_timeout() -> None:
 
 
 async def test_a_failing_hotel_chain_cancels_the_other_and_counts_as_one_failure() -> None:
-    """The nested group is scoped: one failed chain ends it as a whole, and the request goes on."""
+    """The nested group is scoped: one failed chain ends it as a whole, and the request continues."""
     connection = get("/search/Rome", "fail=harbour")
     await connection.run(fastapi_app.app)
     assert set(json.loads(connection.body)["missing"]) == {"hotels"}
@@ -121,7 +121,7 @@ async def test_hanging_up_a_search_stops_everything_below_it() -> None:
 
 
 async def test_an_order_whose_client_hangs_up_is_paid_and_confirmed() -> None:
-    """The payment is not torn and its message is sent; only what served the response alone is cancelled."""
+    """The payment is not interrupted and its message is sent; only work for the response is cancelled."""
     connection = post("/orders", {"reference": "a-1", "city": "Oslo"})
     await hang_up_after(0.12, connection)
     assert fastapi_app.orders == {"a-1": "paid"}
@@ -171,7 +171,7 @@ async def test_a_websockets_tasks_end_with_it() -> None:
 
 
 async def test_an_export_outlives_its_request_and_reports_progress() -> None:
-    """The job is the application's; its stream ends with it, and who comes late is told the end."""
+    """The job belongs to the application; its stream ends with it, and a late client gets the end."""
     started = post("/exports", {"city": "Oslo"})
     await started.run(fastapi_app.app)
     assert started.status == 202
@@ -205,7 +205,7 @@ async def test_an_export_continues_when_its_watcher_leaves() -> None:
 
 @pytest.mark.parametrize("name", ["nobody", "send_confirmation"])
 async def test_only_exports_can_be_watched(name: str) -> None:
-    """What is no export is not there, also where a task of another group has that name."""
+    """Other tasks are not found, even a task of that name in another group."""
     task = fastapi_app.manager.create_task(asyncio.sleep(1), name="send_confirmation", group="outbox")
     unknown = get(f"/exports/{name}/progress")
     await unknown.run(fastapi_app.app)
@@ -270,7 +270,7 @@ def test_a_tree_is_drawn_with_children_below_parents() -> None:
 
 
 def test_the_moment_of_the_hang_up_is_marked() -> None:
-    """The mark stands above the place in the bars at which the client left, on either side of its words."""
+    """The mark is above the bars, where the client left, on either side of its label."""
     late = drawn(span("root", 0.0, 1.0), hung_up_at=0.5)[0]
     early = drawn(span("root", 0.0, 1.0), hung_up_at=0.0)[0]
     assert "client leaves ▼" in late
@@ -281,7 +281,7 @@ def test_the_moment_of_the_hang_up_is_marked() -> None:
 
 
 def test_a_span_whose_parent_did_not_come_hangs_below_a_line_that_says_so() -> None:
-    """What Jaeger shows as incomplete is drawn as incomplete, below the trees that have a root."""
+    """An incomplete trace, as Jaeger calls it, is drawn below the trees that have a root."""
     lines = drawn(
         span("first", 0.0, 1.0, "lost"),
         span("below", 0.0, 1.0, "first"),
@@ -397,7 +397,7 @@ def test_a_serving_demo_ends_its_service_when_interrupted(
 
 @pytest.mark.e2e
 def test_a_serving_demo_draws_each_request_and_shows_the_log(environment: dict[str, str]) -> None:
-    """What a newcomer sends is answered in the terminal: by its tree, once, and by the service's lines."""
+    """The terminal shows each request's tree, once, and the lines of the service's log."""
     process = subprocess.Popen(
         [sys.executable, DEMO, "--serve"],
         env=environment | {"PYTHONUNBUFFERED": "1"},

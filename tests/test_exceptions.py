@@ -46,7 +46,7 @@ def test_every_error_has_one_base(error: type[Exception]) -> None:
 
 
 def test_errors_derive_from_those_of_the_standard_library() -> None:
-    """Who catches KeyError or RuntimeError, as around asyncio's own, is served."""
+    """Code that catches KeyError or RuntimeError, as around asyncio's own, catches these too."""
     assert issubclass(TaskNotFoundError, KeyError)
     for error in (GroupClosedError, ManagerClosedError, WrongLoopError, WrongThreadError):
         assert issubclass(error, RuntimeError)
@@ -238,7 +238,7 @@ STARTING: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("factory", "message"), STARTING, ids=["number", "function"])
 async def test_start_task_with_no_coroutine_shows_the_right_line(factory: Any, message: str) -> None:
-    """What makes no coroutine is refused with what would."""
+    """A function that makes no coroutine is refused, and the message shows the right line."""
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         await TaskManager().start_task("a", factory)
 
@@ -297,7 +297,7 @@ LOOKING: list[tuple[Callable[[TaskManager, Any], object], str]] = [
 async def test_task_in_place_of_a_name_is_refused(
     look: Callable[[TaskManager, Any], object], message: str
 ) -> None:
-    """A task where a name belongs is not taken for one that is not there; nothing is cancelled."""
+    """A task in place of a name is an error and not an unknown name; nothing is cancelled."""
     manager = TaskManager()
     task = manager.create_task(give(1), name="a")
     with pytest.raises(TypeError, match=message):
@@ -325,7 +325,7 @@ async def test_refused_coroutine_function_is_not_called() -> None:
 
 
 async def test_callable_object_is_named_by_its_class() -> None:
-    """What has no name of its own is named by its type."""
+    """A callable without a name is named after its type."""
 
     class Work:
         def __call__(self) -> None: ...

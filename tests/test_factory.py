@@ -142,7 +142,7 @@ async def test_each_managed_task_has_the_scope_of_the_factory(create: Create, qu
 
 
 async def test_factory_that_is_set_late_counts_and_one_that_is_removed_does_not(use: Use) -> None:
-    """A manager that has tasks already asks the factory for the next one."""
+    """A manager that already has tasks calls the factory for the next one."""
     scopes = Scopes()
     manager = TaskManager()
     await manager.create_task(give(1))
@@ -341,7 +341,7 @@ async def test_cancelled_before_its_first_step_nothing_is_left_unawaited(
 
 
 async def test_refused_task_is_closed(use: Use) -> None:
-    """The factory is not asked for a task that is refused."""
+    """The factory is not called for a task that is refused."""
     scopes = Scopes()
     use(scopes)
     manager = TaskManager(max_concurrency=1, max_queue=0)
@@ -495,7 +495,7 @@ async def test_factory_that_makes_no_task_is_not_used(use: Use, caplog: pytest.L
 
 
 async def test_factory_that_makes_no_task_of_one_coroutine_is_an_error(use: Use) -> None:
-    """It has taken the coroutine: the caller is told, and nothing is left unawaited."""
+    """The factory has taken the coroutine: the caller gets the error, and nothing is left unawaited."""
     use(lambda loop, coro, **options: None if coro.__name__ == "give" else make_traced(loop, coro, **options))
     manager = TaskManager()
     with pytest.raises(RuntimeError, match="returned None, which is no task"):
@@ -553,7 +553,7 @@ async def test_task_that_the_factory_keeps_ends_with_the_managed_one(
 
 
 async def test_task_that_the_factory_keeps_without_a_callback_ends_too(use: Use) -> None:
-    """A list that somebody looks through shows which tasks are done."""
+    """A factory's list of tasks shows which ones are done."""
     kept: list[asyncio.Task[Any]] = []
 
     def factory(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
@@ -606,7 +606,7 @@ async def test_factory_may_use_asyncios_task_in_python(use: Use) -> None:
 
 
 async def test_factory_sees_the_loop(use: Use) -> None:
-    """What it gets looks, compares and schedules as the loop does, also after it has returned."""
+    """The factory's loop argument looks, compares, and schedules like the loop, even after the call."""
     loop = asyncio.get_running_loop()
     seen: list[Any] = []
 
@@ -633,7 +633,7 @@ async def test_factory_sees_the_loop(use: Use) -> None:
 
 @pytest.mark.parametrize("own_loop", [False, True])
 def test_loop_that_keeps_its_factory_to_itself(own_loop: bool) -> None:
-    """uvloop's loop has no attribute for it; it is asked, whenever a task is created."""
+    """uvloop's loop has no attribute for it; the loop is asked each time a task is created."""
     uvloop = pytest.importorskip("uvloop")
     scopes = Scopes()
 

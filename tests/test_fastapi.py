@@ -113,7 +113,7 @@ async def test_without_middleware_a_dependency_says_what_is_missing(name: str, d
 
 
 def test_one_import_line_is_enough_for_an_application() -> None:
-    """What otel_tasks.asgi exports, otel_tasks.fastapi exports too, as the same objects."""
+    """otel_tasks.fastapi also exports everything that otel_tasks.asgi exports, as the same objects."""
     assert set(asgi.__all__) < set(fastapi_module.__all__)
     assert all(getattr(fastapi_module, name) is getattr(asgi, name) for name in asgi.__all__)
 
@@ -237,7 +237,7 @@ async def test_is_disconnected_still_works(manager: TaskManager, behind: bool) -
 async def test_disconnect_behind_base_http_middleware(
     manager: TaskManager, where: str, method: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Tasks and handler end quietly, on whichever side of it the middleware stands."""
+    """Tasks and handler end without an error on either side of that middleware."""
     ended = []
     app = FastAPI()
 
@@ -271,7 +271,7 @@ async def test_disconnect_behind_base_http_middleware(
 
 
 async def test_body_that_comes_late_is_read_whole(app: FastAPI) -> None:
-    """A body read ahead, in part or in whole, is the endpoint's as ever."""
+    """The endpoint gets a body that was read ahead, in part or in whole."""
 
     @app.post("/")
     async def route(request: Request) -> int:
@@ -419,7 +419,7 @@ async def test_lifespan_runs_in_an_application(manager: TaskManager) -> None:
 
 
 async def test_inner_lifespan_outlives_the_tasks(manager: TaskManager) -> None:
-    """The application's own resources are there until the last task has ended; its state is passed on."""
+    """The application's own resources last until the last task has ended; its state is passed through."""
     log = []
 
     @asynccontextmanager

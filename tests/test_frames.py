@@ -87,7 +87,7 @@ async def has_a_block() -> None:
 async def test_place_of_a_waiting_task(
     function: Callable[[], Coroutine[Any, Any, None]], where: str, calls: str | None
 ) -> None:
-    """The line is the innermost of the user's, through whatever is awaited; and what it called is told."""
+    """The line is the innermost one of the user's code, through every await, with the call made there."""
     task = asyncio.create_task(function())
     await settle()
 
@@ -117,7 +117,7 @@ async def test_ended_task_is_nowhere() -> None:
 
 
 async def test_place_of_the_running_task_is_in_what_it_calls() -> None:
-    """Of the task that runs, the plain functions that it has called count too, and nothing around it."""
+    """For the running task, the plain functions it has called count too, but nothing around it."""
 
     def helper() -> list[types.FrameType]:
         task = asyncio.current_task()
@@ -134,7 +134,7 @@ async def test_place_of_the_running_task_is_in_what_it_calls() -> None:
 
 
 def test_frames_are_taken_once() -> None:
-    """One look at all threads serves for all that is asked of it, and holds none of the frames that look."""
+    """One look at all threads serves all questions, and keeps none of the looking frames."""
     stacks = Stacks()
 
     first, second = stacks.of_thread(threading.get_ident()), stacks.of_thread(threading.get_ident())
@@ -163,7 +163,7 @@ async def test_interrupted_frame_stands_for_its_thread() -> None:
 
 
 async def test_lines_of_libraries_count_for_the_user_only_where_there_are_none_of_theirs() -> None:
-    """A library's line stands for the user's where there is none, the innermost library's first."""
+    """A library's line replaces the user's only if there is none; the innermost library's comes first."""
     inner = made(
         "/venv/lib/python3/site-packages/wire/io.py", "async def read():\n    await wait()", wait=event_wait
     )
@@ -183,7 +183,7 @@ async def test_lines_of_libraries_count_for_the_user_only_where_there_are_none_o
 
 
 async def test_installed_application_is_at_home() -> None:
-    """Of a task whose function is an installed package's, the lines of that package are the user's."""
+    """If a task's function is from an installed package, the lines of that package are the user's."""
     inner = made(
         "/venv/lib/python3/site-packages/wire/io.py", "async def read():\n    await wait()", wait=event_wait
     )
@@ -198,7 +198,7 @@ async def test_installed_application_is_at_home() -> None:
 
 
 async def test_only_the_standard_library() -> None:
-    """Where nothing else is there, the innermost line of the standard library is told."""
+    """If there is nothing else, the innermost line of the standard library is shown."""
     place = await seen(lambda: asyncio.sleep(3600))
 
     assert place.at is not None
@@ -225,7 +225,7 @@ class Endless:
 
 @pytest.mark.parametrize("odd", [object, Odd, Endless, MagicMock])
 def test_odd_awaitables_end_the_search(odd: type[object]) -> None:
-    """What shows no frames, shows wrong ones, raises or leads nowhere is no error."""
+    """An awaitable that has no frames, has wrong ones, raises, or leads nowhere is no error."""
     assert suspended_frames(odd()) == []
 
 
@@ -239,7 +239,7 @@ def test_odd_tasks_are_nowhere() -> None:
 def test_path_below_the_working_directory_is_shortened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In text a path is told from the working directory on, as far as there is one."""
+    """Text shows a path relative to the working directory if the path is below it."""
     monkeypatch.chdir(tmp_path)
     location = Location(str(tmp_path / "shop" / "jobs.py"), 7, "job")
 

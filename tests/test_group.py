@@ -45,7 +45,7 @@ async def test_name_is_made_from_the_functions_name() -> None:
 
 
 async def test_made_name_avoids_a_given_one() -> None:
-    """A made name that somebody has given already is passed over."""
+    """A generated name skips names that were given to other tasks."""
     manager = TaskManager()
     manager.create_task(give(0), name="give-1")
     assert manager.create_task(give(1)).name == "give-2"
@@ -53,7 +53,7 @@ async def test_made_name_avoids_a_given_one() -> None:
 
 
 async def test_made_name_avoids_as_many_as_were_given() -> None:
-    """Who numbers thousands of tasks of their own may leave the next one to the library."""
+    """After thousands of names with numbers, the library can still generate the next one."""
     manager = TaskManager()
     for number in range(1, 2001):
         manager.create_task(give(number), name=f"give-{number}")
@@ -62,7 +62,7 @@ async def test_made_name_avoids_as_many_as_were_given() -> None:
 
 
 async def test_name_may_be_a_member_of_an_enumeration() -> None:
-    """Of a str that is an Enum too its characters are the name, wherever it is asked for."""
+    """The characters of a str that is also an Enum are the name, wherever it is read."""
 
     class Work(str, enum.Enum):  # noqa: UP042  # a StrEnum's text is its characters anyway
         SYNC = "sync"
@@ -101,7 +101,7 @@ async def test_scoped_group_has_names_of_its_own() -> None:
 
 
 async def test_name_is_free_again_after_the_end() -> None:
-    """Only live tasks hold their names; one that is done does not, even before its callbacks have run."""
+    """Only live tasks hold their names; a done task does not, even before its callbacks have run."""
     manager = TaskManager()
     manager.create_task(give(1), name="a")
     await asyncio.sleep(0)
@@ -175,7 +175,7 @@ async def test_conflict_replace_waits_for_the_old_ones_end() -> None:
 
 
 async def test_replaced_replacement_still_waits_for_the_first() -> None:
-    """A third task waits for the first one too, although the second has never begun."""
+    """A third task waits for the first one too, although the second never started."""
     manager = TaskManager()
     first = manager.create_task(ignore_cancels(50), name="a")
     await settle()
@@ -231,7 +231,7 @@ async def test_refused_replacement_leaves_the_old_one_alone() -> None:
 
 @pytest.mark.parametrize("on_conflict", ["suffix", "error", "return", "replace"])
 async def test_conflict_with_a_task_that_is_just_done_is_none(on_conflict: OnConflict) -> None:
-    """A task that is done, its callbacks still to come, is in nobody's way."""
+    """A task that is done, with its callbacks still to run, causes no conflict."""
     manager = TaskManager()
     old = manager.create_task(give("old"), name="a")
     await asyncio.sleep(0)
@@ -248,7 +248,7 @@ async def test_conflict_with_a_task_that_is_just_done_is_none(on_conflict: OnCon
 
 
 async def test_labelled_group_is_made_on_first_use_and_kept_while_used() -> None:
-    """The same name is the same group for as long as somebody uses it."""
+    """The same name is the same group as long as it is used."""
     manager = TaskManager()
     task = manager.create_task(rest(), group="ingest")
     group = manager.get_group("ingest")
@@ -292,7 +292,7 @@ async def test_failure_in_a_labeled_group_stays_with_its_task() -> None:
 
 
 async def test_cancelling_a_group_reaches_its_descendants_and_nothing_else() -> None:
-    """Cancelling "ingest" cancels "ingest.fetch" and scoped groups below it; the rest goes on."""
+    """Cancelling "ingest" cancels "ingest.fetch" and scoped groups below it; other tasks continue."""
     manager = TaskManager()
     inside = [manager.create_task(rest(), group=name) for name in ("ingest", "ingest.fetch", "ingest.a.b")]
     outside = [manager.create_task(rest(), group=name) for name in ("ingestion", "other", None)]
@@ -389,7 +389,7 @@ async def test_join_waits_for_all_that_is_below() -> None:
 
 
 async def test_join_waits_for_tasks_created_meanwhile() -> None:
-    """A task that starts another one while somebody joins is waited for with it."""
+    """join() also waits for a task that is started while it waits."""
     manager = TaskManager()
     group = manager.get_group("g")
 
@@ -404,7 +404,7 @@ async def test_join_waits_for_tasks_created_meanwhile() -> None:
 
 
 async def test_join_of_a_task_that_is_just_done_returns() -> None:
-    """A task whose callbacks have still to run does not keep join() busy."""
+    """A done task whose callbacks have not run does not keep join() busy."""
     manager = TaskManager()
     task = manager.create_task(give(1))
     await asyncio.sleep(0)
@@ -497,7 +497,7 @@ async def test_create_task_joins_the_enclosing_tasks_group() -> None:
 
 
 async def test_outside_of_all_tasks_the_current_group_is_the_global_root() -> None:
-    """Where nothing else says so, a task belongs to the global manager."""
+    """By default, a task belongs to the global manager."""
     assert current_task() is None
     assert current_group() is global_task_manager.get_group("root")
     task = create_task(give(1))
@@ -534,7 +534,7 @@ async def test_binding_in_the_context_beats_the_current_task() -> None:
 
 
 async def test_create_task_closes_the_coroutine_where_the_binding_refuses() -> None:
-    """Whatever stands for the current group may refuse; the coroutine is closed then."""
+    """The stand-in for the current group may refuse; then the coroutine is closed."""
     from otel_tasks._core.binding import current_binding
 
     class Refusing:
@@ -609,7 +609,7 @@ async def test_block_below_a_group_that_has_not_been_entered_is_refused() -> Non
 
 
 async def test_block_below_a_finished_group_is_refused() -> None:
-    """A group that is over takes no work by way of a block below it, and does not come back into the tree."""
+    """A finished group takes no work through a block below it, and does not return to the tree."""
     manager = TaskManager()
     async with manager.group("a") as over:
         pass

@@ -117,7 +117,7 @@ async def test_empty_and_closed_manager() -> None:
 
 
 async def test_queue_is_shown_with_the_places_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits for a place is told which one it has, unless the queue is very long."""
+    """A queued task is shown with its place in the queue, unless the queue is very long."""
     async with TaskManager("shop", max_concurrency=1) as manager:
         manager.create_task(rest(), name="runs")
         manager.create_task(rest(), name="last", priority=TaskPriority.LOW)
@@ -216,7 +216,7 @@ async def test_blocks_are_shown_with_their_host_task() -> None:
 
 
 async def test_closed_group_says_so() -> None:
-    """A group that takes no new tasks, and is not being cancelled, tells why."""
+    """A group that takes no new tasks and is not being cancelled shows why."""
     async with TaskManager() as manager:
         group = RequestGroup.open(manager, "GET", binding=None, host=None)
         group.create_task(rest(), name="work")
@@ -259,7 +259,7 @@ def stays(release: threading.Event, began: threading.Event, returned: threading.
 
 @pytest.mark.real_clock
 async def test_thread_is_shown_where_it_is() -> None:
-    """Of a function in a thread the line is the thread's, also when its task has given it up."""
+    """For a function in a thread, the line is the thread's, even if its task has abandoned it."""
     release, began, returned = threading.Event(), threading.Event(), threading.Event()
     async with TaskManager(max_threads=1) as manager:
         task = manager.run_in_thread(stays, release, began, returned, name="stays", abandon=True)
@@ -323,7 +323,7 @@ async def test_tree_may_be_taken_in_any_thread() -> None:
 
 
 async def test_tree_taken_by_a_task_shows_it_where_it_is() -> None:
-    """The task that asks is at its own line."""
+    """The task that takes the tree is at its own line."""
     async with TaskManager() as manager:
 
         async def looks() -> TaskNode:
@@ -359,7 +359,7 @@ class OddCoroutine:
 
 
 async def test_odd_coroutine_is_listed_without_a_place() -> None:
-    """A coroutine that tells nothing, or raises when it is asked, is shown without a line."""
+    """A coroutine that has no frames, or raises when inspected, is shown without a line."""
     async with TaskManager() as manager:
         odd: Any = OddCoroutine()
         manager.create_task(odd, name="odd")
@@ -386,7 +386,7 @@ async def test_names_cannot_write_to_the_terminal() -> None:
 
 
 async def test_cause_without_a_moment() -> None:
-    """Where it was not seen when a task was asked to end, no duration is told."""
+    """If the time of the request is unknown, no duration is shown."""
     async with TaskManager() as manager:
         task = manager.create_task(rest(), name="work")
         await settle()
@@ -399,7 +399,7 @@ async def test_cause_without_a_moment() -> None:
 
 
 async def test_progress_without_a_total() -> None:
-    """Of an unknown total only what is done is told."""
+    """With an unknown total, only the finished part is shown."""
 
     async def counts() -> None:
         task = current_task()
@@ -458,7 +458,7 @@ def test_wrong_limit_is_refused(limit: Any) -> None:
 
 
 async def test_deep_tree_is_cut() -> None:
-    """What is nested deeper than anybody reads is counted: neither this nor JSON may run out of stack."""
+    """Deeply nested parts are counted instead, so that neither this nor JSON runs out of stack."""
     async with TaskManager() as manager:
         manager.create_task(rest(), name="deep", group=".".join(["a"] * 100))
         tree = manager.tree(limit=1000)
@@ -512,7 +512,7 @@ async def test_snapshot_holds_no_task() -> None:
 
 
 async def test_looking_keeps_nothing_until_the_next_collection() -> None:
-    """What the asking function has in its variables is freed when it returns, without the collector."""
+    """The inspecting function's variables are freed when it returns, without the collector."""
 
     class Thing:
         pass
@@ -574,7 +574,7 @@ def test_duration_in_few_characters(seconds: float, text: str) -> None:
 
 
 async def test_age_is_that_of_the_loop() -> None:
-    """Ages are told by the loop's own clock."""
+    """Ages are on the loop's own clock."""
     async with TaskManager() as manager:
         manager.create_task(rest(), name="work")
         begin = now()

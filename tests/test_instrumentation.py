@@ -192,7 +192,7 @@ async def test_disabled_instrumentation_traces_nothing_on_its_own(
 async def test_called_by_hand_it_starts_though_it_is_named_there(
     instrumentor: OtelTasksInstrumentor, spans: SpanRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who calls it himself has decided; as with every instrumentation."""
+    """An explicit call wins, as with every instrumentation."""
     monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", spans.provider)
     monkeypatch.setenv(DISABLED, "otel_tasks")
     instrumentor.instrument()
@@ -329,7 +329,7 @@ def places(app: FastAPI) -> list[str]:
 
 
 def test_it_stands_outside_of_all_but_telemetry(instrumentor: OtelTasksInstrumentor) -> None:
-    """What other middleware starts belongs to the request too, and the server's span is current around it."""
+    """Tasks that other middleware starts belong to the request too, below the server's span."""
     instrumentor.instrument(fastapi_middleware=True)
     app = shop()
     app.add_middleware(GZipMiddleware)
@@ -386,7 +386,7 @@ def test_application_with_the_middleware_keeps_its_own(
 
 
 def test_middleware_made_by_a_plain_function_is_left_where_it_is() -> None:
-    """What is no class is not asked what it is."""
+    """Middleware that is no class is not inspected."""
     made = Middleware(lambda app: app)
 
     assert [entry.cls for entry in with_task_groups([made])] == [TaskGroupMiddleware, made.cls]
@@ -474,7 +474,7 @@ def test_unknown_argument_is_named(
 def test_missing_fastapi_is_named(
     instrumentor: OtelTasksInstrumentor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where FastAPI is not installed the error says what to install, and is one that is shown."""
+    """Without FastAPI, the error says what to install, and it is one that is shown."""
     monkeypatch.setitem(sys.modules, "fastapi", None)
     with pytest.raises(ImportError, match=r"install otel-tasks\[fastapi\]") as caught:
         instrumentor.instrument(fastapi_middleware=True)
@@ -513,7 +513,7 @@ def test_entry_point_leads_to_the_instrumentor() -> None:
 
 @pytest.mark.parametrize("code", python_blocks("docs/howto/zero-code.md"))
 def test_blocks_of_the_page_run(code: str) -> None:
-    """What the page shows in Python runs, without a warning or a word on stderr."""
+    """The page's Python blocks run, without a warning or a word on stderr."""
     assert run_block(code) == ""
 
 

@@ -39,7 +39,7 @@ E = TypeVar("E", bound=Exception)
 
 
 async def test_failure_that_nobody_awaits_is_logged_at_once(caplog: pytest.LogCaptureFixture) -> None:
-    """Without on_error such a failure is logged at ERROR with its traceback, and not again by asyncio."""
+    """Without on_error, the failure is logged at ERROR with its traceback, and not again by asyncio."""
     TaskManager().create_task(fail(ValueError("no")), name="bad")
     await settle()
     [record] = caplog.records
@@ -74,7 +74,7 @@ async def test_failure_that_somebody_awaits_is_not_logged(caplog: pytest.LogCapt
 
 
 async def test_failure_after_the_awaiter_gave_up_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """A waiter that has gone does not count as one who waits."""
+    """A waiter that has gone does not count."""
     manager = TaskManager()
 
     async def work() -> None:
@@ -90,7 +90,7 @@ async def test_failure_after_the_awaiter_gave_up_is_logged(caplog: pytest.LogCap
 
 
 async def test_waiter_that_never_looks_leaves_it_to_asyncio(caplog: pytest.LogCaptureFixture) -> None:
-    """A failure that a waiter was told of and did not take is logged by asyncio, as for any task."""
+    """asyncio logs a failure that reached a waiter but was never retrieved, as for any task."""
     task: ManagedTask[None] | None = TaskManager().create_task(fail(ValueError("no")))
     assert task is not None
     await asyncio.wait([task])
@@ -103,7 +103,7 @@ async def test_waiter_that_never_looks_leaves_it_to_asyncio(caplog: pytest.LogCa
 
 
 async def test_join_does_not_count_as_awaiting(caplog: pytest.LogCaptureFixture) -> None:
-    """join() tells nobody of a failure, so it is logged."""
+    """join() raises no failures, so they are logged."""
     manager = TaskManager()
     manager.create_task(fail(ValueError("no")), name="bad")
     await manager.join()
@@ -217,7 +217,7 @@ async def test_counters_add_up() -> None:
 
 
 async def test_counters_survive_the_history() -> None:
-    """What is forgotten stays counted."""
+    """Records that the history drops stay counted."""
     manager = TaskManager(history=1)
     for number in range(3):
         await manager.create_task(give(number))
@@ -258,7 +258,7 @@ async def test_history_of_zero_keeps_nothing() -> None:
 
 
 async def test_newest_record_of_a_name_counts() -> None:
-    """Of two tasks of one name the later one is shown."""
+    """If two tasks have one name, the later one is shown."""
     manager = TaskManager(on_error=lambda info, error: None)
     await manager.create_task(give(1), name="a")
     manager.create_task(fail(ValueError("no")), name="a")
@@ -480,7 +480,7 @@ async def test_listeners_see_the_life_of_a_task() -> None:
 
 
 async def test_listeners_see_group_cancellations() -> None:
-    """A cancellation by group is told as one by task, with its cause."""
+    """A cancellation by group reaches listeners like one by task, with its cause."""
     heard: list[CancelCause | None] = []
     manager = TaskManager()
     manager.create_task(rest(), group="g")
@@ -540,7 +540,7 @@ async def test_listener_may_remove_itself_and_raise() -> None:
 
 
 async def test_raising_exporter_breaks_no_task(caplog: pytest.LogCaptureFixture) -> None:
-    """A span processor that raises is complained of once; results, groups and shutdown are as ever."""
+    """A span processor that raises is logged once; results, groups, and shutdown work as usual."""
     from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 
     class Broken(SpanProcessor):
@@ -565,7 +565,7 @@ async def test_raising_exporter_breaks_no_task(caplog: pytest.LogCaptureFixture)
 async def test_task_leaves_its_group_whatever_its_span_raises(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A span that has none of a span's methods keeps nobody waiting, and reaches no exception handler."""
+    """A span without any of a span's methods blocks no waiter and reaches no exception handler."""
     spans = SpanRecorder()
     manager = TaskManager(tracer_provider=spans.provider, meter_provider=spans.meter_provider)
     errors: list[object] = []
@@ -787,7 +787,7 @@ async def test_ask_all_asks_each_once() -> None:
 async def test_requested_cancellation_before_the_first_step_is_not_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A task that another one cancels before it has begun is as it should be."""
+    """A task that another one cancels before it starts is nothing unusual."""
     async with TaskManager() as manager:
         task = manager.create_task(give(1))
         task.cancel()

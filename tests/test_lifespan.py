@@ -123,7 +123,7 @@ async def test_middleware_shuts_its_manager_down(manager: TaskManager) -> None:
 
 
 async def test_complete_is_sent_after_the_last_task(manager: TaskManager) -> None:
-    """The server is told that the shutdown is complete when the tasks have ended."""
+    """The server gets `lifespan.shutdown.complete` after the tasks have ended."""
     server = served(manager)
     await server.start()
     task = manager.create_task(asyncio.sleep(3, "sent"), group="outbox")
@@ -306,7 +306,7 @@ async def test_application_without_lifespan_support(app: App, manager: TaskManag
 
 
 async def test_failed_shutdown_shuts_the_manager_down(manager: TaskManager) -> None:
-    """`lifespan.shutdown.failed` is passed on after the shutdown of the manager, and the error raised."""
+    """`lifespan.shutdown.failed` is forwarded after the shutdown of the manager, and the error is raised."""
 
     @asynccontextmanager
     async def own(app: FastAPI) -> AsyncGenerator[None]:
@@ -322,7 +322,7 @@ async def test_failed_shutdown_shuts_the_manager_down(manager: TaskManager) -> N
 
 
 async def test_failed_startup_shuts_the_manager_down(manager: TaskManager) -> None:
-    """What the startup has created ends before `lifespan.startup.failed` ends the server."""
+    """Tasks that the startup created end before `lifespan.startup.failed` ends the server."""
     tasks: list[ManagedTask[None]] = []
 
     @asynccontextmanager
@@ -357,7 +357,7 @@ async def raises_at_the_end(scope: Scope, receive: Receive, send: Send) -> None:
 
 @pytest.mark.parametrize("app", [ends_without_a_word, raises_at_the_end])
 async def test_application_that_ends_without_a_message(app: App, manager: TaskManager) -> None:
-    """The manager is shut down where the application says nothing of its shutdown."""
+    """The manager is shut down even if the application never confirms its shutdown."""
     server = served(manager, app)
     await server.start()
     task = manager.create_task(rest())
@@ -458,7 +458,7 @@ RUNS: list[Callable[[TaskManager], Any]] = [
 async def test_last_of_two_applications_shuts_their_manager_down(
     first: Callable[[TaskManager], Server], second: Callable[[TaskManager], Server], manager: TaskManager
 ) -> None:
-    """Two applications in one loop share a manager; the one that ends first leaves it to the other."""
+    """Two applications in one loop share a manager; the first one to end leaves it to the other."""
     one, two = first(manager), second(manager)
     await one.start()
     await two.start()
@@ -517,7 +517,7 @@ async def created(manager: TaskManager) -> int:
 
 
 def test_global_cancel_event_of_a_new_loop_is_not_set() -> None:
-    """Outside of tasks, `current_cancel_event()` is that of the loop in which it is asked for."""
+    """Outside of tasks, `current_cancel_event()` is that of the loop that runs."""
     run(global_task_manager.shutdown(0))
 
     async def look() -> bool:
@@ -715,7 +715,7 @@ def test_request_after_its_lifespan_says_why(manager: TaskManager) -> None:
 
 
 async def test_error_names_the_call_that_shut_the_manager_down(manager: TaskManager) -> None:
-    """`shutdown()` is named with the line that called it, the block with the line where it stands."""
+    """The message names `shutdown()` with the line of the call, or the block with its line."""
 
     async def stop() -> None:
         await manager.shutdown()

@@ -164,7 +164,7 @@ async def test_a_nested_group_does_not_count_for_the_limit_around_it(log: Log) -
 
 
 async def test_without_a_limit_a_task_has_no_ticket() -> None:
-    """What is not used costs nothing."""
+    """An unused feature costs nothing."""
     manager = TaskManager()
     task = manager.create_task(give(1))
 
@@ -298,7 +298,7 @@ async def test_nothing_starves_beside_a_busy_group(log: Log) -> None:
 
 
 async def test_a_full_group_does_not_hold_up_the_manager(log: Log) -> None:
-    """The manager's place goes to whom it is of use, be others more urgent."""
+    """A place of the manager goes to a task that can use it, even if others are more urgent."""
     manager = TaskManager(max_concurrency=2)
     async with manager.group("slow", max_concurrency=1) as group:
         for number in range(3):
@@ -339,7 +339,7 @@ async def gather_it(manager: TaskManager, task: ManagedTask[Any]) -> None:
 async def test_a_waiter_lends_its_priority(
     log: Log, wait: Callable[..., Any], level: TaskPriority, order: list[str]
 ) -> None:
-    """A queued task counts as urgent as who waits for it; one that is less urgent takes nothing from it."""
+    """A queued task is as urgent as its waiters; a less urgent waiter changes nothing."""
     manager, other = TaskManager(max_concurrency=1), TaskManager()
     manager.create_task(log.work("first"))
     task = manager.create_task(log.work("waited for"), name="waited for")
@@ -363,7 +363,7 @@ async def test_a_waiter_that_is_no_managed_task_lends_nothing(log: Log) -> None:
 
 
 async def test_lifting_out_of_a_full_group(log: Log) -> None:
-    """It moves up in the queue in which it stands: its group's."""
+    """It moves up in the queue it is in: that of its group."""
     manager = TaskManager()
     async with manager.group("pages", max_concurrency=1) as group:
         for name in ("first", "second"):
@@ -483,7 +483,7 @@ async def test_start_task_calls_no_factory_for_a_full_queue(log: Log) -> None:
 
 
 async def test_a_refusal_under_a_limit_leaves_nothing(log: Log) -> None:
-    """Neither a place nor a coroutine that nobody awaited."""
+    """Neither a place nor an unawaited coroutine is left."""
     manager = TaskManager(max_concurrency=1)
     for _ in range(2):
         refused = log.work("no")
@@ -499,7 +499,7 @@ async def test_a_refusal_under_a_limit_leaves_nothing(log: Log) -> None:
 async def test_a_fault_after_the_place_was_claimed_gives_it_back(
     log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever breaks then breaks the creation, and leaves neither a claim nor a coroutine behind."""
+    """An error at that point fails the creation, and leaves neither a claim nor a coroutine behind."""
     manager = TaskManager(max_concurrency=1)
 
     def no_memory(*args: object, **kwargs: object) -> None:
@@ -553,7 +553,7 @@ async def test_a_lower_limit_stops_nobody(log: Log) -> None:
 
 @pytest.mark.parametrize("whose", ["manager", "group"])
 async def test_a_limit_set_late_counts_live_tasks(log: Log, whose: str) -> None:
-    """From none to some and back: running tasks take their places, and nobody is lost."""
+    """From no limit to a limit and back: running tasks take places, and no task is lost."""
     manager = TaskManager()
     async with manager.group("pages") as group:
         place: Any = manager if whose == "manager" else group
@@ -640,7 +640,7 @@ async def test_a_scoped_group_is_let_go_with_its_limit() -> None:
 async def test_span_of_a_task_cancelled_in_the_queue_stays_out_of_the_users_context(
     spans: SpanRecorder,
 ) -> None:
-    """Its context is used as it is where nobody traces, also if a tracer is there by the time it ends."""
+    """The user's context is used as it is without tracing, even if a tracer is there when the task ends."""
     manager = TaskManager(max_concurrency=1)
     running = manager.create_task(rest())
     context = contextvars.copy_context()
@@ -659,7 +659,7 @@ async def test_span_of_a_task_cancelled_in_the_queue_stays_out_of_the_users_cont
 
 
 async def test_queue_timeout(log: Log, spans: SpanRecorder) -> None:
-    """Who gets no place in time fails without having run."""
+    """A task that gets no place in time fails without having run."""
     manager = TaskManager(max_concurrency=1, tracer_provider=spans.provider)
     manager.create_task(log.work("long", 10))
     coro = log.work("late")
@@ -717,7 +717,7 @@ async def test_the_timeout_counts_from_creation(log: Log) -> None:
 
 
 async def test_a_timeout_error_of_the_tasks_own_is_not_ours(log: Log) -> None:
-    """What the coroutine raises comes out as it is."""
+    """The coroutine's own exception is raised unchanged."""
     manager = TaskManager(max_concurrency=1)
     manager.create_task(log.work())
 
@@ -749,7 +749,7 @@ async def test_put_task_is_create_task_where_there_is_room(log: Log) -> None:
 @pytest.mark.parametrize("max_queue", [0, 1, 2])
 @pytest.mark.parametrize("whose", ["manager", "group"])
 async def test_put_task_waits_for_room(log: Log, max_queue: int, whose: str) -> None:
-    """Where `create_task` refuses it waits, first come first served, and nobody is forgotten asleep."""
+    """Where `create_task` refuses, it waits in FIFO order, and no producer is left asleep."""
     limits: Any = {"max_concurrency": 1, "max_queue": max_queue}
     manager = TaskManager(**(limits if whose == "manager" else {}))
     async with manager.group("pages", **(limits if whose == "group" else {})) as group:
@@ -768,7 +768,7 @@ async def test_put_task_waits_for_room(log: Log, max_queue: int, whose: str) -> 
 
 
 async def test_a_putter_wakes_for_a_place_as_for_room(log: Log) -> None:
-    """A queue that is full of a group's tasks keeps nobody from a place that they cannot take."""
+    """A queue full of a group's tasks keeps no task from a place that those cannot take."""
     manager = TaskManager(max_concurrency=3, max_queue=2)
     async with manager.group("slow", max_concurrency=1) as group:
         for number in range(3):
@@ -783,7 +783,7 @@ async def test_a_putter_wakes_for_a_place_as_for_room(log: Log) -> None:
 
 
 async def test_a_putter_wakes_for_whatever_limit_it_waited(log: Log) -> None:
-    """The group's queue takes nobody, and it is the manager's place that is missing."""
+    """The group's queue takes no task, but only the manager's place is missing."""
     manager = TaskManager(max_concurrency=1)
     async with manager.group("pages", max_concurrency=5, max_queue=0) as group:
         manager.create_task(log.work("first", 1))
@@ -819,7 +819,7 @@ async def test_a_higher_limit_wakes_waiting_producers(log: Log, whose: str) -> N
 
 
 async def test_a_putter_whose_room_was_taken_stands_at_the_head_again(log: Log) -> None:
-    """Who does not stand in line may be faster; that costs no turn in line, and who has room is woken."""
+    """A task outside the line may take the room; the producer keeps its turn and is woken for the next."""
     manager = TaskManager()
     async with (
         manager.group("a", max_concurrency=1, max_queue=0) as first,
@@ -843,7 +843,7 @@ async def test_a_putter_whose_room_was_taken_stands_at_the_head_again(log: Log) 
 
 @pytest.mark.parametrize("turns", range(6))
 async def test_a_new_putter_does_not_overtake_the_woken_one(log: Log, turns: int) -> None:
-    """Room that somebody has been woken for is not there for who comes in the same turn."""
+    """Room for a woken producer is not given to one that arrives in the same turn."""
     manager = TaskManager(max_concurrency=1, max_queue=0)
     manager.create_task(log.work("first"))
     old = put(manager, log.work("old"))
@@ -897,7 +897,7 @@ async def test_a_putter_woken_and_cancelled_in_one_turn(log: Log) -> None:
 
 
 async def test_a_putter_of_a_group_that_is_finished(log: Log) -> None:
-    """The block of its group ends: it is told so at once, wherever it waits for room."""
+    """When the block of its group ends, it gets the error at once, wherever it waits for room."""
     manager = TaskManager(max_concurrency=1, max_queue=0)
     manager.create_task(log.work("long", 100))
     begin = now()
@@ -962,7 +962,7 @@ async def test_put_task_with_bad_options() -> None:
 
 @pytest.mark.parametrize("turns", [0, 1, 5])
 async def test_a_cancelled_queued_task_never_starts(log: Log, turns: int) -> None:
-    """Cancelled before or after its first turn in the queue: none of its code runs, nobody warns."""
+    """Cancelled before or after its first turn in the queue, it runs none of its code, and nothing warns."""
     manager = TaskManager(max_concurrency=1)
     manager.create_task(log.work("first"))
     coro = log.work("cancelled")
@@ -988,7 +988,7 @@ async def test_a_cancelled_queued_task_never_starts(log: Log, turns: int) -> Non
 
 
 async def test_cancelled_in_the_turn_in_which_it_gets_its_place(log: Log) -> None:
-    """The place goes on to the next."""
+    """The place goes to the next task."""
     manager = TaskManager(max_concurrency=1)
     first = manager.create_task(log.work("first"))
     coro = log.work("cancelled")
@@ -1004,7 +1004,7 @@ async def test_cancelled_in_the_turn_in_which_it_gets_its_place(log: Log) -> Non
 
 
 async def test_a_place_for_a_task_that_is_cancelled_already(log: Log) -> None:
-    """The queue may come to a task whose cancellation is on its way: it ends, and the place goes on."""
+    """The queue may reach a task that is about to be cancelled: it ends, and its place goes to the next."""
     manager = TaskManager(max_concurrency=1)
     first = manager.create_task(log.work("first"))
     task = manager.create_task(log.work("cancelled"))
@@ -1031,7 +1031,7 @@ async def test_cancel_task_of_a_queued_one(log: Log) -> None:
 
 
 async def test_a_cancelled_group_takes_its_queued_tasks_with_it(log: Log) -> None:
-    """Running and queued ones have the same cause, and who waits elsewhere gets their places."""
+    """Running and queued tasks have the same cause, and tasks that wait elsewhere get their places."""
     manager = TaskManager(max_concurrency=2)
     running = [manager.create_task(log.work(number, 60), group="mail") for number in range(2)]
     queued = [manager.create_task(log.work("never"), group="mail.out") for _ in range(2)]
@@ -1085,7 +1085,7 @@ async def test_a_queued_sibling_that_runs_out_fails_the_group(log: Log) -> None:
 
 
 async def test_a_blocks_timeout_drops_queued_tasks(log: Log) -> None:
-    """The block's time is over for those too that have not begun."""
+    """The block's time is over for tasks that have not started, too."""
     with pytest.raises(TimeoutError, match="group 'pages#"):
         async with TaskManager().group("pages", max_concurrency=1, timeout=5) as group:
             tasks = [group.create_task(log.work(number, 4)) for number in range(3)]
@@ -1094,7 +1094,7 @@ async def test_a_blocks_timeout_drops_queued_tasks(log: Log) -> None:
 
 
 async def test_shutdown_drops_queued_tasks_at_once(log: Log) -> None:
-    """What runs has its grace, what waits for a place does not wait for the end of it."""
+    """Running tasks have their grace; queued tasks do not wait for its end."""
     manager = TaskManager(max_concurrency=1)
     running = manager.create_task(log.work("running", 3), priority=LOW)
     queued = [manager.create_task(log.work("queued"), priority=level) for level in TaskPriority]
@@ -1113,7 +1113,7 @@ async def test_shutdown_drops_queued_tasks_at_once(log: Log) -> None:
 
 @pytest.mark.parametrize("queued", [False, True])
 async def test_replacing_under_a_limit(log: Log, queued: bool) -> None:
-    """The new one begins after the old one's end, in its turn; an old one that was queued never begins."""
+    """The new task starts after the old one's end, in its turn; an old task that was queued never starts."""
     manager = TaskManager(max_concurrency=1)
     if queued:
         manager.create_task(log.work("first"))
@@ -1149,7 +1149,7 @@ async def test_replacing_with_places_to_spare(log: Log) -> None:
 
 
 async def test_chain_of_replaced_queued_tasks(log: Log) -> None:
-    """Of many that replace each other in the queue the last one runs."""
+    """If many tasks replace each other in the queue, the last one runs."""
     manager = TaskManager(max_concurrency=1, max_queue=10)
     manager.create_task(log.work("first"))
     tasks = [manager.create_task(log.work(number), name="sync", on_conflict="replace") for number in range(5)]
@@ -1194,7 +1194,7 @@ def test_a_loop_closed_under_queued_tasks(log: Log, caplog: pytest.LogCaptureFix
 
 
 async def test_listeners_hear_of_the_queue(log: Log) -> None:
-    """Created, dequeued, ended; `dequeued` only of those that had to wait and got their place."""
+    """They see created, dequeued, and ended; `dequeued` only for tasks that waited and got their place."""
     manager = TaskManager(max_concurrency=1)
     heard: dict[str, list[str]] = {}
     infos: list[TaskInfo] = []
@@ -1225,7 +1225,7 @@ async def test_listeners_hear_of_the_queue(log: Log) -> None:
 
 
 async def test_listeners_hear_of_tasks_that_nothing_limits() -> None:
-    """Of each the same two events, be it the first of its manager or a later one."""
+    """They see the same two events for each task, be it the first of its manager or a later one."""
     manager = TaskManager()
     heard: list[tuple[str, str]] = []
     await manager.create_task(give(1), name="before")
@@ -1498,7 +1498,7 @@ async def drive(manager: TaskManager, steps: list[Step], queues: list[int | None
 def test_random_limits_keep_the_rules(
     steps: list[Step], limit: int, queues: list[int | None], ageing: float
 ) -> None:
-    """Never more run than may, no place stays free, nobody is forgotten; each has one span and one end."""
+    """Never do too many run, no place stays free, no task is lost; each has one span and one end."""
     heard: list[tuple[str, str]] = []
     with SpanRecorder() as spans, warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -193,7 +193,7 @@ def test_name_and_default_value() -> None:
 
 
 async def test_filter_never_raises(kept: Kept) -> None:
-    """Where a group's name cannot be told the record passes, with empty fields."""
+    """If a group's name cannot be read, the record passes with empty fields."""
     known = True
 
     def route() -> str:
@@ -302,7 +302,7 @@ asyncio.run(main())
 
 
 def test_dict_config_makes_json_lines() -> None:
-    """By `dictConfig` it stands on a handler, and a formatter that prints all extra fields prints them."""
+    """`dictConfig` puts it on a handler, and a formatter that prints all extra fields prints these."""
     nothing = dict.fromkeys(FIELDS)
 
     assert [json.loads(line) for line in run_block(JSON_LOGS).splitlines()] == [
@@ -329,7 +329,7 @@ def test_fields_are_none_of_the_logging_instrumentation() -> None:
 
 
 async def test_line_of_the_library_is_about_the_task_that_it_names(kept: Kept, spans: SpanRecorder) -> None:
-    """A failure that is logged in nobody's context has its task's fields, a warning in another too."""
+    """A failure logged outside of any task has its task's fields; so has a warning in another task."""
 
     async def cancel_another() -> None:
         await manager.cancel_task("stubborn", timeout=1.0)
@@ -390,7 +390,7 @@ def test_page_lists_every_line_that_the_code_can_log() -> None:
 
 
 def test_all_lines_go_to_one_logger() -> None:
-    """Only one module asks for a logger, and its name is that of the package."""
+    """Only one module gets a logger, and its name is that of the package."""
     calls = [
         (path.name, ast.unparse(node))
         for path in sorted(PACKAGE.rglob("*.py"))

@@ -78,7 +78,7 @@ def test_global_manager_is_called_by_its_name(caplog: pytest.LogCaptureFixture) 
 
 
 def test_task_that_has_not_started_is_marked(manager: TaskManager, caplog: pytest.LogCaptureFixture) -> None:
-    """Where the loop ends before a task has begun, the line says so."""
+    """If the loop ends before a task has started, the line says so."""
 
     async def forgets() -> None:
         # Created in the loop's last turn.
@@ -115,7 +115,7 @@ def test_two_managers_have_a_line_each(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_each_loop_is_reported(manager: TaskManager, caplog: pytest.LogCaptureFixture) -> None:
-    """What the next loop loses is reported, too."""
+    """Tasks that the next loop loses are reported, too."""
     for _ in range(2):
         run(leave(manager))
     assert len(caplog.messages) == 2
@@ -162,7 +162,7 @@ def test_nothing_is_said_where_nothing_is_lost(
 def test_stubborn_task_of_a_shutdown_is_reported_by_that(
     manager: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What would not stop at a shutdown is not said to be lost for want of one."""
+    """A task that does not stop at a shutdown is not reported as lost."""
 
     async def main() -> None:
         manager.create_task(ignore_cancels(5), name="stubborn")
@@ -176,7 +176,7 @@ def test_stubborn_task_of_a_shutdown_is_reported_by_that(
 def test_cancelling_between_two_runs_of_a_loop_is_not_its_end(
     manager: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A script that cancels a task while the loop stands still, and goes on, has wanted that."""
+    """A script may cancel a task between two runs of its loop on purpose."""
 
     async def start() -> Any:
         task = manager.create_task(rest())
@@ -258,7 +258,7 @@ def test_client_without_a_lifespan_loses_the_outbox(
 def test_loop_closed_under_tasks_is_reported_in_the_next(
     manager: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where nobody has cancelled the tasks, the manager finds them when it is used again."""
+    """If the tasks were not cancelled, the manager finds them when it is used again."""
     loop = asyncio.new_event_loop()
     loop.run_until_complete(leave(manager))
     loop.close()
@@ -358,7 +358,7 @@ def test_end_of_the_process_names_lost_tasks(end: str) -> None:
 
 
 def test_end_of_the_loop_is_not_reported_again_at_the_end_of_the_process() -> None:
-    """What the loop's end has reported is not reported by that of the process."""
+    """The end of the process does not repeat what the end of the loop has reported."""
     assert len(printed("asyncio.run(leave())")) == 1
 
 

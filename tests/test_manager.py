@@ -72,7 +72,7 @@ async def test_start_task_takes_all_that_create_task_takes() -> None:
 
 
 async def test_start_task_with_a_taken_name_is_refused() -> None:
-    """on_conflict is "error" unless told otherwise; the factory is not called, a coroutine is closed."""
+    """on_conflict defaults to "error"; the factory is not called, and a coroutine is closed."""
     manager = TaskManager()
     await manager.start_task("a", rest)
     with pytest.raises(TaskExistsError, match=r"^cannot create task 'a': one of that name is pending"):
@@ -122,7 +122,7 @@ async def test_start_task_replaces_after_the_old_ones_end(options: dict[str, Any
 
 
 async def test_concurrent_replacing_leaves_one_live() -> None:
-    """Of several who replace at the same time each replaces the one before; never two live, one is left."""
+    """If several replace at once, each replaces the one before: never two are live, and one is left."""
     manager = TaskManager()
     live: set[int] = set()
     most: list[int] = []
@@ -157,7 +157,7 @@ async def test_start_task_replaces_one_that_is_just_done() -> None:
 
 
 async def test_start_task_replaces_a_replacement_that_still_waits() -> None:
-    """Replacing one that waits for its predecessor waits for that as well."""
+    """Replacing a task that waits for its predecessor waits for that as well."""
     manager = TaskManager()
     first = manager.create_task(ignore_cancels(50), name="a")
     await settle()
@@ -169,7 +169,7 @@ async def test_start_task_replaces_a_replacement_that_still_waits() -> None:
 
 
 async def test_factory_that_raises_starts_nothing() -> None:
-    """What the factory raises is the caller's."""
+    """The factory's exception is raised to the caller."""
     manager = TaskManager()
 
     def broken() -> Coroutine[Any, Any, None]:
@@ -396,7 +396,7 @@ def test_signature_shows_every_option(function: Callable[..., object]) -> None:
 
 
 async def test_default_of_every_option_may_be_passed() -> None:
-    """What a signature shows as a default does what leaving the option out does."""
+    """Passing the default in the signature has the effect of leaving the option out."""
     manager = TaskManager()
     for function in (manager.create_task, manager.get_group("g").create_task, create_task):
         parameters = inspect.signature(function).parameters.values()
@@ -517,7 +517,7 @@ async def test_uid_is_never_used_again() -> None:
 
 @pytest.mark.parametrize("how", ["named", "numbered", "started"])
 async def test_uid_read_after_the_end_finds_the_record(how: str) -> None:
-    """A task may have ended before anybody had the time to ask for its uid, as an eager one has."""
+    """A task may have ended before its uid could be read, as an eager one has."""
     manager = TaskManager()
     for _ in range(2):
         task = (
@@ -548,7 +548,7 @@ async def test_uid_read_in_a_thread_finds_the_record() -> None:
 
 
 async def test_uid_is_made_on_first_use() -> None:
-    """A snapshot makes no uid, and a task of which nobody asks it gets nothing for it."""
+    """A snapshot makes no uid, and a task whose uid is never read gets nothing for it."""
     manager = TaskManager()
     task = manager.create_task(give(1))
     assert task.info().uid is None
@@ -582,7 +582,7 @@ async def test_name_cannot_take_the_place_of_a_uid() -> None:
 
 
 async def test_lookup_in_a_group_that_is_not_known_finds_nothing() -> None:
-    """A label nobody has used, and an id of a block that is over, are no error and make no group."""
+    """An unused label, and the id of a finished block, are no error and create no group."""
     manager = TaskManager()
     async with manager.group("block") as block:
         await manager.start_task("work", give(1), group=block)
@@ -719,7 +719,7 @@ async def test_wait_for_a_task_that_is_cancelled() -> None:
 
 @pytest.mark.parametrize("timeout", [0, 2.5])
 async def test_waiters_timeout_leaves_the_task_alone(timeout: float) -> None:
-    """A waiter's timeout raises TimeoutError; the task goes on."""
+    """A waiter's timeout raises TimeoutError; the task continues."""
     manager = TaskManager()
     task = manager.create_task(asyncio.sleep(5, "done"), name="a")
     await settle()
@@ -732,7 +732,7 @@ async def test_waiters_timeout_leaves_the_task_alone(timeout: float) -> None:
 
 
 async def test_waiters_cancellation_leaves_the_task_alone() -> None:
-    """A cancelled waiter is cancelled, and the task goes on."""
+    """A cancelled waiter is cancelled, and the task continues."""
     manager = TaskManager()
     task = manager.create_task(asyncio.sleep(5, "done"), name="a")
     waiter = asyncio.create_task(manager.wait_for_task("a"))
@@ -744,7 +744,7 @@ async def test_waiters_cancellation_leaves_the_task_alone() -> None:
 
 
 async def test_task_cannot_wait_for_itself() -> None:
-    """Waiting for oneself is an error, not a deadlock."""
+    """A task that would wait for itself gets an error."""
     manager = TaskManager()
     task = manager.create_task(manager.wait_for_task("a"), name="a")
     with pytest.raises(
@@ -754,7 +754,7 @@ async def test_task_cannot_wait_for_itself() -> None:
 
 
 async def test_join_of_an_unknown_group_returns() -> None:
-    """There is nothing to wait for in a group that nobody uses."""
+    """An unused group has nothing to wait for."""
     manager = TaskManager()
     manager.create_task(asyncio.sleep(3), group="a")
     start = now()
@@ -825,7 +825,7 @@ async def test_task_may_cancel_itself_by_name(caplog: pytest.LogCaptureFixture) 
 
 
 async def test_cancel_group_counts_the_tasks_that_it_ended() -> None:
-    """The count leaves out those that ignored it, that had ended before, and that run on."""
+    """The count leaves out tasks that ignored it, had ended before, or keep running."""
     manager = TaskManager()
     manager.create_task(rest(), group="g")
     manager.create_task(rest(), group="g.sub")
@@ -839,7 +839,7 @@ async def test_cancel_group_counts_the_tasks_that_it_ended() -> None:
 
 
 async def test_cancel_group_sets_the_event_and_waits_out_the_grace() -> None:
-    """With grace the event comes first; who acts on it is never cancelled, and counts."""
+    """With grace, the event comes first; a task that acts on it is never cancelled, and counts."""
     manager = TaskManager()
     group = manager.get_group("g")
 
@@ -898,7 +898,7 @@ async def test_cancelled_caller_in_the_grace_still_cancels_the_group() -> None:
 
 
 async def test_cancel_group_spares_the_calling_task() -> None:
-    """A task may cancel its own group, and go on; the count leaves it out."""
+    """A task may cancel its own group and continue; the count leaves it out."""
     manager = TaskManager()
     sibling = manager.create_task(rest(), group="g")
     caller = manager.create_task(manager.cancel_group("g"), group="g")
@@ -907,7 +907,7 @@ async def test_cancel_group_spares_the_calling_task() -> None:
 
 
 async def test_cancel_unknown_group_is_zero() -> None:
-    """A group that nobody uses has nothing to cancel."""
+    """An unused group has nothing to cancel."""
     assert await TaskManager().cancel_group("nobody") == 0
 
 
@@ -925,7 +925,7 @@ async def test_cancel_all_tasks_leaves_the_manager_usable() -> None:
 
 
 async def test_two_cancellations_of_one_group_share_it() -> None:
-    """A second cancellation during the first one's grace asks nobody twice."""
+    """A second cancellation during the first one's grace cancels no task twice."""
     manager = TaskManager()
     task = manager.create_task(ignore_cancels(3), group="g")
     await settle()
@@ -941,7 +941,7 @@ async def test_two_cancellations_of_one_group_share_it() -> None:
 
 
 async def test_shutdown_lets_tasks_finish_in_the_grace() -> None:
-    """What ends within the grace is not cancelled; shutdown returns as soon as nothing is live."""
+    """Tasks that end within the grace are not cancelled; shutdown returns as soon as nothing is live."""
     manager = TaskManager()
     task = manager.create_task(asyncio.sleep(2, "done"))
     start = now()
@@ -951,7 +951,7 @@ async def test_shutdown_lets_tasks_finish_in_the_grace() -> None:
 
 
 async def test_shutdown_sets_the_events_first() -> None:
-    """Who waits for its cancel event is told at once."""
+    """Tasks that wait for their cancel event wake immediately."""
     manager = TaskManager()
     heard: list[CancelCause | None] = []
     event = manager.get_group("a.b").cancel_event
@@ -969,7 +969,7 @@ async def test_shutdown_sets_the_events_first() -> None:
 
 
 async def test_shutdown_cancels_by_rising_priority() -> None:
-    """The low ones end before the critical ones are asked."""
+    """The low ones end before the critical ones are cancelled."""
     manager = TaskManager()
     order: list[str] = []
 
@@ -1014,7 +1014,7 @@ async def test_shutdown_reports_the_end_of_each_task() -> None:
 async def test_stubborn_task_is_cancelled_twice_and_reported_with_its_stack(
     spans: SpanRecorder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What will not stop is asked once more, then named with the line where it is; its span ends."""
+    """A task that does not stop is cancelled once more, then named with its line; its span ends."""
     manager = TaskManager(tracer_provider=spans.provider)
     task = manager.create_task(ignore_cancels(100), name="stubborn")
     await settle()
@@ -1072,7 +1072,7 @@ async def test_second_shutdown_has_nothing_to_do() -> None:
 
 
 async def test_concurrent_shutdowns_ask_once() -> None:
-    """Two who shut down at the same time do not tear the clean-up."""
+    """Two shutdowns at the same time do not interrupt the cleanup."""
     manager = TaskManager()
     task = manager.create_task(ignore_cancels(1))
     await settle()
@@ -1327,7 +1327,7 @@ async def test_shutdown_spares_tasks_that_await_its_caller() -> None:
 
 
 async def test_refused_replacement_leaves_the_old_task_alone() -> None:
-    """What is wrong with the new task is said before the old one is cancelled."""
+    """An error in the new task is raised before the old one is cancelled."""
     manager = TaskManager()
     old = manager.create_task(rest(), name="x")
     await settle()

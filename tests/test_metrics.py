@@ -358,7 +358,7 @@ async def test_active_has_no_queued_state_without_a_limit(manager: TaskManager, 
 
 
 async def test_queue_duration_by_group_and_priority(manager: TaskManager, spans: SpanRecorder) -> None:
-    """Seconds from creation to the place, of those that had to wait for it and got it."""
+    """Seconds from creation to the place, for tasks that had to wait for it and got it."""
     manager.max_concurrency = 1
     manager.create_task(work(2), group="jobs-1")
     for _ in range(2):
@@ -402,7 +402,7 @@ async def test_duration_includes_the_time_in_the_queue(manager: TaskManager, spa
 async def test_raising_queue_instrument_breaks_no_task(
     manager: TaskManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is logged once, and the tasks get their places as ever."""
+    """The error is logged once, and the tasks get their places as usual."""
 
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("broken meter")
@@ -448,7 +448,7 @@ async def test_cancellations_are_counted_by_group_and_reason(
 async def test_task_that_did_not_end_cancelled_is_not_counted(
     manager: TaskManager, spans: SpanRecorder
 ) -> None:
-    """Neither a cancellation that was ignored, nor one that ended in an error, nor a timeout."""
+    """An ignored cancellation, one that ended in an error, and a timeout do not count."""
 
     async def ignore() -> None:
         try:
@@ -553,7 +553,7 @@ async def use_once(manager: TaskManager) -> None:
 async def test_raising_instrument_breaks_no_task(
     manager: TaskManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A meter that raises is logged once, and the tasks end as ever."""
+    """A meter that raises is logged once, and the tasks end as usual."""
 
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("broken meter")
@@ -677,7 +677,7 @@ asyncio.run(main())
 
 
 def test_global_provider_may_come_from_the_environment() -> None:
-    """OTEL_PYTHON_METER_PROVIDER is obeyed although nobody else asks for the global provider."""
+    """The provider named in the environment is used even if nothing else reads the global one."""
     script = """
 async def main():
     await cancelled(TaskManager())
@@ -690,7 +690,7 @@ asyncio.run(main())
 
 
 def test_last_export_counts_nothing_twice() -> None:
-    """What is exported when the interpreter exits is what was counted, whatever is torn down first."""
+    """The export at the interpreter's exit matches the counts, whatever is torn down first."""
     script = """
 import atexit
 atexit.register(lambda: print(points("cancellations")))

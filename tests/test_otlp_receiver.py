@@ -81,7 +81,7 @@ async def shopping(manager: TaskManager, send_metrics: Callable[[], object]) -> 
 def test_spans_and_metrics_of_real_exporters_are_decoded(
     received: Received, compression: Compression
 ) -> None:
-    """What the SDK sends, packed or not, comes out as it went in; no id is on a metric."""
+    """The SDK's data, compressed or not, is decoded unchanged; no id is on a metric."""
     export(received.endpoint, shopping, compression=compression)
     packed = {headers.get("content-encoding") for headers in received.headers}
     assert packed == ({"gzip"} if compression is Compression.Gzip else {None})
@@ -156,7 +156,7 @@ def test_all_is_passed_on_to_another_collector() -> None:
 
 
 def test_request_that_another_collector_refuses_is_kept_and_reported() -> None:
-    """The sender hears nothing of it; a collector that knows no metrics is none that has failed."""
+    """The sender does not notice; a collector that takes no metrics has not failed."""
     with receiver() as gone:
         endpoint = gone.endpoint
     with receiver(forward_to=endpoint) as received:
@@ -184,7 +184,7 @@ def test_received_data_can_be_waited_for(received: Received) -> None:
 def test_a_trace_that_differs_from_its_file_fails_with_the_difference(
     received: Received, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is missing and what is too much stands in the message; asked to, it writes the file."""
+    """The message shows missing and surplus lines; on request, the file is written."""
     monkeypatch.setattr("tests.outline.EXPECTED", tmp_path / "expected")
     monkeypatch.delenv("UPDATE_EXPECTED", raising=False)
     with pytest.raises(pytest.fail.Exception, match=r"\+shop  order  cancelled"):

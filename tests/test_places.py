@@ -80,7 +80,7 @@ def test_without_limiters_nobody_waits() -> None:
 
 
 def test_an_end_makes_room_for_one() -> None:
-    """Who ends gives its place to the first that waits, and to no more."""
+    """A ticket that ends gives its place to the first waiting one, and to no other."""
     limiter = Limiter(1, None)
     running = ticket("running", limiter)
     admit(running)
@@ -103,7 +103,7 @@ def test_first_come_first_served_within_a_level() -> None:
 
 
 def test_higher_priority_first() -> None:
-    """Of those that came at one moment the most urgent starts first."""
+    """Of those that came at the same moment, the most urgent starts first."""
     limiter = Limiter(1, None)
     running = ticket("running", limiter)
     admit(running)
@@ -174,7 +174,7 @@ def test_a_queue_is_full_at_its_bound(max_queue: int, waiting: int) -> None:
 
 
 def test_releasing_twice_changes_nothing() -> None:
-    """Who has left holds nothing more to give back."""
+    """A ticket that has left has nothing to give back."""
     limiter = Limiter(1, None)
     running, waiting = ticket("running", limiter), ticket("waiting", limiter)
     admit(running)
@@ -188,7 +188,7 @@ def test_releasing_twice_changes_nothing() -> None:
 
 
 def test_clear_forgets_everybody() -> None:
-    """After it the limiter is as new, and who waited does not come up again."""
+    """The limiter is as new, and earlier waiters do not come up again."""
     limiter = Limiter(1, None)
     admit(ticket("running", limiter))
     admit(ticket("waiting", limiter))
@@ -214,7 +214,7 @@ def test_a_higher_limit_starts_the_best_at_once() -> None:
 
 
 def test_a_lower_limit_waits_for_ends() -> None:
-    """It stops nobody, and nobody starts before it is kept again."""
+    """It stops no task, and none starts until the limit holds again."""
     limiter = Limiter(3, None)
     running = [ticket(name, limiter) for name in "abc"]
     for each in running:
@@ -232,7 +232,7 @@ def test_a_lower_limit_waits_for_ends() -> None:
 
 
 def test_places_are_taken_in_both_or_in_none() -> None:
-    """Who waits for the manager's place holds none of its group's, and the other way round."""
+    """A ticket that waits for the manager's place holds none of its group's, and vice versa."""
     group, manager = Limiter(1, None), Limiter(1, None)
     outsider, insider = ticket("outsider", manager), ticket("insider", group, manager)
     admit(outsider)
@@ -249,7 +249,7 @@ def test_places_are_taken_in_both_or_in_none() -> None:
 
 
 def test_a_full_group_holds_up_nobody_else() -> None:
-    """Tickets of another group pass by those that wait for a place in theirs."""
+    """Tickets of another group pass those that wait for a place in their own."""
     full, other, manager = Limiter(1, None), Limiter(1, None), Limiter(2, None)
     admit(ticket("a", full, manager))
     for number in range(5):
@@ -294,7 +294,7 @@ def test_ticket_that_comes_up_after_its_group_has_filled_waits_in_its_group_agai
 
 
 def test_the_managers_place_goes_to_the_best_of_all_groups() -> None:
-    """Who waits in a group does not take the manager's place before a better one from outside."""
+    """A ticket in a group does not take the manager's place before a better one from outside."""
     group, manager = Limiter(1, None), Limiter(1, None)
     running = ticket("running", group, manager)
     admit(running)
@@ -372,7 +372,7 @@ def test_lifting_overtakes_the_one_kept_in_mind() -> None:
 
 @pytest.mark.parametrize("before", [True, False])
 def test_adopted_tickets_count_for_the_new_limiter(before: bool) -> None:
-    """What had started takes a place in it, what waits counts as waiting; then it has to be passed."""
+    """Started tickets take places in it, and waiting ones count as waiting; they then have to pass it."""
     old, new = Limiter(1, None), Limiter(None, None)
     running, waiting = ticket("running", old), ticket("waiting", old)
     admit(running)
@@ -388,7 +388,7 @@ def test_adopted_tickets_count_for_the_new_limiter(before: bool) -> None:
 
 
 def test_adopted_while_it_waits_for_the_other() -> None:
-    """A ticket that waits for the manager is asked for its group's new place, too, when its turn comes."""
+    """When its turn at the manager comes, such a ticket needs its group's new place, too."""
     group, manager = Limiter(None, None), Limiter(1, None)
     outsider, waiting = ticket("outsider", manager), ticket("waiting", manager)
     holder = ticket("holder")

@@ -24,7 +24,7 @@ def test_each_practice_is_shown_in_code() -> None:
 
 @pytest.mark.parametrize("code", BLOCKS, ids=[title.replace(" ", "-") for title, _ in SECTIONS])
 def test_every_block_prints_its_comments(code: str) -> None:
-    """Each block runs by itself, without a warning or a word on stderr, and prints what stands beside it."""
+    """Each block runs by itself, without a warning or a word on stderr, and prints its comments."""
     assert run_block(code).splitlines() == promised_output(code)
 
 

@@ -112,7 +112,7 @@ async def test_nothing_but_done_is_known_without_a_total(manager: TaskManager) -
 
 
 async def test_the_first_report_has_no_rate(manager: TaskManager) -> None:
-    """What was done before the first report may have been done long ago, so it is no measure."""
+    """Work before the first report may have been done long ago, so it gives no rate."""
     task = manager.create_task(rest())
     await asyncio.sleep(5)
     task.progress.update(done=500, total=1000)
@@ -171,7 +171,7 @@ async def test_passing_the_total_is_no_error(manager: TaskManager) -> None:
 
 
 async def test_nothing_to_do_is_done(manager: TaskManager) -> None:
-    """Of a total of 0 everything is done."""
+    """With a total of 0, everything is done."""
     task = manager.create_task(rest())
     task.progress.update(total=0)
     assert newest(task).fraction == 1.0
@@ -179,7 +179,7 @@ async def test_nothing_to_do_is_done(manager: TaskManager) -> None:
 
 
 async def test_a_standstill_has_no_seconds_left(manager: TaskManager) -> None:
-    """At a rate of 0 nobody knows when it ends."""
+    """At a rate of 0, the end is unknown."""
     task = manager.create_task(rest())
     task.progress.update(done=1, total=10)
     await asyncio.sleep(1)
@@ -305,7 +305,7 @@ async def test_a_task_that_never_uses_it_has_none() -> None:
 
 
 async def test_looking_makes_no_progress(manager: TaskManager) -> None:
-    """Who asks a task for its progress gets the same object each time, and no snapshot before a report."""
+    """Reading a task's progress returns the same object each time, and no snapshot before a report."""
     task = manager.create_task(rest())
     assert task.progress is task.progress
     assert task.progress.snapshot() is None
@@ -349,7 +349,7 @@ async def test_progress_keeps_no_task_in_being(manager: TaskManager) -> None:
 
 
 async def test_a_watcher_sees_the_current_one_then_each_new_one(manager: TaskManager) -> None:
-    """Who comes late begins with the newest, and is told of the last before it ends."""
+    """A late watcher starts with the newest report, and gets the last one before it ends."""
     task = manager.create_task(count_to(4))
     await asyncio.sleep(2.5)
     assert await seen(task.progress.watch()) == [2, 3, 4]
@@ -357,7 +357,7 @@ async def test_a_watcher_sees_the_current_one_then_each_new_one(manager: TaskMan
 
 
 async def test_a_slow_watcher_gets_the_newest_and_no_backlog(manager: TaskManager) -> None:
-    """What came while its loop body was busy is left out, but for the last."""
+    """Reports that arrive while its loop body is busy are skipped, except for the last."""
     task = manager.create_task(count_to(100, every=0.01))
     found = await seen(task.progress.watch(), pause=0.305)
     assert found == [0, 30, 61, 91, 100]
@@ -407,7 +407,7 @@ async def test_watching_a_task_that_has_ended_ends_at_once(manager: TaskManager)
 
 
 async def test_a_task_that_never_ran_ends_its_watchers(manager: TaskManager) -> None:
-    """Cancelled before its first step it reports nothing; who watches it is not left waiting."""
+    """A task cancelled before its first step reports nothing, and its watchers end."""
     task = manager.create_task(count_to(5))
     watch = task.progress.watch()
     task.cancel()
@@ -415,7 +415,7 @@ async def test_a_task_that_never_ran_ends_its_watchers(manager: TaskManager) -> 
 
 
 async def test_several_watch_at_once(manager: TaskManager) -> None:
-    """Each watcher has its own pace; one that leaves takes nothing from the others."""
+    """Each watcher has its own pace; one that leaves does not affect the others."""
     task = manager.create_task(count_to(6))
     fast = asyncio.create_task(seen(task.progress.watch()))
     slow = asyncio.create_task(seen(task.progress.watch(), pause=2.5))
@@ -454,7 +454,7 @@ async def test_a_broken_off_loop_leaves_nothing_behind(manager: TaskManager) -> 
 
 
 async def test_a_cancelled_watcher_leaves_nothing_behind(manager: TaskManager) -> None:
-    """Its future is taken out, and it can be asked again."""
+    """Its future is removed, and the progress can be watched again."""
     task = manager.create_task(rest())
     watch = task.progress.watch()
     with pytest.raises(TimeoutError):
@@ -467,7 +467,7 @@ async def test_a_cancelled_watcher_leaves_nothing_behind(manager: TaskManager) -
 
 
 async def test_a_watcher_that_is_cancelled_with_the_news_is_harmless(manager: TaskManager) -> None:
-    """A report that comes in the same turn as the cancellation finds nobody to wake twice."""
+    """A report in the same turn as the cancellation wakes no future twice."""
     task = manager.create_task(rest())
     watcher = asyncio.create_task(seen(task.progress.watch()))
     await settle()
@@ -508,7 +508,7 @@ async def test_watching_needs_no_task_and_no_timer(manager: TaskManager) -> None
 
 
 async def test_reports_without_a_pause_do_not_hold_up_the_loop(manager: TaskManager) -> None:
-    """A watcher for whom there is always something new lets others run in between."""
+    """A watcher with a steady stream of reports lets other tasks run in between."""
     task = manager.create_task(rest())
     task.progress.update(done=0)
 
@@ -574,7 +574,7 @@ def test_every_watcher_goes_forward_and_sees_the_last(
 
 @pytest.mark.real_clock
 async def test_a_thread_reports_to_the_loops_watchers() -> None:
-    """Reports from threads wake the watcher, none is lost in adding up, and the thread waits for nobody."""
+    """Reports from threads wake the watcher, none is lost in the sum, and the thread never waits."""
     manager = TaskManager("threads")
 
     async def work() -> None:
@@ -603,7 +603,7 @@ async def test_a_thread_reports_to_the_loops_watchers() -> None:
 
 @pytest.mark.real_clock
 async def test_a_function_in_a_thread_reports_as_a_coroutine_does() -> None:
-    """What `run_in_thread` runs has a task, and that task's progress."""
+    """A function of `run_in_thread` has a task, and reports to that task's progress."""
     manager = TaskManager("threads")
     gate = threading.Event()
 
@@ -667,7 +667,7 @@ async def test_threads_that_come_first_make_one_progress() -> None:
 async def test_second_thread_at_the_lock_uses_the_first_ones_object(
     manager: TaskManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two threads may both find nothing; the one that has to wait looks again before it makes a second."""
+    """Two threads may both find nothing; the second one looks again inside the lock."""
     task = manager.create_task(rest())
     extras, progress = Extras(), TaskProgress(asyncio.get_running_loop())
 
@@ -686,7 +686,7 @@ async def test_second_thread_at_the_lock_uses_the_first_ones_object(
 
 
 def test_a_report_to_a_closed_loop_is_no_error() -> None:
-    """A thread that outlives the loop and its watchers may go on reporting."""
+    """A thread that outlives the loop and its watchers may keep reporting."""
     loop = asyncio.new_event_loop()
     progress = TaskProgress(loop)
     waiter = progress._waiter_for_news(0)
@@ -791,7 +791,7 @@ def test_adding_up_nothing_gives_nothing() -> None:
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="eager start came with Python 3.12")
 async def test_a_task_that_ends_in_its_eager_first_step_has_its_progress(manager: TaskManager) -> None:
-    """What it reported in that step is in its record, and its watchers end."""
+    """Its record has the reports of that step, and its watchers end."""
 
     async def quick() -> None:
         mine().update(done=1, total=1)

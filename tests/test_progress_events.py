@@ -148,7 +148,7 @@ async def test_a_task_that_never_reports_has_one_event(app: FastAPI, manager: Ta
 
 
 async def test_a_failure_is_sent_without_its_text(app: FastAPI, manager: TaskManager) -> None:
-    """What an exception says is not for clients: it may name hosts, paths and people."""
+    """An exception's text is not for clients: it may name hosts, paths, and people."""
     task = manager.create_task(fail(ValueError("secret of the house")), name="job")
     stream = await get(app, "/jobs/job")
     assert parse(stream)[-1].data["status"] == "failed"
@@ -170,7 +170,7 @@ async def test_a_cancellation_is_sent_with_its_kind(app: FastAPI, manager: TaskM
 
 
 async def test_a_late_client_gets_the_end(app: FastAPI, manager: TaskManager) -> None:
-    """Of a task that has ended there is its record: one event, with the last progress."""
+    """A task that has ended has a record: one event, with the last progress."""
     await manager.create_task(count_to(2), name="job")
     await settle()
     (event,) = parse(await get(app, "/jobs/job"))
@@ -213,7 +213,7 @@ async def test_without_bound_the_interval_leaves_the_first_and_the_last(manager:
 
 
 async def test_a_client_that_reconnects_gets_newer_events(app: FastAPI, manager: TaskManager) -> None:
-    """Nothing is told twice, neither at once nor when the same has been reported in between."""
+    """No event is sent twice, whether it reconnects at once or after the same report was repeated."""
     manager.create_task(count_to(6), name="job")
     first = asyncio.create_task(get(app, "/jobs/job"))
     await asyncio.sleep(3.5)
@@ -262,7 +262,7 @@ async def test_an_id_that_is_none_counts_as_none(manager: TaskManager, wrong: st
 
 
 async def test_an_id_of_an_earlier_task_of_the_same_name_counts_as_none(manager: TaskManager) -> None:
-    """What a client knows of the job before says nothing about this one, however far that one came."""
+    """An event id of the earlier job says nothing about this one, however far that one got."""
     before = manager.create_task(count_to(9), name="job")
     *_, end = [event.id async for event in progress_events(before)]
     task = manager.create_task(count_to(1), name="job")
@@ -297,7 +297,7 @@ async def test_without_a_time_fastapi_keeps_it_alive(app: FastAPI, manager: Task
 async def test_a_client_that_leaves_ends_the_watching_and_not_the_task(
     manager: TaskManager, bound: bool, spec_version: str
 ) -> None:
-    """A task of the application goes on; nothing waits for its progress any more."""
+    """A task of the application continues; nothing waits for its progress any more."""
     app = add_routes(FastAPI(), manager)
     if bound:
         app.add_middleware(TaskGroupMiddleware, manager=manager)
@@ -415,7 +415,7 @@ async def test_durations_out_of_range_are_refused(
 async def test_durations_that_are_no_numbers_are_refused(
     manager: TaskManager, options: dict[str, Any], words: str
 ) -> None:
-    """At once, in the route, and not as a stream that says nothing."""
+    """They are refused at once, in the route, and not as a stream without events."""
     task = manager.create_task(give(1))
     with pytest.raises(TypeError, match=words):
         progress_events(task, **options)
@@ -526,7 +526,7 @@ async def test_over_a_socket_the_events_arrive_as_they_are_made(app: FastAPI, ma
 @pytest.mark.e2e
 @pytest.mark.real_clock
 async def test_over_a_socket_a_client_hangs_up_and_resumes(app: FastAPI, manager: TaskManager) -> None:
-    """The hang-up ends the watching and leaves the task; with the last id the client goes on where it was."""
+    """The hang-up ends the watching and not the task; with the last id, the client resumes where it was."""
     task = manager.create_task(rest(), name="job")
     async with serving(app) as port, asyncio.timeout(20):
         async with RawClient.asking(port, "/jobs/job") as client:
@@ -553,7 +553,7 @@ async def test_over_a_socket_a_client_hangs_up_and_resumes(app: FastAPI, manager
 @pytest.mark.e2e
 @pytest.mark.real_clock
 async def test_over_a_socket_silence_is_kept_alive(app: FastAPI, manager: TaskManager) -> None:
-    """Comments come while the task says nothing, and the stream is still good afterwards."""
+    """Comments arrive while the task reports nothing, and the stream still works afterwards."""
     task = manager.create_task(rest(), name="job")
     async with (
         serving(app) as port,
@@ -575,7 +575,7 @@ async def test_over_a_socket_silence_is_kept_alive(app: FastAPI, manager: TaskMa
 async def test_over_a_socket_a_hang_up_cancels_the_requests_own_task(
     app: FastAPI, manager: TaskManager
 ) -> None:
-    """What belongs to the request ends with it: as a cancelled task, by cause of the disconnect."""
+    """The request's own task ends with it: cancelled, with the disconnect as its cause."""
     ended: list[TaskInfo] = []
     manager.add_listener(lambda event, info: ended.append(info) if event == "ended" else None)
     async with serving(app) as port, asyncio.timeout(20):

@@ -44,7 +44,7 @@ def test_changelog_speaks_of_the_version() -> None:
 
 
 def test_only_dependency_is_the_opentelemetry_api() -> None:
-    """Installing the package without extras brings opentelemetry-api and nothing else."""
+    """Installing the package without extras installs opentelemetry-api and nothing else."""
     assert [re.split(r"[<>=]", name)[0] for name in PYPROJECT["project"]["dependencies"]] == [
         "opentelemetry-api"
     ]
@@ -72,7 +72,7 @@ def test_every_module_stands_in_the_contracts() -> None:
 
 
 def test_no_lock_file_is_tracked() -> None:
-    """The tools are pinned in pyproject.toml; no lock file stands beside it."""
+    """The tools are pinned in pyproject.toml, without a lock file."""
     assert [path for path in tracked_files() if LOCK_FILES.fullmatch(path.name)] == []
 
 

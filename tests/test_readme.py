@@ -57,7 +57,7 @@ def test_every_block_runs(code: str) -> None:
 
 
 def test_the_fastapi_block_answers_and_stops() -> None:
-    """The example serves a patient client; one that hangs up stops the handler and both tasks."""
+    """The example serves a patient client; a client that hangs up stops the handler and both tasks."""
     patient, hasty = run_block(block("async def offers") + CLIENTS).splitlines()
     assert patient == '200 ["3 offers from trains","3 offers from hotels"]'
     assert hasty == "499 ['client_disconnect', 'client_disconnect']"

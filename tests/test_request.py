@@ -185,7 +185,7 @@ async def test_shielded_cleanup_is_whole_in_the_scopes_of_anyio(
 @pytest.mark.real_clock
 @pytest.mark.parametrize("how", ["task", "gather", "plain"])
 async def test_cleanup_of_an_awaited_task_is_not_torn_by_anyio(manager: TaskManager, how: str) -> None:
-    """What awaits the task is cancelled again and again, and forwards it; the task is cancelled once."""
+    """The awaiter is cancelled repeatedly and forwards each cancel; the task is cancelled once."""
     ended = []
 
     async def work() -> None:
@@ -265,7 +265,7 @@ async def test_cleanup_has_a_group_of_its_own(manager: TaskManager) -> None:
 async def test_handler_that_continues_after_the_disconnect_starts_no_work(
     manager: TaskManager, how: str
 ) -> None:
-    """Neither one that swallowed its cancellation nor one that was not cancelled is cleaning up."""
+    """A handler that swallowed its cancellation is not cleaning up, nor is one that was not cancelled."""
     refused = []
 
     async def handler() -> None:
@@ -283,7 +283,7 @@ async def test_handler_that_continues_after_the_disconnect_starts_no_work(
 
 
 async def test_work_after_a_dropped_response_is_cleanup(manager: TaskManager) -> None:
-    """A handler that ran on has sent its response to nobody; its background tasks may start work."""
+    """The response of a handler that kept running was dropped; its background tasks may start work."""
     ended = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -331,7 +331,7 @@ async def test_unrelated_exception_is_no_cleanup(manager: TaskManager) -> None:
 async def test_exception_that_took_the_place_of_the_cancellation_still_ends_the_handler(
     manager: TaskManager, wrapped: str
 ) -> None:
-    """What was raised while the CancelledError was handled, or a group around it, is on its way as well."""
+    """An exception raised while the CancelledError was handled, or a group around it, still propagates."""
     ended = []
 
     async def handler() -> None:
@@ -395,7 +395,7 @@ async def test_late_cleanup_is_named_and_runs_on(
 
 
 async def test_server_that_cancels_the_request_ends_its_cleanup(manager: TaskManager) -> None:
-    """A shutdown is not held off, and is the cause of what it cancels."""
+    """A shutdown goes through, and is the cause of the tasks it cancels."""
     tasks: list[ManagedTask[None]] = []
 
     async def handler() -> None:
@@ -416,7 +416,7 @@ async def test_server_that_cancels_the_request_ends_its_cleanup(manager: TaskMan
 async def test_generator_that_is_finalized_in_another_task_lets_go_of_its_shield(
     manager: TaskManager,
 ) -> None:
-    """Its block ends there; the next disconnect of the request is delivered as ever."""
+    """Its block ends there; the next disconnect of the request is delivered as usual."""
     ended = []
 
     async def body() -> AsyncGenerator[int]:
@@ -487,7 +487,7 @@ async def test_application_that_meets_the_servers_error_in_send_is_left_alone(ma
 async def test_application_that_reads_the_message_during_the_grace_is_left_alone(
     manager: TaskManager,
 ) -> None:
-    """Whether it has been told is decided when it would be cancelled."""
+    """Whether it has read the message is checked when it would be cancelled."""
     seen = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -502,7 +502,7 @@ async def test_application_that_reads_the_message_during_the_grace_is_left_alone
 
 
 async def test_listener_learns_of_the_disconnect_when_the_shield_closes(manager: TaskManager) -> None:
-    """Its own cancellation would break uncancellable(); code inside the block is told at once."""
+    """Its own cancellation would break uncancellable(); code inside the block learns of it at once."""
     loop = asyncio.get_running_loop()
     told: dict[str, float] = {}
 
@@ -650,7 +650,7 @@ async def _sleep_in_a_shield() -> None:
 async def test_handler_ends_with_the_block_that_deferred_its_cancellation(
     manager: TaskManager, wait: Callable[[], Awaitable[object]]
 ) -> None:
-    """Also where it awaits more than that, which would take much longer."""
+    """It ends there even if it also awaits something that takes much longer."""
     loop = asyncio.get_running_loop()
     began = loop.time()
     await hang_up_on(app_of(lambda: asyncio.gather(wait(), asyncio.sleep(60))), manager)
@@ -658,7 +658,7 @@ async def test_handler_ends_with_the_block_that_deferred_its_cancellation(
 
 
 async def test_handler_that_gives_a_thread_some_time_is_cancelled_after_it(manager: TaskManager) -> None:
-    """`asyncio.wait_for` stands between the two; on Python 3.11 it waits in a future of its own."""
+    """`asyncio.wait_for` is between the two; on Python 3.11 it waits in a future of its own."""
     order: list[str] = []
 
     def function() -> None:
@@ -676,7 +676,7 @@ async def test_handler_that_gives_a_thread_some_time_is_cancelled_after_it(manag
 
 
 async def test_shield_of_the_application_holds_no_request_off(manager: TaskManager) -> None:
-    """Its task goes on in any case, so the handler that awaits it need not wait."""
+    """The shielded task continues in any case, so the handler that awaits it need not wait."""
     loop = asyncio.get_running_loop()
 
     async def fill() -> str:
@@ -713,7 +713,7 @@ async def test_reader_is_left_alone_where_a_task_of_the_request_awaits_it(manage
 
 
 async def test_function_that_waits_for_a_thread_of_its_executor_is_cancelled(manager: TaskManager) -> None:
-    """It has not begun, so the cancellation keeps it from beginning."""
+    """It has not started, so the cancellation keeps it from starting."""
     import threading
     from concurrent.futures import ThreadPoolExecutor
 
@@ -850,7 +850,7 @@ async def test_plain_task_that_another_request_awaits_continues(manager: TaskMan
 
 
 async def test_plain_task_of_the_request_alone_is_cancelled(manager: TaskManager) -> None:
-    """What it has created and nobody else awaits is its own."""
+    """A task that it created and no other code awaits is its own."""
     tasks = []
 
     async def handler() -> None:
@@ -979,7 +979,7 @@ async def test_cancellation_from_before_the_disconnect_is_not_taken_for_its_own(
 async def test_grace_that_outlasts_the_request_spares_tasks_of_others(
     manager: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is late is cancelled after the request, and what it awaits of the application is not."""
+    """Late tasks are cancelled after the request, but not the application's tasks that they await."""
     shared = manager.create_task(asyncio.sleep(60, "price"), group="cache")
     left: list[ManagedTask[object]] = []
 
@@ -1022,7 +1022,7 @@ async def test_end_of_a_request_cancels_no_task_of_others(manager: TaskManager) 
 
 
 async def test_gather_that_loses_its_handler_logs_nothing(manager: TaskManager) -> None:
-    """What its children raise later is retrieved (asyncio would log it, and fail this test)."""
+    """Later exceptions of its children are retrieved (asyncio would log them, and fail this test)."""
 
     async def fail() -> None:
         await asyncio.sleep(1)
@@ -1157,7 +1157,7 @@ async def test_span_says_that_the_handler_of_a_cancelled_task_was_cancelled(
 
 
 async def test_span_says_that_a_listener_finished(manager: TaskManager, spans: SpanRecorder) -> None:
-    """It has learned of the disconnect by itself."""
+    """The listener noticed the disconnect itself."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -1180,7 +1180,7 @@ async def test_span_says_that_a_listener_finished(manager: TaskManager, spans: S
 async def test_close_code_of_a_websocket_says_why_its_work_is_cancelled(
     manager: TaskManager, spans: SpanRecorder, code: int, kind: CancelKind, outcome: str
 ) -> None:
-    """Closed in order, gone, or closed by the server."""
+    """It was closed in order, lost, or closed by the server."""
     tasks: list[ManagedTask[None]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -113,7 +113,7 @@ async def out_of_time(group: TaskGroup) -> None:
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("block", [interrupted, failing, with_failing_task, out_of_time])
 async def test_group_keeps_neither_its_error_nor_its_host(block: Any) -> None:
-    """What a block raised is freed once it was handled, and so is its task, while the group is still here."""
+    """A block's handled error and its task are freed while the group is still referenced."""
     manager = TaskManager()
     group = manager.group("load")
     caught: list[weakref.ref[BaseException]] = []
@@ -225,7 +225,7 @@ async def test_failing_task_cancels_its_siblings_and_the_body() -> None:
 
 
 async def test_all_errors_are_raised_together() -> None:
-    """What several tasks and the body raise comes in one group."""
+    """The errors of several tasks and of the body are raised in one group."""
 
     async def break_on_cancel() -> None:
         try:
@@ -253,7 +253,7 @@ async def test_body_that_raises_cancels_the_tasks() -> None:
 
 
 async def test_failure_raised_by_the_group_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """What the block raises is reported nowhere else, by us or by asyncio."""
+    """An error that the block raises is reported nowhere else, neither by us nor by asyncio."""
     with pytest.raises(ExceptionGroup):
         async with TaskManager(on_error=lambda info, error: pytest.fail("reported")).group("load") as group:
             group.create_task(fail(ValueError("no")))
@@ -262,7 +262,7 @@ async def test_failure_raised_by_the_group_is_not_logged(caplog: pytest.LogCaptu
 
 
 async def test_isolated_group_reports_failures_and_continues() -> None:
-    """on_error="isolate": siblings and body go on, the failure goes to on_error."""
+    """on_error="isolate": siblings and body continue, and the failure goes to on_error."""
     reported: list[str] = []
     manager = TaskManager(on_error=lambda info, error: reported.append(f"{info.name}: {error}"))
     async with manager.group("load", on_error="isolate") as group:
@@ -291,7 +291,7 @@ async def test_failure_without_a_repr_still_ends_the_group() -> None:
 
 
 async def test_failure_in_a_block_that_was_never_left_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    """Where the host has ended without leaving its block, nobody would raise the failure: it is logged."""
+    """If the host ends without leaving its block, nothing can raise the failure, so it is logged."""
     group = TaskManager().group("load")
 
     async def careless() -> None:
@@ -326,7 +326,7 @@ def test_system_exit_of_a_task_ends_the_group_bare(error: BaseException, on_erro
 
 
 async def test_second_system_exit_is_dropped_for_the_first() -> None:
-    """Of two such exceptions the block raises the first."""
+    """Of two such exceptions, the block raises the first."""
     first, second = SystemExit(1), SystemExit(2)
 
     class Exit(TaskGroup):
@@ -372,7 +372,7 @@ async def test_closing_a_generator_inside_a_block_raises_nothing() -> None:
 
 
 async def test_closing_a_generator_hides_no_failure_of_its_block() -> None:
-    """What tasks have raised comes out of aclose(), with the GeneratorExit beside it."""
+    """The tasks' errors are raised by aclose(), with the GeneratorExit beside them."""
     group = TaskManager().group("load")
     generator: Any = numbers(group)
     await anext(generator)
@@ -393,7 +393,7 @@ async def test_closing_a_generator_hides_no_failure_of_its_block() -> None:
 
 
 async def test_cancel_in_the_body_leaves_the_block_silently() -> None:
-    """cancel() ends body and tasks, and the code behind the block goes on."""
+    """cancel() ends body and tasks, and the code after the block continues."""
     async with TaskManager().group("load") as group:
         task = group.create_task(rest())
         group.cancel("no longer wanted")
@@ -479,7 +479,7 @@ async def test_cancel_after_the_end_does_nothing() -> None:
 
 
 async def test_second_cancel_asks_nobody_again() -> None:
-    """Clean-up is not torn by a second cancel()."""
+    """Cleanup is not interrupted by a second cancel()."""
     async with TaskManager().group("load") as group:
         task = group.create_task(ignore_cancels(5))
         await settle()
@@ -531,7 +531,7 @@ async def test_body_that_swallows_the_cancel_continues() -> None:
 
 
 async def test_external_cancel_of_the_host_cancels_the_tasks_and_propagates() -> None:
-    """Cancelling the task in the block cancels the group, waits for it, and is passed on."""
+    """Cancelling the task in the block cancels the group, waits for it, and propagates."""
     tasks: list[ManagedTask[None]] = []
 
     async def host() -> None:
@@ -614,7 +614,7 @@ async def test_errors_go_before_an_external_cancel_which_arrives_later() -> None
 
 
 async def test_own_cancel_and_external_cancel_together_are_passed_on() -> None:
-    """Only the cancellation that we made is taken back; somebody else's goes on."""
+    """Only our own cancellation is withdrawn; any other one propagates."""
     groups: list[TaskGroup] = []
 
     async def host() -> None:
@@ -632,7 +632,7 @@ async def test_own_cancel_and_external_cancel_together_are_passed_on() -> None:
 
 
 async def test_group_in_a_task_that_is_being_cancelled_already() -> None:
-    """A block entered during clean-up compares with the level on entry: cancel() is silent there too."""
+    """A block entered during cleanup compares with the count on entry: cancel() is silent there too."""
     reached: list[str] = []
 
     async def host() -> None:
@@ -718,7 +718,7 @@ async def test_timeout_of_a_group_that_is_being_cancelled_is_silent() -> None:
 
 
 async def test_errors_go_before_the_timeout() -> None:
-    """What the clean-up raises after the timeout is raised instead of it."""
+    """An error of the cleanup after the timeout is raised instead of the timeout."""
 
     async def break_on_cancel() -> None:
         try:
@@ -862,7 +862,7 @@ async def test_both_blocks_of_one_task_are_left_by_the_outer_ones_cancel() -> No
 
 
 async def test_group_entered_below_a_cancelled_one_is_born_cancelled() -> None:
-    """A block below a cancelled group takes no tasks; its body is the host's affair."""
+    """A block below a cancelled group takes no tasks; its body is up to the host."""
     async with TaskManager().group("outer") as outer:
         outer.cancel()
         try:
@@ -966,7 +966,7 @@ async def test_block_whose_span_cannot_start_still_runs(caplog: pytest.LogCaptur
 
 
 async def test_cause_made_by_hand_closes_the_group() -> None:
-    """What the middleware announces is the reason that a refused task is told."""
+    """The middleware's cause is the reason in the refusal of a task."""
     async with TaskManager().group("load") as group:
         group._signal_cancel(CancelCause(CancelKind.CLIENT_DISCONNECT))
         with pytest.raises(GroupClosedError, match="client_disconnect"):

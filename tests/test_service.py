@@ -147,7 +147,7 @@ def test_delays_grow_without_overflow() -> None:
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_half_of_each_delay_is_left_to_chance(chances: list[float]) -> None:
-    """Whatever the chance, a delay is between a half and the whole of what it has grown to."""
+    """A delay is random between half and all of its full length."""
     chance = iter(chances)
     drawn = Failures(RestartPolicy(max_failures=None, jitter=lambda: next(chance)))
     whole = Failures(RestartPolicy(max_failures=None, jitter=lambda: 1.0))
@@ -252,7 +252,7 @@ async def test_attempts_are_tasks_with_names() -> None:
 
 
 async def test_attempts_run_in_copies_of_the_callers_context() -> None:
-    """What was set at the start is seen by each attempt; what an attempt sets by none but itself."""
+    """Each attempt sees the variables set at the start; its own changes reach no other attempt."""
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
     seen = []
 
@@ -330,7 +330,7 @@ async def test_global_manager_starts_services() -> None:
 
 
 async def test_return_ends_the_service() -> None:
-    """A service whose attempt returns is completed, with that result, also for those who come later."""
+    """A service whose attempt returns is completed with that result, for later waiters too."""
     manager = TaskManager()
     work = Flaky(2, returns=True)
     service = await manager.start_service("prices", work, restart=STEADY)
@@ -413,7 +413,7 @@ async def test_only_giving_up_is_an_error_for_the_handler(caplog: pytest.LogCapt
 
 
 async def test_waiter_of_the_service_gets_its_error(caplog: pytest.LogCaptureFixture) -> None:
-    """Where somebody waits for a service, the error is raised there and not logged."""
+    """If code waits for a service, the error is raised there and not logged."""
     manager = TaskManager()
     service = await manager.start_service("prices", Flaky(99), restart=RestartPolicy(max_failures=1))
     with pytest.raises(ConnectionError, match="failure 1") as caught:
@@ -544,7 +544,7 @@ async def test_cancelling_the_service_cancels_its_attempt() -> None:
 
 
 async def test_cancel_reaches_the_attempt_in_one_turn() -> None:
-    """The attempt is asked in the turn of the loop after the service was."""
+    """The attempt is cancelled one turn of the loop after the service."""
     manager = TaskManager()
     service = await manager.start_service("prices", rest)
     await settle()
@@ -622,7 +622,7 @@ async def test_attempt_is_cancelled_as_often_as_its_service() -> None:
 
 @pytest.mark.parametrize("shut", [False, True], ids=["group", "shutdown"])
 async def test_clean_up_is_not_torn_by_a_cancelled_group(shut: bool) -> None:
-    """Where service and attempt are cancelled together, the attempt is asked once."""
+    """If service and attempt are cancelled together, the attempt is cancelled once."""
     manager = TaskManager()
     clean = []
 
@@ -886,7 +886,7 @@ async def test_services_are_cancelled_last() -> None:
 
 
 async def test_shutdown_does_not_wait_its_grace_for_services() -> None:
-    """A service does not end by itself: it is cancelled as soon as all other tasks have ended."""
+    """A service does not end on its own: it is cancelled as soon as all other tasks have ended."""
     manager = TaskManager()
     service = await manager.start_service("prices", rest)
     manager.create_task(asyncio.sleep(2))
@@ -1259,7 +1259,7 @@ async def test_given_up_service_holds_nothing(caplog: pytest.LogCaptureFixture) 
 
 @pytest.mark.parametrize("how", ["cancelled", "woken"])
 async def test_delay_leaves_no_timer_and_no_waiter(how: str) -> None:
-    """A delay that was cut short is not in the loop's timers, nor among those who wait for the event."""
+    """An interrupted delay leaves neither a timer in the loop nor a waiter at the event."""
     loop: Any = asyncio.get_running_loop()
     event = CancelEvent()
     task = asyncio.create_task(_sleep(500, event))

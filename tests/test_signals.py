@@ -110,7 +110,7 @@ async def test_tree_comes_while_a_task_holds_the_loop() -> None:
 
 
 async def test_handler_of_before_is_called_too() -> None:
-    """Who handled the signal before still does, and is put back."""
+    """The previous handler of the signal still runs, and is restored."""
     called: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: called.append(number))
     file = io.StringIO()
@@ -123,7 +123,7 @@ async def test_handler_of_before_is_called_too() -> None:
 
 
 async def test_ending_in_another_order_leaves_the_newer_one() -> None:
-    """Where another handler has come since, it stays, and the ended one says nothing any more."""
+    """A handler that was set later stays, and the ended one writes nothing."""
     file = io.StringIO()
     before = signal.getsignal(signal.SIGUSR1)
     older = TaskManager("older").dump_on_signal(file=file)
@@ -178,7 +178,7 @@ async def test_handler_raises_nothing_into_the_interrupted_code(monkeypatch: pyt
 
 
 async def test_signal_while_the_tree_is_written_is_answered_by_that() -> None:
-    """Signals that come faster than trees are written do not pile up, and reach who handled them before."""
+    """Signals that arrive while a tree is written do not pile up, and reach the previous handler."""
 
     class Slow(io.StringIO):
         def write(self, text: str) -> int:
@@ -209,7 +209,7 @@ async def test_file_gets_all_of_a_long_tree(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [0, 12345, "SIGUSR1", signal.SIGKILL])
 def test_wrong_signal_is_refused(wrong: Any) -> None:
-    """What is no signal, or cannot be handled, is refused with one that can."""
+    """A value that is no signal, or cannot be handled, is refused, and the message names one that works."""
     with pytest.raises(ValueError, match=r"signal\.SIGUSR1"):
         TaskManager().dump_on_signal(wrong)
 
@@ -229,7 +229,7 @@ def test_signal_that_cannot_be_handled(monkeypatch: pytest.MonkeyPatch, error: E
 
 @pytest.mark.parametrize("wrong", ["tree.txt", 2])
 def test_wrong_file_is_refused(wrong: Any) -> None:
-    """What cannot be written to is refused at once, before a handler is there."""
+    """A file that cannot be written to is refused at once, before the handler is set."""
     before = signal.getsignal(signal.SIGUSR1)
     with pytest.raises(TypeError, match=r"writes to an open text file, got .*: pass file=open"):
         TaskManager().dump_on_signal(file=wrong)

@@ -52,7 +52,7 @@ async def test_task_waits_for_the_future_at_which_it_is_suspended() -> None:
 
 
 async def test_cancellation_reaches_what_a_task_awaits_and_the_children_of_a_gather() -> None:
-    """Through tasks and gather(), but not past a task at which it is told to stop."""
+    """It goes through tasks and gather(), but not past a task where it must stop."""
     future = asyncio.get_running_loop().create_future()
     inner = await started(waiting(future))
     done = asyncio.create_task(asyncio.sleep(0))
@@ -67,7 +67,7 @@ async def test_cancellation_reaches_what_a_task_awaits_and_the_children_of_a_gat
 
 
 async def test_interrupted_task_gets_the_cancellation_and_what_it_awaits_continues() -> None:
-    """As if it had awaited asyncio.shield(); others who await the same are not woken."""
+    """As if it had awaited asyncio.shield(); other waiters of the same task are not woken."""
     future = asyncio.get_running_loop().create_future()
     first, second = await started(waiting(future)), await started(waiting(future))
     (awaiter,) = [found for found in awaiters(future) if found.task is first]

@@ -76,7 +76,7 @@ async def test_cancelled_task_is_cancelling_until_it_has_unwound() -> None:
 
 
 async def test_pending_task_that_is_cancelled_is_cancelling() -> None:
-    """A request to a task that has not begun leads from pending to cancelling."""
+    """A cancel request to a task that has not started leads from pending to cancelling."""
     task = TaskManager().create_task(rest())
     task.cancel()
     assert task.status is TaskStatus.CANCELLING
@@ -169,7 +169,7 @@ async def test_cancel_from_a_callback_before_the_first_step_is_recorded_too() ->
 async def test_task_has_not_started_if_and_only_if_none_of_its_code_ran(
     limit: int | None, options: dict[str, Any], turns: int, stop: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever stands around its coroutine, and whenever it ends; the log of a shutdown says the same."""
+    """This holds for every wrapper around its coroutine and every way it ends; a shutdown's log agrees."""
     manager = TaskManager(max_concurrency=limit)
     before = manager.create_task(reluctant(), name="work", group="before")
     await asyncio.sleep(0)
@@ -423,7 +423,7 @@ async def test_await_forwards_the_awaiters_cancellation() -> None:
 
 
 async def test_live_task_is_held() -> None:
-    """A task that nobody else refers to is not collected before it has ended."""
+    """A task without other references is not collected before it has ended."""
     done = asyncio.Event()
 
     async def work() -> None:
@@ -536,7 +536,7 @@ async def test_ignored_timeout_is_completed_and_flagged() -> None:
 
 
 async def test_error_after_the_timeout_is_that_error() -> None:
-    """What the clean-up raises after the timeout is what the task raises."""
+    """An error of the cleanup after the timeout is the error of the task."""
 
     async def break_on_cancel() -> None:
         try:
@@ -622,7 +622,7 @@ async def test_stack_says_where_a_live_task_waits() -> None:
 
 
 async def test_stack_goes_down_to_the_innermost_wait() -> None:
-    """Of a coroutine that awaits another both lines are shown, the innermost last."""
+    """For a coroutine that awaits another, both lines are shown, the innermost last."""
 
     async def outer() -> None:
         await rest()
@@ -635,7 +635,7 @@ async def test_stack_goes_down_to_the_innermost_wait() -> None:
 
 
 async def test_name_of_an_unnamed_task_is_found_and_renamed() -> None:
-    """It is made of the function's name and a number, and is as good as one that was given."""
+    """It consists of the function's name and a number, and works like a given name."""
     manager = TaskManager()
     task = manager.create_task(rest())
     name = task.get_name()
@@ -668,7 +668,7 @@ async def test_name_that_looks_like_that_of_an_unnamed_task_is_free(name: str) -
 
 
 async def test_unnamed_task_passes_over_a_name_that_somebody_has_chosen() -> None:
-    """Its number is the next one that makes a free name."""
+    """Its number is the next one that gives a free name."""
     manager = TaskManager()
     chosen = manager.create_task(rest(), name="rest-1")
     assert manager.create_task(rest()).get_name() == "rest-2"
@@ -677,7 +677,7 @@ async def test_unnamed_task_passes_over_a_name_that_somebody_has_chosen() -> Non
 
 
 async def test_unknown_option_is_refused_and_its_coroutine_closed() -> None:
-    """A misspelt option is named; the coroutine gives no warning that nobody awaited it."""
+    """The message names the misspelled option; no warning about an unawaited coroutine follows."""
     manager = TaskManager()
     options: dict[str, Any] = {"tiemout": 1}
     for create in (manager.create_task, create_task):
@@ -732,7 +732,7 @@ async def test_info_is_json_ready() -> None:
 
 
 async def test_info_of_a_pending_task_is_json_ready_too() -> None:
-    """What is not known yet is null."""
+    """Values that are not known yet are null."""
     task = TaskManager().create_task(give(1))
     data = json.loads(json.dumps(task.info().to_dict()))
     assert data["started_at"] is data["ended_at"] is data["cause"] is None
@@ -740,7 +740,7 @@ async def test_info_of_a_pending_task_is_json_ready_too() -> None:
 
 
 async def test_coroutine_that_hides_its_state_counts_as_running() -> None:
-    """Of a coroutine object that is not Python's own nobody can tell whether it has begun."""
+    """Nothing tells whether a coroutine object that is not Python's own has started."""
 
     class Foreign(collections.abc.Coroutine[Any, Any, str]):
         def __init__(self) -> None:
@@ -833,7 +833,7 @@ async def test_shield_holds_back_nothing_but_a_disconnect() -> None:
 
 
 async def test_asking_happens_once() -> None:
-    """What is done on a group's behalf is asked of each task once, and of an ended one never."""
+    """A group cancels each task once, and an ended one never."""
     task = TaskManager().create_task(rest())
     assert request_cancel(task, DISCONNECT) is True
     assert request_cancel(task, CancelCause(CancelKind.SHUTDOWN)) is False

@@ -45,7 +45,7 @@ def test_one_part_runs_alone(part: str) -> None:
 
 @pytest.mark.parametrize("arguments", [["--only", "nothing"], ["--only"], ["event"]])
 def test_wrong_arguments_get_the_parsers_error(arguments: list[str]) -> None:
-    """A part that is not there is argparse's error, which names those that are."""
+    """An unknown part is argparse's error, which lists the known ones."""
     done = run_demo(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert "{event,propagation,tracking,progress,priority}" in done.stderr
@@ -72,7 +72,7 @@ async def test_event_shows_the_four_ways_a_wait_ends(capsys: pytest.CaptureFixtu
 
 
 async def test_propagation_goes_through_three_levels(capsys: pytest.CaptureFixture[str]) -> None:
-    """What is above stops what is below and not the other way round; a cancelled link sets nothing."""
+    """A level stops those below it and not those above; a cancelled link sets nothing."""
     lines = await output_of("propagation", capsys)
     assert "after one request: [True, False], service: False" in lines
     assert "after the service: [True, True]" in lines
@@ -86,7 +86,7 @@ async def test_propagation_goes_through_three_levels(capsys: pytest.CaptureFixtu
 
 
 async def test_tracking_finds_the_stubborn_and_the_forgotten(capsys: pytest.CaptureFixture[str]) -> None:
-    """Tasks leave the tracker by themselves; what would not stop and what nobody tracked is named."""
+    """Ended tasks leave the tracker; tasks that do not stop, and tasks that were not tracked, are named."""
     lines = await output_of("tracking", capsys)
     assert "4 tracked, then 3" in lines
     assert "3 cancelled, 1 not" in lines

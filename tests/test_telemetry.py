@@ -235,7 +235,7 @@ async def test_instrumentation_scope_is_the_package(manager: TaskManager, spans:
 async def test_span_starts_at_creation_and_ends_with_the_task(
     manager: TaskManager, spans: SpanRecorder
 ) -> None:
-    """The span is there before the first step, and ended when the task's awaiter goes on."""
+    """The span exists before the first step, and has ended when the task's awaiter continues."""
     task = manager.create_task(work(), name="work")
     assert [span.name for span in spans.open] == ["work"]
 
@@ -400,7 +400,7 @@ async def test_cancelled_leaves_status_unset(manager: TaskManager, spans: SpanRe
 
 
 async def test_cancel_without_reason_has_no_message(manager: TaskManager, spans: SpanRecorder) -> None:
-    """No empty message stands on the span."""
+    """The span gets no empty message."""
     task = manager.create_task(work(), name="work")
     task.cancel()
     await ended(task)
@@ -458,7 +458,7 @@ async def test_ignored_cancellation_is_visible(manager: TaskManager, spans: Span
 
 
 async def test_task_that_cancels_itself_keeps_its_reason(manager: TaskManager, spans: SpanRecorder) -> None:
-    """It is explicit, with the message; there is nobody to link to."""
+    """Its reason is explicit, with the message; there is no span to link to."""
 
     async def give_up() -> None:
         task = asyncio.current_task()
@@ -478,7 +478,7 @@ async def test_task_that_cancels_itself_keeps_its_reason(manager: TaskManager, s
 async def test_failing_clean_up_is_an_error_with_its_reason(
     manager: TaskManager, spans: SpanRecorder
 ) -> None:
-    """What a task raises while it is cancelled is an error; why it was cancelled stays beside it."""
+    """A task that raises while it is cancelled is an error, with the reason for its cancellation."""
 
     async def tidy() -> None:
         try:
@@ -500,7 +500,7 @@ async def test_failing_clean_up_is_an_error_with_its_reason(
 
 
 async def test_foreign_cancellation_has_no_event(manager: TaskManager, spans: SpanRecorder) -> None:
-    """A CancelledError that nobody asked for is cancelled by "foreign", with neither event nor link."""
+    """A CancelledError without a request is cancelled by "foreign", with neither event nor link."""
     await ended(manager.create_task(fail(asyncio.CancelledError()), name="work"))
 
     span = spans.span("work")
@@ -663,7 +663,7 @@ async def test_sibling_links_to_the_one_that_failed(manager: TaskManager, spans:
 async def test_shutdown_links_to_the_span_that_shut_down(
     manager: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
 ) -> None:
-    """What a shutdown cancels links to the span current at shutdown()."""
+    """Tasks that a shutdown cancels link to the span current at shutdown()."""
     task = manager.create_task(asyncio.sleep(60), name="victim")
     with tracer.start_as_current_span("stop"):
         await manager.shutdown(grace=2)
@@ -678,7 +678,7 @@ async def test_shutdown_links_to_the_span_that_shut_down(
 async def test_replaced_task_links_to_the_span_of_its_replacement(
     manager: TaskManager, spans: SpanRecorder, tracer: trace.Tracer, way: str
 ) -> None:
-    """The old one is cancelled as replaced; the link goes to the span in which the new one was asked for."""
+    """The old task is cancelled as replaced, with a link to the span in which the new one was created."""
     old = manager.create_task(asyncio.sleep(60), name="sync")
     await started(old)
     with tracer.start_as_current_span("restart"):
@@ -796,7 +796,7 @@ async def test_no_link_where_no_span_is_current(manager: TaskManager, spans: Spa
 async def test_task_that_cancels_its_own_group_does_not_link_to_itself(
     manager: TaskManager, spans: SpanRecorder
 ) -> None:
-    """The others link to the task that asked; on its own span such a link would say nothing."""
+    """The others link to the cancelling task; a link on its own span would say nothing."""
 
     async def revolt() -> None:
         await asyncio.sleep(1)
@@ -1082,7 +1082,7 @@ async def test_span_is_current_inside_the_task_alone(
 async def test_spans_of_the_work_are_children_of_the_task(
     manager: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
 ) -> None:
-    """What the application traces inside a task hangs below the task's span."""
+    """The application's spans inside a task are children of the task's span."""
 
     async def query() -> None:
         with tracer.start_as_current_span("SELECT"):
@@ -1137,7 +1137,7 @@ async def test_task_tells_its_ids(manager: TaskManager, spans: SpanRecorder) -> 
 async def test_failure_is_logged_with_the_trace_id(
     manager: TaskManager, spans: SpanRecorder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who reads the log of an error that nobody awaited finds the way to its trace."""
+    """The log line of an unawaited error leads to its trace."""
     manager.create_task(fail(ValueError("broken")), name="work")
     await manager.join()
 
@@ -1226,7 +1226,7 @@ async def test_queued_task_is_one_span_from_its_creation(
 
 
 async def test_task_with_a_place_tells_of_no_queue(narrow: TaskManager, spans: SpanRecorder) -> None:
-    """Who did not have to wait has neither the attribute nor the event."""
+    """A task that did not have to wait has neither the attribute nor the event."""
     await narrow.create_task(work(), name="work")
 
     span = spans.span("work")
@@ -1272,7 +1272,7 @@ async def test_queued_task_of_a_block_is_a_child_of_its_span(
 async def test_queued_detached_task_links_to_its_creator(
     narrow: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
 ) -> None:
-    """A trace of its own, as for one that need not wait."""
+    """It has a trace of its own, like a task that need not wait."""
     first = narrow.create_task(work())
     with tracer.start_as_current_span("caller") as caller:
         task = narrow.create_task(work(), name="queued", detached=True)
@@ -1287,7 +1287,7 @@ async def test_queued_detached_task_links_to_its_creator(
 async def test_task_cancelled_in_the_queue_has_its_span(
     narrow: TaskManager, spans: SpanRecorder, tracer: trace.Tracer, turns: int
 ) -> None:
-    """From its creation to its end, with why and by whom, and without having started."""
+    """The span lasts from creation to end, with the cause and its origin, and without a start event."""
     first = narrow.create_task(fail(ValueError("bad")))
     with tracer.start_as_current_span("creator") as creator:
         task = narrow.create_task(work(), name="queued")
@@ -1315,7 +1315,7 @@ async def test_task_cancelled_in_the_queue_has_its_span(
 
 
 async def test_task_dropped_at_shutdown_has_its_span(narrow: TaskManager, spans: SpanRecorder) -> None:
-    """What waited for a place is in the trace, too."""
+    """Tasks that waited for a place are in the trace, too."""
     narrow.create_task(work(), name="running")
     narrow.create_task(work(), name="queued")
     await narrow.shutdown(grace=10)
@@ -1355,7 +1355,7 @@ async def test_queued_task_that_fails_is_an_error(narrow: TaskManager, spans: Sp
 
 
 async def test_queued_task_that_is_sampled_out() -> None:
-    """The sampler is asked when the span is made; sampled out, the task works and has its ids."""
+    """The sampler runs when the span is made; a task that is sampled out works and has its ids."""
     sampler = NotingSampler()
     for provider in (own_provider(ALWAYS_OFF), own_provider(sampler)):
         manager = TaskManager(max_concurrency=1, tracer_provider=provider)
@@ -1372,7 +1372,7 @@ async def test_queued_task_that_is_sampled_out() -> None:
 
 
 async def test_queued_task_without_an_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No span, no complaint; one that is set up while it waits is used from then on."""
+    """There is no span and no error; an SDK that is set up while it waits is used from then on."""
     monkeypatch.setattr(trace, "_TRACER_PROVIDER", None)
     manager = TaskManager(max_concurrency=1)
     tasks = [manager.create_task(work()) for _ in range(2)]
@@ -1458,7 +1458,7 @@ def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 async def test_broken_telemetry_breaks_no_task(broken: TaskManager, caplog: pytest.LogCaptureFixture) -> None:
-    """Tasks run, fail and are cancelled as ever; the fault is logged once, not for each."""
+    """Tasks run, fail, and are cancelled as usual; the fault is logged once, not for each task."""
     good = [broken.create_task(work()) for _ in range(3)]
     bad = broken.create_task(fail(ValueError("bad")))
     victim = broken.create_task(work())
@@ -1475,7 +1475,7 @@ async def test_broken_telemetry_breaks_no_task(broken: TaskManager, caplog: pyte
 async def test_global_provider_without_a_tracer_breaks_no_task(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, limit: int | None
 ) -> None:
-    """One that raises where it is asked for a tracer is as none: logged once, and tasks run."""
+    """A provider that raises when it is asked for a tracer counts as none: logged once, and tasks run."""
 
     class NoTracer(TracerProvider):
         def get_tracer(self, *args: Any, **kwargs: Any) -> trace.Tracer:
@@ -1492,7 +1492,7 @@ async def test_global_provider_without_a_tracer_breaks_no_task(
 async def test_broken_telemetry_breaks_no_queue(
     broken: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Queued tasks get their places, run, and are cancelled as ever."""
+    """Queued tasks get their places, run, and are cancelled as usual."""
     broken.max_concurrency = 1
     good = [broken.create_task(work()) for _ in range(3)]
     victim = broken.create_task(work())
@@ -1509,7 +1509,7 @@ async def test_broken_telemetry_breaks_no_queue(
 async def test_broken_telemetry_breaks_no_group(
     broken: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A block with a span of its own is entered and left as ever, and leaves the tree."""
+    """A block with a span of its own is entered and left as usual, and leaves the tree."""
     async with broken.group("load", span=True) as group:
         task = group.create_task(work())
 
@@ -1597,7 +1597,7 @@ def test_private_names_of_opentelemetry_are_still_there() -> None:
 
 
 async def test_private_names_may_go_away(spans: SpanRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a version that lacks the private name the public function is asked."""
+    """With a version that lacks the private name, the public function is used."""
     monkeypatch.setattr(providers, "_READABLE", False)
     monkeypatch.setattr(trace, "get_tracer_provider", lambda: spans.provider)
     await TaskManager("test").create_task(work(), name="work")
@@ -1608,7 +1608,7 @@ async def test_private_names_may_go_away(spans: SpanRecorder, monkeypatch: pytes
 async def test_tasks_need_no_private_names_of_opentelemetry(
     spans: SpanRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a version that has none of the names tasks begin and end as ever, with a span."""
+    """With a version that has none of the names, tasks start and end as usual, with a span."""
     monkeypatch.setattr(providers, "_READABLE", False)
     monkeypatch.setattr(providers, "_METERS_READABLE", False)
     monkeypatch.setattr(trace, "get_tracer_provider", lambda: spans.provider)
@@ -1672,7 +1672,7 @@ asyncio.run(main())
 
 
 def test_global_provider_may_come_from_the_environment() -> None:
-    """OTEL_PYTHON_TRACER_PROVIDER is obeyed although nobody else asks for the global provider."""
+    """The provider named in the environment is used even if nothing else reads the global one."""
     script = """
 async def main():
     print(await TaskManager().create_task(work()))

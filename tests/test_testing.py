@@ -171,7 +171,7 @@ def test_thread_of_a_task_is_waited_for_really() -> None:
 
 
 def test_thread_that_waits_for_a_timer_is_no_deadlock() -> None:
-    """Timers go on, at the real pace, while a thread waits for one of them."""
+    """Timers run at the real pace while a thread waits for one of them."""
 
     async def main() -> bool:
         event = threading.Event()
@@ -431,12 +431,12 @@ def test_spans(spans):
 
 
 def test_plugin_is_loaded_where_the_library_is_installed(tmp_path: Path) -> None:
-    """Its entry point is found; loading it brings no SDK, no warning, and both fixtures."""
+    """Its entry point is found; loading it imports no SDK, gives no warning, and adds both fixtures."""
     assert "2 passed" in run_pytest(tmp_path, USES_BOTH_FIXTURES)
 
 
 def test_plugin_can_be_switched_off(tmp_path: Path) -> None:
-    """With `-p no:otel_tasks` nothing of it is there."""
+    """With `-p no:otel_tasks`, nothing of it is there."""
     report = run_pytest(tmp_path, USES_BOTH_FIXTURES, "-p", "no:otel_tasks")
     assert "fixture 'virtual_clock' not found" in report
     assert "2 errors" in report
@@ -451,7 +451,7 @@ def test_plugins_recorder_is_checked_at_the_end_of_the_test(tmp_path: Path) -> N
 
 
 def test_fixture_of_a_project_takes_the_place_of_the_plugins(tmp_path: Path) -> None:
-    """What a conftest.py calls `spans` is its own."""
+    """A `spans` fixture in a conftest.py is the project's own."""
     (tmp_path / "conftest.py").write_text(
         "import pytest\n\n@pytest.fixture\ndef spans():\n    return 'mine'\n"
     )

@@ -203,7 +203,7 @@ async def test_function_that_makes_a_coroutine_is_called_in_the_loop(manager: Ta
 async def test_task_of_a_thread_belongs_to_the_threads_trace(
     manager: TaskManager, spans: SpanRecorder
 ) -> None:
-    """What is current where the task is asked for is the parent of its span."""
+    """The span that is current at the call is the parent of the task's span."""
     tracer = spans.provider.get_tracer("test")
     manager.create_task(give(None))
 
@@ -264,7 +264,7 @@ async def test_group_object_and_its_own_method_lead_to_the_group(manager: TaskMa
 
 
 async def test_loop_may_hand_over_to_itself(manager: TaskManager) -> None:
-    """From the loop's own thread it works too, as long as nobody blocks it."""
+    """It works from the loop's own thread too, as long as that thread does not block."""
     async with manager:
         assert await asyncio.wrap_future(manager.create_task_threadsafe(give(1))) == 1
 
@@ -283,7 +283,7 @@ async def test_taken_name_gives_the_future_of_the_live_task(manager: TaskManager
 async def test_failure_is_raised_in_the_thread_that_waits(
     manager: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who waits is told, and nobody else."""
+    """The failure is raised in the waiter and reported nowhere else."""
     manager.create_task(give(None))
 
     def work() -> None:
@@ -343,7 +343,7 @@ async def test_failure_that_nobody_waits_for_is_reported(spans: SpanRecorder) ->
 
 
 async def test_failure_after_the_future_was_cancelled_is_reported(spans: SpanRecorder) -> None:
-    """A cancelled future tells nobody anything, not even its callbacks."""
+    """A cancelled future passes nothing on, not even to its callbacks."""
     failures: list[str] = []
 
     async def stumble() -> None:
@@ -363,7 +363,7 @@ async def test_failure_after_the_future_was_cancelled_is_reported(spans: SpanRec
 
 
 async def test_cancelling_the_future_cancels_the_task(manager: TaskManager, spans: SpanRecorder) -> None:
-    """The cause has the span of the thread that asked, and the loop's time."""
+    """The cause has the span of the cancelling thread, and the loop's time."""
     tracer = spans.provider.get_tracer("test")
     task = manager.create_task(rest(), name="victim")
 
@@ -457,7 +457,7 @@ async def test_factory_that_makes_no_coroutine_is_refused_at_once(manager: TaskM
 
 
 async def test_function_that_makes_no_coroutine_is_refused_by_the_future(manager: TaskManager) -> None:
-    """What it makes is seen in the loop alone."""
+    """The result of the function is checked in the loop."""
     async with manager:
         seven: Any = lambda: 7  # noqa: E731 - typed so that it may be the mistake in question
         future = manager.create_task_threadsafe(seven)
@@ -488,7 +488,7 @@ async def test_group_that_is_closed_refuses_a_thread(manager: TaskManager) -> No
 
 
 async def test_group_that_closes_meanwhile_refuses_by_the_future(manager: TaskManager) -> None:
-    """What was handed over comes too late; the coroutine is closed."""
+    """The handed-over task comes too late; its coroutine is closed."""
     coro = rest()
     async with manager.group("scope") as group:
         future = group.create_task_threadsafe(coro)
@@ -499,7 +499,7 @@ async def test_group_that_closes_meanwhile_refuses_by_the_future(manager: TaskMa
 
 
 async def test_taken_name_is_refused_by_the_future(manager: TaskManager) -> None:
-    """Who has a name is known in the loop alone."""
+    """Only the loop knows which names are taken."""
     async with manager:
         manager.create_task(rest(), name="a")
         coro = rest()
@@ -511,7 +511,7 @@ async def test_taken_name_is_refused_by_the_future(manager: TaskManager) -> None
 
 
 async def test_failing_factory_fails_the_future(manager: TaskManager) -> None:
-    """What it raises goes to the thread, and nothing is created."""
+    """Its exception is raised in the thread, and no task is created."""
 
     def factory() -> Any:
         raise LookupError("no such work")
@@ -562,7 +562,7 @@ def test_manager_of_a_closed_loop_refuses_a_thread() -> None:
 
 @pytest.mark.parametrize("module", ["asyncio", "uvloop"])
 def test_loop_that_is_closed_before_the_task_is_created_refuses_it(module: str) -> None:
-    """The coroutine is closed, and a thread that waits is told."""
+    """The coroutine is closed, and a waiting thread gets the error."""
     manager = TaskManager("m")
     loop: asyncio.AbstractEventLoop = pytest.importorskip(module).new_event_loop()
 
@@ -656,7 +656,7 @@ async def test_module_function_closes_the_coroutine_where_no_group_is_to_be_had(
 
 
 async def test_task_is_cancelled_from_a_thread(manager: TaskManager, spans: SpanRecorder) -> None:
-    """With reason, origin and the loop's time, and the listeners are told in the loop."""
+    """The cause has reason, origin, and the loop's time, and listeners are called in the loop."""
     tracer = spans.provider.get_tracer("test")
     told_in: list[threading.Thread] = []
 
@@ -712,7 +712,7 @@ async def test_each_cancel_from_a_thread_counts(manager: TaskManager) -> None:
 
 
 async def test_cancel_from_a_thread_says_no_to_a_task_that_has_ended(manager: TaskManager) -> None:
-    """Also where it ends between the look and the loop's turn: then nothing happens."""
+    """Also if it ends between the check and the loop's turn: then nothing happens."""
     task = manager.create_task(give(1))
     thread = threading.Thread(target=task.cancel)
     await task
@@ -813,7 +813,7 @@ def test_group_without_a_loop_is_cancelled_from_any_thread() -> None:
 
 
 async def test_event_set_in_a_thread_is_set_for_all_before_set_returns() -> None:
-    """The whole tree is, and who waits is woken in the loop."""
+    """The whole tree is set, and waiters are woken in the loop."""
     root = CancelEvent()
     leaves = [CancelEvent(CancelEvent(root)) for _ in range(3)]
     waiters = [asyncio.ensure_future(leaf.wait()) for leaf in leaves]
@@ -829,7 +829,7 @@ async def test_event_set_in_a_thread_is_set_for_all_before_set_returns() -> None
 
 
 async def test_event_made_in_a_thread_works_in_the_loop() -> None:
-    """It belongs to the loop in which somebody waits for it."""
+    """It belongs to the loop of its waiters."""
     parent = CancelEvent()
     child = await in_a_thread(CancelEvent, parent)
     waiter = asyncio.ensure_future(child.wait())
@@ -840,7 +840,7 @@ async def test_event_made_in_a_thread_works_in_the_loop() -> None:
 
 
 def test_one_set_wakes_waiters_in_two_loops() -> None:
-    """Each in its own; a loop that is closed has nobody left to wake."""
+    """Each waiter wakes in its own loop; a closed loop has none left."""
     root = CancelEvent()
     ready = threading.Barrier(3)
 
@@ -878,7 +878,7 @@ async def test_no_wait_misses_a_set_of_another_thread() -> None:
 async def test_event_made_while_another_waits_to_make_it_is_the_one(
     manager: TaskManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who comes second finds it made."""
+    """The second thread finds the event of the first."""
     group = manager.get_group("a")
     with Beaten(monkeypatch, "otel_tasks._core.tree.TREE_LOCK", lambda: group.cancel_event) as first:
         assert group.cancel_event is first[0]
@@ -912,7 +912,7 @@ async def test_no_child_is_lost_when_threads_make_events_at_a_time(manager: Task
 async def test_function_runs_in_a_thread_and_gives_the_task_its_result(
     manager: TaskManager, spans: SpanRecorder
 ) -> None:
-    """The task is called after the function, and its span says which one that is."""
+    """The task is named after the function, and its span has the function's name."""
 
     def add(one: int, other: int) -> tuple[int, str, bool]:
         thread = threading.current_thread()
@@ -981,7 +981,7 @@ async def test_module_function_uses_the_current_group(manager: TaskManager) -> N
 async def test_nothing_is_current_in_the_threads_of_tasks_that_a_thread_has_started(
     manager: TaskManager,
 ) -> None:
-    """What a task hands to other threads is not the function's from which it was started."""
+    """Other threads that such a task uses do not inherit from the function that started the task."""
 
     async def ask_a_thread() -> ManagedTask[Any] | None:
         return await in_a_thread(current_task)
@@ -1060,7 +1060,7 @@ async def test_nothing_of_a_function_is_kept_after_its_end(manager: TaskManager)
 
 
 async def test_stop_iteration_of_a_function_is_a_runtime_error(manager: TaskManager) -> None:
-    """As for a coroutine: it would end the one that awaits it."""
+    """As for a coroutine: it would end the awaiting one."""
 
     def work() -> None:
         raise StopIteration
@@ -1100,7 +1100,7 @@ def rest_by_mistake() -> object:
 
 
 async def test_refused_function_is_not_called(manager: TaskManager) -> None:
-    """Nor is a coroutine left behind."""
+    """No coroutine is left behind either."""
     async with manager.group("scope") as group:
         pass
     with pytest.raises(GroupClosedError):
@@ -1113,7 +1113,7 @@ async def test_refused_function_is_not_called(manager: TaskManager) -> None:
 
 
 async def test_cancelled_task_ends_when_its_function_has_returned(manager: TaskManager) -> None:
-    """The function is told by its own event, with the cause; the task ends as cancelled."""
+    """The function's own event is set, with the cause; the task ends as cancelled."""
     seen = []
 
     def work() -> str:
@@ -1168,7 +1168,7 @@ async def test_every_cancellation_is_waited_through(manager: TaskManager, gate: 
 
 
 async def test_function_that_stops_in_the_grace_has_completed(manager: TaskManager) -> None:
-    """The group's event reaches it before anybody cancels the task."""
+    """The group's event reaches it before the task is cancelled."""
     task = manager.run_in_thread(stop_when_told, group="pack")
     await settle()
     assert await manager.cancel_group("pack", grace=PATIENCE) == 1
@@ -1203,7 +1203,7 @@ async def test_function_that_cancels_its_own_task_in_the_grace_keeps_that_cause(
 
 
 async def test_function_that_raises_cancelled_of_its_own_accord(manager: TaskManager) -> None:
-    """Nobody asked: asyncio's ends the task as cancelled by a stranger, that of futures is an error."""
+    """asyncio's CancelledError is a foreign cancellation; that of concurrent.futures is an error."""
     task = manager.run_in_thread(raise_plain, asyncio.CancelledError())
     failed = manager.run_in_thread(raise_plain, concurrent.futures.CancelledError())
     await asyncio.wait([task, failed])
@@ -1321,7 +1321,7 @@ async def test_timeout_abandons_the_thread_where_it_may(manager: TaskManager, ga
 async def test_failure_of_an_abandoned_function_is_logged(
     manager: TaskManager, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody else would ever be told."""
+    """Otherwise it would never be reported."""
     task = manager.run_in_thread(gate, LookupError("too late"), name="stuck", abandon=True)
     await gate.entered()
     task.cancel()
@@ -1359,7 +1359,7 @@ def cancel_when_idle(manager: TaskManager, task: ManagedTask[Any]) -> None:
 
 
 def test_thread_whose_loop_is_closed_is_not_forgotten(gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
-    """It stays listed until it returns, and what it raises then is logged by itself."""
+    """It stays listed until it returns, and a later exception of it is logged."""
     manager = TaskManager()
     loop = VirtualClockLoop()
 
@@ -1446,7 +1446,7 @@ async def test_abandoned_thread_keeps_its_place(gate: Gate) -> None:
 async def test_shutdown_names_the_functions_that_got_no_thread(
     gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Their tasks had begun, but none of the work had."""
+    """Their tasks had started, but none of the work had."""
     manager = TaskManager(max_threads=1)
     working = manager.run_in_thread(gate, name="works")
     await gate.entered()
@@ -1524,7 +1524,7 @@ async def test_thread_that_cannot_be_started_fails_its_task(monkeypatch: pytest.
 
 
 def test_places_survive_a_change_of_the_loop(gate: Gate) -> None:
-    """What waited in the old loop is gone; a thread that runs on keeps its place and gives it back."""
+    """Functions that waited in the old loop are gone; a running thread keeps its place and returns it."""
     manager = TaskManager(max_threads=1)
 
     async def begin() -> None:
@@ -1678,7 +1678,7 @@ async def test_request_has_one_group_for_all_threads(manager: TaskManager) -> No
 async def test_group_made_while_another_waits_to_make_it_is_the_one(
     manager: TaskManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who comes second finds it made."""
+    """The second thread finds the group of the first."""
     found: list[TaskGroup] = []
 
     async def endpoint(scope: Any, receive: Any, send: Any) -> None:
@@ -1747,7 +1747,7 @@ async def test_def_endpoints_over_a_socket(app: FastAPI, manager: TaskManager) -
 
 @pytest.mark.real_clock
 async def test_two_loops_in_two_threads_lose_no_end_of_a_task() -> None:
-    """What runs at the end of a task is each manager's own: two threads may be there at a time."""
+    """The end of a task is recorded per manager, even if two threads are there at the same time."""
     ends: list[int] = []
 
     async def work() -> None:

@@ -122,13 +122,13 @@ def test_good_traces_keep_all_promises() -> None:
     ],
 )
 def test_each_broken_promise_is_found(change: Callable[[list[Span]], list[Span]], complaint: str) -> None:
-    """Whatever is wrong with the traces is named with the span that it is wrong with."""
+    """Each error in the traces is named with its span."""
     complaints = [each for found in broken(change).values() for each in found]
     assert any(complaint in each for each in complaints), complaints
 
 
 def test_a_task_that_is_left_and_an_answer_that_failed_are_found() -> None:
-    """What the services still run and what the customer got is looked at, too."""
+    """Tasks that the services still run, and the customer's response, are checked too."""
     left = NOTHING_LEFT | {"suppliers": ["calculate", "calculate"]}
     assert broken(lambda spans: spans, left=left) == {
         "no task is left in any of the three services": ["suppliers still runs calculate, calculate"]
@@ -139,7 +139,7 @@ def test_a_task_that_is_left_and_an_answer_that_failed_are_found() -> None:
 
 
 def test_the_verdict_of_all_promises_is_that_none_is_broken() -> None:
-    """Each is printed with what speaks against it, and one is enough to fail."""
+    """Each is printed with its violations, and one violation fails the run."""
     console = Console(width=100, record=True, file=io.StringIO())
     assert print_checks(console, {"one trace": []})
     assert not print_checks(console, {"no error": ["pricing, GET"], "no task": []})
@@ -177,7 +177,7 @@ def test_a_call_is_one_row_below_the_task_that_made_it() -> None:
 
 
 def test_a_call_that_nobody_took_is_drawn() -> None:
-    """Where the server's span is missing, the client's stands for the call, and says that no answer came."""
+    """If the server's span is missing, the client's span stands for the call and says that no answer came."""
     spans = [each for each in trace_of(LEAVES) if each.service in (CUSTOMER, "gateway")]
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(trace_tree(spans))

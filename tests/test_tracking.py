@@ -99,7 +99,7 @@ async def test_tracker_forgets_failed_and_cancelled_tasks_too() -> None:
 
 
 async def test_ended_task_is_not_held_in_memory() -> None:
-    """Of a task that has ended the tracker keeps no reference."""
+    """The tracker keeps no reference to a task that has ended."""
     tracker = TaskTracker()
     task = tracker.add(asyncio.create_task(give(1)))
     await task
@@ -146,7 +146,7 @@ async def test_dropped_tracker_leaves_its_tasks_alone() -> None:
 
 
 async def test_done_task_is_not_taken_up() -> None:
-    """A task that has ended is given back and not tracked; one that is added twice counts once."""
+    """A task that has ended is returned and not tracked; one that is added twice counts once."""
     tracker = TaskTracker()
     done = asyncio.create_task(give(1))
     await done
@@ -159,7 +159,7 @@ async def test_done_task_is_not_taken_up() -> None:
 
 
 async def test_closed_tracker_takes_no_more() -> None:
-    """After close() a new task is refused and runs on; those that are tracked stay."""
+    """After close(), a new task is refused and keeps running; tracked tasks stay."""
     tracker = TaskTracker()
     task = tracker.add(asyncio.create_task(asyncio.sleep(1.0, "done")))
     assert not tracker.closed
@@ -214,7 +214,7 @@ async def test_wrong_timeout_cancels_nothing(timeout: Any) -> None:
 
 @both_kinds
 async def test_cancel_all_counts_cancelled_and_other_tasks(kind: str) -> None:
-    """Who ends cancelled is a success; who raises, returns all the same or runs on is an error."""
+    """A task that ends cancelled is a success; one that raises, returns, or keeps running is an error."""
     async with creating(kind) as create:
         tracker = TaskTracker()
         works = [rest(), clean_up_for(1.0), break_down(), ignore_cancels(1.0), ignore_cancels(60.0)]
@@ -233,7 +233,7 @@ async def test_cancel_all_counts_cancelled_and_other_tasks(kind: str) -> None:
 
 
 async def test_cancel_all_of_an_empty_tracker_is_nothing() -> None:
-    """Where nothing is tracked nothing is waited for."""
+    """With nothing tracked, nothing is waited for."""
     tracker, begun = TaskTracker(), now()
     assert tracker.last_report is None
     assert await tracker.cancel_all() == (0, 0)
@@ -282,7 +282,7 @@ async def test_task_cancelled_before_its_first_step_counts() -> None:
 
 @both_kinds
 async def test_second_cancel_does_not_tear_a_clean_up(kind: str) -> None:
-    """A task that is cleaning up is waited for and not asked again."""
+    """A task that is cleaning up is waited for and not cancelled again."""
     async with creating(kind) as create:
         tracker = TaskTracker()
         task = tracker.add(create(clean_up_for(5.0)))
@@ -332,7 +332,7 @@ async def test_failure_of_a_managed_task_is_reported_by_its_manager() -> None:
 
 
 async def test_calling_task_is_not_cancelled_by_its_own_tracker() -> None:
-    """A tracked task may cancel all the others, and one that awaits it is left alone with it."""
+    """A tracked task may cancel all others; a task that awaits it is spared with it."""
     tracker = TaskTracker()
 
     async def chief() -> tuple[int, int]:
@@ -347,7 +347,7 @@ async def test_calling_task_is_not_cancelled_by_its_own_tracker() -> None:
 
 
 async def test_report_shows_where_a_task_stands() -> None:
-    """What would not stop is named with its stack; of two with one name the second has a number."""
+    """A task that does not stop is named with its stack; of two with one name, the second has a number."""
     tasks = [asyncio.create_task(ignore_cancels(9.0), name="stone") for _ in range(3)]
     await settle()
     report = await cancel_and_wait(*tasks, timeout=1.0)
@@ -745,7 +745,7 @@ async def test_task_in_a_users_callback_is_no_awaiter() -> None:
 
 
 def test_outside_of_a_task_nobody_is_spared() -> None:
-    """Where no task calls there is nobody who could wait for it."""
+    """A caller that is no task has no waiters to spare."""
     assert with_awaiters(None) == set()
 
 
@@ -754,7 +754,7 @@ def test_outside_of_a_task_nobody_is_spared() -> None:
 
 @pytest.mark.parametrize("how", ["cancel_all", "wait", "block", "cancel_and_wait", "cleanup"])
 def test_nothing_is_leaked_wherever_they_are_cancelled(how: str, spans: SpanRecorder) -> None:
-    """Cancelled at any await, each of them passes the cancellation on, and what was asked ends."""
+    """Cancelled at any await, each of them propagates the cancellation, and the cancelled tasks end."""
 
     async def scenario(manager: TaskManager) -> None:
         tracker = TaskTracker()

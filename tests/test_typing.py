@@ -44,7 +44,7 @@ def test_wrong_uses_are_refused(checker: list[str]) -> None:
 
 
 def test_decorated_function_shows_its_parameters(checker: list[str], tmp_path: Path) -> None:
-    """An editor that asks for the type of a decorated function is told its parameters and result."""
+    """An editor shows the parameters and the result of a decorated function."""
     script = tmp_path / "reveal.py"
     script.write_text(
         "from otel_tasks import managed_task\n\n\n"

@@ -138,7 +138,7 @@ async def test_cancel_event_cancels_and_waits_for_the_end(
 async def test_cancel_event_is_acted_upon_within_one_turn(
     kind: str, make_event: Callable[[], asyncio.Event]
 ) -> None:
-    """One turn of the loop after the event is set the task has been asked, and no time has passed."""
+    """One turn of the loop after the event is set, the task is cancelled, and no time has passed."""
     async with creating(kind) as create:
         task, cancel, begun = create(rest()), make_event(), now()
         wait = asyncio.create_task(wait_with_cancellation(task, cancel))
@@ -153,7 +153,7 @@ async def test_cancel_event_is_acted_upon_within_one_turn(
 
 @both_kinds
 async def test_cancel_event_that_is_set_already_lets_nothing_run(kind: str) -> None:
-    """A task that has not begun when its cancel event is set never runs any of its code."""
+    """A task that has not started when its cancel event is set never runs any of its code."""
     ran: list[int] = []
 
     async def work() -> None:
@@ -206,7 +206,7 @@ async def test_cause_of_the_event_is_that_of_the_managed_task(spans: SpanRecorde
 
 
 async def test_plain_event_has_a_cause_made_for_it(spans: SpanRecorder) -> None:
-    """Where the event knows no cause, it is the wait that asked, from the span that was current there."""
+    """For an event without a cause, the cause names the wait, and the span that was current there."""
     async with TaskManager(tracer_provider=spans.provider) as manager:
         task, cancel = manager.create_task(rest(), name="work"), asyncio.Event()
         asyncio.get_running_loop().call_later(1.0, cancel.set)
@@ -241,7 +241,7 @@ async def test_plain_task_reads_the_cause_as_the_message() -> None:
 
 
 async def test_managed_task_is_cancelled_once() -> None:
-    """A task that its group has cancelled is not asked again by the event: its clean-up is not torn."""
+    """The event does not cancel a task that its group has cancelled: its cleanup is not interrupted."""
     async with TaskManager() as manager:
         task = manager.create_task(clean_up_for(2.0), group="work")
         wait = asyncio.create_task(wait_with_cancellation(task, manager.get_group("work").cancel_event))
@@ -254,7 +254,7 @@ async def test_managed_task_is_cancelled_once() -> None:
 
 
 async def test_plain_task_is_cancelled_once() -> None:
-    """Two waits with one event cancel their task once: its clean-up is not torn."""
+    """Two waits with one event cancel their task once: its cleanup is not interrupted."""
     task, cancel = asyncio.create_task(clean_up_for(2.0)), asyncio.Event()
     waits = [asyncio.create_task(wait_with_cancellation(task, cancel)) for _ in range(2)]
     await settle()
@@ -279,7 +279,7 @@ async def test_task_in_a_timeout_of_its_own_is_cancelled_too() -> None:
 
 
 async def test_disconnect_waits_for_the_end_of_an_uncancellable_stretch() -> None:
-    """A disconnect that comes by an event is held back by a shield as one that comes by the group is."""
+    """A shield holds off a disconnect that comes by an event like one that comes by the group."""
     booked: list[float] = []
 
     async def work() -> None:
@@ -359,7 +359,7 @@ async def test_timeout_of_zero_is_now(kind: str) -> None:
 
 
 async def test_timeout_that_finds_a_task_cancelled_leaves_it_its_reason() -> None:
-    """A task that somebody cancelled before is cancelled, not timed out, however long its clean-up."""
+    """A task that was cancelled before is cancelled, not timed out, however long its cleanup takes."""
     async with TaskManager() as manager:
         task = manager.create_task(clean_up_for(2.0))
         await settle()
@@ -414,7 +414,7 @@ async def test_completion_event_ends_the_wait_and_leaves_the_task_alone(
 
 
 async def test_completion_event_that_is_set_already_wins() -> None:
-    """What is complete is not cancelled by an event that is set too."""
+    """Completed work is not cancelled by an event that is set too."""
     task, cancel, completion = asyncio.create_task(give(1)), asyncio.Event(), asyncio.Event()
     cancel.set()
     completion.set()
@@ -444,7 +444,7 @@ async def test_completion_event_set_in_a_finally_does_not_hide_a_failure() -> No
 async def test_completion_event_set_while_cleaning_up_does_not_hide_the_cancellation(
     timeout: float | None,
 ) -> None:
-    """Events are to be set in `finally`: one that is set after the task was asked to end decides nothing."""
+    """Events are set in `finally`, so one that is set after the cancel request decides nothing."""
     completion, cancel = asyncio.Event(), asyncio.Event()
 
     async def work() -> None:
@@ -463,7 +463,7 @@ async def test_completion_event_set_while_cleaning_up_does_not_hide_the_cancella
 
 
 async def test_events_of_one_turn_are_taken_in_their_order() -> None:
-    """Of two events that are set in the same turn, the first decides."""
+    """Of two events set in the same turn, the first decides."""
     for first, outcome in [("cancel", WaitOutcome.CANCELLED), ("completion", WaitOutcome.COMPLETED)]:
         task, cancel, completion = asyncio.create_task(rest()), asyncio.Event(), asyncio.Event()
         wait = asyncio.create_task(wait_with_cancellation(task, cancel, completion_event=completion))
@@ -530,7 +530,7 @@ async def test_coroutine_continues_after_its_completion_event() -> None:
 
 
 async def test_bare_future_can_be_waited_for() -> None:
-    """A future that is no task, such as that of gather(), is waited for and cancelled like one."""
+    """A future that is no task, such as that of gather(), is waited for and cancelled like a task."""
     task, cancel = asyncio.create_task(rest()), asyncio.Event()
     asyncio.get_running_loop().call_later(1.0, cancel.set)
     assert await wait_with_cancellation(asyncio.gather(task), cancel) is WaitOutcome.CANCELLED
@@ -578,7 +578,7 @@ async def test_cancelled_waiter_takes_its_coroutine_along() -> None:
 
 
 async def test_waiter_cancelled_twice_does_not_wait_for_its_coroutine() -> None:
-    """A second cancellation ends the wait for the clean-up, which goes on and is not torn."""
+    """A second cancellation ends the wait for the cleanup, which continues undisturbed."""
     cleaned: list[float] = []
 
     async def work() -> None:
@@ -634,7 +634,7 @@ def test_nothing_is_leaked_wherever_a_wait_is_cancelled(how: str, spans: SpanRec
 
 
 async def test_task_cannot_wait_for_itself() -> None:
-    """A task that would wait for itself is told so."""
+    """A task that would wait for itself gets an error."""
     caller = asyncio.current_task()
     assert caller is not None
     with pytest.raises(RuntimeError, match="wait for itself: it would wait forever; pass another task"):
@@ -654,7 +654,7 @@ async def test_task_cannot_wait_for_itself() -> None:
 async def test_wrong_arguments_are_refused_and_the_coroutine_closed(
     arguments: dict[str, Any], message: str
 ) -> None:
-    """What is refused is named, and a coroutine that came with it is closed; a task runs on."""
+    """The message names the argument, and a coroutine beside it is closed; a task keeps running."""
     with pytest.raises((TypeError, ValueError), match=message):
         await wait_with_cancellation(rest(), **arguments)
     task = asyncio.create_task(give(1))
@@ -759,7 +759,7 @@ async def test_child_added_later_is_reached() -> None:
 
 
 async def test_child_does_not_reach_its_parent() -> None:
-    """A child that is set by somebody else changes nothing for parent and siblings."""
+    """Setting a child changes nothing for its parent and siblings."""
     parent, child, sibling = asyncio.Event(), asyncio.Event(), asyncio.Event()
     link = asyncio.create_task(propagate_cancellation(parent, [child, sibling]))
     await settle()

@@ -44,7 +44,7 @@ def lines(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> lis
 
 
 async def test_task_that_ignores_its_cancellation_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    """A task that goes on after it was asked to end is named with its cause and its line, once."""
+    """A task that keeps running after its cancel request is named with its cause and line, once."""
     async with TaskManager() as manager:
         with manager.watch(held=None, ignored=5):
             task = manager.create_task(ignore_cancels(60), name="stubborn", group="jobs")
@@ -65,7 +65,7 @@ async def test_task_that_ignores_its_cancellation_is_logged_once(caplog: pytest.
 
 
 async def test_task_that_ends_in_time_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Who takes a while to clean up, or ends after all, is left in peace."""
+    """A task that takes a while to clean up, or ends after all, is not logged."""
 
     async def cleans_up() -> None:
         try:
@@ -83,7 +83,7 @@ async def test_task_that_ends_in_time_is_not_logged(caplog: pytest.LogCaptureFix
 
 
 async def test_withdrawn_cancellation_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """A task that was asked by a timeout of its own, and goes on, has not ignored anything."""
+    """A task that its own timeout cancelled, and that continues, has not ignored anything."""
 
     async def times_out() -> None:
         try:
@@ -99,7 +99,7 @@ async def test_withdrawn_cancellation_is_not_logged(caplog: pytest.LogCaptureFix
 
 
 async def test_task_that_never_starts_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """A task that has to wait for one that does not end is named with that one."""
+    """A task that has to wait for another one that does not end is named with that one."""
     async with TaskManager() as manager:
         with manager.watch(held=None, ignored=None, unstarted=10):
             manager.create_task(ignore_cancels(60), name="old")
@@ -128,7 +128,7 @@ async def test_queue_is_no_trouble(caplog: pytest.LogCaptureFixture) -> None:
 async def test_many_at_once_are_logged_in_few_lines(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of many tasks in the same trouble ten are named, the others counted; none is told twice."""
+    """Of many tasks in the same trouble, ten are named and the others counted; none is logged twice."""
     # So that a look takes several turns.
     monkeypatch.setattr(watch, "_BATCH", 5)
     async with TaskManager() as manager:
@@ -154,7 +154,7 @@ async def test_many_at_once_are_logged_in_few_lines(
 async def test_end_of_the_block_ends_the_looking(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the block nothing is told and no timer is left, also if it ends in the middle of a look."""
+    """After the block, nothing is logged and no timer is left, even if it ends during a scan."""
     monkeypatch.setattr(watch, "_BATCH", 1)
     async with TaskManager() as manager:
         for number in range(10):
@@ -202,7 +202,7 @@ async def test_looking_for_nothing_does_nothing() -> None:
 
 
 async def test_looking_keeps_no_task(caplog: pytest.LogCaptureFixture) -> None:
-    """A task that was told of is gone when it has ended."""
+    """A logged task is freed when it has ended."""
     async with TaskManager() as manager:
         with manager.watch(held=None, ignored=1):
             task = manager.create_task(ignore_cancels(10))
@@ -270,7 +270,7 @@ async def test_plain_task_that_outlives_its_request_is_logged(caplog: pytest.Log
 
 
 async def test_plain_task_of_a_running_request_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """While the request lasts, its plain tasks are nobody's trouble."""
+    """While the request lasts, its plain tasks are no trouble."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         task = started_here(rest())
@@ -308,7 +308,7 @@ async def test_very_many_tasks_are_not_searched_for_plain_ones(
     sys.version_info < (3, 12), reason="asyncio's tasks do not tell their context before 3.12"
 )
 async def test_task_of_asyncio_tells_its_request() -> None:
-    """In Python 3.12 any plain task that was started in a request is known as such."""
+    """On Python 3.12, any plain task that was started in a request is recognized."""
     found: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -383,7 +383,7 @@ async def test_callback_that_blocks_the_loop_is_logged(call: str, caplog: pytest
 async def test_handler_that_blocks_the_loop_is_logged_with_its_request(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Of a plain task, such as a server's, the request is told as well."""
+    """For a plain task, such as a server's, the request is named as well."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         spin_until(told)
@@ -404,7 +404,7 @@ async def test_handler_that_blocks_the_loop_is_logged_with_its_request(
 
 @pytest.mark.real_clock
 async def test_loop_that_waits_is_not_held(caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing is told of a loop in which nothing runs, whatever a late thread may think."""
+    """An idle loop is never reported, whatever a late thread measures."""
     async with TaskManager() as manager:
         dog = Watchdog(manager._ledger, asyncio.get_running_loop(), 0.02)
         manager._ledger.bind(asyncio.get_running_loop())
@@ -440,7 +440,7 @@ async def test_answer_that_comes_in_between_is_no_trouble(caplog: pytest.LogCapt
 
 
 def test_loop_that_does_not_run_is_not_held() -> None:
-    """Between two runs of a loop nobody answers, and that is all right."""
+    """Between two runs of a loop, no answer is expected."""
     loop = asyncio.new_event_loop()
     try:
         assert Watchdog(TaskManager()._ledger, loop, 0.02)._report() is None
@@ -477,7 +477,7 @@ async def test_code_that_lets_no_thread_run_is_logged_afterwards(caplog: pytest.
 
 
 async def test_same_functions_are_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task is told of once; so are others that hold the loop in the same functions, for a minute."""
+    """A task is logged once; so are others that block the loop in the same functions, for a minute."""
     async with TaskManager() as manager:
         dog = Watchdog(manager._ledger, asyncio.get_running_loop(), 0.02)
         one, two, three = (manager.create_task(rest()) for _ in range(3))
@@ -525,7 +525,7 @@ async def test_thread_ends_with_the_block() -> None:
 
 
 def test_thread_ends_with_the_loop() -> None:
-    """A watch that nobody ends is over when the loop is closed."""
+    """A watch that is not ended stops when its loop is closed."""
     before = set(threading.enumerate())
 
     async def main() -> None:
@@ -564,7 +564,7 @@ def test_watch_outside_of_a_loop_is_refused() -> None:
     ],
 )
 async def test_wrong_durations_are_refused(options: dict[str, Any], error: type[Exception]) -> None:
-    """A duration that is none is refused by its name, before anything has begun."""
+    """A wrong duration is refused by its name, before anything has started."""
     threads = threading.active_count()
     with pytest.raises(error, match=next(iter(options))):
         TaskManager().watch(**options)

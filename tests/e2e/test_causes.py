@@ -29,7 +29,8 @@ def test_tasks_of_a_cancelled_request_are_shut_down_at_every_depth(
 ) -> None:
     """SIGTERM is a `shutdown` for each task of a request, behind a `BaseHTTPMiddleware` too.
 
-    The request says so, not the task that hosts a block; no task that worked is said to have never begun.
+    The request is the origin, not the task that hosts a block, and no task that worked is reported as never
+    started.
     """
     if kind.outlives_shutdown:
         pytest.skip(kind.outlives_shutdown)

@@ -51,7 +51,7 @@ def test_client_that_leaves_at_once_is_noticed_too(case: Case) -> None:
 
 @pytest.mark.parametrize("leave", ["close", "reset", "half_close"])
 def test_client_that_leaves_lets_the_handler_of_a_post_finish(case: Case, leave: str) -> None:
-    """A POST has effects: its tasks are cancelled, its handler goes on to its end."""
+    """A POST has effects: its tasks are cancelled, and its handler runs to its end."""
     with case.server.connect() as client:
         client.post(case.path("plain/wait"))
         case.wait_for_start()
@@ -195,7 +195,7 @@ def test_slow_upload_arrives_whole(case: Case, route: str) -> None:
 
 @pytest.mark.parametrize("size", [10_000, TWO_HUNDRED_KB, 1_500_000], ids=["10kB", "200kB", "1.5MB"])
 def test_body_read_late_arrives_whole(case: Case, size: int) -> None:
-    """What the watcher has read, and what it left to the server for its limit, is handed on unharmed."""
+    """The handler gets the whole body: what the watcher read, and what it left because of its limit."""
     body = bytes(range(256)) * (size // 256)
     with case.server.connect() as client:
         client.head("POST", case.path("plain/read", "late=1"), content_length=len(body))
@@ -210,7 +210,7 @@ def test_body_read_late_arrives_whole(case: Case, size: int) -> None:
 
 
 def test_handler_and_watcher_never_both_wait_for_the_body(case: Case) -> None:
-    """A handler that begins to read while the watcher waits for the rest of the body gets all of it."""
+    """A handler that starts to read while the watcher waits for the rest of the body gets all of it."""
     first, second = bytes(range(256)) * 40, bytes(reversed(range(256))) * 40
     with case.server.connect() as client:
         client.head("POST", case.path("plain/read", "late=1"), content_length=2 * len(first))
@@ -251,7 +251,7 @@ def test_client_that_leaves_after_an_unread_body_is_noticed(case: Case) -> None:
 
 
 def test_large_upload_to_an_idle_handler_stays_with_the_client(case: Case) -> None:
-    """Of 60 MB that nobody reads, the process takes little into memory: the server's backpressure holds."""
+    """Little of an unread 60 MB body is taken into memory: the server's backpressure holds."""
     body = memoryview(bytes(60_000_000))
     before = case.server.state()["rss"]
     with case.server.connect() as client:
@@ -277,7 +277,7 @@ def test_large_upload_to_an_idle_handler_stays_with_the_client(case: Case) -> No
 @pytest.mark.parametrize("route", ["plain/stream", "inside/stream", "outside/stream"])
 @pytest.mark.parametrize("manner", ["chatty", "quiet"])
 def test_client_that_leaves_during_a_stream_stops_it(case: Case, route: str, manner: str) -> None:
-    """A stream that sends on, and one that waits for news, end with their tasks when the client leaves."""
+    """A stream that keeps sending and one that waits both end with their tasks when the client leaves."""
     with case.server.connect() as client:
         client.get(case.path(route, "quiet=1" if manner == "quiet" else ""))
         client.read_until(b"first\n")
@@ -417,7 +417,7 @@ def test_failing_handler_gets_the_same_response_with_the_middleware(case: Case, 
 
 
 def test_application_that_reads_by_itself_gets_every_message(case: Case) -> None:
-    """A raw ASGI application gets the disconnect as often as it asks, and is not cancelled meanwhile."""
+    """A raw ASGI application gets the disconnect each time it reads, and is not cancelled meanwhile."""
     with case.server.connect() as client:
         client.get(case.path("raw"))
         case.wait_for_start()
@@ -443,7 +443,7 @@ def test_application_that_reads_by_itself_gets_a_whole_body(case: Case) -> None:
 
 @pytest.mark.parametrize("manner", ["reading", "idle"])
 def test_websocket_that_is_closed_cancels_its_group(case: Case, manner: str) -> None:
-    """A WebSocket's tasks end with it, and its application is still told, even when it was not reading."""
+    """A WebSocket's tasks end with it, and its application gets the message even if it was not reading."""
     query = "idle=1" if manner == "idle" else ""
     url = f"ws://127.0.0.1:{case.server.port}{case.path('plain/ws', query)}"
     # Some servers answer the closing frame only once the application has read of it.

@@ -127,7 +127,7 @@ def test_client_that_leaves_during_a_stream(case: Case, stack: str) -> None:
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_watcher_that_reads_a_body_leaves_no_span(case: Case, stack: str) -> None:
-    """What it reads makes no `http receive` span, in the request's trace or in one of its own."""
+    """The watcher's reads make no `http receive` span, neither in the request's trace nor in a new one."""
     with case.server.connect() as client:
         client.post(case.path(f"{stack}/wait"), bytes(1_000))
         case.wait_for_start()
