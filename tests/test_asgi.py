@@ -200,7 +200,7 @@ async def test_second_middleware_passes_straight_through(manager: TaskManager, j
     assert groups[0]._ledger is manager._ledger
 
 
-async def test_lifespan_is_passed_on(manager: TaskManager) -> None:
+async def test_lifespan_is_forwarded(manager: TaskManager) -> None:
     """A scope that is no request reaches the application unchanged, and is no request in there."""
     seen = []
 
@@ -242,7 +242,7 @@ async def test_request_in_a_request_has_its_own_group(manager: TaskManager) -> N
     assert groups[0] == groups[2] != groups[1]
 
 
-async def test_failure_that_nobody_awaits_is_reported_and_no_500(
+async def test_failure_that_no_code_awaits_is_reported_and_no_500(
     manager: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A failing task of the request's group leaves its siblings and the response alone."""

@@ -454,7 +454,7 @@ async def test_a_block_with_a_span_is_parent_of_eager_tasks(spans: SpanRecorder)
 
 
 @needs_eager
-async def test_listeners_hear_of_eager_tasks_in_order(manager: TaskManager) -> None:
+async def test_listeners_see_eager_tasks_in_order(manager: TaskManager) -> None:
     """Created before its first step, and so before its children and before its end."""
     heard: list[tuple[str, str]] = []
     infos: list[TaskInfo] = []

@@ -583,7 +583,7 @@ async def test_given_context_is_copied_for_a_span(spans: SpanRecorder) -> None:
     assert list(context.items()) == before
 
 
-async def test_detached_task_begins_a_new_trace(spans: SpanRecorder) -> None:
+async def test_detached_task_starts_a_new_trace(spans: SpanRecorder) -> None:
     """detached=True links to the creator's span instead of being its child."""
     manager = TaskManager(tracer_provider=spans.provider)
     with spans.provider.get_tracer("test").start_as_current_span("creator") as creator:

@@ -38,7 +38,7 @@ E = TypeVar("E", bound=Exception)
 # -- failures: never silent, never twice -----------------------------------------------------------
 
 
-async def test_failure_that_nobody_awaits_is_logged_at_once(caplog: pytest.LogCaptureFixture) -> None:
+async def test_failure_that_no_code_awaits_is_logged_at_once(caplog: pytest.LogCaptureFixture) -> None:
     """Without on_error, the failure is logged at ERROR with its traceback, and not again by asyncio."""
     TaskManager().create_task(fail(ValueError("no")), name="bad")
     await settle()
@@ -58,7 +58,7 @@ async def test_logged_failure_names_its_trace(spans: SpanRecorder, caplog: pytes
     assert caplog.messages == [f"task 'bad' failed and nobody awaits it (trace {task.trace_id})"]
 
 
-async def test_failure_that_somebody_awaits_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+async def test_failure_with_a_waiter_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     """The error is raised in the waiter, and reported nowhere else."""
     manager = TaskManager(on_error=lambda info, error: pytest.fail("reported"))
     with pytest.raises(ValueError, match="no"):
@@ -746,7 +746,7 @@ def test_tasks_of_a_closed_loop_are_let_go(
 
 
 @pytest.mark.usefixtures("destroyed_tasks_are_expected")
-def test_shutdown_in_a_new_loop_lets_go_of_a_closed_ones_tasks() -> None:
+def test_shutdown_in_a_new_loop_releases_a_closed_ones_tasks() -> None:
     """shutdown() and the rest do not touch tasks that can never end."""
     manager = TaskManager()
     leave_behind(manager)
@@ -774,7 +774,7 @@ async def test_closed_manager_refuses_tasks() -> None:
     gc.collect()
 
 
-async def test_ask_all_asks_each_once() -> None:
+async def test_cancel_all_tasks_cancels_each_once() -> None:
     """One pass cancels all, and tells how many were newly asked."""
     manager = TaskManager()
     tasks = [manager.create_task(rest()) for _ in range(3)]

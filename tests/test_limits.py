@@ -537,7 +537,7 @@ async def test_a_higher_limit_starts_the_best_at_once(log: Log) -> None:
     await manager.join()
 
 
-async def test_a_lower_limit_stops_nobody(log: Log) -> None:
+async def test_a_lower_limit_stops_no_task(log: Log) -> None:
     """Those that run run on; the next starts when fewer run than are allowed now."""
     manager = TaskManager(max_concurrency=3)
     for number in range(5):
@@ -622,7 +622,7 @@ async def test_a_labeled_groups_limit_is_kept(log: Log) -> None:
     assert kept() is None
 
 
-async def test_a_scoped_group_is_let_go_with_its_limit() -> None:
+async def test_a_scoped_group_is_freed_with_its_limit() -> None:
     """Nothing holds a finished block."""
     manager = TaskManager()
     async with manager.group("pages") as group:
@@ -767,7 +767,7 @@ async def test_put_task_waits_for_room(log: Log, max_queue: int, whose: str) -> 
     assert not manager._ledger.waiting_producers
 
 
-async def test_a_putter_wakes_for_a_place_as_for_room(log: Log) -> None:
+async def test_a_producer_wakes_for_a_place_as_for_room(log: Log) -> None:
     """A queue full of a group's tasks keeps no task from a place that those cannot take."""
     manager = TaskManager(max_concurrency=3, max_queue=2)
     async with manager.group("slow", max_concurrency=1) as group:
@@ -782,7 +782,7 @@ async def test_a_putter_wakes_for_a_place_as_for_room(log: Log) -> None:
     await manager.join()
 
 
-async def test_a_putter_wakes_for_whatever_limit_it_waited(log: Log) -> None:
+async def test_a_producer_wakes_for_whatever_limit_it_waited(log: Log) -> None:
     """The group's queue takes no task, but only the manager's place is missing."""
     manager = TaskManager(max_concurrency=1)
     async with manager.group("pages", max_concurrency=5, max_queue=0) as group:
@@ -818,7 +818,7 @@ async def test_a_higher_limit_wakes_waiting_producers(log: Log, whose: str) -> N
         group.cancel()
 
 
-async def test_a_putter_whose_room_was_taken_stands_at_the_head_again(log: Log) -> None:
+async def test_a_producer_whose_room_was_taken_stands_at_the_head_again(log: Log) -> None:
     """A task outside the line may take the room; the producer keeps its turn and is woken for the next."""
     manager = TaskManager()
     async with (
@@ -842,7 +842,7 @@ async def test_a_putter_whose_room_was_taken_stands_at_the_head_again(log: Log) 
 
 
 @pytest.mark.parametrize("turns", range(6))
-async def test_a_new_putter_does_not_overtake_the_woken_one(log: Log, turns: int) -> None:
+async def test_a_new_producer_does_not_overtake_the_woken_one(log: Log, turns: int) -> None:
     """Room for a woken producer is not given to one that arrives in the same turn."""
     manager = TaskManager(max_concurrency=1, max_queue=0)
     manager.create_task(log.work("first"))
@@ -862,7 +862,7 @@ async def test_a_new_putter_does_not_overtake_the_woken_one(log: Log, turns: int
     assert log.begun == ["first", "old", "new"]
 
 
-async def test_a_putter_cancelled_while_it_waits(log: Log) -> None:
+async def test_a_producer_cancelled_while_it_waits(log: Log) -> None:
     """Its coroutine is closed, no task is created, and the next one's turn does not change."""
     manager = TaskManager(max_concurrency=1, max_queue=0)
     manager.create_task(log.work("first"))
@@ -879,7 +879,7 @@ async def test_a_putter_cancelled_while_it_waits(log: Log) -> None:
     assert counters(manager) == {"created": 2, "completed": 2, "remembered": 2}
 
 
-async def test_a_putter_woken_and_cancelled_in_one_turn(log: Log) -> None:
+async def test_a_producer_woken_and_cancelled_in_one_turn(log: Log) -> None:
     """The room that it was woken for is the next one's."""
     manager = TaskManager(max_concurrency=1, max_queue=0)
     first = manager.create_task(log.work("first"))
@@ -896,7 +896,7 @@ async def test_a_putter_woken_and_cancelled_in_one_turn(log: Log) -> None:
     assert (log.begun, now() - begin) == (["first", "after"], 2)
 
 
-async def test_a_putter_of_a_group_that_is_finished(log: Log) -> None:
+async def test_a_producer_of_a_group_that_is_finished(log: Log) -> None:
     """When the block of its group ends, it gets the error at once, wherever it waits for room."""
     manager = TaskManager(max_concurrency=1, max_queue=0)
     manager.create_task(log.work("long", 100))
@@ -912,7 +912,7 @@ async def test_a_putter_of_a_group_that_is_finished(log: Log) -> None:
     await manager.join()
 
 
-async def test_a_putter_of_a_group_that_is_cancelled(log: Log) -> None:
+async def test_a_producer_of_a_group_that_is_cancelled(log: Log) -> None:
     """The same for a cancelled one, also if it is cancelled with a group above it."""
     manager = TaskManager(max_concurrency=1, max_queue=0)
     manager.create_task(log.work("long", 100))
@@ -1193,7 +1193,7 @@ def test_a_loop_closed_under_queued_tasks(log: Log, caplog: pytest.LogCaptureFix
     assert "and lost group 'root': 'work-3', 'work-4' (not started); group 'mail': 'work-1', " in warning
 
 
-async def test_listeners_hear_of_the_queue(log: Log) -> None:
+async def test_listeners_see_the_queue(log: Log) -> None:
     """They see created, dequeued, and ended; `dequeued` only for tasks that waited and got their place."""
     manager = TaskManager(max_concurrency=1)
     heard: dict[str, list[str]] = {}
@@ -1224,7 +1224,7 @@ async def test_listeners_hear_of_the_queue(log: Log) -> None:
     assert (ended.created_at, ended.started_at, ended.ended_at) == (created, created + 1, created + 2)
 
 
-async def test_listeners_hear_of_tasks_that_nothing_limits() -> None:
+async def test_listeners_see_tasks_that_nothing_limits() -> None:
     """They see the same two events for each task, be it the first of its manager or a later one."""
     manager = TaskManager()
     heard: list[tuple[str, str]] = []

@@ -191,7 +191,7 @@ def test_cancelling_between_two_runs_of_a_loop_is_not_its_end(
     assert caplog.messages == []
 
 
-def test_block_that_is_cancelled_with_its_tasks_says_nothing(
+def test_block_that_is_cancelled_with_its_tasks_is_silent(
     manager: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A plain task that is cancelled at the loop's end sees that its block's tasks are."""

@@ -1071,7 +1071,7 @@ async def test_second_shutdown_has_nothing_to_do() -> None:
     assert now() == start
 
 
-async def test_concurrent_shutdowns_ask_once() -> None:
+async def test_concurrent_shutdowns_cancel_once() -> None:
     """Two shutdowns at the same time do not interrupt the cleanup."""
     manager = TaskManager()
     task = manager.create_task(ignore_cancels(1))

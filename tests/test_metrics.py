@@ -326,7 +326,9 @@ def queue_durations(spans: SpanRecorder) -> dict[tuple[str, int], tuple[int, flo
     }
 
 
-async def test_active_tells_queued_tasks_from_running_ones(manager: TaskManager, spans: SpanRecorder) -> None:
+async def test_active_distinguishes_queued_and_running_tasks(
+    manager: TaskManager, spans: SpanRecorder
+) -> None:
     """Each live task is counted once, in the state in which it is."""
     manager.max_concurrency = 2
     async with manager.group("load", max_concurrency=1) as group:

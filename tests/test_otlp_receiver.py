@@ -146,7 +146,7 @@ def test_an_empty_request_is_answered_as_the_specification_wants(received: Recei
     assert answer.headers["content-type"] == "application/x-protobuf"
 
 
-def test_all_is_passed_on_to_another_collector() -> None:
+def test_everything_is_forwarded_to_another_collector() -> None:
     """With `forward_to`, what came is there as well as here."""
     with receiver() as other, receiver(forward_to=other.endpoint) as received:
         export(received.endpoint, shopping, compression=Compression.Gzip)

@@ -187,7 +187,7 @@ def test_releasing_twice_changes_nothing() -> None:
     assert (limiter.used, limiter.waiting) == (0, 0)
 
 
-def test_clear_forgets_everybody() -> None:
+def test_clear_forgets_all() -> None:
     """The limiter is as new, and earlier waiters do not come up again."""
     limiter = Limiter(1, None)
     admit(ticket("running", limiter))
@@ -248,7 +248,7 @@ def test_places_are_taken_in_both_or_in_none() -> None:
     assert names(set_limit(group, 2)) == ["second"]
 
 
-def test_a_full_group_holds_up_nobody_else() -> None:
+def test_a_full_group_holds_up_no_other_group() -> None:
     """Tickets of another group pass those that wait for a place in their own."""
     full, other, manager = Limiter(1, None), Limiter(1, None), Limiter(2, None)
     admit(ticket("a", full, manager))

@@ -61,7 +61,7 @@ def test_tools_are_pinned_by_exact_version() -> None:
     assert [r for r in requirements if not pinned.fullmatch(r)] == []
 
 
-def test_every_module_stands_in_the_contracts() -> None:
+def test_every_module_is_in_the_contracts() -> None:
     """The import rules of each folder are exhaustive, so that a new module cannot slip past them."""
     layers = [c for c in PYPROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "layers"]
     folders = {path.parent for path in (ROOT / "otel_tasks").rglob("*.py")}

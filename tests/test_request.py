@@ -184,7 +184,7 @@ async def test_shielded_cleanup_is_whole_in_the_scopes_of_anyio(
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("how", ["task", "gather", "plain"])
-async def test_cleanup_of_an_awaited_task_is_not_torn_by_anyio(manager: TaskManager, how: str) -> None:
+async def test_cleanup_of_an_awaited_task_is_not_interrupted_by_anyio(manager: TaskManager, how: str) -> None:
     """The awaiter is cancelled repeatedly and forwards each cancel; the task is cancelled once."""
     ended = []
 
@@ -413,7 +413,7 @@ async def test_server_that_cancels_the_request_ends_its_cleanup(manager: TaskMan
     assert tasks[0].cause.kind is CancelKind.SHUTDOWN
 
 
-async def test_generator_that_is_finalized_in_another_task_lets_go_of_its_shield(
+async def test_generator_that_is_finalized_in_another_task_releases_its_shield(
     manager: TaskManager,
 ) -> None:
     """Its block ends there; the next disconnect of the request is delivered as usual."""

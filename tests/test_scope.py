@@ -478,7 +478,7 @@ async def test_cancel_after_the_end_does_nothing() -> None:
     assert task.result() == 1
 
 
-async def test_second_cancel_asks_nobody_again() -> None:
+async def test_second_cancel_cancels_none_again() -> None:
     """Cleanup is not interrupted by a second cancel()."""
     async with TaskManager().group("load") as group:
         task = group.create_task(ignore_cancels(5))
@@ -613,7 +613,7 @@ async def test_errors_go_before_an_external_cancel_which_arrives_later() -> None
     assert task.cancelled()
 
 
-async def test_own_cancel_and_external_cancel_together_are_passed_on() -> None:
+async def test_own_cancel_and_external_cancel_together_propagate() -> None:
     """Only our own cancellation is withdrawn; any other one propagates."""
     groups: list[TaskGroup] = []
 
@@ -655,7 +655,7 @@ async def test_group_in_a_task_that_is_being_cancelled_already() -> None:
     assert task.cancelling() == 1
 
 
-async def test_awaiting_a_cancelled_task_of_the_group_is_passed_on() -> None:
+async def test_awaiting_a_cancelled_task_of_the_group_is_forwarded() -> None:
     """A CancelledError that came from a single cancelled task is the body's own affair, as in asyncio."""
     with pytest.raises(asyncio.CancelledError):
         async with TaskManager().group("load") as group:

@@ -555,7 +555,7 @@ async def test_cancel_reaches_the_attempt_in_one_turn() -> None:
     await manager.join()
 
 
-async def test_cancel_that_no_task_asks_for_is_passed_on() -> None:
+async def test_cancel_that_no_task_asks_for_is_forwarded() -> None:
     """A request from a bare callback, whose cause is not noted, reaches the attempt with its message."""
     manager = TaskManager()
     service = await manager.start_service("prices", rest)
@@ -621,7 +621,7 @@ async def test_attempt_is_cancelled_as_often_as_its_service() -> None:
 
 
 @pytest.mark.parametrize("shut", [False, True], ids=["group", "shutdown"])
-async def test_clean_up_is_not_torn_by_a_cancelled_group(shut: bool) -> None:
+async def test_cleanup_is_not_interrupted_by_a_cancelled_group(shut: bool) -> None:
     """If service and attempt are cancelled together, the attempt is cancelled once."""
     manager = TaskManager()
     clean = []
@@ -693,7 +693,7 @@ async def test_failure_in_the_turn_of_the_cancellation_is_not_lost() -> None:
     assert manager.stats().created == 2
 
 
-async def test_attempt_that_somebody_cancels_ends_the_service() -> None:
+async def test_cancelled_attempt_ends_the_service() -> None:
     """A cancelled attempt is not started again: the service ends with it, for the same cause."""
     manager = TaskManager()
     service = await manager.start_service("prices", rest)
@@ -935,7 +935,7 @@ async def test_service_in_its_delay_does_not_hold_up_a_shutdown() -> None:
     assert (service.status, kind_of(service)) == (TaskStatus.CANCELLED, CancelKind.SHUTDOWN)
 
 
-async def test_group_cancelled_in_the_delay_begins_nothing_in_its_grace() -> None:
+async def test_group_cancelled_in_the_delay_starts_nothing_in_its_grace() -> None:
     """A service that waits for its next attempt ends when its group's cancel event is set, for that cause."""
     manager = TaskManager()
     work = Flaky(99)

@@ -138,7 +138,7 @@ async def test_ending_in_another_order_leaves_the_newer_one() -> None:
     assert called == []
 
 
-async def test_ended_in_a_thread_it_says_nothing() -> None:
+async def test_ended_in_a_thread_it_is_silent() -> None:
     """A thread cannot restore a handler; ending it there is silent anyway."""
     file = io.StringIO()
     before = signal.getsignal(signal.SIGUSR1)

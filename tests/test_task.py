@@ -287,7 +287,7 @@ async def test_asyncio_timeout_inside_a_task_is_no_cancellation_of_it() -> None:
     assert not task.cancel_ignored
 
 
-async def test_asyncio_timeout_during_clean_up_keeps_the_first_cause() -> None:
+async def test_asyncio_timeout_during_cleanup_keeps_the_first_cause() -> None:
     """A timeout that fires while the task cleans up changes neither its end nor its cause."""
 
     async def tidy() -> None:
@@ -327,7 +327,7 @@ async def test_asyncio_task_group_inside_a_task_is_no_cancellation_of_it() -> No
     assert not task.cancel_ignored
 
 
-async def test_asyncio_task_group_during_clean_up_keeps_the_first_cause() -> None:
+async def test_asyncio_task_group_during_cleanup_keeps_the_first_cause() -> None:
     """A TaskGroup that fails while its host cleans up does not take the host's cause."""
 
     async def host() -> None:
@@ -550,7 +550,7 @@ async def test_error_after_the_timeout_is_that_error() -> None:
     assert kind_of(task) is CancelKind.TIMEOUT
 
 
-async def test_timeout_error_of_the_work_itself_is_passed_on() -> None:
+async def test_timeout_error_of_the_work_itself_is_forwarded() -> None:
     """A TimeoutError that the work raises before its time is up is the work's."""
     task = TaskManager().create_task(fail(TimeoutError("the socket's")), timeout=5)
     with pytest.raises(TimeoutError, match=r"^the socket's$"):
@@ -667,7 +667,7 @@ async def test_name_that_looks_like_that_of_an_unnamed_task_is_free(name: str) -
     await manager.cancel_all_tasks()
 
 
-async def test_unnamed_task_passes_over_a_name_that_somebody_has_chosen() -> None:
+async def test_unnamed_task_passes_over_a_name_that_was_given() -> None:
     """Its number is the next one that gives a free name."""
     manager = TaskManager()
     chosen = manager.create_task(rest(), name="rest-1")
@@ -832,7 +832,7 @@ async def test_shield_holds_back_nothing_but_a_disconnect() -> None:
     assert kind_of(task) is CancelKind.SHUTDOWN
 
 
-async def test_asking_happens_once() -> None:
+async def test_each_is_cancelled_once() -> None:
     """A group cancels each task once, and an ended one never."""
     task = TaskManager().create_task(rest())
     assert request_cancel(task, DISCONNECT) is True

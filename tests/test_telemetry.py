@@ -425,7 +425,7 @@ async def test_cancel_duration_is_from_request_to_end(manager: TaskManager, span
     assert attributes(spans.span("work"))["otel_tasks.cancel.duration"] == pytest.approx(2.5)
 
 
-async def test_cancel_event_stands_at_the_moment_of_asking(manager: TaskManager, spans: SpanRecorder) -> None:
+async def test_cancel_event_has_the_time_of_the_request(manager: TaskManager, spans: SpanRecorder) -> None:
     """The event is on the span while the task still cleans up, and says why."""
     release = asyncio.Event()
     task = manager.create_task(stay(release), name="work")
@@ -475,9 +475,7 @@ async def test_task_that_cancels_itself_keeps_its_reason(manager: TaskManager, s
     assert span.links == ()
 
 
-async def test_failing_clean_up_is_an_error_with_its_reason(
-    manager: TaskManager, spans: SpanRecorder
-) -> None:
+async def test_failing_cleanup_is_an_error_with_its_reason(manager: TaskManager, spans: SpanRecorder) -> None:
     """A task that raises while it is cancelled is an error, with the reason for its cancellation."""
 
     async def tidy() -> None:
@@ -1007,7 +1005,7 @@ async def test_span_that_the_block_opens_is_the_parent_of_its_tasks(
     assert parent_id(spans.span("first")) == span_id(spans.span("prepare"))
 
 
-async def test_detached_task_begins_a_trace_and_links_back(
+async def test_detached_task_starts_a_trace_and_links_back(
     manager: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
 ) -> None:
     """detached=True: a new trace, with a spawned_by link to the creator."""
@@ -1225,7 +1223,7 @@ async def test_queued_task_is_one_span_from_its_creation(
     assert parent_id(span) == caller.get_span_context().span_id
 
 
-async def test_task_with_a_place_tells_of_no_queue(narrow: TaskManager, spans: SpanRecorder) -> None:
+async def test_task_with_a_place_has_no_queue_attributes(narrow: TaskManager, spans: SpanRecorder) -> None:
     """A task that did not have to wait has neither the attribute nor the event."""
     await narrow.create_task(work(), name="work")
 

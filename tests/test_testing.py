@@ -203,7 +203,7 @@ def test_socket_may_wake_a_loop_without_timers(wakes: bool, monkeypatch: pytest.
             run(main())
 
 
-def test_clock_begins_away_from_zero() -> None:
+def test_clock_starts_away_from_zero() -> None:
     """A time of 0 would be falsy, which a real loop's never is."""
     loop = VirtualClockLoop()
     try:

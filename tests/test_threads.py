@@ -327,7 +327,7 @@ async def test_failure_is_not_logged_if_the_future_has_a_waiter(
     assert not caplog.records
 
 
-async def test_failure_that_nobody_waits_for_is_reported(spans: SpanRecorder) -> None:
+async def test_failure_without_a_waiter_is_reported(spans: SpanRecorder) -> None:
     """A future that is left alone does not make a failure silent."""
     failures: list[tuple[str, str]] = []
 
@@ -711,7 +711,7 @@ async def test_each_cancel_from_a_thread_counts(manager: TaskManager) -> None:
     await task
 
 
-async def test_cancel_from_a_thread_says_no_to_a_task_that_has_ended(manager: TaskManager) -> None:
+async def test_cancel_from_a_thread_returns_false_for_a_task_that_has_ended(manager: TaskManager) -> None:
     """Also if it ends between the check and the loop's turn: then nothing happens."""
     task = manager.create_task(give(1))
     thread = threading.Thread(target=task.cancel)
@@ -733,7 +733,7 @@ def thread_cancels(task: ManagedTask[Any]) -> None:
     thread.join()
 
 
-def test_cancel_from_a_thread_says_no_where_the_loop_is_closed() -> None:
+def test_cancel_from_a_thread_returns_false_if_the_loop_is_closed() -> None:
     """Neither a task nor a group of it can be cancelled any more."""
     manager = TaskManager()
     loop = VirtualClockLoop()

@@ -281,7 +281,7 @@ async def test_task_cancelled_before_its_first_step_counts() -> None:
 
 
 @both_kinds
-async def test_second_cancel_does_not_tear_a_clean_up(kind: str) -> None:
+async def test_second_cancel_does_not_interrupt_a_cleanup(kind: str) -> None:
     """A task that is cleaning up is waited for and not cancelled again."""
     async with creating(kind) as create:
         tracker = TaskTracker()
@@ -744,7 +744,7 @@ async def test_task_in_a_users_callback_is_no_awaiter() -> None:
             caller.remove_done_callback(callback)
 
 
-def test_outside_of_a_task_nobody_is_spared() -> None:
+def test_outside_of_a_task_none_is_spared() -> None:
     """A caller that is no task has no waiters to spare."""
     assert with_awaiters(None) == set()
 

@@ -90,7 +90,7 @@ async def test_task_that_raises_is_failed(kind: str) -> None:
             task.result()
 
 
-async def test_failure_that_nobody_takes_is_still_logged(caplog: pytest.LogCaptureFixture) -> None:
+async def test_failure_that_no_code_retrieves_is_still_logged(caplog: pytest.LogCaptureFixture) -> None:
     """The outcome alone does not count as having looked at the exception: asyncio logs it."""
     assert await wait_with_cancellation(fail(KeyError("lost"))) is WaitOutcome.FAILED
     gc.collect()
@@ -177,7 +177,7 @@ async def test_event_that_is_set_and_cleared_at_once_counts() -> None:
     assert await wait is WaitOutcome.CANCELLED
 
 
-async def test_event_set_by_a_thread_while_the_wait_begins_counts() -> None:
+async def test_event_set_by_a_thread_while_the_wait_starts_counts() -> None:
     """An event that is set after it was looked at, before it is waited for, is not missed."""
 
     class SetMeanwhile(asyncio.Event):
@@ -309,7 +309,7 @@ async def test_task_that_completes_anyway_is_completed(kind: str) -> None:
         assert task.result() == "ignored"
 
 
-async def test_task_that_raises_in_its_clean_up_is_failed() -> None:
+async def test_task_that_raises_in_its_cleanup_is_failed() -> None:
     """An error on the way out is not hidden behind the cancellation."""
 
     async def work() -> None:
@@ -381,7 +381,7 @@ async def test_first_reason_stays() -> None:
         assert task.cancelling() == 1
 
 
-async def test_clean_up_without_end_is_bounded_from_outside() -> None:
+async def test_cleanup_without_end_is_bounded_from_outside() -> None:
     """asyncio.timeout() around bounds the wait for a task that does not end; the task stays cancelled."""
     task, begun = asyncio.create_task(ignore_cancels(60.0)), now()
     with pytest.raises(TimeoutError):

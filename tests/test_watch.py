@@ -307,7 +307,7 @@ async def test_very_many_tasks_are_not_searched_for_plain_ones(
 @pytest.mark.skipif(
     sys.version_info < (3, 12), reason="asyncio's tasks do not tell their context before 3.12"
 )
-async def test_task_of_asyncio_tells_its_request() -> None:
+async def test_task_of_asyncio_shows_its_request() -> None:
     """On Python 3.12, any plain task that was started in a request is recognized."""
     found: list[Any] = []
 

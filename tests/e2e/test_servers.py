@@ -166,7 +166,7 @@ def test_client_that_leaves_during_an_upload_being_read(case: Case) -> None:
     case.wait_for("handler raised", error="ClientDisconnect")
 
 
-def test_client_that_leaves_during_an_upload_nobody_reads(case: Case) -> None:
+def test_client_that_leaves_during_an_unread_upload(case: Case) -> None:
     """Half a body, read by the watcher only, does not hide the disconnect behind it."""
     with case.server.connect() as client:
         client.head("POST", case.path("plain/wait"), content_length=100_000)

@@ -95,7 +95,7 @@ def test_error_caused_by_the_middleware_stays_inside(case: Case, route: str, end
     case.wait_for("app returned")
 
 
-def test_handler_that_sends_to_nobody_ends_quietly(case: Case) -> None:
+def test_handler_that_sends_to_no_client_ends_quietly(case: Case) -> None:
     """The exception from our `send`, and Starlette's in its place, do not leave the middleware."""
     leave(case, "sockets/socket/send", vanish)
     case.wait_for_any("handler raised", "handler cancelled")
