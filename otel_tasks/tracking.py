@@ -3,12 +3,12 @@
 Rules, each with a test of its own:
 
 1. Tasks are cancelled in one pass and awaited together, under one deadline.
-2. The calling task is never cancelled, nor one that waits for it: by ``await``, by ``asyncio.gather``,
-   ``shield``, ``wait``, ``wait_for`` or ``as_completed``, or as the host of an ``asyncio.TaskGroup`` or a
+2. The calling task is never cancelled, nor a task that waits for it: with ``await``, ``asyncio.gather``,
+   ``shield``, ``wait``, ``wait_for``, or ``as_completed``, or as the host of an ``asyncio.TaskGroup`` or a
    ``TaskGroup`` in which the caller runs. The cancellation would come back to the caller.
 3. A task is cancelled once, however often these functions meet it, so that its cleanup is not interrupted.
 4. Tasks that do not stop are reported with their stacks. A failure stays with its task, and is reported like
-   that of any task that nothing awaits.
+   that of any task that is not awaited.
 5. A tracker forgets a task once it is done.
 """
 
@@ -85,7 +85,7 @@ class TaskTracker:
     It holds its tasks strongly; the event loop does not. With ``async with``, no task is left at the end of
     the block: those that still run are cancelled. ``await tracker.wait()`` as the last line lets them finish.
 
-    Cancellation: of the end of a block propagates; the tasks stay cancelled.
+    Cancellation: at the end of a block, it propagates, and the tasks stay cancelled.
 
     Example:
         >>> async with TaskTracker() as tracker:
@@ -93,7 +93,7 @@ class TaskTracker:
     """
 
     def __init__(self) -> None:
-        # A dict, for its order. The callback is bound to it and does not hold the tracker.
+        # A dict, for its order. The callback is bound to the dict, so that it does not hold the tracker.
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._forget = functools.partial(_forget, self._tasks)
         self._closed = False
@@ -114,7 +114,7 @@ class TaskTracker:
             )
         if not task.done() and task not in self._tasks:
             self._tasks[task] = None
-            # Not counted as a waiter that would see a failure.
+            # Past the counting of callbacks: this one does not see a failure.
             add_done_callback(task, self._forget, context=Context())
         return task
 
@@ -139,20 +139,23 @@ class TaskTracker:
     async def cancel_all(self, timeout: float | None = 10.0, *, reason: str | None = None) -> CancelCounts:
         """Cancel all tracked tasks at once, and wait for them together.
 
-        The calling task and those that wait for it are spared. Tasks that do not stop stay tracked, and are
-        in ``last_report`` with their stacks.
+        The calling task and the tasks that wait for it are spared. Tasks that do not stop stay tracked, and
+        are in ``last_report`` with their stacks.
 
         Args:
             timeout: Seconds for all of them together, at least 0; None means no limit.
             reason: The message in the cause of each managed task, and in the CancelledError of any other.
 
         Returns:
-            ``(success_count, error_count)``: the numbers of tasks that ended cancelled, and that did not.
+            ``(success_count, error_count)``: the numbers of tasks that ended cancelled and of the others.
 
         Raises:
             WrongLoopError: A tracked task runs in another event loop.
 
-        Cancellation: of the caller ends the waiting; the tasks stay cancelled.
+        Cancellation: ends the wait; the tasks stay cancelled.
+
+        Example:
+            >>> cancelled, others = await tracker.cancel_all(timeout=5.0)
         """
         seconds = checked_seconds("timeout", timeout)
         report = await _end(self._others(), seconds, reason or "cancelled by its tracker")
@@ -163,7 +166,8 @@ class TaskTracker:
     async def wait(self, timeout: float | None = None) -> bool:
         """Wait until all tracked tasks have ended, including those added meanwhile.
 
-        It does not raise what they raise, and does not wait for the calling task or those that wait for it.
+        It does not raise their exceptions, and does not wait for the calling task or the tasks that wait for
+        it.
 
         Args:
             timeout: Seconds, at least 0; None means no limit. The tasks keep running after it.
@@ -174,7 +178,11 @@ class TaskTracker:
         Raises:
             WrongLoopError: A tracked task runs in another event loop.
 
-        Cancellation: of the caller leaves the tasks alone.
+        Cancellation: ends the wait; the tasks keep running.
+
+        Example:
+            >>> if not await tracker.wait(timeout=30.0):
+            ...     await tracker.cancel_all()
         """
         seconds = checked_seconds("timeout", timeout)
         loop = asyncio.get_running_loop()
@@ -209,7 +217,7 @@ class TaskTracker:
         self.close()
         await self.cancel_all(reason="its tracker's block has ended")
         if self._report is not None and not self._report.clean:
-            # No caller takes a report here.
+            # A block returns no report to its caller.
             logger.warning("at the end of a tracker's block: %s", self._report)
 
     def _others(self) -> list[asyncio.Task[Any]]:
@@ -226,7 +234,7 @@ async def cancel_and_wait(
 ) -> CancelReport:
     """Cancel tasks at once, managed or not, and wait until they have ended.
 
-    The calling task, and those that wait for it, are spared.
+    The calling task and the tasks that wait for it are spared.
 
     Args:
         tasks: The tasks to cancel; those that are done are skipped.
@@ -234,13 +242,13 @@ async def cancel_and_wait(
         reason: The message in the cause of each managed task, and in the CancelledError of any other.
 
     Returns:
-        A report of how they ended. It does not raise what they raise.
+        A report of how they ended. It does not raise their exceptions.
 
     Raises:
         TypeError: One is not a task; coroutines are closed.
         WrongLoopError: A task runs in another event loop.
 
-    Cancellation: of the caller ends the waiting; the tasks stay cancelled.
+    Cancellation: ends the wait; the tasks stay cancelled.
 
     Example:
         >>> report = await cancel_and_wait(reader, writer, timeout=2.0)
@@ -260,7 +268,7 @@ async def cleanup_lingering_tasks(
 
     Args:
         timeout: Seconds for all of them together, at least 0; None means no limit.
-        exclude: Tasks to spare. The calling task, and those that wait for it, are always spared.
+        exclude: Tasks to spare. The calling task and the tasks that wait for it are always spared.
 
     Returns:
         A report of how they ended. Tasks started meanwhile are not cancelled, but reported as still running.
@@ -268,7 +276,7 @@ async def cleanup_lingering_tasks(
     Raises:
         TypeError: ``exclude`` contains something other than tasks.
 
-    Cancellation: of the caller ends the waiting; the tasks stay cancelled.
+    Cancellation: ends the wait; the tasks stay cancelled.
 
     Example:
         >>> report = await cleanup_lingering_tasks(timeout=2.0)
@@ -276,7 +284,7 @@ async def cleanup_lingering_tasks(
     """
     seconds = checked_seconds("timeout", timeout)
     if isinstance(exclude, asyncio.Future):
-        raise TypeError(f"exclude must be several tasks, got {exclude!r}: put it in a list")
+        raise TypeError(f"exclude must be an iterable of tasks, got {exclude!r}: put it in a list")
     kept = set(exclude)
     _check_tasks("cleanup_lingering_tasks(exclude=...)", kept)
     tasks = _without_awaiters(asyncio.all_tasks() - kept)
@@ -331,18 +339,23 @@ def _forget(tasks: dict[asyncio.Task[Any], None], task: asyncio.Task[Any]) -> No
 
 
 def _without_awaiters(tasks: Iterable[asyncio.Task[Any]]) -> list[asyncio.Task[Any]]:
-    """The tasks that run in this loop and are neither the caller nor wait for it, each once.
+    """The tasks that run in this loop, except the caller and those that wait for it, each once.
 
     Raises:
-        WrongLoopError: One runs in another loop.
+        WrongLoopError: A task runs in another loop.
     """
     loop = asyncio.get_running_loop()
     spared = with_awaiters(asyncio.current_task())
     others = [task for task in dict.fromkeys(tasks) if not task.done() and task not in spared]
-    for task in others:
-        if task.get_loop() is not loop and not task.get_loop().is_closed():
-            raise WrongLoopError(
-                f"task {task.get_name()!r} runs in another event loop: cancel it there, or from here with "
-                "loop.call_soon_threadsafe(task.cancel)"
-            )
-    return [task for task in others if task.get_loop() is loop]
+    return [task for task in others if _runs_in(loop, task)]
+
+
+def _runs_in(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> bool:
+    if task.get_loop() is loop:
+        return True
+    if task.get_loop().is_closed():
+        return False
+    raise WrongLoopError(
+        f"task {task.get_name()!r} runs in another event loop: cancel it there, or from here with "
+        "loop.call_soon_threadsafe(task.cancel)"
+    )

@@ -1,13 +1,14 @@
-"""A tree of the running tasks on a signal, also while a task holds the event loop.
+"""Writes the tree of running tasks on a signal, even while a task holds the event loop.
 
 Rules, each with a test of its own:
 
-1. It is a handler of ``signal.signal``: Python calls it in the main thread between two steps of whatever
-   runs there, where ``loop.add_signal_handler`` would wait for the loop to turn. Code in C that never comes
-   back to Python holds it up too; ``faulthandler.register(..., chain=True)`` shows the threads even then.
-2. The handler that was there before is called after it, and is put back at the end.
-3. It raises nothing into the code that it interrupts, and writes past the buffers of the file: in the middle
-   of a ``print`` these are not to be touched.
+1. The handler is installed with ``signal.signal``: Python calls it in the main thread between two bytecode
+   instructions of the code that runs there, where ``loop.add_signal_handler`` would wait for the loop's next
+   turn. Code in C that does not return to Python delays it too; ``faulthandler.register(..., chain=True)``
+   shows the threads even then.
+2. The previous handler is called after this one, and restored at the end.
+3. The handler raises nothing into the code that it interrupts, and bypasses the buffers of the file: it may
+   interrupt a ``print``, which is changing them.
 """
 
 from __future__ import annotations
@@ -29,10 +30,19 @@ if TYPE_CHECKING:
 def write_on_signal(
     describe: Callable[[FrameType | None], str], signum: int | None, file: TextIO | None
 ) -> ExitStack:
-    """Write what ``describe`` says at each signal; see ``TaskManager.dump_on_signal``."""
+    """Write the text that ``describe`` returns at each signal; see ``TaskManager.dump_on_signal``.
+
+    Args:
+        describe: Called with the interrupted frame.
+        signum: None is ``SIGUSR1``.
+        file: None is the ``sys.stderr`` of that moment.
+
+    Returns:
+        What restores the previous handler when it is closed.
+    """
     number = _checked_signal(signum)
     if file is not None and not hasattr(file, "write"):
-        # Found out at the signal, it would be too late: nothing is raised there.
+        # Checked here, because nothing may be raised at the signal.
         raise TypeError(f"dump_on_signal() writes to an open text file, got {file!r}: pass file=open(...)")
     handler = _Handler(describe, number, file)
     undo = ExitStack()
@@ -41,7 +51,7 @@ def write_on_signal(
 
 
 class _Handler:
-    """What is called at a signal."""
+    """Writes on one signal, and then calls the handler that was installed before."""
 
     def __init__(
         self, describe: Callable[[FrameType | None], str], signum: signal.Signals, file: TextIO | None
@@ -49,13 +59,13 @@ class _Handler:
         self._describe: Callable[[FrameType | None], str] | None = describe
         self._signum = signum
         self._file = file
-        # Signals that come meanwhile are answered by what is being written: one handler inside of another
-        # and so on would come to the end of the stack, and then raise.
+        # A signal that arrives while this handler writes adds nothing: handlers nested without a bound would
+        # reach the recursion limit, and raise.
         self._writing = False
         try:
             self._previous: Any = signal.signal(signum, self)
         except (OSError, ValueError) as error:
-            # On Windows it is a ValueError, as of CTRL_C_EVENT, which can only be sent.
+            # Windows raises ValueError, for example for CTRL_C_EVENT, which can only be sent.
             usable = " or ".join(_usable_signals())
             raise ValueError(f"dump_on_signal() cannot handle {signum.name}: use {usable}") from error
 
@@ -70,11 +80,11 @@ class _Handler:
             self._previous(signum, frame)
 
     def leave(self) -> None:
-        """Put the handler before it back; where another has come since, which calls this one, say nothing."""
+        """Restore the previous handler; if a later one calls this one, only stop writing."""
         self._describe = self._file = None
         current: object = signal.getsignal(self._signum)
         if current is self and _in_main_thread():
-            # None: it was not Python that had put it there.
+            # None if the previous handler was not installed from Python.
             signal.signal(self._signum, self._previous or signal.SIG_DFL)
 
 
@@ -90,19 +100,19 @@ def _write(text: str, file: Any) -> None:
         try:
             number = file.fileno()
         except (OSError, AttributeError):
-            # It is in memory.
+            # A file in memory.
             file.write(text)
             return
         data = text.encode("utf-8", "backslashreplace")
         while data:
             data = data[os.write(number, data) :]
     except Exception:
-        # Closed, or full: there is nobody to tell.
+        # The file is closed, or the disk full; there is no other place to report it.
         return
 
 
 def _usable_signals() -> list[str]:
-    """Those that nobody else needs, and that this platform has."""
+    """The signals of this platform that are free for applications."""
     return [f"signal.{name}" for name in ("SIGUSR1", "SIGUSR2", "SIGBREAK") if hasattr(signal, name)]
 
 
@@ -116,16 +126,16 @@ def _checked_signal(signum: int | None) -> signal.Signals:
     if signum is None:
         raise RuntimeError(
             "dump_on_signal() uses SIGUSR1, which this platform does not have: "
-            "on Windows write dump_on_signal(signal.SIGBREAK) and press Ctrl+Break"
+            "on Windows, write dump_on_signal(signal.SIGBREAK) and press Ctrl+Break"
         )
     try:
         number = signal.Signals(signum)
     except ValueError:
         usable = " or ".join(_usable_signals())
-        raise ValueError(f"dump_on_signal() takes a signal, as {usable}, got {signum!r}") from None
+        raise ValueError(f"dump_on_signal() takes a signal, such as {usable}, got {signum!r}") from None
     if not _in_main_thread():
         raise RuntimeError(
             f"dump_on_signal() was called in thread {threading.current_thread().name!r}: "
-            "Python lets only the main thread handle signals; call it there, before the loop is started"
+            "Python handles signals only in the main thread; call it there, before the loop starts"
         )
     return number
