@@ -23,8 +23,9 @@ from otel_tasks import (
     run_in_thread,
     wait_with_cancellation,
 )
-from otel_tasks._core import causes as _causes
-from otel_tasks._core.causes import covered, known_cause, unwatch_cancels, watch_cancels
+from otel_tasks._core import causes, constructs
+from otel_tasks._core.causes import covered, unwatch_cancels, watch_cancels
+from otel_tasks._core.constructs import known_cause
 from otel_tasks.asgi import TaskGroupMiddleware, request_group, uncancellable
 from otel_tasks.testing import FakeConnection, SpanRecorder
 
@@ -675,9 +676,9 @@ async def test_asyncio_that_keeps_its_state_elsewhere_breaks_no_cancellation(
     def fail(frame: object) -> None:
         raise AttributeError("_task")
 
-    rules = dict.fromkeys(_causes._RULES, fail)
-    monkeypatch.setattr(_causes, "_RULES", rules)
-    monkeypatch.setattr(_causes, "_has_logged", False)
+    rules = dict.fromkeys(constructs._RULES, fail)
+    monkeypatch.setattr(constructs, "_RULES", rules)
+    monkeypatch.setattr(causes, "_has_logged", False)
     manager = TaskManager()
     tasks = [manager.create_task(rest()) for _ in range(2)]
     for task in tasks:

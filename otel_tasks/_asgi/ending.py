@@ -16,7 +16,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from otel_tasks._asgi.departure import is_cancellation, is_departure
-from otel_tasks._core.causes import known_cause, unwatch_cancels
+from otel_tasks._core.causes import unwatch_cancels
+from otel_tasks._core.constructs import known_cause
 from otel_tasks._core.log import log_fields_of_all, logger
 from otel_tasks._core.request_group import REQUEST_ENDED
 from otel_tasks._core.state import CancelKind

@@ -19,9 +19,10 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks._core.binding import bound_request
-from otel_tasks._core.causes import known_cause, passing, unwatch_cancels, watch_cancels
+from otel_tasks._core.causes import passing, unwatch_cancels, watch_cancels
 from otel_tasks._core.checks import checked_seconds
 from otel_tasks._core.clock import clock_of
+from otel_tasks._core.constructs import known_cause
 from otel_tasks._core.events import TREE_LOCK, CancelCause, CancelEvent, requester_name
 from otel_tasks._core.state import CancelKind
 from otel_tasks._core.telemetry import current_span_context

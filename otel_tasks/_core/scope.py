@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from otel_tasks._core.binding import bound_request
 from otel_tasks._core.cancellation import CancelCause
-from otel_tasks._core.causes import known_cause, passing, unwatch_cancels, watch_cancels
+from otel_tasks._core.causes import passing, unwatch_cancels, watch_cancels
+from otel_tasks._core.constructs import known_cause
 from otel_tasks._core.log import text_of
 from otel_tasks._core.state import CancelKind
 from otel_tasks._core.task import ManagedTask, _uncancel, asyncio_cancel, cancel_message, extras_of

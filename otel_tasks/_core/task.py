@@ -23,9 +23,10 @@ from weakref import WeakValueDictionary
 
 from otel_tasks._core.binding import intercepted, stopping
 from otel_tasks._core.cancellation import CancelCause, cancel_once
-from otel_tasks._core.causes import cause_of_cancel, known_cause, name_of_timeout, passed_down, passing
+from otel_tasks._core.causes import cause_of_cancel, passed_down, passing
 from otel_tasks._core.checks import checked_name
 from otel_tasks._core.clock import clock_of, rounded, wall_clock
+from otel_tasks._core.constructs import known_cause, name_of_timeout
 from otel_tasks._core.events import own_name
 from otel_tasks._core.frames import suspended_frames
 from otel_tasks._core.log import text_of
