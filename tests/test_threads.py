@@ -44,7 +44,8 @@ from otel_tasks import (
     current_task,
     run_in_thread,
 )
-from otel_tasks._core.threads import TaskFuture, Worker, hand_over
+from otel_tasks._core.futures import TaskFuture, create_in_loop
+from otel_tasks._core.threads import Worker
 from otel_tasks.asgi import TaskGroupMiddleware, request_group
 from otel_tasks.fastapi import RequestTasks  # noqa: TC001 - FastAPI reads the annotations
 from otel_tasks.testing import FakeConnection, SpanRecorder, VirtualClockLoop, run
@@ -589,7 +590,7 @@ def test_loop_that_is_closed_in_the_very_moment_refuses_by_the_future() -> None:
     loop = asyncio.new_event_loop()
     loop.close()
     coro = rest()
-    future = hand_over(loop, coro, lambda _: pytest.fail("created"))
+    future = create_in_loop(loop, coro, lambda _: pytest.fail("created"))
     assert isinstance(future.exception(), WrongLoopError)
     assert is_closed(coro)
 
@@ -1088,7 +1089,7 @@ async def test_coroutine_for_a_thread_is_closed(manager: TaskManager) -> None:
     coro: Any = rest()
     with pytest.raises(TypeError, match="got the coroutine rest"):
         manager.run_in_thread(coro)
-    with pytest.raises(TypeError, match=r"the function of task 'rest_by_\w+-\d' gave a coroutine"):
+    with pytest.raises(TypeError, match=r"the function of task 'rest_by_\w+-\d' returned a coroutine"):
         await manager.run_in_thread(rest_by_mistake)
     with pytest.raises(TypeError, match="group must be a name"):
         manager.run_in_thread(rest(), group=7)  # type: ignore[arg-type]  # the mistake in question
@@ -1682,7 +1683,7 @@ async def test_group_made_while_another_waits_to_make_it_is_the_one(
     found: list[TaskGroup] = []
 
     async def endpoint(scope: Any, receive: Any, send: Any) -> None:
-        with Beaten(monkeypatch, "otel_tasks._asgi.request._making", request_group) as first:
+        with Beaten(monkeypatch, "otel_tasks._asgi.request.GROUP_LOCK", request_group) as first:
             found.extend([request_group(), first[0]])
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body", "body": b""})

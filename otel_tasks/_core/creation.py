@@ -26,6 +26,7 @@ from otel_tasks._core.checks import (
 )
 from otel_tasks._core.current import is_request_over, stand_in
 from otel_tasks._core.factory import make
+from otel_tasks._core.futures import create_in_loop
 from otel_tasks._core.places import Limiter, Ticket, admit, would_wait
 from otel_tasks._core.state import CancelKind, TaskPriority
 from otel_tasks._core.task import (
@@ -54,7 +55,7 @@ from otel_tasks._core.telemetry import (
     low_cardinality,
     start_span,
 )
-from otel_tasks._core.threads import hand_over, in_thread
+from otel_tasks._core.threads import in_thread
 from otel_tasks._core.tree import add
 from otel_tasks.exceptions import GroupClosedError, QueueFullError, TaskExistsError
 
@@ -436,7 +437,7 @@ def hand_over_to(
     except BaseException:
         close_quietly(work)
         raise
-    return hand_over(loop, work, lambda coro: where().create_task(coro, **options))
+    return create_in_loop(loop, work, lambda coro: where().create_task(coro, **options))
 
 
 def limiters(group: TaskGroup) -> tuple[Limiter, ...]:

@@ -39,10 +39,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine
 
     from otel_tasks._core.factory import Made
+    from otel_tasks._core.futures import TaskFuture
     from otel_tasks._core.group import TaskGroup
     from otel_tasks._core.progress import Progress
     from otel_tasks._core.telemetry import Span
-    from otel_tasks._core.threads import TaskFuture, Worker
+    from otel_tasks._core.threads import Worker
 
 T = TypeVar("T")
 
