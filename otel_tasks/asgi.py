@@ -82,7 +82,7 @@ class TaskGroupMiddleware:
         TypeError: An option has the wrong type.
         ValueError: An option is out of its range.
 
-    **Cancellation**: of the server's task (shutdown) cancels the group with cause ``shutdown``, waits until
+    Cancellation: of the server's task (shutdown) cancels the group with cause ``shutdown``, waits until
     the group is empty, and propagates. A second one ends the waiting.
 
     Telemetry: the server span gets ``otel_tasks.request.outcome`` = ``client_disconnect`` and
@@ -112,7 +112,7 @@ class TaskGroupMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection.
 
-        **Cancellation**: see the class.
+        Cancellation: see the class.
         """
         if scope["type"] not in _BOUND_SCOPES:
             if scope["type"] == "lifespan":
@@ -204,7 +204,7 @@ async def uncancellable() -> AsyncGenerator[None]:
     not cancelled by the disconnect, and the request waits for them before it ends. A shutdown and an explicit
     ``cancel()`` are *not* held off. Outside of a request it does nothing.
 
-    **Cancellation**: a disconnect is delivered at the end of the block; any other cancellation passes
+    Cancellation: a disconnect is delivered at the end of the block; any other cancellation passes
     through.
 
     Example:

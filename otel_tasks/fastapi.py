@@ -1,6 +1,6 @@
-"""Everything for a FastAPI application: the middleware, the request's group, a lifespan, progress as events.
+"""Everything for a FastAPI application: the middleware, the request's group, lifespans, progress as events.
 
-The middleware and what belongs to it come from ``otel_tasks.asgi``, which imports no framework.
+The middleware and its functions come from ``otel_tasks.asgi``, which imports no framework.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ State = TypeVar("State")
 _NO_MIDDLEWARE = "needs the task group of the request; to have one"
 
 
-# `async`, all three, though nothing here waits: FastAPI runs a plain function in a thread.
+# All three are `async`, although nothing waits: FastAPI runs a plain function in a thread.
 
 
 async def _request_tasks() -> TaskGroup:
@@ -68,8 +68,11 @@ async def _request_tasks() -> TaskGroup:
 RequestTasks = Annotated[TaskGroup, Depends(_request_tasks)]
 """The current request's task group, as a parameter of a route.
 
-It is made as soon as the route is called. It does *not* close over the response: what still runs when the
-request ends is cancelled, unless the middleware's ``on_exit`` says otherwise.
+It is made before the route is called. A task that still runs when the request ends is cancelled, unless the
+middleware's ``on_exit`` says otherwise: the group does *not* wait before the response.
+
+Raises:
+    RuntimeError: The application has no ``TaskGroupMiddleware``.
 
 Example:
     >>> @app.get("/report/{id}")
@@ -79,12 +82,12 @@ Example:
 
 
 async def cancel_handler_on_disconnect() -> None:
-    """As a dependency: cancel this route's handler when the client leaves, whatever its method.
+    """Cancel this route's handler when the client leaves, whatever its method; use it as a dependency.
 
     Raises:
         RuntimeError: The application has no ``TaskGroupMiddleware``.
 
-    **Cancellation**: passed on; it never waits.
+    Cancellation: it never waits.
 
     Example:
         >>> @app.post("/preview", dependencies=[Depends(cancel_handler_on_disconnect)])
@@ -94,14 +97,18 @@ async def cancel_handler_on_disconnect() -> None:
 
 
 async def keep_handler_on_disconnect() -> None:
-    """As a dependency: let this route's handler finish when the client leaves, whatever its method.
+    """Let this route's handler finish when the client leaves, whatever its method; use it as a dependency.
 
-    The tasks of the request's group are cancelled all the same, and the handler with the one that it awaits.
+    The tasks of the request's group are cancelled anyway, and with them a handler that awaits one of them.
 
     Raises:
         RuntimeError: The application has no ``TaskGroupMiddleware``.
 
-    **Cancellation**: passed on; it never waits.
+    Cancellation: it never waits.
+
+    Example:
+        >>> @app.get("/export", dependencies=[Depends(keep_handler_on_disconnect)])
+        ... async def export(): ...
     """
     require_request("keep_handler_on_disconnect", _NO_MIDDLEWARE).cancel_handler = False
 
@@ -113,6 +120,9 @@ def lifespan(app: FastAPI) -> AbstractAsyncContextManager[None]:
 
     Args:
         app: The application; FastAPI passes it.
+
+    Returns:
+        The context manager that FastAPI enters.
 
     Example:
         >>> app = FastAPI(lifespan=lifespan)
@@ -127,25 +137,26 @@ def make_lifespan(
     grace: float = 5.0,
     timeout: float | None = 10.0,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[State]]:
-    """Make a lifespan that shuts a manager down with the server, around one of your own.
+    """Make a lifespan that shuts a manager down with the server, inside a lifespan of your own.
 
-    ``inner`` starts first and ends last: its resources are there for as long as a task may use them.
+    ``inner`` starts first and ends last: its resources are available as long as a task may use them. Tasks
+    that the shutdown cancels have the cause ``shutdown``.
 
     Args:
-        inner: The application's own lifespan; what it yields is passed on as the state.
+        inner: The application's own lifespan; the value that it yields becomes the state.
         manager: The manager to open and to shut down. None: ``global_task_manager``.
-        grace: Seconds that tasks have to finish in before they are cancelled, finite: a server waits for no
-            one for ever.
-        timeout: Seconds for all that comes after, None for no bound. Both together, and what the server
-            grants open requests before (uvicorn: ``--timeout-graceful-shutdown``), must stay below what
-            the process is given to end in (Kubernetes: ``terminationGracePeriodSeconds``).
+        grace: Seconds in which tasks may finish before they are cancelled, at least 0 and finite: no server
+            waits forever.
+        timeout: Seconds for everything after that, at least 0; None for no bound. The sum of both, and of the
+            time that the server gives open requests before (uvicorn: ``--timeout-graceful-shutdown``), must
+            stay below the time that the process has to end (Kubernetes: ``terminationGracePeriodSeconds``).
 
     Returns:
-        What ``FastAPI(lifespan=...)`` takes.
+        A lifespan for ``FastAPI(lifespan=...)``.
 
     Raises:
-        TypeError: ``inner`` is no lifespan, ``manager`` no TaskManager, or a duration no number.
-        ValueError: A duration is negative, or ``grace`` infinite.
+        TypeError: ``inner`` is not a lifespan, ``manager`` not a TaskManager, or a duration not a number.
+        ValueError: A duration is negative, or ``grace`` is infinite.
 
     Example:
         >>> app = FastAPI(lifespan=make_lifespan(open_database, grace=2.0))
@@ -163,9 +174,9 @@ def make_lifespan(
 
 def _check_inner(inner: object) -> None:
     if isinstance(inner, AsyncContextDecorator):
-        # What an `@asynccontextmanager` function gives can be called too, as a decorator: it would fail late.
+        # The result of an `@asynccontextmanager` function is callable, as a decorator: it would fail late.
         raise TypeError(
-            f"make_lifespan() takes the lifespan itself, got what calling it gives, {inner!r}: "
+            f"make_lifespan() takes the lifespan itself, got the result of calling it, {inner!r}: "
             "write make_lifespan(open_database), without a call"
         )
     if inner is not None and not callable(inner):
@@ -185,7 +196,7 @@ def _check_grace(grace: float) -> None:
 
 
 def _check_number(what: str, seconds: object, hint: str) -> None:
-    # For what must not be None: elsewhere that is "no bound", and `checked_seconds` takes it.
+    # For options that must not be None: for `checked_seconds`, that is "no bound".
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         raise TypeError(f"{what} must be seconds as a number, got {seconds!r}: {hint}")
 
@@ -220,35 +231,38 @@ def progress_events(
     interval: float = 0.1,
     keep_alive: float | None = None,
 ) -> AsyncGenerator[ServerSentEvent]:
-    """Give a task's progress as the events of a route with ``response_class=EventSourceResponse``.
+    """Stream a task's progress as the events of a route with ``response_class=EventSourceResponse``.
 
-    An event ``progress`` carries the newest snapshot (``Progress.to_dict()``), and the last event, ``ended``,
+    A ``progress`` event carries the newest snapshot (``Progress.to_dict()``). The last event, ``ended``, says
     how the task ended: ``status``, ``cancel_reason``, ``duration`` and the last ``progress``. It does *not*
-    tell the text of an exception, which may say what a client should not read. Each has an id, and a client
-    that comes back with the last one gets only what is newer; with that of ``ended``, nothing. A browser
-    comes back by itself until its ``EventSource`` is closed: it should be, on ``ended``.
+    contain the text of an exception, which may be confidential. Each event has an id. A client that comes
+    back with the last id gets only newer events; with the id of ``ended``, none. A browser reconnects until
+    its ``EventSource`` is closed: close it on ``ended``.
 
     Args:
-        task: Which; or the snapshot of one that has ended, for clients that come late.
-        last_event_id: The request's ``Last-Event-ID`` header. Anything that is not an id of this task's
-            events counts as none.
-        interval: Seconds between two ``progress`` events, at least 0. What is reported in between is left
-            out; the end of the task is told at once. Infinity leaves the first event and the last.
+        task: The task, or the snapshot of a task that has ended, for clients that come late.
+        last_event_id: The request's ``Last-Event-ID`` header. A value that is not an id of this task's events
+            counts as none.
+        interval: Seconds between two ``progress`` events, at least 0. Reports in between are skipped; the end
+            of the task is sent at once. Infinity: only the first event and the last are sent.
         keep_alive: Seconds of silence after which a comment is sent, greater than ``interval``. None leaves
-            that to FastAPI, which does it each 15 s.
+            that to FastAPI, which sends one every 15 s.
+
+    Returns:
+        The events.
 
     Raises:
-        RuntimeError: This FastAPI knows no server-sent events; those from 0.135 on do.
-        TypeError: ``task`` is neither, or a duration no number.
-        ValueError: ``task`` is the snapshot of a live task, or a duration out of its range.
+        RuntimeError: This version of FastAPI has no server-sent events; 0.135 and later do.
+        TypeError: ``task`` is neither a task nor a snapshot, or a duration is not a number.
+        ValueError: ``task`` is the snapshot of a live task, or a duration is out of its range.
 
-    **Cancellation**: of the request, because the client has left, ends the watching. The task goes on,
-    unless it belongs to the group of that request.
+    Cancellation: of the request, because the client has left, ends the stream. The task goes on, unless
+    it belongs to the group of that request.
 
     Example:
         >>> @app.get("/exports/{name}/progress", response_class=EventSourceResponse)
         ... async def export_progress(
-        ...     # Found in a dependency, which can answer 404: in here the response has begun.
+        ...     # Looked up in a dependency, which can answer 404: here, the response has started.
         ...     task: Annotated[ManagedTask[Any] | TaskInfo, Depends(find_export)],
         ...     last_event_id: Annotated[str | None, Header()] = None,
         ... ) -> AsyncIterator[ServerSentEvent]:
@@ -279,7 +293,7 @@ async def _events(
     event: type[ServerSentEvent],
 ) -> AsyncGenerator[ServerSentEvent]:
     info = task if isinstance(task, TaskInfo) else task.info()
-    # Names are used again, by a later task or after a restart: then the client's id tells nothing.
+    # A later task, or a restart, may use the same name: then the client's id says nothing about this task.
     key = f"{crc32(f'{info.name} {info.created_at!r}'.encode()):08x}"
     seen = _seen(key, last_event_id)
     if seen is None:
@@ -297,7 +311,7 @@ async def _events(
                 else event(event="progress", id=f"{key}-{progress.number}", data=progress.to_dict())
             )
             await wait_until_done([task], 0.0 if progress is None else interval)
-        # The watching ends with the task, its books may be written a turn later.
+        # The stream of snapshots ends with the task, whose record may be written a turn later.
         await wait_until_done([task])
         info = task.info()
     yield event(event="ended", id=f"{key}-end", data=_ending(info))
@@ -314,7 +328,7 @@ async def _next(watch: ProgressWatch, timeout: float | None) -> Progress | None:
 def _check_watchable(task: ManagedTask[Any] | TaskInfo) -> None:
     if not isinstance(task, ManagedTask | TaskInfo):
         raise TypeError(
-            f"progress_events() takes a ManagedTask, or the TaskInfo of an ended one, got {task!r}"
+            f"progress_events() takes a ManagedTask, or the TaskInfo of a task that has ended, got {task!r}"
         )
     if isinstance(task, TaskInfo) and not task.status.is_final:
         raise ValueError(
@@ -324,13 +338,13 @@ def _check_watchable(task: ManagedTask[Any] | TaskInfo) -> None:
 
 
 def _seen(key: str, last_event_id: str | None) -> int | None:
-    """The number of the last snapshot that the client knows, 0 for none; None if it knows the end."""
+    """Return the number of the last snapshot that the client knows, 0 for none; None if it knows the end."""
     prefix, _, number = (last_event_id or "").rpartition("-")
     if prefix != key:
         return 0
     if number == "end":
         return None
-    # The header is the client's: int() is slow with thousands of digits.
+    # The client chooses the header, and int() is slow with thousands of digits.
     return int(number) if number.isdecimal() and len(number) < 20 else 0
 
 

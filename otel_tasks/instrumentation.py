@@ -37,7 +37,7 @@ OTEL_PYTHON_OTEL_TASKS_FASTAPI_MIDDLEWARE = "OTEL_PYTHON_OTEL_TASKS_FASTAPI_MIDD
 """The environment variable that adds the middleware to every FastAPI application: ``true`` or ``false``."""
 
 _OPTIONS = ("tracer_provider", "meter_provider", "fastapi_middleware")
-# Given by distributions to every instrumentation, whether it logs or not.
+# Distributions give these to every instrumentation, whether it logs or not.
 _NOT_OURS = frozenset({"logger_provider", "event_logger_provider"})
 
 
@@ -63,7 +63,7 @@ class OtelTasksInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # as above
     _unbind: Callable[[], None] | None = None
 
     def instrumentation_dependencies(self) -> Collection[str]:
-        """Nothing: it instruments its own package."""
+        """Return nothing: it instruments its own package."""
         return ()
 
     def _instrument(self, **kwargs: Any) -> None:
@@ -103,17 +103,17 @@ def _bind_requests() -> Callable[[], None]:
     try:
         from fastapi import FastAPI
     except ModuleNotFoundError as error:
-        # Not as it is: of this kind opentelemetry-instrument says nothing.
+        # Of another class: opentelemetry-instrument ignores a ModuleNotFoundError without a message.
         raise ImportError(
-            "the middleware for FastAPI was asked for, and FastAPI is not installed: "
-            f"install otel-tasks[fastapi], or do without {OTEL_PYTHON_OTEL_TASKS_FASTAPI_MIDDLEWARE}"
+            "the middleware for FastAPI is requested, and FastAPI is not installed: "
+            f"install otel-tasks[fastapi], or unset {OTEL_PYTHON_OTEL_TASKS_FASTAPI_MIDDLEWARE}"
         ) from error
     original = FastAPI.build_middleware_stack
     built: WeakSet[FastAPI] = WeakSet()
     active = True
 
-    # When an application begins to serve, and all its middleware is known. In the class, not in a subclass
-    # put in its place: that would miss who has imported the class before.
+    # FastAPI calls this when an application starts to serve and all its middleware is known. It is replaced
+    # in the class; a subclass in place of the class would miss modules that have imported the class before.
     @functools.wraps(original)
     def build_middleware_stack(app: FastAPI) -> ASGIApp:
         if not active:
@@ -131,9 +131,9 @@ def _bind_requests() -> Callable[[], None]:
         nonlocal active
         active = False
         if FastAPI.build_middleware_stack is build_middleware_stack:
-            FastAPI.build_middleware_stack = original  # type: ignore[method-assign]  # that is what it is about
+            FastAPI.build_middleware_stack = original  # type: ignore[method-assign]  # the purpose of this function
         for app in built:
-            # The next request builds it again; open requests keep theirs.
+            # The next request builds the stack again; open requests keep theirs.
             app.middleware_stack = None
 
     FastAPI.build_middleware_stack = build_middleware_stack  # type: ignore[assignment, method-assign]  # the same
@@ -141,11 +141,11 @@ def _bind_requests() -> Callable[[], None]:
 
 
 def with_task_groups(middleware: Sequence[Middleware]) -> list[Middleware]:
-    """Add ours to an application's middleware, outermost first, unless it is there.
+    """Add ``TaskGroupMiddleware`` to an application's middleware, outermost first, unless it is there.
 
-    It goes outside of all others, so that what they start belongs to the request too, but inside of
-    OpenTelemetry's: the server's span has to be current around it. What FastAPI and its instrumentation
-    record themselves is outside of all of these anyway.
+    It goes outside of the others, so that the tasks they start belong to the request too, but inside of
+    OpenTelemetry's, because the server's span must be current around it. The spans that FastAPI and its
+    instrumentation record themselves are outside of all of these anyway.
     """
     from starlette.middleware import Middleware
 

@@ -379,7 +379,7 @@ async def test_a_snapshot_of_a_live_task_is_refused(manager: TaskManager) -> Non
 async def test_argument_that_is_no_task_is_refused() -> None:
     """At the call, not at the first event: then the response has begun."""
     plain: Any = asyncio.create_task(give(1))
-    with pytest.raises(TypeError, match="takes a ManagedTask, or the TaskInfo of an ended one"):
+    with pytest.raises(TypeError, match="takes a ManagedTask, or the TaskInfo of a task that has ended"):
         progress_events(plain)
     await plain
 

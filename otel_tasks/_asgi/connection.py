@@ -128,7 +128,7 @@ class Connection:
     async def receive(self) -> Message:
         """Return the next message: one that the watcher has read, or the server's next.
 
-        **Cancellation**: loses no message that the watcher has read.
+        Cancellation: loses no message that the watcher has read.
         """
         while True:
             if self._ahead is not None or (self.disconnect is not None and self._delivers_disconnect()):
@@ -159,7 +159,7 @@ class Connection:
             ClientDisconnected: The client has left, and the application would send without end.
             OSError: From the server: this message met the closed connection.
 
-        **Cancellation**: forwarded to the server's ``send``.
+        Cancellation: forwarded to the server's ``send``.
         """
         if self.left:
             self._send_late(message)

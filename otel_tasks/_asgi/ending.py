@@ -48,7 +48,7 @@ async def finish(request: Request, error: BaseException | None) -> bool:
         False if the caller must raise ``error``, or, where that is None, a CancelledError that someone else
         requested.
 
-    **Cancellation**: cancels what is left of the group with cause ``shutdown``, waits for its end, and
+    Cancellation: cancels what is left of the group with cause ``shutdown``, waits for its end, and
     propagates. A second one ends the waiting.
     """
     if await _uncancel(request, error):

@@ -39,7 +39,7 @@ _ENDS = frozenset({"lifespan.startup.failed", "lifespan.shutdown.complete", "lif
 async def serve_lifespan(app: App, manager: TaskManager, scope: Scope, receive: Receive, send: Send) -> None:
     """Pass a lifespan scope to ``app``, and shut ``manager`` down at its end if nothing else has.
 
-    **Cancellation**: of the server's task propagates after the shutdown. A second one stops the shutdown.
+    Cancellation: of the server's task propagates after the shutdown. A second one stops the shutdown.
     """
     run = _current_run()
     if run is not None:
@@ -61,7 +61,7 @@ async def serve_lifespan(app: App, manager: TaskManager, scope: Scope, receive: 
 async def managed(manager: TaskManager, grace: float, timeout: float | None, by: str) -> AsyncGenerator[None]:
     """Open ``manager`` for the block, and shut it down at its end if no other lifespan uses it here.
 
-    **Cancellation**: of the block propagates after the shutdown; during the shutdown, it stops that.
+    Cancellation: of the block propagates after the shutdown; during the shutdown, it stops that.
     """
     # Not `async with`: its exit has no grace and no timeout, and would wait for stubborn tasks again.
     await manager.__aenter__()

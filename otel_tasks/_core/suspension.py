@@ -1,8 +1,7 @@
 """Where a suspended task waits: what its cancellation would reach, what holds it off, and how to wake it.
 
-asyncio keeps most of this in attributes without public names. They are read here and nowhere else
-(``awaiters`` reads the callbacks of futures, too). They have been the same from Python 3.11 to 3.15, in C
-and in Python.
+asyncio keeps most of this in private attributes. They are read here and nowhere else (``awaiters`` also reads
+the callbacks of futures). They are the same from Python 3.11 to 3.15, in C and in Python.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
     from types import CodeType, FrameType
 
-# What gather() returns: it forwards its cancellation to each of its children.
+# The future that gather() returns: it forwards its cancellation to each of its children.
 _GatheringFuture: Any = vars(asyncio_tasks)["_GatheringFuture"]
-# What wait_for() cancels with up to Python 3.11; from 3.12 on it is an asyncio.timeout().
+# The function in which wait_for() of Python 3.11 cancels; from 3.12 on, wait_for() uses asyncio.timeout().
 _CANCEL_AND_WAIT: CodeType | None = (
     vars(asyncio_tasks)["_cancel_and_wait"].__code__ if sys.version_info < (3, 12) else None
 )
 _WAIT_FOR: CodeType | None = asyncio.wait_for.__code__ if sys.version_info < (3, 12) else None
-# asyncio's own, past the override of ManagedTask, which counts those who wait.
+# asyncio's own methods: ManagedTask overrides them to count its waiters.
 _add_done_callback = asyncio.Future.add_done_callback
 _remove_done_callback = asyncio.Future.remove_done_callback
 
 
 def waits_for(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
-    """The future at which a task is suspended; None if it runs, is about to run, or is done."""
+    """Return the future at which a task is suspended; None if it runs, is about to run, or is done."""
     waiter = getattr(task, "_fut_waiter", None)
     return waiter if isinstance(waiter, asyncio.Future) and not waiter.done() else None
 
@@ -42,8 +41,8 @@ class Forwarding(NamedTuple):
     """Where a cancellation goes.
 
     Attributes:
-        passed: Every future that it would cancel, the nearest first.
-        stops: Every task at which it goes no further, and which it would not cancel.
+        passed: The futures that it would cancel, the nearest first.
+        stops: The tasks at which it stops, and which it would not cancel.
     """
 
     passed: list[asyncio.Future[Any]]
@@ -56,8 +55,9 @@ def forwarded_to(
     """Follow a ``cancel()`` of each of ``tasks`` to every future that asyncio would forward it to.
 
     Args:
-        tasks: Where the cancellation starts. In one walk: tasks may wait for one another, in long chains.
-        stops_at: Tells of a task on the way whether the cancellation goes no further there.
+        tasks: Where the cancellation starts. One walk for all, because they may wait for one another, in long
+            chains.
+        stops_at: Returns True for a task on the way at which the cancellation stops.
     """
     reached: set[asyncio.Future[Any]] = set()
     found = Forwarding([], [])
@@ -79,13 +79,13 @@ def forwarded_to(
 
 
 def _awaited_by(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
-    """What a task waits for: what ``asyncio.wait_for`` stands for, not the future in which that waits."""
+    """Return the future that a task waits for; in ``asyncio.wait_for``, its argument."""
     waiter = waits_for(task)
     if waiter is None or _WAIT_FOR is None or isinstance(waiter, asyncio.Task):
         return waiter
     coro: Any = task.get_coro()
     frame: FrameType | None = None
-    # To the innermost one: what that awaits is a future's iterator, which has no frame.
+    # To the innermost coroutine: it awaits a future's iterator, which has no frame.
     while (inner := getattr(coro, "cr_frame", None)) is not None:
         frame, coro = inner, coro.cr_await
     if frame is None or frame.f_code is not _WAIT_FOR:
@@ -95,7 +95,7 @@ def _awaited_by(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
 
 
 def _gathered_by(gathering: Any) -> list[asyncio.Future[Any]]:
-    """The futures that a ``gather`` waits for."""
+    """Return the futures that a ``gather`` waits for."""
     return list(gathering._children)
 
 
@@ -103,10 +103,10 @@ class Awaiter(NamedTuple):
     """A task that forwards its cancellation to a future.
 
     Attributes:
-        task: Which.
-        future: Where it is suspended: the future itself, or the one of a ``gather``.
+        task: The task.
+        future: Where it is suspended: the future itself, or that of a ``gather``.
         callback: The callback that wakes it there.
-        context: The one in which it runs.
+        context: The context in which it runs.
     """
 
     task: asyncio.Task[Any]
@@ -116,9 +116,9 @@ class Awaiter(NamedTuple):
 
 
 class StandIn:
-    """A callback in the place of a task's own, from its interruption until it wakes a turn later.
+    """Replaces a task's callback from its interruption until it wakes, a turn of the loop later.
 
-    A second cancel of the task in this turn is forwarded to where it waited, too.
+    A second cancellation of the task in that turn is forwarded to the same future.
     """
 
     __slots__ = ("cancels", "task")
@@ -128,18 +128,18 @@ class StandIn:
         self.cancels = task.cancelling()
 
     def __call__(self, _: object) -> None:
-        """Nobody is woken."""
+        """Wake nothing."""
 
 
 def awaiters(
     future: asyncio.Future[Any],
     callbacks: Iterable[tuple[Callable[..., object], Context | None]] | None = None,
 ) -> Iterator[Awaiter]:
-    """The tasks that forward their cancellation to ``future``.
+    """Find the tasks that forward their cancellation to ``future``.
 
     Args:
-        future: Any.
-        callbacks: The callbacks of it to look at; None is all of them.
+        future: The future.
+        callbacks: Those of its callbacks to look at; None for all.
     """
     for callback, context in future._callbacks or () if callbacks is None else callbacks:
         if context is None:
@@ -161,7 +161,7 @@ def _woken_by(callback: Callable[..., object]) -> asyncio.Task[Any] | None:
 
 
 def may_forward(callback: Callable[..., object]) -> bool:
-    """False for the callback of a task that is not being cancelled: most of thousands are not."""
+    """Return False for the callback of a task that is not being cancelled: of thousands, most are not."""
     if isinstance(callback, StandIn):
         return callback.task.cancelling() > callback.cancels
     owner = getattr(callback, "__self__", None)
@@ -171,8 +171,8 @@ def may_forward(callback: Callable[..., object]) -> bool:
 def interrupt(awaiter: Awaiter, message: object) -> None:
     """Raise CancelledError in a task at its await of a future, and leave the future alone.
 
-    What ``asyncio.shield`` does beforehand, done afterwards: the task's own callback is called, a turn later,
-    with a future that is cancelled.
+    The effect of ``asyncio.shield``, after the fact: a turn of the loop later, the task's own callback is
+    called with a cancelled future.
     """
     task, future, callback, context = awaiter
     if isinstance(callback, StandIn):
@@ -181,7 +181,7 @@ def interrupt(awaiter: Awaiter, message: object) -> None:
         return
     future.remove_done_callback(callback)
     if isinstance(future, _GatheringFuture):
-        # Nobody is left to retrieve what its children raise; asyncio would log that.
+        # No task retrieves the exceptions of its children any more; asyncio would log them.
         future.add_done_callback(_retrieve)
     loop = task.get_loop()
     cancelled: asyncio.Future[Any] = loop.create_future()
@@ -197,16 +197,16 @@ def interrupt(awaiter: Awaiter, message: object) -> None:
 
 
 def leave_wait_for(future: asyncio.Future[Any]) -> bool:
-    """Let an ``asyncio.wait_for`` that was cancelled go without ``future``, which it is just cancelling.
+    """Let a cancelled ``asyncio.wait_for`` end without ``future``, which it is cancelling in this call.
 
-    Up to Python 3.11 it cancels what it waited for in a step of its own, and then waits for the end of that.
+    In Python 3.11 it cancels its argument in a step of its own, and then waits for the end of that.
 
     Returns:
         False if the call does not come from there.
     """
     if not _is_called_from_cancelled_wait_for():
         return False
-    # The last one is its own: it has added it just before.
+    # The last one belongs to wait_for(), which has just added it.
     callbacks = future._callbacks or []
     callback = callbacks[-1][0] if callbacks else None
     if not isinstance(callback, functools.partial):
@@ -218,12 +218,12 @@ def leave_wait_for(future: asyncio.Future[Any]) -> bool:
 
 def _is_called_from_cancelled_wait_for() -> bool:
     frame: FrameType | None = sys._getframe(1)
-    # From here out through this package to whatever called `cancel()`.
+    # Outward through this package, to the caller of `cancel()`.
     while frame is not None and _is_ours(frame):
         frame = frame.f_back
     if frame is None or frame.f_code is not _CANCEL_AND_WAIT:
         return False
-    # One whose time is up is in none of its `except` clauses. It takes the result of what it has cancelled.
+    # When its time is up, it is in none of its `except` clauses, and takes the result of that future.
     error = sys.exception()
     traceback = None if error is None else error.__traceback__
     return traceback is not None and traceback.tb_frame is frame.f_back
@@ -239,7 +239,7 @@ def _retrieve(future: asyncio.Future[Any]) -> None:
 
 
 def context_of(task: asyncio.Task[Any]) -> Context | None:
-    """The context in which a task runs; None if that cannot be told (Python 3.11, unless it is suspended)."""
+    """Return the context in which a task runs; None if it is unknown (Python 3.11, unless suspended)."""
     get_context = getattr(task, "get_context", None)
     if get_context is not None:
         context: Context = get_context()
@@ -251,14 +251,15 @@ def context_of(task: asyncio.Task[Any]) -> Context | None:
 
 
 def find_holder(task: asyncio.Task[Any], forwarded: list[asyncio.Future[Any]]) -> asyncio.Future[Any] | None:
-    """Find what a native cancel of ``task`` would tear although it must stay whole; None if there is nothing.
+    """Find a future that a native cancellation of ``task`` must not reach yet; None if there is none.
 
-    That is a task in a shielded scope of anyio, through which a native cancel passes, and the wait for a
-    function in a worker thread: the thread runs on, and uses what the task would release.
+    Two kinds hold it off: a task in a shielded scope of anyio, because a native cancellation passes through
+    the shield; and the wait for a function in a worker thread, because the thread runs on and uses resources
+    that the task would release.
 
     Args:
-        task: Which.
-        forwarded: Where its cancellation would go, as ``forwarded_to`` says.
+        task: The task.
+        forwarded: The futures that its cancellation would reach, from ``forwarded_to``.
     """
     for future in (task, *forwarded):
         if in_anyio_shield(future) if isinstance(future, asyncio.Task) else _is_in_thread(future):
@@ -267,13 +268,13 @@ def find_holder(task: asyncio.Task[Any], forwarded: list[asyncio.Future[Any]]) -
 
 
 def in_anyio_shield(task: asyncio.Task[Any]) -> bool:
-    """True if the task is inside a shielded ``anyio.CancelScope``; ``anyio.to_thread.run_sync`` opens one."""
-    # Up to the scopes of the tasks around it: a shield there shields this one too.
+    """Return True if the task is in a shielded ``anyio.CancelScope``; ``to_thread.run_sync`` opens one."""
+    # Including the scopes of the tasks around it: their shields shield this one too.
     return any(scope.shield for scope in _anyio_scopes(task))
 
 
 def cancelled_scopes(task: asyncio.Task[Any]) -> list[Any]:
-    """Each ``anyio.CancelScope`` around the task that is cancelled, the innermost first."""
+    """Return the cancelled ``anyio.CancelScope``s around the task, the innermost first."""
     return [scope for scope in _anyio_scopes(task) if scope.cancel_called]
 
 
@@ -287,25 +288,25 @@ def _anyio_scopes(task: asyncio.Task[Any]) -> Iterator[Any]:
 
 
 def _is_in_thread(future: asyncio.Future[Any]) -> bool:
-    """True for what ``run_in_executor`` gives while its function runs."""
+    """Return True for the future of ``run_in_executor`` while its function runs."""
     for callback, _ in future._callbacks or ():
         if getattr(callback, "__qualname__", "") != "_chain_future.<locals>._call_check_cancel":
             continue
         for cell in getattr(callback, "__closure__", None) or ():
             source = cell.cell_contents
-            # One that waits in the queue of its executor can still be cancelled, and is.
+            # A function that waits in the queue of its executor can still be cancelled, and is.
             if isinstance(source, ThreadFuture) and source.running():
                 return True
     return False
 
 
 def call_when_moved(future: asyncio.Future[Any], callback: Callable[[], object]) -> None:
-    """Call back once after a task has run its next step, or any other future is done."""
+    """Call ``callback`` once, after a task has run its next step or any other future is done."""
     waiter = waits_for(future) if isinstance(future, asyncio.Task) else future
     if waiter is None:
         future.get_loop().call_soon(callback, context=Context())
         return
-    # After the task's own: callbacks are called in the order in which they were added.
+    # It runs after the task's own callback: callbacks run in the order in which they were added.
 
     def call(_: object) -> None:
         callback()
@@ -317,10 +318,10 @@ def call_when_moved(future: asyncio.Future[Any], callback: Callable[[], object])
 def anyio_shield() -> Generator[None]:
     """Open a shielded ``anyio.CancelScope`` where anyio is imported; do nothing where it is not."""
     anyio = sys.modules.get("anyio")
-    # None in a module that is being imported just now.
+    # None while the module is being imported.
     make_scope = getattr(anyio, "CancelScope", None)
     task = asyncio.current_task()
-    # Without a task (granian can run coroutines without one) nothing of anyio works.
+    # anyio does not work without a task (granian can run coroutines without one).
     if make_scope is None or task is None:
         yield
         return
