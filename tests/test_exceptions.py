@@ -226,11 +226,12 @@ async def test_wrong_use_names_the_call_the_value_and_the_fix(
 STARTING: list[tuple[Any, str]] = [
     (
         5,
-        "start_task() takes what makes a coroutine, got 5: write start_task(name, lambda: work(1))",
+        "start_task() takes a function that returns a coroutine, got 5: "
+        "write start_task(name, lambda: work(1))",
     ),
     (
         plain_function,
-        "start_task() takes what makes a coroutine, and plain_function() made 1: "
+        "start_task() takes a function that returns a coroutine, and plain_function() returned 1: "
         "declare it as `async def plain_function(...)`",
     ),
 ]

@@ -109,7 +109,7 @@ def attribute(span: ReadableSpan, name: str) -> object:
         ({"max_failures": 0}, ValueError, "max_failures must be at least 1, or None for no bound, got 0"),
         ({"within": 0}, ValueError, "within must be more than 0 seconds, got 0"),
         ({"within": None}, TypeError, "within must be a number, got None"),
-        ({"jitter": 0.5}, TypeError, r"jitter must be a function that gives a number, got 0\.5"),
+        ({"jitter": 0.5}, TypeError, r"jitter must be a function that returns a number, got 0\.5"),
     ],
 )
 def test_bad_policy_is_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -216,7 +216,7 @@ async def test_delay_counts_from_the_failure() -> None:
 
 
 async def test_long_run_resets_the_delay() -> None:
-    """A service that ran well for long is started again soon, however often it had failed before."""
+    """A service that ran well for long is restarted soon, however often it had failed before."""
     manager = TaskManager()
     lives = iter([0, 0, 0, 700, 0])
     began = []
@@ -340,12 +340,12 @@ async def test_return_ends_the_service() -> None:
 
 
 async def test_return_may_count_as_a_failure(caplog: pytest.LogCaptureFixture) -> None:
-    """With ``on="always"`` what returns is started again, and given up as what fails."""
+    """With ``on="always"`` a service that returns is restarted, and gives up, as one that fails."""
     manager = TaskManager()
     work = Flaky(0, returns=True)
     policy = RestartPolicy(on="always", max_failures=3, delay=0)
     service = await manager.start_service("prices", work, restart=policy)
-    with pytest.raises(RuntimeError, match=r"^attempt 'prices#3' returned, and is meant to go on"):
+    with pytest.raises(RuntimeError, match=r"^attempt 'prices#3' returned, but the service must not end"):
         await service
     assert len(work.began) == 3
     assert counters(manager) == {"created": 4, "completed": 3, "failed": 1, "remembered": 4}
@@ -384,15 +384,15 @@ async def test_given_up_with_the_last_error(caplog: pytest.LogCaptureFixture) ->
     assert work.gaps == [2, 4]
     assert service.status is TaskStatus.FAILED
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", "service 'prices' failed in attempt 'prices#1' and is started again in 2 s"),
-        ("WARNING", "service 'prices' failed in attempt 'prices#2' and is started again in 4 s"),
+        ("WARNING", "service 'prices' failed in attempt 'prices#1' and is restarted in 2 s"),
+        ("WARNING", "service 'prices' failed in attempt 'prices#2' and is restarted in 4 s"),
         ("ERROR", "task 'prices' failed and nobody awaits it"),
     ]
     errors = [str(record.exc_info[1]) for record in caplog.records if record.exc_info]
     assert errors == ["failure 1", "failure 2", "failure 3"]
     text = caplog.text
     assert (
-        "service 'prices' is given up after 3 failures within 60 s; the last was that of attempt 'prices#3'"
+        "service 'prices' gave up after 3 failures within 60 s; the last one was that of attempt 'prices#3'"
     ) in text
     with pytest.raises(ConnectionError, match=r"^failure 3"):
         await manager.wait_for_task("prices")
@@ -418,7 +418,7 @@ async def test_waiter_of_the_service_gets_its_error(caplog: pytest.LogCaptureFix
     service = await manager.start_service("prices", Flaky(99), restart=RestartPolicy(max_failures=1))
     with pytest.raises(ConnectionError, match="failure 1") as caught:
         await service
-    assert "given up after 1 failures" in caught.value.__notes__[0]
+    assert "gave up after 1 failures" in caught.value.__notes__[0]
     assert not caplog.records
 
 
@@ -462,7 +462,7 @@ async def test_factory_that_makes_no_coroutine_is_given_up_at_once() -> None:
     service = await manager.start_service("prices", wrong)
     with pytest.raises(TypeError, match="declare it as `async def factory") as caught:
         await service
-    assert "factory() made 1" in str(caught.value)
+    assert "factory() returned 1" in str(caught.value)
 
 
 async def test_exception_that_is_no_failure_ends_the_service() -> None:
@@ -675,7 +675,7 @@ async def test_failure_over_a_cancellation_is_the_services() -> None:
 
 
 async def test_failure_in_the_turn_of_the_cancellation_is_not_lost() -> None:
-    """An attempt that fails just as its service is cancelled is not started again, and is reported."""
+    """An attempt that fails just as its service is cancelled is not restarted, and is reported."""
     manager = TaskManager()
     go = asyncio.Event()
 
@@ -694,7 +694,7 @@ async def test_failure_in_the_turn_of_the_cancellation_is_not_lost() -> None:
 
 
 async def test_cancelled_attempt_ends_the_service() -> None:
-    """A cancelled attempt is not started again: the service ends with it, for the same cause."""
+    """A cancelled attempt is not restarted: the service ends with it, for the same cause."""
     manager = TaskManager()
     service = await manager.start_service("prices", rest)
     await settle()
@@ -724,7 +724,7 @@ async def test_stray_cancellation_is_a_failure(caplog: pytest.LogCaptureFixture)
     (record,) = caplog.records
     assert record.exc_info is not None
     error = record.exc_info[1]
-    assert str(error) == "attempt 'prices#1' ended by a CancelledError that nobody asked for"
+    assert str(error) == "attempt 'prices#1' ended with a CancelledError that no request caused"
     assert error is not None
     assert isinstance(error.__cause__, asyncio.CancelledError)
     assert "await futures[-1]" in caplog.text
@@ -818,7 +818,12 @@ async def test_live_service_may_be_had_instead() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        (("prices", 1), {}, TypeError, "takes what makes a coroutine, got 1: write start_service"),
+        (
+            ("prices", 1),
+            {},
+            TypeError,
+            "takes a function that returns a coroutine, got 1: write start_service",
+        ),
         (("", rest), {}, ValueError, "service name must not be empty"),
         (("prices", rest), {"restart": 3}, TypeError, "restart must be a RestartPolicy, got 3"),
         (("prices", rest), {"priority": 9}, ValueError, "priority must be one of"),
@@ -851,7 +856,7 @@ async def test_scoped_group_is_refused() -> None:
     """A service would keep a block from ending, and what fails in it would cancel the block."""
     manager = TaskManager()
     async with manager.group("block") as group:
-        with pytest.raises(ValueError, match="ends with its block or its request, and a service goes on"):
+        with pytest.raises(ValueError, match="ends with its block or its request, and a service runs on"):
             await manager.start_service("prices", rest, group=group)
 
 
@@ -919,7 +924,7 @@ async def test_failure_in_a_shutdown_is_not_started_again(caplog: pytest.LogCapt
     assert (service.status, kind_of(service)) == (TaskStatus.CANCELLED, CancelKind.SHUTDOWN)
     assert len(work.began) == 1
     assert caplog.messages == [
-        "service 'prices' failed in attempt 'prices#1' and is not started again "
+        "service 'prices' failed in attempt 'prices#1' and is not restarted "
         "(shutdown: manager 'app' is shutting down)"
     ]
 
@@ -1170,7 +1175,7 @@ async def test_log_names_the_trace_and_is_not_the_callers(
         await manager.start_service("prices", Flaky(9), restart=RestartPolicy(max_failures=2))
     await asyncio.sleep(100)
     first, second = (f"{context_of(span).trace_id:032x}" for span in spans.spans("prices"))
-    assert f"attempt 'prices#1' (trace {first}) and is started again" in caplog.messages[0]
+    assert f"attempt 'prices#1' (trace {first}) and is restarted" in caplog.messages[0]
     assert f"attempt 'prices#2' (trace {second})" in caplog.text
     assert [span.get_span_context().is_valid for span in current] == [False, False]
 

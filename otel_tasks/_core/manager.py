@@ -1212,7 +1212,7 @@ def check_factory(factory: object) -> None:
     """Raise a TypeError that shows the right line, unless this makes a coroutine or is one."""
     if not callable(factory) and not asyncio.iscoroutine(factory):
         raise TypeError(
-            f"start_task() takes what makes a coroutine, got {factory!r}: "
+            f"start_task() takes a function that returns a coroutine, got {factory!r}: "
             "write start_task(name, lambda: work(1))"
         )
 
@@ -1228,7 +1228,7 @@ def made_coroutine(
     if not asyncio.iscoroutine(made):
         name = getattr(factory, "__name__", repr(factory))
         raise TypeError(
-            f"start_task() takes what makes a coroutine, and {name}() made {made!r}: "
+            f"start_task() takes a function that returns a coroutine, and {name}() returned {made!r}: "
             f"declare it as `async def {name}(...)`"
         )
     return made

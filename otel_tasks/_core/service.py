@@ -1,4 +1,4 @@
-"""Services: work that runs as long as the application, and is restarted when it fails.
+"""Services: long-running work that is restarted when it fails.
 
 Rules, each with a test of its own:
 
@@ -8,12 +8,12 @@ Rules, each with a test of its own:
    under a limit. Each attempt has its own trace, linked to the attempt before it, and takes a place.
 3. Only a failure leads to another attempt: an exception, or a CancelledError that no request caused. An
    attempt that returns, or that is cancelled, ends the service, as with systemd's ``Restart=on-failure`` and
-   Erlang's ``transient``. A policy may count returning as a failure.
-4. A service ends as its last attempt ended. Each cancellation of the service is passed on to its attempt with
+   Erlang's ``transient``. A policy may count returning as a failure (Erlang's ``permanent``).
+4. A service ends as its last attempt ended. Each cancellation of the service is forwarded to its attempt with
    its cause, and the service waits for the attempt.
-5. Once its group is being cancelled, or its manager shut down, there is no restart.
-6. A failure is reported once: as a warning that says what comes next, or, if nothing does, as the service's
-   own.
+5. There is no restart once its group is being cancelled or its manager shuts down.
+6. A failure is reported once: as a warning that announces the restart, or, without a restart, as the failure
+   of the service.
 """
 
 from __future__ import annotations
@@ -58,21 +58,21 @@ RestartOn = Literal["failure", "always"]
 class RestartPolicy:
     """When a failed service restarts, after which delay, and when it gives up.
 
-    Each delay is ``factor`` times the one before, up to ``max_delay``, and half of it is random, so that
+    Each delay is ``factor`` times the previous one, up to ``max_delay``. Half of it is random, so that
     services that fail together do not restart together ("equal jitter" in
-    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/; its "full jitter" may be no
-    pause at all).
+    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/; "full jitter" may be no delay
+    at all).
 
     Args:
         on: ``"failure"`` restarts only after a failure; with ``"always"``, returning is a failure too.
         delay: Seconds before the first restart, at least 0.
         factor: The delay grows by this factor with each failure, at least 1.
         max_delay: The longest delay in seconds, at least ``delay``.
-        max_failures: The service gives up at this many failures ``within`` that many seconds, at least 1;
-            None never gives up.
+        max_failures: The service gives up at this many failures ``within`` so many seconds, at least 1; with
+            None, it never gives up.
         within: Seconds, above 0. After an attempt that ran this long, the delay starts over. Infinity counts
             every failure since the start.
-        jitter: Returns a number from 0 to 1: the share of the random half that is waited for.
+        jitter: Returns a number from 0 to 1: the share of the random half to wait for.
 
     Example:
         >>> RestartPolicy(delay=0.5, max_failures=None)
@@ -99,7 +99,7 @@ class RestartPolicy:
         if self.within == 0:
             raise ValueError("within must be more than 0 seconds, got 0")
         if not callable(self.jitter):
-            raise TypeError(f"jitter must be a function that gives a number, got {self.jitter!r}")
+            raise TypeError(f"jitter must be a function that returns a number, got {self.jitter!r}")
 
 
 async def start_supervisor(
@@ -121,7 +121,7 @@ async def start_supervisor(
     if group.scoped:
         raise ValueError(
             f"cannot start service {name!r}: group {group.id!r} ends with its block or its request, and a "
-            "service goes on; name a group of the manager"
+            "service runs on; name a group of the manager"
         )
     if on_conflict == "replace":
         await clear_name(group, name, f"replaced by a new service {name!r}")
@@ -135,7 +135,7 @@ async def start_supervisor(
         metadata,
         on_conflict,
         False,
-        # Not the caller's: log records of the supervisor would go under its trace for days.
+        # Not the caller's: the supervisor's log records would stand under the caller's trace for days.
         Context(),
         False,
         True,
@@ -144,7 +144,7 @@ async def start_supervisor(
 
 
 class Service(Generic[T]):
-    """The state and the actions of one supervisor."""
+    """One supervisor: it creates the attempts, waits for them, and decides about restarts."""
 
     def __init__(
         self,
@@ -162,33 +162,36 @@ class Service(Generic[T]):
         self._policy = policy
         self._priority = priority
         self._metadata = metadata
-        # Each attempt gets a copy: none sees what another has set.
+        # Each attempt gets a copy, so that it does not see what another one has set.
         self._context = copy_context()
         self._failures = Failures(policy)
         self._attempts = 0
 
     async def run(self) -> T:
-        """Run one attempt after another until one is the last, and end as it did."""
+        """Run attempts one after another until one is the last, and end as it did.
+
+        Cancellation: is forwarded to the attempt; the service ends when the attempt has ended.
+        """
         service = cast("ManagedTask[T]", asyncio.current_task())
         extras_of(service).runs_forever = not self._drains
         attempt: ManagedTask[T] | None = None
         failure: Exception | None = None
         try:
             while True:
-                attempt = await self._begin(service)
+                attempt = await self._start_attempt(service)
                 await _until_ended(service, attempt)
                 failure = self._failure_of(service, attempt)
                 if failure is None:
                     return attempt.result()
-                if not await self._pause(service, attempt, failure):
+                if not await self._back_off(service, attempt, failure):
                     raise failure
         finally:
             extras_of(service).attempt = None
-            # What is raised here holds this frame, and is not to be held by it.
+            # The exception refers to this frame: break the cycle.
             del service, attempt, failure
 
-    async def _begin(self, service: ManagedTask[T]) -> ManagedTask[T]:
-        """Create the next attempt, once there is room in the queue."""
+    async def _start_attempt(self, service: ManagedTask[T]) -> ManagedTask[T]:
+        """Create the next attempt, as soon as the queue has room for it."""
         self._attempts += 1
         coro = self._context.run(make_attempt, self._factory)
         try:
@@ -199,7 +202,7 @@ class Service(Generic[T]):
                 metadata=self._metadata,
                 detached=True,
                 context=self._context.copy(),
-                # It might fail before anybody waits for it, and be reported as nobody's.
+                # It could fail before the service waits for it, and be reported as unawaited.
                 eager_start=False,
             )
             extras_of(attempt).runs_forever = not self._drains
@@ -210,10 +213,10 @@ class Service(Generic[T]):
         _end_cancelled(service, cause)
 
     def _failure_of(self, service: ManagedTask[T], attempt: ManagedTask[T]) -> Exception | None:
-        """Return the failure that another attempt may fix; None if this one was the last."""
+        """Return the failure that leads to another attempt; None if this one was the last."""
         error = None if attempt.cancelled() else attempt.exception()
         if isinstance(error, SystemExit | KeyboardInterrupt):
-            # It has gone through the loop to the code that runs the loop; the service does not send it again.
+            # The loop has raised it to the code that runs the loop; the service does not raise it again.
             text = f"{attempt.name} raised {text_of(error, repr)}"
             _end_cancelled(service, CancelCause.make(CancelKind.SIBLING_FAILED, text))
         if service.cancelling():
@@ -221,24 +224,24 @@ class Service(Generic[T]):
         if attempt.cancelled():
             return _failure_of_cancelled(service, attempt)
         if error is None and self._policy.on == "always" and not self._group.cancel_event.is_set():
-            return RuntimeError(f"attempt {attempt.name!r} returned, and is meant to go on")
+            return RuntimeError(f"attempt {attempt.name!r} returned, but the service must not end")
         return error if isinstance(error, Exception) else None
 
-    async def _pause(self, service: ManagedTask[T], attempt: ManagedTask[T], failure: Exception) -> bool:
-        """Wait until it is time for the next attempt; False to give up."""
+    async def _back_off(self, service: ManagedTask[T], attempt: ManagedTask[T], failure: Exception) -> bool:
+        """Wait until it is time for the next attempt; return False to give up."""
         event = self._group.cancel_event
         if event.cause is not None:
-            _warn(service, attempt, failure, f"not started again ({event.cause})")
+            _warn(service, attempt, failure, f"not restarted ({event.cause})")
             _end_cancelled(service, event.cause)
         delay = self._failures.add(attempt._ended_at, _seconds_of(attempt))
         if delay is None:
-            # Not a log record of its own: the failure is reported with the service that ends by it.
+            # A note, not a log record: the failure is reported as that of the service.
             failure.add_note(
-                f"service {service.id!r} is given up after {self._policy.max_failures} failures within "
-                f"{self._policy.within:g} s; the last was that of {_known_as(attempt)}"
+                f"service {service.id!r} gave up after {self._policy.max_failures} failures within "
+                f"{self._policy.within:g} s; the last one was that of {_label_of(attempt)}"
             )
             return False
-        _warn(service, attempt, failure, f"started again in {delay:.3g} s")
+        _warn(service, attempt, failure, f"restarted in {delay:.3g} s")
         if attempt._span is not None:
             link_restart(self._context, attempt._span)
         await _sleep(delay, event)
@@ -248,12 +251,12 @@ class Service(Generic[T]):
 
 
 class Failures:
-    """Counts the failures of one service; it is pure, so tests of a policy need no clock."""
+    """Counts the failures of one service. It reads no clock, so tests of a policy need none."""
 
     def __init__(self, policy: RestartPolicy) -> None:
         self._policy = policy
         self._next_delay = float(policy.delay)
-        # When the last ones were, oldest first; as many as are one too many.
+        # The times of the last ``max_failures`` failures, oldest first.
         self._recent: deque[float] = deque(maxlen=policy.max_failures or 0)
 
     def add(self, now: float, ran: float) -> float | None:
@@ -261,7 +264,7 @@ class Failures:
 
         Args:
             now: The time of the failure.
-            ran: How many seconds the attempt ran.
+            ran: How long the attempt ran, in seconds.
 
         Returns:
             Seconds until the next attempt; None to give up.
@@ -281,7 +284,7 @@ def make_attempt(factory: Callable[[], Coroutine[Any, Any, T]]) -> Coroutine[Any
     """Call a service's factory; if it raises, the attempt fails.
 
     Raises:
-        TypeError: It does not return a coroutine, and would not the next time.
+        TypeError: It does not return a coroutine. That is an error of the caller, not a failure to retry.
     """
     try:
         made = factory()
@@ -290,7 +293,7 @@ def make_attempt(factory: Callable[[], Coroutine[Any, Any, T]]) -> Coroutine[Any
     if not asyncio.iscoroutine(made):
         name = getattr(factory, "__name__", repr(factory))
         raise TypeError(
-            f"start_service() takes what makes a coroutine, and {name}() made {made!r}: "
+            f"start_service() takes a function that returns a coroutine, and {name}() returned {made!r}: "
             f"declare it as `async def {name}(...)`"
         )
     return made
@@ -301,17 +304,17 @@ async def _fail(error: Exception) -> NoReturn:
 
 
 async def _until_ended(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> None:
-    """Wait for an attempt; meanwhile, pass a cancellation of the service on to it."""
+    """Wait for an attempt, and forward each cancellation of the service to it."""
     while not attempt.done():
         try:
-            # This counts as somebody who will be told of a failure. `await attempt` would too, but hands
-            # a cancellation on without its cause.
+            # With this the attempt counts as awaited. `await attempt` would do that too, but it forwards a
+            # cancellation without its cause.
             await asyncio.wait([attempt])
         except asyncio.CancelledError:
-            _pass_on(service, attempt)
+            _forward_cancel(service, attempt)
 
 
-def _pass_on(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> None:
+def _forward_cancel(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> None:
     """Cancel an attempt once for each cancellation of its service."""
     cause = cause_at_end(service, TaskStatus.CANCELLED)
     if (
@@ -319,42 +322,42 @@ def _pass_on(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> None:
         and attempt._cause is cause
         and attempt.cancelling() >= service.cancelling()
     ):
-        # Who cancels their group, or shuts the manager down, has asked both. The count alone does
-        # not say so: a timeout inside of the attempt has one too, and takes it back.
+        # Cancelling their group, or shutting the manager down, has cancelled both. The count alone does not
+        # tell: a timeout inside the attempt raises it too, and lowers it again.
         return
     if cause is None or not request_cancel(attempt, cause):
         asyncio_cancel(attempt, cancel_message(service))
 
 
 def _end_cancelled(service: ManagedTask[Any], cause: CancelCause) -> NoReturn:
-    """End a service as if it had been cancelled itself."""
+    """End a service as if the service itself had been cancelled."""
     request_cancel(service, cause)
     raise asyncio.CancelledError(str(cause))
 
 
 def _failure_of_cancelled(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> Exception | None:
-    """Tell a CancelledError from inside the attempt from one that was requested."""
+    """Return the failure of an attempt that raised CancelledError without a request; None after a request."""
     cause = attempt.cause
     if cause is not None and cause.kind is not CancelKind.FOREIGN:
         request_cancel(service, cause)
         return None
-    failure = RuntimeError(f"attempt {attempt.name!r} ended by a CancelledError that nobody asked for")
+    failure = RuntimeError(f"attempt {attempt.name!r} ended with a CancelledError that no request caused")
     try:
         attempt.result()
     except asyncio.CancelledError as error:
-        # Its traceback says what the attempt was waiting for.
+        # Its traceback shows what the attempt was waiting for.
         failure.__cause__ = error
     return failure
 
 
 def _seconds_of(attempt: ManagedTask[Any]) -> float:
-    """How long an ended attempt ran, without its wait for a place."""
+    """Return how long an ended attempt ran, without its wait for a place."""
     started_at = attempt.info().started_at
     return 0.0 if started_at is None else attempt._ended_at - started_at
 
 
 async def _sleep(seconds: float, event: asyncio.Event) -> None:
-    """Sleep until ``event``, which is not set, is set; for ``seconds`` at most."""
+    """Sleep for ``seconds``, or until ``event`` is set, which it is not yet."""
     loop = asyncio.get_running_loop()
     waiter: asyncio.Future[None] = loop.create_future()
 
@@ -363,27 +366,27 @@ async def _sleep(seconds: float, event: asyncio.Event) -> None:
             waiter.set_result(None)
 
     timer = loop.call_later(seconds, wake)
-    # Not asyncio.timeout(): that would cancel the service, and a reader of its status would see it.
-    forget = call_when_set(event, wake)
+    # Not asyncio.timeout(): that would cancel the service, which its status would show.
+    stop_watching = call_when_set(event, wake)
     try:
         await waiter
     finally:
         timer.cancel()
-        forget()
+        stop_watching()
 
 
 def _warn(service: ManagedTask[Any], attempt: ManagedTask[Any], failure: Exception, fate: str) -> None:
     logger.warning(
         "service %r failed in %s and is %s",
         service.id,
-        _known_as(attempt),
+        _label_of(attempt),
         fate,
         exc_info=failure,
         extra=log_fields(attempt.info()),
     )
 
 
-def _known_as(attempt: ManagedTask[Any]) -> str:
+def _label_of(attempt: ManagedTask[Any]) -> str:
     trace = f" (trace {attempt.trace_id})" if attempt.trace_id else ""
     return f"attempt {attempt.id!r}{trace}"
 
@@ -392,12 +395,12 @@ def _check_factory(factory: object) -> None:
     if asyncio.iscoroutine(factory):
         close_quietly(factory)
         raise TypeError(
-            f"a service may be started again, and the coroutine {factory!r} runs only once: "
+            f"a service may be restarted, and the coroutine {factory!r} runs only once: "
             "write start_service(name, lambda: work(1))"
         )
     if not callable(factory):
         raise TypeError(
-            f"start_service() takes what makes a coroutine, got {factory!r}: "
+            f"start_service() takes a function that returns a coroutine, got {factory!r}: "
             "write start_service(name, lambda: work(1))"
         )
 
@@ -410,5 +413,5 @@ def _check_number(what: str, value: object, least: int) -> None:
         raise ValueError(f"{what} must be at least {least} and finite, got {value!r}")
 
 
-# Made last: its checks are defined above.
+# Last, because its checks are defined above.
 DEFAULT_POLICY = RestartPolicy()
