@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,12 @@ from otel_tasks.testing import assert_no_tasks_left, run
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
+
+
+def pytest_configure() -> None:
+    """Take SIGINT as in a terminal: the background jobs of a shell (`.ci/run` has some) inherit SIG_IGN."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from otel_tasks.testing import SpanRecorder
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Real seconds after which a test gives up that waits for a thread."""
 
 

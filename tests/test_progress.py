@@ -609,7 +609,7 @@ async def test_a_function_in_a_thread_reports_as_a_coroutine_does() -> None:
 
     def work() -> int:
         for _ in range(3):
-            assert gate.wait(20)
+            assert gate.wait(60)
             gate.clear()
             mine().advance()
         return 3
@@ -618,7 +618,7 @@ async def test_a_function_in_a_thread_reports_as_a_coroutine_does() -> None:
     watcher = asyncio.create_task(seen(task.progress.watch()))
     for number in range(3):
         gate.set()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             async for progress in task.progress.watch(after=number):
                 assert progress.done == number + 1
                 break
@@ -634,7 +634,7 @@ async def test_a_single_report_from_a_thread_wakes_the_watcher() -> None:
     watch = task.progress.watch()
     timer = threading.Timer(0.02, task.progress.update, kwargs={"message": "from the thread"})
     timer.start()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         assert (await anext(watch)).message == "from the thread"
     timer.join()
     await end(task)

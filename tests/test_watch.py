@@ -27,7 +27,7 @@ from tests.helpers import give, ignore_cancels, rest, settle
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Real seconds after which a test gives up."""
 
 

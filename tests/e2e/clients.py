@@ -12,7 +12,7 @@ import h2.config
 import h2.connection
 import h2.events
 
-TIMEOUT = 10.0
+TIMEOUT = 30.0
 """Seconds that a client waits for the server before the test fails."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
@@ -110,7 +111,7 @@ async def _litestar_socket(key: str, socket: litestar.WebSocket[Any, Any, Any]) 
 
 
 async def _litestar() -> App:
-    return litestar.Litestar([_litestar_handler, _litestar_socket])
+    return litestar.Litestar([_litestar_handler, _litestar_socket], logging_config=None)
 
 
 # --- BlackSheep ---------------------------------------------------------------------------------------
@@ -160,7 +161,11 @@ _made: dict[str, App] = {}
 async def serve(framework: str, bound: bool, scope: Scope, receive: Receive, send: Send) -> None:
     """Serve one connection, within the middleware if `bound`."""
     if framework not in _made:
+        # A framework that configures logging gets the records of all tests that follow. Litestar's default
+        # writes them in a thread, later than the event that a test waits for.
+        handlers = list(logging.root.handlers)
         _made[framework] = await _MAKERS[framework]()
+        assert logging.root.handlers == handlers, f"{framework} replaced the root logger's handlers"
     app = _made[framework]
     if bound:
         app = TaskGroupMiddleware(app, manager=_traced if framework == "span" else manager)

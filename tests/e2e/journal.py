@@ -43,7 +43,7 @@ def _end_with_the_tests() -> None:
 
 threading.Thread(target=_end_with_the_tests, daemon=True).start()
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds that a handler waits to be let go on, so that a failed test leaves no request behind."""
 
 manager = TaskManager("e2e")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     Send = Callable[[Message], Awaitable[None]]
     App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-DEADLINE = 10.0
+DEADLINE = 30.0
 """Seconds after which an event that did not come fails the test."""
 
 AGE = 0.1

@@ -45,6 +45,8 @@ def test_tasks_of_a_cancelled_request_are_shut_down_at_every_depth(
                 connections.enter_context(server.connect()).get(case.path(f"{variant}/nest/{name}"))
         for case in cases.values():
             case.wait_for_start(tasks=1)
+        # The deeper tasks of a request begin a few turns after the first one.
+        server.let_loop_turn()
         server.terminate()
         for case in cases.values():
             eventually(partial(all_cancelled, case), case.story)

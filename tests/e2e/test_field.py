@@ -17,7 +17,7 @@ from starlette.responses import StreamingResponse
 from otel_tasks import TaskGroup, TaskManager, create_task
 from otel_tasks.asgi import TaskGroupMiddleware, uncancellable
 
-from .serving import DEADLINE, Site, served
+from .serving import AGE, DEADLINE, Site, served
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -141,7 +141,7 @@ async def test_dependency_of_a_def_handler_is_released_after_its_thread_has_ende
 
     async with served(app) as site:
         writer = await site.open("GET /")
-        assert entered.is_set()
+        assert await asyncio.to_thread(entered.wait, DEADLINE)
         writer.transport.abort()
         await asyncio.sleep(0.2)
         assert log == []
@@ -261,7 +261,8 @@ async def _second_of_two(site: Site, go_on: asyncio.Event) -> tuple[int, str]:
     first = await site.open("GET /7")
     async with httpx.AsyncClient(trust_env=False) as client:
         second = asyncio.create_task(client.get(f"http://127.0.0.1:{site.port}/7", timeout=DEADLINE))
-        await asyncio.sleep(0.1)
+        await site.wait_for_calls(2)
+        await asyncio.sleep(AGE)
         first.transport.abort()
         # Its call ends without the task: only the second one is left.
         await site.wait_for_calls(1)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .servers import REPOSITORY, START_DEADLINE, _free_port, eventually
+from .servers import DEADLINE, REPOSITORY, START_DEADLINE, _free_port, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,7 +77,7 @@ class Shop:
 
     def get(self, path: str) -> Any:
         """The JSON of an answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10.0)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE)
         try:
             connection.request("GET", path)
             return json.loads(connection.getresponse().read())
@@ -86,7 +86,7 @@ class Shop:
 
     def hang_up(self, path: str) -> None:
         """Ask, and leave when the task of the request runs."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=10.0) as client:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE) as client:
             client.sendall(f"GET {path} HTTP/1.1\r\nHost: shop\r\n\r\n".encode())
             eventually(lambda: self.get("/live") == ["slow"], lambda: self.log)
 
@@ -101,14 +101,14 @@ class Shop:
     def end(self) -> list[Span]:
         """End it as Ctrl+C does, and give the spans that it has written."""
         self._process.send_signal(signal.SIGINT)
-        self._process.wait(20.0)
+        self._process.wait(DEADLINE)
         assert "Traceback" not in self.log, self.log
         return list(spans_in(self._out.read_text("utf-8")))
 
     def kill(self) -> None:
         """Whatever becomes of the test."""
         self._process.kill()
-        self._process.wait(20.0)
+        self._process.wait(DEADLINE)
 
 
 def spans_in(text: str) -> Iterator[Span]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.e2e, pytest.mark.real_clock]
 
 # The manager's grace is 5 s, and it has 10 more.
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 def serving(kind: Kind, app: str, *options: str) -> Kind:
