@@ -287,15 +287,19 @@ async def test_failure_is_raised_in_the_thread_that_waits(
     """The failure is raised in the waiter and reported nowhere else."""
     manager.create_task(give(None))
 
+    futures: list[Any] = []
+
     def work() -> None:
-        manager.create_task_threadsafe(fail_late).result(PATIENCE)
+        futures.append(future := manager.create_task_threadsafe(fail_late))
+        future.result(PATIENCE)
 
     async def fail_late() -> None:
-        await asyncio.sleep(0.05)
+        await until(lambda: futures and futures[0].awaited)
         raise LookupError("none")
 
     with pytest.raises(LookupError, match="none"):
         await in_a_thread(work)
+    futures.clear()
     gc.collect()
     assert not caplog.records
 
@@ -306,27 +310,18 @@ async def test_failure_is_not_logged_if_the_future_has_a_waiter(
 ) -> None:
     """A callback counts as a waiter, and so does concurrent.futures.wait()."""
     manager.create_task(give(None))
-    told = []
-    handed = threading.Event()
+    told: list[BaseException | None] = []
+    futures: list[Any] = []
 
     async def fail_late() -> None:
-        await in_a_thread(handed.wait, PATIENCE)
+        await until(lambda: futures and futures[0].awaited)
         raise LookupError("none")
 
-    def hand_over(future: concurrent.futures.Future[None]) -> None:
-        # concurrent.futures.wait() asks by adding itself here.
-        end = time.monotonic() + PATIENCE
-        while not future._waiters and time.monotonic() < end:
-            time.sleep(0.001)
-        handed.set()
-
     def work() -> None:
-        future = manager.create_task_threadsafe(fail_late)
+        futures.append(future := manager.create_task_threadsafe(fail_late))
         if way == "callback":
             future.add_done_callback(lambda ended: told.append(ended.exception()))
-            handed.set()
         else:
-            threading.Thread(target=hand_over, args=[future]).start()
             told.extend(ended.exception() for ended in concurrent.futures.wait([future], PATIENCE).done)
 
     await in_a_thread(work)
