@@ -37,7 +37,7 @@ class Seen(list[str]):
         self.begun = asyncio.Event()
 
 
-def polling_app(seen: Seen) -> FastAPI:
+def polling_app(seen: Seen, *, every: float = AGE) -> FastAPI:
     """Build an application whose handlers poll `is_disconnected()`, and note how they end."""
     app = FastAPI()
 
@@ -48,7 +48,7 @@ def polling_app(seen: Seen) -> FastAPI:
                 if await request.is_disconnected():
                     seen.append("saw it")
                     return
-                await asyncio.sleep(AGE)
+                await asyncio.sleep(every)
             seen.append("never saw it")
         except asyncio.CancelledError:
             seen.append("was cancelled")
@@ -107,7 +107,8 @@ async def test_polling_behind_base_http_middleware_never_sees_the_disconnect(met
 async def test_one_line_stops_the_handler_behind_base_http_middleware(place: str, method: str) -> None:
     """The middleware stops the same handlers, on either side of the `BaseHTTPMiddleware`."""
     seen = Seen()
-    app = polling_app(seen)
+    # A poll that comes before the middleware's own look would end the handler.
+    app = polling_app(seen, every=DEADLINE)
     if place == "inside":
         app.add_middleware(TaskGroupMiddleware, cancel_handler=True)
     app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
@@ -137,7 +138,8 @@ async def test_dependency_stops_a_post_of_one_route() -> None:
     """`Depends(cancel_handler_on_disconnect)` stops the handler of one route, whatever its method."""
     seen = Seen()
     app = FastAPI()
-    app.include_router(polling_app(seen).router, dependencies=[Depends(cancel_handler_on_disconnect)])
+    polling = polling_app(seen, every=DEADLINE)
+    app.include_router(polling.router, dependencies=[Depends(cancel_handler_on_disconnect)])
     app.add_middleware(TaskGroupMiddleware)
     app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
     async with served(app) as site:
