@@ -57,6 +57,11 @@ def kind_of(task: ManagedTask[Any]) -> CancelKind | None:
     return None if task.cause is None else task.cause.kind
 
 
+def open_groups(manager: TaskManager) -> list[str]:
+    """The names of the groups directly below a manager's root: requests, blocks, and labels in use."""
+    return [group.name for group in manager.tree().root.groups]
+
+
 def counters(manager: TaskManager) -> dict[str, int]:
     """A manager's counters, those that are not zero."""
     return {name: count for name, count in manager.stats()._asdict().items() if count}

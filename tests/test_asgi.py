@@ -20,6 +20,7 @@ from otel_tasks.asgi import (
     uncancellable,
 )
 from otel_tasks.testing import FakeConnection, SpanRecorder
+from tests.helpers import open_groups
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -148,14 +149,14 @@ async def test_request_without_tasks_makes_no_group(manager: TaskManager) -> Non
     opened = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        opened.append(dict(manager._ledger.scopes))
+        opened.append(open_groups(manager))
         request_group()
-        opened.append(dict(manager._ledger.scopes))
+        opened.append(open_groups(manager))
         await respond(send)
 
     await FakeConnection().run(TaskGroupMiddleware(app, manager=manager))
     assert [len(scopes) for scopes in opened] == [0, 1]
-    assert not manager._ledger.scopes
+    assert not open_groups(manager)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ async def test_second_middleware_passes_straight_through(manager: TaskManager, j
 
     inner = TaskGroupMiddleware(app, manager=other)
     await FakeConnection().run(TaskGroupMiddleware(inner, manager=manager))
-    assert groups[0]._ledger is manager._ledger
+    assert groups[0].manager is manager
 
 
 async def test_lifespan_is_forwarded(manager: TaskManager) -> None:
@@ -746,7 +747,7 @@ async def test_second_cancel_stops_the_waiting(manager: TaskManager) -> None:
     assert not ended
     await manager.join()
     assert ended == [True]
-    assert not manager._ledger.scopes
+    assert not open_groups(manager)
 
 
 async def test_disconnect_and_shutdown_together_pass_on(manager: TaskManager) -> None:
@@ -860,7 +861,7 @@ async def test_on_exit_decides_about_remaining_tasks(
     assert journal == expected
     cause = tasks[0].cause
     assert (cause and cause.kind) == (CancelKind.SCOPE_ENDED if on_exit == "cancel" else None)
-    assert not manager._ledger.scopes
+    assert not open_groups(manager)
 
 
 async def test_task_that_is_handed_over_is_reached_by_the_managers_shutdown(
@@ -928,7 +929,7 @@ async def test_plain_task_that_outlives_its_request_starts_tasks_with_the_manage
         await FakeConnection(path=path).run(TaskGroupMiddleware(app, manager=manager))
     await asyncio.gather(*stray)
     assert started == [("root", "root")] * 2
-    assert not manager._ledger.scopes
+    assert not open_groups(manager)
 
 
 async def test_span_option_gives_the_group_a_span(manager: TaskManager, spans: SpanRecorder) -> None:
@@ -1319,7 +1320,7 @@ async def test_every_await_of_a_request_may_be_cancelled(
         outcomes.add("cancelled")
         await manager.join()
         assert manager.stats().live == 0
-        assert not manager._ledger.scopes
+        assert not open_groups(manager)
         assert not spans.open
     assert outcomes == {"ended", "cancelled"}
 
@@ -1452,7 +1453,7 @@ async def test_task_that_is_handed_over_can_still_create_tasks(
     await serve(app, manager, FakeConnection(), on_exit="detach")
     await manager.join()
     assert journal == ["step finished", "step"]
-    assert not manager._ledger.scopes
+    assert not open_groups(manager)
 
 
 async def test_rule_for_handlers_is_a_plain_function(manager: TaskManager) -> None:

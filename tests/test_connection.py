@@ -97,7 +97,7 @@ async def test_no_timer_runs_while_nothing_is_in_flight() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(1)
         sweeper = server.middleware.settings.sweeper
-        timers.append(sweeper is not None and sweeper._timer)
+        timers.append(sweeper is not None and sweeper.timer)
         await respond(send)
 
     server = Server(app)
@@ -740,7 +740,7 @@ async def test_watched_requests_cost_no_tick() -> None:
     sweeper = middleware.settings.sweeper
     assert sweeper is not None
     assert not sweeper.in_flight
-    assert sweeper._timer is None
+    assert sweeper.timer is None
     await asyncio.gather(*requests)
 
 

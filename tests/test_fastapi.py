@@ -367,7 +367,7 @@ async def test_mounted_app_with_its_own_middleware(app: FastAPI, manager: TaskMa
     connection = FakeConnection(path="/sub/x/3")
     await connection.run(app)
     assert connection.status == 200
-    assert groups[0]._ledger is manager._ledger
+    assert groups[0].manager is manager
     assert groups[0].name == "GET /x/{id}"
 
 

@@ -27,6 +27,7 @@ from otel_tasks._asgi.request import require_request
 from otel_tasks._core.binding import stopping
 from otel_tasks.asgi import TaskGroupMiddleware, request_group, uncancellable
 from otel_tasks.testing import FakeConnection, SpanRecorder
+from tests.helpers import open_groups
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -154,7 +155,7 @@ async def test_cleanup_after_the_cancellation_ends_before_the_request(
     assert ended
     assert loop.time() >= began + LONG + CLEANUP
     assert manager.stats().live == 0
-    assert not manager._ledger.scopes
+    assert not open_groups(manager)
 
 
 @pytest.mark.real_clock

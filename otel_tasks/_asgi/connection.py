@@ -380,24 +380,25 @@ class Sweeper:
     Attributes:
         in_flight: The connections that are not watched yet, oldest first, each with the number of ticks
             before it was added.
+        timer: The next tick; None while nothing is in flight.
     """
 
-    __slots__ = ("_context", "_ticks", "_timer", "buffer_limit", "in_flight", "interval", "loop")
+    __slots__ = ("_context", "_ticks", "buffer_limit", "in_flight", "interval", "loop", "timer")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, interval: float, buffer_limit: int) -> None:
         self.loop = loop
         self.interval = interval
         self.buffer_limit = buffer_limit
         self.in_flight: dict[Connection, int] = {}
+        self.timer: asyncio.TimerHandle | None = None
         self._ticks = 0
-        self._timer: asyncio.TimerHandle | None = None
         # Otherwise every watcher would carry the trace of the request that came first.
         self._context = quiet_context()
 
     def add(self, connection: Connection) -> None:
         """Watch ``connection`` after one to two ticks, unless it is closed before."""
         self.in_flight[connection] = self._ticks
-        if self._timer is None:
+        if self.timer is None:
             self._arm()
 
     def start(self, coro: Any) -> asyncio.Task[None]:
@@ -409,7 +410,7 @@ class Sweeper:
         self.loop.call_later(delay, callback, context=self._context.copy())
 
     def _arm(self) -> None:
-        self._timer = self.loop.call_later(self.interval, self._tick, context=self._context)
+        self.timer = self.loop.call_later(self.interval, self._tick, context=self._context)
 
     def _tick(self) -> None:
         due = self._take_due()
@@ -419,7 +420,7 @@ class Sweeper:
         if self.in_flight:
             self._arm()
         else:
-            self._timer = None
+            self.timer = None
 
     def _take_due(self) -> list[Connection]:
         # Oldest first: the first one of this interval ends the search.
