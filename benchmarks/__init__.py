@@ -1,4 +1,4 @@
-"""What the library costs, next to its peers and to doing without.
+"""The cost of the library, compared with its peers and with no library.
 
 ``make bench`` runs all parts, ``make bench ONLY=spawn`` one. Each figure compares sides that took turns in
 one process, by CPU time; see ``measure``. Goals are those of the design, and stand in ``goals``.

@@ -65,7 +65,7 @@ def fastapi_app() -> FastAPI:
 
 
 class Watcher:
-    """What is written by hand: a task for each request that reads ahead and cancels the handler."""
+    """The handwritten way: a task per request reads ahead and cancels the handler."""
 
     def __init__(self, app: App) -> None:
         self.app = app

@@ -52,7 +52,7 @@ class Panel:
 
     @property
     def height(self) -> float:
-        """Of heading and bars."""
+        """The height of heading and bars."""
         return 46 + STEP * len(self.bars) + (16 if self.goal is not None else 4)
 
 

@@ -1,4 +1,4 @@
-"""What a task and a request cost, in counts that do not depend on the machine: the guard in the tests.
+"""The cost of a task and of a request, as counts that do not depend on the machine: the guard in the tests.
 
 ``python -m benchmarks.cost`` prints them beside the baseline, ``--write`` makes them the baseline of this
 Python version, which ``tests/test_cost.py`` holds. Counted is what this package does, not what asyncio or an

@@ -98,7 +98,7 @@ async def _probe(port: int, age: float) -> None:
     key = f"{age:g}-{random.getrandbits(40)}"
     writer.write(f"GET /wait/{key} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
     await asyncio.sleep(age)
-    # The server's clock is the same; it is told afterwards, so that telling costs nothing before.
+    # The server's clock is the same; the time is reported afterwards, so that reporting costs nothing before.
     closed_at = time.monotonic()
     writer.transport.abort()
     await asyncio.sleep(0.15)

@@ -66,7 +66,7 @@ def ratio(row: Row) -> float:
 
 
 def throughput(row: Row) -> float:
-    """What is left of the throughput of a server that is at its limit."""
+    """The remaining share of the throughput of a server at its limit."""
     return 1 / ratio(row)
 
 

@@ -87,7 +87,7 @@ async def _bare(count: int, gate: asyncio.Future[None], stack: AsyncExitStack) -
 
 
 async def _barest(count: int, gate: asyncio.Future[None], stack: AsyncExitStack) -> object:
-    # The gate holds them: there is nothing but the tasks.
+    # All of them wait at the gate: only the tasks take memory.
     for _ in range(count):
         asyncio.create_task(wait_for(gate))  # noqa: RUF006  # see above
     return None
@@ -140,7 +140,7 @@ STARTS: dict[str, Start] = {
 async def _traced(start: Start, count: int) -> float:
     gate: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     async with AsyncExitStack() as stack:
-        # What a first task brings into being is not what a task takes.
+        # The first task also allocates things that later ones share.
         first = await start(1, gate, stack)
         await asyncio.sleep(0)
         gc.collect()

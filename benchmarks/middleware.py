@@ -1,4 +1,4 @@
-"""What the middleware costs a request, on uvicorn's own protocol with a transport that leads nowhere.
+"""The cost of the middleware per request, on uvicorn's own protocol with a transport that discards all data.
 
 So nothing is measured but uvicorn, the application and what stands between them. Where ``wrk`` is installed,
 also requests per second over loopback: that is wall time, with a client that competes for the CPU.

@@ -1,4 +1,4 @@
-"""What one task more costs where many are live: it must not depend on how many.
+"""The cost of one more task while many are live, which must not depend on their number.
 
 Managers with 1,000 to 1,000,000 live tasks stand side by side in one process; each is asked the same in turn.
 """
@@ -36,7 +36,7 @@ def run(effort: Effort) -> list[Table]:
 
 async def _by_size(effort: Effort, sizes: list[int]) -> list[Table]:
     managers = {f"{size:,} live": await _filled(size) for size in sizes}
-    # What lives here for the whole run; the collector would otherwise walk it again and again.
+    # These objects live for the whole run; otherwise, the collector would visit them again and again.
     gc.freeze()
     share = effort.less(1 / (len(OPERATIONS) + 1))
     tables = []
@@ -57,7 +57,7 @@ async def _filled(size: int) -> TaskManager:
 
 
 async def _hold() -> None:
-    # A future of its own: cancelling the task cancels it too.
+    # One future per task: cancelling the task cancels it too.
     await asyncio.get_running_loop().create_future()
 
 

@@ -85,7 +85,7 @@ def _flushed(each: Work, provider: TracerProvider) -> Side:
 
 
 async def by_hand(tracer: Tracer) -> None:
-    """What one writes without any library."""
+    """The code without any library."""
     with tracer.start_as_current_span("work"):
         await work()
 

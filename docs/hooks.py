@@ -1,4 +1,4 @@
-"""What the site's build does beyond MkDocs: see ``hooks`` in mkdocs.yml."""
+"""Hooks of the site's build: see ``hooks`` in mkdocs.yml."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
-# What a code host shows of a public name; the site has its whole docstring instead.
+# The stub of a public name for code hosts; the site has its whole docstring instead.
 _API = re.compile(r"<!-- generated: api (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)]*)\)")
 

@@ -14,7 +14,7 @@ from otel_tasks._core.state import TRANSITIONS
 
 
 class Box(NamedTuple):
-    """Where a status stands."""
+    """The place of a status."""
 
     x: int
     y: int
@@ -41,7 +41,7 @@ BOXES = {
     TaskStatus.CANCELLED: Box(740, 168, 110),
 }
 
-# On a card of its own, so that it can be read on any page, whatever that page and the system think is dark.
+# The picture has its own background: the page around it may be dark where the system is light, or vice versa.
 STYLE = """
     .card { fill: #ffffff; stroke: #d0d7de; }
     .box { fill: #f6f8fa; stroke: #57606a; stroke-width: 1.5; }

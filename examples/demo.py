@@ -38,7 +38,7 @@ LOOK_AGAIN = 0.05
 # While serving: seconds between two looks at the service, and trees that are drawn at each.
 LOOK_EVERY = 1.0
 TREES_PER_LOOK = 5
-# What the clients call. Their spans are the roots of the traces.
+# The requests of the clients. Their spans are the roots of the traces.
 ROUTES = (
     "/search/{city}",
     "/orders",
@@ -141,7 +141,7 @@ async def visit_service(url: str, visit: Visit, calls: ClientSpans) -> None:
         request = asyncio.create_task(
             client.request(visit.method, visit.path, json=visit.json, extensions={"trace": trace})
         )
-        # The patience of a client that leaves begins when it has asked, however slow this machine is.
+        # A client that leaves waits from its request on, however slow this machine is.
         await asyncio.wait([request, asyncio.ensure_future(sent.wait())], return_when="FIRST_COMPLETED")
         await asyncio.wait([request], timeout=visit.leaves_after)
         while not request.done() and not await has_come_so_far(url, visit):  # noqa: ASYNC110 - another process works
@@ -217,7 +217,7 @@ async def fetch_traces(url: str, trace_ids: list[str], calls: ClientSpans) -> di
 
 
 async def order_status(url: str, reference: str, calls: ClientSpans) -> str:
-    """What a client asks for whose connection broke."""
+    """The request of a client whose connection broke."""
     async with httpx.AsyncClient(base_url=url) as client:
         calls.record(client)
         response = await client.get(f"/orders/{reference}")
@@ -247,7 +247,7 @@ async def draw_new_traces(console: Console, client: httpx.AsyncClient, seen: set
     """Draw the requests that have ended since the last look; returns what is known now."""
     try:
         traces = await ended_traces(client)
-    except httpx.TransportError:  # busy, or about to end: there is another look
+    except httpx.TransportError:  # busy, or about to end: try again later
         return seen
     new = [trace for trace_id, trace in traces.items() if trace_id not in seen]
     for trace in new[:TREES_PER_LOOK]:
@@ -255,7 +255,7 @@ async def draw_new_traces(console: Console, client: httpx.AsyncClient, seen: set
         console.print(Group("", Text(str(path), "bold cyan"), trace_tree(trace)))
     if more := new[TREES_PER_LOOK:]:
         console.print(f"\nand {len(more)} more requests, see {client.base_url}/debug/spans")
-    # What the service has forgotten need not be known any more.
+    # Forget what the service has forgotten.
     return set(traces)
 
 
@@ -302,7 +302,7 @@ def print_next_steps(console: Console, endpoint: str) -> None:
 
 
 def print_serving(console: Console, url: str) -> None:
-    """Where the service is while it stays, and what to try."""
+    """Print the address of the running service, and requests to try."""
     console.print(
         f"\nThe service stays at {url} until Ctrl-C. Try it, and hang up with Ctrl-C or -m:\n"
         f"  curl '{url}/search/Lisbon'\n"

@@ -140,7 +140,7 @@ def _trains_are_down() -> bool:
 
 
 async def ask_hotels(city: str, *, fail: str, slow: str) -> list[str]:
-    """Two chains, asked in a group of their own below the request's.
+    """Two chains, queried in a group of their own below the request's.
 
     This group is scoped, as `asyncio.TaskGroup` is: a list with one chain missing would rank wrongly, so
     when one fails the other is cancelled and the whole is one failure. It has a span of its own.
@@ -238,7 +238,7 @@ def brochure(city: str, tasks: RequestTasks, pages: int = 20) -> dict[str, Any]:
 
 
 class Order(BaseModel):
-    """What the client sends; the reference is its own, so that it can ask again after a broken connection."""
+    """The client's request, with a reference of its own, so that it can retry after a broken connection."""
 
     reference: str = Field(min_length=1, max_length=40)
     city: str
@@ -294,7 +294,7 @@ async def draw_map(city: str) -> str:
 
 
 class Export(BaseModel):
-    """What is to be written."""
+    """The export to write."""
 
     city: str
     pages: int = Field(20, ge=1, le=10_000)
@@ -303,7 +303,7 @@ class Export(BaseModel):
 @app.post("/exports", status_code=202)
 async def start_export(export: Export) -> dict[str, str]:
     """Begin, and say where to watch. The task is the application's: it goes on when the request has ended."""
-    # Without a name of its own it gets a number, so that each task has an address that no other has.
+    # Without a name, it gets a number, so that each task has a unique address.
     task = manager.create_task(write_export(export), group="exports", priority=TaskPriority.LOW)
     return {"name": task.name, "progress": f"/exports/{task.name}/progress"}
 
@@ -360,5 +360,5 @@ async def debug_spans(newest: Annotated[int, Query(ge=1)] = 2000) -> list[dict[s
 
 @app.get("/debug/tasks", include_in_schema=False)
 async def debug_tasks() -> dict[str, Any]:
-    """What is alive now, and the last that ended: the same facts without any tracing."""
+    """Live tasks, and those that ended last: the same facts without any tracing."""
     return {task_id: info.to_dict() for task_id, info in manager.get_all_task_info().items()}

@@ -62,7 +62,7 @@ class Point:
 
 
 class Received:
-    """What has come so far; it may be asked from any thread while more comes.
+    """The data received so far. Any thread may read it while more arrives.
 
     Args:
         endpoint: Where the receiver listens, as ``OTEL_EXPORTER_OTLP_ENDPOINT`` wants it.

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Seconds for the start of one server.
 START_LIMIT = 30.0
 LISTENING = re.compile(r"running on (http://[\w.:]+)")
-# What the OTLP exporter says of a batch that a collector has not taken.
+# The OTLP exporter's log line about a batch that the collector refused.
 UNDELIVERED = re.compile(r"(while exporting|Failed to export|Failed to encode|Dropping) spans? batch")
 
 
@@ -82,7 +82,7 @@ async def service(
             reader.cancel()
     finally:
         await end(process)
-    # Who served has seen the log as it was written.
+    # With a console, the log was printed as it was written.
     if running.console is None and any("Traceback" in line for line in running.log):
         raise SystemExit(f"the service reported an error ({app}):\n" + "".join(running.log))
 

@@ -28,7 +28,7 @@ from otel_tasks import (
     wait_with_cancellation,
 )
 
-# --- event: stop a task as soon as somebody says so ----------------------------------------------------
+# --- event: stop a task as soon as an event is set -----------------------------------------------------
 
 
 async def download(pages: int, complete: asyncio.Event | None = None) -> str:
@@ -39,7 +39,7 @@ async def download(pages: int, complete: asyncio.Event | None = None) -> str:
             await asyncio.sleep(0.02)
             fetched += 1
         if complete is not None:
-            # What the caller wants is there; what follows need not be waited for.
+            # The caller has its result; the rest need not be waited for.
             complete.set()
             await asyncio.sleep(0.1)
         return f"{fetched} pages"

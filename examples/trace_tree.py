@@ -36,7 +36,7 @@ class Span:
     kind: str = "INTERNAL"
     service: str = ""
     status: str = "UNSET"
-    # What each link is for, and the span that it leads to.
+    # The kind of each link, and the span it leads to.
     links: tuple[tuple[str, str], ...] = ()
 
     @classmethod
@@ -180,7 +180,7 @@ def missing_parents(spans: Iterable[Span]) -> list[str]:
 def _bar(start: float, end: float, color: str) -> Text:
     """A bar from one column to another; the shortest span is still seen."""
     left = min(round(start), BAR_WIDTH - 1)
-    # The blanks have no style of their own: some viewers of SVG drop those that begin a styled text.
+    # The blanks have no style: some SVG viewers drop blanks at the start of a styled text.
     return Text.assemble(" " * left, ("█" * max(round(end) - left, 1), color))
 
 

@@ -20,7 +20,7 @@ def python_blocks(path: str) -> list[str]:
 
 
 def promised_output(code: str) -> list[str]:
-    """What a block says beside each `print` that it prints."""
+    """The output that a block promises in comments beside each `print`."""
     return re.findall(r"print\(.*\) +# (.*)", code)
 
 

@@ -20,7 +20,7 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# What `pip install otel-tasks` alone has to import: everything but the adapters for frameworks and tools.
+# The modules that a bare `pip install otel-tasks` must import: all but the adapters for frameworks and tools.
 IMPORT_ALL = """
 import importlib, importlib.metadata, importlib.resources, pkgutil
 import otel_tasks

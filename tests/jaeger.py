@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from examples.trace_tree import Span
 
-# Seconds until what was sent can be asked for.
+# Seconds until Jaeger returns the spans it received.
 PATIENCE = 20.0
 # Seconds between two looks: Jaeger's collector hands on what it gets in batches, five a second.
 PAUSE = 0.5
@@ -59,7 +59,7 @@ def _with_base64(node: Any) -> Any:
         return [_with_base64(item) for item in node]
     if not isinstance(node, dict):
         return node
-    # What protobuf itself decodes; Python 3.15 warns of the other alphabet.
+    # The alphabet that protobuf decodes; Python 3.15 warns of the other one.
     return {
         key: base64.urlsafe_b64encode(bytes.fromhex(value)).decode() if key in _IDS else _with_base64(value)
         for key, value in node.items()

@@ -17,7 +17,7 @@ from .helpers import rest
 
 
 class Nest(Protocol):
-    """Where the tasks are started, and kept."""
+    """The object that starts the tasks and keeps them."""
 
     other: TaskManager
     """Not the manager of the request."""

@@ -1,4 +1,4 @@
-"""What happens to a request's work: its group, its handler, its answer. The server is FakeConnection."""
+"""A request's work: its group, its handler, its response. The server is FakeConnection."""
 
 from __future__ import annotations
 
@@ -545,7 +545,7 @@ async def test_connection_that_refuses_the_499_is_no_error(
     async def send(message: Any) -> None:
         raise error("the handler is closed")
 
-    connection.send = send  # type: ignore[method-assign]  # a server of its own kind
+    connection.send = send  # type: ignore[method-assign]  # a server with its own send()
     await hang_up_on(journal.handler(lambda: asyncio.sleep(60)), manager, connection)
 
 
@@ -646,7 +646,7 @@ async def test_ordinary_request_is_not_annotated(manager: TaskManager, spans: Sp
     assert spans.span("GET /").attributes == {}
 
 
-# --- cancelled by somebody else --------------------------------------------------------------------------
+# --- cancelled by other code -----------------------------------------------------------------------------
 
 
 async def test_shutdown_cancels_the_group_and_passes_on(manager: TaskManager) -> None:

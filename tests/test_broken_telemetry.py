@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class HostileError(RuntimeError):
-    """What the hostile SDK raises."""
+    """The error of the hostile SDK."""
 
 
 class Trap:
@@ -212,14 +212,14 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def recorder() -> Iterator[SpanRecorder]:
-    """What gets through the trap; a span may well stay open."""
+    """The data that gets through the trap; a span may stay open."""
     with SpanRecorder() as recorder:
         yield recorder
 
 
 @pytest.fixture
 def loop_errors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What reached the loop's exception handler: a callback or a task that raised."""
+    """The errors of callbacks and tasks that reached the loop's exception handler."""
     found: list[str] = []
 
     def note(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -230,7 +230,7 @@ def loop_errors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the library logged of the hostile SDK, without what is filled in; shows each line."""
+    """The library's log lines about the hostile SDK, without their arguments; prints each line."""
     return [
         str(record.msg) if "%r" in str(record.msg) else record.getMessage()
         for record in caplog.records
@@ -387,7 +387,7 @@ SCENARIOS: list[Scenario] = [tasks, queue, blocks, service, shutdown, facts, req
 
 
 async def healthy(scenario: Scenario) -> object:
-    """What the scenario comes to without telemetry."""
+    """The result of the scenario without telemetry."""
     manager = TaskManager("app", tracer_provider=NoOpTracerProvider(), meter_provider=NoOpMeterProvider())
     return await scenario(manager), manager.stats()
 

@@ -50,7 +50,7 @@ ROUTE = "DELETE /jobs/{job}"
 
 
 class Cause(NamedTuple):
-    """What a cause says, without its moment."""
+    """A cause without its time."""
 
     kind: CancelKind
     message: str | None
@@ -473,7 +473,7 @@ async def test_cause_is_the_same_at_every_depth(
         task.name: expected for task in world.tasks
     }
     assert all(task.info().started_at is not None for task in world.tasks)
-    # What notes the causes of plain tasks is gone.
+    # The hook that records causes of plain tasks is gone.
     assert all(getattr(host.cancel, "__self__", None) is host for host in world.hosts)
 
 

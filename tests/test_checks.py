@@ -1,4 +1,4 @@
-"""What names may be, wherever one is given."""
+"""The rules for names, wherever one is given."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_real_loop_has_the_clock_with_nanoseconds(
 
 
 def test_thread_without_a_loop_has_the_clock_with_nanoseconds() -> None:
-    """Where no loop runs, the system's clock is all there is."""
+    """Without a running loop, the system's clock is used."""
     assert clock.clock_of(None) is clock.monotonic
     assert clock.now() == pytest.approx(clock.monotonic(), abs=60.0)
 
@@ -267,7 +267,7 @@ def test_timeout_of_a_task_counts_from_its_creation(
 
 
 async def test_timeout_on_another_clock_is_moved_to_the_loops_own() -> None:
-    """Where the timestamps are not the loop's time(), a deadline is what is left of the timeout."""
+    """If timestamps are not the loop's time(), a deadline is the rest of the timeout."""
     loop = asyncio.get_running_loop()
 
     def other() -> float:

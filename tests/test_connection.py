@@ -564,7 +564,7 @@ async def test_send_that_fails_after_the_disconnect_was_noticed_changes_nothing(
         await asyncio.sleep(1)
         raise BrokenPipeError
 
-    connection.send = failing  # type: ignore[method-assign]  # a server of its own kind
+    connection.send = failing  # type: ignore[method-assign]  # a server with its own send()
     await Server(app, connection).hang_up()
     assert lefts[0] == "http.disconnect"
     assert isinstance(lefts[1], BrokenPipeError)
@@ -616,7 +616,7 @@ async def test_oserror_from_send_is_a_disconnect() -> None:
         if message["type"] == "http.response.body":
             raise BrokenPipeError
 
-    connection.send = failing  # type: ignore[method-assign]  # a server of its own kind
+    connection.send = failing  # type: ignore[method-assign]  # a server with its own send()
     await Server(app, connection).task
     assert causes == [CancelKind.CLIENT_DISCONNECT]
     assert sent == ["http.response.start", "http.response.body"]
@@ -635,7 +635,7 @@ async def test_missing_file_of_pathsend_is_no_disconnect() -> None:
         if message["type"] == "http.response.pathsend":
             raise FileNotFoundError(message["path"])
 
-    connection.send = failing  # type: ignore[method-assign]  # a server of its own kind
+    connection.send = failing  # type: ignore[method-assign]  # a server with its own send()
     with pytest.raises(FileNotFoundError):
         await Server(app, connection).task
 

@@ -306,6 +306,11 @@ def test_figures_are_those_of_the_last_run(tmp_path: Path) -> None:
     assert chart.draw(tables) == (DOCS / "images" / "benchmarks.svg").read_text("utf-8")
 
 
+def test_page_about_performance_is_short() -> None:
+    """It has at most 1,500 words, tables included; the figures are on a page of their own."""
+    assert len((DOCS / "performance.md").read_text("utf-8").split()) <= 1500
+
+
 def test_every_attribute_of_the_code_is_documented() -> None:
     """The scenes have shown each name of `telemetry.conventions`: none is missing in the tables."""
     seen = scenes.watch()
@@ -330,7 +335,7 @@ def test_every_public_name_is_on_the_api_page() -> None:
     shown = re.findall(r"^<!-- generated: api (\S+) -->$", page, re.MULTILINE)
     wanted = {f"otel_tasks.{name}" for name in otel_tasks.__all__ if name != "__version__"}
     wanted |= {f"otel_tasks.asgi.{name}" for name in asgi.__all__}
-    # What the adapter hands on stands with its own module.
+    # A name that the adapter re-exports is listed with its own module.
     wanted |= {f"otel_tasks.fastapi.{name}" for name in fastapi.__all__ if name not in asgi.__all__}
     for module in (testing, logs, instrumentation):
         wanted |= {f"{module.__name__}.{name}" for name in module.__all__}

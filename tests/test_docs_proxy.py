@@ -57,7 +57,7 @@ def show(event, info):
 manager.add_listener(show)
 """
 
-# Started by root, its workers would be nobody, who may not look into the test's directory.
+# Started by root, its workers would run as `nobody`, which may not read the test's directory.
 HTTP = """
 {user}
 daemon off;

@@ -27,7 +27,7 @@ TEXT = (ROOT / "docs" / "tutorial.md").read_text("utf-8")
 FILES = re.findall(r'^```python title="([\w.]+)"\n(.*?)^```', TEXT, re.MULTILINE | re.DOTALL)
 PLAIN, BOUND = [code for name, code in FILES if name == "app.py"]
 OTHERS = {name: code for name, code in FILES if name != "app.py"}
-# What the reader adds to app.py for the trace.
+# The lines that the reader adds to app.py for the trace.
 (ADDED,) = re.findall(r"^```python\n(import tracing\n.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 # The suppliers take seconds; the test has not the reader's patience.
 HURRY = 4

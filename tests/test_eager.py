@@ -48,7 +48,7 @@ async def note(steps: list[str]) -> str:
     return "done"
 
 
-# -- when it is asked for -----------------------------------------------------------------------
+# -- when it is requested ------------------------------------------------------------------------
 
 
 @needs_eager

@@ -50,7 +50,7 @@ def fresh_service() -> Iterator[None]:
 
 
 def infos() -> dict[str, TaskInfo]:
-    """What became of the tasks, by the last part of their id: the name."""
+    """The end of each task, by the last part of its id: the name."""
     return {info.name: info for info in fastapi_app.manager.get_all_task_info().values()}
 
 

@@ -385,7 +385,7 @@ def test_tasks_of_a_closed_loop_are_closed_with_their_wrappers() -> None:
 
 
 class Traced(asyncio.Task[Any]):
-    """What a factory may make."""
+    """A task class for factories."""
 
 
 def make_traced(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> Traced:

@@ -144,7 +144,7 @@ def test_frames_are_taken_once() -> None:
 
 
 async def test_running_task_of_an_unknown_thread_is_nowhere() -> None:
-    """Where the thread of the loop is not known, nothing is said of the task that runs."""
+    """If the thread of the loop is unknown, the running task has no line."""
     task = asyncio.current_task()
     assert task is not None
 
@@ -254,14 +254,14 @@ def test_path_below_the_working_directory_is_shortened(
 
 
 def event_wait() -> Coroutine[Any, Any, Any]:
-    """What a library may call of the standard library."""
+    """A call of a library into the standard library."""
     return asyncio.Event().wait()
 
 
 def made(file: str, source: str, **names: Any) -> Callable[[], Coroutine[Any, Any, None]]:
     """A coroutine function that stands in a file of this name."""
     namespace: dict[str, Any] = dict(names)
-    exec(compile(source, file, "exec"), namespace)  # noqa: S102 - there is no other way to code of a given file
+    exec(compile(source, file, "exec"), namespace)  # noqa: S102 - the only way to have code with a given file name
     function: Callable[[], Coroutine[Any, Any, None]] = next(
         value for name, value in namespace.items() if name not in names and name != "__builtins__"
     )
@@ -269,7 +269,7 @@ def made(file: str, source: str, **names: Any) -> Callable[[], Coroutine[Any, An
 
 
 async def seen(function: Callable[[], Coroutine[Any, Any, Any]], *, home: bool = False) -> Place:
-    """Where a task of this function waits."""
+    """The place where a task of this function waits."""
     task = asyncio.create_task(function())
     await settle()
     place = place_of(Stacks().of_task(task, threading.get_ident()), home=home)

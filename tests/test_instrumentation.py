@@ -106,7 +106,7 @@ async def test_task_that_lives_meanwhile_ends_its_span_where_it_began(
 
 
 def cancellations(recorder: SpanRecorder) -> int:
-    """What the counter of cancellations says."""
+    """The counter of cancellations."""
     return sum(point.value for point in recorder.metrics().get("otel_tasks.task.cancellations", []))
 
 

@@ -48,7 +48,7 @@ here = contextvars.ContextVar("here", default="outside")
 
 @dataclass
 class Log:
-    """Who began, in which order, and how many ran at a time."""
+    """Records which tasks started, in which order, and how many ran at a time."""
 
     begun: list[object] = field(default_factory=list)
     running: int = 0
@@ -1350,7 +1350,7 @@ async def test_an_infinite_queue_timeout_is_none(log: Log) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """What the driver does next; the numbers pick one of what there is."""
+    """The next step of the driver; the numbers pick one of the existing tasks and groups."""
 
     what: str
     number: int
@@ -1461,7 +1461,7 @@ class World:
             assert not waiter.done()
 
     async def end(self) -> None:
-        # All have at most five seconds to run once they run: nobody may still wait after this.
+        # Each runs for at most five seconds: none may still wait after this.
         await asyncio.sleep(5 * len(self.coros) + 5)
         self.check()
         assert all(putter.done() for putter in self.waiting_producers)

@@ -111,7 +111,7 @@ async def test_fields_are_empty_outside_of_a_task(kept: Kept) -> None:
 
 
 def test_fields_are_empty_without_a_loop(kept: Kept) -> None:
-    """Where no event loop runs the fields are empty too."""
+    """Without a running event loop, the fields are empty too."""
     logger.info("before the start")
 
     assert kept.fields() == [("",) * 5]
@@ -360,7 +360,7 @@ async def test_line_of_the_library_is_about_the_task_that_it_names(kept: Kept, s
 
 
 async def test_record_factory_with_the_same_names_does_no_harm(kept: Kept) -> None:
-    """Where a record factory sets `trace_id` on every record, the library can still log."""
+    """If a record factory sets `trace_id` on every record, the library can still log."""
     before = logging.getLogRecordFactory()
 
     def factory(*args: Any, **kwargs: Any) -> logging.LogRecord:
@@ -444,7 +444,7 @@ def readable(call: ast.Call) -> str:
 
 
 def fields_of(call: ast.Call) -> str:
-    """What stands in `record.otel_tasks`."""
+    """The value of `record.otel_tasks`."""
     for keyword in call.keywords:
         if keyword.arg == "extra":
             return "task_ids" if ast.unparse(keyword.value).startswith("log_fields_of_all(") else "task"

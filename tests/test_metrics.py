@@ -603,7 +603,7 @@ def all_attributes(spans: SpanRecorder) -> set[tuple[str, str]]:
     }
 
 
-# -- the global provider, each in a process of its own ---------------------------------------------
+# -- the global provider, each in a separate process -----------------------------------------------
 
 
 PREAMBLE = """

@@ -32,12 +32,12 @@ def ticket(
 
 
 def names(tickets: list[Ticket]) -> list[str]:
-    """What tickets are called, in their order."""
+    """The names of tickets, in order."""
     return [ticket.payload for ticket in tickets]
 
 
 def served(limiter: Limiter, running: Ticket) -> list[str]:
-    """Who starts after whom, where each ends as soon as it has started, and one runs at a time."""
+    """The order of starts if one runs at a time and each ends as soon as it has started."""
     order: list[str] = []
     while ready := release(running):
         [running] = ready
@@ -432,7 +432,7 @@ class Admission(RuleBasedStateMachine):
         self.tickets: list[Model] = []
         self.most = 0
 
-    # What the model holds to be right.
+    # The expectations of the model.
 
     def passes(self, model: Model) -> list[str]:
         """The limits that a ticket has to pass."""
@@ -461,7 +461,7 @@ class Admission(RuleBasedStateMachine):
             started.append(best.real.payload)
         return started
 
-    # What happens.
+    # The steps.
 
     @rule(seconds=st.integers(1, 4))
     def time_passes(self, seconds: int) -> None:
@@ -506,7 +506,7 @@ class Admission(RuleBasedStateMachine):
         ready = names(set_limit(limiter, limit))
         assert sorted(ready) == sorted(self.start_all_that_may())
 
-    # What holds at every moment.
+    # The invariants.
 
     @invariant()
     def the_books_are_right(self) -> None:

@@ -1,4 +1,4 @@
-"""What a task reports, who watches it, and how it adds up in groups."""
+"""Reports of tasks, their watchers, and the sums of groups."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def count_to(total: int, every: float = 1.0) -> str:
 
 
 async def seen(watch: AsyncIterator[Progress], pause: float = 0.0) -> list[float]:
-    """What is seen done, by a watcher whose loop body takes ``pause`` seconds."""
+    """The reports that a watcher sees whose loop body takes ``pause`` seconds."""
     found = []
     async for progress in watch:
         found.append(progress.done)
@@ -445,7 +445,7 @@ async def test_a_broken_off_loop_leaves_nothing_behind(manager: TaskManager) -> 
         if progress.done == 2:
             break
     assert not task.progress._waiters
-    # As of one that was never asked: how much that is differs from one Python to the next.
+    # As for one that was never watched: the size depends on the Python version.
     unused = task.progress.watch()
     assert sys.getrefcount(watch) == sys.getrefcount(unused)
     # It may be taken up again where it was left.

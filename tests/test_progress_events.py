@@ -117,7 +117,7 @@ async def get(app: FastAPI, path: str, query: str = "", **headers: str) -> bytes
 
 
 def info_of(manager: TaskManager, name: str) -> TaskInfo:
-    """What is known of a task."""
+    """The state of a task."""
     info = manager.get_task_info(name)
     assert info is not None
     return info

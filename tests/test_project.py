@@ -229,7 +229,7 @@ def test_compose_accepts_the_file(profile: list[str]) -> None:
 
 
 def tracked_files() -> list[Path]:
-    """What git has, or will have at the next commit; skips the test outside of a checkout."""
+    """The files in git, or in its next commit; skips the test outside of a checkout."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("not a git checkout, or no git")
     # safe.directory: in a container the checkout often belongs to another user.

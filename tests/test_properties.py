@@ -186,7 +186,7 @@ def check(world: World, heard: list[tuple[str, str]], spans: SpanRecorder) -> No
     assert stats.failed == counts[TaskStatus.FAILED]
     assert stats.cancelled == counts[TaskStatus.CANCELLED]
     assert stats.cancel_ignored == sum(task.cancel_ignored for task in world.tasks)
-    # Every task is told of once at its start and once at its end, and so is its span.
+    # Listeners see every task once at its start and once at its end; so does the span processor its span.
     events = collections.Counter(event for event, _ in heard)
     assert events["created"] == events["ended"] == stats.created
     spans.check()

@@ -1,4 +1,4 @@
-"""What a disconnect reaches and what it spares: cleanup, shields, listeners, and the work of others."""
+"""The reach of a disconnect: cleanup, shields, listeners, and the work of other requests."""
 
 from __future__ import annotations
 
@@ -807,7 +807,7 @@ WAYS = [
     _in_a_group,
     _in_anyios_group,
 ]
-# What cancels the awaited task in a step of its own cannot be kept from a plain one.
+# Code that cancels the awaited task in a separate step also reaches a plain task.
 WAYS_WITH_A_PLAIN_TASK = [
     way for way in WAYS if way not in (_by_wait_for, _in_asyncios_group, _in_anyios_group)
 ]
@@ -952,7 +952,7 @@ async def test_second_cancel_before_the_handler_wakes_reaches_no_task_of_others(
         await way(shared)
 
     def rule(_: Scope) -> bool:
-        # It is asked before the cancellation, whose delivery stands behind this in the loop.
+        # This runs before the cancellation, whose delivery is behind it in the loop.
         asyncio.get_running_loop().call_soon(host[0].cancel)
         return True
 
@@ -1216,7 +1216,7 @@ async def test_close_code_of_a_websocket_says_why_its_work_is_cancelled(
 async def test_group_is_named_after_the_route_on_the_servers_span(
     manager: TaskManager, spans: SpanRecorder
 ) -> None:
-    """Where the framework leaves none in the scope, and an instrumentation has found it."""
+    """The framework leaves no route in the scope, but an instrumentation has found it."""
     names = []
 
     async def handler() -> None:
@@ -1232,7 +1232,7 @@ async def test_group_is_named_after_the_route_on_the_servers_span(
 
 
 class _Disconnect(Exception):
-    """What a framework makes of a disconnect."""
+    """The exception that a framework raises after a disconnect."""
 
 
 async def _raising(manager: TaskManager, error: Callable[[Send], Awaitable[None]], **options: Any) -> None:

@@ -79,7 +79,7 @@ async def test_group_leaves_nothing_behind() -> None:
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    """What is left in a cycle stays."""
+    """Turn the collector off: objects in a reference cycle stay."""
     gc.collect()
     gc.disable()
     yield

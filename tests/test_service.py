@@ -76,7 +76,7 @@ class Flaky:
 
 
 def context_of(span: ReadableSpan) -> trace.SpanContext:
-    """What links name a span by."""
+    """The ids by which links name a span."""
     context = span.get_span_context()
     assert context is not None
     return context
@@ -88,7 +88,7 @@ def links_of(span: ReadableSpan) -> list[tuple[trace.SpanContext, object]]:
 
 
 def attribute(span: ReadableSpan, name: str) -> object:
-    """What stands on a span."""
+    """The attributes of a span."""
     return (span.attributes or {}).get(name)
 
 
@@ -306,7 +306,7 @@ async def test_renamed_service_has_attempts_of_its_new_name() -> None:
 
 
 async def test_name_of_an_attempt_may_be_taken() -> None:
-    """Where a task has an attempt's name already, the attempt gets another one."""
+    """If a task already has an attempt's name, the attempt gets another one."""
     manager = TaskManager()
     renamed = await manager.start_service("prices", rest)
     await settle()
@@ -1047,7 +1047,7 @@ async def test_waiting_for_a_place_is_not_running_well() -> None:
 
 
 async def test_full_queue_is_waited_for() -> None:
-    """Where no more tasks may wait, the next attempt waits for room instead of failing."""
+    """If the queue is full, the next attempt waits for room instead of failing."""
     manager = TaskManager(max_concurrency=1, max_queue=0)
     manager.create_task(asyncio.sleep(5))
     service = await manager.start_service("prices", lambda: give(1))
@@ -1297,7 +1297,7 @@ async def test_cancel_reaches_an_attempt_that_is_inside_its_own_timeout() -> Non
                 try:
                     await rest()
                 finally:
-                    # The timeout has asked, and takes it back when this is over.
+                    # The timeout has requested the cancel, and withdraws it after this.
                     await asyncio.sleep(2)
         except TimeoutError:
             await rest()

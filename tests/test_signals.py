@@ -32,7 +32,7 @@ if not hasattr(signal, "SIGUSR1"):
 
 @pytest.fixture(autouse=True)
 def handlers_are_put_back() -> Iterator[None]:
-    """Whatever a test does, the handlers are those of before at its end."""
+    """Restore the handlers after each test."""
     numbers = (signal.SIGUSR1, signal.SIGUSR2)
     before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
     for number, handler in zip(numbers, before, strict=True):
@@ -138,7 +138,7 @@ async def test_ending_in_another_order_leaves_the_newer_one() -> None:
     newer = TaskManager("newer").dump_on_signal(file=file)
     older.close()
     called: list[int] = []
-    # So that the signal has somebody to go to who does not end the process.
+    # So that the signal has a handler that does not end the process.
     send()
     newer.close()
     signal.signal(signal.SIGUSR1, before)
@@ -245,7 +245,7 @@ def test_wrong_file_is_refused(wrong: Any) -> None:
 
 
 def test_platform_without_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no SIGUSR1 (Windows) the message names what there is."""
+    """Without SIGUSR1 (Windows), the message names the signals that exist."""
     monkeypatch.delattr(signal, "SIGUSR1")
     with pytest.raises(RuntimeError, match="SIGBREAK"):
         TaskManager().dump_on_signal()

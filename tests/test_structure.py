@@ -31,7 +31,7 @@ WRITES = {
         "_span",
         "_waiters",
     },
-    # The fast path of creation, which stands in TaskGroup.create_task.
+    # The fast path of creation, in TaskGroup.create_task.
     "_core/group": {"_created_at", "_extras", "_group", "_key", "_priority", "_waiters"},
     # To be moved to their owners.
     "_core/ledger": {"_cause", "_ended_at", "_queued"},

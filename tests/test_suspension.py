@@ -1,4 +1,4 @@
-"""Where tasks wait: what their cancellation reaches, what holds it off, and how to wake them."""
+"""The places where tasks wait: how far their cancellation reaches, what defers it, and how to wake them."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_wrong_arguments_get_the_parsers_error(arguments: list[str]) -> None:
 
 
 async def output_of(part: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """What a part prints between its title and its last line."""
+    """The output of a part between its title and its last line."""
     await demo.run_part(part)
     title, *lines, last, _ = capsys.readouterr().out.split("\n")[:-1]
     assert (title, last) == (f"== {part} ==", "no task is left")

@@ -1447,7 +1447,7 @@ def broken(request: pytest.FixtureRequest) -> TaskManager:
 
 
 def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What this library logged with the traceback of the broken telemetry."""
+    """The library's log lines that have the traceback of the broken telemetry."""
     return [
         record.getMessage()
         for record in caplog.records
@@ -1623,7 +1623,7 @@ async def test_tasks_need_no_private_names_of_opentelemetry(
     assert spans.names == ["work", "sleep"]
 
 
-# -- the global providers, each in a process of its own: they can be set only once ------------------
+# -- the global providers, each in a separate process: they can be set only once --------------------
 
 
 PREAMBLE = """

@@ -244,7 +244,7 @@ async def test_fixture_fails_a_test_that_leaves_a_task() -> None:
 
 
 def slowly(value: T) -> T:
-    """What a thread does."""
+    """The work of a thread."""
     time.sleep(0.03)
     return value
 

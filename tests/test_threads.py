@@ -68,7 +68,7 @@ def manager(spans: SpanRecorder) -> TaskManager:
 
 
 class Gate:
-    """Where the function of a thread waits until the test lets it go on."""
+    """A place where the function of a thread waits until the test releases it."""
 
     def __init__(self) -> None:
         self._entered = threading.Event()
@@ -93,7 +93,7 @@ class Gate:
 def gate() -> Iterator[Gate]:
     gate = Gate()
     yield gate
-    # What a failed test leaves behind.
+    # Leftovers of a failed test.
     gate.open()
 
 
@@ -144,7 +144,7 @@ def forget(task: Any) -> None:
 
 
 def stop_when_told() -> str:
-    """What a function in a thread does that heeds its cancel event."""
+    """A function for a thread that checks its cancel event."""
     event = current_cancel_event()
     end = time.monotonic() + PATIENCE
     while not event.is_set():
@@ -379,7 +379,7 @@ async def test_cancelling_the_future_cancels_the_task(manager: TaskManager, span
         assert future.cancel()
         assert future.cancelled()
         done, _ = concurrent.futures.wait([future], PATIENCE)
-        # It is told only when the task has ended.
+        # It gets the result only when the task has ended.
         assert done == {future}
         assert task.done()
 
@@ -1793,7 +1793,7 @@ def create_and_cancel(manager: TaskManager) -> list[concurrent.futures.Future[No
         work = (give_none, rest, show_and_rest)[number % 100 % 3]
         futures.append(manager.create_task_threadsafe(work))
         if number % 100 == 98:
-            # All that show themselves have begun when the last is seen, and so have those that do not.
+            # When the last visible thread is seen, all threads have started, the invisible ones too.
             for _ in range(33):
                 assert resting.get(timeout=PATIENCE).cancel("load")
             for future in futures[-98::3]:

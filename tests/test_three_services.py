@@ -54,12 +54,12 @@ def trace_of(visit: Visit) -> list[Span]:
             task = replace(task, cancelled_by=request.span_id, end=1.25)
         spans += [request, task, call]
         caller = f"{name} call"
-    # The last service calls nobody.
+    # The last service calls none.
     return spans[:-1]
 
 
 def broken(change: Callable[[list[Span]], list[Span]], **options: Any) -> dict[str, list[str]]:
-    """What the checks complain of when that is changed in the spans of two good requests."""
+    """The violations that the checks find after this change in the spans of two good requests."""
     spans = change([*trace_of(STAYS), *trace_of(LEAVES)])
     defaults: dict[str, Any] = {"stays": STAYS, "leaves": LEAVES, "left": NOTHING_LEFT}
     found = {

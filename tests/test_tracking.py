@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @contextlib.asynccontextmanager
 async def creating(kind: str) -> AsyncIterator[Create]:
-    """What makes plain tasks, or managed ones."""
+    """A function that creates plain tasks, or one that creates managed ones."""
     if kind == "plain":
         yield asyncio.create_task
         return
@@ -261,7 +261,7 @@ async def test_stubborn_tasks_share_one_deadline(kind: str) -> None:
         await asyncio.wait(tasks)
 
 
-async def test_all_clean_up_at_the_same_time() -> None:
+async def test_all_cleanup_at_the_same_time() -> None:
     """Tasks that clean up for a second each take one second together."""
     tracker, begun = TaskTracker(), now()
     for _ in range(10):
@@ -701,7 +701,7 @@ async def test_task_that_follows_the_caller_is_spared() -> None:
         try:
             await rest()
         except asyncio.CancelledError:
-            # By then the other has begun to wait.
+            # The other one waits already.
             await settle()
             return await cleanup_lingering_tasks()
         raise AssertionError("unreachable")

@@ -1,4 +1,4 @@
-"""What type checkers make of the public interface: right uses get right types, wrong ones are refused."""
+"""The public interface under type checkers: correct uses get correct types, wrong ones are errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def checker(request: pytest.FixtureRequest) -> list[str]:
 
 
 def check(checker: list[str], *files: str) -> str:
-    """What a checker complains of, empty if nothing."""
+    """The errors of a checker; empty if there are none."""
     done = subprocess.run(
         [*checker, *files], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )

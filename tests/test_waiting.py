@@ -37,7 +37,7 @@ CAUSE = CancelCause(CancelKind.CLIENT_DISCONNECT, "the client left")
 
 @contextlib.asynccontextmanager
 async def creating(kind: str) -> AsyncIterator[Create]:
-    """What makes plain tasks, or managed ones."""
+    """A function that creates plain tasks, or one that creates managed ones."""
     if kind == "plain":
         yield asyncio.create_task
         return
@@ -283,7 +283,7 @@ async def test_disconnect_waits_for_the_end_of_an_uncancellable_stretch() -> Non
     booked: list[float] = []
 
     async def work() -> None:
-        # What `uncancellable()` does in a task of a request's group.
+        # As `uncancellable()` does in a task of a request's group.
         shield(task)
         await asyncio.sleep(5.0)
         booked.append(now())

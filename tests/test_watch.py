@@ -32,7 +32,7 @@ PATIENCE = 60.0
 
 
 def lines(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list[str]:
-    """What was logged, with N for each number of a line."""
+    """The log lines, with N for each number."""
     return [
         re.sub(r"\.py:\d+", ".py:N", record.getMessage())
         for record in caplog.records
@@ -286,7 +286,7 @@ async def test_plain_task_of_a_running_request_is_not_logged(caplog: pytest.LogC
 async def test_very_many_tasks_are_not_searched_for_plain_ones(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where asyncio would have to go through too many tasks at once, plain ones are not looked for."""
+    """If asyncio had to go through too many tasks at once, plain ones are not looked for."""
     monkeypatch.setattr(watch, "_MAX_LIVE", 0)
     manager = TaskManager()
     strays: list[asyncio.Task[Any]] = []
@@ -450,7 +450,7 @@ def test_loop_that_does_not_run_is_not_held() -> None:
 
 @pytest.mark.real_clock
 async def test_code_that_lets_no_thread_run_is_logged_afterwards(caplog: pytest.LogCaptureFixture) -> None:
-    """Where the thread itself was held up, it looks at once, before anything else runs."""
+    """If the thread itself was held up, it looks at once, before anything else runs."""
 
     class Late(threading.Event):
         def wait(self, timeout: float | None = None) -> bool:
@@ -548,7 +548,7 @@ async def until(happened: Callable[[], object]) -> None:
 
 
 def test_watch_outside_of_a_loop_is_refused() -> None:
-    """Where no loop runs there is nothing to watch, and the message says where to call it."""
+    """Without a running loop there is nothing to watch, and the message says where to call it."""
     with pytest.raises(WrongThreadError, match="lifespan"):
         TaskManager("shop").watch()
 

@@ -30,7 +30,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def commands(workflow: dict[str, Any]) -> list[str]:
-    """What the steps of a workflow run."""
+    """The commands of a workflow's steps."""
     return [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
 
 

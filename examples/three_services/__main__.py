@@ -28,12 +28,12 @@ from examples.trace_tree import Span, trace_tree
 
 # From the top of the line to its end: each calls the next.
 NAMES = ("gateway", "pricing", "suppliers")
-# Who calls the first of them; its spans are the roots of the traces.
+# The client of the first service; its spans are the roots of the traces.
 CUSTOMER = "customer"
 # Seconds for the two requests, and for the last task of each to end.
 TIME_LIMIT = 30.0
 LOOK_EVERY = 0.01
-# What runs once all that is quick has ended: two items, each of two suppliers, all waiting for the workshops.
+# The tasks left once all quick ones have ended: two items, two suppliers each, all waiting for the workshops.
 AT_WORK = {
     "gateway": ["price", "price"],
     "pricing": ["acme", "acme", "globex", "globex"],
@@ -97,7 +97,7 @@ async def start(running: contextlib.AsyncExitStack, endpoint: str) -> dict[str, 
 
 
 def telemetry_environment(endpoint: str) -> dict[str, str]:
-    """What leads all spans to our own receiver, whatever else is set for a collector."""
+    """Settings that send all spans to our own receiver, whatever the environment says."""
     return {
         "OTEL_SDK_DISABLED": "false",
         "OTEL_TRACES_SAMPLER": "parentbased_always_on",
@@ -175,7 +175,7 @@ async def hang_up(urls: Mapping[str, str], visit: Visit, calls: ClientSpans) -> 
 def checks(
     spans: list[Span], stays: Visit, leaves: Visit, left: Mapping[str, list[str]]
 ) -> dict[str, Iterable[str]]:
-    """What has to hold, each with all that speaks against it."""
+    """The promises, each with its violations."""
     stayed = [span for span in spans if span.trace_id == stays.trace_id]
     hung_up = [span for span in spans if span.trace_id == leaves.trace_id]
     return {

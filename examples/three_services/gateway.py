@@ -45,7 +45,7 @@ app.include_router(debug_routes(manager))
 async def price_basket(
     item: Annotated[list[str], Query(min_length=1, max_length=20)], tasks: RequestTasks
 ) -> dict[str, Any]:
-    # What the customer waits for goes first. The span's name is the task's: never what a customer typed.
+    # The customer waits for these, so they come first. A span's name is the task's, never the customer's input.
     prices = [
         tasks.create_task(find_price(each), name="price", priority=TaskPriority.HIGH, timeout=50.0)
         for each in item
@@ -56,7 +56,7 @@ async def price_basket(
     needed: list[asyncio.Task[Any]] = [*prices, delivery]
     await asyncio.wait([*needed, extras])
     goes_with_it = [] if extras.exception() else extras.result()
-    # Of all, though the first is enough to fail: asyncio complains of an exception that nobody has taken.
+    # Retrieve all, although the first is enough to fail: asyncio logs exceptions that are never retrieved.
     for failure in filter(None, [task.exception() for task in needed]):
         raise failure
     costs = dict(zip(item, (price.result() for price in prices), strict=True))

@@ -1,4 +1,4 @@
-"""The best price for an item: every supplier is asked at once.
+"""The best price for an item: all suppliers are queried at the same time.
 
 Called by `gateway`, calls `suppliers`. When the gateway closes the connection, the handler, its tasks and
 their calls end, and so on down the line.
@@ -63,11 +63,11 @@ async def ask(supplier: str, item: str) -> dict[str, Any] | None:
 
 @app.get("/delivery")
 async def next_delivery() -> dict[str, str]:
-    await asyncio.sleep(0.02)  # stands for a look into the calendar
+    await asyncio.sleep(0.02)  # in place of a calendar query
     return {"day": "Thursday"}
 
 
 @app.get("/extras")
 async def what_others_bought() -> list[str]:
-    await asyncio.sleep(0.03)  # stands for a look into the shop's figures
+    await asyncio.sleep(0.03)  # in place of a query of the shop's figures
     return ["bulb", "felt pads"]

@@ -1,4 +1,4 @@
-"""What the three services have in common: OpenTelemetry, calls to one another, and a look at their tasks.
+"""Code of all three services: OpenTelemetry, calls to each other, and a list of their tasks.
 
 Nothing of this knows the library but the last function: set up OpenTelemetry as for any other service, and
 the spans of the tasks are there.

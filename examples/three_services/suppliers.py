@@ -19,7 +19,7 @@ PRICES = {
     "acme": {"lamp": 39, "desk": 210, "wardrobe": 880, "sofa": 1190},
     "globex": {"lamp": 42, "desk": 195, "wardrobe": 920, "sofa": 1090},
 }
-# Nobody has these on a shelf: a workshop is asked, and takes its time.
+# No supplier stocks these: a workshop has to answer, which takes time.
 MADE_TO_ORDER = {"wardrobe", "sofa"}
 
 send_the_rest = set_up_telemetry("suppliers")

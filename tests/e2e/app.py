@@ -363,7 +363,7 @@ async def release_everything(prefix: str) -> None:
 
 @control.get("/state")
 async def state() -> dict[str, Any]:
-    """What lives in this process: managed tasks, asyncio tasks, memory."""
+    """The live managed tasks, asyncio tasks, and the memory of this process."""
     managers = [manager, *(stack.manager for stack in stacks.values())]
     live = [
         info.id for each in managers for info in each.get_all_task_info().values() if not info.status.is_final

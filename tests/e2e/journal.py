@@ -1,4 +1,4 @@
-"""What the served applications share: the journal that tells the tests what happened, and waiting for them.
+"""Shared by the served applications: a journal of events for the tests, and ways to wait for them.
 
 What happens in a request is written to the file named by `E2E_JOURNAL`, one JSON line per event: it can be
 read while the server is busy, and after it has ended. A handler waits until the test lets it go on

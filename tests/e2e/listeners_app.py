@@ -24,7 +24,7 @@ either = router.api_route
 
 
 async def _linger(key: str, what: str) -> None:
-    """What may await after the disconnect does so more than once."""
+    """Await more than once after the disconnect, where that is allowed."""
     with noted(key, what):
         for _ in range(3):
             await asyncio.sleep(0.005)

@@ -79,7 +79,7 @@ async def filled() -> str:
 
 @app.get("/state")
 async def state() -> dict[str, Any]:
-    """What the test asks of any server."""
+    """The answer that the test expects of any application."""
     return {"pid": os.getpid(), "asyncio": []}
 
 

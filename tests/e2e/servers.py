@@ -38,7 +38,7 @@ COMPLAINT = re.compile(
     r"error|critical|traceback|exception|never awaited|never retrieved|destroyed but|warning|failed",
     re.IGNORECASE,
 )
-"""What no server may log in a scenario where nothing is wrong."""
+"""Lines that no server may log in a scenario without errors."""
 
 
 def eventually(look: Callable[[], T], describe: Callable[[], str], *, within: float = DEADLINE) -> T:
@@ -172,7 +172,7 @@ class Server:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # A group of its own: servers that start workers are ended with all of them.
+                # A separate process group, so that a server ends with all its workers.
                 start_new_session=True,
             )
 

@@ -187,7 +187,7 @@ def _app() -> ASGIApp:
     app = FastAPI()
     app.include_router(sessions)
     app.include_router(router)
-    # A POST, too, ends where it waits for nothing of its own.
+    # A POST also ends where it waits for nothing of its own.
     app.add_middleware(TaskGroupMiddleware, manager=manager, cancel_handler=True)
     return app
 

@@ -1,4 +1,4 @@
-"""`opentelemetry-instrument`, as a process of its own, on an application that was not changed for it."""
+"""`opentelemetry-instrument`, in a separate process, on an unchanged application."""
 
 from __future__ import annotations
 

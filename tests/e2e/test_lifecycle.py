@@ -38,7 +38,7 @@ def named(name: str) -> Kind:
 
 WITH_LIFESPAN = {kind.name: serving(kind, "outbox:app") for kind in KINDS}
 WITHOUT_SUPPORT = {kind.name: serving(kind, "outbox:raw") for kind in KINDS}
-# How each server is told to run no lifespan, and the signal after which it still ends its event loop.
+# The option of each server that turns the lifespan off, and the signal after which it still ends its loop.
 WITHOUT_LIFESPAN = {
     "uvicorn-httptools": (
         serving(named("uvicorn-httptools"), "outbox:app", "--lifespan", "off"),

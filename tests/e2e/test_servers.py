@@ -261,7 +261,7 @@ def test_large_upload_to_an_idle_handler_stays_with_the_client(case: Case) -> No
         case.let_it_age()
         taken += client.send_what_fits(body[taken:])
         grown = case.server.state()["rss"] - before
-        # Most of what was taken stands in the kernel's socket buffers, on both sides.
+        # Most of the data is in the kernel's socket buffers, on both sides.
         assert taken < len(body) // 2, taken
         assert grown < 4_000_000, grown
         case.release()

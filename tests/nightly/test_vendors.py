@@ -59,7 +59,7 @@ class Vendor:
 NEW_RELIC = {
     "NEW_RELIC_LICENSE_KEY": "0" * 40,
     "NEW_RELIC_APP_NAME": "shop",
-    # Reports to nobody.
+    # Sends no reports.
     "NEW_RELIC_DEVELOPER_MODE": "true",
     "NEW_RELIC_LOG": "stderr",
     "NEW_RELIC_LOG_LEVEL": "warning",

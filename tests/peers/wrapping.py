@@ -239,7 +239,7 @@ def _add_innermost(owner: Any) -> None:
         try:
             return original(self)
         finally:
-            # A suite may look at the list.
+            # A suite may inspect the list.
             self.user_middleware = own
 
     owner.build_middleware_stack = build
