@@ -45,7 +45,7 @@ app.include_router(debug_routes(manager))
 async def price_basket(
     item: Annotated[list[str], Query(min_length=1, max_length=20)], tasks: RequestTasks
 ) -> dict[str, Any]:
-    # The customer waits for these, so they come first. A span's name is the task's, never the customer's input.
+    # The customer waits for these: they come first. A span's name is the task's, never the customer's input.
     prices = [
         tasks.create_task(find_price(each), name="price", priority=TaskPriority.HIGH, timeout=50.0)
         for each in item
