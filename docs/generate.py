@@ -23,7 +23,6 @@ from docs import scenes, signatures
 from docs.architecture import architecture_picture
 from docs.picture import state_picture
 from otel_tasks import asgi, exceptions, fastapi, instrumentation, logs, testing
-from otel_tasks._core import creation as _create
 from otel_tasks._core.state import TRANSITIONS, CancelKind, Outcome, TaskPriority
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ SETTINGS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, set[str
     "make_lifespan": (fastapi.make_lifespan, None, set()),
     "TaskManager": (otel_tasks.TaskManager, None, set()),
     "TaskGroup": (otel_tasks.TaskGroup, None, set()),
-    "create_task": (otel_tasks.TaskManager.create_task, _create.create, {"coro"}),
+    "create_task": (otel_tasks.TaskManager.create_task, otel_tasks.TaskGroup._create, {"coro"}),
     "watch": (otel_tasks.TaskManager.watch, None, set()),
     "RestartPolicy": (otel_tasks.RestartPolicy, None, {"jitter"}),
 }

@@ -9,7 +9,7 @@ from otel_tasks._core.current import current_manager
 from otel_tasks._core.decorator import ManagedFunction, managed_task
 from otel_tasks._core.frames import Location
 from otel_tasks._core.group import TaskGroup
-from otel_tasks._core.ledger import TaskStats
+from otel_tasks._core.info import TaskInfo
 from otel_tasks._core.manager import (
     ShutdownReport,
     TaskManager,
@@ -27,11 +27,12 @@ from otel_tasks._core.manager import (
     start_task,
     wait_for_task,
 )
+from otel_tasks._core.records import TaskStats
 from otel_tasks._core.service import RestartPolicy
 from otel_tasks._core.state import CancelKind, TaskPriority, TaskStatus
-from otel_tasks._core.task import ManagedTask, TaskInfo
+from otel_tasks._core.task import ManagedTask
 from otel_tasks._core.task_tree import GroupNode, TaskNode, TaskTree
-from otel_tasks._core.telemetry import VERSION as __version__
+from otel_tasks._core.telemetry.conventions import VERSION as __version__
 from otel_tasks.cancellation import (
     CancelCause,
     CancelEvent,

@@ -21,7 +21,7 @@ from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-de
 )
 
 from otel_tasks._core.log import logger
-from otel_tasks._core.telemetry import Providers, set_default_providers
+from otel_tasks._core.telemetry.providers import Providers, set_default_providers
 from otel_tasks.asgi import TaskGroupMiddleware
 
 if TYPE_CHECKING:

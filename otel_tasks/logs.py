@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from otel_tasks._core.log import ATTRIBUTE, FIELDS
 from otel_tasks._core.manager import current_task
-from otel_tasks._core.telemetry import current_span_context, ids_in_hex
+from otel_tasks._core.telemetry.context import current_span_context, ids_in_hex
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

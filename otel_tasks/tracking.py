@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from otel_tasks._core.awaiters import with_awaiters
 from otel_tasks._core.cancellation import cancel_once
 from otel_tasks._core.checks import checked_seconds
-from otel_tasks._core.creation import close_quietly
+from otel_tasks._core.coroutines import close_quietly
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.log import logger
 from otel_tasks._core.state import CancelKind
-from otel_tasks._core.task import add_done_callback, failure_of, stack_of, wait_until_done
+from otel_tasks._core.task import failure_of, stack_of
+from otel_tasks._core.waiting import add_done_callback, wait_until_done
 from otel_tasks.exceptions import WrongLoopError
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from opentelemetry.metrics import _internal as metrics_internal
 from opentelemetry.trace import NoOpTracerProvider, Span, Tracer, TracerProvider
 
 from otel_tasks import RestartPolicy, TaskManager, current_task
-from otel_tasks._core.telemetry import Providers, errors, providers, set_default_providers
+from otel_tasks._core.telemetry import errors, providers
 from otel_tasks._core.telemetry import metrics as instruments
+from otel_tasks._core.telemetry.providers import Providers, set_default_providers
 from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.logs import TaskContextFilter
 from otel_tasks.testing import FakeConnection, SpanRecorder

@@ -27,7 +27,7 @@ from tests.helpers import cancel_at_each_await, counters, fail, give, kind_of, n
 
 if TYPE_CHECKING:
     from otel_tasks import TaskGroup
-    from otel_tasks._core.task import TaskInfo
+    from otel_tasks._core.info import TaskInfo
     from otel_tasks.testing import SpanRecorder
 
 needs_eager = pytest.mark.skipif(sys.version_info < (3, 12), reason="eager start came with Python 3.12")
@@ -520,7 +520,7 @@ async def test_one_that_ends_at_once_gives_its_place_back() -> None:
     manager = TaskManager(max_concurrency=1, max_queue=0, eager_start=True)
     for number in range(1000):
         assert manager.create_task(give(number)).result() == number
-    assert (manager._ledger.limiter.used, manager.stats().completed) == (0, 1000)
+    assert (manager._ledger.places.limiter.used, manager.stats().completed) == (0, 1000)
 
 
 @needs_eager

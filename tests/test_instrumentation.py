@@ -18,7 +18,7 @@ from starlette.middleware.gzip import GZipMiddleware
 
 from otel_tasks import TaskManager, create_task, current_group
 from otel_tasks import instrumentation as instrumentation_module
-from otel_tasks._core.telemetry import set_default_providers
+from otel_tasks._core.telemetry.providers import set_default_providers
 from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.instrumentation import OTEL_PYTHON_OTEL_TASKS_FASTAPI_MIDDLEWARE as OPTION
 from otel_tasks.instrumentation import OtelTasksInstrumentor, with_task_groups

@@ -570,7 +570,7 @@ def test_thread_of_a_request_makes_the_first_task(shut_down_before: bool, manage
         return connection.status
 
     assert asyncio.run(request()) == 200
-    assert manager._ledger.thread == threading.get_ident()
+    assert manager._ledger.home.thread == threading.get_ident()
 
 
 @pytest.mark.real_clock

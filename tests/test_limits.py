@@ -33,14 +33,14 @@ from otel_tasks import (
     current_group,
     current_task,
 )
-from otel_tasks._core.telemetry import Providers, set_default_providers
+from otel_tasks._core.telemetry.providers import Providers, set_default_providers
 from otel_tasks.testing import SpanRecorder, VirtualClockLoop, assert_no_tasks_left, run
 from tests.helpers import cancel_at_each_await, counters, give, kind_of, now, rest, settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from otel_tasks._core.task import TaskInfo
+    from otel_tasks._core.info import TaskInfo
 
 LOW, NORMAL, HIGH, CRITICAL = TaskPriority
 here = contextvars.ContextVar("here", default="outside")
@@ -92,7 +92,7 @@ def put(
 
 def places(manager: TaskManager, *groups: TaskGroup) -> list[tuple[int, int]]:
     """Places taken and tickets waiting, in the manager and in groups."""
-    limiters = [manager._ledger.limiter, *(group._limiter for group in groups)]
+    limiters = [manager._ledger.places.limiter, *(group._limiter for group in groups)]
     return [(limiter.used, limiter.waiting) for limiter in limiters if limiter is not None]
 
 
@@ -754,17 +754,17 @@ async def test_put_task_waits_for_room(log: Log, max_queue: int, whose: str) -> 
     manager = TaskManager(**(limits if whose == "manager" else {}))
     async with manager.group("pages", **(limits if whose == "group" else {})) as group:
         begin = now()
-        waiting_producers = [put(group, log.work(number)) for number in range(8)]
+        producers = [put(group, log.work(number)) for number in range(8)]
         await settle()
-        assert [putter.done() for putter in waiting_producers].count(True) == 1 + max_queue
+        assert [producer.done() for producer in producers].count(True) == 1 + max_queue
         refused = log.work("refused")
         with pytest.raises(QueueFullError):
             group.create_task(refused)
-        await asyncio.gather(*waiting_producers)
+        await asyncio.gather(*producers)
 
     assert log.begun == list(range(8))
     assert (log.most, now() - begin) == (1, 8)
-    assert not manager._ledger.waiting_producers
+    assert not manager._ledger.places._producers
 
 
 async def test_a_producer_wakes_for_a_place_as_for_room(log: Log) -> None:
@@ -801,7 +801,7 @@ async def test_a_higher_limit_wakes_waiting_producers(log: Log, whose: str) -> N
         group.create_task(log.work("first", 100))
         await settle()
         group.max_concurrency = manager.max_concurrency = 1
-        waiting_producers = [put(group, log.work(number, 100)) for number in range(4)]
+        producers = [put(group, log.work(number, 100)) for number in range(4)]
         await settle()
         if whose == "manager":
             group.max_concurrency = 10
@@ -810,7 +810,7 @@ async def test_a_higher_limit_wakes_waiting_producers(log: Log, whose: str) -> N
             manager.max_concurrency = 10
             group.max_concurrency = 3
         await settle()
-        assert [putter.done() for putter in waiting_producers] == [True, True, False, False]
+        assert [producer.done() for producer in producers] == [True, True, False, False]
         assert log.begun == ["first", 0, 1]
         group.max_concurrency = manager.max_concurrency = None
         await settle()
@@ -827,7 +827,7 @@ async def test_a_producer_whose_room_was_taken_stands_at_the_head_again(log: Log
     ):
         task = first.create_task(log.work("first"))
         second.create_task(log.work("second"))
-        waiting_producers = [
+        producers = [
             put(first, log.work("put 1")),
             put(first, log.work("put 2")),
             put(second, log.work("put 3")),
@@ -835,8 +835,8 @@ async def test_a_producer_whose_room_was_taken_stands_at_the_head_again(log: Log
         await settle()
         task.add_done_callback(lambda _: first.create_task(log.work("faster", 10)))
         await asyncio.sleep(2)
-        assert [putter.done() for putter in waiting_producers] == [False, False, True]
-        await asyncio.gather(*waiting_producers)
+        assert [producer.done() for producer in producers] == [False, False, True]
+        await asyncio.gather(*producers)
 
     assert log.begun == ["first", "second", "faster", "put 3", "put 1", "put 2"]
 
@@ -903,10 +903,10 @@ async def test_a_producer_of_a_group_that_is_finished(log: Log) -> None:
     begin = now()
     coro = log.work("no")
     async with manager.group("pages") as group:
-        putter = put(group, coro)
+        producer = put(group, coro)
         await asyncio.sleep(1)
     with pytest.raises(GroupClosedError, match="is finished"):
-        await putter
+        await producer
     assert now() - begin == 1
     assert is_closed(coro)
     await manager.join()
@@ -918,12 +918,12 @@ async def test_a_producer_of_a_group_that_is_cancelled(log: Log) -> None:
     manager.create_task(log.work("long", 100))
     begin = now()
     async with manager.group("outer") as outer, outer.group("inner") as inner:
-        waiting_producers = [put(outer, log.work("no")), put(inner, log.work("no"))]
+        producers = [put(outer, log.work("no")), put(inner, log.work("no"))]
         await settle()
         outer.cancel("enough")
-        for putter in waiting_producers:
+        for producer in producers:
             with pytest.raises(GroupClosedError, match="is closed \\(explicit\\)"):
-                await asyncio.shield(putter)
+                await asyncio.shield(producer)
             assert now() == begin
     await manager.join()
 
@@ -933,13 +933,13 @@ async def test_waiting_producers_of_a_manager_that_is_shut_down(log: Log) -> Non
     manager = TaskManager(max_concurrency=1, max_queue=0)
     manager.create_task(log.work("first", 3))
     coros = [log.work(number) for number in range(3)]
-    waiting_producers = [put(manager, coro) for coro in coros]
+    producers = [put(manager, coro) for coro in coros]
     await settle()
     begin = now()
     stopping = asyncio.create_task(manager.shutdown(grace=10))
-    for putter in waiting_producers:
+    for producer in producers:
         with pytest.raises(ManagerClosedError, match="was shut down by shutdown"):
-            await putter
+            await producer
     assert now() == begin
     assert all(map(is_closed, coros))
     assert (await stopping).completed == 1
@@ -1190,7 +1190,7 @@ def test_a_loop_closed_under_queued_tasks(log: Log, caplog: pytest.LogCaptureFix
     for task in dead:
         task._log_destroy_pending = False  # type: ignore[attr-defined]  # of the C task, too
     [warning] = caplog.messages
-    assert "and lost group 'root': 'work-3', 'work-4' (not started); group 'mail': 'work-1', " in warning
+    assert "and lost group 'root': 'work-3', 'work-4' (not started); group 'mail': 'work', " in warning
 
 
 async def test_listeners_see_the_queue(log: Log) -> None:
@@ -1258,8 +1258,8 @@ def test_each_await_may_be_cancelled(spans: SpanRecorder) -> None:
     assert cancel_at_each_await(scenario, spans) >= 4
     for manager, group in seen:
         assert places(manager, group) == [(0, 0)] * 2
-        assert not manager._ledger.waiting_producers
-        assert manager._ledger._woken is None
+        assert not manager._ledger.places._producers
+        assert manager._ledger.places._woken is None
 
 
 # -- bad options --------------------------------------------------------------------------------
@@ -1362,7 +1362,7 @@ class Step:
 STEP = st.builds(
     Step,
     what=st.sampled_from(
-        ["create", "create", "create", "put", "cancel", "wait for", "limit", "drop putter", "pass"]
+        ["create", "create", "create", "put", "cancel", "wait for", "limit", "drop producer", "pass"]
     ),
     number=st.integers(0, 30),
     level=st.sampled_from(TaskPriority),
@@ -1378,7 +1378,7 @@ class World:
     manager: TaskManager
     groups: list[TaskGroup | None]
     tasks: list[ManagedTask[Any]] = field(default_factory=list)
-    waiting_producers: list[asyncio.Task[ManagedTask[Any]]] = field(default_factory=list)
+    producers: list[asyncio.Task[ManagedTask[Any]]] = field(default_factory=list)
     waiters: list[asyncio.Task[Any]] = field(default_factory=list)
     coros: list[Coroutine[Any, Any, Any]] = field(default_factory=list)
     running: dict[object, int] = field(default_factory=dict)
@@ -1412,13 +1412,13 @@ class World:
             self.create(step, place, group)
         elif step.what == "put":
             self.coros.append(self.work(group, step.seconds))
-            self.waiting_producers.append(put(place, self.coros[-1], priority=step.level))
+            self.producers.append(put(place, self.coros[-1], priority=step.level))
         elif step.what == "limit":
             place.max_concurrency = step.limit
         elif step.what == "cancel" and self.tasks:
             self.tasks[step.number % len(self.tasks)].cancel()
-        elif step.what == "drop putter" and self.waiting_producers:
-            self.waiting_producers[step.number % len(self.waiting_producers)].cancel()
+        elif step.what == "drop producer" and self.producers:
+            self.producers[step.number % len(self.producers)].cancel()
         elif step.what == "wait for" and self.tasks:
             chosen = self.tasks[step.number % len(self.tasks)]
             # Of another manager, so that it takes no place here.
@@ -1446,7 +1446,7 @@ class World:
         queued = [task for task in live if task._extras is not None and task._extras.queued]
         assert self.manager.stats().queued == len(queued)
         for place in self.limited():
-            limiter = place._ledger.limiter if isinstance(place, TaskManager) else place._limiter
+            limiter = place._ledger.places.limiter if isinstance(place, TaskManager) else place._limiter
             assert limiter is not None
             tickets = [task._extras.ticket for task in live if task._extras and task._extras.ticket]
             mine = [ticket for ticket in tickets if limiter in ticket.limiters]
@@ -1456,23 +1456,23 @@ class World:
             assert task._extras is not None
             assert task._extras.ticket is not None
             assert any(limiter.room() < 1 for limiter in task._extras.ticket.limiters)
-        for group, waiter in self.manager._ledger.waiting_producers:
-            assert group._stands_in_line()
+        for group, waiter in self.manager._ledger.places._producers:
+            assert group._is_full()
             assert not waiter.done()
 
     async def end(self) -> None:
         # Each runs for at most five seconds: none may still wait after this.
         await asyncio.sleep(5 * len(self.coros) + 5)
         self.check()
-        assert all(putter.done() for putter in self.waiting_producers)
+        assert all(producer.done() for producer in self.producers)
         assert all(task.done() for task in self.tasks)
         assert all(map(is_closed, self.coros))
-        put_by = [putter.result() for putter in self.waiting_producers if not putter.cancelled()]
+        put_by = [producer.result() for producer in self.producers if not producer.cancelled()]
         assert self.manager.stats().created == len(self.tasks) + len(put_by)
         for place in self.limited():
             assert self.running.get(place, 0) == 0
         assert (await self.manager.shutdown(grace=0)).clean
-        await asyncio.gather(*self.waiting_producers, *self.waiters, return_exceptions=True)
+        await asyncio.gather(*self.producers, *self.waiters, return_exceptions=True)
         await assert_no_tasks_left()
 
 
@@ -1531,7 +1531,7 @@ async def test_tickets_that_left_the_queue_are_let_go() -> None:
         for _ in range(10):
             manager.create_task(rest()).cancel()
         await settle()
-    assert len(manager._ledger.limiter._heap) < 40
+    assert len(manager._ledger.places.limiter._heap) < 40
     assert manager.stats().queued == 0
     await manager.shutdown(0)
 

@@ -402,7 +402,7 @@ async def test_default_of_every_option_may_be_passed() -> None:
         parameters = inspect.signature(function).parameters.values()
         shown = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
         task = function(give(1), **shown)
-        assert (task.get_name()[:5], task.priority) == ("give-", TaskPriority.NORMAL)
+        assert (task.get_name()[:4], task.priority) == ("give", TaskPriority.NORMAL)
         assert await task == 1
 
 

@@ -292,7 +292,7 @@ async def test_metrics_may_be_read_while_groups_and_managers_come_and_go(
             held.append(manager.get_group(f"g{number}"))
             if number % 10 == 9:
                 held.append(other := new_manager(spans))
-                other._ledger.enter()
+                other._ledger.home.enter()
             if number % 100 == 99:
                 held.clear()
     finally:

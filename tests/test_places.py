@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import settings
@@ -24,16 +25,31 @@ LOW, NORMAL, HIGH, CRITICAL = TaskPriority
 STRICT = float("inf")
 
 
+class Claimant(NamedTuple):
+    """One that does nothing with its place."""
+
+    name: str
+
+    def leave_queue(self) -> None: ...
+
+    def grant(self) -> None: ...
+
+
+def name_of(ticket: Ticket) -> str:
+    assert isinstance(ticket.claimant, Claimant)
+    return ticket.claimant.name
+
+
 def ticket(
     name: str, *limiters: Limiter, level: TaskPriority = NORMAL, at: float = 0.0, ageing: float = 10.0
 ) -> Ticket:
-    """A ticket that is called by its payload."""
-    return Ticket(limiters, level, at, ageing, name)
+    """A ticket of this name."""
+    return Ticket(limiters, level, at, ageing, Claimant(name))
 
 
 def names(tickets: list[Ticket]) -> list[str]:
     """The names of tickets, in order."""
-    return [ticket.payload for ticket in tickets]
+    return [name_of(ticket) for ticket in tickets]
 
 
 def served(limiter: Limiter, running: Ticket) -> list[str]:
@@ -41,7 +57,7 @@ def served(limiter: Limiter, running: Ticket) -> list[str]:
     order: list[str] = []
     while ready := release(running):
         [running] = ready
-        order.append(running.payload)
+        order.append(name_of(running))
     assert (limiter.used, limiter.waiting) == (0, 0)
     return order
 
@@ -449,8 +465,8 @@ class Admission(RuleBasedStateMachine):
         place = self.tickets.index(model)
         if self.ageing == STRICT:
             return (-model.level, model.arrived, place)
-        # One level less for each `ageing` seconds of waiting less.
-        return (model.arrived / self.ageing - model.level, place)
+        # One level less for each `ageing` seconds of waiting less; exact, since equal ranks have to be equal.
+        return (Fraction(model.arrived) / Fraction(self.ageing) - model.level, place)
 
     def start_all_that_may(self) -> list[str]:
         """Again and again the best of those that may: what no implementation could afford."""
@@ -458,7 +474,7 @@ class Admission(RuleBasedStateMachine):
         while able := [model for model in self.tickets if not model.started and self.may_start(model)]:
             best = min(able, key=self.rank)
             best.started = True
-            started.append(best.real.payload)
+            started.append(name_of(best.real))
         return started
 
     # The steps.
@@ -472,12 +488,14 @@ class Admission(RuleBasedStateMachine):
         chosen = [] if group is None else [self.limiters[group]]
         if self.limiters["m"].limit is not None:
             chosen.append(self.limiters["m"])
-        real = Ticket(tuple(chosen), level, self.now, self.ageing, f"{len(self.tickets)} at {self.now}")
+        real = Ticket(
+            tuple(chosen), level, self.now, self.ageing, Claimant(f"{len(self.tickets)} at {self.now}")
+        )
         model = Model(real, group, level, self.now)
         self.tickets.append(model)
         expected = would_wait(chosen)
         assert admit(real) is not expected
-        assert self.start_all_that_may() == ([] if expected else [real.payload])
+        assert self.start_all_that_may() == ([] if expected else [name_of(real)])
 
     @precondition(lambda self: self.tickets)
     @rule(number=st.integers(0, 20))

@@ -1239,7 +1239,7 @@ async def _cancelled_service(
     assert report.clean
     assert manager.stats().live == 0
     assert manager.stats().queued == 0
-    assert not manager._ledger.limiter.used
+    assert not manager._ledger.places.limiter.used
     await settle()
     await assert_no_tasks_left()
     gc.collect()

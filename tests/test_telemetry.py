@@ -1500,7 +1500,7 @@ async def test_broken_telemetry_breaks_no_queue(
 
     assert [task.result() for task in good] == ["done"] * 3
     assert victim.cancelled()
-    assert (broken.stats().live, broken._ledger.limiter.used) == (0, 0)
+    assert (broken.stats().live, broken._ledger.places.limiter.used) == (0, 0)
     assert len(complaints(caplog)) == 1
 
 
@@ -1549,7 +1549,7 @@ async def test_without_an_sdk_no_span_work_is_done(monkeypatch: pytest.MonkeyPat
     for name in ("copy_context", "start_span", "code_name"):
         monkeypatch.setattr(f"otel_tasks._core.creation.{name}", never)
     for name in ("end_span", "outcome_of"):
-        monkeypatch.setattr(f"otel_tasks._core.ledger.{name}", never)
+        monkeypatch.setattr(f"otel_tasks._core.ending.{name}", never)
     manager = TaskManager()
     task = manager.create_task(work())
     async with manager.group("load", span=True) as group:

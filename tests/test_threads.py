@@ -546,7 +546,7 @@ def test_system_exit_of_a_factory_passes_through_the_loop() -> None:
 def test_manager_without_a_loop_refuses_a_thread() -> None:
     """It says how the manager gets one."""
     coro = rest()
-    with pytest.raises(WrongLoopError, match=r"^manager 'm' runs in no event loop by now: enter it there"):
+    with pytest.raises(WrongLoopError, match=r"^manager 'm' runs in no event loop: enter it there"):
         TaskManager("m").create_task_threadsafe(coro)
     assert is_closed(coro)
 
@@ -559,7 +559,7 @@ def test_manager_of_a_closed_loop_refuses_a_thread() -> None:
         await manager.create_task(give(None))
 
     run(use())
-    with pytest.raises(WrongLoopError, match="runs in no event loop by now"):
+    with pytest.raises(WrongLoopError, match="runs in no event loop"):
         manager.create_task_threadsafe(rest())
 
 
@@ -776,7 +776,7 @@ def test_cancel_works_where_the_loop_has_moved_to_another_thread() -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         assert pool.submit(loop.run_until_complete, end(task)).result()
         pool.submit(loop.run_until_complete, note()).result()
-        assert manager._ledger.thread == pool.submit(threading.get_ident).result()
+        assert manager._ledger.home.thread == pool.submit(threading.get_ident).result()
     loop.close()
 
 
@@ -923,7 +923,7 @@ async def test_function_runs_in_a_thread_and_gives_the_task_its_result(
 
     task = manager.run_in_thread(add, 3, 4, group="sums", metadata={"kind": "sum"})
     assert await task == (7, f"otel_tasks {task.id}", True)
-    assert task.name.startswith("add-")
+    assert task.name == "add"
     assert (task.group.name, task.metadata) == ("sums", {"kind": "sum"})
     attributes = spans.span("add").attributes
     assert attributes is not None
@@ -938,10 +938,10 @@ async def test_partial_and_callable_object_are_named_after_their_function(manage
             return number + 1
 
     task = manager.run_in_thread(functools.partial(functools.partial(give_plain, 1), other=2))
-    assert task.name.startswith("give_plain-")
+    assert task.name.startswith("give_plain")
     assert await task == (1, 2)
     task_of_object = manager.run_in_thread(Adder(), 1)
-    assert task_of_object.name.startswith("Adder-")
+    assert task_of_object.name.startswith("Adder")
     assert await task_of_object == 2
 
 
@@ -1091,7 +1091,7 @@ async def test_coroutine_for_a_thread_is_closed(manager: TaskManager) -> None:
     coro: Any = rest()
     with pytest.raises(TypeError, match="got the coroutine rest"):
         manager.run_in_thread(coro)
-    with pytest.raises(TypeError, match=r"the function of task 'rest_by_\w+-\d' returned a coroutine"):
+    with pytest.raises(TypeError, match="the function of task 'rest_by_mistake' returned a coroutine"):
         await manager.run_in_thread(rest_by_mistake)
     with pytest.raises(TypeError, match="group must be a name"):
         manager.run_in_thread(rest(), group=7)  # type: ignore[arg-type]  # the mistake in question

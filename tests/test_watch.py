@@ -182,7 +182,7 @@ def test_manager_that_goes_to_another_loop_is_left(caplog: pytest.LogCaptureFixt
     async def second() -> None:
         scan = HealthScan(manager._ledger, asyncio.get_running_loop(), 1.0, None, None)
         scans.append(scan)
-        manager._ledger.loop = None
+        manager._ledger.home.loop = None
         scan._scan_batch(iter(()), [[]])
         assert not hasattr(scan, "_handle")
 
@@ -407,7 +407,7 @@ async def test_loop_that_waits_is_not_held(caplog: pytest.LogCaptureFixture) -> 
     """An idle loop is never reported, whatever a late thread measures."""
     async with TaskManager() as manager:
         dog = Watchdog(manager._ledger, asyncio.get_running_loop(), 0.02)
-        manager._ledger.bind(asyncio.get_running_loop())
+        manager._ledger.home.bind(asyncio.get_running_loop())
 
         def tells() -> str | None:
             # The test's task is about to wait for this thread.
@@ -428,7 +428,7 @@ async def test_loop_that_waits_is_not_held(caplog: pytest.LogCaptureFixture) -> 
 async def test_answer_that_comes_in_between_is_no_trouble(caplog: pytest.LogCaptureFixture) -> None:
     """Code that runs after the loop has answered is not blamed, and none is after the end."""
     async with TaskManager() as manager:
-        manager._ledger.bind(asyncio.get_running_loop())
+        manager._ledger.home.bind(asyncio.get_running_loop())
         dog = Watchdog(manager._ledger, asyncio.get_running_loop(), 0.02)
         dog._answered.set()
         assert dog._report() is None
@@ -461,7 +461,7 @@ async def test_code_that_lets_no_thread_run_is_logged_afterwards(caplog: pytest.
         return [line for line in lines(caplog) if "'holds'" in line]
 
     async with TaskManager() as manager:
-        manager._ledger.bind(asyncio.get_running_loop())
+        manager._ledger.home.bind(asyncio.get_running_loop())
         dog = Watchdog(manager._ledger, asyncio.get_running_loop(), 0.01)
         dog._stopped = Late()
 
@@ -497,7 +497,7 @@ async def test_same_functions_are_logged_once_a_minute(monkeypatch: pytest.Monke
 async def test_known_trouble_is_not_logged_again(caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is logged unless there is news, even at the end."""
     async with TaskManager() as manager:
-        manager._ledger.bind(asyncio.get_running_loop())
+        manager._ledger.home.bind(asyncio.get_running_loop())
         dog = Watchdog(manager._ledger, asyncio.get_running_loop(), 0.02)
 
         async def holds() -> None:

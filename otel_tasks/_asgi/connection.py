@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from itertools import takewhile
 from typing import Any, TypeAlias
 
-from otel_tasks._core.telemetry import quiet_context
+from otel_tasks._core.telemetry.context import quiet_context
 
 Message: TypeAlias = MutableMapping[str, Any]
 Scope: TypeAlias = MutableMapping[str, Any]

@@ -21,8 +21,8 @@ from otel_tasks._core.constructs import known_cause
 from otel_tasks._core.log import log_fields_of_all, logger
 from otel_tasks._core.request_group import REQUEST_ENDED
 from otel_tasks._core.state import CancelKind
-from otel_tasks._core.task import wait_until_done
-from otel_tasks._core.telemetry import annotate_request
+from otel_tasks._core.telemetry.request import annotate_request
+from otel_tasks._core.waiting import wait_until_done
 
 if TYPE_CHECKING:
     from otel_tasks._asgi.connection import Message

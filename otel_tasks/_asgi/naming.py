@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks._asgi.rule import SAFE_METHODS
-from otel_tasks._core.telemetry import route_in
+from otel_tasks._core.telemetry.request import route_in
 
 if TYPE_CHECKING:
     from contextvars import Context

@@ -24,7 +24,8 @@ from otel_tasks._core.events import CancelCause
 from otel_tasks._core.request_group import RequestGroup
 from otel_tasks._core.state import CancelKind
 from otel_tasks._core.task import ManagedTask
-from otel_tasks._core.telemetry import current_span_context, note_disconnect
+from otel_tasks._core.telemetry.context import current_span_context
+from otel_tasks._core.telemetry.request import note_disconnect
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

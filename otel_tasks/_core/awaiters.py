@@ -13,7 +13,8 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks._core.cancellation import Wait
-from otel_tasks._core.task import ManagedTask, waiters_behind
+from otel_tasks._core.task import ManagedTask
+from otel_tasks._core.waiting import waiters_behind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -25,7 +25,7 @@ from otel_tasks._core.clock import clock_of
 from otel_tasks._core.constructs import known_cause
 from otel_tasks._core.events import TREE_LOCK, CancelCause, CancelEvent, requester_name
 from otel_tasks._core.state import CancelKind
-from otel_tasks._core.telemetry import current_span_context
+from otel_tasks._core.telemetry.context import current_span_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from otel_tasks._core.binding import bound_request, worker_here
 from otel_tasks._core.clock import now
 from otel_tasks._core.state import CancelKind
-from otel_tasks._core.telemetry import current_span_context
+from otel_tasks._core.telemetry.context import current_span_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable

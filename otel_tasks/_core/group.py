@@ -9,57 +9,36 @@ A request's group is scoped too, but no block: the middleware opens, cancels and
 from __future__ import annotations
 
 import asyncio
-from asyncio import _get_running_loop
 from contextlib import suppress
-from contextvars import copy_context
-from types import CoroutineType
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
-from otel_tasks._core import creation as creating
-from otel_tasks._core import tree
 from otel_tasks._core.awaiters import with_awaiters
-from otel_tasks._core.binding import Binding, BoundRequest, current_binding
-from otel_tasks._core.cancellation import CancelCause, CancelEvent
 from otel_tasks._core.checks import check_choice, check_count, check_flag, checked_name, checked_seconds
-from otel_tasks._core.creation import (
-    NamedTaskOptions,
-    TaskOptions,
-    check_coroutine,
-    close_quietly,
-    create_eagerly,
-    create_with,
-    is_free_name,
-    next_free,
-    start_task_span,
-    with_options_of,
-)
+from otel_tasks._core.coroutines import check_coroutine, close_quietly
+from otel_tasks._core.creation import Creation
 from otel_tasks._core.current import current_group_or_none, current_manager, nearest_open, stand_in
+from otel_tasks._core.events import CancelCause
+from otel_tasks._core.options import NamedTaskOptions, with_options_of
 from otel_tasks._core.places import Limiter, checked_limiter
 from otel_tasks._core.progress import add_up
 from otel_tasks._core.scope import OnError, Scope
 from otel_tasks._core.state import CancelKind, TaskPriority
-from otel_tasks._core.task import ManagedTask, add_done_callback, cause_elsewhere, reported, wait_until_done
-from otel_tasks._core.telemetry import (
-    GROUP_ID,
-    GROUP_NAME,
-    MANAGER_NAME,
-    low_cardinality,
-    start_group_span,
-    trace,
-)
+from otel_tasks._core.task import ManagedTask, cause_elsewhere, reported
 from otel_tasks._core.threads import in_thread
+from otel_tasks._core.tree import renew
+from otel_tasks._core.waiting import wait_until_done
 from otel_tasks.exceptions import GroupClosedError
 
 if TYPE_CHECKING:
     import concurrent.futures
-    from collections.abc import Callable, Collection, Coroutine, Iterator
+    from collections.abc import Callable, Collection, Coroutine
     from types import TracebackType
     from typing import Self, Unpack
 
-    from otel_tasks._core.ledger import Ledger
+    from otel_tasks._core.binding import BoundRequest
     from otel_tasks._core.manager import TaskManager
     from otel_tasks._core.progress import GroupProgress
-    from otel_tasks._core.telemetry import GroupSpan
+    from otel_tasks._core.tree import Ledger
 
 T = TypeVar("T")
 
@@ -70,7 +49,7 @@ Args = TypeVarTuple("Args")
 _NAME_IT = 'call it by its work, as in TaskGroup("load")'
 
 
-class TaskGroup:
+class TaskGroup(Creation):
     """A group of tasks, and of groups below it; with ``async with`` a drop-in for ``asyncio.TaskGroup``.
 
     Args:
@@ -95,37 +74,6 @@ class TaskGroup:
         ...     second = group.create_task(fetch(2))
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_cause",
-        "_children",
-        "_event",
-        "_id",
-        "_label",
-        "_ledger",
-        "_limiter",
-        "_linked",
-        "_live",
-        "_name",
-        "_names",
-        "_number",
-        "_owns_span",
-        "_parent",
-        "_past_progress",
-        "_queued",
-        "_refusal",
-        "_scope",
-        "_sealed",
-        "_span",
-    )
-
-    _refusal: str | None
-    _scope: Scope | None
-    _limiter: Limiter | None
-    # The group of a request, RequestGroup, has both.
-    _binding: Binding | None = None
-    _host: asyncio.Task[Any] | None = None
-
     def __init__(
         self,
         name: str | None = None,
@@ -143,41 +91,11 @@ class TaskGroup:
         self._set_up(root._ledger, label, None)
         check_flag("span", span)
         self._scope = Scope(on_error, checked_seconds("timeout", timeout), span=span)
-        self._refusal = "has not been entered"
-        self._limiter = checked_limiter(max_concurrency, max_queue)
-
-    def _set_up(self, ledger: Ledger, name: str | Callable[[], str], parent: TaskGroup | None) -> None:
-        self._ledger = ledger
-        self._name = name
-        self._id: str | None = None
-        # Name, id and whether it is scoped, as the history keeps them; None while they may change.
-        self._label: tuple[str, str, bool] | None = None
-        # Given when a scoped group opens; 0 before.
-        self._number = 0
-        self._parent = parent
-        self._children: dict[TaskGroup, None] = {}
-        self._live: dict[str | int, ManagedTask[Any]] = {}
-        # The table in which names must be unique: its own, or for labelled groups the root's.
-        self._names = self._live
-        self._linked = False
-        self._sealed = False
-        # Its own, or that of the group around it: the parent of what its block starts.
-        self._span: GroupSpan | None = None
-        self._owns_span = False
-        self._event: CancelEvent | None = None
-        # Why it is being cancelled; for good in a scoped group, for the moment in a labelled one.
-        self._cause: CancelCause | None = None
-        # How many of its ended tasks had reported progress, and how much they did; of a scoped group only.
-        self._past_progress: tuple[int, float] | None = None
-        # Why it takes no new tasks; None while it does.
-        self._refusal = None
-        self._scope = None
-        self._limiter = None
-        # Of the live tasks, those that wait for a place.
-        self._queued = 0
+        self._limit(checked_limiter(max_concurrency, max_queue))
+        self._refuse("has not been entered")
 
     @classmethod
-    def _labelled(cls, ledger: Ledger, name: str, parent: TaskGroup | None) -> TaskGroup:
+    def _labeled(cls, ledger: Ledger, name: str, parent: TaskGroup | None) -> TaskGroup:
         group = cls.__new__(cls)
         group._set_up(ledger, name, parent)
         group._id = name
@@ -189,23 +107,6 @@ class TaskGroup:
     # -- what it is -------------------------------------------------------------------------
 
     @property
-    def name(self) -> str:
-        """What it is called; a request's is named after its route once that is known."""
-        return self._name if isinstance(self._name, str) else self._name()
-
-    @property
-    def id(self) -> str:
-        """The name, for a scoped group with ``#`` and a number behind it."""
-        if self._id is None:
-            return f"{self.name}#{self._number}" if self._number else self.name
-        return self._id
-
-    @property
-    def scoped(self) -> bool:
-        """True for one that is entered and closed, False for one that is named by a string."""
-        return self._id is None
-
-    @property
     def parent(self) -> TaskGroup | None:
         """The group above; None for a manager's root."""
         return self._parent
@@ -214,26 +115,6 @@ class TaskGroup:
     def manager(self) -> TaskManager:
         """The manager at whose root its tree begins."""
         return self._ledger.manager
-
-    @property
-    def tasks(self) -> tuple[ManagedTask[Any], ...]:
-        """The live tasks of this very group, oldest first."""
-        if self._parent is None:
-            # The root's table has the tasks of all labelled groups.
-            return tuple(task for task in self._live.values() if task._group is self)
-        return tuple(self._live.values())
-
-    @property
-    def cancel_event(self) -> CancelEvent:
-        """Set when the group or one above it is cancelled; made on first use, for a labelled group anew.
-
-        It may be asked for in any thread.
-        """
-        if self._cause is not None and not self.scoped:
-            # Perhaps that of a shutdown in another loop.
-            self._ledger.look()
-        event = self._event
-        return tree.make_event(self) if event is None or tree.is_used_up(self, event) else event
 
     @property
     def progress(self) -> GroupProgress:
@@ -261,77 +142,7 @@ class TaskGroup:
 
     # -- tasks ------------------------------------------------------------------------------
 
-    @with_options_of(creating.create)
-    def create_task(
-        self,
-        coro: Coroutine[Any, Any, T],
-        *,
-        name: str | None = None,
-        priority: TaskPriority | int = TaskPriority.NORMAL,
-        **options: Unpack[TaskOptions],
-    ) -> ManagedTask[T]:
-        """Create a task in this group; the parameters are those of ``TaskManager.create_task``.
-
-        Raises:
-            GroupClosedError: The group takes no new tasks; ``coro`` is closed.
-            QueueFullError: No place is free and no more tasks may wait; ``coro`` is closed.
-        """
-        ledger = self._ledger
-        names = self._names
-        bound = current_binding.get()
-        if (
-            options
-            or (loop := _get_running_loop()) is not ledger.fast_path_loop
-            or ledger.factories._task_factory is not None
-            or type(coro) is not CoroutineType
-            or (priority is not _NORMAL and type(priority) is not TaskPriority)
-            or self._refusal is not None
-            or self._limiter is not None
-            or (bound is not None and bound is not (self._binding or self))
-            or (name is not None and not is_free_name(ledger, names, name))
-        ):
-            return create_with(self, coro, name, priority, options)
-        # What is left is most tasks: no option, and nobody who listens or limits. The same as
-        # `creation.create` with all that cannot matter here left out and the calls inlined, in a
-        # third of its time.
-        if name is None:
-            name = coro.__name__
-            key: str | int = next_free(self, name) if ledger.lookalikes else ledger.next_number()
-        else:
-            key = name
-        span = context = None
-        # Looked at before asking: two calls less where nobody traces, 2 % of a task. In this order: a
-        # later OpenTelemetry may lack the name.
-        if not ledger.telemetry.is_global or trace._TRACER_PROVIDER is not None:
-            tracer = ledger.telemetry.tracer()
-            if tracer is not None:
-                context = copy_context()
-                span = context.run(start_task_span, self, tracer, name, key, coro, priority, False)
-        if ledger.eager_start:
-            return create_eagerly(self, coro, name, key, priority, span, context)
-        # Built directly: create_task() of the loop would make a task of another class.
-        if context is None:
-            task = ManagedTask(coro, loop=loop, name=name)
-        else:
-            task = ManagedTask(coro, loop=loop, name=name, context=context)
-        task._group = self
-        task._key = key
-        task._priority = priority
-        task._created_at = ledger.clock()
-        task._span = span
-        task._cause = None
-        task._extras = None
-        task._waiters = 0
-        ledger.created += 1
-        names[key] = task
-        if self._live is not names:
-            self._live[key] = task
-        if not self._linked and self._parent is not None:
-            tree.link(self._parent, self)
-        add_done_callback(task, ledger.on_done, context=ledger.context)
-        return task
-
-    @with_options_of(creating.create)
+    @with_options_of(Creation._create)
     def create_task_threadsafe(
         self,
         work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
@@ -363,7 +174,7 @@ class TaskGroup:
         """
         return self._hand_over(work, lambda: self, options)
 
-    @with_options_of(creating.create)
+    @with_options_of(Creation._create)
     def run_in_thread(
         self,
         function: Callable[[*Args], T],
@@ -410,7 +221,7 @@ class TaskGroup:
             close_quietly(coro)
             raise
 
-    @with_options_of(creating.create)
+    @with_options_of(Creation._create)
     async def put_task(
         self, coro: Coroutine[Any, Any, T], **options: Unpack[NamedTaskOptions]
     ) -> ManagedTask[T]:
@@ -435,7 +246,7 @@ class TaskGroup:
             raise
         finally:
             # What this one did not need, or leaves over, is for the next in line.
-            self._ledger.wake_producer()
+            self._ledger.places.wake_producer()
 
     @property
     def max_concurrency(self) -> int | None:
@@ -450,14 +261,15 @@ class TaskGroup:
     def max_concurrency(self, limit: int | None) -> None:
         # A lower one waits for running tasks to end, it stops none.
         check_count("max_concurrency", limit, 1)
+        limiter = self._limiter or Limiter(None, None)
         if self._limiter is None:
-            self._limiter = Limiter(None, None)
-            self._ledger.adopt(self.tasks, self._limiter, before=True)
+            self._limit(limiter)
+            self._count_for(limiter, before=True)
         # A labelled group is forgotten when it is empty; not one with a limit.
-        self._ledger.limited.discard(self)
+        self._ledger.places.limited.discard(self)
         if limit is not None and not self.scoped:
-            self._ledger.limited.add(self)
-        self._ledger.change_limit(self._limiter, limit)
+            self._ledger.places.limited.add(self)
+        self._ledger.places.change_limit(limiter, limit)
 
     def group(
         self,
@@ -503,7 +315,7 @@ class TaskGroup:
         Args:
             reason: Noted with the cause of each task.
         """
-        loop = self._ledger.elsewhere()
+        loop = self._ledger.home.elsewhere()
         if loop is None:
             self._cancel_all(CancelCause.make(CancelKind.EXPLICIT, reason))
             return
@@ -515,7 +327,7 @@ class TaskGroup:
         self._cancel_tasks(cause)
         if self._scope is not None:
             self._scope.cancel_body(cause)
-        tree.renew(announced, cause)
+        renew(announced, cause)
 
     async def join(self) -> None:
         """Wait until nothing is live in this group and below it, the calling task and what awaits it aside.
@@ -546,7 +358,7 @@ class TaskGroup:
         if host is None:
             raise RuntimeError(f"group {self.name!r} cannot determine the parent task: enter it in a task")
         ledger = self._ledger
-        loop = ledger.enter()
+        loop = ledger.home.enter()
         parent = None if self._parent is None else stand_in(self._parent)
         if parent is not None and parent.scoped and not parent._linked:
             state = "is finished" if parent._number else "has not been entered"
@@ -580,21 +392,6 @@ class TaskGroup:
             # See `leave`.
             del exc, traceback
 
-    def _open(self, parent: TaskGroup) -> None:
-        self._parent = parent
-        self._span = parent._span
-        self._number = self._ledger.next_number()
-        if isinstance(self._name, str):
-            self._label = (self._name, self.id, True)
-        self._refusal = None if self._cause is None else f"is closed ({self._cause.kind})"
-        # By number: a request's name, and so its id, changes once its route is known.
-        self._ledger.scopes[self._number] = self
-        parent._link(self)
-        above = parent._cause
-        if above is not None and self._cause is None:
-            # What hangs below a cancelled group is born cancelled.
-            self._signal_cancel(above)
-
     def _close(self, scope: Scope, host: asyncio.Task[Any]) -> None:
         ledger = self._ledger
         if ledger.hosts.get(host) is self:
@@ -602,10 +399,10 @@ class TaskGroup:
             if scope.outer is not None and scope.outer._linked:
                 ledger.hosts[host] = scope.outer
         scope.close()
-        self._refusal = self._refusal or "is finished"
+        self._refuse("is finished")
         self._sealed = True
         self._leave_tree()
-        ledger.wake_producer()
+        ledger.places.wake_producer()
 
     def _place(self, outer: TaskGroup | None) -> TaskGroup:
         """The group below which the block runs: the one it was made for, or the one around it."""
@@ -619,56 +416,3 @@ class TaskGroup:
         if group is None or group._ledger is not self._ledger or (group.scoped and not group._linked):
             return self._ledger.root
         return group
-
-    def _start_span(self) -> None:
-        tracer = self._ledger.telemetry.tracer()
-        if tracer is None:
-            return
-        attributes = {GROUP_NAME: self.name, GROUP_ID: self.id, MANAGER_NAME: self._ledger.name}
-        try:
-            self._span = start_group_span(tracer, low_cardinality(self.name), attributes, self._span)
-            self._owns_span = True
-        except Exception:
-            self._ledger.log_once("starting a span for group %r raised", self.id)
-
-    # -- what other modules call: creating stands in `creation`, the tree in `tree` ---------
-
-    _create = creating.create
-    _create_with = creating.create_with
-    _admit = creating.admit_name
-    _hand_over = creating.hand_over_to
-    _holder = creating.holder
-    _rename = creating.rename
-    _room = creating.wait_for_room
-    _stands_in_line = creating.stands_in_line
-
-    _remove = tree.remove
-    _is_empty = tree.is_empty
-    _link = tree.link
-    _leave_tree = tree.leave_tree
-    _keep_progress = tree.keep_progress
-    _below = tree.below
-    _signal_cancel = tree.signal_cancel
-    _cancel_tasks = tree.cancel_tasks
-    _cancel_bodies = tree.cancel_bodies
-    _seal = tree.seal
-
-    def _labels(self) -> tuple[str, str, bool]:
-        """Name, id and whether it is scoped, as spans and the history have them."""
-        if self._label is not None:
-            return self._label
-        # Looked up once: a request has to ask for its route.
-        name = self.name
-        return name, f"{name}#{self._number}", True
-
-    def _task_id(self, name: str) -> str:
-        return f"{self.id}/{name}" if self._id is None else name
-
-    def _every_live(self) -> Iterator[ManagedTask[Any]]:
-        """All live tasks of this group and below, each once."""
-        for group in self._below():
-            yield from group.tasks
-
-    def _child_failed(self, task: ManagedTask[Any], error: BaseException) -> bool:
-        """True if the failure is raised here, False if it has to be reported."""
-        return self._scope is not None and self._scope.child_failed(self, task, error)

@@ -22,7 +22,7 @@ from otel_tasks._core.binding import current_binding
 from otel_tasks._core.frames import Place, Stacks, place_of
 from otel_tasks._core.task import ManagedTask, own_coroutine, reported
 from otel_tasks._core.task_tree import GroupNode, TaskNode, TaskTree
-from otel_tasks._core.telemetry import span_ids
+from otel_tasks._core.telemetry.context import span_ids
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
     from otel_tasks._core.binding import BoundRequest
     from otel_tasks._core.group import TaskGroup
-    from otel_tasks._core.ledger import Ledger
     from otel_tasks._core.places import Limiter, Ticket
     from otel_tasks._core.task_tree import GroupKind, TaskKind
     from otel_tasks._core.threads import Worker
+    from otel_tasks._core.tree import Ledger
 
 # Levels of groups that are shown; deeper ones are counted. It bounds the recursion here and in JSON.
 _MAX_DEPTH = 50
@@ -60,9 +60,9 @@ def tree_of(ledger: Ledger, limit: int, stacks: Stacks) -> TaskTree:
     survey = _Survey(ledger, stacks)
     return TaskTree(
         manager=ledger.name,
-        closed=ledger.closed,
+        closed=ledger.home.closed,
         stats=ledger.stats(),
-        max_concurrency=ledger.limiter.limit,
+        max_concurrency=ledger.places.limiter.limit,
         root=survey.group(ledger.root, limit + 1, 0)[0],
         abandoned_threads=tuple(
             (worker.id, place_of(_frames_of(worker, stacks)).at)
@@ -114,7 +114,7 @@ class _Survey:
     def __init__(self, ledger: Ledger, stacks: Stacks) -> None:
         self._ledger = ledger
         self._stacks = stacks
-        self._now = ledger.clock()
+        self._now = ledger.home.clock()
         self._positions: dict[Limiter, dict[Ticket, int]] = {}
 
     def group(self, group: TaskGroup, limit: int, depth: int) -> tuple[GroupNode, int]:
@@ -205,7 +205,7 @@ class _Survey:
         return group._host if group._scope is None else group._scope.host
 
     def _place(self, task: asyncio.Task[Any]) -> Place:
-        return place_of_task(task, self._stacks, self._ledger.thread)
+        return place_of_task(task, self._stacks, self._ledger.home.thread)
 
     def _queue_position(self, task: ManagedTask[Any]) -> int | None:
         ticket = task._extras.ticket if task._extras is not None and task._extras.queued else None

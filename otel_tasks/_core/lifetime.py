@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 def open_in(manager: TaskManager, loop: asyncio.AbstractEventLoop) -> None:
     """Let ``manager`` take tasks in ``loop``, even if an earlier lifespan there has shut it down."""
     ledger = manager._ledger
-    ledger.meet(loop)
-    if ledger.loop is loop and ledger.closed:
+    ledger.home.meet(loop)
+    if ledger.home.loop is loop and ledger.home.closed:
         ledger.reopen()
 
 
 def is_open_in(manager: TaskManager, loop: asyncio.AbstractEventLoop) -> bool:
     """Return True if ``manager`` belongs to ``loop`` and nothing has shut it down there."""
-    return manager._ledger.is_open_in(loop)
+    return manager._ledger.home.is_open_in(loop)
 
 
 async def shut_down(manager: TaskManager, grace: float, timeout: float | None, by: str) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+
 logger = logging.getLogger("otel_tasks")
 
 # A record's fields for a task. The names of trace and span are those of the specification for logs outside

@@ -23,8 +23,8 @@ from otel_tasks._core.task import has_started
 
 if TYPE_CHECKING:
     from otel_tasks._core.group import TaskGroup
-    from otel_tasks._core.ledger import Ledger
     from otel_tasks._core.task import ManagedTask
+    from otel_tasks._core.tree import Ledger
 
 # The number of tasks that the warning names.
 _MAX_NAMED = 10
@@ -48,7 +48,7 @@ class LostWork:
 
     def note(self, loop: asyncio.AbstractEventLoop) -> None:
         """Note that a task is being cancelled while its loop does not run."""
-        if self._noted_in is loop or self._ledger.closed or loop.is_closed():
+        if self._noted_in is loop or self._ledger.home.closed or loop.is_closed():
             return
         self._noted_in = loop
         # Read now, before the tasks end. Tasks of a block or a request are left out: it is cancelled with
@@ -63,7 +63,7 @@ class LostWork:
 
     def report_at_exit(self) -> None:
         """Report every live task, unless the manager is shut down."""
-        if self._ledger.live and not self._ledger.closed:
+        if self._ledger.live and not self._ledger.home.closed:
             self.report()
 
     def _report_if_over(

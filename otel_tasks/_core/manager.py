@@ -9,37 +9,34 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from otel_tasks._core.awaiters import with_awaiters
-from otel_tasks._core.cancellation import CancelCause, CancelEvent
 from otel_tasks._core.checks import check_count, checked_name, checked_seconds
-from otel_tasks._core.creation import EAGER, clear_name, close_quietly, create, with_options_of
+from otel_tasks._core.coroutines import close_quietly
+from otel_tasks._core.creation import EAGER
 from otel_tasks._core.current import (
     as_coroutine_function,
     current_group_or_none,
     current_manager,
     set_global_manager,
 )
+from otel_tasks._core.ending import Ending
+from otel_tasks._core.events import CancelCause, CancelEvent
 from otel_tasks._core.frames import Stacks, calling_line
 from otel_tasks._core.group import TaskGroup
+from otel_tasks._core.info import NO_RESULT, TaskInfo
 from otel_tasks._core.inspection import check_limit, tree_of
-from otel_tasks._core.ledger import Ledger
 from otel_tasks._core.log import log_fields, log_fields_of_all, logger
 from otel_tasks._core.lost import LostWork
-from otel_tasks._core.places import Limiter, checked_limiter
+from otel_tasks._core.options import with_options_of
+from otel_tasks._core.places import Limiter, Places, checked_limiter
+from otel_tasks._core.records import KeptResult
 from otel_tasks._core.service import DEFAULT_POLICY, RestartPolicy, start_supervisor
 from otel_tasks._core.signals import write_on_signal
 from otel_tasks._core.state import CancelKind, TaskPriority, TaskStatus
-from otel_tasks._core.task import (
-    NO_RESULT,
-    ManagedTask,
-    TaskInfo,
-    asyncio_cancel,
-    by_name,
-    runs_forever,
-    wait_until_done,
-)
-from otel_tasks._core.telemetry import Telemetry
+from otel_tasks._core.task import ManagedTask, asyncio_cancel, request_cancel_all, runs_forever
+from otel_tasks._core.telemetry.providers import Telemetry
 from otel_tasks._core.threads import Threads, current_worker
-from otel_tasks._core.tree import renew
+from otel_tasks._core.tree import Ledger, renew
+from otel_tasks._core.waiting import wait_until_done
 from otel_tasks._core.watch import Watch
 from otel_tasks.exceptions import TaskNotFoundError, WrongThreadError
 
@@ -50,9 +47,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self, TextIO, Unpack
 
-    from otel_tasks._core.creation import NamedTaskOptions, OnConflict, TaskOptions
-    from otel_tasks._core.ledger import TaskEvent, TaskStats
-    from otel_tasks._core.records import Ending
+    from otel_tasks._core.options import NamedTaskOptions, OnConflict, TaskOptions
+    from otel_tasks._core.records import KeptResult, TaskEvent, TaskStats
     from otel_tasks._core.scope import OnError
     from otel_tasks._core.task_tree import TaskTree
     from otel_tasks._core.telemetry import MeterProvider, TracerProvider
@@ -136,20 +132,21 @@ class TaskManager:
         check_count("max_threads", max_threads, 1)
         if not isinstance(ageing, int | float) or isinstance(ageing, bool) or not ageing > 0:
             raise ValueError(f"ageing must be more than 0 seconds, got {ageing!r}")
-        self._ledger = Ledger(
+        limiter = checked_limiter(max_concurrency, max_queue) or Limiter(None, None)
+        self._ledger = ledger = Ledger(
             name,
             Telemetry(name, tracer_provider, meter_provider),
             history,
-            on_error,
-            checked_limiter(max_concurrency, max_queue) or Limiter(None, None),
-            float(ageing),
+            Places(limiter, float(ageing)),
             eager_start and EAGER,
             Threads(max_threads, float(ageing)),
         )
-        self._root = TaskGroup._labelled(self._ledger, "root", None)
-        self._ledger.root = self._root
-        self._ledger.manager = self
-        self._ledger.lost = LostWork(self._ledger)
+        ending = Ending(ledger, on_error)
+        ledger.ending = ledger.counters = ending
+        ledger.on_done = ending.on_done
+        ledger.lost = LostWork(ledger)
+        ledger.root = self._root = TaskGroup._labeled(ledger, "root", None)
+        ledger.manager = self
 
     @property
     def name(self) -> str:
@@ -163,16 +160,18 @@ class TaskManager:
         Raises:
             ValueError: It is set to what is no whole number of at least 1.
         """
-        return self._ledger.limiter.limit
+        return self._ledger.places.limiter.limit
 
     @max_concurrency.setter
     def max_concurrency(self, limit: int | None) -> None:
         # A lower one waits for running tasks to end, it stops none.
         check_count("max_concurrency", limit, 1)
         ledger = self._ledger
+        limiter = ledger.places.limiter
         if limit is not None:
-            ledger.adopt(self._root._every_live(), ledger.limiter, before=False)
-        ledger.change_limit(ledger.limiter, limit)
+            self._root._count_for(limiter, before=False)
+        ledger.places.change_limit(limiter, limit)
+        ledger.home.update_fast_path()
 
     @property
     def max_threads(self) -> int | None:
@@ -200,7 +199,7 @@ class TaskManager:
 
         In another loop, and after ``async with`` has opened it again, it is False.
         """
-        return self._ledger.closed_here
+        return self._ledger.home.closed_here
 
     def __repr__(self) -> str:
         state = "shut down" if self.closed else "open"
@@ -208,7 +207,7 @@ class TaskManager:
 
     # -- starting ---------------------------------------------------------------------------
 
-    @with_options_of(create)
+    @with_options_of(TaskGroup._create)
     def create_task(
         self,
         coro: Coroutine[Any, Any, T],
@@ -261,7 +260,7 @@ class TaskManager:
             return where._create_with(coro, name, priority, options)
         return where.create_task(coro, name=name, priority=priority)
 
-    @with_options_of(create)
+    @with_options_of(TaskGroup._create)
     def create_task_threadsafe(
         self,
         work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
@@ -285,7 +284,7 @@ class TaskManager:
         where = self._root if group is None else self._group_for(group, work)
         return where.create_task_threadsafe(work, **options)
 
-    @with_options_of(create)
+    @with_options_of(TaskGroup._create)
     def run_in_thread(
         self,
         function: Callable[[*Args], T],
@@ -310,7 +309,7 @@ class TaskManager:
         where = self._root if group is None else self._group_for(group, function)
         return where.run_in_thread(function, *args, abandon=abandon, **options)
 
-    @with_options_of(create)
+    @with_options_of(TaskGroup._create)
     async def put_task(
         self,
         coro: Coroutine[Any, Any, T],
@@ -391,7 +390,7 @@ class TaskManager:
             where = self._root if group is None else self._group_for(group)
             if on_conflict == "replace":
                 check_factory(factory)
-                await clear_name(where, name, f"replaced by a new task {name!r}")
+                await where._clear_name(name, f"replaced by a new task {name!r}")
             where._admit(name, on_conflict)
             if on_conflict == "return" and (taken := where._holder(name)) is not None:
                 close_quietly(factory)
@@ -685,7 +684,7 @@ class TaskManager:
                 f"watch() of manager {self.name!r} was called where no event loop runs: "
                 "call it in a coroutine, such as the application's lifespan"
             ) from None
-        self._ledger.bind(loop)
+        self._ledger.home.bind(loop)
         watch = Watch(self._ledger, bound, *bounds)
         end = ExitStack()
         end.callback(watch.stop)
@@ -704,7 +703,7 @@ class TaskManager:
         seconds = checked_seconds("max_age", max_age)
         if max_age is not None and seconds is None:
             return 0
-        before = float("inf") if seconds is None else self._ledger.clock() - seconds
+        before = float("inf") if seconds is None else self._ledger.home.clock() - seconds
         return self._ledger.history.forget(before)
 
     def add_listener(self, callback: Callable[[TaskEvent, TaskInfo], object]) -> None:
@@ -714,7 +713,7 @@ class TaskManager:
 
         It is called on the spot and must not block; one that raises is logged and dropped.
         """
-        self._ledger.listen(callback)
+        self._ledger.listeners.add(callback)
 
     def remove_listener(self, callback: Callable[[TaskEvent, TaskInfo], object]) -> None:
         """Stop calling ``callback``.
@@ -722,7 +721,7 @@ class TaskManager:
         Raises:
             ValueError: It is no listener.
         """
-        self._ledger.unlisten(callback)
+        self._ledger.listeners.remove(callback)
 
     # -- waiting ----------------------------------------------------------------------------
 
@@ -939,20 +938,26 @@ class TaskManager:
         spared = with_awaiters(self._caller())
         tasks = self._others([self._root], spared)
         cause = CancelCause.make(CancelKind.SHUTDOWN, f"manager {self.name!r} is shutting down")
-        self._ledger.close(by, cause)
+        self._ledger.home.close(by, cause)
         self._root._signal_cancel(cause)
-        self._ledger.drop_queue(tasks, cause)
+        self._drop_queue(tasks, cause)
         if patience != 0.0:
             # Most services do not end by themselves: every shutdown would last its whole grace.
             await wait_until_done([task for task in tasks if not runs_forever(task)], patience)
         await self._cancel_by_priority(tasks, cause, seconds, spared)
         return self._report(tasks)
 
+    def _drop_queue(self, tasks: list[ManagedTask[Any]], cause: CancelCause) -> None:
+        """Cancel those that wait for a place, and wake who waits for room: nobody gets any more."""
+        waiting = [task for task in tasks if task._extras is not None and task._extras.queued]
+        request_cancel_all(waiting, cause, heard=bool(self._ledger.listeners.functions))
+        self._ledger.places.wake_producer()
+
     async def __aenter__(self) -> Self:
         """Open it, again if it was shut down."""
         # First: an entry that is refused leaves a closed manager closed.
-        self._ledger.bind(asyncio.get_running_loop())
-        if self._ledger.closed:
+        self._ledger.home.bind(asyncio.get_running_loop())
+        if self._ledger.home.closed:
             self._ledger.reopen()
         return self
 
@@ -986,7 +991,7 @@ class TaskManager:
         if not all(parts):
             raise ValueError(f"group name must not have empty parts between its dots, got {name!r}")
         parent = self._root if len(parts) == 1 else self.get_group(name.rpartition(".")[0])
-        group = TaskGroup._labelled(self._ledger, name, parent)
+        group = TaskGroup._labeled(self._ledger, name, parent)
         self._ledger.labels[name] = group
         return group
 
@@ -998,13 +1003,13 @@ class TaskManager:
         node = self._find_group(group)
         if node is None:
             return None
-        task = self._ledger.by_uid(name) or by_name(node._live, name) or self._find_anywhere(name)
+        task = self._ledger.by_uid(name) or node._find(name) or self._find_anywhere(name)
         # The root's table has the tasks of all labels, and an id may be that of any group's task.
         return task if task is not None and task._group is node else None
 
     def _find_anywhere(self, name: str) -> ManagedTask[Any] | None:
         # The uid first: no name that somebody chooses can stand in its way.
-        task = self._ledger.by_uid(name) or by_name(self._root._live, name)
+        task = self._ledger.by_uid(name) or self._root._find(name)
         if task is not None:
             return task
         # An id: group id, slash, name; both may have slashes in them.
@@ -1012,7 +1017,7 @@ class TaskManager:
         while cut != -1:
             group = self._ledger.scope(name[:cut])
             if group is not None:
-                return by_name(group._live, name[cut + 1 :])
+                return group._find(name[cut + 1 :])
             cut = name.find("/", cut + 1)
         return None
 
@@ -1022,7 +1027,7 @@ class TaskManager:
             return self._group_for(group)
         return self._ledger.labels.get(group) or self._ledger.scope(group)
 
-    def _ending(self, name: str, group: str | TaskGroup | None) -> Ending:
+    def _ending(self, name: str, group: str | TaskGroup | None) -> KeptResult:
         ending = self._ledger.history.ending(name, _group_id(group))
         if ending is None:
             raise self._not_found(
@@ -1061,7 +1066,7 @@ class TaskManager:
 
     def _caller(self) -> asyncio.Task[Any] | None:
         """The calling task, after a look whether this is the right loop to call from."""
-        self._ledger.bind(asyncio.get_running_loop())
+        self._ledger.home.bind(asyncio.get_running_loop())
         return asyncio.current_task()
 
     def _others(
@@ -1119,7 +1124,7 @@ class TaskManager:
         levels = sorted({task.priority for task in tasks if not task.done()})
         for number, level in enumerate(levels):
             chosen = [task for task in tasks if task.priority is level and not task.done()]
-            self._ledger.ask_all(reversed(chosen), cause)
+            request_cancel_all(reversed(chosen), cause, heard=bool(self._ledger.listeners.functions))
             # An even share of what is left for each level and for the last step.
             left = None if deadline is None else max(0.0, deadline - loop.time()) / (len(levels) - number + 1)
             await wait_until_done(chosen, left)
@@ -1141,7 +1146,7 @@ class TaskManager:
                     running[info.id],
                     extra=log_fields(info),
                 )
-                self._ledger.abandon(task)
+                self._ledger.ending.abandon(task)
         _report_unstarted(infos)
         statuses = [info.status for _, info in infos]
         return ShutdownReport(
@@ -1267,7 +1272,7 @@ def current_cancel_event() -> CancelEvent:
     return current_group().cancel_event if worker is None else worker.event
 
 
-@with_options_of(create)
+@with_options_of(TaskGroup._create)
 def create_task(
     coro: Coroutine[Any, Any, T],
     *,
@@ -1290,7 +1295,7 @@ def create_task(
     return where.create_task(coro, name=name, priority=priority)
 
 
-@with_options_of(create)
+@with_options_of(TaskGroup._create)
 def create_task_threadsafe(
     work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]], **options: Unpack[NamedTaskOptions]
 ) -> concurrent.futures.Future[T]:
@@ -1309,7 +1314,7 @@ def create_task_threadsafe(
     return where.create_task_threadsafe(work, **options)
 
 
-@with_options_of(create)
+@with_options_of(TaskGroup._create)
 def run_in_thread(
     function: Callable[[*Args], T],
     /,

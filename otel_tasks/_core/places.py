@@ -14,9 +14,11 @@ caller starts them. The property tests check each of these invariants:
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+from collections import deque
 from heapq import heapify, heappop, heappush
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 from otel_tasks._core.checks import check_count
 
@@ -121,19 +123,34 @@ class Ticket:
         level: The task's priority.
         arrived: When it came, in seconds on the manager's clock.
         ageing: Seconds of waiting that are worth one level; infinity is strict priority.
-        payload: Whose it is.
+        claimant: Whose it is.
     """
 
-    __slots__ = ("ageing", "arrived", "level", "limiters", "number", "payload", "queue", "started", "version")
+    __slots__ = (
+        "ageing",
+        "arrived",
+        "claimant",
+        "level",
+        "limiters",
+        "number",
+        "queue",
+        "started",
+        "version",
+    )
 
     def __init__(
-        self, limiters: tuple[Limiter, ...], level: TaskPriority, arrived: float, ageing: float, payload: Any
+        self,
+        limiters: tuple[Limiter, ...],
+        level: TaskPriority,
+        arrived: float,
+        ageing: float,
+        claimant: Claimant,
     ) -> None:
         self.limiters = limiters
         self.level = level
         self.arrived = arrived
         self.ageing = ageing
-        self.payload = payload
+        self.claimant = claimant
         self.number = next(_numbers)
         # Where it waits; None once it has started or is gone.
         self.queue: Limiter | None = None
@@ -150,6 +167,13 @@ class Ticket:
 def would_wait(limiters: Iterable[Limiter]) -> bool:
     """True if a ticket that comes now could not start at once."""
     return any(limiter.room() < 1 for limiter in limiters)
+
+
+def full_limiter(limiters: Iterable[Limiter]) -> Limiter | None:
+    """The limiter in whose queue a ticket that comes now would have to wait, and may not."""
+    if not would_wait(limiters):
+        return None
+    return next((limiter for limiter in limiters if limiter.queue_full), None)
 
 
 def admit(ticket: Ticket) -> bool:
@@ -243,3 +267,109 @@ def checked_limiter(limit: int | None, max_queue: int | None) -> Limiter | None:
             raise ValueError(f"max_queue={max_queue} needs max_concurrency: without it no task ever waits")
         return None
     return Limiter(limit, max_queue)
+
+
+class Claimant(Protocol):
+    """What stands behind a ticket: a task, and the group in whose queue it is counted."""
+
+    def leave_queue(self) -> None:
+        """Count the task no more among those that wait: it has ended."""
+        ...
+
+    def grant(self) -> None:
+        """Count it no more, and let it begin; one that was cancelled meanwhile ends by itself."""
+        ...
+
+
+class Producer(Protocol):
+    """A group in which somebody wants to create a task as soon as it may wait for its place."""
+
+    def _is_full(self) -> bool:
+        """True if a new task would be refused now, but not forever."""
+        ...
+
+
+class Places:
+    """The places of one manager: its own limit, and the line of those who wait for room in a queue.
+
+    Args:
+        limiter: The manager's; without a limit it is asked nothing.
+        ageing: Seconds of waiting that are worth one level of priority.
+    """
+
+    def __init__(self, limiter: Limiter, ageing: float) -> None:
+        self.limiter = limiter
+        self.ageing = ageing
+        # Labeled groups with a limit of their own: they are kept while they are empty, too.
+        self.limited: set[object] = set()
+        # First come, first served; and the one that has been woken and has not taken its room yet.
+        self._producers: deque[tuple[Producer, asyncio.Future[None]]] = deque()
+        self._woken: asyncio.Future[None] | None = None
+
+    def give_back(self, ticket: Ticket) -> None:
+        """Take back a task's places, or its claim to them, and let others start."""
+        if ticket.queue is not None:
+            ticket.claimant.leave_queue()
+        self._grant(release(ticket))
+        self.wake_producer()
+
+    def change_limit(self, limiter: Limiter, limit: int | None) -> None:
+        """Set a limit and let those start for whom there is room now."""
+        self._grant(set_limit(limiter, limit))
+        self.wake_producer()
+
+    def clear(self) -> None:
+        """Forget all: the loop of these tasks was closed under them."""
+        self.limiter.clear()
+        self._producers.clear()
+        self._woken = None
+
+    async def wait_for_room(self, producer: Producer) -> None:
+        """Wait until a new task may stand in the queue, or none ever will.
+
+        Cancellation: of the caller takes it out of the line.
+        """
+        if not self._producers and self._woken is None and not producer._is_full():
+            return
+        stand = self._producers.append
+        while True:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            stand((producer, waiter))
+            # Those before it may all wait for room elsewhere.
+            self.wake_producer()
+            try:
+                await waiter
+            finally:
+                self._producer_left(waiter)
+            if not producer._is_full():
+                return
+            # Somebody who did not stand in line was faster: again, and at its head.
+            stand = self._producers.appendleft
+
+    def wake_producer(self) -> None:
+        """Wake the first in line who gets room now, or never will.
+
+        One at a time: what it leaves over is the next one's, whom it wakes when it is done.
+        """
+        if not self._producers or self._woken is not None:
+            return
+        for entry in self._producers:
+            producer, waiter = entry
+            if not producer._is_full() and not waiter.done():
+                self._producers.remove(entry)
+                self._woken = waiter
+                waiter.set_result(None)
+                return
+
+    def _producer_left(self, waiter: asyncio.Future[None]) -> None:
+        """Take one out of the line: woken, or cancelled."""
+        if self._woken is waiter:
+            self._woken = None
+        else:
+            line = [entry for entry in self._producers if entry[1] is not waiter]
+            self._producers.clear()
+            self._producers.extend(line)
+
+    def _grant(self, ready: Iterable[Ticket]) -> None:
+        for ticket in ready:
+            ticket.claimant.grant()

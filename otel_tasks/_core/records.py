@@ -1,26 +1,36 @@
-"""What is remembered of tasks that have ended: bounded, without frames, tasks or groups."""
+"""What a manager records of its tasks: counters, a bounded history, and the listeners to each event.
+
+A record holds no frame, no task, and no group.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from contextvars import copy_context
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from otel_tasks._core.cancellation import CancelCause
+from otel_tasks._core.events import CancelCause
+from otel_tasks._core.info import TaskInfo
+from otel_tasks._core.log import log_fields, logger
+from otel_tasks._core.names import Key, full_name
 from otel_tasks._core.state import TaskPriority, TaskStatus
-from otel_tasks._core.task import TaskInfo, full_name
-from otel_tasks._core.telemetry import SpanContext, ids_in_hex
+from otel_tasks._core.telemetry import SpanContext
+from otel_tasks._core.telemetry.context import ids_in_hex
+from otel_tasks._core.telemetry.conventions import low_cardinality
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+TaskEvent = Literal["created", "dequeued", "cancelling", "ended"]
 
 # What is kept of a plain task that returned or was cancelled: most do, and a TaskInfo of each would
 # cost them 1 us more. Name, and number of one that was given none; the group's name, id and whether
 # it is scoped; priority, created at, ended at; the cause of a cancelled one; the span.
 Brief = tuple[
     str,
-    str | int,
+    Key,
     tuple[str, str, bool],
     TaskPriority,
     float,
@@ -30,7 +40,104 @@ Brief = tuple[
 ]
 
 
-class Ending(NamedTuple):
+class TaskStats(NamedTuple):
+    """Counters since the manager was made; they outlive the history.
+
+    ``created == live + completed + failed + cancelled`` at any moment.
+
+    Attributes:
+        created: Tasks created.
+        live: Tasks that have not ended.
+        completed: Tasks that returned.
+        failed: Tasks that raised, timeouts included.
+        cancelled: Tasks that ended cancelled.
+        cancel_ignored: Of the completed ones, those that were cancelled and completed all the same.
+        queued: Of the live ones, those that wait for a place.
+        remembered: Ended tasks that the history holds now.
+    """
+
+    created: int
+    live: int
+    completed: int
+    failed: int
+    cancelled: int
+    cancel_ignored: int
+    queued: int
+    remembered: int
+
+    def to_dict(self) -> dict[str, int]:
+        """Give the counters as JSON-ready data."""
+        return self._asdict()
+
+
+class Counters:
+    """How many tasks have ended, and how; they outlive the history."""
+
+    def __init__(self) -> None:
+        self.completed = 0
+        self.failed = 0
+        self.cancelled = 0
+        self.cancel_ignored = 0
+        # By the low-cardinality name of the group, and the kind of the cause.
+        self.cancelled_by: dict[tuple[str, str], int] = {}
+        # Group, cause and key of the last one counted there: of many cancelled at a time it is the same.
+        self._last_cancelled: tuple[str, CancelCause | None, tuple[str, str]] = ("", None, ("", ""))
+
+    @property
+    def ended(self) -> int:
+        """How many tasks have ended."""
+        return self.completed + self.failed + self.cancelled
+
+    def count_lost(self) -> None:
+        """Count a task that can never end as failed."""
+        self.failed += 1
+
+    def count_cancelled(self, group: str, cause: CancelCause | None) -> None:
+        """Count a task that has ended cancelled."""
+        self.cancelled += 1
+        if cause is None:
+            return
+        if self._last_cancelled[0] is not group or self._last_cancelled[1] is not cause:
+            self._last_cancelled = (group, cause, (low_cardinality(group), str(cause.kind)))
+        key = self._last_cancelled[2]
+        self.cancelled_by[key] = self.cancelled_by.get(key, 0) + 1
+
+
+class Listeners:
+    """The functions that are called for each event of a task.
+
+    Args:
+        changed: Called when a listener has been added or removed.
+    """
+
+    def __init__(self, changed: Callable[[], None]) -> None:
+        self._changed = changed
+        # The same list for good: the end of a task reads it directly, to see whether anybody listens.
+        self.functions: list[Callable[[TaskEvent, TaskInfo], object]] = []
+
+    def add(self, listener: Callable[[TaskEvent, TaskInfo], object]) -> None:
+        """Call ``listener`` from now on."""
+        self.functions.append(listener)
+        self._changed()
+
+    def remove(self, listener: Callable[[TaskEvent, TaskInfo], object]) -> None:
+        """Call it no more; raises ValueError if it is no listener."""
+        self.functions.remove(listener)
+        self._changed()
+
+    def notify(self, event: TaskEvent, info: TaskInfo) -> None:
+        """Call the listeners; one that raises is logged and dropped."""
+        for listener in list(self.functions):
+            try:
+                # In a copy: what one sets in its context is not to be seen by the next.
+                copy_context().run(listener, event, info)
+            except Exception:
+                logger.exception("listener %r raised and is dropped", listener, extra=log_fields(info))
+                if listener in self.functions:
+                    self.remove(listener)
+
+
+class KeptResult(NamedTuple):
     """What is kept of a task that was started by name, for those who wait for it later."""
 
     info: TaskInfo
@@ -56,7 +163,7 @@ class History:
     """
 
     def __init__(self, limit: int) -> None:
-        self._entries: deque[Brief | TaskInfo | Ending] = deque(maxlen=limit)
+        self._entries: deque[Brief | TaskInfo | KeptResult] = deque(maxlen=limit)
         self._epoch = 0.0
         # Called for each task that ends.
         self.add = self._entries.append
@@ -72,15 +179,17 @@ class History:
         entry = self._newest(task_id, group_id)
         return None if entry is None else self._info(entry)
 
-    def ending(self, task_id: str, group_id: str | None = None) -> Ending | None:
+    def ending(self, task_id: str, group_id: str | None = None) -> KeptResult | None:
         """The newest one of this id, or name in a group, if its result was kept."""
         entry = self._newest(task_id, group_id)
-        return entry if isinstance(entry, Ending) else None
+        return entry if isinstance(entry, KeptResult) else None
 
     def change_epoch(self, epoch: float) -> None:
         """Set the epoch of the clock on which the next tasks end; those that have ended keep theirs."""
         if epoch != self._epoch:
-            entries = [entry if isinstance(entry, Ending) else self._info(entry) for entry in self._entries]
+            entries = [
+                entry if isinstance(entry, KeptResult) else self._info(entry) for entry in self._entries
+            ]
             self._entries.clear()
             self._entries.extend(entries)
             self._epoch = epoch
@@ -93,7 +202,7 @@ class History:
         self._entries.extend(kept)
         return dropped
 
-    def _info(self, entry: Brief | TaskInfo | Ending) -> TaskInfo:
+    def _info(self, entry: Brief | TaskInfo | KeptResult) -> TaskInfo:
         return _info(entry, self._epoch)
 
     def note_uid(self, ended: TaskInfo) -> None:
@@ -103,11 +212,13 @@ class History:
                 info = self._info(entry)
                 if info.uid is None and _times(info) == _times(ended):
                     info = replace(info, uid=ended.uid)
-                    self._entries[index] = entry._replace(info=info) if isinstance(entry, Ending) else info
+                    self._entries[index] = (
+                        entry._replace(info=info) if isinstance(entry, KeptResult) else info
+                    )
                     return
 
-    def _newest(self, task_id: str, group_id: str | None) -> Brief | TaskInfo | Ending | None:
-        entry: Brief | TaskInfo | Ending
+    def _newest(self, task_id: str, group_id: str | None) -> Brief | TaskInfo | KeptResult | None:
+        entry: Brief | TaskInfo | KeptResult
         for entry in reversed(self._entries):
             if _is_called(entry, task_id, group_id):
                 return entry
@@ -118,7 +229,7 @@ def _times(info: TaskInfo) -> tuple[float, float | None]:
     return info.created_at, info.ended_at
 
 
-def _is_called(entry: Brief | TaskInfo | Ending, name: str, wanted: str | None) -> bool:
+def _is_called(entry: Brief | TaskInfo | KeptResult, name: str, wanted: str | None) -> bool:
     """True for a task of this id or uid; in a group of this name, too."""
     task_id, own, uid, group_id = _known_as(entry)
     if wanted is None:
@@ -126,9 +237,9 @@ def _is_called(entry: Brief | TaskInfo | Ending, name: str, wanted: str | None) 
     return name in (task_id, uid, own) and _is_same_group(group_id, wanted, is_scoped=task_id != own)
 
 
-def _known_as(entry: Brief | TaskInfo | Ending) -> tuple[str, str, str | None, str]:
+def _known_as(entry: Brief | TaskInfo | KeptResult) -> tuple[str, str, str | None, str]:
     """Id, name, uid, and the group's id."""
-    if isinstance(entry, Ending):
+    if isinstance(entry, KeptResult):
         entry = entry.info
     if isinstance(entry, TaskInfo):
         return entry.id, entry.name, entry.uid, entry.group_id
@@ -143,8 +254,8 @@ def _is_same_group(group_id: str, wanted: str, *, is_scoped: bool) -> bool:
     return is_scoped and "#" in wanted and group_id.rpartition("#")[2] == wanted.rpartition("#")[2]
 
 
-def _info(entry: Brief | TaskInfo | Ending, epoch: float) -> TaskInfo:
-    if isinstance(entry, Ending):
+def _info(entry: Brief | TaskInfo | KeptResult, epoch: float) -> TaskInfo:
+    if isinstance(entry, KeptResult):
         return entry.info
     if isinstance(entry, TaskInfo):
         return entry

@@ -55,8 +55,8 @@ class RequestGroup(TaskGroup):
         if loop is None and host is not None:
             # In the thread of a `def` handler.
             loop = host.get_loop()
-        if loop is not None and loop is not ledger.loop:
-            ledger.meet(loop)
+        if loop is not None and loop is not ledger.home.loop:
+            ledger.home.meet(loop)
         group = cls.__new__(cls)
         group._set_up(ledger, name, root)
         group._binding = binding

@@ -10,13 +10,13 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Literal
 
 from otel_tasks._core.binding import bound_request
-from otel_tasks._core.cancellation import CancelCause
 from otel_tasks._core.causes import passing, unwatch_cancels, watch_cancels
 from otel_tasks._core.constructs import known_cause
+from otel_tasks._core.events import CancelCause
 from otel_tasks._core.log import text_of
 from otel_tasks._core.state import CancelKind
 from otel_tasks._core.task import ManagedTask, _uncancel, asyncio_cancel, cancel_message, extras_of
-from otel_tasks._core.telemetry import span_context
+from otel_tasks._core.telemetry.context import span_context
 
 if TYPE_CHECKING:
     from otel_tasks._core.group import TaskGroup
@@ -94,7 +94,7 @@ class Scope:
             self._base_error = error
         if group._cause is None:
             message = f"{task.name} failed: {text_of(error, repr)}"
-            now = group._ledger.clock()
+            now = group._ledger.home.clock()
             origin = None if task._span is None else span_context(task._span)
             self.abort(group, CancelCause(CancelKind.SIBLING_FAILED, message, task.name, now, origin))
         return True

@@ -26,9 +26,10 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
 
-from otel_tasks._core.cancellation import CancelCause, call_when_set
+from otel_tasks._core.cancellation import call_when_set
 from otel_tasks._core.checks import AttemptName, check_choice, check_count, checked_name
-from otel_tasks._core.creation import clear_name, close_quietly
+from otel_tasks._core.coroutines import close_quietly
+from otel_tasks._core.events import CancelCause
 from otel_tasks._core.log import log_fields, logger, text_of
 from otel_tasks._core.state import CancelKind, TaskStatus
 from otel_tasks._core.task import (
@@ -38,14 +39,14 @@ from otel_tasks._core.task import (
     extras_of,
     request_cancel,
 )
-from otel_tasks._core.telemetry import link_restart
+from otel_tasks._core.telemetry.spans import link_restart
 from otel_tasks.exceptions import ManagerClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
-    from otel_tasks._core.creation import OnConflict
     from otel_tasks._core.group import TaskGroup
+    from otel_tasks._core.options import OnConflict
     from otel_tasks._core.state import TaskPriority
     from otel_tasks._core.task import ManagedTask
 
@@ -124,7 +125,7 @@ async def start_supervisor(
             "service runs on; name a group of the manager"
         )
     if on_conflict == "replace":
-        await clear_name(group, name, f"replaced by a new service {name!r}")
+        await group._clear_name(name, f"replaced by a new service {name!r}")
     service = Service(group, factory, policy, priority, metadata, drains=drains)
     return group._create(
         service.run(),

@@ -12,31 +12,33 @@ import threading
 import traceback
 from asyncio import _get_running_loop
 from collections.abc import Mapping
-from contextvars import Context
-from dataclasses import dataclass, field, fields, replace
-from enum import Enum
+from dataclasses import replace
 from secrets import token_urlsafe
 from threading import get_ident
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Final, TypeVar
-from weakref import WeakValueDictionary
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from otel_tasks._core.binding import intercepted, stopping
-from otel_tasks._core.cancellation import CancelCause, cancel_once
+from otel_tasks._core.cancellation import cancel_once
 from otel_tasks._core.causes import cause_of_cancel, passed_down, passing
 from otel_tasks._core.checks import checked_name
-from otel_tasks._core.clock import clock_of, rounded, wall_clock
+from otel_tasks._core.clock import clock_of
 from otel_tasks._core.constructs import known_cause, name_of_timeout
-from otel_tasks._core.events import own_name
+from otel_tasks._core.events import CancelCause, own_name
 from otel_tasks._core.frames import suspended_frames
+from otel_tasks._core.info import NO_RESULT, TaskInfo
 from otel_tasks._core.log import text_of
+from otel_tasks._core.names import full_name
 from otel_tasks._core.places import Ticket, lift
 from otel_tasks._core.progress import TaskProgress
 from otel_tasks._core.state import CancelKind, Outcome, Signal, TaskPriority, TaskStatus, next_status
-from otel_tasks._core.telemetry import note_cancel_requested, span_ids
+from otel_tasks._core.telemetry.context import span_ids
+from otel_tasks._core.telemetry.spans import note_cancel_requested
+from otel_tasks._core.waiting import wait_until_done
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine
+    from collections.abc import Callable, Coroutine, Iterable
+    from contextvars import Context
 
     from otel_tasks._core.factory import Made
     from otel_tasks._core.futures import TaskFuture
@@ -48,10 +50,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # asyncio's own, past our overrides: for what is done to a task on nobody's behalf.
-add_done_callback: Callable[..., None] = asyncio.Task.add_done_callback
 base_name: Callable[[asyncio.Task[Any]], str] = asyncio.Task.get_name
 init_task: Callable[..., None] = asyncio.Task.__init__
-_remove_done_callback = asyncio.Task.remove_done_callback
 asyncio_cancel = asyncio.Task.cancel
 _uncancel = asyncio.Task.uncancel
 
@@ -62,39 +62,64 @@ _HELD_BACK = frozenset({CancelKind.CLIENT_DISCONNECT, CancelKind.SCOPE_ENDED})
 _making = threading.RLock()
 
 
-class Extras:
-    """What only some tasks need: a timeout, metadata, a result to keep, a shield."""
+class Queue(Protocol):
+    """The group in whose queue a task is counted."""
 
-    __slots__ = (
-        "attempt",
-        "begin",
-        "context",
-        "deferred",
-        "dropped",
-        "futures",
-        "inner",
-        "keep_result",
-        "made",
-        "message",
-        "metadata",
-        "never_called",
-        "never_ran",
-        "place_granted",
-        "previous",
-        "progress",
-        "queue_seconds",
-        "queue_timed_out",
-        "runs_forever",
-        "seconds",
-        "shields",
-        "started_at",
-        "supervises",
-        "ticket",
-        "timeout",
-        "uid",
-        "unrecorded",
-        "worker",
-    )
+    def _leave_queue(self) -> None: ...
+
+
+class Extras:
+    """What only some tasks need: a timeout, metadata, a result to keep, a shield.
+
+    Without slots, so that the defaults are the class's: most tasks with extras need two or three of them.
+    """
+
+    metadata: dict[str, Any] | None = None
+    keep_result = False
+    # Made when it is first read.
+    uid: str | None = None
+    # The task's own timeout in seconds, and asyncio's while it runs.
+    seconds: float | None = None
+    timeout: asyncio.Timeout | None = None
+    # Its claim to a place, if places are limited, and the queue in which it is counted; None if it got one at
+    # once.
+    ticket: Ticket | None = None
+    queue: Queue | None = None
+    place_granted: asyncio.Future[None] | None = None
+    queue_seconds: float | None = None
+    queue_timed_out = False
+    # Of a task that had to wait: when it first ran, what starts its span then, and where.
+    started_at: float | None = None
+    begin: Callable[[ManagedTask[Any]], None] | None = None
+    context: Context | None = None
+    # The user's coroutine inside of the one that the task runs.
+    inner: Coroutine[Any, Any, Any] | None = None
+    # What the loop's task factory has made of that.
+    made: Made | None = None
+    # The tasks that have to end before this one starts.
+    previous: tuple[asyncio.Task[Any], ...] = ()
+    progress: TaskProgress | None = None
+    # The cause that the last uncancel() took away.
+    dropped: CancelCause | None = None
+    # Why it cancels itself, or has a timeout of its own that does: no cause of the task's.
+    unrecorded: CancelCause | None = None
+    # What stands for it in other threads; the thread in which its function runs.
+    futures: tuple[TaskFuture[Any], ...] = ()
+    worker: Worker[Any] | None = None
+    # Of a cancel() that left no cause.
+    message: str | None = None
+    # It has run none of its code: known at its end, before that of one that was cancelled.
+    never_ran = False
+    # Its function was to run in a thread, and did not get one.
+    never_called = False
+    # It only looks after other tasks, which have the spans and take the places.
+    supervises = False
+    # Of a service, the attempt that it looks after.
+    attempt: ManagedTask[Any] | None = None
+    # It is a service that does not end by itself, or an attempt of such a service.
+    runs_forever = False
+    shields = 0
+    deferred: CancelCause | None = None
 
     def __init__(
         self,
@@ -103,55 +128,31 @@ class Extras:
         seconds: float | None = None,
         queue_seconds: float | None = None,
     ) -> None:
-        self.metadata = None if metadata is None else checked_metadata(metadata)
-        self.keep_result = keep_result
-        # Made when somebody asks for it.
-        self.uid: str | None = None
-        # The task's own timeout, and asyncio's while it runs.
-        self.seconds = seconds
-        self.timeout: asyncio.Timeout | None = None
-        # Its claim to a place, if places are limited; the gate opens when it gets one.
-        self.ticket: Ticket | None = None
-        self.place_granted: asyncio.Future[None] | None = None
-        self.queue_seconds = queue_seconds
-        self.queue_timed_out = False
-        # Of a task that had to wait: when it first ran, how its span is begun then, and where.
-        self.started_at: float | None = None
-        self.begin: Callable[[ManagedTask[Any]], None] | None = None
-        self.context: Context | None = None
-        # The user's coroutine inside of the one that the task runs.
-        self.inner: Coroutine[Any, Any, Any] | None = None
-        # What the loop's task factory has made of that.
-        self.made: Made | None = None
-        # The tasks that have to end before this one begins.
-        self.previous: tuple[asyncio.Task[Any], ...] = ()
-        self.progress: TaskProgress | None = None
-        # The cause that the last uncancel() took away.
-        self.dropped: CancelCause | None = None
-        # Why it cancels itself, or has a timeout of its own that does: no cause of the task's.
-        self.unrecorded: CancelCause | None = None
-        # What stands for it in other threads; the thread in which its function runs.
-        self.futures: tuple[TaskFuture[Any], ...] = ()
-        self.worker: Worker[Any] | None = None
-        # Of a cancel() that left no cause.
-        self.message: str | None = None
-        # It has run none of its code: known at its end, before that of one that was cancelled.
-        self.never_ran = False
-        # Its function was to run in a thread, and did not get one.
-        self.never_called = False
-        # It only looks after other tasks, which have the spans and take the places.
-        self.supervises = False
-        # Of a service, the attempt that it looks after.
-        self.attempt: ManagedTask[Any] | None = None
-        # It is a service that does not end by itself, or an attempt of such.
-        self.runs_forever = False
-        self.shields = 0
-        self.deferred: CancelCause | None = None
+        if metadata is not None:
+            self.metadata = checked_metadata(metadata)
+        if keep_result:
+            self.keep_result = True
+        if seconds is not None:
+            self.seconds = seconds
+        if queue_seconds is not None:
+            self.queue_seconds = queue_seconds
 
     @property
     def queued(self) -> bool:
         """It waits for a place."""
         return self.place_granted is not None and not self.place_granted.done()
+
+    def leave_queue(self) -> None:
+        """Count the task no more among those that wait: it has ended."""
+        if self.queue is not None:
+            self.queue._leave_queue()
+
+    def grant(self) -> None:
+        """Let the task begin, unless it has been cancelled meanwhile; it no longer waits."""
+        if self.queue is not None:
+            self.queue._leave_queue()
+        if self.place_granted is not None and not self.place_granted.done():
+            self.place_granted.set_result(None)
 
     def close(self) -> None:
         """Close what the task has not awaited: one that is cancelled before its first step runs nothing."""
@@ -170,106 +171,6 @@ def checked_metadata(metadata: object) -> dict[str, Any]:
     if not isinstance(metadata, Mapping):
         raise TypeError(f"metadata must be a mapping of names to values, got {metadata!r}")
     return dict(metadata)
-
-
-class _Absent(Enum):
-    """What stands where a snapshot has no result: still itself after it was pickled or copied."""
-
-    RESULT = "no result"
-
-
-NO_RESULT: Final = _Absent.RESULT
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskInfo:
-    """A snapshot of a task; it holds no task, no frame, no exception.
-
-    Times are seconds on a monotonic clock; ``to_dict()`` gives them as wall-clock stamps, the same ones on
-    every call.
-
-    Attributes:
-        id: Unique among the live tasks of a manager.
-        uid: ``task.uid``, if that has been read; None otherwise. A snapshot makes none.
-        name: Unique among the live tasks of its scoped group, or of the manager.
-        group: The group's name.
-        group_id: The group's id.
-        priority: How urgent.
-        status: Where it is in its life.
-        created_at: When it was created.
-        started_at: When it was handed to the loop; None for a task that has not run any of its code.
-        ended_at: When it ended; None while it is live.
-        error_type: The class of what it raised.
-        error: The text of what it raised.
-        cause: Why it was or is being cancelled.
-        cancel_ignored: True for a task that was cancelled and completed anyway.
-        progress: What it reported last of its progress; None if it never did.
-        metadata: What was given at its creation.
-        trace_id: In hex; None without tracing.
-        span_id: In hex; None without tracing.
-        epoch: The wall-clock time at which the clock of these times was 0, in seconds since 1970.
-    """
-
-    id: str
-    uid: str | None
-    name: str
-    group: str
-    group_id: str
-    priority: TaskPriority
-    status: TaskStatus
-    created_at: float
-    started_at: float | None
-    ended_at: float | None
-    error_type: str | None
-    error: str | None
-    cause: CancelCause | None
-    cancel_ignored: bool
-    progress: Progress | None
-    metadata: dict[str, Any]
-    trace_id: str | None
-    span_id: str | None
-    epoch: float
-    # Compared by nobody: the == of a result may be no bool, as an array's.
-    _result: Any = field(default=NO_RESULT, repr=False, compare=False)
-
-    @property
-    def duration(self) -> float | None:
-        """Seconds from creation to end; None while it is live."""
-        return None if self.ended_at is None else self.ended_at - self.created_at
-
-    @property
-    def has_result(self) -> bool:
-        """True for a task that has completed and whose result is kept: one of ``start_task``."""
-        return self._result is not NO_RESULT
-
-    @property
-    def result(self) -> Any:
-        """What the task returned, if it is kept; ``to_dict()`` leaves it out.
-
-        Raises:
-            AttributeError: There is none, see ``has_result``: ``getattr(info, "result", None)`` works.
-        """
-        if self._result is NO_RESULT:
-            raise AttributeError(
-                f"the snapshot of task {self.name!r} ({self.status}) has no result: "
-                "only that of a completed start_task() has; ask has_result first"
-            )
-        return self._result
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give the snapshot as JSON-ready data, without the result (metadata is passed through as it is)."""
-        data = {key: getattr(self, key) for key in _PLAIN}
-        for key in ("created_at", "started_at", "ended_at"):
-            data[key] = None if data[key] is None else wall_clock(data[key], self.epoch)
-        data["priority"] = self.priority.name
-        data["status"] = str(self.status)
-        data["cause"] = self.cause and self.cause.to_dict()
-        data["progress"] = self.progress and self.progress.to_dict()
-        data["duration"] = None if self.duration is None else rounded(self.duration)
-        return data
-
-
-_PLAIN = tuple(each.name for each in fields(TaskInfo) if each.name not in ("epoch", "_result"))
 
 
 class ManagedTask(asyncio.Task[T]):
@@ -376,8 +277,49 @@ class ManagedTask(asyncio.Task[T]):
         return span_ids(self._span)[0]
 
     def info(self) -> TaskInfo:
-        """Take a snapshot."""
-        return snapshot(self)
+        """Take a snapshot, of a live task or one that has ended."""
+        group = self._group
+        # In one step: what a request's group is called has to be looked up.
+        group_name, group_id, is_scoped = group._label or group._labels()
+        name = self.get_name()
+        status = self.status
+        extras = self._extras
+        error = failure_of(self) if status is TaskStatus.FAILED else None
+        trace_id, span_id = span_ids(self._span)
+        metadata: dict[str, Any] = {}
+        progress = None
+        result: Any = NO_RESULT
+        uid = None
+        if extras is not None:
+            uid = extras.uid
+            if extras.metadata is not None:
+                metadata = dict(extras.metadata)
+            if extras.progress is not None:
+                progress = extras.progress.snapshot()
+            if extras.keep_result and status is TaskStatus.COMPLETED:
+                result = self.result()
+        return TaskInfo(
+            id=f"{group_id}/{name}" if is_scoped else name,
+            uid=uid,
+            name=name,
+            group=group_name,
+            group_id=group_id,
+            priority=self._priority,
+            status=status,
+            created_at=self._created_at,
+            started_at=started_at(self, status),
+            ended_at=getattr(self, "_ended_at", None),
+            error_type=None if error is None else type(error).__name__,
+            error=None if error is None else text_of(error),
+            cause=self._cause,
+            cancel_ignored=self.cancel_ignored,
+            progress=progress,
+            metadata=metadata,
+            trace_id=trace_id,
+            span_id=span_id,
+            epoch=group._ledger.home.epoch,
+            _result=result,
+        )
 
     def stack(self) -> str:
         """Say where it waits, as lines of a traceback; empty once it is done."""
@@ -400,7 +342,7 @@ class ManagedTask(asyncio.Task[T]):
         known to be a timeout or the like of another task: ``asyncio.timeout`` and ``asyncio.TaskGroup``
         inside the task cancel it for themselves that way.
         """
-        if get_ident() != self._group._ledger.thread and _get_running_loop() is not self.get_loop():
+        if get_ident() != self._group._ledger.home.thread and _get_running_loop() is not self.get_loop():
             return _cancel_from_elsewhere(self, msg)
         if stopping and intercepted(self, msg):
             # It came from a request that awaits this task, and stops there.
@@ -417,7 +359,7 @@ class ManagedTask(asyncio.Task[T]):
         with passing(cause):
             asked = super().cancel(msg)
         if noted:
-            self._group._ledger.cancelling(self)
+            self._group._ledger.notify_cancelling(self)
         return asked
 
     def uncancel(self) -> int:
@@ -473,22 +415,6 @@ class ManagedTask(asyncio.Task[T]):
         return removed
 
 
-def full_name(base: str, key: str | int) -> str:
-    """The name of a task, of what asyncio calls it and of its key."""
-    return f"{base}-{key}" if isinstance(key, int) else base
-
-
-def by_name(tasks: Mapping[str | int, ManagedTask[Any]], name: str) -> ManagedTask[Any] | None:
-    """Look a task up in a table of a group: under its name, or under the number at the end of it."""
-    task = tasks.get(name)
-    number = name.rpartition("-")[2]
-    # Bounded: int() refuses very long ones.
-    if task is None and number.isdecimal() and len(number) < 19:
-        task = tasks.get(int(number))
-        return task if task is not None and task.get_name() == name else None
-    return task
-
-
 def request_cancel(task: ManagedTask[Any], cause: CancelCause, text: str | None = None) -> bool:
     """Cancel a task on behalf of its group, its manager or a shutdown: once, so that clean-up is not torn.
 
@@ -509,8 +435,43 @@ def request_cancel(task: ManagedTask[Any], cause: CancelCause, text: str | None 
     record_cause(task, cause)
     with passing(cause):
         asyncio_cancel(task, text or str(cause))
-    task._group._ledger.cancelling(task)
+    task._group._ledger.notify_cancelling(task)
     return True
+
+
+def request_cancel_all(tasks: Iterable[ManagedTask[Any]], cause: CancelCause, *, heard: bool) -> int:
+    """Cancel tasks in one pass, as ``request_cancel`` each.
+
+    Args:
+        tasks: Which.
+        cause: Noted with each.
+        heard: Listeners have to hear of each.
+
+    Returns:
+        How many this call was the first to cancel.
+    """
+    text = str(cause)
+    asked = 0
+    coro: Any
+    with passing(cause):
+        for task in tasks:
+            # The coroutine last: one that ended in an eager first step has none, and CPython 3.12 up
+            # to 3.12.4 crashes (gh-122332). It has extras as long as it is here.
+            if (
+                heard
+                or task._extras is not None
+                or task._span is not None
+                or task._cause is not None
+                or type(coro := task.get_coro()) is not CoroutineType
+                or not coro.cr_suspended
+            ):
+                asked += request_cancel(task, cause, text)
+            else:
+                # The same with what cannot matter to a plain task that waits left out: most are that, and
+                # it takes a third of the time.
+                task._cause = cause
+                asked += asyncio_cancel(task, text)
+    return asked
 
 
 def _cancel_from_elsewhere(task: ManagedTask[Any], message: object) -> bool:
@@ -527,7 +488,7 @@ def _cancel_from_elsewhere(task: ManagedTask[Any], message: object) -> bool:
         with passing(cause):
             asyncio_cancel(task, message)
         if noted:
-            task._group._ledger.cancelling(task)
+            task._group._ledger.notify_cancelling(task)
 
     try:
         loop.call_soon_threadsafe(cancel)
@@ -731,55 +692,15 @@ def cause_at_end(task: ManagedTask[Any], status: TaskStatus) -> CancelCause | No
     return CancelCause(CancelKind.EXPLICIT, None if task._extras is None else task._extras.message)
 
 
+def settle_cause(task: ManagedTask[Any], status: TaskStatus) -> CancelCause | None:
+    """Write the cause that a finished task keeps."""
+    task._cause = cause = cause_at_end(task, status)
+    return cause
+
+
 def cancel_message(task: asyncio.Task[Any]) -> object:
     """Read what the last ``cancel()`` of a running task said; asyncio's own attribute, 3.11 to 3.15."""
     return getattr(task, "_cancel_message", None)
-
-
-def snapshot(task: ManagedTask[Any]) -> TaskInfo:
-    """Take a snapshot of a task, live or ended."""
-    group = task._group
-    # In one step: what a request's group is called has to be looked up.
-    group_name, group_id, is_scoped = group._label or group._labels()
-    name = task.get_name()
-    status = task.status
-    extras = task._extras
-    error = failure_of(task) if status is TaskStatus.FAILED else None
-    trace_id, span_id = span_ids(task._span)
-    metadata: dict[str, Any] = {}
-    progress = None
-    result: Any = NO_RESULT
-    uid = None
-    if extras is not None:
-        uid = extras.uid
-        if extras.metadata is not None:
-            metadata = dict(extras.metadata)
-        if extras.progress is not None:
-            progress = extras.progress.snapshot()
-        if extras.keep_result and status is TaskStatus.COMPLETED:
-            result = task.result()
-    return TaskInfo(
-        id=f"{group_id}/{name}" if is_scoped else name,
-        uid=uid,
-        name=name,
-        group=group_name,
-        group_id=group_id,
-        priority=task._priority,
-        status=status,
-        created_at=task._created_at,
-        started_at=started_at(task, status),
-        ended_at=getattr(task, "_ended_at", None),
-        error_type=None if error is None else type(error).__name__,
-        error=None if error is None else text_of(error),
-        cause=task._cause,
-        cancel_ignored=task.cancel_ignored,
-        progress=progress,
-        metadata=metadata,
-        trace_id=trace_id,
-        span_id=span_id,
-        epoch=group._ledger.epoch,
-        _result=result,
-    )
 
 
 def started_at(task: ManagedTask[Any], status: TaskStatus) -> float | None:
@@ -918,78 +839,5 @@ async def _wait_for_place(place_granted: asyncio.Future[None], extras: Extras) -
     task = asyncio.current_task()
     if extras.begin is not None and isinstance(task, ManagedTask):
         begin, extras.begin, extras.context = extras.begin, None, None
-        extras.started_at = task._group._ledger.clock()
+        extras.started_at = task._group._ledger.home.clock()
         begin(task)
-
-
-class PendingWaiter:
-    """The tasks for which somebody who waits for many has still to wait: a done-callback is at one alone."""
-
-    __slots__ = ("__weakref__", "left", "waiter")
-
-    def __init__(self, left: Mapping[asyncio.Task[Any], None], waiter: asyncio.Task[Any] | None) -> None:
-        self.left = left
-        self.waiter = waiter
-
-
-# All of this process, for those who ask who awaits a task. Weak: one that stands in a loop that was
-# closed under it goes with it.
-_pending_waiters: WeakValueDictionary[int, PendingWaiter] = WeakValueDictionary()
-
-
-def waiters_behind(task: asyncio.Future[Any]) -> list[asyncio.Task[Any]]:
-    """Say who waits for many tasks, with this one among those that are still to come."""
-    # A list made in one step: lines come and go in other threads meanwhile.
-    lines = [line for link in _pending_waiters.valuerefs() if (line := link()) is not None]
-    return [line.waiter for line in lines if line.waiter is not None and task in line.left]
-
-
-async def wait_until_done(tasks: Collection[asyncio.Task[Any]], timeout: float | None = None) -> None:
-    """Wait until all ``tasks`` are done, or for ``timeout`` seconds (None: without bound).
-
-    Their own done-callbacks have been called by then: the books are in order. Unlike
-    ``asyncio.wait`` it does not count as somebody who will be told of their failures.
-
-    Cancellation: of the caller leaves the tasks alone.
-    """
-    if not tasks:
-        return
-    loop = asyncio.get_running_loop()
-    deadline = None if timeout is None else loop.time() + timeout
-    # A dictionary, to take the last one out of it, and to be asked whether one is in it.
-    left = dict.fromkeys(tasks)
-    if len(left) > 1:
-        line = PendingWaiter(left, asyncio.current_task())
-        _pending_waiters[id(line)] = line
-    ended_before = False
-    # One after another, the last first: tasks that end in the same turn cost one wait, not one each.
-    while left:
-        task, _ = left.popitem()
-        ended_before = task.done()
-        if not ended_before and not await _is_done_by(task, deadline, loop):
-            return
-    if ended_before:
-        # Perhaps in this very turn: then its done-callbacks are to be called in the next.
-        await asyncio.sleep(0)
-
-
-async def _is_done_by(
-    task: asyncio.Task[Any], deadline: float | None, loop: asyncio.AbstractEventLoop
-) -> bool:
-    waiter: asyncio.Future[bool] = loop.create_future()
-
-    def finish(is_done: bool) -> None:
-        if not waiter.done():
-            waiter.set_result(is_done)
-
-    def one_done(_: object) -> None:
-        finish(True)
-
-    add_done_callback(task, one_done, context=Context())
-    timer = None if deadline is None else loop.call_at(deadline, finish, False)
-    try:
-        return await waiter
-    finally:
-        if timer is not None:
-            timer.cancel()
-        _remove_done_callback(task, one_done)

@@ -19,10 +19,10 @@ from otel_tasks._core.state import TaskPriority, TaskStatus
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from otel_tasks._core.cancellation import CancelCause
+    from otel_tasks._core.events import CancelCause
     from otel_tasks._core.frames import Location
-    from otel_tasks._core.ledger import TaskStats
     from otel_tasks._core.progress import Progress
+    from otel_tasks._core.records import TaskStats
 
 TaskKind = Literal["task", "thread", "service"]
 GroupKind = Literal["labeled", "block", "request"]

@@ -30,8 +30,8 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from otel_tasks._core.binding import worker_here
-from otel_tasks._core.cancellation import CancelEvent
 from otel_tasks._core.clock import clock_of
+from otel_tasks._core.events import CancelEvent
 from otel_tasks._core.log import log_fields, logger
 from otel_tasks._core.state import TaskStatus
 from otel_tasks._core.task import (
@@ -39,7 +39,6 @@ from otel_tasks._core.task import (
     cause_at_end,
     extras_of,
     record_cause,
-    snapshot,
 )
 
 if TYPE_CHECKING:
@@ -349,13 +348,13 @@ class Worker(Generic[T]):
                 "the thread of task %r runs on after the task (%s); its cancel event is set",
                 self.id,
                 self.event.cause,
-                extra=log_fields(snapshot(self.task)),
+                extra=log_fields(self.task.info()),
             )
 
     def _log_late_end(self) -> None:
         """Log how an abandoned thread has ended: nothing else reports it."""
         error, self._error = self._error, None
-        extra = log_fields(snapshot(self.task))
+        extra = log_fields(self.task.info())
         if error is None or isinstance(error, _CANCELLED):
             logger.info("the thread of task %r has returned", self.id, extra=extra)
         else:

@@ -1,190 +1,670 @@
-"""The tree of groups: how groups are linked, and how a cancellation propagates down.
+"""The tree of work: groups as nodes, what the nodes of one manager share, and how a cancellation propagates.
 
-Everything is sync. The functions belong to ``TaskGroup``, which has them as methods.
+Everything here is sync. Rules, each with a test of its own:
+
+1. A labeled group is linked into the tree only while it has tasks or groups; a scoped one from its opening
+   until it is sealed and empty.
+2. A cancellation reaches everything below in one pass: first the causes and refusals, then the events, then
+   the tasks.
+3. What is linked below a cancelled group is born cancelled.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import itertools
+from contextlib import suppress
+from contextvars import Context
+from typing import TYPE_CHECKING, Any, Protocol, cast
+from weakref import WeakValueDictionary
 
-from otel_tasks._core.cancellation import TREE_LOCK, CancelCause, CancelEvent
-from otel_tasks._core.task import ManagedTask
-from otel_tasks._core.telemetry import end_group_span
+from otel_tasks._core.checks import is_plain_name
+from otel_tasks._core.events import TREE_LOCK, CancelCause, CancelEvent
+from otel_tasks._core.log import logger
+from otel_tasks._core.loop import Home, Shutdown
+from otel_tasks._core.names import Numbers, full_name
+from otel_tasks._core.records import Counters, History, Listeners, TaskStats
+from otel_tasks._core.task import ManagedTask, request_cancel_all
+from otel_tasks._core.telemetry.conventions import GROUP_ID, GROUP_NAME, MANAGER_NAME, low_cardinality
+from otel_tasks._core.telemetry.spans import end_group_span, start_group_span
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
+    from otel_tasks._core.binding import Binding
     from otel_tasks._core.group import TaskGroup
+    from otel_tasks._core.manager import TaskManager
+    from otel_tasks._core.names import Key
+    from otel_tasks._core.places import Limiter, Places
+    from otel_tasks._core.scope import Scope
+    from otel_tasks._core.telemetry.providers import Telemetry
+    from otel_tasks._core.telemetry.spans import GroupSpan
+    from otel_tasks._core.threads import Threads
 
 
-def add(group: TaskGroup, key: str | int, task: ManagedTask[Any]) -> None:
-    group._live[key] = task
-    if group._names is not group._live:
-        group._names[key] = task
-    if not group._linked and group._parent is not None:
-        link(group._parent, group)
+class Node:
+    """What a group is in the tree; ``TaskGroup``, the only class of this kind, adds what users do with it."""
 
-
-def remove(group: TaskGroup, task: ManagedTask[Any]) -> None:
-    key = task._key
-    # The entry may belong to another task: a name is free as soon as its task is done.
-    if group._live.get(key) is task:
-        del group._live[key]
-    if group._names is not group._live and group._names.get(key) is task:
-        del group._names[key]
-    if not group._live:
-        emptied(group)
-
-
-def is_empty(group: TaskGroup) -> bool:
-    return not group._live and not group._children
-
-
-def emptied(group: TaskGroup) -> None:
-    if group._children or not group._linked:
-        return
-    if group._scope is not None and not group._sealed:
-        group._scope.tasks_ended()
-    elif group._sealed or not group.scoped:
-        # A labeled group is linked into the tree only while it has tasks or groups.
-        leave_tree(group)
-
-
-def link(group: TaskGroup, child: TaskGroup) -> None:
-    group._children[child] = None
-    child._linked = True
-    if not group._linked and group._parent is not None:
-        link(group._parent, group)
-
-
-def leave_tree(group: TaskGroup) -> None:
-    if not group._linked:
-        return
-    group._linked = False
-    if group._span is not None and group._owns_span:
-        try:
-            end_group_span(group._span.span, group._cause)
-        except Exception:
-            group._ledger.log_once("ending the span of group %r raised", group.id)
-    if group.scoped:
-        group._ledger.scopes.pop(group._number, None)
-    parent = group._parent
-    if parent is not None:
-        parent._children.pop(group, None)
-        if group._past_progress is not None:
-            keep_progress(parent, *group._past_progress)
-        if not parent._live:
-            emptied(parent)
-
-
-def keep_progress(group: TaskGroup, tasks: int, done: float) -> None:
-    """Count ended tasks that had reported progress with what they did, until the group is closed."""
-    if group.scoped:
-        before = group._past_progress or (0, 0)
-        group._past_progress = (before[0] + tasks, before[1] + done)
-
-
-def below(group: TaskGroup) -> list[TaskGroup]:
-    """This group and all below it."""
-    groups: list[TaskGroup] = [group]
-    # The list grows while it is walked.
-    for node in groups:
-        groups.extend(node._children)
-    return groups
-
-
-def is_used_up(group: TaskGroup, event: CancelEvent) -> bool:
-    return event._value and group._cause is None and not group.scoped
-
-
-def make_event(group: TaskGroup) -> CancelEvent:
-    # Two threads that ask at a time must get the same one.
-    with TREE_LOCK:
-        event = group._event
-        if event is None or is_used_up(group, event):
-            event = CancelEvent(None if group._parent is None else group._parent.cancel_event)
-            event.set_owner(group, group._ledger.now)
-            # Before the look at the cause: the loop notes a cause before it looks for an event.
-            group._event = event
-            if group._cause is not None:
-                event.set(group._cause)
-        return event
-
-
-def signal_cancel(group: TaskGroup, cause: CancelCause) -> list[TaskGroup]:
-    """Set the cancel event here and below; scoped groups take no new tasks from now on.
-
-    Returns:
-        The groups that it reached: to be given to ``renew`` once they have been cancelled.
-    """
-    groups = below(group)
-    for node in groups:
-        if node._cause is None:
-            node._cause = cause
-            if node.scoped:
-                node._refusal = node._refusal or f"is closed ({cause.kind})"
-    if group._event is not None:
-        group._event.set(cause)
-    group._ledger.wake_producer()
-    return groups
-
-
-def cancel_tasks(
-    group: TaskGroup, cause: CancelCause, *, spared: Collection[asyncio.Future[Any] | None] = ()
-) -> int:
-    """Cancel every live task here and below in one pass; returns how many were newly asked.
-
-    Args:
-        group: The top of what is cancelled.
-        cause: Noted with each task.
-        spared: Tasks to leave alone, such as the caller that is going to wait.
-    """
-    groups = below(group)
-    asked = group._ledger.ask_all(
-        # Newest first: an older task may own what a newer one is using.
-        [task for node in groups for task in reversed(node.tasks) if not spared or task not in spared],
-        cause,
+    __slots__ = (
+        "__weakref__",
+        "_cause",
+        "_children",
+        "_event",
+        "_id",
+        "_label",
+        "_ledger",
+        "_limiter",
+        "_linked",
+        "_live",
+        "_name",
+        "_names",
+        "_number",
+        "_numbers",
+        "_owns_span",
+        "_parent",
+        "_past_progress",
+        "_queued",
+        "_refusal",
+        "_scope",
+        "_sealed",
+        "_span",
+        "_takes_plain_tasks",
     )
-    cancel_bodies(group, groups, cause, spared)
-    return asked
 
+    _refusal: str | None
+    _scope: Scope | None
+    _limiter: Limiter | None
+    # The group of a request, RequestGroup, has both.
+    _binding: Binding | None = None
+    _host: asyncio.Task[Any] | None = None
 
-def cancel_bodies(
-    group: TaskGroup,
-    groups: list[TaskGroup],
-    cause: CancelCause,
-    spared: Collection[asyncio.Future[Any] | None],
-) -> None:
-    """Cancel the blocks below whose task nobody else here cancels.
+    def _set_up(self, ledger: Ledger, name: str | Callable[[], str], parent: TaskGroup | None) -> None:
+        self._ledger = ledger
+        self._name = name
+        self._id: str | None = None
+        # Name, id and whether it is scoped, as the history keeps them; None while they may change.
+        self._label: tuple[str, str, bool] | None = None
+        # Given when a scoped group opens; 0 before.
+        self._number = 0
+        self._parent = parent
+        self._children: dict[TaskGroup, None] = {}
+        self._live: dict[Key, ManagedTask[Any]] = {}
+        # The table in which names must be unique: its own, or for labelled groups the root's.
+        self._names = self._live
+        # Makes the keys of that table; made with the first task that needs a number.
+        self._numbers: Numbers | None = None
+        self._linked = False
+        self._sealed = False
+        # Its own, or that of the group around it: the parent of what its block starts.
+        self._span: GroupSpan | None = None
+        self._owns_span = False
+        self._event: CancelEvent | None = None
+        # Why it is being cancelled; for good in a scoped group, for the moment in a labelled one.
+        self._cause: CancelCause | None = None
+        # How many of its ended tasks had reported progress, and how much they did; of a scoped group only.
+        self._past_progress: tuple[int, float] | None = None
+        # Why it takes no new tasks; None while it does.
+        self._refusal = None
+        self._scope = None
+        self._limiter = None
+        # Neither of the two above stands in the way: creation looks at this one attribute for each task.
+        self._takes_plain_tasks = True
+        # Of the live tasks, those that wait for a place.
+        self._queued = 0
 
-    Left alone: tasks of these groups, they were asked themselves; the caller; the task that
-    hosts this group too; and the handlers of requests, about which the middleware decides.
-    """
-    here = set(groups)
-    hosts = {group._host, *spared, *(node._host for node in groups)}
-    if group._scope is not None:
-        hosts.add(group._scope.host)
-    for node in groups:
-        scope = node._scope
-        if scope is None or scope.host in hosts:
-            continue
-        if not isinstance(scope.host, ManagedTask) or scope.host._group not in here:
-            scope.cancel_body(cause)
+    @property
+    def name(self) -> str:
+        """What it is called; a request's is named after its route once that is known."""
+        return self._name if isinstance(self._name, str) else self._name()
 
+    @property
+    def id(self) -> str:
+        """The name, for a scoped group with ``#`` and a number behind it."""
+        if self._id is None:
+            return f"{self.name}#{self._number}" if self._number else self.name
+        return self._id
 
-def seal(group: TaskGroup, cause: CancelCause | None = None, *, refuse: bool = True) -> None:
-    """Take no new tasks (unless ``refuse`` is false); leave the tree as soon as nothing is left in it."""
-    group._sealed = True
-    if refuse and group._refusal is None:
-        group._refusal = "is finished" if cause is None else f"is closed ({cause.kind})"
-    if is_empty(group):
-        leave_tree(group)
-    group._ledger.wake_producer()
+    @property
+    def scoped(self) -> bool:
+        """True for one that is entered and closed, False for one that is named by a string."""
+        return self._id is None
+
+    @property
+    def tasks(self) -> tuple[ManagedTask[Any], ...]:
+        """The live tasks of this very group, oldest first."""
+        if self._parent is None:
+            # The root's table has the tasks of all labelled groups.
+            return tuple(task for task in self._live.values() if task._group is self)
+        return tuple(self._live.values())
+
+    @property
+    def cancel_event(self) -> CancelEvent:
+        """Set when the group or one above it is cancelled; made on first use, for a labelled group anew.
+
+        It may be asked for in any thread.
+        """
+        if self._cause is not None and not self.scoped:
+            # Perhaps that of a shutdown in another loop.
+            self._ledger.home.meet_running_loop()
+        event = self._event
+        return self._make_event() if event is None or self._is_used_up(event) else event
+
+    def _labels(self) -> tuple[str, str, bool]:
+        """Name, id and whether it is scoped, as spans and the history have them."""
+        if self._label is not None:
+            return self._label
+        # Looked up once: a request has to ask for its route.
+        name = self.name
+        return name, f"{name}#{self._number}", True
+
+    def _task_id(self, name: str) -> str:
+        return f"{self.id}/{name}" if self._id is None else name
+
+    def _open(self, parent: TaskGroup) -> None:
+        self._parent = parent
+        self._span = parent._span
+        self._number = self._ledger.next_number()
+        if isinstance(self._name, str):
+            self._label = (self._name, self.id, True)
+        if self._cause is None:
+            self._refusal = None
+            self._takes_plain_tasks = self._limiter is None
+        else:
+            self._refusal = f"is closed ({self._cause.kind})"
+        # By number: a request's name, and so its id, changes once its route is known.
+        me: Any = self
+        self._ledger.scopes[self._number] = me
+        parent._link(me)
+        above = parent._cause
+        if above is not None and self._cause is None:
+            # What hangs below a cancelled group is born cancelled.
+            self._signal_cancel(above)
+
+    # -- names ------------------------------------------------------------------------------
+
+    def _find(self, name: str) -> ManagedTask[Any] | None:
+        """The task of this group that has this name, in the root one of any labeled group."""
+        return self._named(name, self._live)
+
+    def _holder(self, name: str) -> ManagedTask[Any] | None:
+        """The task because of which a new one cannot have this name."""
+        task = self._named(name, self._names)
+        # One that is done gives its name up, even if its done-callback is still to come.
+        return None if task is None or task.done() else task
+
+    def _named(self, name: str, table: dict[Key, ManagedTask[Any]]) -> ManagedTask[Any] | None:
+        task = table.get(name)
+        if task is not None or not self._numbers:
+            return task
+        key = self._numbers.find(name)
+        return None if key is None else table.get(key)
+
+    def _is_free(self, name: object) -> bool:
+        """True for a name that no task has, and that a task may have."""
+        if type(name) is not str or name in self._names or not is_plain_name(name):
+            return False
+        if not name[-1].isdecimal():
+            return True
+        numbers = self._made_numbers() if self._numbers is None else self._numbers
+        numbers.note(name)
+        return not numbers or self._holder(name) is None
+
+    def _note_name(self, name: str) -> None:
+        """Note that a task is going to have this chosen name."""
+        if name[-1].isdecimal():
+            self._made_numbers().note(name)
+
+    def _numbered(self, base: str) -> str:
+        """A free name: ``base`` and a number."""
+        numbers = self._made_numbers()
+        return full_name(base, numbers[base]())
+
+    def _made_numbers(self) -> Numbers:
+        if self._numbers is None:
+            root = self._ledger.root
+            self._numbers = Numbers(self._live) if self._names is self._live else root._made_numbers()
+        return self._numbers
+
+    def _rename(self, task: ManagedTask[Any], name: str) -> str:
+        """Give a task another name, with a number if the name is taken."""
+        old = task._key
+        if self._live.get(old) is not task:
+            # It has ended, and is in no table any more.
+            return name
+        key = name if self._holder(name) in (None, task) else self._numbered(name)
+        self._note_name(key)
+        for table in (self._live, self._names):
+            table.pop(old, None)
+            table[key] = task
+        return key
+
+    # -- linking ----------------------------------------------------------------------------
+
+    def _add(self, key: Key, task: ManagedTask[Any]) -> None:
+        self._live[key] = task
+        if self._names is not self._live:
+            self._names[key] = task
+        if not self._linked and self._parent is not None:
+            me: Any = self
+            self._parent._link(me)
+
+    def _remove(self, task: ManagedTask[Any]) -> None:
+        key = task._key
+        # The entry may belong to another task: a name is free as soon as its task is done.
+        if self._live.get(key) is task:
+            del self._live[key]
+        if self._names is not self._live and self._names.get(key) is task:
+            del self._names[key]
+        if not self._live:
+            self._emptied()
+
+    def _lose(self, task: ManagedTask[Any]) -> None:
+        """Remove a task that can never end, and with it all claims to places: the loop is closed."""
+        self._queued = 0
+        if self._limiter is not None:
+            self._limiter.clear()
+        self._remove(task)
+
+    def _is_empty(self) -> bool:
+        return not self._live and not self._children
+
+    def _emptied(self) -> None:
+        if self._parent is None and self._numbers:
+            self._numbers.restart()
+        if self._children or not self._linked:
+            return
+        if self._scope is not None and not self._sealed:
+            self._scope.tasks_ended()
+        elif self._sealed or not self.scoped:
+            # A labeled group is linked into the tree only while it has tasks or groups.
+            self._leave_tree()
+
+    def _link(self, child: TaskGroup) -> None:
+        self._children[child] = None
+        child._linked = True
+        if not self._linked and self._parent is not None:
+            me: Any = self
+            self._parent._link(me)
+
+    def _leave_tree(self) -> None:
+        if not self._linked:
+            return
+        self._linked = False
+        if self._owns_span:
+            self._end_span()
+        if self.scoped:
+            self._ledger.scopes.pop(self._number, None)
+        me: Any = self
+        parent = self._parent
+        if parent is not None:
+            parent._children.pop(me, None)
+            if self._past_progress is not None:
+                parent._keep_progress(*self._past_progress)
+            if not parent._live:
+                parent._emptied()
+
+    def _keep_progress(self, tasks: int, done: float) -> None:
+        """Count ended tasks that had reported progress with what they did, until the group is closed."""
+        if self.scoped:
+            before = self._past_progress or (0, 0)
+            self._past_progress = (before[0] + tasks, before[1] + done)
+
+    def _below(self) -> list[TaskGroup]:
+        """This group and all below it."""
+        me: Any = self
+        groups: list[TaskGroup] = [me]
+        # The list grows while it is walked.
+        for node in groups:
+            groups.extend(node._children)
+        return groups
+
+    def _every_live(self) -> Iterator[ManagedTask[Any]]:
+        """All live tasks of this group and below, each once."""
+        for group in self._below():
+            yield from group.tasks
+
+    def _leave_queue(self) -> None:
+        """Count a task no more among those that wait: it has its place, or has ended."""
+        self._queued -= 1
+
+    # -- cancelling -------------------------------------------------------------------------
+
+    def _is_used_up(self, event: CancelEvent) -> bool:
+        return event._value and self._cause is None and not self.scoped
+
+    def _make_event(self) -> CancelEvent:
+        # Two threads that ask at a time must get the same one.
+        with TREE_LOCK:
+            event = self._event
+            if event is None or self._is_used_up(event):
+                parent = None if self._parent is None else self._parent.cancel_event
+                event = CancelEvent(parent)
+                event.set_owner(self, self._ledger.home.now)
+                # Before the look at the cause: the loop notes a cause before it looks for an event.
+                self._event = event
+                if self._cause is not None:
+                    event.set(self._cause)
+            return event
+
+    def _signal_cancel(self, cause: CancelCause) -> list[TaskGroup]:
+        """Set the cancel event here and below; scoped groups take no new tasks from now on.
+
+        Returns:
+            The groups that it reached: to be given to ``renew`` once they have been cancelled.
+        """
+        groups = self._below()
+        for node in groups:
+            node._take_cause(cause)
+        if self._event is not None:
+            self._event.set(cause)
+        self._ledger.places.wake_producer()
+        return groups
+
+    def _take_cause(self, cause: CancelCause) -> None:
+        if self._cause is None:
+            self._cause = cause
+            if self.scoped:
+                self._refuse(f"is closed ({cause.kind})")
+
+    def _refuse(self, reason: str) -> None:
+        """Take no new tasks from now on; the first reason stays."""
+        self._refusal = self._refusal or reason
+        self._takes_plain_tasks = False
+
+    def _limit(self, limiter: Limiter | None) -> None:
+        """Let new tasks pass this limiter."""
+        self._limiter = limiter
+        self._takes_plain_tasks = self._refusal is None and limiter is None
+
+    def _cancel_tasks(
+        self, cause: CancelCause, *, spared: Collection[asyncio.Future[Any] | None] = ()
+    ) -> int:
+        """Cancel every live task here and below in one pass; returns how many were newly asked.
+
+        Args:
+            cause: Noted with each task.
+            spared: Tasks to leave alone, such as the caller that is going to wait.
+        """
+        groups = self._below()
+        # Newest first: an older task may own what a newer one is using.
+        tasks = [task for node in groups for task in reversed(node.tasks) if not spared or task not in spared]
+        asked = request_cancel_all(tasks, cause, heard=bool(self._ledger.listeners.functions))
+        self._cancel_bodies(groups, cause, spared)
+        return asked
+
+    def _cancel_bodies(
+        self, groups: list[TaskGroup], cause: CancelCause, spared: Collection[asyncio.Future[Any] | None]
+    ) -> None:
+        """Cancel the blocks below whose task nobody else here cancels.
+
+        Left alone: tasks of these groups, they were asked themselves; the caller; the task that
+        hosts this group too; and the handlers of requests, about which the middleware decides.
+        """
+        here = set(groups)
+        hosts = {self._host, *spared, *(node._host for node in groups)}
+        if self._scope is not None:
+            hosts.add(self._scope.host)
+        for node in groups:
+            scope = node._scope
+            if scope is None or scope.host in hosts:
+                continue
+            if not isinstance(scope.host, ManagedTask) or scope.host._group not in here:
+                scope.cancel_body(cause)
+
+    def _seal(self, cause: CancelCause | None = None, *, refuse: bool = True) -> None:
+        """Take no new tasks (unless ``refuse`` is false); leave the tree as soon as nothing is left in it."""
+        self._sealed = True
+        if refuse and self._refusal is None:
+            self._refuse("is finished" if cause is None else f"is closed ({cause.kind})")
+        if self._is_empty():
+            self._leave_tree()
+        self._ledger.places.wake_producer()
+
+    def _forget_cause(self, cause: CancelCause | None = None) -> None:
+        """Be usable again, with a fresh event, after a cancellation for ``cause`` (None: any)."""
+        if not self.scoped and (cause is None or self._cause is cause):
+            self._cause = None
+
+    def _child_failed(self, task: ManagedTask[Any], error: BaseException) -> bool:
+        """True if the failure is raised by the block of this group, False if it has to be reported."""
+        return self._scope is not None and self._scope.child_failed(cast("TaskGroup", self), task, error)
+
+    # -- its span ---------------------------------------------------------------------------
+
+    def _start_span(self) -> None:
+        tracer = self._ledger.telemetry.tracer()
+        if tracer is None:
+            return
+        attributes = {GROUP_NAME: self.name, GROUP_ID: self.id, MANAGER_NAME: self._ledger.name}
+        try:
+            self._span = start_group_span(tracer, low_cardinality(self.name), attributes, self._span)
+            self._owns_span = True
+        except Exception:
+            self._ledger.log_once("starting a span for group %r raised", self.id)
+
+    def _end_span(self) -> None:
+        if self._span is None:
+            return
+        try:
+            end_group_span(self._span.span, self._cause)
+        except Exception:
+            self._ledger.log_once("ending the span of group %r raised", self.id)
 
 
 def renew(groups: Iterable[TaskGroup], cause: CancelCause) -> None:
     """Remove the cause from labeled groups that were cancelled: they stay usable, with a fresh event."""
     for group in groups:
-        if not group.scoped and group._cause is cause:
-            group._cause = None
+        group._forget_cause(cause)
+
+
+class LossReport(Protocol):
+    """Reports the tasks that can never end; ``lost`` implements it."""
+
+    def watch_exit(self) -> None:
+        """Report when the process ends."""
+        ...
+
+    def note(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Note that a task is being cancelled while its loop does not run."""
+        ...
+
+    def report(self) -> None:
+        """Report every live task."""
+        ...
+
+
+class Ledger:
+    """What the groups of one manager share: its parts, and where each group and task is found.
+
+    Args:
+        name: The manager's name.
+        telemetry: Its tracer and its instruments.
+        history: How many ended tasks it remembers.
+        places: Its places.
+        eager_start: Run the first step of each task when it is created.
+        threads: The threads of ``run_in_thread``.
+    """
+
+    # Set by the manager, which stands above this module.
+    root: TaskGroup
+    manager: TaskManager
+    lost: LossReport
+    ending: Ending
+    counters: Counters
+    # Bound once: the list of callbacks of each task then holds the same object.
+    on_done: Callable[[ManagedTask[Any]], None]
+
+    def __init__(
+        self,
+        name: str,
+        telemetry: Telemetry,
+        history: int,
+        places: Places,
+        eager_start: bool,
+        threads: Threads,
+    ) -> None:
+        self.name = name
+        self.telemetry = telemetry
+        self.history = History(history)
+        self.places = places
+        self.eager_start = eager_start
+        self.threads = threads
+        self.home = Home(name, self)
+        self.listeners = Listeners(self.home.update_fast_path)
+        # What a line of code calls the manager.
+        self.in_code = "manager"
+        # Labeled groups: weak, so that an empty one costs nothing.
+        self.labels: WeakValueDictionary[str, TaskGroup] = WeakValueDictionary()
+        # Open scoped groups by their number.
+        self.scopes: dict[int, TaskGroup] = {}
+        # The innermost scoped group that is open in a task: `async with` inside `async with` nests.
+        self.hosts: dict[asyncio.Task[Any], TaskGroup] = {}
+        # Tasks whose uid has been read; weak, since one that has ended is in the history.
+        self.uids: WeakValueDictionary[str, ManagedTask[Any]] = WeakValueDictionary()
+        # A number that no other group of this manager has. In one step: threads make groups too.
+        self.next_number = itertools.count(1).__next__
+        self.created = 0
+        # Where done-callbacks run: nobody's context. Not one for all managers: a context that two threads
+        # enter at the same time refuses the second.
+        self.context = Context()
+        self._has_logged = False
+
+    # -- counting ---------------------------------------------------------------------------
+
+    @property
+    def live(self) -> int:
+        """How many tasks have not ended."""
+        return self.created - self.counters.ended
+
+    @property
+    def cancelled_by(self) -> dict[tuple[str, str], int]:
+        """Cancelled tasks by group and reason, for the metrics."""
+        return self.counters.cancelled_by
+
+    def stats(self) -> TaskStats:
+        """Read all counters."""
+        counters = self.counters
+        return TaskStats(
+            self.created,
+            self.live,
+            counters.completed,
+            counters.failed,
+            counters.cancelled,
+            counters.cancel_ignored,
+            sum(group._queued for group in self.root._below()),
+            len(self.history),
+        )
+
+    def active(self) -> Mapping[tuple[str, str], int]:
+        """Live tasks by group and state; read on the metric reader's thread, hence the copies."""
+        # Lists made in one step each: groups come and go on the loop's thread meanwhile.
+        labels = [group for link in self.labels.valuerefs() if (group := link()) is not None]
+        sizes = [(group, len(group._live)) for group in [*labels, *list(self.scopes.values())]]
+        # The root's table is the name space of all labeled groups, too.
+        labeled = sum(size for group, size in sizes if not group.scoped)
+        sizes.append((self.root, max(0, len(self.root._live) - labeled)))
+        counts: dict[tuple[str, str], int] = {}
+        for group, size in sizes:
+            name = low_cardinality(group.name)
+            counts[name, "active"] = counts.get((name, "active"), 0) + size - group._queued
+            if self.places.limiter.limit is not None or group._limiter is not None:
+                counts[name, "queued"] = counts.get((name, "queued"), 0) + group._queued
+        return counts
+
+    # -- finding ----------------------------------------------------------------------------
+
+    def scope(self, group_id: str) -> TaskGroup | None:
+        """Find an open scoped group by its id; what is before the ``#`` may have changed since."""
+        number = group_id.rpartition("#")[2]
+        # Bounded: int() refuses very long ones, and the id may come from a client.
+        return self.scopes.get(int(number)) if number.isdecimal() and len(number) < 19 else None
+
+    def by_uid(self, uid: str) -> ManagedTask[Any] | None:
+        """Find a live task by its uid."""
+        task = self.uids.get(uid)
+        return task if task is not None and task._group._live.get(task._key) is task else None
+
+    def note_uid(self, task: ManagedTask[Any], uid: str) -> None:
+        """Let a task be found by its uid from now on."""
+        self.uids[uid] = task
+
+    def record_uid(self, task: ManagedTask[Any]) -> None:
+        """Let the record of a task be found by its uid, if the task ended before its uid was read."""
+        loop = self.home.elsewhere()
+        if loop is None:
+            self._record_uid(task)
+        else:
+            with suppress(RuntimeError):  # It is closed: nothing ends in it any more.
+                loop.call_soon_threadsafe(self._record_uid, task, context=Context())
+
+    def _record_uid(self, task: ManagedTask[Any]) -> None:
+        if task.done():
+            self.history.note_uid(task.info())
+
+    # -- what the loop asks, see `loop.Occupant` --------------------------------------------
+
+    @property
+    def has_special_tasks(self) -> bool:
+        """A listener, or the manager's limit, looks at every task."""
+        return bool(self.listeners.functions) or self.places.limiter.limit is not None
+
+    def lose_tasks(self) -> None:
+        """Let go of all live tasks: their loop was closed under them."""
+        tasks = list(self.root._every_live())
+        if not self.home.closed:
+            self.lost.report()
+        self.ending.lose(tasks)
+        self.places.clear()
+        self.scopes.clear()
+        self.hosts.clear()
+
+    def moved(self, shutdown: Shutdown | None, *, was_closed: bool) -> None:
+        """Belong to another loop, which may have shut the manager down before."""
+        if shutdown is not None:
+            self.root._signal_cancel(shutdown.cause)
+        elif was_closed:
+            self.forget_causes()
+        loop = self.home.loop
+        if loop is not None:
+            self.history.change_epoch(self.home.epoch)
+            self.ending.use_clock(self.home.clock)
+            self.threads.bind(loop)
+            self.telemetry.observe(self)
+            self.lost.watch_exit()
+
+    def reopen(self) -> None:
+        """Take new tasks in this loop again after a shutdown."""
+        self.home.reopen()
+        self.forget_causes()
+
+    def forget_causes(self) -> None:
+        """Make the root and all labeled groups usable again after a shutdown."""
+        for group in [self.root, *self.labels.values()]:
+            group._forget_cause()
+
+    def notify_cancelling(self, task: ManagedTask[Any]) -> None:
+        """Tell the listeners that a task's cancellation has been requested."""
+        if self.listeners.functions:
+            self.listeners.notify("cancelling", task.info())
+
+    def log_once(self, message: str, *args: object) -> None:
+        """Log the exception in hand, the first time only: a broken exporter breaks no task."""
+        if not self._has_logged:
+            self._has_logged = True
+            logger.exception(message + "; further ones are not logged", *args)
+
+
+class Ending(Protocol):
+    """Takes the ends of tasks; ``ending`` implements it."""
+
+    def use_clock(self, clock: Callable[[], float]) -> None:
+        """Take the times of ends from this clock."""
+        ...
+
+    def abandon(self, task: ManagedTask[Any]) -> None:
+        """Give up on a task that would not stop."""
+        ...
+
+    def lose(self, tasks: Iterable[ManagedTask[Any]]) -> None:
+        """Let go of tasks that can never end."""
+        ...

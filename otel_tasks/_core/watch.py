@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from otel_tasks._core.frames import Stacks
 from otel_tasks._core.inspection import is_queued, place_of_task, request_of
 from otel_tasks._core.log import log_fields, log_fields_of_all, logger
-from otel_tasks._core.task import ManagedTask, has_started, snapshot
+from otel_tasks._core.task import ManagedTask, has_started
 from otel_tasks._core.task_tree import duration
 from otel_tasks._core.watchdog import Watchdog
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from otel_tasks._core.binding import BoundRequest
-    from otel_tasks._core.ledger import Ledger
+    from otel_tasks._core.tree import Ledger
 
 # Tasks per batch, which takes about a tenth of a millisecond.
 _BATCH = 500
@@ -134,9 +134,9 @@ class HealthScan:
 
     def _scan_batch(self, tasks: Iterator[ManagedTask[Any]], found: list[list[ManagedTask[Any]]]) -> None:
         """Look at some tasks, and at the next ones in the next turn."""
-        if self._stopped or self._ledger.loop is not self._loop:
+        if self._stopped or self._ledger.home.loop is not self._loop:
             return
-        now = self._ledger.clock()
+        now = self._ledger.home.clock()
         batch = list(islice(tasks, _BATCH))
         for check, troubled in zip(self._checks, found, strict=True):
             troubled += [task for task in batch if check.finds(task, now)]
@@ -218,7 +218,7 @@ class _IgnoredCancels(_Check):
             "some time" if cause is None or cause.at is None else duration(now - cause.at),
             cause,
             _clause(task, self._ledger),
-            extra=log_fields(snapshot(task)),
+            extra=log_fields(task.info()),
         )
 
     def _report_rest(self, task_ids: list[str]) -> None:
@@ -247,7 +247,7 @@ class _Unstarted(_Check):
             task.id,
             duration(now - task._created_at),
             f": it waits until {names} has ended" if names else "",
-            extra=log_fields(snapshot(task)),
+            extra=log_fields(task.info()),
         )
 
     def _report_rest(self, task_ids: list[str]) -> None:
@@ -298,4 +298,4 @@ class _Strays:
 
 
 def _clause(task: asyncio.Task[Any], ledger: Ledger) -> str:
-    return place_of_task(task, Stacks(), ledger.thread).clause()
+    return place_of_task(task, Stacks(), ledger.home.thread).clause()

@@ -17,13 +17,13 @@ from weakref import WeakSet
 from otel_tasks._core.frames import Stacks, place_of
 from otel_tasks._core.inspection import known_as, request_of
 from otel_tasks._core.log import log_fields, logger
-from otel_tasks._core.task import ManagedTask, own_coroutine, snapshot
+from otel_tasks._core.task import ManagedTask, own_coroutine
 from otel_tasks._core.task_tree import duration
 
 if TYPE_CHECKING:
     from types import CodeType, FrameType
 
-    from otel_tasks._core.ledger import Ledger
+    from otel_tasks._core.tree import Ledger
 
 # Seconds between two warnings that the loop is held in the same functions.
 _QUIET = 60.0
@@ -60,7 +60,7 @@ class Watchdog(threading.Thread):
         self._last: dict[frozenset[CodeType], float] = {}
         # As of the loop's last answer: its thread, the number of frames below a callback, and the code that
         # calls a callback.
-        self._thread = ledger.thread
+        self._thread = ledger.home.thread
         self._depth = 0
         self._caller: CodeType | None = None
 
@@ -124,7 +124,7 @@ class Watchdog(threading.Thread):
             holder,
             duration(self._held),
             place.clause(),
-            extra=log_fields(snapshot(task)) if isinstance(task, ManagedTask) else None,
+            extra=log_fields(task.info()) if isinstance(task, ManagedTask) else None,
         )
         return holder
 

@@ -48,8 +48,10 @@ _DURATION_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25,
 class MetricsSource(Protocol):
     """What the observable instruments read of a manager, on the metric reader's thread."""
 
-    # Cancelled tasks by group name and reason, since the start.
-    cancelled_by: Counts
+    @property
+    def cancelled_by(self) -> Counts:
+        """Cancelled tasks by group name and reason, since the start."""
+        ...
 
     def active(self) -> Mapping[tuple[str, str], int]:
         """Live tasks by group name and state, ``active`` or ``queued``."""

@@ -84,7 +84,7 @@ def elastic_bridge() -> Callable[[FastAPI], object]:
     from elasticapm.contrib.starlette import ElasticAPM
     from opentelemetry.trace import TracerProvider
 
-    from otel_tasks._core.telemetry import Providers, set_default_providers
+    from otel_tasks._core.telemetry.providers import Providers, set_default_providers
 
     client = _elastic_client()
 

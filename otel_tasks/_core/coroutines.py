@@ -1,0 +1,54 @@
+"""The coroutines that tasks are made of: what they are called, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from types import CoroutineType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+# The module whose coroutines are named, with their module, after a function that they call in a thread.
+_IN_THREAD = "otel_tasks._core.threads"
+
+
+def check_coroutine(coro: object) -> None:
+    """Raise a TypeError that shows the right line, unless ``coro`` is a coroutine."""
+    if type(coro) is CoroutineType or asyncio.iscoroutine(coro):
+        return
+    if callable(coro):
+        name = getattr(coro, "__name__", type(coro).__name__)
+        what = f"the function {name}: write create_task({name}(...))"
+    elif inspect.isawaitable(coro):
+        what = f"a {type(coro).__name__}: await it inside a coroutine function, and pass that one's coroutine"
+    else:
+        what = f"{coro!r}: write create_task(work(...)) with `async def work(...)`"
+    raise TypeError(f"create_task() takes a coroutine, got {what}")
+
+
+def close_quietly(coro: object) -> None:
+    """Close a refused coroutine, so that Python does not warn that nobody awaited it."""
+    if asyncio.iscoroutine(coro):
+        coro.close()
+
+
+def function_name(coro: Any) -> str:
+    """The name of the function that made a coroutine."""
+    try:
+        name: str = coro.__name__
+    except AttributeError:
+        # Cython's and other objects that are coroutines by their methods alone.
+        name = type(coro).__name__
+    return name
+
+
+def code_name(coro: Coroutine[Any, Any, Any]) -> str:
+    """Module and qualified name, as the semantic conventions want it in ``code.function.name``."""
+    qualified = getattr(coro, "__qualname__", None) or type(coro).__qualname__
+    frame = getattr(coro, "cr_frame", None)
+    module = None if frame is None else frame.f_globals.get("__name__")
+    if module == _IN_THREAD:
+        return qualified
+    return f"{module}.{qualified}" if module else qualified

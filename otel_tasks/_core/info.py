@@ -1,0 +1,114 @@
+"""TaskInfo: what a task was at one moment, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final
+
+from otel_tasks._core.clock import rounded, wall_clock
+
+if TYPE_CHECKING:
+    from otel_tasks._core.events import CancelCause
+    from otel_tasks._core.progress import Progress
+    from otel_tasks._core.state import TaskPriority, TaskStatus
+
+
+class _Absent(Enum):
+    """What stands where a snapshot has no result: still itself after it was pickled or copied."""
+
+    RESULT = "no result"
+
+
+NO_RESULT: Final = _Absent.RESULT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskInfo:
+    """A snapshot of a task; it holds no task, no frame, no exception.
+
+    Times are seconds on a monotonic clock; ``to_dict()`` gives them as wall-clock stamps, the same ones on
+    every call.
+
+    Attributes:
+        id: Unique among the live tasks of a manager.
+        uid: ``task.uid``, if that has been read; None otherwise. A snapshot makes none.
+        name: Unique among the live tasks of its scoped group, or of the manager.
+        group: The group's name.
+        group_id: The group's id.
+        priority: How urgent.
+        status: Where it is in its life.
+        created_at: When it was created.
+        started_at: When it was handed to the loop; None for a task that has not run any of its code.
+        ended_at: When it ended; None while it is live.
+        error_type: The class of what it raised.
+        error: The text of what it raised.
+        cause: Why it was or is being cancelled.
+        cancel_ignored: True for a task that was cancelled and completed anyway.
+        progress: What it reported last of its progress; None if it never did.
+        metadata: What was given at its creation.
+        trace_id: In hex; None without tracing.
+        span_id: In hex; None without tracing.
+        epoch: The wall-clock time at which the clock of these times was 0, in seconds since 1970.
+    """
+
+    id: str
+    uid: str | None
+    name: str
+    group: str
+    group_id: str
+    priority: TaskPriority
+    status: TaskStatus
+    created_at: float
+    started_at: float | None
+    ended_at: float | None
+    error_type: str | None
+    error: str | None
+    cause: CancelCause | None
+    cancel_ignored: bool
+    progress: Progress | None
+    metadata: dict[str, Any]
+    trace_id: str | None
+    span_id: str | None
+    epoch: float
+    # Compared by nobody: the == of a result may be no bool, as an array's.
+    _result: Any = field(default=NO_RESULT, repr=False, compare=False)
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds from creation to end; None while it is live."""
+        return None if self.ended_at is None else self.ended_at - self.created_at
+
+    @property
+    def has_result(self) -> bool:
+        """True for a task that has completed and whose result is kept: one of ``start_task``."""
+        return self._result is not NO_RESULT
+
+    @property
+    def result(self) -> Any:
+        """What the task returned, if it is kept; ``to_dict()`` leaves it out.
+
+        Raises:
+            AttributeError: There is none, see ``has_result``: ``getattr(info, "result", None)`` works.
+        """
+        if self._result is NO_RESULT:
+            raise AttributeError(
+                f"the snapshot of task {self.name!r} ({self.status}) has no result: "
+                "only that of a completed start_task() has; ask has_result first"
+            )
+        return self._result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the snapshot as JSON-ready data, without the result (metadata is passed through as it is)."""
+        data = {key: getattr(self, key) for key in _PLAIN}
+        for key in ("created_at", "started_at", "ended_at"):
+            data[key] = None if data[key] is None else wall_clock(data[key], self.epoch)
+        data["priority"] = self.priority.name
+        data["status"] = str(self.status)
+        data["cause"] = self.cause and self.cause.to_dict()
+        data["progress"] = self.progress and self.progress.to_dict()
+        data["duration"] = None if self.duration is None else rounded(self.duration)
+        return data
+
+
+_PLAIN = tuple(each.name for each in fields(TaskInfo) if each.name not in ("epoch", "_result"))

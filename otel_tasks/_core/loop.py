@@ -1,0 +1,271 @@
+"""The event loop, the thread, and the clock that a manager belongs to, and in which loops it is shut down.
+
+A manager belongs to one running loop at a time. It binds to the loop in which it is first used, and to
+another one once it has no live task. A shutdown belongs to the loop in which it happened: the loops of a test
+client, of a test, and of ``asyncio.run()`` find the manager open, whatever has happened to it elsewhere in
+the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from asyncio import _get_running_loop
+from contextlib import suppress
+from contextvars import Context
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from otel_tasks._core.clock import clock_of, epoch_of, monotonic, reads_loop_time
+from otel_tasks._core.factory import holder_of
+from otel_tasks.exceptions import ManagerClosedError, WrongLoopError, WrongThreadError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from otel_tasks._core.events import CancelCause
+
+# Stands where no loop may be: get_running_loop() gives None outside of one.
+_NO_LOOP: object = object()
+
+
+class Occupant(Protocol):
+    """What a home asks of its manager."""
+
+    @property
+    def live(self) -> int:
+        """How many tasks have not ended."""
+        ...
+
+    @property
+    def has_special_tasks(self) -> bool:
+        """Something looks at every task: a listener, or a limit."""
+        ...
+
+    def lose_tasks(self) -> None:
+        """Let go of all live tasks: their loop was closed under them."""
+        ...
+
+    def moved(self, shutdown: Shutdown | None, *, was_closed: bool) -> None:
+        """Belong to the loop that the home has now, which may have shut the manager down before."""
+        ...
+
+
+class Shutdown(NamedTuple):
+    """One shutdown.
+
+    Attributes:
+        by: The lifespan or the call that shut the manager down, in words.
+        cause: The cause with which it cancels tasks.
+    """
+
+    by: str
+    cause: CancelCause
+
+
+class Home:
+    """The loop of one manager.
+
+    Args:
+        name: The manager's name, for messages.
+        occupant: What the loop is for.
+    """
+
+    def __init__(self, name: str, occupant: Occupant) -> None:
+        self._name = name
+        self._occupant = occupant
+        self.loop: asyncio.AbstractEventLoop | None = None
+        # The thread in which that loop runs.
+        self.thread: int | None = None
+        # Whether the manager is shut down in that loop.
+        self.closed = False
+        self.shutdowns = Shutdowns()
+        # The loop, while nothing but the global telemetry can make a plain task special: creation looks at
+        # this one attribute, not at four. See `update_fast_path`.
+        self.fast_path_loop: Any = _NO_LOOP
+        # What has the loop's task factory as its attribute `_task_factory`.
+        self.factories: Any = None
+        # That of the loop, for every timestamp and duration of this manager.
+        self.clock: Callable[[], float] = monotonic
+        # The same where it is not the loop's time(), on which deadlines are; else None.
+        self.other_clock: Callable[[], float] | None = None
+        # The wall-clock time at which the clock was 0, in seconds since 1970.
+        self.epoch = epoch_of(None)
+
+    def enter(self) -> asyncio.AbstractEventLoop:
+        """Check that a task may be created here, and give the loop to create it in.
+
+        Raises:
+            WrongThreadError: No loop runs in this thread.
+            WrongLoopError: Tasks are live in another loop.
+            ManagerClosedError: The manager is shut down.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise WrongThreadError(
+                f"manager {self._name!r} creates tasks in a running event loop, and none runs in this "
+                "thread: write create_task_threadsafe(...), or call it from a coroutine"
+            ) from None
+        if loop is not self.loop:
+            self.bind(loop)
+        self._check_open()
+        return loop
+
+    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Belong to ``loop``, which runs in this thread.
+
+        Raises:
+            WrongLoopError: Tasks are live in another loop that is not closed.
+        """
+        if self.loop is not loop:
+            self._leave()
+            self._belong_to(loop)
+        self.thread = get_ident()
+
+    def meet(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Belong to ``loop``, which may run in another thread, unless tasks are live in another one."""
+        if self.loop is loop or (self._occupant.live and self.loop is not None and not self.loop.is_closed()):
+            return
+        if _get_running_loop() is loop:
+            self.bind(loop)
+            return
+        self._leave()
+        self._belong_to(loop)
+        self.thread = None
+        with suppress(RuntimeError):  # Closed just now: no thread runs it any more.
+            loop.call_soon_threadsafe(self.bind, loop, context=Context())
+
+    def meet_running_loop(self) -> None:
+        """Belong to the loop that runs here, if one does and no task is live in another one."""
+        loop = _get_running_loop()
+        if loop is not None:
+            self.meet(loop)
+
+    def now(self) -> float:
+        """Read the clock; the method may be kept across a change of the loop, the clock may not."""
+        return self.clock()
+
+    def elsewhere(self) -> asyncio.AbstractEventLoop | None:
+        """Give the loop if this is another thread than its own; None here, or before there is a loop."""
+        if get_ident() == self.thread or _get_running_loop() is self.loop:
+            return None
+        return self.loop
+
+    def loop_for_others(self) -> asyncio.AbstractEventLoop:
+        """Give the loop to which a thread may hand over a task.
+
+        Raises:
+            ManagerClosedError: The manager is shut down.
+            WrongLoopError: There is no loop yet, or it is closed.
+        """
+        self._check_open()
+        if self.loop is None or self.loop.is_closed():
+            raise WrongLoopError(
+                f"manager {self._name!r} runs in no event loop: enter it there with async with, "
+                "or create a first task there"
+            )
+        return self.loop
+
+    def update_fast_path(self) -> None:
+        """Decide whether plain tasks may take the fast path; called when what that depends on has changed."""
+        is_slow = self.closed or self.loop is None or self._occupant.has_special_tasks
+        self.fast_path_loop = _NO_LOOP if is_slow else self.loop
+
+    # -- shut down --------------------------------------------------------------------------
+
+    def close(self, by: str, cause: CancelCause) -> None:
+        """Take no new tasks in this loop from now on."""
+        self.closed = True
+        if self.loop is not None:
+            self.shutdowns.add(self.loop, Shutdown(by, cause))
+        self.update_fast_path()
+
+    def reopen(self) -> None:
+        """Take new tasks in this loop again after a shutdown."""
+        self.closed = False
+        if self.loop is not None:
+            self.shutdowns.forget(self.loop)
+        self.update_fast_path()
+
+    @property
+    def closed_here(self) -> bool:
+        """Whether the manager is shut down in the running loop; where none runs, in its own."""
+        loop = _get_running_loop()
+        if loop is None or loop is self.loop:
+            return self.closed
+        return self.shutdowns.of(loop) is not None
+
+    def is_open_in(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """True if ``loop`` has not shut the manager down, and no other loop that is open has it."""
+        here = self.loop is None or self.loop is loop or self.loop.is_closed()
+        return here and self.shutdowns.of(loop) is None
+
+    def _check_open(self) -> None:
+        if self.closed:
+            shutdown = None if self.loop is None else self.shutdowns.of(self.loop)
+            by = "shutdown()" if shutdown is None else shutdown.by
+            raise ManagerClosedError(
+                f"manager {self._name!r} was shut down by {by} and takes no new tasks in this event loop: "
+                "create them before that, or open it again with async with"
+            )
+
+    # -- moving -----------------------------------------------------------------------------
+
+    def _leave(self) -> None:
+        live = self._occupant.live
+        if not live or self.loop is None:
+            return
+        if not self.loop.is_closed():
+            raise WrongLoopError(
+                f"manager {self._name!r} has {live} live tasks in another event loop: "
+                "use one TaskManager per loop, hand the work over with create_task_threadsafe(...), "
+                "or shut it down there first"
+            )
+        self._occupant.lose_tasks()
+
+    def _belong_to(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.factories = holder_of(loop)
+        shutdown = self.shutdowns.of(loop)
+        was_closed, self.closed = self.closed, shutdown is not None
+        self.clock = clock_of(loop)
+        self.epoch = epoch_of(loop)
+        self.other_clock = None if reads_loop_time(loop) else self.clock
+        self.update_fast_path()
+        self._occupant.moved(shutdown, was_closed=was_closed)
+
+
+class Shutdowns:
+    """The shutdowns of one manager, each with its loop, which may be forgotten once it is closed."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Callable[[], asyncio.AbstractEventLoop | None], Shutdown]] = []
+
+    def add(self, loop: asyncio.AbstractEventLoop, shutdown: Shutdown) -> None:
+        """Note that the manager is shut down in ``loop``; the first shutdown stays."""
+        if self.of(loop) is None:
+            self._known.append((_reference(loop), shutdown))
+
+    def of(self, loop: asyncio.AbstractEventLoop) -> Shutdown | None:
+        """Give the shutdown in ``loop``, if there was one."""
+        found = None
+        for entry in list(self._known):
+            known = entry[0]()
+            if known is loop:
+                found = entry[1]
+            elif known is None or known.is_closed():
+                self._known.remove(entry)
+        return found
+
+    def forget(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take the manager for open in ``loop``."""
+        self._known = [entry for entry in self._known if entry[0]() is not loop]
+
+
+def _reference(loop: asyncio.AbstractEventLoop) -> Callable[[], asyncio.AbstractEventLoop | None]:
+    try:
+        return weakref.ref(loop)
+    except TypeError:
+        # A loop written in another language need not support weak references.
+        return lambda: loop
