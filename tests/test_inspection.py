@@ -380,7 +380,7 @@ async def test_names_cannot_write_to_the_terminal() -> None:
         first, second, third = str(manager.tree()).splitlines()
         assert second == "└── caf\u00e9: 1 task"
         assert third.startswith(
-            "    └── (T) a\\nb\\x1b[2J-1: cancelling, 0ms, cancel requested 0ms ago (explicit: x\\ty)"
+            "    └── (T) a\\nb\\x1b[2J: cancelling, 0ms, cancel requested 0ms ago (explicit: x\\ty)"
         )
         assert first == "manager default: 1 live task"
 

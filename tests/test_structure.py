@@ -31,33 +31,22 @@ WRITES = {
         "_span",
         "_waiters",
     },
-    # The fast path of creation, in TaskGroup.create_task.
-    "_core/group": {"_created_at", "_extras", "_group", "_key", "_priority", "_waiters"},
-    # To be moved to their owners.
-    "_core/ledger": {"_cause", "_ended_at", "_queued"},
-    "_core/tree": {
-        "_cause",
-        "_clock",
-        "_event",
-        "_linked",
-        "_owner",
-        "_past_progress",
-        "_refusal",
-        "_sealed",
-    },
+    # A labeled group is made by another way than TaskGroup().
+    "_core/group": {"_id", "_label", "_ledger", "_names", "_parent"},
+    # The fast path of the end.
+    "_core/ending": {"_ended_at"},
 }
 
 # The modules that import each other in a circle. The goal is at most 5.
-IN_CIRCLES = 25
+IN_CIRCLES = 24
 
 # Lines of code, without comments, docstrings, and empty lines; the goal is 400 for each.
 LINES = 400
 LONG_MODULES = {
-    "_core/creation": 550,
-    "_core/group": 436,
-    "_core/ledger": 590,
-    "_core/manager": 760,
-    "_core/task": 620,
+    "_core/creation": 567,
+    "_core/manager": 762,
+    "_core/task": 519,
+    "_core/tree": 455,
 }
 
 # Cyclomatic complexity of a function, nested ones included; the goal is 15 for each, and a mean below 3.
@@ -65,10 +54,10 @@ COMPLEXITY = 15
 MEAN_COMPLEXITY = 3.4
 COMPLEX_FUNCTIONS = {
     "_core/causes:_above": 17,
-    "_core/creation:create": 45,
+    "_core/creation:Creation._build": 21,
+    "_core/creation:Creation._create": 19,
+    "_core/creation:Creation.create_task": 24,
     "_core/frames:place_of": 16,
-    "_core/group:TaskGroup.create_task": 24,
-    "_core/ledger:Ledger._take_end": 17,
 }
 
 # --- tests -------------------------------------------------------------------------------------------------

@@ -299,7 +299,11 @@ class Creation(Node):
         task._extras = extras
         task._waiters = 0
         self._ledger.created += 1
-        self._add(key, task)
+        self._names[key] = task
+        if self._live is not self._names:
+            self._live[key] = task
+        if not self._linked and self._parent is not None:
+            self._parent._link(cast("TaskGroup", self))
 
     def _create_eagerly(
         self,

@@ -166,7 +166,10 @@ class Ticket:
 
 def would_wait(limiters: Iterable[Limiter]) -> bool:
     """True if a ticket that comes now could not start at once."""
-    return any(limiter.room() < 1 for limiter in limiters)
+    for limiter in limiters:  # noqa: SIM110 - every task under a limit comes here, and any() makes a generator
+        if limiter.room() < 1:
+            return True
+    return False
 
 
 def full_limiter(limiters: Iterable[Limiter]) -> Limiter | None:

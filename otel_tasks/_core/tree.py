@@ -240,14 +240,6 @@ class Node:
 
     # -- linking ----------------------------------------------------------------------------
 
-    def _add(self, key: Key, task: ManagedTask[Any]) -> None:
-        self._live[key] = task
-        if self._names is not self._live:
-            self._names[key] = task
-        if not self._linked and self._parent is not None:
-            me: Any = self
-            self._parent._link(me)
-
     def _remove(self, task: ManagedTask[Any]) -> None:
         key = task._key
         # The entry may belong to another task: a name is free as soon as its task is done.
