@@ -104,7 +104,7 @@ def circles(imports: Graph) -> list[list[str]]:
 
 
 def collapsed(imports: Graph) -> Graph:
-    """The graph with each folder below `_core` and `_asgi` as one module."""
+    """The graph with each public folder, and each folder below `_core` and `_asgi`, as one module."""
     found: Graph = {whole(name): set() for name in imports}
     for name, targets in imports.items():
         found[whole(name)] |= {whole(target) for target in targets} - {whole(name)}
@@ -113,7 +113,7 @@ def collapsed(imports: Graph) -> Graph:
 
 def whole(name: str) -> str:
     """The module that a module is a part of, or itself."""
-    return "/".join(name.split("/")[:2])
+    return "/".join(name.split("/")[: 2 if name.startswith("_") else 1])
 
 
 def layers() -> list[list[str]]:
@@ -129,7 +129,7 @@ def layers() -> list[list[str]]:
         for layer in by_container[container]:
             names = layer.split(" | ")
             inner = f"{container}.{layer}"
-            if inner in by_container and not folder:
+            if inner in by_container and not folder and layer.startswith("_"):
                 yield from rows(inner, f"{folder}{layer}/")
             else:
                 yield [folder + name for name in names]

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio.to_thread
 import pytest
 
-import otel_tasks.testing
 from otel_tasks import TaskManager
 from otel_tasks.testing import (
     DeadlockError,
@@ -21,13 +20,17 @@ from otel_tasks.testing import (
     SpanRecorder,
     VirtualClockLoop,
     assert_no_tasks_left,
+    clock,
+    connection,
     run,
 )
+from otel_tasks.testing import spans as spans_module
 from tests.blocks import run_pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from types import ModuleType
 
 T = TypeVar("T")
 
@@ -185,7 +188,7 @@ def test_thread_that_waits_for_a_timer_is_no_deadlock() -> None:
 def test_socket_may_wake_a_loop_without_timers(wakes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a socket registered, the loop waits in real time, but not forever."""
     if not wakes:
-        monkeypatch.setattr("otel_tasks.testing._JumpingSelector.REAL_PATIENCE", 0.2)
+        monkeypatch.setattr("otel_tasks.testing.clock._JumpingSelector.REAL_PATIENCE", 0.2)
 
     async def main() -> bytes:
         import socket
@@ -475,6 +478,8 @@ def test_clock_fixture_runs_a_coroutine(virtual_clock: Callable[..., Any]) -> No
         virtual_clock(asyncio.sleep(600), timeout=1)
 
 
-def test_examples_in_the_docstrings_run() -> None:
-    """The module's examples do what they show."""
-    assert doctest.testmod(otel_tasks.testing).failed == 0
+@pytest.mark.parametrize("module", [clock, connection, spans_module])
+def test_examples_in_the_docstrings_run(module: ModuleType) -> None:
+    """Each module's examples do what they show."""
+    results = doctest.testmod(module, extraglobs={"run": run})
+    assert (results.failed, results.attempted > 0) == (0, True)
