@@ -1,12 +1,13 @@
 """The picture of the package as an SVG: its modules in the layers of the import contracts, and their imports.
 
-Each layer is a row, and all arrows point down. An arrow that others imply is left out. Where an arrow passes
+Each layer is a row, and all arrows point down. Not every import has one, see `arrows`. Where an arrow passes
 a row, it gets a point. Modules and points then move toward the mean of their neighbors, sweep by sweep.
 Coordinates are whole numbers, so every machine and every Python draws the same picture.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from html import escape
 from itertools import pairwise
@@ -26,12 +27,14 @@ SWEEPS = 24
 # No contract has the package's own __init__.py. It imports the public names, and stands beside asgi.
 FRONT = "__init__"
 BESIDE = "asgi"
+BOTTOM = "exceptions"
 
 # The picture has its own background: the page around it may be dark where the system is light, or vice versa.
 STYLE = """
     .card { fill: #ffffff; stroke: #d0d7de; }
     .folder { fill: #f6f8fa; stroke: #d0d7de; stroke-dasharray: 4 3; }
     .box { fill: #ffffff; stroke: #57606a; stroke-width: 1.5; }
+    .leaf { stroke-dasharray: 3 3; }
     .public { fill: #ddf4ff; stroke: #0969da; }
     .way { fill: none; stroke: #8c959f; stroke-width: 1.3; }
     .head { fill: #57606a; }
@@ -41,7 +44,7 @@ STYLE = """
       .card { fill: #0d1117; stroke: #30363d; }
       .folder { fill: #161b22; stroke: #30363d; }
       .box { fill: #0d1117; stroke: #8b949e; }
-      .public { fill: #121d2f; stroke: #4493f8; }
+    .public { fill: #121d2f; stroke: #4493f8; }
       .way { stroke: #6e7681; }
       .head { fill: #8b949e; }
       text { fill: #e6edf3; }
@@ -83,8 +86,16 @@ def architecture_picture() -> str:
 
 
 def arrows() -> Graph:
-    """The imports that the picture shows."""
-    return reduced(collapsed(graph()))
+    """The imports that the picture shows: not those that others imply, nor those of a leaf."""
+    skipped = leaves()
+    return {name: targets - skipped for name, targets in reduced(collapsed(graph())).items()}
+
+
+def leaves() -> set[str]:
+    """The modules that import no other one but the exceptions, and that several import."""
+    imports = collapsed(graph())
+    uses = Counter(target for targets in imports.values() for target in targets)
+    return {name for name, targets in imports.items() if targets <= {BOTTOM} and uses[name] > 1}
 
 
 def draw(rows: Sequence[Sequence[str]], ways: Graph) -> str:
@@ -219,6 +230,8 @@ def frame(folder: str, nodes: Iterable[Node]) -> str:
 def box(node: Node) -> str:
     """A module's box and name."""
     kind = "box" if "/" in node.name else "box public"
+    if node.name in leaves():
+        kind += " leaf"
     return (
         f'  <rect class="{kind}" x="{node.x - node.width // 2}" y="{node.top}" width="{node.width}" '
         f'height="{BOX}" rx="6"/>\n'
