@@ -44,7 +44,7 @@ STYLE = """
       .card { fill: #0d1117; stroke: #30363d; }
       .folder { fill: #161b22; stroke: #30363d; }
       .box { fill: #0d1117; stroke: #8b949e; }
-    .public { fill: #121d2f; stroke: #4493f8; }
+      .public { fill: #121d2f; stroke: #4493f8; }
       .way { stroke: #6e7681; }
       .head { fill: #8b949e; }
       text { fill: #e6edf3; }
