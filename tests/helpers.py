@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from otel_tasks import TaskManager
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from otel_tasks.testing import SpanRecorder
 
 T = TypeVar("T")
+
+PATIENCE = 60.0
+"""Real seconds after which a test that waits for a thread gives up."""
+
+in_a_thread = asyncio.to_thread
 
 
 async def give(value: T) -> T:
@@ -141,3 +147,21 @@ async def _cancelled_at(
     spans.check()
     gc.collect()
     return driver.reached
+
+
+async def until(holds: Callable[[], object]) -> None:
+    """Wait, in real time, until it holds."""
+
+    def look() -> None:
+        end = time.monotonic() + PATIENCE
+        while not holds():
+            assert time.monotonic() < end, "it has never come to hold"
+            time.sleep(0.001)
+
+    await in_a_thread(look)
+
+
+def forget(task: Any) -> None:
+    """Let go of a task whose loop was closed under it, without asyncio's complaints."""
+    task._log_destroy_pending = False
+    task.get_coro().close()
