@@ -53,7 +53,8 @@ async def _wait(_: WebSocket, key: str) -> None:
     await released(key)
 
 
-async def _send(socket: WebSocket, _: str) -> None:
+async def _send(socket: WebSocket, key: str) -> None:
+    await released(key)
     while True:
         await socket.send_text("more")
         await asyncio.sleep(0.01)
