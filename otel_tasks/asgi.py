@@ -21,7 +21,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from otel_tasks._asgi.connection import ClientDisconnected, Receive, Scope, Send
-from otel_tasks._asgi.ending import finish
+from otel_tasks._asgi.finishing import finish
 from otel_tasks._asgi.lifespan import serve_lifespan
 from otel_tasks._asgi.request import Request, current_request, require_request
 from otel_tasks._asgi.settings import Settings

@@ -1,4 +1,4 @@
-"""Request: it opens, and its client may leave. ``ending`` has the rest of its life: it finishes.
+"""Request: it opens, and its client may leave. ``finishing`` has the rest of its life: it finishes.
 
 ``connection`` detects the disconnect, ``stop`` cancels the work, and ``cleanup`` shelters what must finish.
 """

@@ -65,7 +65,7 @@ class Settings:
         ]
         if ignored:
             logger.warning(
-                "TaskGroupMiddleware stands behind another one, which decides about %s: set it there",
+                "TaskGroupMiddleware is inside another one, which decides %s: set it there",
                 ", ".join(ignored),
             )
 
