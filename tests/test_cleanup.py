@@ -1,4 +1,4 @@
-"""The tasks that a request starts while it cleans up: where they run, and that they end before the request."""
+"""Tasks that a request starts while it cleans up: where they run, and that they end before the request."""
 
 from __future__ import annotations
 
