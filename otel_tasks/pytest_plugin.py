@@ -1,8 +1,7 @@
 """The tools of ``testing`` as fixtures; pytest loads this module if the library is installed.
 
-It is the only module that imports pytest, and no other module imports it. Loading it does not import the
-OpenTelemetry SDK; the fixture ``spans`` does, for the tests that use it. ``-p no:otel_tasks`` turns the
-plugin off.
+No other module imports pytest, or this one. Loading it does not import the OpenTelemetry SDK; the fixture
+``spans`` does, in the tests that use it. ``-p no:otel_tasks`` turns the plugin off.
 """
 
 from __future__ import annotations

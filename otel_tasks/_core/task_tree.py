@@ -1,4 +1,4 @@
-"""What runs in a manager, as data, as JSON-ready data, and as text: ``TaskTree`` and its nodes.
+"""The tree of what runs in a manager, as data, as JSON-ready data, and as text: ``TaskTree`` and its nodes.
 
 Rules, each with a test of its own:
 

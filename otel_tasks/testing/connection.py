@@ -19,8 +19,8 @@ class FakeConnection:
     """One request (or WebSocket) of an ASGI 3 server that behaves like uvicorn by default.
 
     Pass ``scope``, ``receive``, and ``send`` to an application, or let ``run()`` do it, and play the client
-    with ``feed()`` and ``disconnect()``. ``sent`` has everything that the application sends; ``sent_late``
-    has what it sends after the client has left.
+    with ``feed()`` and ``disconnect()``. ``sent`` has every message that the application sends; ``sent_late``
+    has those that it sends after the client has left.
 
     Args:
         method: The HTTP method.
@@ -87,7 +87,7 @@ class FakeConnection:
         self._resumed = asyncio.Event()
         self._resumed.set()
         self._close_code = 1005
-        self._told = False
+        self._said_disconnect = False
         self._completed = False
         if type == "websocket":
             self._fed.append({"type": "websocket.connect"})
@@ -129,7 +129,7 @@ class FakeConnection:
         self._resumed.clear()
 
     def resume(self) -> None:
-        """Read on after ``pause()``."""
+        """Continue reading after ``pause()``."""
         self._resumed.set()
 
     # The response.
@@ -158,7 +158,10 @@ class FakeConnection:
     # The application's side.
 
     async def send(self, message: Message) -> None:
-        """The server's ``send``: waits while paused; after a disconnect drops, raises or hangs."""
+        """The server's ``send``: waits while paused; after a disconnect, it drops, raises, or hangs.
+
+        **Cancellation**: propagates; a message that was waiting is not sent.
+        """
         if not self.disconnected:
             await self._resumed.wait()
         self.sent.append(message)
@@ -210,9 +213,9 @@ class FakeConnection:
         return None
 
     def _disconnect_message(self) -> Message | None:
-        if self._told and self.says_disconnect_once:
+        if self._said_disconnect and self.says_disconnect_once:
             return None
-        self._told = True
+        self._said_disconnect = True
         if self.scope["type"] == "websocket":
             return {"type": "websocket.disconnect", "code": self._close_code, "reason": None}
         return {"type": "http.disconnect"}
@@ -241,7 +244,7 @@ def _scope(
 
 
 def _body_messages(chunks: Iterable[bytes]) -> Iterator[Message]:
-    """One message per chunk, made on demand: a body of any size costs nothing before."""
+    """One message per chunk, created on demand, so that a body of any size costs nothing in advance."""
     rest = iter(chunks)
     chunk = next(rest, b"")
     for following in rest:

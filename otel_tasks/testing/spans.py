@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 class SpanRecorder:
     """Records the spans and metrics of a test in memory, with its own providers and ids that count up from 1.
 
-    While it is open, it records what OpenTelemetry logs: that shows a span that ended twice. Use it as a
-    context manager, or call ``close()``.
+    While it is open, it also records OpenTelemetry's log lines, which show a span that ended twice. Use it as
+    a context manager, or call ``close()``.
 
     Attributes:
         provider: The SDK's TracerProvider, to inject.
         meter_provider: The SDK's MeterProvider, to inject.
-        complaints: What the loggers below ``opentelemetry`` logged at WARNING and above.
+        complaints: The lines that the loggers below ``opentelemetry`` logged at WARNING and above.
 
     Raises:
         ImportError: ``opentelemetry-sdk`` is not installed.
