@@ -5,20 +5,16 @@ tests in ``testing`` and ``pytest_plugin``, the logging filter in ``logs``, and 
 ``instrumentation``. ``_core`` and ``_asgi`` hold the implementation; ``docs/architecture.md`` maps it.
 """
 
-from otel_tasks._core.current import current_manager
 from otel_tasks._core.decorator import ManagedFunction, managed_task
 from otel_tasks._core.frames import Location
-from otel_tasks._core.group import TaskGroup
-from otel_tasks._core.info import TaskInfo
-from otel_tasks._core.manager import (
-    ShutdownReport,
-    TaskManager,
+from otel_tasks._core.functions import (
     cancel_all_tasks,
     cancel_group,
     create_task,
     create_task_threadsafe,
     current_cancel_event,
     current_group,
+    current_manager,
     current_task,
     get_all_task_info,
     global_task_manager,
@@ -27,8 +23,12 @@ from otel_tasks._core.manager import (
     start_task,
     wait_for_task,
 )
+from otel_tasks._core.group import TaskGroup
+from otel_tasks._core.info import TaskInfo
+from otel_tasks._core.manager import TaskManager
 from otel_tasks._core.records import TaskStats
 from otel_tasks._core.service import RestartPolicy
+from otel_tasks._core.shutdown import ShutdownReport
 from otel_tasks._core.state import CancelKind, TaskPriority, TaskStatus
 from otel_tasks._core.task import ManagedTask
 from otel_tasks._core.task_tree import GroupNode, TaskNode, TaskTree

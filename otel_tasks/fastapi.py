@@ -17,9 +17,9 @@ from otel_tasks._asgi.lifespan import GRACE, TIMEOUT, managed
 from otel_tasks._asgi.request import require_request
 from otel_tasks._asgi.settings import checked_manager
 from otel_tasks._core.checks import checked_seconds
+from otel_tasks._core.functions import global_task_manager
 from otel_tasks._core.group import TaskGroup
 from otel_tasks._core.info import TaskInfo
-from otel_tasks._core.manager import global_task_manager
 from otel_tasks._core.task import ManagedTask
 from otel_tasks._core.waiting import wait_until_done
 from otel_tasks.asgi import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from otel_tasks._core.functions import current_task
 from otel_tasks._core.log import ATTRIBUTE, FIELDS
-from otel_tasks._core.manager import current_task
 from otel_tasks._core.telemetry.context import current_span_context, ids_in_hex
 
 if TYPE_CHECKING:

@@ -26,9 +26,10 @@ from otel_tasks._core.checks import checked_seconds
 from otel_tasks._core.coroutines import close_quietly
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.log import logger
+from otel_tasks._core.native import add_done_callback, failure_of
 from otel_tasks._core.state import CancelKind
-from otel_tasks._core.task import failure_of, stack_of
-from otel_tasks._core.waiting import add_done_callback, wait_until_done
+from otel_tasks._core.task import stack_of
+from otel_tasks._core.waiting import wait_until_done
 from otel_tasks.exceptions import WrongLoopError
 
 if TYPE_CHECKING:

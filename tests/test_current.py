@@ -68,7 +68,8 @@ async def send_mail() -> TaskManager:
     task = current_task()
     assert task is not None
     assert task.group.name == "mail"
-    return task.group.manager
+    manager: TaskManager = task.group.manager
+    return manager
 
 
 async def a_group() -> TaskManager:
@@ -77,11 +78,13 @@ async def a_group() -> TaskManager:
 
 
 async def a_started_task() -> TaskManager:
-    return (await start_task("started", look)).group.manager
+    manager: TaskManager = (await start_task("started", look)).group.manager
+    return manager
 
 
 async def a_service() -> TaskManager:
-    return (await start_service("service", look)).group.manager
+    manager: TaskManager = (await start_service("service", look)).group.manager
+    return manager
 
 
 async def in_thread() -> TaskManager:
@@ -109,7 +112,8 @@ async def gathered() -> TaskManager:
 
 async def gathered_start() -> TaskManager:
     [task] = await asyncio.gather(start_task("gathered", look))
-    return task.group.manager
+    manager: TaskManager = task.group.manager
+    return manager
 
 
 async def sheltered() -> TaskManager:
@@ -128,7 +132,8 @@ async def started_task_here() -> TaskManager:
 
 
 async def the_root() -> TaskManager:
-    return current_group().manager
+    manager: TaskManager = current_group().manager
+    return manager
 
 
 PLACES: list[Callable[[], Awaitable[TaskManager]]] = [

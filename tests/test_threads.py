@@ -676,7 +676,7 @@ async def test_function_that_raises_cancelled_in_the_grace_is_cancelled(
 async def test_function_that_cancels_its_own_task_in_the_grace_keeps_that_cause(manager: TaskManager) -> None:
     """A cause that was noted is not written over."""
     task = manager.create_task(rest())
-    worker = Worker(manager._ledger.threads, task, lambda: None)
+    worker = Worker(manager._threads, task, lambda: None)
     worker.event.set()
     first = otel_tasks.CancelCause(CancelKind.SHUTDOWN)
     task._cause = first
@@ -835,7 +835,7 @@ async def test_thread_that_has_returned_already_is_not_called_abandoned(
 def cancel_when_idle(manager: TaskManager, task: ManagedTask[Any]) -> None:
     """Block the loop until the thread has returned, then cancel the task before the loop hears of it."""
     end = time.monotonic() + PATIENCE
-    while manager._ledger.threads.workers:
+    while manager._threads.workers:
         assert time.monotonic() < end
         time.sleep(0.001)
     task.cancel()
@@ -890,7 +890,7 @@ async def test_no_more_threads_work_than_there_are_places(spans: SpanRecorder) -
         tasks = [manager.run_in_thread(work) for _ in range(21)]
         assert sorted([await task for task in tasks]) == list(range(21))
     assert most == 3
-    assert not manager._ledger.threads.workers
+    assert not manager._threads.workers
 
 
 @pytest.mark.parametrize("ageing", [10.0, float("inf")])
@@ -960,7 +960,7 @@ async def test_cancelled_in_the_queue_no_thread_is_started(gate: Gate) -> None:
         waiting.cancel()
         await asyncio.wait([waiting])
         gate.open()
-        while not any(worker.task is woken for worker in list(manager._ledger.threads.workers)):  # noqa: ASYNC110 - as below
+        while not any(worker.task is woken for worker in list(manager._threads.workers)):  # noqa: ASYNC110 - as below
             # There is no event for the moment between the giving of a place and the taking of it.
             await asyncio.sleep(0)
         woken.cancel()

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from otel_tasks._asgi.connection import Sweeper
 from otel_tasks._asgi.rule import CancelHandler, OnExit, checked_rules
 from otel_tasks._core.checks import check_flag, checked_finite_seconds
+from otel_tasks._core.functions import global_task_manager
 from otel_tasks._core.log import logger
-from otel_tasks._core.manager import TaskManager, global_task_manager
+from otel_tasks._core.manager import TaskManager
 
 if TYPE_CHECKING:
     import asyncio

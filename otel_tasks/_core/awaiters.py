@@ -13,13 +13,10 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks._core.cancellation import Wait
-from otel_tasks._core.task import ManagedTask
 from otel_tasks._core.waiting import waiters_behind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from otel_tasks._core.group import TaskGroup
+    from collections.abc import Iterable, Iterator
 
 
 def with_awaiters(*callers: asyncio.Task[Any] | None) -> set[asyncio.Future[Any]]:
@@ -40,8 +37,7 @@ def _waiting_for(future: asyncio.Future[Any]) -> Iterator[asyncio.Future[Any]]:
     for callback, _ in future._callbacks or ():
         yield from _woken_by(callback)
     yield from waiters_behind(future)
-    if isinstance(future, ManagedTask):
-        yield from _hosts_of(future)
+    yield from hosts_of(future)
 
 
 def _woken_by(callback: object) -> Iterator[asyncio.Future[Any]]:
@@ -80,12 +76,7 @@ def _enclosed_in(callback: object) -> Iterator[object]:
                     functions.append(content)
 
 
-def _hosts_of(task: ManagedTask[Any]) -> Iterator[asyncio.Future[Any]]:
-    """The tasks that have a block open, or a request, in which this one runs."""
-    group: TaskGroup | None = task._group
-    while group is not None:
-        if group._host is not None:
-            yield group._host
-        if group._scope is not None and group._scope.host is not None:
-            yield group._scope.host
-        group = group._parent
+@functools.singledispatch
+def hosts_of(task: asyncio.Future[Any]) -> Iterable[asyncio.Future[Any]]:
+    """The tasks that have a block open, or a request, in which this one runs; `group` registers it for a managed one."""
+    return ()

@@ -12,25 +12,24 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextvars import Context
 
-    from otel_tasks._core.events import CancelCause
-    from otel_tasks._core.group import TaskGroup
-    from otel_tasks._core.manager import TaskManager
-
     # A callback of a future, and the context in which it is called.
     Callback: TypeAlias = tuple[Callable[..., object], Context]
 
 
 class Binding(Protocol):
-    """What stands for the current group in a context: a group, or what makes one when it is needed."""
+    """What stands for the current group in a context: a group, or what makes one when it is needed.
+
+    ``Any`` where the class stands above this module: naming it would close a circle of imports.
+    """
 
     @property
-    def task_group(self) -> TaskGroup:
-        """The group that new tasks join."""
+    def task_group(self) -> Any:
+        """The ``TaskGroup`` that new tasks join."""
         ...
 
     @property
-    def manager(self) -> TaskManager:
-        """The manager of that group; asking for it makes no group."""
+    def manager(self) -> Any:
+        """The ``TaskManager`` of that group; reading it makes no group."""
         ...
 
     @property
@@ -61,11 +60,11 @@ class BoundRequest(Protocol):
         """Its handler's task has been cancelled, and not by the request itself."""
         ...
 
-    def cause_of_shutdown(self, message: str | None = None) -> CancelCause:
+    def cause_of_shutdown(self, message: str | None = None) -> Any:
         """The cause of what ends because the server has cancelled the handler's task."""
         ...
 
-    def stand_in(self, group: TaskGroup) -> TaskGroup:
+    def stand_in(self, group: Any) -> Any:
         """The group that takes a task which was meant for the closed ``group``; ``group`` if none does."""
         ...
 
@@ -79,6 +78,11 @@ class ThreadWorker(Protocol):
 
     def requester_name(self) -> str | None:
         """The name of its task; None once that has ended."""
+        ...
+
+    @property
+    def binding(self) -> Binding | None:
+        """The group of its task while the function runs; None after that."""
         ...
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
+
+T = TypeVar("T")
 
 # The module whose coroutines are named, with their module, after a function that they call in a thread.
 _IN_THREAD = "otel_tasks._core.threads"
@@ -52,3 +54,29 @@ def code_name(coro: Coroutine[Any, Any, Any]) -> str:
     if module == _IN_THREAD:
         return qualified
     return f"{module}.{qualified}" if module else qualified
+
+
+def check_factory(factory: object) -> None:
+    """Raise a TypeError that shows the right line, unless this makes a coroutine or is one."""
+    if not callable(factory) and not asyncio.iscoroutine(factory):
+        raise TypeError(
+            f"start_task() takes a function that returns a coroutine, got {factory!r}: "
+            "write start_task(name, lambda: work(1))"
+        )
+
+
+def made_coroutine(
+    factory: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T],
+) -> Coroutine[Any, Any, T]:
+    """Call a factory, if it is one, and check what comes out."""
+    if asyncio.iscoroutine(factory):
+        return factory
+    check_factory(factory)
+    made = factory()
+    if not asyncio.iscoroutine(made):
+        name = getattr(factory, "__name__", repr(factory))
+        raise TypeError(
+            f"start_task() takes a function that returns a coroutine, and {name}() returned {made!r}: "
+            f"declare it as `async def {name}(...)`"
+        )
+    return made

@@ -21,21 +21,12 @@ from otel_tasks._core.coroutines import check_coroutine, close_quietly, code_nam
 from otel_tasks._core.current import is_request_over, stand_in
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.factory import make
-from otel_tasks._core.futures import create_in_loop
 from otel_tasks._core.names import full_name
+from otel_tasks._core.native import add_done_callback, base_name, init_task
 from otel_tasks._core.options import OnConflict, TaskOptions, check_context, check_options, with_options_of
 from otel_tasks._core.places import Limiter, Ticket, admit, adopt, full_limiter
 from otel_tasks._core.state import CancelKind, TaskPriority
-from otel_tasks._core.task import (
-    Extras,
-    ManagedTask,
-    base_name,
-    extras_of,
-    init_task,
-    request_cancel,
-    run_when,
-    with_predecessors,
-)
+from otel_tasks._core.task import Extras, ManagedTask, extras_of, request_cancel, run_when, with_predecessors
 from otel_tasks._core.telemetry import trace
 from otel_tasks._core.telemetry.conventions import (
     CODE_FUNCTION,
@@ -49,7 +40,7 @@ from otel_tasks._core.telemetry.conventions import (
 )
 from otel_tasks._core.telemetry.spans import note_started, start_span
 from otel_tasks._core.tree import Node
-from otel_tasks._core.waiting import add_done_callback, wait_until_done
+from otel_tasks._core.waiting import wait_until_done
 from otel_tasks.exceptions import GroupClosedError, QueueFullError, TaskExistsError
 
 if TYPE_CHECKING:
@@ -422,7 +413,9 @@ class Creation(Node):
         except BaseException:
             close_quietly(work)
             raise
-        return create_in_loop(loop, work, lambda coro: where().create_task(coro, **options))
+        return self._ledger.threads.create_in_loop(
+            loop, work, lambda coro: where().create_task(coro, **options)
+        )
 
     def _limiters(self) -> tuple[Limiter, ...]:
         """What a new task has to pass: the group's own limit, and the manager's."""

@@ -16,28 +16,47 @@ import asyncio
 import inspect
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from otel_tasks._core.binding import current_binding
-from otel_tasks._core.task import ManagedTask
-from otel_tasks._core.threads import current_worker
+from otel_tasks._core.binding import current_binding, worker_here
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from otel_tasks._core.binding import Binding
-    from otel_tasks._core.group import TaskGroup
-    from otel_tasks._core.manager import TaskManager
 
 F = TypeVar("F", bound="Callable[..., Any]")
+G = TypeVar("G", bound="Group")
 
-_global_manager: TaskManager
+# ManagedTask, which stands above this module: `task` names it, once.
+_managed_task: type[Any]
+# The root group of the manager that is current where no other is: `functions` names it, once.
+_global_root: Any
 
 
-def set_global_manager(manager: TaskManager) -> None:
-    """Name the manager that is current where no other is; `manager`, above this module, does so once."""
-    global _global_manager
-    _global_manager = manager
+def set_managed_task(task_class: type[Any]) -> None:
+    """Name the class of tasks that have a group."""
+    global _managed_task
+    _managed_task = task_class
+
+
+def set_global_root(root: object) -> None:
+    """Name the group that is current where no other is."""
+    global _global_root
+    _global_root = root
+
+
+class Group(Protocol):
+    """What decides whether a group takes new tasks, and which one takes them in its place."""
+
+    @property
+    def _refusal(self) -> str | None: ...
+
+    @property
+    def _binding(self) -> Binding | None: ...
+
+    @property
+    def _parent(self) -> Group | None: ...
 
 
 def innermost() -> Binding | None:
@@ -48,13 +67,20 @@ def innermost() -> Binding | None:
     try:
         task = asyncio.current_task()
     except RuntimeError:
-        worker = current_worker()
-        return None if worker is None else worker.task._group
-    return task._group if isinstance(task, ManagedTask) else None
+        worker = worker_here.get()
+        return None if worker is None else worker.binding
+    group: Binding | None = task._group if isinstance(task, _managed_task) else None
+    return group
 
 
-def current_group_or_none() -> TaskGroup | None:
-    """The group that new tasks join here; None where there is none but the global manager's root."""
+def current_root() -> Any:
+    """The root group of the manager that is current here."""
+    here = innermost()
+    return _global_root if here is None else here.manager._root
+
+
+def current_group_or_none() -> Any:
+    """The ``TaskGroup`` that new tasks join here; None where there is none but the global manager's root."""
     here = innermost()
     if here is None:
         return None
@@ -62,21 +88,22 @@ def current_group_or_none() -> TaskGroup | None:
     return group if group._refusal is None else nearest_open(group)
 
 
-def stand_in(group: TaskGroup) -> TaskGroup:
+def stand_in(group: G) -> G:
     """Where a task goes that was meant for ``group``: into another one if a request cleans up."""
     if group._refusal is None or group._binding is None:
         return group
     request = group._binding._request
-    return group if request is None else request.stand_in(group)
+    taker: G = group if request is None else request.stand_in(group)
+    return taker
 
 
-def nearest_open(group: TaskGroup) -> TaskGroup:
+def nearest_open(group: Any) -> Any:
     """The group that new tasks join where ``group``, the current one, is closed.
 
     Code that is being cancelled may start tasks for its cleanup. They join the nearest group above
     that takes any; in a request that is the one for its cleanup.
     """
-    node: TaskGroup | None = group
+    node = group
     while node is not None and node._refusal is not None:
         if node._binding is not None:
             return stand_in(node)
@@ -114,19 +141,6 @@ def is_request_over() -> bool:
     bound = current_binding.get()
     request = None if bound is None else bound._request
     return request is not None and request.over
-
-
-def current_manager() -> TaskManager:
-    """The manager of the request or the managed task that runs here; elsewhere the global manager.
-
-    In the thread of ``run_in_thread`` it is the task's manager. In a plain asyncio task of a request
-    (``asyncio.gather`` makes such tasks) it is the request's manager.
-
-    Example:
-        >>> current_manager().create_task(send_mail(user), group="outbox")
-    """
-    here = innermost()
-    return _global_manager if here is None else here.manager
 
 
 @contextmanager

@@ -7,8 +7,8 @@ import inspect
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 from otel_tasks._core.checks import checked_name, checked_priority, checked_seconds
-from otel_tasks._core.current import as_coroutine_function, bound_to, current_manager, innermost
-from otel_tasks._core.manager import create_task
+from otel_tasks._core.current import as_coroutine_function, bound_to, innermost
+from otel_tasks._core.functions import create_task, current_manager
 from otel_tasks._core.state import TaskPriority
 
 if TYPE_CHECKING:

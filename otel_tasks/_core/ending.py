@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from otel_tasks._core.factory import end_like
 from otel_tasks._core.log import log_fields, logger
+from otel_tasks._core.native import base_name, failure_of
 from otel_tasks._core.records import Counters, KeptResult, without_frames
 from otel_tasks._core.state import Outcome, TaskStatus
 from otel_tasks._core.task import (
     Extras,
     ManagedTask,
-    base_name,
     extras_of,
-    failure_of,
     final_status,
     has_begun,
     outcome_of,

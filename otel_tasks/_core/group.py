@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, TypeVarTuple
 
-from otel_tasks._core.awaiters import with_awaiters
+from otel_tasks._core.awaiters import hosts_of, with_awaiters
 from otel_tasks._core.checks import check_choice, check_count, check_flag, checked_name, checked_seconds
 from otel_tasks._core.coroutines import check_coroutine, close_quietly
 from otel_tasks._core.creation import Creation
-from otel_tasks._core.current import current_group_or_none, current_manager, nearest_open, stand_in
+from otel_tasks._core.current import current_group_or_none, current_root, nearest_open, stand_in
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.options import NamedTaskOptions, with_options_of
 from otel_tasks._core.places import Limiter, checked_limiter
@@ -24,19 +24,17 @@ from otel_tasks._core.progress import add_up
 from otel_tasks._core.scope import OnError, Scope
 from otel_tasks._core.state import CancelKind, TaskPriority
 from otel_tasks._core.task import ManagedTask, cause_elsewhere, reported
-from otel_tasks._core.threads import in_thread
 from otel_tasks._core.tree import renew
 from otel_tasks._core.waiting import wait_until_done
 from otel_tasks.exceptions import GroupClosedError
 
 if TYPE_CHECKING:
     import concurrent.futures
-    from collections.abc import Callable, Collection, Coroutine
+    from collections.abc import Callable, Collection, Coroutine, Iterator
     from types import TracebackType
     from typing import Self, Unpack
 
     from otel_tasks._core.binding import BoundRequest
-    from otel_tasks._core.manager import TaskManager
     from otel_tasks._core.progress import GroupProgress
     from otel_tasks._core.tree import Ledger
 
@@ -47,6 +45,13 @@ _NORMAL = TaskPriority.NORMAL
 Args = TypeVarTuple("Args")
 
 _NAME_IT = 'call it by its work, as in TaskGroup("load")'
+
+
+class Manager(Protocol):
+    """A ``TaskManager``, which stands above this module."""
+
+    @property
+    def _root(self) -> TaskGroup: ...
 
 
 class TaskGroup(Creation):
@@ -83,9 +88,9 @@ class TaskGroup(Creation):
         max_concurrency: int | None = None,
         max_queue: int | None = None,
         span: bool = False,
-        manager: TaskManager | None = None,
+        manager: Manager | None = None,
     ) -> None:
-        root = (current_manager() if manager is None else manager)._root
+        root: TaskGroup = current_root() if manager is None else manager._root
         check_choice("on_error", on_error, OnError)
         label = "group" if name is None else checked_name("group", name, _NAME_IT)
         self._set_up(root._ledger, label, None)
@@ -110,11 +115,6 @@ class TaskGroup(Creation):
     def parent(self) -> TaskGroup | None:
         """The group above; None for a manager's root."""
         return self._parent
-
-    @property
-    def manager(self) -> TaskManager:
-        """The manager at whose root its tree begins."""
-        return self._ledger.manager
 
     @property
     def progress(self) -> GroupProgress:
@@ -214,7 +214,7 @@ class TaskGroup(Creation):
             ...         shrink(path)
             >>> await group.run_in_thread(resize, paths, timeout=60.0)
         """
-        coro = in_thread(self._ledger.threads, function, args, abandon=abandon)
+        coro = self._ledger.threads.coroutine(function, args, abandon=abandon)
         try:
             return self.create_task(coro, **options)
         except BaseException:
@@ -412,7 +412,18 @@ class TaskGroup(Creation):
 
     def _surroundings(self) -> TaskGroup:
         """The current group, if it is one of this manager's and not over; else the manager's root."""
-        group = current_group_or_none()
+        group: TaskGroup | None = current_group_or_none()
         if group is None or group._ledger is not self._ledger or (group.scoped and not group._linked):
             return self._ledger.root
         return group
+
+
+@hosts_of.register(ManagedTask)
+def _hosts_of(task: ManagedTask[Any]) -> Iterator[asyncio.Future[Any]]:
+    group: TaskGroup | None = task._group
+    while group is not None:
+        if group._host is not None:
+            yield group._host
+        if group._scope is not None and group._scope.host is not None:
+            yield group._scope.host
+        group = group._parent

@@ -18,7 +18,7 @@ import asyncio
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from otel_tasks._core.binding import current_binding
+from otel_tasks._core.binding import ThreadWorker, current_binding
 from otel_tasks._core.frames import Place, Stacks, place_of
 from otel_tasks._core.task import ManagedTask, own_coroutine, reported
 from otel_tasks._core.task_tree import GroupNode, TaskNode, TaskTree
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from otel_tasks._core.group import TaskGroup
     from otel_tasks._core.places import Limiter, Ticket
     from otel_tasks._core.task_tree import GroupKind, TaskKind
-    from otel_tasks._core.threads import Worker
     from otel_tasks._core.tree import Ledger
 
 # Levels of groups that are shown; deeper ones are counted. It bounds the recursion here and in JSON.
@@ -218,7 +217,7 @@ class _Survey:
         return self._positions[queue].get(ticket)
 
 
-def _frames_of(worker: Worker[Any], stacks: Stacks) -> list[FrameType]:
+def _frames_of(worker: ThreadWorker, stacks: Stacks) -> list[FrameType]:
     """The frames of a worker's thread; none before it runs."""
     return stacks.of_thread(worker.thread_id)
 

@@ -5,83 +5,46 @@ from __future__ import annotations
 import asyncio
 import functools
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
-from otel_tasks._core.awaiters import with_awaiters
 from otel_tasks._core.checks import check_count, checked_name, checked_seconds
-from otel_tasks._core.coroutines import close_quietly
+from otel_tasks._core.coroutines import check_factory, close_quietly, made_coroutine
 from otel_tasks._core.creation import EAGER
-from otel_tasks._core.current import (
-    as_coroutine_function,
-    current_group_or_none,
-    current_manager,
-    set_global_manager,
-)
 from otel_tasks._core.ending import Ending
-from otel_tasks._core.events import CancelCause, CancelEvent
 from otel_tasks._core.frames import Stacks, calling_line
 from otel_tasks._core.group import TaskGroup
 from otel_tasks._core.info import NO_RESULT, TaskInfo
 from otel_tasks._core.inspection import check_limit, tree_of
-from otel_tasks._core.log import log_fields, log_fields_of_all, logger
+from otel_tasks._core.lookup import Lookup, group_id, merged
 from otel_tasks._core.lost import LostWork
 from otel_tasks._core.options import with_options_of
 from otel_tasks._core.places import Limiter, Places, checked_limiter
-from otel_tasks._core.records import KeptResult
 from otel_tasks._core.service import DEFAULT_POLICY, RestartPolicy, start_supervisor
+from otel_tasks._core.shutdown import ShutdownReport, cancel_groups, shut_down, wait_for_end
 from otel_tasks._core.signals import write_on_signal
-from otel_tasks._core.state import CancelKind, TaskPriority, TaskStatus
-from otel_tasks._core.task import ManagedTask, asyncio_cancel, request_cancel_all, runs_forever
+from otel_tasks._core.state import TaskPriority, TaskStatus
+from otel_tasks._core.task import ManagedTask
 from otel_tasks._core.telemetry.providers import Telemetry
-from otel_tasks._core.threads import Threads, current_worker
-from otel_tasks._core.tree import Ledger, renew
-from otel_tasks._core.waiting import wait_until_done
+from otel_tasks._core.threads import Threads
+from otel_tasks._core.tree import Ledger
 from otel_tasks._core.watch import Watch
-from otel_tasks.exceptions import TaskNotFoundError, WrongThreadError
+from otel_tasks.exceptions import WrongThreadError
 
 if TYPE_CHECKING:
     import concurrent.futures
-    from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
     from contextvars import Context
     from types import TracebackType
     from typing import Self, TextIO, Unpack
 
     from otel_tasks._core.options import NamedTaskOptions, OnConflict, TaskOptions
-    from otel_tasks._core.records import KeptResult, TaskEvent, TaskStats
+    from otel_tasks._core.records import TaskEvent, TaskStats
     from otel_tasks._core.scope import OnError
     from otel_tasks._core.task_tree import TaskTree
     from otel_tasks._core.telemetry import MeterProvider, TracerProvider
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
-
-
-@dataclass(frozen=True, slots=True)
-class ShutdownReport:
-    """What became of the tasks that were live when a manager was shut down.
-
-    Attributes:
-        completed: How many returned.
-        failed: How many raised.
-        cancelled: How many ended cancelled.
-        cancel_ignored: The ids of those that were cancelled and completed all the same.
-        still_running: The ids of those that would not stop, each with the stack where it is.
-        abandoned_threads: The ids of tasks that have ended, now or before, while their function runs on
-            in a thread, each with the stack where it is.
-    """
-
-    completed: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    cancel_ignored: tuple[str, ...] = ()
-    still_running: Mapping[str, str] = field(default_factory=dict)
-    abandoned_threads: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def clean(self) -> bool:
-        """True if nothing runs on."""
-        return not self.still_running and not self.abandoned_threads
 
 
 class TaskManager:
@@ -133,20 +96,22 @@ class TaskManager:
         if not isinstance(ageing, int | float) or isinstance(ageing, bool) or not ageing > 0:
             raise ValueError(f"ageing must be more than 0 seconds, got {ageing!r}")
         limiter = checked_limiter(max_concurrency, max_queue) or Limiter(None, None)
+        self._threads = threads = Threads(max_threads, float(ageing))
         self._ledger = ledger = Ledger(
             name,
             Telemetry(name, tracer_provider, meter_provider),
             history,
             Places(limiter, float(ageing)),
             eager_start and EAGER,
-            Threads(max_threads, float(ageing)),
+            threads,
         )
         ending = Ending(ledger, on_error)
         ledger.ending = ledger.counters = ending
         ledger.on_done = ending.on_done
         ledger.lost = LostWork(ledger)
         ledger.root = self._root = TaskGroup._labeled(ledger, "root", None)
-        ledger.manager = self
+        ledger.owner = self
+        self._lookup = Lookup(ledger, self._root)
 
     @property
     def name(self) -> str:
@@ -180,18 +145,18 @@ class TaskManager:
         Raises:
             ValueError: It is set to what is no whole number of at least 1.
         """
-        return self._ledger.threads.limit
+        return self._threads.limit
 
     @max_threads.setter
     def max_threads(self, limit: int | None) -> None:
         # A lower one waits for threads to return.
         check_count("max_threads", limit, 1)
-        self._ledger.threads.limit = limit
+        self._threads.limit = limit
 
     @property
     def abandoned_threads(self) -> tuple[str, ...]:
         """The ids of the tasks that have ended while their function runs on in its thread."""
-        return tuple(worker.id for worker in self._ledger.threads.abandoned())
+        return tuple(worker.id for worker in self._threads.abandoned())
 
     @property
     def closed(self) -> bool:
@@ -255,7 +220,7 @@ class TaskManager:
         Example:
             >>> task = manager.create_task(send_mail(user), group="mail")
         """
-        where = self._root if group is None else self._group_for(group, coro)
+        where = self._root if group is None else self._lookup.group(group, coro)
         if options:
             return where._create_with(coro, name, priority, options)
         return where.create_task(coro, name=name, priority=priority)
@@ -281,7 +246,7 @@ class TaskManager:
         if isinstance(group, str):
             # Made, or found, in the loop.
             return self._root._hand_over(work, functools.partial(self.get_group, group), options)
-        where = self._root if group is None else self._group_for(group, work)
+        where = self._root if group is None else self._lookup.group(group, work)
         return where.create_task_threadsafe(work, **options)
 
     @with_options_of(TaskGroup._create)
@@ -306,7 +271,7 @@ class TaskManager:
         Example:
             >>> task = manager.run_in_thread(render, page, group="render", timeout=30.0)
         """
-        where = self._root if group is None else self._group_for(group, function)
+        where = self._root if group is None else self._lookup.group(group, function)
         return where.run_in_thread(function, *args, abandon=abandon, **options)
 
     @with_options_of(TaskGroup._create)
@@ -329,7 +294,7 @@ class TaskManager:
 
         Cancellation: of the caller, while it waits for room: ``coro`` is closed, no task is created.
         """
-        where = self._root if group is None else self._group_for(group, coro)
+        where = self._root if group is None else self._lookup.group(group, coro)
         return await where.put_task(coro, **options)
 
     async def start_task(
@@ -387,7 +352,7 @@ class TaskManager:
             on_conflict = "replace"
         try:
             checked_name("task", name, 'call it by its work, as in start_task("import", work)')
-            where = self._root if group is None else self._group_for(group)
+            where = self._root if group is None else self._lookup.group(group)
             if on_conflict == "replace":
                 check_factory(factory)
                 await where._clear_name(name, f"replaced by a new task {name!r}")
@@ -466,7 +431,7 @@ class TaskManager:
         Example:
             >>> await manager.start_service("prices", refresh_prices, restart=RestartPolicy(max_delay=30))
         """
-        where = self._root if group is None else self._group_for(group, factory)
+        where = self._root if group is None else self._lookup.group(group, factory)
         return await start_supervisor(
             where, name, factory, restart, priority, metadata, on_conflict, drains=drains
         )
@@ -517,10 +482,7 @@ class TaskManager:
             ValueError: The name is empty, has an empty part, or has what names may not have: ``#``, control
                 characters, more than 200 characters.
         """
-        if name == "root":
-            return self._root
-        group = self._ledger.labels.get(name)
-        return self._make_label(name) if group is None else group
+        return self._lookup.label(name)
 
     # -- looking ----------------------------------------------------------------------------
 
@@ -541,9 +503,9 @@ class TaskManager:
         Example:
             >>> manager.get_task(name, group="exports")
         """
-        task = self._find(name, group)
+        task = self._lookup.task(name, group)
         if task is None:
-            raise self._not_found(
+            raise self._lookup.not_found(
                 name,
                 group,
                 "get_task_info() has its record, and wait_for_task() the result of a start_task()",
@@ -557,12 +519,12 @@ class TaskManager:
             name: Its name, id or uid.
             group: Look in this very group alone, as for ``get_task``.
         """
-        task = self._find(name, group)
-        return self._ledger.history.find(name, _group_id(group)) if task is None else task.info()
+        task = self._lookup.task(name, group)
+        return self._ledger.history.find(name, group_id(group)) if task is None else task.info()
 
     def get_all_task_info(self) -> dict[str, TaskInfo]:
         """Give snapshots of all tasks by id: the live ones, then the remembered ones."""
-        return _merged(self._root._every_live(), reversed(list(self._ledger.history)))
+        return merged(self._root._every_live(), reversed(list(self._ledger.history)))
 
     def get_group_tasks(self, group: str | TaskGroup) -> dict[str, TaskInfo]:
         """Give snapshots of the tasks of a group and of all below it: live, then remembered.
@@ -573,14 +535,14 @@ class TaskManager:
         Args:
             group: The name of a labelled group, the name or id of a scoped one, or the group.
         """
-        live = (task for node in self._find_groups(group) for task in node._every_live())
+        live = (task for node in self._lookup.groups(group) for task in node._every_live())
         name = group if isinstance(group, str) else group.id
         remembered = (
             info
             for info in reversed(list(self._ledger.history))
             if name in ("root", info.group, info.group_id) or info.group_id.startswith(f"{name}.")
         )
-        return _merged(live, remembered)
+        return merged(live, remembered)
 
     def stats(self) -> TaskStats:
         """Read the counters."""
@@ -751,13 +713,13 @@ class TaskManager:
         """
         seconds = checked_seconds("timeout", timeout)
         caller = self._caller()
-        task = self._find(name, group)
+        task = self._lookup.task(name, group)
         if task is not None and task is caller:
             raise RuntimeError(
                 f"task {name!r} cannot wait for itself: it would wait for ever; let another task do it"
             )
         if task is None:
-            return self._ending(name, group).take()
+            return self._lookup.kept_result(name, group).take()
         await asyncio.wait([task], timeout=seconds)
         if not task.done():
             raise TimeoutError(f"task {name!r} is still {task.status} after {timeout:g} s, and goes on")
@@ -784,11 +746,11 @@ class TaskManager:
         Example:
             >>> manager.get_result("import", default=None)
         """
-        task = self._find(name, group)
+        task = self._lookup.task(name, group)
         if task is None:
             if default is NO_RESULT:
-                return self._ending(name, group).take()
-            ending = self._ledger.history.ending(name, _group_id(group))
+                return self._lookup.kept_result(name, group).take()
+            ending = self._ledger.history.ending(name, group_id(group))
             if ending is None or ending.info.status is TaskStatus.CANCELLED:
                 return default
             return ending.take()
@@ -815,7 +777,7 @@ class TaskManager:
         Cancellation: of the caller leaves the tasks alone.
         """
         self._caller()
-        for node in [self._root] if group is None else self._find_groups(group):
+        for node in [self._root] if group is None else self._lookup.groups(group):
             await node.join()
 
     # -- cancelling -------------------------------------------------------------------------
@@ -849,12 +811,12 @@ class TaskManager:
         """
         seconds = checked_seconds("timeout", timeout)
         caller = self._caller()
-        task = self._find(name, group)
+        task = self._lookup.task(name, group)
         if task is None or task.done():
             return False
         task.cancel(reason)
         # A task that cancels itself ends at its next await, which is not to be here.
-        return task is not caller and await self._wait_for_end([task], seconds) == 1
+        return task is not caller and await wait_for_end([task], seconds) == 1
 
     async def cancel_group(
         self,
@@ -887,7 +849,9 @@ class TaskManager:
         Cancellation: of the caller ends the waiting, or the grace; the tasks are cancelled. The
         calling task is spared, and so is what awaits it.
         """
-        return await self._cancel(self._find_groups(group), reason, grace, timeout)
+        return await cancel_groups(
+            self._ledger, self._caller(), self._lookup.groups(group), reason, grace, timeout
+        )
 
     async def cancel_all_tasks(
         self, reason: str | None = None, *, grace: float = 0.0, timeout: float | None = 10.0
@@ -903,7 +867,7 @@ class TaskManager:
 
         Cancellation: of the caller ends the waiting; the tasks stay cancelled.
         """
-        return await self._cancel([self._root], reason, grace, timeout)
+        return await cancel_groups(self._ledger, self._caller(), [self._root], reason, grace, timeout)
 
     async def shutdown(self, grace: float = 5.0, timeout: float | None = 10.0) -> ShutdownReport:
         """Refuse new tasks, let the live ones finish, cancel the rest, and report.
@@ -932,27 +896,6 @@ class TaskManager:
         """
         return await self._shut_down(grace, timeout, f"shutdown(){_called_at()}")
 
-    async def _shut_down(self, grace: float, timeout: float | None, by: str) -> ShutdownReport:
-        seconds = checked_seconds("timeout", timeout)
-        patience = checked_seconds("grace", grace)
-        spared = with_awaiters(self._caller())
-        tasks = self._others([self._root], spared)
-        cause = CancelCause.make(CancelKind.SHUTDOWN, f"manager {self.name!r} is shutting down")
-        self._ledger.home.close(by, cause)
-        self._root._signal_cancel(cause)
-        self._drop_queue(tasks, cause)
-        if patience != 0.0:
-            # Most services do not end by themselves: every shutdown would last its whole grace.
-            await wait_until_done([task for task in tasks if not runs_forever(task)], patience)
-        await self._cancel_by_priority(tasks, cause, seconds, spared)
-        return self._report(tasks)
-
-    def _drop_queue(self, tasks: list[ManagedTask[Any]], cause: CancelCause) -> None:
-        """Cancel those that wait for a place, and wake who waits for room: nobody gets any more."""
-        waiting = [task for task in tasks if task._extras is not None and task._extras.queued]
-        request_cancel_all(waiting, cause, heard=bool(self._ledger.listeners.functions))
-        self._ledger.places.wake_producer()
-
     async def __aenter__(self) -> Self:
         """Open it, again if it was shut down."""
         # First: an entry that is refused leaves a closed manager closed.
@@ -966,506 +909,16 @@ class TaskManager:
     ) -> None:
         await self._shut_down(5.0, 10.0, f"the end of its async with block{_called_at()}")
 
-    # -- helpers ----------------------------------------------------------------------------
-
-    def _group_for(self, group: str | TaskGroup, coro: object = None) -> TaskGroup:
-        try:
-            if isinstance(group, str):
-                return self.get_group(group)
-            if not isinstance(group, TaskGroup):
-                raise _no_group(group)
-            if group._ledger is not self._ledger:
-                raise ValueError(
-                    f"group {group.id!r} belongs to manager {group._ledger.name!r}, not to this one, "
-                    f"{self.name!r}: ask the group itself, as in group.create_task(...), or its own manager"
-                )
-        except BaseException:
-            close_quietly(coro)
-            raise
-        return group
-
-    def _make_label(self, name: str) -> TaskGroup:
-        hint = 'leave it out for the manager\'s own, which get_group("root") gives'
-        name = checked_name("group", name, hint)
-        parts = name.split(".")
-        if not all(parts):
-            raise ValueError(f"group name must not have empty parts between its dots, got {name!r}")
-        parent = self._root if len(parts) == 1 else self.get_group(name.rpartition(".")[0])
-        group = TaskGroup._labeled(self._ledger, name, parent)
-        self._ledger.labels[name] = group
-        return group
-
-    def _find(self, name: str, group: str | TaskGroup | None = None) -> ManagedTask[Any] | None:
-        if not isinstance(name, str):
-            raise TypeError(f"a task is looked up by its name, its id or its uid, got {name!r}: pass task.id")
-        if group is None:
-            return self._find_anywhere(name)
-        node = self._find_group(group)
-        if node is None:
-            return None
-        task = self._ledger.by_uid(name) or node._find(name) or self._find_anywhere(name)
-        # The root's table has the tasks of all labels, and an id may be that of any group's task.
-        return task if task is not None and task._group is node else None
-
-    def _find_anywhere(self, name: str) -> ManagedTask[Any] | None:
-        # The uid first: no name that somebody chooses can stand in its way.
-        task = self._ledger.by_uid(name) or self._root._find(name)
-        if task is not None:
-            return task
-        # An id: group id, slash, name; both may have slashes in them.
-        cut = name.find("/")
-        while cut != -1:
-            group = self._ledger.scope(name[:cut])
-            if group is not None:
-                return group._find(name[cut + 1 :])
-            cut = name.find("/", cut + 1)
-        return None
-
-    def _find_group(self, group: str | TaskGroup) -> TaskGroup | None:
-        """The one group that is meant; None if it is not known, and so has no live task."""
-        if not isinstance(group, str) or group == "root":
-            return self._group_for(group)
-        return self._ledger.labels.get(group) or self._ledger.scope(group)
-
-    def _ending(self, name: str, group: str | TaskGroup | None) -> KeptResult:
-        ending = self._ledger.history.ending(name, _group_id(group))
-        if ending is None:
-            raise self._not_found(
-                name,
-                group,
-                "only start_task() keeps results, of others keep the object that create_task() returned",
-            )
-        return ending
-
-    def _find_groups(self, group: str | TaskGroup) -> list[TaskGroup]:
-        if isinstance(group, TaskGroup):
-            return [self._group_for(group)]
-        if not isinstance(group, str):
-            raise _no_group(group)
-        scoped = [node for node in list(self._ledger.scopes.values()) if group in (node.id, node.name)]
-        if group in self._ledger.labels or group == "root":
-            return [self.get_group(group), *scoped]
-        return scoped
-
-    def _not_found(self, name: str, group: str | TaskGroup | None, hint: str) -> TaskNotFoundError:
-        """Say that a task is not live; ``hint`` is for one that is remembered."""
-        where = _group_id(group)
-        known = self._ledger.history.find(name, where)
-        if known is not None:
-            return TaskNotFoundError(f"task {name!r} has ended ({known.status}): {hint}")
-        if where is None:
-            return TaskNotFoundError(
-                f"no task is called {name!r}: it was never started, or is forgotten by now; "
-                "get_all_task_info() lists those that are known"
-            )
-        # Not whether another group has it: the name may come from a client, and the text may reach it.
-        return TaskNotFoundError(
-            f"no task of group {where!r} is called {name!r}: it was never started there, or is forgotten; "
-            "with group= the tasks of other groups are not looked up"
-        )
+    async def _shut_down(self, grace: float, timeout: float | None, by: str) -> ShutdownReport:
+        return await shut_down(self._ledger, self._caller(), grace, timeout, by)
 
     def _caller(self) -> asyncio.Task[Any] | None:
         """The calling task, after a look whether this is the right loop to call from."""
         self._ledger.home.bind(asyncio.get_running_loop())
         return asyncio.current_task()
 
-    def _others(
-        self, groups: Iterable[TaskGroup], spared: Collection[asyncio.Future[Any]]
-    ) -> list[ManagedTask[Any]]:
-        """The tasks of these groups and below that are not done, some aside."""
-        return [
-            task for group in groups for task in group._every_live() if task not in spared and not task.done()
-        ]
-
-    async def _cancel(
-        self, groups: list[TaskGroup], reason: str | None, grace: float, timeout: float | None
-    ) -> int:
-        patience = checked_seconds("grace", grace)
-        seconds = checked_seconds("timeout", timeout)
-        # Who awaits the caller cannot end before it, and would hand the cancellation on to it.
-        spared = with_awaiters(self._caller())
-        cause = CancelCause.make(CancelKind.EXPLICIT, reason)
-        tasks = self._others(groups, spared)
-        announced = [node for group in groups for node in group._signal_cancel(cause)]
-        try:
-            if patience != 0.0:
-                await wait_until_done(tasks, patience)
-            # Those too that were created in the grace: they are cancelled with the others.
-            tasks = list(dict.fromkeys([*tasks, *self._others(groups, spared)]))
-        finally:
-            # Also when the caller is cancelled in the grace: what has been announced is done.
-            for group in groups:
-                group._cancel_tasks(cause, spared=spared)
-                if group._scope is not None and group._scope.host not in spared:
-                    group._scope.cancel_body(cause)
-            renew(announced, cause)
-        return await self._wait_for_end(tasks, seconds)
-
-    async def _wait_for_end(self, tasks: list[ManagedTask[Any]], timeout: float | None) -> int:
-        """Wait for tasks that were asked to end; returns how many did by it."""
-        await wait_until_done(tasks, timeout)
-        live = [task.id for task in tasks if not task.done()]
-        if live:
-            names = ", ".join(map(repr, live))
-            logger.warning(
-                "cancelled and still running after %s s: %s", timeout, names, extra=log_fields_of_all(live)
-            )
-        return sum(task.done() and not task.cancel_ignored for task in tasks)
-
-    async def _cancel_by_priority(
-        self,
-        tasks: list[ManagedTask[Any]],
-        cause: CancelCause,
-        timeout: float | None,
-        spared: Collection[asyncio.Future[Any]],
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        deadline = None if timeout is None else loop.time() + timeout
-        levels = sorted({task.priority for task in tasks if not task.done()})
-        for number, level in enumerate(levels):
-            chosen = [task for task in tasks if task.priority is level and not task.done()]
-            request_cancel_all(reversed(chosen), cause, heard=bool(self._ledger.listeners.functions))
-            # An even share of what is left for each level and for the last step.
-            left = None if deadline is None else max(0.0, deadline - loop.time()) / (len(levels) - number + 1)
-            await wait_until_done(chosen, left)
-        self._root._cancel_bodies(self._root._below(), cause, spared)
-        stubborn = [task for task in tasks if not task.done()]
-        for task in stubborn:
-            # The one place that asks again: what is not done by now has swallowed the first.
-            asyncio_cancel(task, str(cause))
-        await wait_until_done(stubborn, None if deadline is None else max(0.0, deadline - loop.time()))
-
-    def _report(self, tasks: Iterable[ManagedTask[Any]]) -> ShutdownReport:
-        infos = [(task, task.info()) for task in tasks]
-        running = {info.id: task.stack() for task, info in infos if not task.done()}
-        for task, info in infos:
-            if info.id in running:
-                logger.error(
-                    "task %r would not stop at shutdown; it is at\n%s",
-                    info.id,
-                    running[info.id],
-                    extra=log_fields(info),
-                )
-                self._ledger.ending.abandon(task)
-        _report_unstarted(infos)
-        statuses = [info.status for _, info in infos]
-        return ShutdownReport(
-            completed=statuses.count(TaskStatus.COMPLETED),
-            failed=statuses.count(TaskStatus.FAILED),
-            cancelled=statuses.count(TaskStatus.CANCELLED),
-            cancel_ignored=tuple(info.id for _, info in infos if info.cancel_ignored),
-            still_running=running,
-            abandoned_threads=self._abandoned_threads(),
-        )
-
-    def _abandoned_threads(self) -> dict[str, str]:
-        stacks = {worker: worker.stack() for worker in self._ledger.threads.abandoned()}
-        for worker, stack in stacks.items():
-            logger.error(
-                "the thread of task %r has not returned at shutdown; it is at\n%s",
-                worker.id,
-                stack,
-                extra=log_fields(worker.task.info()),
-            )
-        return {worker.id: stack for worker, stack in stacks.items()}
-
 
 def _called_at() -> str:
     """Say which line of the user's code is calling, as in ``" in stop app.py:31"``; empty if none is."""
     at = calling_line()
     return "" if at is None else f" in {at}"
-
-
-def _report_unstarted(infos: Iterable[tuple[ManagedTask[Any], TaskInfo]]) -> None:
-    """Log which work a shutdown has dropped; a service is none: it is begun again with the application."""
-    lost = [
-        info.id
-        for task, info in infos
-        if info.status is TaskStatus.CANCELLED and info.started_at is None and not runs_forever(task)
-    ]
-    if lost:
-        names = ", ".join(map(repr, lost[:10])) + (", ..." if len(lost) > 10 else "")
-        logger.warning(
-            "the shutdown has cancelled %d tasks before they began: %s",
-            len(lost),
-            names,
-            extra=log_fields_of_all(lost),
-        )
-
-
-def _merged(live: Iterable[ManagedTask[Any]], remembered: Iterable[TaskInfo]) -> dict[str, TaskInfo]:
-    """Snapshots by id; of several with one id the live one, else the first of the remembered."""
-    infos = {info.id: info for info in (task.info() for task in live)}
-    for info in remembered:
-        infos.setdefault(info.id, info)
-    return infos
-
-
-def _group_id(group: str | TaskGroup | None) -> str | None:
-    """The id by which the history knows a group."""
-    return group.id if isinstance(group, TaskGroup) else group
-
-
-def _no_group(group: object) -> TypeError:
-    return TypeError(
-        f"group must be a name or a TaskGroup, got {group!r}: "
-        'write group="mail", or what manager.get_group("mail") gives'
-    )
-
-
-def check_factory(factory: object) -> None:
-    """Raise a TypeError that shows the right line, unless this makes a coroutine or is one."""
-    if not callable(factory) and not asyncio.iscoroutine(factory):
-        raise TypeError(
-            f"start_task() takes a function that returns a coroutine, got {factory!r}: "
-            "write start_task(name, lambda: work(1))"
-        )
-
-
-def made_coroutine(
-    factory: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T],
-) -> Coroutine[Any, Any, T]:
-    """Call a factory, if it is one, and check what comes out."""
-    if asyncio.iscoroutine(factory):
-        return factory
-    check_factory(factory)
-    made = factory()
-    if not asyncio.iscoroutine(made):
-        name = getattr(factory, "__name__", repr(factory))
-        raise TypeError(
-            f"start_task() takes a function that returns a coroutine, and {name}() returned {made!r}: "
-            f"declare it as `async def {name}(...)`"
-        )
-    return made
-
-
-global_task_manager = TaskManager()
-"""The manager that is current outside of requests and managed tasks."""
-global_task_manager._ledger.in_code = "global_task_manager"
-set_global_manager(global_task_manager)
-
-
-def current_task() -> ManagedTask[Any] | None:
-    """The managed task that runs here, or whose function does in its thread; None outside of one."""
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:
-        worker = current_worker()
-        return None if worker is None else worker.task
-    return task if isinstance(task, ManagedTask) else None
-
-
-def current_group() -> TaskGroup:
-    """The group that ``create_task`` uses here: the request's, the enclosing task's, else the global root.
-
-    In a plain asyncio task (``asyncio.gather`` makes such) it is the request's, if there is one.
-    """
-    return current_group_or_none() or global_task_manager._root
-
-
-def current_cancel_event() -> CancelEvent:
-    """The cancel event of the current group, to wait for or to look at between two steps.
-
-    In the thread of ``run_in_thread`` the task's own, which is set when the task is cancelled too.
-    """
-    worker = current_worker()
-    return current_group().cancel_event if worker is None else worker.event
-
-
-@with_options_of(TaskGroup._create)
-def create_task(
-    coro: Coroutine[Any, Any, T],
-    *,
-    name: str | None = None,
-    priority: TaskPriority | int = TaskPriority.NORMAL,
-    **options: Unpack[TaskOptions],
-) -> ManagedTask[T]:
-    """Create a task in the current group; the parameters are those of ``TaskManager.create_task``.
-
-    Example:
-        >>> prices = create_task(fetch_prices(id), priority=TaskPriority.HIGH)
-    """
-    try:
-        where = current_group()
-    except BaseException:
-        close_quietly(coro)
-        raise
-    if options:
-        return where._create_with(coro, name, priority, options)
-    return where.create_task(coro, name=name, priority=priority)
-
-
-@with_options_of(TaskGroup._create)
-def create_task_threadsafe(
-    work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]], **options: Unpack[NamedTaskOptions]
-) -> concurrent.futures.Future[T]:
-    """Create a task in the current group from another thread; see ``TaskGroup.create_task_threadsafe``.
-
-    Example:
-        >>> @app.get("/report")
-        ... def report():
-        ...     return create_task_threadsafe(fetch_report()).result()
-    """
-    try:
-        where = current_group()
-    except BaseException:
-        close_quietly(work)
-        raise
-    return where.create_task_threadsafe(work, **options)
-
-
-@with_options_of(TaskGroup._create)
-def run_in_thread(
-    function: Callable[[*Args], T],
-    /,
-    *args: *Args,
-    abandon: bool = False,
-    **options: Unpack[NamedTaskOptions],
-) -> ManagedTask[T]:
-    """Create a task in the current group that calls a plain function in a thread.
-
-    See ``TaskGroup.run_in_thread``.
-
-    Example:
-        >>> digest = await run_in_thread(hash_file, path)
-    """
-    return current_group().run_in_thread(function, *args, abandon=abandon, **options)
-
-
-def _manager_for(group: str | TaskGroup | None) -> TaskManager:
-    """The manager of a group object; a name, or nothing, is looked up in the current manager."""
-    return group.manager if isinstance(group, TaskGroup) else current_manager()
-
-
-# By name, in the current manager. Plain functions that return a coroutine: the manager is that of the caller,
-# not that of the task which runs the coroutine.
-
-
-@as_coroutine_function
-@with_options_of(TaskManager.start_task)
-def start_task(
-    name: str,
-    factory: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T],
-    *,
-    group: str | TaskGroup | None = None,
-    priority: TaskPriority | int = TaskPriority.NORMAL,
-    cancel_existing: bool = False,
-    **options: Unpack[TaskOptions],
-) -> Coroutine[Any, Any, ManagedTask[T]]:
-    """Start a task by name in the current manager; the rest is as for ``TaskManager.start_task``.
-
-    The current manager is that of the request or the managed task which calls this, else the global manager.
-    The task belongs to the manager, not to the request.
-
-    Args:
-        name: Unique among the live tasks of the manager.
-        factory: What makes the coroutine.
-        group: A labeled group, by its name or itself; None is the manager's root.
-        priority: How urgent.
-        cancel_existing: The same as ``on_conflict="replace"``.
-        **options: As for ``TaskManager.start_task``.
-
-    Raises:
-        TaskExistsError: A live task has the name, and ``on_conflict`` is ``"error"``.
-        GroupClosedError: ``group`` takes no new tasks.
-        ManagerClosedError: The manager is shut down.
-        QueueFullError: No place is free, and no more tasks may wait.
-        WrongLoopError: The manager has live tasks in another loop.
-
-    **Cancellation**: of the caller, while it waits for the task to be replaced: no new task is started.
-
-    Example:
-        >>> await start_task("import", lambda: run_import(file))
-        >>> await wait_for_task("import")
-    """
-    return _manager_for(group).start_task(
-        name, factory, group=group, priority=priority, cancel_existing=cancel_existing, **options
-    )
-
-
-@as_coroutine_function
-def start_service(
-    name: str,
-    factory: Callable[[], Coroutine[Any, Any, T]],
-    *,
-    restart: RestartPolicy = DEFAULT_POLICY,
-    group: str | TaskGroup | None = None,
-    priority: TaskPriority | int = TaskPriority.CRITICAL,
-    metadata: Mapping[str, Any] | None = None,
-    on_conflict: OnConflict = "error",
-    drains: bool = False,
-) -> Coroutine[Any, Any, ManagedTask[T]]:
-    """Start a service in the current manager; the parameters are those of ``TaskManager.start_service``.
-
-    Raises:
-        TaskExistsError: A live task has the name.
-        ManagerClosedError: The manager is shut down.
-
-    **Cancellation**: of the caller, while it waits for the service to be replaced: no new one is started.
-
-    Example:
-        >>> await start_service("prices", refresh_prices, restart=RestartPolicy(max_delay=30))
-    """
-    return _manager_for(group).start_service(
-        name,
-        factory,
-        restart=restart,
-        group=group,
-        priority=priority,
-        metadata=metadata,
-        on_conflict=on_conflict,
-        drains=drains,
-    )
-
-
-@as_coroutine_function
-def wait_for_task(
-    name: str, timeout: float | None = None, *, group: str | TaskGroup | None = None
-) -> Coroutine[Any, Any, Any]:
-    """Wait for a task of the current manager by name; see ``TaskManager.wait_for_task``.
-
-    With a group object the manager is that of the group.
-
-    Raises:
-        TaskNotFoundError: No such task, or it has ended and its result was not kept.
-        TimeoutError: It still runs after ``timeout``; it goes on running.
-        WrongLoopError: The manager has live tasks in another loop.
-
-    What else the task raised is raised here.
-
-    **Cancellation**: of the caller leaves the task alone.
-    """
-    return _manager_for(group).wait_for_task(name, timeout, group=group)
-
-
-@as_coroutine_function
-def cancel_group(
-    group: str | TaskGroup, reason: str | None = None, *, grace: float = 0.0, timeout: float | None = 10.0
-) -> Coroutine[Any, Any, int]:
-    """Cancel a group, which a name finds in the current manager; see ``TaskManager.cancel_group``.
-
-    Raises:
-        WrongLoopError: The manager has live tasks in another loop.
-
-    **Cancellation**: of the caller ends the waiting; the tasks stay cancelled.
-    """
-    return _manager_for(group).cancel_group(group, reason, grace=grace, timeout=timeout)
-
-
-@as_coroutine_function
-def cancel_all_tasks(
-    reason: str | None = None, *, grace: float = 0.0, timeout: float | None = 10.0
-) -> Coroutine[Any, Any, int]:
-    """Cancel every task of the current manager; see ``TaskManager.cancel_all_tasks``.
-
-    Raises:
-        WrongLoopError: The manager has live tasks in another loop.
-
-    **Cancellation**: of the caller ends the waiting; the tasks stay cancelled.
-    """
-    return current_manager().cancel_all_tasks(reason, grace=grace, timeout=timeout)
-
-
-def get_all_task_info() -> dict[str, TaskInfo]:
-    """Give snapshots of all tasks of the current manager by id; see ``TaskManager.get_all_task_info``."""
-    return current_manager().get_all_task_info()

@@ -7,21 +7,58 @@ The rules are those of ``asyncio.TaskGroup`` in Python 3.15 (and its own tests p
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Literal
+import functools
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from otel_tasks._core.binding import bound_request
 from otel_tasks._core.causes import passing, unwatch_cancels, watch_cancels
 from otel_tasks._core.constructs import known_cause
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.log import text_of
+from otel_tasks._core.native import asyncio_cancel, asyncio_uncancel, cancel_message
 from otel_tasks._core.state import CancelKind
-from otel_tasks._core.task import ManagedTask, _uncancel, asyncio_cancel, cancel_message, extras_of
 from otel_tasks._core.telemetry.context import span_context
 
 if TYPE_CHECKING:
-    from otel_tasks._core.group import TaskGroup
+    from otel_tasks._core.telemetry import Span
 
 OnError = Literal["cancel", "isolate"]
+
+
+class Child(Protocol):
+    """What a block reads of a task that has failed in it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def _span(self) -> Span | None: ...
+
+    def exception(self) -> BaseException | None: ...
+
+
+class Owner(Protocol):
+    """What a block does to its group."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def _cause(self) -> CancelCause | None: ...
+
+    def _signal_cancel(self, cause: CancelCause) -> object: ...
+
+    def _cancel_tasks(self, cause: CancelCause) -> int: ...
+
+    def _is_empty(self) -> bool: ...
+
+    def _now(self) -> float: ...
+
+
+@functools.singledispatch
+def cancel_host(host: asyncio.Task[Any], cause: CancelCause) -> None:
+    """Cancel the task in which a block runs; `task` registers this for a managed one."""
+    host.cancel(str(cause))
 
 
 class Scope:
@@ -42,7 +79,7 @@ class Scope:
         # None before the block, and after it: nothing is kept of the task in which it ran.
         self.host: asyncio.Task[Any] | None = None
         # The block around this one in the same task.
-        self.outer: TaskGroup | None = None
+        self.outer: Any = None
         self.exiting = False
         self.timed_out = False
         self._errors: list[BaseException] = []
@@ -53,7 +90,7 @@ class Scope:
         self._idle: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def enter(self, group: TaskGroup, host: asyncio.Task[Any], loop: asyncio.AbstractEventLoop) -> None:
+    def enter(self, group: Owner, host: asyncio.Task[Any], loop: asyncio.AbstractEventLoop) -> None:
         """Begin the block in the task ``host``."""
         self.entered = True
         self.host = host
@@ -73,15 +110,10 @@ class Scope:
         if self.host is None or self.exiting or self._body_cancelled:
             return
         self._body_cancelled = True
-        # This is taken back at the exit: a managed task does not record it as a cancellation of its own.
         with passing(cause):
-            if isinstance(self.host, ManagedTask):
-                extras_of(self.host).unrecorded = cause
-                asyncio_cancel(self.host, str(cause))
-            else:
-                self.host.cancel(str(cause))
+            cancel_host(self.host, cause)
 
-    def child_failed(self, group: TaskGroup, task: ManagedTask[Any], error: BaseException) -> bool:
+    def child_failed(self, group: Owner, task: Child, error: BaseException) -> bool:
         """Take a task's failure; returns False if nobody here will raise it."""
         if self.on_error == "isolate" and isinstance(error, Exception):
             return False
@@ -94,18 +126,18 @@ class Scope:
             self._base_error = error
         if group._cause is None:
             message = f"{task.name} failed: {text_of(error, repr)}"
-            now = group._ledger.home.clock()
+            now = group._now()
             origin = None if task._span is None else span_context(task._span)
             self.abort(group, CancelCause(CancelKind.SIBLING_FAILED, message, task.name, now, origin))
         return True
 
-    def abort(self, group: TaskGroup, cause: CancelCause) -> None:
+    def abort(self, group: Owner, cause: CancelCause) -> None:
         """Cancel all tasks of the group, and the body if it still runs."""
         group._signal_cancel(cause)
         group._cancel_tasks(cause)
         self.cancel_body(cause)
 
-    async def leave(self, group: TaskGroup, error: BaseException | None) -> bool:
+    async def leave(self, group: Owner, error: BaseException | None) -> bool:
         """Wait for the tasks and decide what the block raises; True swallows ``error``."""
         self.exiting = True
         if isinstance(error, SystemExit | KeyboardInterrupt) and self._base_error is None:
@@ -127,7 +159,7 @@ class Scope:
             # An exception that a frame refers to through which it went lives until the next collection.
             error = pending = raised = None
 
-    async def _wait_for_tasks(self, group: TaskGroup) -> asyncio.CancelledError | None:
+    async def _wait_for_tasks(self, group: Owner) -> asyncio.CancelledError | None:
         interrupted = None
         # In a loop: the host may be cancelled again and again while it waits here.
         while not group._is_empty():
@@ -163,7 +195,7 @@ class Scope:
             idle.set_result(None)
 
     def _settle(
-        self, group: TaskGroup, error: BaseException | None, pending: asyncio.CancelledError | None
+        self, group: Owner, error: BaseException | None, pending: asyncio.CancelledError | None
     ) -> BaseException | None:
         """Take the cancellation of the body back, and give what the block raises."""
         if self._timer is not None:
@@ -198,10 +230,10 @@ class Scope:
         host = self.host
         if host is not None and host.cancelling() > self._level:
             message = cancel_message(host)
-            _uncancel(host)
+            asyncio_uncancel(host)
             asyncio_cancel(host, message)
 
-    def _abort_because_of(self, group: TaskGroup, error: BaseException) -> None:
+    def _abort_because_of(self, group: Owner, error: BaseException) -> None:
         cause = None
         if isinstance(error, asyncio.CancelledError) and self.host is not None:
             cause = known_cause(self.host)
@@ -214,7 +246,7 @@ class Scope:
         group._signal_cancel(cause)
         group._cancel_tasks(cause)
 
-    def _run_out(self, group: TaskGroup) -> None:
+    def _run_out(self, group: Owner) -> None:
         if group._cause is None:
             self.timed_out = True
             message = f"group timeout of {self.timeout:g} s"

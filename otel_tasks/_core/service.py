@@ -31,14 +31,9 @@ from otel_tasks._core.checks import AttemptName, check_choice, check_count, chec
 from otel_tasks._core.coroutines import close_quietly
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.log import log_fields, logger, text_of
+from otel_tasks._core.native import asyncio_cancel, cancel_message
 from otel_tasks._core.state import CancelKind, TaskStatus
-from otel_tasks._core.task import (
-    asyncio_cancel,
-    cancel_message,
-    cause_at_end,
-    extras_of,
-    request_cancel,
-)
+from otel_tasks._core.task import cause_at_end, extras_of, request_cancel
 from otel_tasks._core.telemetry.spans import link_restart
 from otel_tasks.exceptions import ManagerClosedError
 

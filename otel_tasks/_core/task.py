@@ -24,13 +24,16 @@ from otel_tasks._core.causes import cause_of_cancel, passed_down, passing
 from otel_tasks._core.checks import checked_name
 from otel_tasks._core.clock import clock_of
 from otel_tasks._core.constructs import known_cause, name_of_timeout
+from otel_tasks._core.current import set_managed_task
 from otel_tasks._core.events import CancelCause, own_name
 from otel_tasks._core.frames import suspended_frames
 from otel_tasks._core.info import NO_RESULT, TaskInfo
 from otel_tasks._core.log import text_of
 from otel_tasks._core.names import full_name
+from otel_tasks._core.native import asyncio_cancel, failure_of
 from otel_tasks._core.places import Ticket, lift
 from otel_tasks._core.progress import TaskProgress
+from otel_tasks._core.scope import cancel_host
 from otel_tasks._core.state import CancelKind, Outcome, Signal, TaskPriority, TaskStatus, next_status
 from otel_tasks._core.telemetry.context import span_ids
 from otel_tasks._core.telemetry.spans import note_cancel_requested
@@ -41,25 +44,40 @@ if TYPE_CHECKING:
     from contextvars import Context
 
     from otel_tasks._core.factory import Made
-    from otel_tasks._core.futures import TaskFuture
     from otel_tasks._core.group import TaskGroup
     from otel_tasks._core.progress import Progress
     from otel_tasks._core.telemetry import Span
-    from otel_tasks._core.threads import Worker
 
 T = TypeVar("T")
 
-# asyncio's own, past our overrides: for what is done to a task on nobody's behalf.
-base_name: Callable[[asyncio.Task[Any]], str] = asyncio.Task.get_name
-init_task: Callable[..., None] = asyncio.Task.__init__
-asyncio_cancel = asyncio.Task.cancel
-_uncancel = asyncio.Task.uncancel
 
 # What uncancellable() holds off: a client that leaves, and the end of the request.
 _HELD_BACK = frozenset({CancelKind.CLIENT_DISCONNECT, CancelKind.SCOPE_ENDED})
 
 # A task's progress may be used from threads: two that come at once must not make two.
 _making = threading.RLock()
+
+
+class ThreadFuture(Protocol):
+    """What stands for a task in another thread, see `futures`."""
+
+    @property
+    def awaited(self) -> bool:
+        """Somebody there will receive a failure."""
+        ...
+
+    def refuse(self, error: BaseException) -> None:
+        """Fail: the task can never end."""
+        ...
+
+
+class ThreadWorker(Protocol):
+    """The thread in which the function of a task runs, see `threads`."""
+
+    @property
+    def thread_id(self) -> int | None: ...
+
+    def stack(self) -> str: ...
 
 
 class Queue(Protocol):
@@ -104,8 +122,8 @@ class Extras:
     # Why it cancels itself, or has a timeout of its own that does: no cause of the task's.
     unrecorded: CancelCause | None = None
     # What stands for it in other threads; the thread in which its function runs.
-    futures: tuple[TaskFuture[Any], ...] = ()
-    worker: Worker[Any] | None = None
+    futures: tuple[ThreadFuture, ...] = ()
+    worker: ThreadWorker | None = None
     # Of a cancel() that left no cause.
     message: str | None = None
     # It has run none of its code: known at its end, before that of one that was cancelled.
@@ -508,6 +526,16 @@ cancel_once.register(ManagedTask, request_cancel)
 own_name.register(ManagedTask, ManagedTask.get_name)
 
 
+@cancel_host.register(ManagedTask)
+def _cancel_host(task: ManagedTask[Any], cause: CancelCause) -> None:
+    # The block takes it back at its exit: the task does not record it as a cancellation of its own.
+    extras_of(task).unrecorded = cause
+    asyncio_cancel(task, str(cause))
+
+
+set_managed_task(ManagedTask)
+
+
 @known_cause.register(ManagedTask)
 def _known_cause(task: ManagedTask[Any]) -> CancelCause | None:
     if task._cause is not None or task._extras is None:
@@ -637,16 +665,6 @@ def has_begun(coro: object) -> bool:
     return coro.cr_suspended or coro.cr_running or coro.cr_frame is None
 
 
-def failure_of(task: asyncio.Task[Any]) -> BaseException | None:
-    """Look at what a finished task raised without marking it as retrieved.
-
-    ``task.exception()`` would: asyncio then no longer logs an error that nobody ever takes.
-    """
-    # The attribute that asyncio.Future itself reads, in C and in Python, 3.11 to 3.15.
-    error: BaseException | None = task._exception
-    return error
-
-
 def timed_out(task: ManagedTask[Any]) -> bool:
     """True if the task's own timeout has expired."""
     extras = task._extras
@@ -696,11 +714,6 @@ def settle_cause(task: ManagedTask[Any], status: TaskStatus) -> CancelCause | No
     """Write the cause that a finished task keeps."""
     task._cause = cause = cause_at_end(task, status)
     return cause
-
-
-def cancel_message(task: asyncio.Task[Any]) -> object:
-    """Read what the last ``cancel()`` of a running task said; asyncio's own attribute, 3.11 to 3.15."""
-    return getattr(task, "_cancel_message", None)
 
 
 def started_at(task: ManagedTask[Any], status: TaskStatus) -> float | None:

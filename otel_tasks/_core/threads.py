@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from otel_tasks._core.binding import worker_here
 from otel_tasks._core.clock import clock_of
 from otel_tasks._core.events import CancelEvent
+from otel_tasks._core.futures import create_in_loop
 from otel_tasks._core.log import log_fields, logger
 from otel_tasks._core.state import TaskStatus
 from otel_tasks._core.task import (
@@ -44,6 +45,8 @@ from otel_tasks._core.task import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from contextvars import Context
+
+    from otel_tasks._core.binding import Binding
 
 T = TypeVar("T")
 
@@ -140,6 +143,15 @@ class Threads:
         self._limit = limit
         self.pass_on()
 
+    def coroutine(
+        self, function: Callable[..., T], args: tuple[Any, ...], *, abandon: bool
+    ) -> Coroutine[Any, Any, T]:
+        """Create the coroutine of a task that calls ``function(*args)`` in a thread; see `in_thread`."""
+        return in_thread(self, function, args, abandon=abandon)
+
+    # As a method, so that groups reach it through the manager's threads: futures stand above tasks and groups.
+    create_in_loop = staticmethod(create_in_loop)
+
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Move to another loop: workers that waited in the old one are gone, running threads are not."""
         self.loop = loop
@@ -202,6 +214,12 @@ class Worker(Generic[T]):
         self._waiter: asyncio.Future[None] | None = None
         self._result: T
         self._error: BaseException | None = None
+
+    @property
+    def binding(self) -> Binding | None:
+        """The group of its task while the function runs; None after that."""
+        # Something that outlives the function has inherited its context.
+        return None if self._returned else self.task._group
 
     def requester_name(self) -> str | None:
         """The name of its task; None once the task has ended."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from contextlib import suppress
 from contextvars import Context
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from otel_tasks._core.checks import is_plain_name
@@ -29,17 +29,19 @@ from otel_tasks._core.telemetry.spans import end_group_span, start_group_span
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+    import concurrent.futures
+    from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
 
     from otel_tasks._core.binding import Binding
     from otel_tasks._core.group import TaskGroup
-    from otel_tasks._core.manager import TaskManager
     from otel_tasks._core.names import Key
     from otel_tasks._core.places import Limiter, Places
     from otel_tasks._core.scope import Scope
     from otel_tasks._core.telemetry.providers import Telemetry
     from otel_tasks._core.telemetry.spans import GroupSpan
-    from otel_tasks._core.threads import Threads
+
+
+T = TypeVar("T")
 
 
 class Node:
@@ -148,6 +150,11 @@ class Node:
             self._ledger.home.meet_running_loop()
         event = self._event
         return self._make_event() if event is None or self._is_used_up(event) else event
+
+    @property
+    def manager(self) -> Any:
+        """The ``TaskManager`` at whose root its tree begins; ``Any``, since that class stands above this module."""
+        return self._ledger.owner
 
     def _labels(self) -> tuple[str, str, bool]:
         """Name, id and whether it is scoped, as spans and the history have them."""
@@ -417,9 +424,12 @@ class Node:
         if not self.scoped and (cause is None or self._cause is cause):
             self._cause = None
 
+    def _now(self) -> float:
+        return self._ledger.home.clock()
+
     def _child_failed(self, task: ManagedTask[Any], error: BaseException) -> bool:
         """True if the failure is raised by the block of this group, False if it has to be reported."""
-        return self._scope is not None and self._scope.child_failed(cast("TaskGroup", self), task, error)
+        return self._scope is not None and self._scope.child_failed(self, task, error)
 
     # -- its span ---------------------------------------------------------------------------
 
@@ -465,6 +475,33 @@ class LossReport(Protocol):
         ...
 
 
+class Threads(Protocol):
+    """The threads of a manager; ``threads`` implements it."""
+
+    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Belong to another loop."""
+        ...
+
+    def coroutine(
+        self, function: Callable[..., T], args: tuple[Any, ...], *, abandon: bool
+    ) -> Coroutine[Any, Any, T]:
+        """Create the coroutine of a task that calls a function in a thread."""
+        ...
+
+    def create_in_loop(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
+        create: Callable[[Coroutine[Any, Any, T]], ManagedTask[T]],
+    ) -> concurrent.futures.Future[T]:
+        """Create a task in ``loop`` from another thread."""
+        ...
+
+    def abandoned(self) -> Collection[Any]:
+        """The workers whose functions run on after the ends of their tasks."""
+        ...
+
+
 class Ledger:
     """What the groups of one manager share: its parts, and where each group and task is found.
 
@@ -479,7 +516,8 @@ class Ledger:
 
     # Set by the manager, which stands above this module.
     root: TaskGroup
-    manager: TaskManager
+    # The TaskManager.
+    owner: Any
     lost: LossReport
     ending: Ending
     counters: Counters

@@ -7,12 +7,10 @@ from contextvars import Context
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+from otel_tasks._core.native import add_done_callback, remove_done_callback
 
-# asyncio's own, past the overrides of ManagedTask: these callbacks do not count as somebody who waits.
-add_done_callback: Callable[..., None] = asyncio.Task.add_done_callback
-_remove_done_callback = asyncio.Task.remove_done_callback
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
 
 
 async def wait_until_done(tasks: Collection[asyncio.Task[Any]], timeout: float | None = None) -> None:
@@ -63,7 +61,7 @@ async def _is_done_by(
     finally:
         if timer is not None:
             timer.cancel()
-        _remove_done_callback(task, one_done)
+        remove_done_callback(task, one_done)
 
 
 class PendingWaiter:

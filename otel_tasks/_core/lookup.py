@@ -1,0 +1,154 @@
+"""Where names lead: the groups and tasks of a manager by name, id, uid, or the group itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from otel_tasks._core.checks import checked_name
+from otel_tasks._core.coroutines import close_quietly
+from otel_tasks._core.group import TaskGroup
+from otel_tasks.exceptions import TaskNotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from otel_tasks._core.info import TaskInfo
+    from otel_tasks._core.records import KeptResult
+    from otel_tasks._core.task import ManagedTask
+    from otel_tasks._core.tree import Ledger
+
+
+class Lookup:
+    """Finds the groups and the tasks of one manager.
+
+    Args:
+        ledger: The manager's.
+        root: Its root group.
+    """
+
+    def __init__(self, ledger: Ledger, root: TaskGroup) -> None:
+        self._ledger = ledger
+        self._root = root
+
+    def group(self, group: str | TaskGroup, coro: object = None) -> TaskGroup:
+        try:
+            if isinstance(group, str):
+                return self.label(group)
+            if not isinstance(group, TaskGroup):
+                raise _no_group(group)
+            if group._ledger is not self._ledger:
+                raise ValueError(
+                    f"group {group.id!r} belongs to manager {group._ledger.name!r}, not to this one, "
+                    f"{self._ledger.name!r}: ask the group itself, as in group.create_task(...), or its own manager"
+                )
+        except BaseException:
+            close_quietly(coro)
+            raise
+        return group
+
+    def label(self, name: str) -> TaskGroup:
+        """Give the labeled group of this name, made on first use."""
+        if name == "root":
+            return self._root
+        group = self._ledger.labels.get(name)
+        return self._make_label(name) if group is None else group
+
+    def groups(self, group: str | TaskGroup) -> list[TaskGroup]:
+        if isinstance(group, TaskGroup):
+            return [self.group(group)]
+        if not isinstance(group, str):
+            raise _no_group(group)
+        scoped = [node for node in list(self._ledger.scopes.values()) if group in (node.id, node.name)]
+        if group in self._ledger.labels or group == "root":
+            return [self.label(group), *scoped]
+        return scoped
+
+    def task(self, name: str, group: str | TaskGroup | None = None) -> ManagedTask[Any] | None:
+        if not isinstance(name, str):
+            raise TypeError(f"a task is looked up by its name, its id or its uid, got {name!r}: pass task.id")
+        if group is None:
+            return self._task_anywhere(name)
+        node = self._known_group(group)
+        if node is None:
+            return None
+        task = self._ledger.by_uid(name) or node._find(name) or self._task_anywhere(name)
+        # The root's table has the tasks of all labels, and an id may be that of any group's task.
+        return task if task is not None and task._group is node else None
+
+    def kept_result(self, name: str, group: str | TaskGroup | None) -> KeptResult:
+        ending = self._ledger.history.ending(name, group_id(group))
+        if ending is None:
+            raise self.not_found(
+                name,
+                group,
+                "only start_task() keeps results, of others keep the object that create_task() returned",
+            )
+        return ending
+
+    def not_found(self, name: str, group: str | TaskGroup | None, hint: str) -> TaskNotFoundError:
+        """Say that a task is not live; ``hint`` is for one that is remembered."""
+        where = group_id(group)
+        known = self._ledger.history.find(name, where)
+        if known is not None:
+            return TaskNotFoundError(f"task {name!r} has ended ({known.status}): {hint}")
+        if where is None:
+            return TaskNotFoundError(
+                f"no task is called {name!r}: it was never started, or is forgotten by now; "
+                "get_all_task_info() lists those that are known"
+            )
+        # Not whether another group has it: the name may come from a client, and the text may reach it.
+        return TaskNotFoundError(
+            f"no task of group {where!r} is called {name!r}: it was never started there, or is forgotten; "
+            "with group= the tasks of other groups are not looked up"
+        )
+
+    def _make_label(self, name: str) -> TaskGroup:
+        hint = 'leave it out for the manager\'s own, which get_group("root") gives'
+        name = checked_name("group", name, hint)
+        parts = name.split(".")
+        if not all(parts):
+            raise ValueError(f"group name must not have empty parts between its dots, got {name!r}")
+        parent = self._root if len(parts) == 1 else self.label(name.rpartition(".")[0])
+        group = TaskGroup._labeled(self._ledger, name, parent)
+        self._ledger.labels[name] = group
+        return group
+
+    def _known_group(self, group: str | TaskGroup) -> TaskGroup | None:
+        """The one group that is meant; None if it is not known, and so has no live task."""
+        if not isinstance(group, str) or group == "root":
+            return self.group(group)
+        return self._ledger.labels.get(group) or self._ledger.scope(group)
+
+    def _task_anywhere(self, name: str) -> ManagedTask[Any] | None:
+        # The uid first: no name that somebody chooses can stand in its way.
+        task = self._ledger.by_uid(name) or self._root._find(name)
+        if task is not None:
+            return task
+        # An id: group id, slash, name; both may have slashes in them.
+        cut = name.find("/")
+        while cut != -1:
+            group = self._ledger.scope(name[:cut])
+            if group is not None:
+                return group._find(name[cut + 1 :])
+            cut = name.find("/", cut + 1)
+        return None
+
+
+def group_id(group: str | TaskGroup | None) -> str | None:
+    """The id by which the history knows a group."""
+    return group.id if isinstance(group, TaskGroup) else group
+
+
+def _no_group(group: object) -> TypeError:
+    return TypeError(
+        f"group must be a name or a TaskGroup, got {group!r}: "
+        'write group="mail", or what manager.get_group("mail") gives'
+    )
+
+
+def merged(live: Iterable[ManagedTask[Any]], remembered: Iterable[TaskInfo]) -> dict[str, TaskInfo]:
+    """Snapshots by id; of several with one id the live one, else the first of the remembered."""
+    infos = {info.id: info for info in (task.info() for task in live)}
+    for info in remembered:
+        infos.setdefault(info.id, info)
+    return infos

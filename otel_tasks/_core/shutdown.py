@@ -1,0 +1,204 @@
+"""How a manager cancels groups, and how it shuts down: in order of priority, with a bound, and with a report."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from otel_tasks._core.awaiters import with_awaiters
+from otel_tasks._core.checks import checked_seconds
+from otel_tasks._core.events import CancelCause
+from otel_tasks._core.log import log_fields, log_fields_of_all, logger
+from otel_tasks._core.native import asyncio_cancel
+from otel_tasks._core.state import CancelKind, TaskStatus
+from otel_tasks._core.task import request_cancel_all, runs_forever
+from otel_tasks._core.tree import renew
+from otel_tasks._core.waiting import wait_until_done
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+    from typing import Any
+
+    from otel_tasks._core.group import TaskGroup
+    from otel_tasks._core.info import TaskInfo
+    from otel_tasks._core.task import ManagedTask
+    from otel_tasks._core.tree import Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownReport:
+    """What became of the tasks that were live when a manager was shut down.
+
+    Attributes:
+        completed: How many returned.
+        failed: How many raised.
+        cancelled: How many ended cancelled.
+        cancel_ignored: The ids of those that were cancelled and completed all the same.
+        still_running: The ids of those that would not stop, each with the stack where it is.
+        abandoned_threads: The ids of tasks that have ended, now or before, while their function runs on
+            in a thread, each with the stack where it is.
+    """
+
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    cancel_ignored: tuple[str, ...] = ()
+    still_running: Mapping[str, str] = field(default_factory=dict)
+    abandoned_threads: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def clean(self) -> bool:
+        """True if nothing runs on."""
+        return not self.still_running and not self.abandoned_threads
+
+
+async def cancel_groups(
+    ledger: Ledger,
+    caller: asyncio.Task[Any] | None,
+    groups: list[TaskGroup],
+    reason: str | None,
+    grace: float,
+    timeout: float | None,
+) -> int:
+    patience = checked_seconds("grace", grace)
+    seconds = checked_seconds("timeout", timeout)
+    # Who awaits the caller cannot end before it, and would hand the cancellation on to it.
+    spared = with_awaiters(caller)
+    cause = CancelCause.make(CancelKind.EXPLICIT, reason)
+    tasks = _others(groups, spared)
+    announced = [node for group in groups for node in group._signal_cancel(cause)]
+    try:
+        if patience != 0.0:
+            await wait_until_done(tasks, patience)
+        # Those too that were created in the grace: they are cancelled with the others.
+        tasks = list(dict.fromkeys([*tasks, *_others(groups, spared)]))
+    finally:
+        # Also when the caller is cancelled in the grace: what has been announced is done.
+        for group in groups:
+            group._cancel_tasks(cause, spared=spared)
+            if group._scope is not None and group._scope.host not in spared:
+                group._scope.cancel_body(cause)
+        renew(announced, cause)
+    return await wait_for_end(tasks, seconds)
+
+
+async def wait_for_end(tasks: list[ManagedTask[Any]], timeout: float | None) -> int:
+    """Wait for tasks that were asked to end; returns how many did by it."""
+    await wait_until_done(tasks, timeout)
+    live = [task.id for task in tasks if not task.done()]
+    if live:
+        names = ", ".join(map(repr, live))
+        logger.warning(
+            "cancelled and still running after %s s: %s", timeout, names, extra=log_fields_of_all(live)
+        )
+    return sum(task.done() and not task.cancel_ignored for task in tasks)
+
+
+async def shut_down(
+    ledger: Ledger, caller: asyncio.Task[Any] | None, grace: float, timeout: float | None, by: str
+) -> ShutdownReport:
+    seconds = checked_seconds("timeout", timeout)
+    patience = checked_seconds("grace", grace)
+    spared = with_awaiters(caller)
+    tasks = _others([ledger.root], spared)
+    cause = CancelCause.make(CancelKind.SHUTDOWN, f"manager {ledger.name!r} is shutting down")
+    ledger.home.close(by, cause)
+    ledger.root._signal_cancel(cause)
+    _drop_queue(ledger, tasks, cause)
+    if patience != 0.0:
+        # Most services do not end by themselves: every shutdown would last its whole grace.
+        await wait_until_done([task for task in tasks if not runs_forever(task)], patience)
+    await _cancel_by_priority(ledger, tasks, cause, seconds, spared)
+    return _report(ledger, tasks)
+
+
+def _drop_queue(ledger: Ledger, tasks: list[ManagedTask[Any]], cause: CancelCause) -> None:
+    """Cancel those that wait for a place, and wake who waits for room: nobody gets any more."""
+    waiting = [task for task in tasks if task._extras is not None and task._extras.queued]
+    request_cancel_all(waiting, cause, heard=bool(ledger.listeners.functions))
+    ledger.places.wake_producer()
+
+
+async def _cancel_by_priority(
+    ledger: Ledger,
+    tasks: list[ManagedTask[Any]],
+    cause: CancelCause,
+    timeout: float | None,
+    spared: Collection[asyncio.Future[Any]],
+) -> None:
+    loop = asyncio.get_running_loop()
+    deadline = None if timeout is None else loop.time() + timeout
+    levels = sorted({task.priority for task in tasks if not task.done()})
+    for number, level in enumerate(levels):
+        chosen = [task for task in tasks if task.priority is level and not task.done()]
+        request_cancel_all(reversed(chosen), cause, heard=bool(ledger.listeners.functions))
+        # An even share of what is left for each level and for the last step.
+        left = None if deadline is None else max(0.0, deadline - loop.time()) / (len(levels) - number + 1)
+        await wait_until_done(chosen, left)
+    ledger.root._cancel_bodies(ledger.root._below(), cause, spared)
+    stubborn = [task for task in tasks if not task.done()]
+    for task in stubborn:
+        # The one place that asks again: what is not done by now has swallowed the first.
+        asyncio_cancel(task, str(cause))
+    await wait_until_done(stubborn, None if deadline is None else max(0.0, deadline - loop.time()))
+
+
+def _report(ledger: Ledger, tasks: Iterable[ManagedTask[Any]]) -> ShutdownReport:
+    infos = [(task, task.info()) for task in tasks]
+    running = {info.id: task.stack() for task, info in infos if not task.done()}
+    for task, info in infos:
+        if info.id in running:
+            logger.error(
+                "task %r would not stop at shutdown; it is at\n%s",
+                info.id,
+                running[info.id],
+                extra=log_fields(info),
+            )
+            ledger.ending.abandon(task)
+    _report_unstarted(infos)
+    statuses = [info.status for _, info in infos]
+    return ShutdownReport(
+        completed=statuses.count(TaskStatus.COMPLETED),
+        failed=statuses.count(TaskStatus.FAILED),
+        cancelled=statuses.count(TaskStatus.CANCELLED),
+        cancel_ignored=tuple(info.id for _, info in infos if info.cancel_ignored),
+        still_running=running,
+        abandoned_threads=_abandoned_threads(ledger),
+    )
+
+
+def _abandoned_threads(ledger: Ledger) -> dict[str, str]:
+    stacks = {worker: worker.stack() for worker in ledger.threads.abandoned()}
+    for worker, stack in stacks.items():
+        logger.error(
+            "the thread of task %r has not returned at shutdown; it is at\n%s",
+            worker.id,
+            stack,
+            extra=log_fields(worker.task.info()),
+        )
+    return {worker.id: stack for worker, stack in stacks.items()}
+
+
+def _others(groups: Iterable[TaskGroup], spared: Collection[asyncio.Future[Any]]) -> list[ManagedTask[Any]]:
+    """The tasks of these groups and below that are not done, some aside."""
+    return [
+        task for group in groups for task in group._every_live() if task not in spared and not task.done()
+    ]
+
+
+def _report_unstarted(infos: Iterable[tuple[ManagedTask[Any], TaskInfo]]) -> None:
+    """Log which work a shutdown has dropped; a service is none: it is begun again with the application."""
+    lost = [
+        info.id
+        for task, info in infos
+        if info.status is TaskStatus.CANCELLED and info.started_at is None and not runs_forever(task)
+    ]
+    if lost:
+        names = ", ".join(map(repr, lost[:10])) + (", ..." if len(lost) > 10 else "")
+        logger.warning(
+            "the shutdown has cancelled %d tasks before they began: %s",
+            len(lost),
+            names,
+            extra=log_fields_of_all(lost),
+        )
