@@ -27,7 +27,8 @@ from otel_tasks import (
     current_task,
 )
 from otel_tasks._core import clock
-from otel_tasks._core.task import Extras, run_when
+from otel_tasks._core.extras import Extras
+from otel_tasks._core.running import run_when
 from otel_tasks.testing import SpanRecorder, VirtualClockLoop, run
 from tests.helpers import fail, give, rest, settle
 

@@ -117,7 +117,7 @@ CREATING: list[tuple[Use, type[Exception], str]] = [
         lambda manager: manager.create_task(rest(), group=TaskManager("other").get_group("g")),
         ValueError,
         "group 'g' belongs to manager 'other', not to this one, 'mine': "
-        "ask the group itself, as in group.create_task(...), or its own manager",
+        "call the group itself, as in group.create_task(...), or its manager",
     ),
     (
         lambda manager: manager.create_task(rest(), timeout=-1),

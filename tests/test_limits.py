@@ -401,7 +401,7 @@ async def test_a_full_queue_refuses(log: Log) -> None:
         manager.create_task(refused, name="order", timeout=5, metadata={})
 
     assert str(caught.value) == (
-        "cannot create task 'order': 2 tasks wait for a place in manager 'shop' already "
+        "cannot create task 'order': 2 tasks already wait for a place in manager 'shop' "
         "(max_concurrency=1, max_queue=2); wait for room with await put_task(...), or do without it"
     )
     assert is_closed(refused)
@@ -417,7 +417,7 @@ async def test_a_groups_full_queue_refuses(log: Log) -> None:
     async with manager.group("pages", max_concurrency=1, max_queue=0) as group:
         group.create_task(log.work())
         refused = log.work("refused")
-        with pytest.raises(QueueFullError, match=rf"'work': 0 tasks wait for a place in group '{group.id}'"):
+        with pytest.raises(QueueFullError, match=f"0 tasks already wait for a place in group '{group.id}'"):
             group.create_task(refused)
         assert is_closed(refused)
         manager.create_task(log.work("other"))

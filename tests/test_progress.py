@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from otel_tasks import GroupProgress, ManagedTask, Progress, TaskManager, WrongLoopError, current_task
+from otel_tasks._core.extras import Extras
 from otel_tasks._core.progress import TaskProgress, add_up
-from otel_tasks._core.task import Extras, extras_of
+from otel_tasks._core.task import extras_of
 from otel_tasks.testing import SpanRecorder, run
 from tests.helpers import cancel_at_each_await, fail, give, rest, settle
 

@@ -27,30 +27,24 @@ WRITES = {
         "_span",
         "_waiters",
     },
-    # A labeled group is made by another way than TaskGroup().
-    "_core/group": {"_id", "_label", "_ledger", "_names", "_parent"},
     # The fast path of the end.
     "_core/ending": {"_ended_at"},
 }
 
 # The modules that import each other in a circle. The goal is at most 5.
-IN_CIRCLES = 25
+IN_CIRCLES = 5
 
 # Lines of code, without comments, docstrings, and empty lines; the goal is 400 for each.
 LINES = 400
-LONG_MODULES = {
-    "_core/creation": 571,
-    "_core/manager": 762,
-    "_core/task": 520,
-    "_core/tree": 455,
-}
+LONG_MODULES: dict[str, int] = {}
 
 # Cyclomatic complexity of a function, nested ones included; the goal is 15 for each, and a mean below 3.
 COMPLEXITY = 15
 MEAN_COMPLEXITY = 3.2
 COMPLEX_FUNCTIONS = {
-    "_core/creation:Creation._build": 21,
-    "_core/creation:Creation._create": 19,
+    # The slow path of creation: to split it once more would cost a task with a timeout another 2 %.
+    "_core/creation:Creation._build": 20,
+    # The fast path: one condition with nine parts decides whether a task takes it.
     "_core/creation:Creation.create_task": 24,
 }
 

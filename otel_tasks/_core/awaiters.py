@@ -78,5 +78,5 @@ def _enclosed_in(callback: object) -> Iterator[object]:
 
 @functools.singledispatch
 def hosts_of(task: asyncio.Future[Any]) -> Iterable[asyncio.Future[Any]]:
-    """The tasks that have a block open, or a request, in which this one runs; `group` registers it for a managed one."""
+    """The tasks whose block or request this one runs in; `group` registers the variant for managed tasks."""
     return ()

@@ -81,6 +81,15 @@ class ThreadWorker(Protocol):
         ...
 
     @property
+    def thread_id(self) -> int | None:
+        """The thread in which the function runs; None before it does."""
+        ...
+
+    def stack(self) -> str:
+        """The stack of the function, as lines of a traceback."""
+        ...
+
+    @property
     def binding(self) -> Binding | None:
         """The group of its task while the function runs; None after that."""
         ...

@@ -13,35 +13,24 @@ from asyncio import _get_running_loop
 from contextvars import Context, copy_context
 from functools import partial
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from otel_tasks._core.binding import current_binding
-from otel_tasks._core.checks import check_choice, checked_name, checked_priority, checked_seconds
-from otel_tasks._core.coroutines import check_coroutine, close_quietly, code_name, function_name
-from otel_tasks._core.current import is_request_over, stand_in
-from otel_tasks._core.events import CancelCause
+from otel_tasks._core.checks import check_choice, checked_name, checked_priority
+from otel_tasks._core.coroutines import check_coroutine, close_quietly, function_name
+from otel_tasks._core.current import is_request_over
+from otel_tasks._core.extras import Extras, wanted_extras
 from otel_tasks._core.factory import make
-from otel_tasks._core.names import full_name
+from otel_tasks._core.naming import Named, yield_to
 from otel_tasks._core.native import add_done_callback, base_name, init_task
 from otel_tasks._core.options import OnConflict, TaskOptions, check_context, check_options, with_options_of
-from otel_tasks._core.places import Limiter, Ticket, admit, adopt, full_limiter
-from otel_tasks._core.state import CancelKind, TaskPriority
-from otel_tasks._core.task import Extras, ManagedTask, extras_of, request_cancel, run_when, with_predecessors
+from otel_tasks._core.places import Limiter, Ticket, admit, full_limiter
+from otel_tasks._core.running import run_when
+from otel_tasks._core.state import TaskPriority
+from otel_tasks._core.task import ManagedTask, extras_of
+from otel_tasks._core.task_spans import report_dequeued, start_task_span
 from otel_tasks._core.telemetry import trace
-from otel_tasks._core.telemetry.conventions import (
-    CODE_FUNCTION,
-    GROUP_ID,
-    GROUP_NAME,
-    MANAGER_NAME,
-    TASK_ID,
-    TASK_NAME,
-    TASK_PRIORITY,
-    low_cardinality,
-)
-from otel_tasks._core.telemetry.spans import note_started, start_span
-from otel_tasks._core.tree import Node
-from otel_tasks._core.waiting import wait_until_done
-from otel_tasks.exceptions import GroupClosedError, QueueFullError, TaskExistsError
+from otel_tasks.exceptions import QueueFullError
 
 if TYPE_CHECKING:
     import concurrent.futures
@@ -51,7 +40,7 @@ if TYPE_CHECKING:
     from otel_tasks._core.group import TaskGroup
     from otel_tasks._core.names import Key
     from otel_tasks._core.options import NamedTaskOptions
-    from otel_tasks._core.telemetry import Span, Tracer
+    from otel_tasks._core.telemetry import Span
     from otel_tasks._core.tree import Ledger
 
 T = TypeVar("T")
@@ -61,7 +50,7 @@ EAGER = sys.version_info >= (3, 12)
 _NORMAL = TaskPriority.NORMAL
 
 
-class Creation(Node):
+class Creation(Named):
     """What creates the tasks of a group."""
 
     __slots__ = ()
@@ -82,24 +71,8 @@ class Creation(Node):
         supervises: bool = False,
     ) -> ManagedTask[T]:
         """Create a task, with the options of ``TaskManager.create_task``."""
-        group = self if self._refusal is None else self._stand_in()
-        if group is not self:
-            return group._create(
-                coro,
-                name,
-                priority,
-                timeout,
-                queue_timeout,
-                metadata,
-                on_conflict,
-                detached,
-                context,
-                eager_start,
-                keep_result,
-                supervises,
-            )
-        if current_binding.get() is not None:
-            detached = detached or is_request_over()
+        if current_binding.get() is not None and is_request_over():
+            detached = True
         extras = None
         try:
             loop = self._loop_for(coro, name)
@@ -117,24 +90,26 @@ class Creation(Node):
                 name = checked_name("task", name)
                 taken = self._holder(name)
             if taken is not None and on_conflict in ("return", "error"):
-                return _yield_to(taken, coro, on_conflict)
+                return yield_to(taken, coro, on_conflict)
             limiters = () if supervises else self._limiters()
             if limiters:
                 # Before the name is taken: that may cancel the one which has it.
-                self._check_queue(limiters, name or function_name(coro))
+                self._check_queue(limiters, name, coro)
             base, key, previous = self._chosen_name(coro, name, taken, on_conflict)
             created_at = self._ledger.home.clock()
             if limiters:
-                extras = extras or Extras()
-                self._claim(limiters, extras, priority, created_at, loop)
+                extras = self._claim(limiters, extras, priority, created_at, loop)
             return self._build(
                 coro, base, key, previous, priority, created_at, extras, context, detached, eager_start, loop
             )
         except BaseException:
-            if extras is not None and extras.ticket is not None:
-                self._ledger.places.give_back(extras.ticket)
+            self._give_up(extras)
             close_quietly(coro)
             raise
+
+    def _give_up(self, extras: Extras | None) -> None:
+        if extras is not None and extras.ticket is not None:
+            self._ledger.places.give_back(extras.ticket)
 
     def _build(
         self,
@@ -159,7 +134,7 @@ class Creation(Node):
             if factory is not None and not supervises:
                 work, extras, eager_start = _made_by(factory, loop, coro, base, context, extras, eager_start)
             queued = extras is not None and extras.place_granted is not None
-            if previous or queued or (extras is not None and extras.seconds is not None):
+            if previous or (extras is not None and extras.has_to_wait):
                 extras = extras or Extras()
                 work = run_when(work, extras, previous, created_at, ledger.home.other_clock)
             tracer = None if supervises else ledger.telemetry.tracer()
@@ -170,7 +145,7 @@ class Creation(Node):
                 extras.context = None if tracer is None else context
                 extras.begin = partial(self._start_late_span, coro, detached)
             elif tracer is not None and context is not None:
-                span = context.run(self._start_task_span, tracer, base, key, coro, priority, detached)
+                span = context.run(start_task_span, self, tracer, base, key, coro, priority, detached)
             if EAGER and self._starts_eagerly(eager_start, context):
                 task: ManagedTask[T] = ManagedTask.__new__(ManagedTask)
                 self._enter(task, key, priority, created_at, span, extras)
@@ -233,7 +208,7 @@ class Creation(Node):
             tracer = ledger.telemetry.tracer()
             if tracer is not None:
                 context = copy_context()
-                span = context.run(self._start_task_span, tracer, name, key, coro, priority, False)
+                span = context.run(start_task_span, self, tracer, name, key, coro, priority, False)
         if ledger.eager_start:
             return self._create_eagerly(coro, name, key, priority, span, context)
         # Built directly: create_task() of the loop would make a task of another class.
@@ -269,7 +244,8 @@ class Creation(Node):
         if not options.keys() <= TaskOptions.__annotations__.keys():
             close_quietly(coro)
             check_options("create_task", options)
-        return self._create(coro, name, priority, **options)
+        group = self if self._refusal is None else self._open_group()
+        return group._create(coro, name, priority, **options)
 
     def _enter(
         self,
@@ -312,9 +288,6 @@ class Creation(Node):
         run_first_step(task, coro, ledger.home.fast_path_loop, base, context)
         return task
 
-    def _stand_in(self) -> TaskGroup:
-        return stand_in(cast("TaskGroup", self))
-
     def _loop_for(self, coro: object, name: str | None) -> asyncio.AbstractEventLoop:
         """The loop in which the group creates a task of ``coro``, if it does."""
         check_coroutine(coro)
@@ -325,23 +298,6 @@ class Creation(Node):
         if self._refusal is not None:
             self._raise_closed(name or function_name(coro))
         return loop
-
-    def _chosen_name(
-        self,
-        coro: object,
-        name: str | None,
-        taken: ManagedTask[Any] | None,
-        on_conflict: OnConflict,
-    ) -> tuple[str, Key, tuple[asyncio.Task[Any], ...]]:
-        """Decide what asyncio calls a task, its key, and after which tasks it may begin."""
-        if name is None:
-            base = function_name(coro)
-            return base, base if base not in self._names else self._made_numbers()[base](), ()
-        if taken is None:
-            self._note_name(name)
-            return name, name, ()
-        name, previous = self._make_way(name, taken, on_conflict)
-        return name, name, previous
 
     def _starts_eagerly(self, eager_start: bool | None, context: Context | None) -> bool:
         wanted = self._ledger.eager_start if eager_start is None else eager_start
@@ -360,38 +316,6 @@ class Creation(Node):
         if is_stranger:
             context.run(current_binding.set, self._binding or cast("TaskGroup", self))
         return context
-
-    def _start_task_span(
-        self,
-        tracer: Tracer,
-        base: str,
-        key: Key,
-        coro: Coroutine[Any, Any, Any],
-        priority: TaskPriority,
-        detached: bool,
-        start_time: int | None = None,
-    ) -> Span | None:
-        """Start a task's span, inside the context made for the task."""
-        name = low_cardinality(base)
-        full = full_name(base, key)
-        group_name, group_id, scoped = self._label or self._labels()
-        attributes = {
-            TASK_NAME: name,
-            TASK_ID: f"{group_id}/{full}" if scoped else full,
-            TASK_PRIORITY: int(priority),
-            GROUP_NAME: group_name,
-            GROUP_ID: group_id,
-            MANAGER_NAME: self._ledger.name,
-            CODE_FUNCTION: code_name(coro),
-        }
-        try:
-            parent = None if self._span is None else self._span.parent()
-            return start_span(
-                tracer, name, attributes, parent=parent, detached=detached, start_time=start_time
-            )
-        except Exception:
-            self._ledger.log_once("starting a span for task %r raised", full)
-            return None
 
     def _hand_over(
         self,
@@ -424,54 +348,37 @@ class Creation(Node):
             return (shared,) if shared.limit is not None else ()
         return (self._limiter, shared) if shared.limit is not None else (self._limiter,)
 
-    def _check_queue(self, limiters: tuple[Limiter, ...], name: str) -> None:
+    def _check_queue(self, limiters: tuple[Limiter, ...], name: str | None, coro: object = None) -> None:
         full = full_limiter(limiters)
         if full is not None:
             whose = f"group {self.id!r}" if full is self._limiter else f"manager {self._ledger.name!r}"
             raise QueueFullError(
-                f"cannot create task {name!r}: {full.waiting} tasks wait for a place in {whose} already "
-                f"(max_concurrency={full.limit}, max_queue={full.max_queue}); "
+                f"cannot create task {name or function_name(coro)!r}: {full.waiting} tasks already wait for a "
+                f"place in {whose} (max_concurrency={full.limit}, max_queue={full.max_queue}); "
                 "wait for room with await put_task(...), or do without it"
             )
 
     def _claim(
         self,
         limiters: tuple[Limiter, ...],
-        extras: Extras,
+        extras: Extras | None,
         priority: TaskPriority,
         now: float,
         loop: asyncio.AbstractEventLoop,
-    ) -> None:
+    ) -> Extras:
         """Claim a place; without one the task waits for it."""
+        extras = extras or Extras()
         extras.queue = self
         extras.ticket = ticket = Ticket(limiters, priority, now, self._ledger.places.ageing, extras)
         if not admit(ticket):
             extras.place_granted = loop.create_future()
             self._queued += 1
+        return extras
 
     async def _room(self) -> None:
         """Wait until a new task may stand in the queue, or none ever will."""
         self._ledger.home.enter()
         await self._ledger.places.wait_for_room(self)
-
-    def _count_for(self, limiter: Limiter, *, before: bool) -> None:
-        """Count the tasks that are live already for a limiter that was not there when they were created.
-
-        Args:
-            limiter: The manager's, for all that is below, or the group's own.
-            before: It is the group's, to be asked before the manager's.
-        """
-        for task in self.tasks if before else self._every_live():
-            extras = extras_of(task)
-            if task.done() or extras.supervises:
-                continue
-            if extras.ticket is None:
-                extras.queue = task._group
-                ageing = self._ledger.places.ageing
-                extras.ticket = Ticket((), task._priority, task._created_at, ageing, extras)
-                extras.ticket.started = True
-            if limiter not in extras.ticket.limiters:
-                adopt(extras.ticket, limiter, before=before)
 
     def _is_full(self) -> bool:
         """True if a new task would be refused now, but not for ever."""
@@ -482,16 +389,27 @@ class Creation(Node):
         )
 
     def _start_late_span(
-        self, coro: Coroutine[Any, Any, Any], detached: bool, task: ManagedTask[Any]
+        self, coro: Coroutine[Any, Any, Any], detached: bool, task: ManagedTask[Any], starts: bool
     ) -> None:
-        """Begin the span of a task that had to wait, inside its own context, as of its creation."""
+        """Start the span of a task that had to wait, inside its own context, as of its creation.
+
+        Args:
+            coro: The user's.
+            detached: The span starts a trace.
+            task: Has got its place, or was cancelled before it did.
+            starts: It has got its place.
+        """
         ledger = self._ledger
         tracer = ledger.telemetry.tracer()
         extras = task._extras
-        waited = ledger.home.clock() - task._created_at
+        now = ledger.home.clock()
+        waited = now - task._created_at
+        if extras is not None and starts:
+            extras.started_at = now
         if tracer is not None:
             created = time.time_ns() - int(waited * 1e9)
-            task._span = self._start_task_span(
+            task._span = start_task_span(
+                self,
                 tracer,
                 base_name(task),
                 task._key,
@@ -500,80 +418,8 @@ class Creation(Node):
                 detached,
                 start_time=created,
             )
-        if extras is not None and extras.started_at is not None:
-            _report_dequeued(ledger, task, waited)
-
-    def _admit(self, name: str, on_conflict: OnConflict) -> None:
-        """Raise what ``creation`` would raise for a task of this name, before its coroutine is made."""
-        group = self._stand_in()
-        if group is not self:
-            group._admit(name, on_conflict)
-            return
-        self._enter_loop(name)
-        check_choice("on_conflict", on_conflict, OnConflict)
-        taken = self._holder(name)
-        if taken is not None and on_conflict == "error":
-            refuse_name(taken)
-        if taken is None or on_conflict != "return":
-            self._check_queue(self._limiters(), name)
-
-    def _enter_loop(self, name: str) -> None:
-        self._ledger.home.enter()
-        if self._refusal is not None:
-            self._raise_closed(name)
-
-    async def _clear_name(self, name: str, reason: str) -> None:
-        """Cancel the live task of this name, if there is one, and wait until it has ended.
-
-        Raises:
-            RuntimeError: It is the calling task.
-
-        Cancellation: of the caller ends the waiting; the task stays cancelled.
-        """
-        group = self._stand_in()
-        if group is not self:
-            await group._clear_name(name, reason)
-            return
-        self._enter_loop(name)
-        while (taken := self._holder(name)) is not None:
-            if taken is asyncio.current_task():
-                raise RuntimeError(
-                    f"task {name!r} cannot wait for its own end to be replaced: "
-                    'write create_task(..., on_conflict="replace"), which begins after it'
-                )
-            request_cancel(taken, CancelCause.make(CancelKind.REPLACED, reason))
-            await wait_until_done(with_predecessors(taken))
-
-    def _make_way(
-        self, name: str, taken: ManagedTask[Any], on_conflict: OnConflict
-    ) -> tuple[str, tuple[asyncio.Task[Any], ...]]:
-        """Decide the name of a task whose name is taken, and after which tasks it may begin."""
-        if on_conflict == "suffix":
-            return self._numbered(name), ()
-        previous = with_predecessors(taken)
-        # The old one keeps its place in the books under another name until it has ended.
-        taken._rename_to(self._numbered(name))
-        request_cancel(taken, CancelCause.make(CancelKind.REPLACED, f"replaced by a new task {name!r}"))
-        return name, previous
-
-    def _raise_closed(self, name: str) -> NoReturn:
-        if self._scope is not None and not self._scope.entered and self._cause is None:
-            hint = "enter it first: async with group"
-        elif self._binding is not None:
-            hint = "work that outlives the request belongs in manager.create_task(..., group=...)"
-        else:
-            hint = "work that outlives the block belongs in manager.create_task(...)"
-        raise GroupClosedError(f"cannot create task {name!r}: group {self.id!r} {self._refusal}; {hint}")
-
-
-def _yield_to(
-    taken: ManagedTask[Any], coro: Coroutine[Any, Any, Any], on_conflict: OnConflict
-) -> ManagedTask[Any]:
-    """Create nothing, since a live task has the name."""
-    if on_conflict == "error":
-        refuse_name(taken)
-    coro.close()
-    return taken
+        if starts:
+            report_dequeued(ledger, task, waited)
 
 
 def _made_by(
@@ -619,14 +465,6 @@ def run_first_step(
                 extras_of(task)
 
 
-def refuse_name(taken: ManagedTask[Any]) -> NoReturn:
-    raise TaskExistsError(
-        f"cannot create task {taken.name!r}: one of that name is {taken.status} "
-        f"in group {taken.group.id!r}; "
-        'wait for it, choose another name, or pass on_conflict="suffix", "return" or "replace"'
-    )
-
-
 def is_free(context: Context) -> bool:
     """True if no code runs in this context just now: a first step cannot, eagerly, where some does."""
     try:
@@ -646,38 +484,3 @@ async def _told_first(work: Coroutine[Any, Any, T], ledger: Ledger) -> T:
     if isinstance(task, ManagedTask):
         ledger.listeners.notify("created", task.info())
     return await work
-
-
-def wanted_extras(
-    timeout: float | None,
-    queue_timeout: float | None,
-    metadata: Mapping[str, Any] | None,
-    *,
-    keep_result: bool,
-    supervises: bool,
-) -> Extras | None:
-    """What a task with these options needs beside the slots; None for one that has none of them."""
-    if timeout is None and queue_timeout is None and metadata is None and not keep_result:
-        return None
-    extras = Extras(
-        metadata,
-        keep_result,
-        checked_seconds("timeout", timeout),
-        checked_seconds("queue_timeout", queue_timeout),
-    )
-    # A supervisor always keeps its result: no other task has to be asked.
-    extras.supervises = supervises
-    return extras
-
-
-def _report_dequeued(ledger: Ledger, task: ManagedTask[Any], waited: float) -> None:
-    """Report that a task which had to wait for its place has got it and begins."""
-    try:
-        if task._span is not None:
-            note_started(task._span)
-        if ledger.telemetry.metered():
-            ledger.telemetry.record_queue(task._group.name, int(task._priority), waited)
-    except Exception:
-        ledger.log_once("telemetry of task %r raised", task.id)
-    if ledger.listeners.functions:
-        ledger.listeners.notify("dequeued", task.info())

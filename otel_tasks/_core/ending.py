@@ -15,7 +15,6 @@ from otel_tasks._core.native import base_name, failure_of
 from otel_tasks._core.records import Counters, KeptResult, without_frames
 from otel_tasks._core.state import Outcome, TaskStatus
 from otel_tasks._core.task import (
-    Extras,
     ManagedTask,
     extras_of,
     final_status,
@@ -31,6 +30,7 @@ from otel_tasks.exceptions import WrongLoopError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from otel_tasks._core.extras import Extras
     from otel_tasks._core.info import TaskInfo
     from otel_tasks._core.progress import TaskProgress
     from otel_tasks._core.telemetry import SpanContext
@@ -258,7 +258,7 @@ def _close_unstarted(task: ManagedTask[Any], extras: Extras, status: TaskStatus)
     """End what a task had begun that never got as far as its own code."""
     if extras.begin is not None and extras.started_at is None:
         # Cancelled while it waited for a place: its span is all of its life, in one.
-        (extras.context or Context()).run(extras.begin, task)
+        (extras.context or Context()).run(extras.begin, task, False)
         if task._span is not None and task._cause is not None:
             note_cancel_requested(task._span, task._cause)
     if extras.made is not None:

@@ -12,9 +12,7 @@ from otel_tasks._core.current import (
     current_root,
     set_global_root,
 )
-from otel_tasks._core.events import CancelEvent
 from otel_tasks._core.group import TaskGroup
-from otel_tasks._core.info import TaskInfo
 from otel_tasks._core.manager import TaskManager
 from otel_tasks._core.options import NamedTaskOptions, OnConflict, TaskOptions, with_options_of
 from otel_tasks._core.service import DEFAULT_POLICY, RestartPolicy
@@ -26,6 +24,9 @@ if TYPE_CHECKING:
     import concurrent.futures
     from collections.abc import Callable, Coroutine, Mapping
     from typing import Unpack
+
+    from otel_tasks._core.events import CancelEvent
+    from otel_tasks._core.info import TaskInfo
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")

@@ -103,10 +103,7 @@ class TaskGroup(Creation):
     def _labeled(cls, ledger: Ledger, name: str, parent: TaskGroup | None) -> TaskGroup:
         group = cls.__new__(cls)
         group._set_up(ledger, name, parent)
-        group._id = name
-        group._label = (name, name, False)
-        if parent is not None:
-            group._names = ledger.root._live
+        group._become_label(name)
         return group
 
     # -- what it is -------------------------------------------------------------------------
@@ -300,8 +297,7 @@ class TaskGroup(Creation):
             max_queue=max_queue,
             span=span,
         )
-        group._ledger = self._ledger
-        group._parent = self
+        group._hang_below(self)
         return group
 
     def cancel(self, reason: str | None = None) -> None:

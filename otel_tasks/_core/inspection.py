@@ -241,9 +241,8 @@ def _own_tasks(group: TaskGroup) -> Iterator[ManagedTask[Any]]:
 
 
 def _attempt_of(task: ManagedTask[Any]) -> ManagedTask[Any] | None:
-    extras = task._extras
-    attempt = None if extras is None else extras.attempt
-    return None if attempt is None or attempt.done() else attempt
+    attempt = None if task._extras is None else task._extras.attempt
+    return attempt if isinstance(attempt, ManagedTask) and not attempt.done() else None
 
 
 def _awaited_by(task: ManagedTask[Any]) -> str | None:

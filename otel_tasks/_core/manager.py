@@ -23,7 +23,6 @@ from otel_tasks._core.service import DEFAULT_POLICY, RestartPolicy, start_superv
 from otel_tasks._core.shutdown import ShutdownReport, cancel_groups, shut_down, wait_for_end
 from otel_tasks._core.signals import write_on_signal
 from otel_tasks._core.state import TaskPriority, TaskStatus
-from otel_tasks._core.task import ManagedTask
 from otel_tasks._core.telemetry.providers import Telemetry
 from otel_tasks._core.threads import Threads
 from otel_tasks._core.tree import Ledger
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from otel_tasks._core.options import NamedTaskOptions, OnConflict, TaskOptions
     from otel_tasks._core.records import TaskEvent, TaskStats
     from otel_tasks._core.scope import OnError
+    from otel_tasks._core.task import ManagedTask
     from otel_tasks._core.task_tree import TaskTree
     from otel_tasks._core.telemetry import MeterProvider, TracerProvider
 
@@ -361,7 +361,7 @@ class TaskManager:
                 close_quietly(factory)
                 return taken
             coro = made_coroutine(factory)
-            return where._create(
+            return where._open_group()._create(
                 coro,
                 name,
                 priority,

@@ -122,7 +122,7 @@ async def start_supervisor(
     if on_conflict == "replace":
         await group._clear_name(name, f"replaced by a new service {name!r}")
     service = Service(group, factory, policy, priority, metadata, drains=drains)
-    return group._create(
+    return group._open_group()._create(
         service.run(),
         name,
         priority,

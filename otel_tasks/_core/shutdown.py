@@ -1,4 +1,4 @@
-"""How a manager cancels groups, and how it shuts down: in order of priority, with a bound, and with a report."""
+"""How a manager cancels groups, and how it shuts down: by priority, within a bound, and with a report."""
 
 from __future__ import annotations
 

@@ -11,12 +11,11 @@ import asyncio
 import threading
 import traceback
 from asyncio import _get_running_loop
-from collections.abc import Mapping
 from dataclasses import replace
 from secrets import token_urlsafe
 from threading import get_ident
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from otel_tasks._core.binding import intercepted, stopping
 from otel_tasks._core.cancellation import cancel_once
@@ -26,24 +25,23 @@ from otel_tasks._core.clock import clock_of
 from otel_tasks._core.constructs import known_cause, name_of_timeout
 from otel_tasks._core.current import set_managed_task
 from otel_tasks._core.events import CancelCause, own_name
+from otel_tasks._core.extras import Extras, timeout_text
 from otel_tasks._core.frames import suspended_frames
 from otel_tasks._core.info import NO_RESULT, TaskInfo
 from otel_tasks._core.log import text_of
 from otel_tasks._core.names import full_name
 from otel_tasks._core.native import asyncio_cancel, failure_of
-from otel_tasks._core.places import Ticket, lift
+from otel_tasks._core.places import lift
 from otel_tasks._core.progress import TaskProgress
 from otel_tasks._core.scope import cancel_host
 from otel_tasks._core.state import CancelKind, Outcome, Signal, TaskPriority, TaskStatus, next_status
 from otel_tasks._core.telemetry.context import span_ids
 from otel_tasks._core.telemetry.spans import note_cancel_requested
-from otel_tasks._core.waiting import wait_until_done
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Callable, Iterable
     from contextvars import Context
 
-    from otel_tasks._core.factory import Made
     from otel_tasks._core.group import TaskGroup
     from otel_tasks._core.progress import Progress
     from otel_tasks._core.telemetry import Span
@@ -56,139 +54,6 @@ _HELD_BACK = frozenset({CancelKind.CLIENT_DISCONNECT, CancelKind.SCOPE_ENDED})
 
 # A task's progress may be used from threads: two that come at once must not make two.
 _making = threading.RLock()
-
-
-class ThreadFuture(Protocol):
-    """What stands for a task in another thread, see `futures`."""
-
-    @property
-    def awaited(self) -> bool:
-        """Somebody there will receive a failure."""
-        ...
-
-    def refuse(self, error: BaseException) -> None:
-        """Fail: the task can never end."""
-        ...
-
-
-class ThreadWorker(Protocol):
-    """The thread in which the function of a task runs, see `threads`."""
-
-    @property
-    def thread_id(self) -> int | None: ...
-
-    def stack(self) -> str: ...
-
-
-class Queue(Protocol):
-    """The group in whose queue a task is counted."""
-
-    def _leave_queue(self) -> None: ...
-
-
-class Extras:
-    """What only some tasks need: a timeout, metadata, a result to keep, a shield.
-
-    Without slots, so that the defaults are the class's: most tasks with extras need two or three of them.
-    """
-
-    metadata: dict[str, Any] | None = None
-    keep_result = False
-    # Made when it is first read.
-    uid: str | None = None
-    # The task's own timeout in seconds, and asyncio's while it runs.
-    seconds: float | None = None
-    timeout: asyncio.Timeout | None = None
-    # Its claim to a place, if places are limited, and the queue in which it is counted; None if it got one at
-    # once.
-    ticket: Ticket | None = None
-    queue: Queue | None = None
-    place_granted: asyncio.Future[None] | None = None
-    queue_seconds: float | None = None
-    queue_timed_out = False
-    # Of a task that had to wait: when it first ran, what starts its span then, and where.
-    started_at: float | None = None
-    begin: Callable[[ManagedTask[Any]], None] | None = None
-    context: Context | None = None
-    # The user's coroutine inside of the one that the task runs.
-    inner: Coroutine[Any, Any, Any] | None = None
-    # What the loop's task factory has made of that.
-    made: Made | None = None
-    # The tasks that have to end before this one starts.
-    previous: tuple[asyncio.Task[Any], ...] = ()
-    progress: TaskProgress | None = None
-    # The cause that the last uncancel() took away.
-    dropped: CancelCause | None = None
-    # Why it cancels itself, or has a timeout of its own that does: no cause of the task's.
-    unrecorded: CancelCause | None = None
-    # What stands for it in other threads; the thread in which its function runs.
-    futures: tuple[ThreadFuture, ...] = ()
-    worker: ThreadWorker | None = None
-    # Of a cancel() that left no cause.
-    message: str | None = None
-    # It has run none of its code: known at its end, before that of one that was cancelled.
-    never_ran = False
-    # Its function was to run in a thread, and did not get one.
-    never_called = False
-    # It only looks after other tasks, which have the spans and take the places.
-    supervises = False
-    # Of a service, the attempt that it looks after.
-    attempt: ManagedTask[Any] | None = None
-    # It is a service that does not end by itself, or an attempt of such a service.
-    runs_forever = False
-    shields = 0
-    deferred: CancelCause | None = None
-
-    def __init__(
-        self,
-        metadata: Mapping[str, Any] | None = None,
-        keep_result: bool = False,
-        seconds: float | None = None,
-        queue_seconds: float | None = None,
-    ) -> None:
-        if metadata is not None:
-            self.metadata = checked_metadata(metadata)
-        if keep_result:
-            self.keep_result = True
-        if seconds is not None:
-            self.seconds = seconds
-        if queue_seconds is not None:
-            self.queue_seconds = queue_seconds
-
-    @property
-    def queued(self) -> bool:
-        """It waits for a place."""
-        return self.place_granted is not None and not self.place_granted.done()
-
-    def leave_queue(self) -> None:
-        """Count the task no more among those that wait: it has ended."""
-        if self.queue is not None:
-            self.queue._leave_queue()
-
-    def grant(self) -> None:
-        """Let the task begin, unless it has been cancelled meanwhile; it no longer waits."""
-        if self.queue is not None:
-            self.queue._leave_queue()
-        if self.place_granted is not None and not self.place_granted.done():
-            self.place_granted.set_result(None)
-
-    def close(self) -> None:
-        """Close what the task has not awaited: one that is cancelled before its first step runs nothing."""
-        if self.made is not None:
-            self.made.coro.close()
-        if self.inner is not None:
-            self.inner.close()
-
-
-def checked_metadata(metadata: object) -> dict[str, Any]:
-    """Copy a task's metadata.
-
-    Raises:
-        TypeError: It is not a mapping.
-    """
-    if not isinstance(metadata, Mapping):
-        raise TypeError(f"metadata must be a mapping of names to values, got {metadata!r}")
-    return dict(metadata)
 
 
 class ManagedTask(asyncio.Task[T]):
@@ -307,9 +172,7 @@ class ManagedTask(asyncio.Task[T]):
         metadata: dict[str, Any] = {}
         progress = None
         result: Any = NO_RESULT
-        uid = None
         if extras is not None:
-            uid = extras.uid
             if extras.metadata is not None:
                 metadata = dict(extras.metadata)
             if extras.progress is not None:
@@ -318,7 +181,7 @@ class ManagedTask(asyncio.Task[T]):
                 result = self.result()
         return TaskInfo(
             id=f"{group_id}/{name}" if is_scoped else name,
-            uid=uid,
+            uid=None if extras is None else extras.uid,
             name=name,
             group=group_name,
             group_id=group_id,
@@ -741,13 +604,6 @@ def queue_time(task: ManagedTask[Any]) -> float | None:
     return (task._ended_at if extras.started_at is None else extras.started_at) - task._created_at
 
 
-def timeout_text(extras: Extras) -> str:
-    """Say which timeout a task ran into."""
-    if extras.queue_timed_out:
-        return f"queue timeout of {extras.queue_seconds:g} s"
-    return f"timeout of {extras.seconds:g} s"
-
-
 def waits(callback: object) -> bool:
     """Tell somebody who will be told of a failure from ``tasks.discard``, which keeps a set in order."""
     return not isinstance(getattr(callback, "__self__", None), set | list | dict)
@@ -794,63 +650,3 @@ def unshield(task: ManagedTask[Any]) -> None:
     if not extras.shields and extras.deferred is not None:
         cause, extras.deferred = extras.deferred, None
         request_cancel(task, cause)
-
-
-def run_when(
-    coro: Coroutine[Any, Any, T],
-    extras: Extras,
-    previous: tuple[asyncio.Task[Any], ...],
-    created_at: float,
-    clock: Callable[[], float] | None = None,
-) -> Coroutine[Any, Any, T]:
-    """Make what runs ``coro`` after all ``previous`` have ended, and up to its timeout.
-
-    Args:
-        coro: What to run.
-        extras: Where its timeout is.
-        previous: The tasks to wait for.
-        created_at: The timeout counts from here.
-        clock: That of ``created_at``; None is the loop's ``time()``.
-    """
-    # Cancelled before its first step it never runs: whoever takes the end closes the inner one.
-    if extras.made is None:
-        extras.inner = coro
-    extras.previous = previous
-    deadline = None if extras.seconds is None else created_at + extras.seconds
-    return _run_when(coro, extras, deadline, clock)
-
-
-async def _run_when(
-    coro: Coroutine[Any, Any, T],
-    extras: Extras,
-    deadline: float | None,
-    clock: Callable[[], float] | None,
-) -> T:
-    if clock is not None and deadline is not None:
-        # What is left, in the loop's own time: the two clocks need not agree.
-        deadline += asyncio.get_running_loop().time() - clock()
-    try:
-        async with asyncio.timeout_at(deadline) as extras.timeout:
-            if extras.place_granted is not None:
-                await _wait_for_place(extras.place_granted, extras)
-            await wait_until_done(extras.previous)
-            extras.previous = ()
-            return await coro
-    except TimeoutError:
-        if extras.timeout is not None and (extras.queue_timed_out or extras.timeout.expired()):
-            raise TimeoutError(f"the task ran into its {timeout_text(extras)}") from None
-        raise
-
-
-async def _wait_for_place(place_granted: asyncio.Future[None], extras: Extras) -> None:
-    try:
-        async with asyncio.timeout(extras.queue_seconds):
-            await place_granted
-    except TimeoutError:
-        extras.queue_timed_out = True
-        raise
-    task = asyncio.current_task()
-    if extras.begin is not None and isinstance(task, ManagedTask):
-        begin, extras.begin, extras.context = extras.begin, None, None
-        extras.started_at = task._group._ledger.home.clock()
-        begin(task)

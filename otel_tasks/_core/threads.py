@@ -149,7 +149,8 @@ class Threads:
         """Create the coroutine of a task that calls ``function(*args)`` in a thread; see `in_thread`."""
         return in_thread(self, function, args, abandon=abandon)
 
-    # As a method, so that groups reach it through the manager's threads: futures stand above tasks and groups.
+    # As a method, so that groups reach it through the manager's threads: futures stand above tasks and
+    # groups.
     create_in_loop = staticmethod(create_in_loop)
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:

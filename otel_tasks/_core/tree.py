@@ -14,34 +14,29 @@ from __future__ import annotations
 import itertools
 from contextlib import suppress
 from contextvars import Context
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from otel_tasks._core.checks import is_plain_name
 from otel_tasks._core.events import TREE_LOCK, CancelCause, CancelEvent
 from otel_tasks._core.log import logger
 from otel_tasks._core.loop import Home, Shutdown
-from otel_tasks._core.names import Numbers, full_name
 from otel_tasks._core.records import Counters, History, Listeners, TaskStats
-from otel_tasks._core.task import ManagedTask, request_cancel_all
+from otel_tasks._core.task import ManagedTask, extras_of, request_cancel_all
 from otel_tasks._core.telemetry.conventions import GROUP_ID, GROUP_NAME, MANAGER_NAME, low_cardinality
 from otel_tasks._core.telemetry.spans import end_group_span, start_group_span
 
 if TYPE_CHECKING:
     import asyncio
-    import concurrent.futures
-    from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from otel_tasks._core.binding import Binding
     from otel_tasks._core.group import TaskGroup
-    from otel_tasks._core.names import Key
+    from otel_tasks._core.names import Key, Numbers
+    from otel_tasks._core.parts import Ending, LossReport, Threads
     from otel_tasks._core.places import Limiter, Places
     from otel_tasks._core.scope import Scope
     from otel_tasks._core.telemetry.providers import Telemetry
     from otel_tasks._core.telemetry.spans import GroupSpan
-
-
-T = TypeVar("T")
 
 
 class Node:
@@ -114,6 +109,18 @@ class Node:
         # Of the live tasks, those that wait for a place.
         self._queued = 0
 
+    def _become_label(self, name: str) -> None:
+        """Be known by ``name`` alone; the names of its tasks are unique in the manager."""
+        self._id = name
+        self._label = (name, name, False)
+        if self._parent is not None:
+            self._names = self._ledger.root._live
+
+    def _hang_below(self, parent: TaskGroup) -> None:
+        """Be opened below ``parent``, wherever that happens."""
+        self._ledger = parent._ledger
+        self._parent = parent
+
     @property
     def name(self) -> str:
         """What it is called; a request's is named after its route once that is known."""
@@ -153,7 +160,8 @@ class Node:
 
     @property
     def manager(self) -> Any:
-        """The ``TaskManager`` at whose root its tree begins; ``Any``, since that class stands above this module."""
+        """The ``TaskManager`` at whose root its tree begins."""
+        # Any: naming the class here would make a circle of imports of the whole core.
         return self._ledger.owner
 
     def _labels(self) -> tuple[str, str, bool]:
@@ -186,64 +194,6 @@ class Node:
         if above is not None and self._cause is None:
             # What hangs below a cancelled group is born cancelled.
             self._signal_cancel(above)
-
-    # -- names ------------------------------------------------------------------------------
-
-    def _find(self, name: str) -> ManagedTask[Any] | None:
-        """The task of this group that has this name, in the root one of any labeled group."""
-        return self._named(name, self._live)
-
-    def _holder(self, name: str) -> ManagedTask[Any] | None:
-        """The task because of which a new one cannot have this name."""
-        task = self._named(name, self._names)
-        # One that is done gives its name up, even if its done-callback is still to come.
-        return None if task is None or task.done() else task
-
-    def _named(self, name: str, table: dict[Key, ManagedTask[Any]]) -> ManagedTask[Any] | None:
-        task = table.get(name)
-        if task is not None or not self._numbers:
-            return task
-        key = self._numbers.find(name)
-        return None if key is None else table.get(key)
-
-    def _is_free(self, name: object) -> bool:
-        """True for a name that no task has, and that a task may have."""
-        if type(name) is not str or name in self._names or not is_plain_name(name):
-            return False
-        if not name[-1].isdecimal():
-            return True
-        numbers = self._made_numbers() if self._numbers is None else self._numbers
-        numbers.note(name)
-        return not numbers or self._holder(name) is None
-
-    def _note_name(self, name: str) -> None:
-        """Note that a task is going to have this chosen name."""
-        if name[-1].isdecimal():
-            self._made_numbers().note(name)
-
-    def _numbered(self, base: str) -> str:
-        """A free name: ``base`` and a number."""
-        numbers = self._made_numbers()
-        return full_name(base, numbers[base]())
-
-    def _made_numbers(self) -> Numbers:
-        if self._numbers is None:
-            root = self._ledger.root
-            self._numbers = Numbers(self._live) if self._names is self._live else root._made_numbers()
-        return self._numbers
-
-    def _rename(self, task: ManagedTask[Any], name: str) -> str:
-        """Give a task another name, with a number if the name is taken."""
-        old = task._key
-        if self._live.get(old) is not task:
-            # It has ended, and is in no table any more.
-            return name
-        key = name if self._holder(name) in (None, task) else self._numbered(name)
-        self._note_name(key)
-        for table in (self._live, self._names):
-            table.pop(old, None)
-            table[key] = task
-        return key
 
     # -- linking ----------------------------------------------------------------------------
 
@@ -375,6 +325,21 @@ class Node:
         self._limiter = limiter
         self._takes_plain_tasks = self._refusal is None and limiter is None
 
+    def _count_for(self, limiter: Limiter, *, before: bool) -> None:
+        """Count the live tasks for a limiter that was not there when they were created.
+
+        Args:
+            limiter: The manager's, for everything below, or the group's own.
+            before: It is the group's, to be asked before the manager's.
+        """
+        for task in self.tasks if before else self._every_live():
+            extras = extras_of(task)
+            if not task.done() and not extras.supervises:
+                ageing = self._ledger.places.ageing
+                extras.count_for(
+                    limiter, task._group, task._created_at, task._priority, ageing, before=before
+                )
+
     def _cancel_tasks(
         self, cause: CancelCause, *, spared: Collection[asyncio.Future[Any] | None] = ()
     ) -> int:
@@ -457,49 +422,6 @@ def renew(groups: Iterable[TaskGroup], cause: CancelCause) -> None:
     """Remove the cause from labeled groups that were cancelled: they stay usable, with a fresh event."""
     for group in groups:
         group._forget_cause(cause)
-
-
-class LossReport(Protocol):
-    """Reports the tasks that can never end; ``lost`` implements it."""
-
-    def watch_exit(self) -> None:
-        """Report when the process ends."""
-        ...
-
-    def note(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Note that a task is being cancelled while its loop does not run."""
-        ...
-
-    def report(self) -> None:
-        """Report every live task."""
-        ...
-
-
-class Threads(Protocol):
-    """The threads of a manager; ``threads`` implements it."""
-
-    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Belong to another loop."""
-        ...
-
-    def coroutine(
-        self, function: Callable[..., T], args: tuple[Any, ...], *, abandon: bool
-    ) -> Coroutine[Any, Any, T]:
-        """Create the coroutine of a task that calls a function in a thread."""
-        ...
-
-    def create_in_loop(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
-        create: Callable[[Coroutine[Any, Any, T]], ManagedTask[T]],
-    ) -> concurrent.futures.Future[T]:
-        """Create a task in ``loop`` from another thread."""
-        ...
-
-    def abandoned(self) -> Collection[Any]:
-        """The workers whose functions run on after the ends of their tasks."""
-        ...
 
 
 class Ledger:
@@ -682,19 +604,3 @@ class Ledger:
         if not self._has_logged:
             self._has_logged = True
             logger.exception(message + "; further ones are not logged", *args)
-
-
-class Ending(Protocol):
-    """Takes the ends of tasks; ``ending`` implements it."""
-
-    def use_clock(self, clock: Callable[[], float]) -> None:
-        """Take the times of ends from this clock."""
-        ...
-
-    def abandon(self, task: ManagedTask[Any]) -> None:
-        """Give up on a task that would not stop."""
-        ...
-
-    def lose(self, tasks: Iterable[ManagedTask[Any]]) -> None:
-        """Let go of tasks that can never end."""
-        ...

@@ -1,0 +1,187 @@
+"""The names in a group: which one a task gets, what holds it, and what happens where it is taken."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+from otel_tasks._core.checks import check_choice, is_plain_name
+from otel_tasks._core.coroutines import function_name
+from otel_tasks._core.current import stand_in
+from otel_tasks._core.events import CancelCause
+from otel_tasks._core.names import Key, Numbers, full_name
+from otel_tasks._core.options import OnConflict
+from otel_tasks._core.state import CancelKind
+from otel_tasks._core.task import ManagedTask, request_cancel, with_predecessors
+from otel_tasks._core.tree import Node
+from otel_tasks._core.waiting import wait_until_done
+from otel_tasks.exceptions import GroupClosedError, TaskExistsError
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from otel_tasks._core.group import TaskGroup
+
+
+class Named(Node):
+    """What a group does with names."""
+
+    __slots__ = ()
+
+    def _find(self, name: str) -> ManagedTask[Any] | None:
+        """The task of this group that has this name, in the root one of any labeled group."""
+        return self._named(name, self._live)
+
+    def _holder(self, name: str) -> ManagedTask[Any] | None:
+        """The task because of which a new one cannot have this name."""
+        task = self._named(name, self._names)
+        # One that is done gives its name up, even if its done-callback is still to come.
+        return None if task is None or task.done() else task
+
+    def _named(self, name: str, table: dict[Key, ManagedTask[Any]]) -> ManagedTask[Any] | None:
+        task = table.get(name)
+        if task is not None or not self._numbers:
+            return task
+        key = self._numbers.find(name)
+        return None if key is None else table.get(key)
+
+    def _is_free(self, name: object) -> bool:
+        """True for a name that no task has, and that a task may have."""
+        if type(name) is not str or name in self._names or not is_plain_name(name):
+            return False
+        if not name[-1].isdecimal():
+            return True
+        numbers = self._made_numbers() if self._numbers is None else self._numbers
+        numbers.note(name)
+        return not numbers or self._holder(name) is None
+
+    def _note_name(self, name: str) -> None:
+        """Note that a task is going to have this chosen name."""
+        if name[-1].isdecimal():
+            self._made_numbers().note(name)
+
+    def _numbered(self, base: str) -> str:
+        """A free name: ``base`` and a number."""
+        numbers = self._made_numbers()
+        return full_name(base, numbers[base]())
+
+    def _made_numbers(self) -> Numbers:
+        if self._numbers is None:
+            root = self._ledger.root
+            self._numbers = Numbers(self._live) if self._names is self._live else root._made_numbers()
+        return self._numbers
+
+    def _rename(self, task: ManagedTask[Any], name: str) -> str:
+        """Give a task another name, with a number if the name is taken."""
+        old = task._key
+        if self._live.get(old) is not task:
+            # It has ended, and is in no table any more.
+            return name
+        key = name if self._holder(name) in (None, task) else self._numbered(name)
+        self._note_name(key)
+        for table in (self._live, self._names):
+            table.pop(old, None)
+            table[key] = task
+        return key
+
+    def _chosen_name(
+        self,
+        coro: object,
+        name: str | None,
+        taken: ManagedTask[Any] | None,
+        on_conflict: OnConflict,
+    ) -> tuple[str, Key, tuple[asyncio.Task[Any], ...]]:
+        """Decide what asyncio calls a task, its key, and after which tasks it may begin."""
+        if name is None:
+            base = function_name(coro)
+            return base, base if base not in self._names else self._made_numbers()[base](), ()
+        if taken is None:
+            self._note_name(name)
+            return name, name, ()
+        name, previous = self._make_way(name, taken, on_conflict)
+        return name, name, previous
+
+    def _admit(self, name: str, on_conflict: OnConflict) -> None:
+        """Raise what ``creation`` would raise for a task of this name, before its coroutine is made."""
+        group = self._open_group()
+        if group is not self:
+            group._admit(name, on_conflict)
+            return
+        self._enter_loop(name)
+        check_choice("on_conflict", on_conflict, OnConflict)
+        taken = self._holder(name)
+        if taken is not None and on_conflict == "error":
+            refuse_name(taken)
+        if taken is None or on_conflict != "return":
+            self._check_queue(self._limiters(), name)
+
+    def _enter_loop(self, name: str) -> None:
+        self._ledger.home.enter()
+        if self._refusal is not None:
+            self._raise_closed(name)
+
+    async def _clear_name(self, name: str, reason: str) -> None:
+        """Cancel the live task of this name, if there is one, and wait until it has ended.
+
+        Raises:
+            RuntimeError: It is the calling task.
+
+        Cancellation: of the caller ends the waiting; the task stays cancelled.
+        """
+        group = self._open_group()
+        if group is not self:
+            await group._clear_name(name, reason)
+            return
+        self._enter_loop(name)
+        while (taken := self._holder(name)) is not None:
+            if taken is asyncio.current_task():
+                raise RuntimeError(
+                    f"task {name!r} cannot wait for its own end to be replaced: "
+                    'write create_task(..., on_conflict="replace"), which begins after it'
+                )
+            request_cancel(taken, CancelCause.make(CancelKind.REPLACED, reason))
+            await wait_until_done(with_predecessors(taken))
+
+    def _make_way(
+        self, name: str, taken: ManagedTask[Any], on_conflict: OnConflict
+    ) -> tuple[str, tuple[asyncio.Task[Any], ...]]:
+        """Decide the name of a task whose name is taken, and after which tasks it may begin."""
+        if on_conflict == "suffix":
+            return self._numbered(name), ()
+        previous = with_predecessors(taken)
+        # The old one keeps its place in the books under another name until it has ended.
+        taken._rename_to(self._numbered(name))
+        request_cancel(taken, CancelCause.make(CancelKind.REPLACED, f"replaced by a new task {name!r}"))
+        return name, previous
+
+    def _raise_closed(self, name: str) -> NoReturn:
+        if self._scope is not None and not self._scope.entered and self._cause is None:
+            hint = "enter it first: async with group"
+        elif self._binding is not None:
+            hint = "work that outlives the request belongs in manager.create_task(..., group=...)"
+        else:
+            hint = "work that outlives the block belongs in manager.create_task(...)"
+        raise GroupClosedError(f"cannot create task {name!r}: group {self.id!r} {self._refusal}; {hint}")
+
+    def _open_group(self) -> TaskGroup:
+        """Itself, or the group that takes its tasks once it takes none, see `stand_in`."""
+        group = cast("TaskGroup", self)
+        return group if self._refusal is None else stand_in(group)
+
+
+def refuse_name(taken: ManagedTask[Any]) -> NoReturn:
+    raise TaskExistsError(
+        f"cannot create task {taken.name!r}: one of that name is {taken.status} "
+        f"in group {taken.group.id!r}; "
+        'wait for it, choose another name, or pass on_conflict="suffix", "return" or "replace"'
+    )
+
+
+def yield_to(
+    taken: ManagedTask[Any], coro: Coroutine[Any, Any, Any], on_conflict: OnConflict
+) -> ManagedTask[Any]:
+    """Create nothing, since a live task has the name."""
+    if on_conflict == "error":
+        refuse_name(taken)
+    coro.close()
+    return taken

@@ -1,0 +1,75 @@
+"""The parts of a manager that stand above its groups, as the groups see them.
+
+``Any`` stands for a managed task: these classes take it, and the module that defines it stands above this
+one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import asyncio
+    import concurrent.futures
+    from collections.abc import Callable, Collection, Coroutine, Iterable
+
+T = TypeVar("T")
+
+
+class LossReport(Protocol):
+    """Reports the tasks that can never end; ``lost`` implements it."""
+
+    def watch_exit(self) -> None:
+        """Report when the process ends."""
+        ...
+
+    def note(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Note that a task is being cancelled while its loop does not run."""
+        ...
+
+    def report(self) -> None:
+        """Report every live task."""
+        ...
+
+
+class Threads(Protocol):
+    """The threads of a manager; ``threads`` implements it."""
+
+    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Belong to another loop."""
+        ...
+
+    def coroutine(
+        self, function: Callable[..., T], args: tuple[Any, ...], *, abandon: bool
+    ) -> Coroutine[Any, Any, T]:
+        """Create the coroutine of a task that calls a function in a thread."""
+        ...
+
+    def create_in_loop(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
+        create: Callable[[Coroutine[Any, Any, T]], Any],
+    ) -> concurrent.futures.Future[T]:
+        """Create a task in ``loop`` from another thread."""
+        ...
+
+    def abandoned(self) -> Collection[Any]:
+        """The workers whose functions run on after the ends of their tasks."""
+        ...
+
+
+class Ending(Protocol):
+    """Takes the ends of tasks; ``ending`` implements it."""
+
+    def use_clock(self, clock: Callable[[], float]) -> None:
+        """Take the times of ends from this clock."""
+        ...
+
+    def abandon(self, task: Any) -> None:
+        """Give up on a task that would not stop."""
+        ...
+
+    def lose(self, tasks: Iterable[Any]) -> None:
+        """Let go of tasks that can never end."""
+        ...

@@ -1,0 +1,87 @@
+"""The span of a task, and what it says of the task's group."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from otel_tasks._core.coroutines import code_name
+from otel_tasks._core.names import full_name
+from otel_tasks._core.telemetry import note_started
+from otel_tasks._core.telemetry.conventions import (
+    CODE_FUNCTION,
+    GROUP_ID,
+    GROUP_NAME,
+    MANAGER_NAME,
+    TASK_ID,
+    TASK_NAME,
+    TASK_PRIORITY,
+    low_cardinality,
+)
+from otel_tasks._core.telemetry.spans import start_span
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from otel_tasks._core.names import Key
+    from otel_tasks._core.state import TaskPriority
+    from otel_tasks._core.telemetry import Span, Tracer
+    from otel_tasks._core.telemetry.spans import GroupSpan
+
+
+class Spanned(Protocol):
+    """What the span of a task says of its group."""
+
+    @property
+    def _label(self) -> tuple[str, str, bool] | None: ...
+
+    @property
+    def _span(self) -> GroupSpan | None: ...
+
+    @property
+    def _ledger(self) -> Any: ...
+
+    def _labels(self) -> tuple[str, str, bool]: ...
+
+
+def start_task_span(
+    group: Spanned,
+    tracer: Tracer,
+    base: str,
+    key: Key,
+    coro: Coroutine[Any, Any, Any],
+    priority: TaskPriority,
+    detached: bool,
+    start_time: int | None = None,
+) -> Span | None:
+    """Start a task's span, inside the context made for the task."""
+    name = low_cardinality(base)
+    full = full_name(base, key)
+    group_name, group_id, scoped = group._label or group._labels()
+    attributes = {
+        TASK_NAME: name,
+        TASK_ID: f"{group_id}/{full}" if scoped else full,
+        TASK_PRIORITY: int(priority),
+        GROUP_NAME: group_name,
+        GROUP_ID: group_id,
+        MANAGER_NAME: group._ledger.name,
+        CODE_FUNCTION: code_name(coro),
+    }
+    try:
+        parent = None if group._span is None else group._span.parent()
+        return start_span(tracer, name, attributes, parent=parent, detached=detached, start_time=start_time)
+    except Exception:
+        group._ledger.log_once("starting a span for task %r raised", full)
+        return None
+
+
+def report_dequeued(ledger: Any, task: Any, waited: float) -> None:
+    """Report that a task which had to wait for its place has got it and begins."""
+    try:
+        if task._span is not None:
+            note_started(task._span)
+        if ledger.telemetry.metered():
+            ledger.telemetry.record_queue(task._group.name, int(task._priority), waited)
+    except Exception:
+        ledger.log_once("telemetry of task %r raised", task.id)
+    if ledger.listeners.functions:
+        ledger.listeners.notify("dequeued", task.info())
