@@ -542,7 +542,7 @@ async def test_module_function_closes_the_coroutine_where_no_group_is_to_be_had(
     def broken() -> TaskGroup:
         raise LookupError("no group")
 
-    monkeypatch.setattr("otel_tasks._core.manager.current_group", broken)
+    monkeypatch.setattr("otel_tasks._core.functions.current_group", broken)
     coro = rest()
     with pytest.raises(LookupError):
         create_task_threadsafe(coro)

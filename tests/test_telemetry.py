@@ -1546,8 +1546,9 @@ async def test_without_an_sdk_no_span_work_is_done(monkeypatch: pytest.MonkeyPat
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("span work without an SDK")
 
-    for name in ("copy_context", "start_span", "code_name"):
-        monkeypatch.setattr(f"otel_tasks._core.creation.{name}", never)
+    monkeypatch.setattr("otel_tasks._core.creation.copy_context", never)
+    for name in ("start_span", "code_name"):
+        monkeypatch.setattr(f"otel_tasks._core.task_spans.{name}", never)
     for name in ("end_span", "outcome_of"):
         monkeypatch.setattr(f"otel_tasks._core.ending.{name}", never)
     manager = TaskManager()

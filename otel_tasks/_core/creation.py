@@ -353,8 +353,8 @@ class Creation(Named):
         if full is not None:
             whose = f"group {self.id!r}" if full is self._limiter else f"manager {self._ledger.name!r}"
             raise QueueFullError(
-                f"cannot create task {name or function_name(coro)!r}: {full.waiting} tasks already wait for a "
-                f"place in {whose} (max_concurrency={full.limit}, max_queue={full.max_queue}); "
+                f"cannot create task {name or function_name(coro)!r}: {full.waiting} tasks already wait for "
+                f"a place in {whose} (max_concurrency={full.limit}, max_queue={full.max_queue}); "
                 "wait for room with await put_task(...), or do without it"
             )
 

@@ -39,7 +39,8 @@ class Lookup:
             if group._ledger is not self._ledger:
                 raise ValueError(
                     f"group {group.id!r} belongs to manager {group._ledger.name!r}, not to this one, "
-                    f"{self._ledger.name!r}: call the group itself, as in group.create_task(...), or its manager"
+                    f"{self._ledger.name!r}: "
+                    "call the group itself, as in group.create_task(...), or its manager"
                 )
         except BaseException:
             close_quietly(coro)
