@@ -23,8 +23,7 @@ from otel_tasks._core.task import (
     queue_time,
     settle_cause,
 )
-from otel_tasks._core.telemetry import metrics_internal
-from otel_tasks._core.telemetry.spans import end_span, note_cancel_requested
+from otel_tasks._core.telemetry import end_span, metrics_internal, note_cancel_requested
 from otel_tasks.exceptions import WrongLoopError
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from otel_tasks._core.progress import add_up
 from otel_tasks._core.scope import OnError, Scope
 from otel_tasks._core.state import CancelKind, TaskPriority
 from otel_tasks._core.task import ManagedTask, cause_elsewhere, reported
+from otel_tasks._core.telemetry import GROUP_ID, GROUP_NAME, MANAGER_NAME, low_cardinality, start_group_span
 from otel_tasks._core.tree import renew
 from otel_tasks._core.waiting import wait_until_done
 from otel_tasks.exceptions import GroupClosedError
@@ -412,6 +413,17 @@ class TaskGroup(Creation):
         if group is None or group._ledger is not self._ledger or (group.scoped and not group._linked):
             return self._ledger.root
         return group
+
+    def _start_span(self) -> None:
+        tracer = self._ledger.telemetry.tracer()
+        if tracer is None:
+            return
+        attributes = {GROUP_NAME: self.name, GROUP_ID: self.id, MANAGER_NAME: self._ledger.name}
+        try:
+            self._span = start_group_span(tracer, low_cardinality(self.name), attributes, self._span)
+            self._owns_span = True
+        except Exception:
+            self._ledger.log_once("starting a span for group %r raised", self.id)
 
 
 @hosts_of.register(ManagedTask)

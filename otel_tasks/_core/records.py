@@ -16,9 +16,8 @@ from otel_tasks._core.info import TaskInfo
 from otel_tasks._core.log import log_fields, logger
 from otel_tasks._core.names import Key, full_name
 from otel_tasks._core.state import TaskPriority, TaskStatus
-from otel_tasks._core.telemetry import SpanContext
+from otel_tasks._core.telemetry import SpanContext, low_cardinality
 from otel_tasks._core.telemetry.context import ids_in_hex
-from otel_tasks._core.telemetry.conventions import low_cardinality
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -35,8 +35,8 @@ from otel_tasks._core.places import lift
 from otel_tasks._core.progress import TaskProgress
 from otel_tasks._core.scope import cancel_host
 from otel_tasks._core.state import CancelKind, Outcome, Signal, TaskPriority, TaskStatus, next_status
+from otel_tasks._core.telemetry import note_cancel_requested
 from otel_tasks._core.telemetry.context import span_ids
-from otel_tasks._core.telemetry.spans import note_cancel_requested
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from otel_tasks._core.coroutines import code_name
 from otel_tasks._core.names import full_name
-from otel_tasks._core.telemetry import note_started
-from otel_tasks._core.telemetry.conventions import (
+from otel_tasks._core.telemetry import (
     CODE_FUNCTION,
     GROUP_ID,
     GROUP_NAME,
@@ -16,16 +15,16 @@ from otel_tasks._core.telemetry.conventions import (
     TASK_NAME,
     TASK_PRIORITY,
     low_cardinality,
+    note_started,
+    start_span,
 )
-from otel_tasks._core.telemetry.spans import start_span
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from otel_tasks._core.names import Key
     from otel_tasks._core.state import TaskPriority
-    from otel_tasks._core.telemetry import Span, Tracer
-    from otel_tasks._core.telemetry.spans import GroupSpan
+    from otel_tasks._core.telemetry import GroupSpan, Span, Tracer
 
 
 class Spanned(Protocol):

@@ -22,8 +22,7 @@ from otel_tasks._core.log import logger
 from otel_tasks._core.loop import Home, Shutdown
 from otel_tasks._core.records import Counters, History, Listeners, TaskStats
 from otel_tasks._core.task import ManagedTask, extras_of, request_cancel_all
-from otel_tasks._core.telemetry.conventions import GROUP_ID, GROUP_NAME, MANAGER_NAME, low_cardinality
-from otel_tasks._core.telemetry.spans import end_group_span, start_group_span
+from otel_tasks._core.telemetry import end_group_span, low_cardinality
 
 if TYPE_CHECKING:
     import asyncio
@@ -35,8 +34,8 @@ if TYPE_CHECKING:
     from otel_tasks._core.parts import Ending, LossReport, Threads
     from otel_tasks._core.places import Limiter, Places
     from otel_tasks._core.scope import Scope
+    from otel_tasks._core.telemetry import GroupSpan
     from otel_tasks._core.telemetry.providers import Telemetry
-    from otel_tasks._core.telemetry.spans import GroupSpan
 
 
 class Node:
@@ -397,17 +396,6 @@ class Node:
         return self._scope is not None and self._scope.child_failed(self, task, error)
 
     # -- its span ---------------------------------------------------------------------------
-
-    def _start_span(self) -> None:
-        tracer = self._ledger.telemetry.tracer()
-        if tracer is None:
-            return
-        attributes = {GROUP_NAME: self.name, GROUP_ID: self.id, MANAGER_NAME: self._ledger.name}
-        try:
-            self._span = start_group_span(tracer, low_cardinality(self.name), attributes, self._span)
-            self._owns_span = True
-        except Exception:
-            self._ledger.log_once("starting a span for group %r raised", self.id)
 
     def _end_span(self) -> None:
         if self._span is None:
