@@ -69,7 +69,8 @@ def innermost() -> Binding | None:
     except RuntimeError:
         worker = worker_here.get()
         return None if worker is None else worker.binding
-    group: Binding | None = task._group if isinstance(task, _managed_task) else None
+    here: Any = task
+    group: Binding | None = here._group if isinstance(here, _managed_task) else None
     return group
 
 

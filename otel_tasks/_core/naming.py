@@ -104,16 +104,13 @@ class Named(Node):
     def _admit(self, name: str, on_conflict: OnConflict) -> None:
         """Raise what ``creation`` would raise for a task of this name, before its coroutine is made."""
         group = self._open_group()
-        if group is not self:
-            group._admit(name, on_conflict)
-            return
-        self._enter_loop(name)
+        group._enter_loop(name)
         check_choice("on_conflict", on_conflict, OnConflict)
-        taken = self._holder(name)
+        taken = group._holder(name)
         if taken is not None and on_conflict == "error":
             refuse_name(taken)
         if taken is None or on_conflict != "return":
-            self._check_queue(self._limiters(), name)
+            group._check_queue(group._limiters(), name)
 
     def _enter_loop(self, name: str) -> None:
         self._ledger.home.enter()
@@ -129,11 +126,8 @@ class Named(Node):
         Cancellation: of the caller ends the waiting; the task stays cancelled.
         """
         group = self._open_group()
-        if group is not self:
-            await group._clear_name(name, reason)
-            return
-        self._enter_loop(name)
-        while (taken := self._holder(name)) is not None:
+        group._enter_loop(name)
+        while (taken := group._holder(name)) is not None:
             if taken is asyncio.current_task():
                 raise RuntimeError(
                     f"task {name!r} cannot wait for its own end to be replaced: "

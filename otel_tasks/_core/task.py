@@ -206,7 +206,7 @@ class ManagedTask(asyncio.Task[T]):
         """Say where it waits, as lines of a traceback; empty once it is done."""
         worker = None if self._extras is None else self._extras.worker
         # Of a function in a thread, where the thread is.
-        return (worker and worker.stack()) or stack_of(self)
+        return ("" if worker is None else worker.stack()) or stack_of(self)
 
     def cancel(self, msg: Any | None = None) -> bool:
         """Ask for its cancellation, exactly as ``asyncio.Task.cancel`` does; from any thread.
