@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
 
 from otel_tasks import TaskGroup, TaskManager
+from otel_tasks._core.checks import LONGEST_NAME
 from otel_tasks._core.names import _MANY, Numbers, full_name
+from otel_tasks.exceptions import TaskNotFoundError
 from tests.helpers import rest
 
 if TYPE_CHECKING:
     from otel_tasks._core.names import Key
+    from otel_tasks._core.options import OnConflict
 
 
 def made(numbers: Numbers, base: str, count: int) -> list[str]:
@@ -110,7 +114,7 @@ def test_what_only_looks_like_a_made_name_is_none(name: str) -> None:
 
 
 def test_counters_of_functions_without_tasks_are_dropped() -> None:
-    """Functions that are made anew for each task do not fill the memory; numbers in use stay found."""
+    """Functions that are created for each task do not fill the memory; numbers in use stay found."""
     table: dict[Key, object] = {}
     numbers = Numbers(table)
     kept = numbers["kept"]()
@@ -137,3 +141,120 @@ def test_keys_of_different_functions_differ() -> None:
     numbers = Numbers({})
     keys = [numbers[base]() for base in ("a", "b", "a", "c", "b") for _ in range(10)]
     assert len(set(keys)) == len(keys)
+
+
+async def test_number_may_make_a_name_longer_than_a_chosen_one_may_be() -> None:
+    """A taken name of 200 characters gets its number too, and the longer name leads to its task."""
+    manager = TaskManager()
+    longest = "n" * LONGEST_NAME
+    tasks = [manager.create_task(rest(), name=longest) for _ in range(3)]
+    names = [task.name for task in tasks]
+    assert names == [longest, f"{longest}-2", f"{longest}-3"]
+    assert [manager.get_task(name) for name in names] == tasks
+    tasks[1].set_name(names[1])
+    await manager.cancel_all_tasks()
+    assert {info.name for info in manager.get_all_task_info().values()} == set(names)
+
+
+@pytest.mark.parametrize("name", ["a#1", "a\nb", "n" * (LONGEST_NAME + 1), "a/b", "a-2", "-", "3", "\u0662"])
+async def test_function_may_have_any_name(name: str) -> None:
+    """The name of a function is not checked; its tasks are numbered, found, and remembered like others."""
+
+    async def work() -> None:
+        await rest()
+
+    work.__name__ = name
+    manager = TaskManager()
+    async with manager.group("scoped") as scoped:
+        for group in (manager.get_group("root"), manager.get_group("mail"), scoped):
+            tasks = [
+                group.create_task(work()),
+                group.create_task(work()),
+                group.create_task(work(), timeout=60),
+            ]
+            assert [task.name for task in tasks] == [name, f"{name}-2", f"{name}-3"]
+            assert [manager.get_task(task.id) for task in tasks] == tasks
+            assert [manager.get_task(task.name, group=group) for task in tasks] == tasks
+            group.cancel()
+            await group.join()
+            assert [manager.get_task_info(task.id) for task in tasks] == [task.info() for task in tasks]
+            assert [manager.get_task_info(task.name, group=group) for task in tasks] == [
+                task.info() for task in tasks
+            ]
+
+
+@pytest.mark.parametrize("scoped", [False, True])
+async def test_renamed_task_gives_up_its_number(scoped: bool) -> None:
+    """It is found and remembered by its new name alone; its old one may be chosen."""
+    manager = TaskManager()
+    async with manager.group("load") as block:
+        group = block if scoped else manager.get_group("mail")
+        first, second = (group.create_task(rest()) for _ in range(2))
+        second.set_name("renamed")
+        with pytest.raises(TaskNotFoundError):
+            manager.get_task("rest-2", group=group)
+        assert manager.get_task("renamed", group=group) is manager.get_task(second.id) is second
+        assert group.create_task(rest()).name == "rest-3"
+        second.set_name("rest-3")
+        assert second.name == "rest-3-2"
+        second.set_name("rest-2")
+        assert [group.create_task(rest(), name="rest-2").name, group.create_task(rest()).name] == [
+            "rest-2-2",
+            "rest-4",
+        ]
+        assert manager.get_task("rest", group=group) is first
+        group.cancel()
+        await group.join()
+        assert manager.get_task_info("rest-2", group=group) == second.info()
+
+
+async def test_ended_task_that_is_renamed_leaves_its_name_to_its_successor() -> None:
+    """A name is free as soon as its task is done; the task may be renamed before its end is recorded."""
+    manager = TaskManager()
+    done = asyncio.get_running_loop().create_future()
+
+    async def work() -> None:
+        await done
+
+    ended = manager.create_task(work(), name="job", group="mail")
+    await asyncio.sleep(0)
+    done.set_result(None)
+    await asyncio.sleep(0)
+    assert ended.done()
+    assert manager.stats().live == 1
+    successor = manager.create_task(rest(), name="job", group="shop")
+    ended.set_name("renamed")
+    assert manager.get_task("job") is successor
+    await asyncio.sleep(0)
+    assert manager.get_task("job") is successor
+    with pytest.raises(TaskNotFoundError):
+        manager.get_task("renamed")
+    assert manager.stats().live == 1
+    await manager.cancel_all_tasks()
+
+
+@pytest.mark.parametrize("on_conflict", ["suffix", "replace"])
+async def test_conflict_is_numbered_in_its_own_table(on_conflict: OnConflict) -> None:
+    """Labeled groups share their names with the whole manager, a scoped group shares them with none."""
+    manager = TaskManager()
+    async with manager.group("load") as block:
+        mail, shop = manager.get_group("mail"), manager.get_group("shop")
+        old = [group.create_task(rest(), name="job") for group in (mail, block)]
+        new = [group.create_task(rest(), name="job", on_conflict=on_conflict) for group in (shop, block)]
+        renamed, named = (new, old) if on_conflict == "suffix" else (old, new)
+        assert [task.name for task in (*renamed, *named)] == ["job-2", "job-2", "job", "job"]
+        assert [manager.get_task(task.id) for task in (*old, *new)] == [*old, *new]
+        with pytest.raises(TaskNotFoundError):
+            manager.get_task(old[0].name, group=shop)
+        block.cancel()
+    await manager.cancel_all_tasks()
+
+
+def test_numbers_do_not_run_out() -> None:
+    """A function whose tasks never all end at a time keeps counting: 14 digits are found and kept apart."""
+    numbers = Numbers({})
+    first, other_first = numbers["first"](), numbers["other"]()
+    key = numbers.find("first-99999999999999")
+    assert key is not None
+    assert first < key < other_first
+    assert full_name("first", key) == "first-99999999999999"

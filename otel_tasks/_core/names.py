@@ -1,10 +1,14 @@
-"""The names of tasks that nobody has named: query, query-2, query-3.
+"""The names of tasks created without one: query, query-2, query-3.
 
-Such a task is called after its function. Where that name is taken it gets a number, which is counted per
-function in each table of names: that of a scoped group, or that of a manager for all its labeled groups.
+A task without a name gets the name of its function. If that name is taken, the task also gets a number. Each
+table of names counts the numbers of each function: a scoped group has its own table, and all labeled groups
+of a manager share one.
 
-Making the text takes 4 % of a task's instructions, and most tasks are never asked for their name. In the
-tables a task with a number therefore stands under a key: an integer that holds its function and its number.
+Making the text takes 4 % of a task's instructions, and most names are never read. The tables therefore have a
+numbered task under a key: an integer that holds the function's index and the number.
+
+Not covered: a function whose assigned ``__name__`` looks like a numbered name of another one, such as
+``query-2``. Two live tasks may then have the same name; their keys differ, and a lookup finds one of them.
 """
 
 from __future__ import annotations
@@ -16,10 +20,13 @@ from typing import Protocol
 # A name, or the key of one that has a number.
 Key = str | int
 
-# A key has the number in its low bits, and the index of the function above them.
-_NUMBER_BITS = 32
+# A key has the number in its low bits, and the index of the function above them. At a million tasks a second,
+# 48 bits last nine years; with 32 a counter would run into the keys of the next function.
+_NUMBER_BITS = 48
 _NUMBER_MASK = (1 << _NUMBER_BITS) - 1
-# Counters are dropped once there are so many, if they have no live task.
+# The most digits of a number that surely has these bits.
+_NUMBER_DIGITS = 14
+# With this many counters, those without a live task are dropped.
 _MANY = 1000
 
 
@@ -28,15 +35,15 @@ class Table(Container[Key], Iterable[Key], Protocol):
 
 
 def full_name(base: str, key: Key) -> str:
-    """Give the name of a task, from what asyncio calls it and from its key."""
+    """Return the name of a task, from asyncio's name for it and its key."""
     return base if isinstance(key, str) else f"{base}-{key & _NUMBER_MASK}"
 
 
 class Numbers(dict[str, Callable[[], int]]):
-    """Makes keys for one table of names: ``numbers["query"]()`` is the next one for that function.
+    """Makes keys for one table of names: ``numbers["query"]()`` returns the next key of that function.
 
     Args:
-        table: A number is left out if its name has been chosen there.
+        table: A number is skipped if a task of this table has been given the name that it makes.
     """
 
     __slots__ = ("_careful_ones", "_has_lookalikes", "_indexes", "_limit", "_next_index", "_table")
@@ -58,17 +65,17 @@ class Numbers(dict[str, Callable[[], int]]):
         return counter
 
     def restart(self) -> None:
-        """Begin with the first numbers again: the table is empty."""
+        """Start with the first numbers again: the table is empty."""
         self.clear()
         self._indexes: dict[str, int] = {}
         self._next_index = itertools.count().__next__
-        # The bases some of whose numbers may be taken by a chosen name.
+        # The bases some of whose numbers may be taken by a given name.
         self._careful_ones: set[str] = set()
-        # A name with a number at its end has been chosen before its base had a counter.
+        # A given name ends in a digit. It may look like a name that a later counter makes.
         self._has_lookalikes = False
 
     def note(self, name: str) -> None:
-        """Note that a task gets a chosen name with a number at its end: a made name may come to equal it."""
+        """Skip this name, which a task is given and which ends in a digit, when its number is reached."""
         self._has_lookalikes = True
         if not self:
             return
@@ -78,18 +85,18 @@ class Numbers(dict[str, Callable[[], int]]):
             self[base] = self._careful(base, counter)
 
     def find(self, name: str) -> int | None:
-        """Give the key under which a task of this name stands, if its number is a made one."""
+        """Return the key of a task with this name; None if no counter makes the name."""
         base, _, number = name.rpartition("-")
         index = self._indexes.get(base)
-        # Bounded: int() refuses very long ones, and the name may come from a client.
-        if index is None or not number.isdecimal() or len(number) > 9:
+        # Bounded: int() refuses very long numbers, and the name may come from a client.
+        if index is None or not number.isdecimal() or len(number) > _NUMBER_DIGITS:
             return None
         key = (index << _NUMBER_BITS) + int(number)
-        # Not for a name with zeros before its number.
+        # Not the same for a number with leading zeros or with digits other than ASCII's.
         return key if full_name(base, key) == name else None
 
     def _careful(self, base: str, counter: Callable[[], int]) -> Callable[[], int]:
-        """Leave out the numbers whose names have been chosen."""
+        """Skip the numbers whose names have been given to tasks."""
         self._careful_ones.add(base)
 
         def next_free() -> int:
@@ -101,11 +108,11 @@ class Numbers(dict[str, Callable[[], int]]):
         return next_free
 
     def _drop_unused(self) -> None:
-        """Forget the functions that have no live task: a name may be made anew for each task."""
+        """Forget the functions without a live task: a program may make a function for each task."""
         used = {key >> _NUMBER_BITS for key in self._table if isinstance(key, int)}
-        chosen = {key.rpartition("-")[0] for key in self._table if isinstance(key, str)}
+        given = {key.rpartition("-")[0] for key in self._table if isinstance(key, str)}
         for base, index in list(self._indexes.items()):
-            if index not in used and base not in chosen:
+            if index not in used and base not in given:
                 del self[base], self._indexes[base]
                 self._careful_ones.discard(base)
         self._limit = max(_MANY, 2 * len(self))

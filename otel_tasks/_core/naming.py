@@ -80,8 +80,10 @@ class Named(Node):
         key = name if self._holder(name) in (None, task) else self._numbered(name)
         self._note_name(key)
         for table in (self._live, self._names):
-            table.pop(old, None)
-            table[key] = task
+            # A task that is done may have lost its name in the manager's table to another one.
+            if table.get(old) is task:
+                del table[old]
+                table[key] = task
         return key
 
     def _chosen_name(
