@@ -176,8 +176,11 @@ def request_group() -> TaskGroup:
 def set_cancel_handler(cancel: bool) -> None:
     """Decide for the current request alone whether a disconnect cancels its handler.
 
+    If the client has already left, True cancels the handler now: the CancelledError is raised at its next
+    await. False has no effect on a handler that has been cancelled.
+
     Args:
-        cancel: True to cancel it whatever its method, False to let it finish.
+        cancel: True to cancel it whatever the rule says, False to let it finish.
 
     Raises:
         RuntimeError: No request is served here by a ``TaskGroupMiddleware``.
@@ -189,7 +192,7 @@ def set_cancel_handler(cancel: bool) -> None:
         ...     return await search()
     """
     check_flag("cancel", cancel)
-    require_request("set_cancel_handler()").cancel_handler = cancel
+    require_request("set_cancel_handler()").decide_handler(cancel)
 
 
 @asynccontextmanager

@@ -86,16 +86,20 @@ Example:
 async def cancel_handler_on_disconnect() -> None:
     """Cancel this route's handler when the client leaves, whatever its method; use it as a dependency.
 
+    If the client has already left, because a dependency before this one took long, the route is not called.
+
     Raises:
         RuntimeError: The application has no ``TaskGroupMiddleware``.
 
-    Cancellation: it never waits.
+    Cancellation: it waits for nothing, and raises the CancelledError if the client has already left.
 
     Example:
         >>> @app.post("/preview", dependencies=[Depends(cancel_handler_on_disconnect)])
         ... async def preview(): ...
     """
-    require_request("cancel_handler_on_disconnect", _NO_MIDDLEWARE).cancel_handler = True
+    if require_request("cancel_handler_on_disconnect", _NO_MIDDLEWARE).decide_handler(True):
+        # The CancelledError is raised at the next await: here, before the route is called.
+        await asyncio.sleep(0)
 
 
 async def keep_handler_on_disconnect() -> None:
@@ -112,7 +116,7 @@ async def keep_handler_on_disconnect() -> None:
         >>> @app.get("/export", dependencies=[Depends(keep_handler_on_disconnect)])
         ... async def export(): ...
     """
-    require_request("keep_handler_on_disconnect", _NO_MIDDLEWARE).cancel_handler = False
+    require_request("keep_handler_on_disconnect", _NO_MIDDLEWARE).decide_handler(False)
 
 
 def lifespan(app: FastAPI) -> AbstractAsyncContextManager[None]:

@@ -334,6 +334,96 @@ async def test_route_overrides_cancel_handler(
     assert journal == [f"handler {'cancelled' if decision else 'finished'}"]
 
 
+@pytest.mark.parametrize(
+    ("decision", "grace", "cancelled_at"), [(True, 0.0, 1.0), (True, 2.0, 2.0 + LONG), (False, 0.0, None)]
+)
+async def test_decision_after_the_disconnect_counts(
+    manager: TaskManager, decision: bool, grace: float, cancelled_at: float | None
+) -> None:
+    """True cancels the handler then, or when the grace is over; False lets it finish."""
+    ended: list[tuple[str, float]] = []
+
+    async def body() -> None:
+        await asyncio.sleep(1)
+        set_cancel_handler(decision)
+        try:
+            await asyncio.sleep(5)
+            ended.append(("finished", clock()))
+        except asyncio.CancelledError:
+            ended.append(("cancelled", clock()))
+            raise
+
+    clock = asyncio.get_running_loop().time
+    began = clock()
+    connection = await hang_up_on(
+        Journal().handler(body), manager, FakeConnection(method="POST"), grace=grace
+    )
+    outcome = ("finished", 6.0) if cancelled_at is None else ("cancelled", cancelled_at)
+    assert [(how, round(at - began, 3)) for how, at in ended] == [outcome]
+    assert connection.status == 499
+
+
+async def test_decision_of_a_handler_that_was_cancelled_changes_nothing(
+    manager: TaskManager, journal: Journal
+) -> None:
+    """In the cleanup of a cancelled handler, neither decision cancels it again."""
+
+    async def body() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            for decision in (False, True):
+                set_cancel_handler(decision)
+                await journal.work(f"cleanup {decision}", 1)
+
+    await hang_up_on(journal.handler(body), manager)
+    assert journal == ["cleanup False finished", "cleanup True finished", "handler cancelled"]
+
+
+async def test_decision_in_a_thread_after_the_disconnect_counts(
+    manager: TaskManager, journal: Journal
+) -> None:
+    """The handler is cancelled in its own loop, once the thread that it waits for has returned."""
+
+    async def body() -> None:
+        await asyncio.sleep(1)
+        await asyncio.to_thread(set_cancel_handler, True)
+        await asyncio.sleep(1)
+
+    await hang_up_on(journal.handler(body), manager, FakeConnection(method="POST"))
+    assert journal == ["handler cancelled"]
+
+
+async def test_decision_in_uncancellable_after_the_disconnect_counts_at_its_end(
+    manager: TaskManager, journal: Journal
+) -> None:
+    """The block is not interrupted, and what follows it does not run."""
+
+    async def body() -> None:
+        await asyncio.sleep(1)
+        async with uncancellable():
+            set_cancel_handler(True)
+            await journal.work("protected", 1)
+        journal.append("not reached")
+
+    await hang_up_on(journal.handler(body), manager, FakeConnection(method="POST"))
+    assert journal == ["protected finished", "handler cancelled"]
+
+
+async def test_decision_after_a_websocket_disconnect_counts(manager: TaskManager, journal: Journal) -> None:
+    """A handler that does not listen is cancelled then."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        await journal.work("before", 1)
+        set_cancel_handler(True)
+        await journal.work("after")
+
+    await hang_up_on(app, manager, FakeConnection(type="websocket"))
+    assert journal == ["before finished", "after cancelled"]
+
+
 async def test_post_handler_ends_where_it_awaits_a_task_of_its_group(
     manager: TaskManager, journal: Journal
 ) -> None:

@@ -158,6 +158,29 @@ async def test_route_decides_about_its_handler(
     assert bool(finished) == finishes
 
 
+@pytest.mark.parametrize(
+    ("dependency", "expected"),
+    [(cancel_handler_on_disconnect, []), (keep_handler_on_disconnect, ["called", "finished"])],
+)
+async def test_dependency_counts_though_the_client_left_before_it_ran(
+    app: FastAPI, dependency: Any, expected: list[str]
+) -> None:
+    """Behind a slow dependency, the handler of a client that has left is not called, or runs to its end."""
+    ran: list[str] = []
+
+    async def slow() -> None:
+        await asyncio.sleep(1)
+
+    @app.post("/", dependencies=[Depends(slow), Depends(dependency)])
+    async def route() -> None:
+        ran.append("called")
+        await asyncio.sleep(1)
+        ran.append("finished")
+
+    await hang_up_on(app, FakeConnection(method="POST"))
+    assert ran == expected
+
+
 async def test_background_task_of_a_complete_response_runs_on(app: FastAPI) -> None:
     """BackgroundTasks are not touched by the disconnect that follows the response."""
     ran = []

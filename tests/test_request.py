@@ -126,6 +126,31 @@ async def test_inner_middleware_decides_for_its_part(manager: TaskManager) -> No
     assert seen == [LONG + 2]
 
 
+@pytest.mark.parametrize(("outer", "inner", "cancelled"), [(False, True, True), (False, False, False)])
+async def test_inner_middleware_decides_though_the_client_left_before_its_part(
+    manager: TaskManager, outer: bool, inner: bool, cancelled: bool
+) -> None:
+    """What comes before the part takes long; its rule holds from where the part begins."""
+    ended = []
+
+    async def part() -> None:
+        try:
+            await asyncio.sleep(1)
+            ended.append("finished")
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    below = TaskGroupMiddleware(app_of(part), manager=manager, cancel_handler=inner)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(1)
+        await below(scope, receive, send)
+
+    await hang_up_on(app, manager, post(), cancel_handler=outer)
+    assert ended == ["cancelled" if cancelled else "finished"]
+
+
 async def test_outer_middleware_decides_behind_the_inner_part(manager: TaskManager) -> None:
     """The rest of the application is not the inner one's; the group ends as the inner one says."""
     finished = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from asyncio import _get_running_loop
 from contextlib import contextmanager
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
@@ -154,6 +155,8 @@ class Request(Connection):
     def ruled_by(self, rules: Rules) -> Generator[None]:
         """Put the rules of a second middleware in force for the part of the application below it."""
         before, self.rules = self.rules, rules
+        # The client may have left before this part began, and the rules so far may have spared the handler.
+        self._rule_changed()
         try:
             yield
         finally:
@@ -189,6 +192,26 @@ class Request(Connection):
     def make_cause(self, kind: CancelKind, message: str | None = None) -> CancelCause:
         """Make a cause with this request as its origin, whichever task detects it."""
         return CancelCause(kind, message, self.name, now(), current_span_context(self.context))
+
+    def decide_handler(self, cancel: bool) -> bool:
+        """Decide whether a disconnect cancels its handler, whatever the rules say; it may have happened.
+
+        Returns:
+            True if the calling task is the handler's, and has been cancelled.
+        """
+        self.cancel_handler = cancel
+        if not cancel or self.closed:
+            return False
+        loop = self.sweeper.loop
+        if _get_running_loop() is not loop:
+            # In the thread of a `def` handler or dependency. The loop reads the decision if the client leaves
+            # from here on; `stop` is read there, because the client may leave at this moment.
+            loop.call_soon_threadsafe(self._rule_changed)
+            return False
+        return self._rule_changed()
+
+    def _rule_changed(self) -> bool:
+        return self.stop is not None and self.stop.rule_changed()
 
     def cancels_handler(self) -> bool:
         """Return True if a disconnect cancels its handler."""

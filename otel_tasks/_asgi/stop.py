@@ -131,6 +131,14 @@ class Stop:
             self.cancelled_tasks += group.cancel_tasks(self.cause, spared=spared)
         self._note_counts(tasks)
 
+    def rule_changed(self) -> bool:
+        """Catch up on the handler: what decides about it has changed since the client left.
+
+        Returns:
+            True if the calling task is the handler's, and has been cancelled.
+        """
+        return self.is_due and self._cancel_handler()
+
     def shelter_ended(self, task: asyncio.Task[Any] | None, *, cancelled: bool) -> bool:
         """Catch up on what ``uncancellable()`` has held off.
 
