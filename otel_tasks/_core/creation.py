@@ -134,7 +134,7 @@ class Creation(Named):
             if factory is not None and not supervises:
                 work, extras, eager_start = _made_by(factory, loop, coro, base, context, extras, eager_start)
             queued = extras is not None and extras.place_granted is not None
-            if previous or (extras is not None and extras.has_to_wait):
+            if previous or queued or (extras is not None and extras.seconds is not None):
                 extras = extras or Extras()
                 work = run_when(work, extras, previous, created_at, ledger.home.other_clock)
             tracer = None if supervises else ledger.telemetry.tracer()
@@ -146,10 +146,16 @@ class Creation(Named):
                 extras.begin = partial(self._start_late_span, coro, detached)
             elif tracer is not None and context is not None:
                 span = context.run(start_task_span, self, tracer, base, key, coro, priority, detached)
-            if EAGER and self._starts_eagerly(eager_start, context):
+            if (
+                EAGER
+                and (ledger.eager_start if eager_start is None else eager_start)
+                and (context is None or is_free(context))
+            ):
                 task: ManagedTask[T] = ManagedTask.__new__(ManagedTask)
                 self._enter(task, key, priority, created_at, span, extras)
-                run_first_step(task, told_first(work, ledger), loop, base, context)
+                if ledger.listeners.functions:
+                    work = told_first(work, ledger)
+                run_first_step(task, work, loop, base, context)
                 return task
             # Built directly: create_task() of the loop would make a task of another class.
             task = ManagedTask(work, loop=loop, name=base, context=context)
@@ -226,10 +232,11 @@ class Creation(Named):
         task._waiters = 0
         ledger.created += 1
         names[key] = task
-        if self._live is not names:
-            self._live[key] = task
-        if not self._linked and self._parent is not None:
-            self._parent._link(self)  # type: ignore[arg-type]  # every Creation is a TaskGroup
+        if not self._is_one_table:
+            if self._live is not names:
+                self._live[key] = task
+            if not self._linked and self._parent is not None:
+                self._parent._link(self)  # type: ignore[arg-type]  # every Creation is a TaskGroup
         add_done_callback(task, ledger.on_done, context=ledger.context)
         return task
 
@@ -298,10 +305,6 @@ class Creation(Named):
         if self._refusal is not None:
             self._raise_closed(name or function_name(coro))
         return loop
-
-    def _starts_eagerly(self, eager_start: bool | None, context: Context | None) -> bool:
-        wanted = self._ledger.eager_start if eager_start is None else eager_start
-        return wanted and (context is None or is_free(context))
 
     def _own_context(self, context: Context | None, *, traced: bool) -> Context | None:
         """A context for the new task alone, if something has to be put into it; else the one that was given.
@@ -474,12 +477,7 @@ def is_free(context: Context) -> bool:
     return True
 
 
-def told_first(work: Coroutine[Any, Any, T], ledger: Ledger) -> Coroutine[Any, Any, T]:
-    """Have the listeners hear of an eager task before its first step, without which there is no task."""
-    return _told_first(work, ledger) if ledger.listeners.functions else work
-
-
-async def _told_first(work: Coroutine[Any, Any, T], ledger: Ledger) -> T:
+async def told_first(work: Coroutine[Any, Any, T], ledger: Ledger) -> T:
     task = asyncio.current_task()
     if isinstance(task, ManagedTask):
         ledger.listeners.notify("created", task.info())

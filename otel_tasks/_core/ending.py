@@ -96,11 +96,11 @@ class Ending(Counters):
             names = group._names
             if names.get(key) is task:
                 del names[key]
-            live = group._live
-            if live is not names and live.get(key) is task:
-                del live[key]
-            if not live:
-                group._emptied()
+            if group._is_one_table:
+                if not names:
+                    group._emptied()
+            else:
+                group._remove(task)
 
     def use_clock(self, clock: Callable[[], float]) -> None:
         """Take the times of the tasks that end from now on from this clock."""

@@ -109,11 +109,6 @@ class Extras:
             self.queue_seconds = queue_seconds
 
     @property
-    def has_to_wait(self) -> bool:
-        """It waits for a place, or has a timeout."""
-        return self.place_granted is not None or self.seconds is not None
-
-    @property
     def queued(self) -> bool:
         """It waits for a place."""
         return self.place_granted is not None and not self.place_granted.done()

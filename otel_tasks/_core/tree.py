@@ -47,6 +47,7 @@ class Node:
         "_children",
         "_event",
         "_id",
+        "_is_one_table",
         "_label",
         "_ledger",
         "_limiter",
@@ -90,6 +91,9 @@ class Node:
         # Makes the keys of that table; made with the first task that needs a number.
         self._numbers: Numbers | None = None
         self._linked = False
+        # Its names are in no other table, and it is linked: creation and ending look at this one attribute,
+        # not at three.
+        self._is_one_table = parent is None
         self._sealed = False
         # Its own, or that of the group around it: the parent of what its block starts.
         self._span: GroupSpan | None = None
@@ -230,6 +234,7 @@ class Node:
     def _link(self, child: TaskGroup) -> None:
         self._children[child] = None
         child._linked = True
+        child._is_one_table = child._names is child._live
         if not self._linked and self._parent is not None:
             me: Any = self
             self._parent._link(me)
@@ -237,7 +242,7 @@ class Node:
     def _leave_tree(self) -> None:
         if not self._linked:
             return
-        self._linked = False
+        self._linked = self._is_one_table = False
         if self._owns_span:
             self._end_span()
         if self.scoped:
