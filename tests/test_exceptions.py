@@ -100,7 +100,7 @@ CREATING: list[tuple[Use, type[Exception], str]] = [
     (
         lambda manager: manager.create_task(rest(), group=""),
         ValueError,
-        'group name must not be empty: leave it out for the manager\'s own, which get_group("root") gives',
+        'group name must not be empty: leave it out for the manager\'s root, which get_group("root") returns',
     ),
     (
         lambda manager: manager.create_task(rest(), group="a..b"),
@@ -111,7 +111,7 @@ CREATING: list[tuple[Use, type[Exception], str]] = [
         lambda manager: manager.create_task(rest(), group=7),  # type: ignore[arg-type]  # the mistake under test
         TypeError,
         "group must be a name or a TaskGroup, got 7: "
-        'write group="mail", or what manager.get_group("mail") gives',
+        'write group="mail", or pass a group object, such as manager.get_group("mail")',
     ),
     (
         lambda manager: manager.create_task(rest(), group=TaskManager("other").get_group("g")),
@@ -284,10 +284,10 @@ async def test_group_of_another_manager_is_refused_when_cancelling() -> None:
 
 
 LOOKING: list[tuple[Callable[[TaskManager, Any], object], str]] = [
-    (lambda manager, task: manager.get_task(task), "looked up by its name, its id or its uid"),
-    (lambda manager, task: manager.get_task_info(task), "looked up by its name, its id or its uid"),
-    (lambda manager, task: manager.wait_for_task(task), "looked up by its name, its id or its uid"),
-    (lambda manager, task: manager.cancel_task(task), "looked up by its name, its id or its uid"),
+    (lambda manager, task: manager.get_task(task), "looked up by its name, id, or uid"),
+    (lambda manager, task: manager.get_task_info(task), "looked up by its name, id, or uid"),
+    (lambda manager, task: manager.wait_for_task(task), "looked up by its name, id, or uid"),
+    (lambda manager, task: manager.cancel_task(task), "looked up by its name, id, or uid"),
     (lambda manager, task: manager.get_group_tasks(task), "group must be a name or a TaskGroup"),
     (lambda manager, task: manager.cancel_group(task), "group must be a name or a TaskGroup"),
     (lambda manager, task: manager.join(task), "group must be a name or a TaskGroup"),

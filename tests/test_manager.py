@@ -197,13 +197,13 @@ async def test_get_task_gives_live_tasks_only() -> None:
         manager.get_task("a")
     with pytest.raises(
         TaskNotFoundError,
-        match=r"^task 'a' has ended \(completed\): only start_task\(\) keeps results, "
-        r"of others keep the object that create_task\(\) returned$",
+        match=r"^task 'a' has ended \(completed\): only start_task\(\) keeps results; "
+        r"of other tasks, keep what create_task\(\) returned$",
     ):
         await manager.wait_for_task("a")
     with pytest.raises(
         KeyError,
-        match=r"^no task is called 'b': .* forgotten by now; get_all_task_info\(\) lists those that",
+        match=r"^no task is called 'b': .* has been forgotten; get_all_task_info\(\) lists the",
     ):
         manager.get_task("b")
 
@@ -475,9 +475,7 @@ async def assert_unknown(manager: TaskManager, name: str, group: TaskGroup) -> N
     for where in (group, group.id):
         assert manager.get_task_info(name, group=where) is None
         assert manager.get_result(name, default=7, group=where) == 7
-        with pytest.raises(
-            TaskNotFoundError, match=r"with group= the tasks of other groups are not looked up$"
-        ):
+        with pytest.raises(TaskNotFoundError, match=r"group= does not search other groups$"):
             manager.get_task(name, group=where)
         with pytest.raises(TaskNotFoundError, match=r"^no task of group .* it was never started there"):
             await manager.wait_for_task(name, group=where)
@@ -724,7 +722,7 @@ async def test_waiters_timeout_leaves_the_task_alone(timeout: float) -> None:
     task = manager.create_task(asyncio.sleep(5, "done"), name="a")
     await settle()
     start = now()
-    with pytest.raises(TimeoutError, match=rf"^task 'a' is still running after {timeout:g} s, and goes on$"):
+    with pytest.raises(TimeoutError, match=rf"^task 'a' is still running after {timeout:g} s, and continues"):
         await manager.wait_for_task("a", timeout=timeout)
     assert now() - start == timeout
     assert task.cancelling() == 0
@@ -748,7 +746,7 @@ async def test_task_cannot_wait_for_itself() -> None:
     manager = TaskManager()
     task = manager.create_task(manager.wait_for_task("a"), name="a")
     with pytest.raises(
-        RuntimeError, match=r"^task 'a' cannot wait for itself: it would wait for ever; let another"
+        RuntimeError, match=r"^task 'a' cannot wait for itself: it would wait forever; wait in"
     ):
         await task
 

@@ -1,4 +1,4 @@
-"""The functions of the package: they work in whatever is current where they are called."""
+"""The functions of the package: each uses the manager or the group that is current where it is called."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ set_global_root(global_task_manager._root)
 
 
 def current_manager() -> TaskManager:
-    """The manager of the request or the managed task that runs here; elsewhere the global manager.
+    """Return the manager of the request or managed task that runs here, or else the global manager.
 
-    In the thread of ``run_in_thread`` it is the task's manager. In a plain asyncio task of a request
-    (``asyncio.gather`` makes such tasks) it is the request's manager.
+    In a thread of ``run_in_thread``, it is the manager of the task. In a plain asyncio task of a request
+    (``asyncio.gather`` creates such tasks), it is the manager of the request.
 
     Example:
         >>> current_manager().create_task(send_mail(user), group="outbox")
@@ -50,7 +50,13 @@ def current_manager() -> TaskManager:
 
 
 def current_task() -> ManagedTask[Any] | None:
-    """The managed task that runs here, or whose function does in its thread; None outside of one."""
+    """Return the managed task that runs here; None outside of one.
+
+    In a thread of ``run_in_thread``, it is the task whose function runs there.
+
+    Example:
+        >>> current_task().progress.update(3, total=10)
+    """
     try:
         task = asyncio.current_task()
     except RuntimeError:
@@ -60,17 +66,27 @@ def current_task() -> ManagedTask[Any] | None:
 
 
 def current_group() -> TaskGroup:
-    """The group that ``create_task`` uses here: the request's, the enclosing task's, else the global root.
+    """Return the group that ``create_task`` uses here.
 
-    In a plain asyncio task (``asyncio.gather`` makes such) it is the request's, if there is one.
+    It is the group of the request or of the managed task that runs here, or else the root of the global
+    manager. In a plain asyncio task (``asyncio.gather`` creates them), it is the group of its request, if
+    there is one.
+
+    Example:
+        >>> current_group().cancel("not needed anymore")
     """
     return current_group_or_none() or global_task_manager._root
 
 
 def current_cancel_event() -> CancelEvent:
-    """The cancel event of the current group, to wait for or to look at between two steps.
+    """Return the cancel event of the current group, to await or to check between two steps.
 
-    In the thread of ``run_in_thread`` the task's own, which is set when the task is cancelled too.
+    In a thread of ``run_in_thread``, it is the task's own event, which is also set when the task is
+    cancelled.
+
+    Example:
+        >>> while not current_cancel_event().is_set():
+        ...     index(await queue.get())
     """
     worker = current_worker()
     return current_group().cancel_event if worker is None else worker.event
@@ -84,7 +100,28 @@ def create_task(
     priority: TaskPriority | int = TaskPriority.NORMAL,
     **options: Unpack[TaskOptions],
 ) -> ManagedTask[T]:
-    """Create a task in the current group; the parameters are those of ``TaskManager.create_task``.
+    """Create a task in the current group: that of the request or of the managed task that calls it.
+
+    ``help(otel_tasks)`` shows where a task goes, and what ends it, for each way to start one. Outside of
+    requests and managed tasks, the current group is the root of the global manager.
+
+    Args:
+        coro: The coroutine to run; closed if the task is refused.
+        name: Unique among the live tasks of the group. None means the function's name, with a number if that
+            name is taken.
+        priority: How urgent the task is.
+        **options: As for ``TaskManager.create_task``.
+
+    Raises:
+        GroupClosedError: The current group takes no new tasks.
+        ManagerClosedError: The manager is shut down.
+        QueueFullError: No place is free, and no more tasks may wait.
+        WrongThreadError: No event loop runs in this thread.
+        WrongLoopError: The manager has live tasks in another loop.
+        TypeError: ``coro`` is not a coroutine, or an option has the wrong type.
+        ValueError: An option is out of its range.
+
+    Telemetry: a span named after the task, from now to the task's end.
 
     Example:
         >>> prices = create_task(fetch_prices(id), priority=TaskPriority.HIGH)
@@ -104,6 +141,22 @@ def create_task_threadsafe(
     work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]], **options: Unpack[NamedTaskOptions]
 ) -> concurrent.futures.Future[T]:
     """Create a task in the current group from another thread; see ``TaskGroup.create_task_threadsafe``.
+
+    Args:
+        work: A coroutine, or a function that returns one; the function is called in the event loop.
+        **options: As for ``create_task``.
+
+    Returns:
+        A future that ends with the task; its ``cancel()`` cancels the task.
+
+    Raises:
+        GroupClosedError: The current group takes no new tasks.
+        ManagerClosedError: The manager is shut down.
+        WrongLoopError: The manager has not been used in an event loop yet, or that loop is closed.
+        TypeError: ``work`` is neither a coroutine nor a function, or an option has the wrong type.
+        ValueError: An option is out of its range.
+
+    Telemetry: as for ``create_task``; the span belongs to the trace of the calling thread.
 
     Example:
         >>> @app.get("/report")
@@ -128,7 +181,24 @@ def run_in_thread(
 ) -> ManagedTask[T]:
     """Create a task in the current group that calls a plain function in a thread.
 
-    See ``TaskGroup.run_in_thread``.
+    Args:
+        function: The function to call.
+        *args: Its arguments.
+        abandon: True ends a cancelled task at once, and its thread runs on; False waits for the function.
+            See ``TaskGroup.run_in_thread``.
+        **options: As for ``create_task``.
+
+    Returns:
+        The task; its result is what the function returns.
+
+    Raises:
+        GroupClosedError: The current group takes no new tasks.
+        ManagerClosedError: The manager is shut down.
+        QueueFullError: No place is free, and no more tasks may wait.
+        TypeError: ``function`` is not a plain function, or an option has the wrong type.
+        ValueError: An option is out of its range.
+
+    Telemetry: as for ``create_task``; spans of the function are below the task's span.
 
     Example:
         >>> digest = await run_in_thread(hash_file, path)
@@ -138,17 +208,17 @@ def run_in_thread(
 
 def _owner(group: TaskGroup) -> TaskManager:
     manager = group._ledger.owner
-    assert isinstance(manager, TaskManager)  # noqa: S101 - it narrows the type, which the ledger does not know
+    assert isinstance(manager, TaskManager)  # noqa: S101 - it narrows the type, which the ledger cannot name
     return manager
 
 
 def _manager_for(group: str | TaskGroup | None) -> TaskManager:
-    """The manager of a group object; a name, or nothing, is looked up in the current manager."""
+    """Return the manager of a group object, or the current manager, which looks up a name."""
     return _owner(group) if isinstance(group, TaskGroup) else current_manager()
 
 
-# By name, in the current manager. Plain functions that return a coroutine: the manager is that of the caller,
-# not that of the task which runs the coroutine.
+# These look names up in the current manager. They are plain functions that return a coroutine, so that the
+# manager is that of the caller, not that of the task that runs the coroutine.
 
 
 @as_coroutine_function
@@ -162,18 +232,21 @@ def start_task(
     cancel_existing: bool = False,
     **options: Unpack[TaskOptions],
 ) -> Coroutine[Any, Any, ManagedTask[T]]:
-    """Start a task by name in the current manager; the rest is as for ``TaskManager.start_task``.
+    """Start a task by name in the current manager; see ``TaskManager.start_task``.
 
-    The current manager is that of the request or the managed task which calls this, else the global manager.
+    The current manager is that of the request or managed task that calls this, or else the global manager.
     The task belongs to the manager, not to the request.
 
     Args:
         name: Unique among the live tasks of the manager.
-        factory: What makes the coroutine.
-        group: A labeled group, by its name or itself; None is the manager's root.
-        priority: How urgent.
+        factory: Returns the coroutine: ``lambda: work(1)``, or the coroutine function itself.
+        group: A labeled group, by its name or as an object. None means the manager's root.
+        priority: How urgent the task is.
         cancel_existing: The same as ``on_conflict="replace"``.
         **options: As for ``TaskManager.start_task``.
+
+    Returns:
+        The live task. ``start_task`` does not wait for its end.
 
     Raises:
         TaskExistsError: A live task has the name, and ``on_conflict`` is ``"error"``.
@@ -182,7 +255,10 @@ def start_task(
         QueueFullError: No place is free, and no more tasks may wait.
         WrongLoopError: The manager has live tasks in another loop.
 
-    **Cancellation**: of the caller, while it waits for the task to be replaced: no new task is started.
+    Cancellation: cancelling the caller while it waits for the end of the task to replace starts no new task;
+    the old task stays cancelled.
+
+    Telemetry: as for ``create_task``.
 
     Example:
         >>> await start_task("import", lambda: run_import(file))
@@ -207,11 +283,17 @@ def start_service(
 ) -> Coroutine[Any, Any, ManagedTask[T]]:
     """Start a service in the current manager; the parameters are those of ``TaskManager.start_service``.
 
+    Returns:
+        The service, a task that supervises the attempts.
+
     Raises:
         TaskExistsError: A live task has the name.
         ManagerClosedError: The manager is shut down.
 
-    **Cancellation**: of the caller, while it waits for the service to be replaced: no new one is started.
+    Cancellation: cancelling the caller while it waits for the end of the service to replace starts no new
+    service; the old one stays cancelled.
+
+    Telemetry: a span for each attempt, in a trace of its own.
 
     Example:
         >>> await start_service("prices", refresh_prices, restart=RestartPolicy(max_delay=30))
@@ -234,16 +316,22 @@ def wait_for_task(
 ) -> Coroutine[Any, Any, Any]:
     """Wait for a task of the current manager by name; see ``TaskManager.wait_for_task``.
 
-    With a group object the manager is that of the group.
+    Args:
+        name: The task's name, id, or uid.
+        timeout: Seconds, at least 0. None means no limit.
+        group: Look in this group alone. A group object also selects its manager.
 
     Raises:
-        TaskNotFoundError: No such task, or it has ended and its result was not kept.
-        TimeoutError: It still runs after ``timeout``; it goes on running.
+        TaskNotFoundError: There is no such task, or it has ended and its result was not kept.
+        TimeoutError: The task has not ended after ``timeout``; it continues to run.
         WrongLoopError: The manager has live tasks in another loop.
 
-    What else the task raised is raised here.
+    It also raises what the task raised.
 
-    **Cancellation**: of the caller leaves the task alone.
+    Cancellation: cancelling the caller ends the wait; the task continues.
+
+    Example:
+        >>> rows = await wait_for_task("import", timeout=30.0)
     """
     return _manager_for(group).wait_for_task(name, timeout, group=group)
 
@@ -252,12 +340,24 @@ def wait_for_task(
 def cancel_group(
     group: str | TaskGroup, reason: str | None = None, *, grace: float = 0.0, timeout: float | None = 10.0
 ) -> Coroutine[Any, Any, int]:
-    """Cancel a group, which a name finds in the current manager; see ``TaskManager.cancel_group``.
+    """Cancel a group and wait for its tasks; see ``TaskManager.cancel_group``.
+
+    Args:
+        group: A group object, or the name or id of a group of the current manager.
+        reason: Recorded with the cause of each task.
+        grace: Seconds between the cancel event and the cancellation, at least 0; 0 cancels immediately.
+        timeout: Seconds to wait for the tasks' end after that, at least 0. None means no limit.
+
+    Returns:
+        How many tasks the cancellation ended.
 
     Raises:
         WrongLoopError: The manager has live tasks in another loop.
 
-    **Cancellation**: of the caller ends the waiting; the tasks stay cancelled.
+    Cancellation: cancelling the caller ends the grace or the wait; the tasks are cancelled.
+
+    Example:
+        >>> await cancel_group("ingest", reason="no longer wanted")
     """
     return _manager_for(group).cancel_group(group, reason, grace=grace, timeout=timeout)
 
@@ -266,16 +366,22 @@ def cancel_group(
 def cancel_all_tasks(
     reason: str | None = None, *, grace: float = 0.0, timeout: float | None = 10.0
 ) -> Coroutine[Any, Any, int]:
-    """Cancel every task of the current manager; see ``TaskManager.cancel_all_tasks``.
+    """Cancel every task of the current manager and wait for them; see ``TaskManager.cancel_all_tasks``.
+
+    Returns:
+        How many tasks the cancellation ended.
 
     Raises:
         WrongLoopError: The manager has live tasks in another loop.
 
-    **Cancellation**: of the caller ends the waiting; the tasks stay cancelled.
+    Cancellation: cancelling the caller ends the grace or the wait; the tasks are cancelled.
+
+    Example:
+        >>> await cancel_all_tasks(reason="reload")
     """
     return current_manager().cancel_all_tasks(reason, grace=grace, timeout=timeout)
 
 
 def get_all_task_info() -> dict[str, TaskInfo]:
-    """Give snapshots of all tasks of the current manager by id; see ``TaskManager.get_all_task_info``."""
+    """Return snapshots of all tasks of the current manager by id; see ``TaskManager.get_all_task_info``."""
     return current_manager().get_all_task_info()

@@ -1,4 +1,4 @@
-"""Where names lead: the groups and tasks of a manager by name, id, uid, or the group itself."""
+"""Lookup: finds the groups and tasks of a manager by name, id, or uid."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class Lookup:
-    """Finds the groups and the tasks of one manager.
+    """Finds the groups and tasks of one manager.
 
     Args:
-        ledger: The manager's.
-        root: Its root group.
+        ledger: The manager's ledger.
+        root: The manager's root group.
     """
 
     def __init__(self, ledger: Ledger, root: TaskGroup) -> None:
@@ -31,6 +31,16 @@ class Lookup:
         self._root = root
 
     def group(self, group: str | TaskGroup, coro: object = None) -> TaskGroup:
+        """Return the group to create a task in.
+
+        Args:
+            group: A label, which is created on first use, or a group object.
+            coro: Closed if the group is refused.
+
+        Raises:
+            TypeError: ``group`` is neither a name nor a group.
+            ValueError: It belongs to another manager, or the label is not valid.
+        """
         try:
             if isinstance(group, str):
                 return self.label(group)
@@ -48,13 +58,14 @@ class Lookup:
         return group
 
     def label(self, name: str) -> TaskGroup:
-        """Give the labeled group of this name, made on first use."""
+        """Return the labeled group of this name, created on first use."""
         if name == "root":
             return self._root
         group = self._ledger.labels.get(name)
         return self._make_label(name) if group is None else group
 
     def groups(self, group: str | TaskGroup) -> list[TaskGroup]:
+        """Return the groups that a name, an id, or a group object refers to; none if the name is unknown."""
         if isinstance(group, TaskGroup):
             return [self.group(group)]
         if not isinstance(group, str):
@@ -65,46 +76,63 @@ class Lookup:
         return scoped
 
     def task(self, name: str, group: str | TaskGroup | None = None) -> ManagedTask[Any] | None:
+        """Return the live task of this name, id, or uid; None if there is none.
+
+        Args:
+            name: The name, id, or uid.
+            group: Look in this group alone; None searches the whole manager.
+        """
         if not isinstance(name, str):
-            raise TypeError(f"a task is looked up by its name, its id or its uid, got {name!r}: pass task.id")
+            raise TypeError(f"a task is looked up by its name, id, or uid, got {name!r}: pass task.id")
         if group is None:
             return self._task_anywhere(name)
         node = self._known_group(group)
         if node is None:
             return None
         task = self._ledger.by_uid(name) or node._find(name) or self._task_anywhere(name)
-        # The root's table has the tasks of all labels, and an id may be that of any group's task.
+        # The root's table has the tasks of all labels, and an id may belong to any group's task.
         return task if task is not None and task._group is node else None
 
     def kept_result(self, name: str, group: str | TaskGroup | None) -> KeptResult:
+        """Return the kept end of a remembered task.
+
+        Raises:
+            TaskNotFoundError: The task is unknown, or its result was not kept.
+        """
         ending = self._ledger.history.ending(name, group_id(group))
         if ending is None:
             raise self.not_found(
                 name,
                 group,
-                "only start_task() keeps results, of others keep the object that create_task() returned",
+                "only start_task() keeps results; of other tasks, keep what create_task() returned",
             )
         return ending
 
     def not_found(self, name: str, group: str | TaskGroup | None, hint: str) -> TaskNotFoundError:
-        """Say that a task is not live; ``hint`` is for one that is remembered."""
+        """Create the error for a task that is not live.
+
+        Args:
+            name: The name that was looked up.
+            group: The group that was searched.
+            hint: What to do instead, if the task is remembered.
+        """
         where = group_id(group)
         known = self._ledger.history.find(name, where)
         if known is not None:
             return TaskNotFoundError(f"task {name!r} has ended ({known.status}): {hint}")
         if where is None:
             return TaskNotFoundError(
-                f"no task is called {name!r}: it was never started, or is forgotten by now; "
-                "get_all_task_info() lists those that are known"
+                f"no task is called {name!r}: it was never started, or has been forgotten; "
+                "get_all_task_info() lists the known ones"
             )
-        # Not whether another group has it: the name may come from a client, and the text may reach it.
+        # Does not reveal whether another group has it: a client may supply the name and see the message.
         return TaskNotFoundError(
-            f"no task of group {where!r} is called {name!r}: it was never started there, or is forgotten; "
-            "with group= the tasks of other groups are not looked up"
+            f"no task of group {where!r} is called {name!r}: it was never started there, or has been "
+            "forgotten; group= does not search other groups"
         )
 
     def _make_label(self, name: str) -> TaskGroup:
-        hint = 'leave it out for the manager\'s own, which get_group("root") gives'
+        hint = 'leave it out for the manager\'s root, which get_group("root") returns'
         name = checked_name("group", name, hint)
         parts = name.split(".")
         if not all(parts):
@@ -115,17 +143,17 @@ class Lookup:
         return group
 
     def _known_group(self, group: str | TaskGroup) -> TaskGroup | None:
-        """The one group that is meant; None if it is not known, and so has no live task."""
+        """Return the one group that is meant; None if it is unknown, and so has no live task."""
         if not isinstance(group, str) or group == "root":
             return self.group(group)
         return self._ledger.labels.get(group) or self._ledger.scope(group)
 
     def _task_anywhere(self, name: str) -> ManagedTask[Any] | None:
-        # The uid first: no name that somebody chooses can stand in its way.
+        # The uid first, so that no chosen name can shadow it.
         task = self._ledger.by_uid(name) or self._root._find(name)
         if task is not None:
             return task
-        # An id: group id, slash, name; both may have slashes in them.
+        # An id is a group id, a slash, and a name; both may contain slashes.
         cut = name.find("/")
         while cut != -1:
             group = self._ledger.scope(name[:cut])
@@ -136,19 +164,19 @@ class Lookup:
 
 
 def group_id(group: str | TaskGroup | None) -> str | None:
-    """The id by which the history knows a group."""
+    """Return the id under which the history knows a group."""
     return group.id if isinstance(group, TaskGroup) else group
 
 
 def _no_group(group: object) -> TypeError:
     return TypeError(
         f"group must be a name or a TaskGroup, got {group!r}: "
-        'write group="mail", or what manager.get_group("mail") gives'
+        'write group="mail", or pass a group object, such as manager.get_group("mail")'
     )
 
 
 def merged(live: Iterable[ManagedTask[Any]], remembered: Iterable[TaskInfo]) -> dict[str, TaskInfo]:
-    """Snapshots by id; of several with one id the live one, else the first of the remembered."""
+    """Merge snapshots by id; the live task wins over remembered ones, and of those the first wins."""
     infos = {info.id: info for info in (task.info() for task in live)}
     for info in remembered:
         infos.setdefault(info.id, info)

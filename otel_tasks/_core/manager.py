@@ -1,4 +1,4 @@
-"""TaskManager: the root of the tree of work; its parts that need no waiting are in `group` and `ledger`."""
+"""TaskManager: the root of a tree of groups and tasks, with its limits, its history, and its shutdown."""
 
 from __future__ import annotations
 
@@ -48,27 +48,31 @@ Args = TypeVarTuple("Args")
 
 
 class TaskManager:
-    """Starts tasks, knows them by name and group, cancels them, and shuts them down.
+    """Starts tasks, finds them by name and group, cancels them, and shuts them down.
 
-    It belongs to one running event loop at a time: it binds at its first task, and anew once
-    it has no live task. With ``async with`` it is shut down at the end of the block.
+    A manager belongs to one running event loop at a time. Its first task binds it to the loop; it can move
+    to another loop once it has no live task. ``async with`` shuts it down at the end of the block.
 
     Args:
-        name: What it is called in traces.
-        max_concurrency: How many tasks run at a time, at least 1; the others wait for a place,
-            highest priority first. A running task that waits for a queued one keeps its place. None
-            is without bound.
-        max_queue: How many may wait, at least 0; one more is refused. None is without bound.
-        ageing: Seconds of waiting that are worth one level of priority, above 0, so that nothing
-            waits for ever; infinity is strict priority.
-        max_threads: How many threads of ``run_in_thread`` may work at a time, at least 1, those included
-            that were abandoned. None is without bound.
+        name: The manager's name in traces and messages.
+        max_concurrency: How many tasks run at a time, at least 1; the others wait for a place, highest
+            priority first. A running task that waits for a queued one keeps its place. None means no limit.
+        max_queue: How many tasks may wait for a place, at least 0; the next one is refused. None means no
+            limit.
+        ageing: Seconds of waiting that raise a task's priority by one level, above 0, so that no task waits
+            forever. Infinity means strict priority.
+        max_threads: How many threads of ``run_in_thread`` may work at a time, at least 1, including
+            abandoned ones. None means no limit.
         eager_start: Run the first step of each task when it is created (Python 3.12; ignored before).
-        history: How many ended tasks to remember, at least 0; counters do not depend on it.
-        on_error: Called with the snapshot and the exception of each task that fails while
-            nobody waits for it; without one the failure is logged at ERROR.
-        tracer_provider: Where spans go; None is the global provider, also one that is set up later.
-        meter_provider: Where metrics go; None is the global provider, also one that is set up later.
+        history: How many ended tasks to remember, at least 0. The counters do not depend on it.
+        on_error: Called with the snapshot and the exception of each task that fails while nothing waits for
+            it. Without it, the failure is logged at ERROR.
+        tracer_provider: Creates the spans; None means the global provider, even if it is set up later.
+        meter_provider: Receives the metrics; None means the global provider, even if it is set up later.
+
+    Raises:
+        TypeError: ``name`` is not a string.
+        ValueError: ``name`` is not valid, or a number is out of its range.
 
     Example:
         >>> async with TaskManager() as manager:
@@ -115,21 +119,22 @@ class TaskManager:
 
     @property
     def name(self) -> str:
-        """What it is called in traces."""
+        """The manager's name in traces and messages."""
         return self._ledger.name
 
     @property
     def max_concurrency(self) -> int | None:
-        """How many tasks run at a time; may be changed while they do. None is without bound.
+        """How many tasks run at a time; can be changed while tasks run. None means no limit.
+
+        A lower limit stops no running task: it takes effect as tasks end.
 
         Raises:
-            ValueError: It is set to what is no whole number of at least 1.
+            ValueError: The new limit is neither None nor a whole number of at least 1.
         """
         return self._ledger.places.limiter.limit
 
     @max_concurrency.setter
     def max_concurrency(self, limit: int | None) -> None:
-        # A lower one waits for running tasks to end, it stops none.
         check_count("max_concurrency", limit, 1)
         ledger = self._ledger
         limiter = ledger.places.limiter
@@ -140,29 +145,30 @@ class TaskManager:
 
     @property
     def max_threads(self) -> int | None:
-        """How many threads of ``run_in_thread`` work at a time; may be changed while they do.
+        """How many threads of ``run_in_thread`` work at a time; can be changed while they work.
+
+        None means no limit. A lower limit takes effect as threads return.
 
         Raises:
-            ValueError: It is set to what is no whole number of at least 1.
+            ValueError: The new limit is neither None nor a whole number of at least 1.
         """
         return self._threads.limit
 
     @max_threads.setter
     def max_threads(self, limit: int | None) -> None:
-        # A lower one waits for threads to return.
         check_count("max_threads", limit, 1)
         self._threads.limit = limit
 
     @property
     def abandoned_threads(self) -> tuple[str, ...]:
-        """The ids of the tasks that have ended while their function runs on in its thread."""
+        """The ids of ended tasks whose functions still run in their threads."""
         return tuple(worker.id for worker in self._threads.abandoned())
 
     @property
     def closed(self) -> bool:
-        """True from the moment it is shut down: it refuses new tasks, in the event loop of the shutdown.
+        """True once the manager is shut down: it refuses new tasks in the event loop of the shutdown.
 
-        In another loop, and after ``async with`` has opened it again, it is False.
+        It is False in any other loop, and after ``async with`` has opened the manager again.
         """
         return self._ledger.home.closed_here
 
@@ -182,28 +188,34 @@ class TaskManager:
         priority: TaskPriority | int = TaskPriority.NORMAL,
         **options: Unpack[TaskOptions],
     ) -> ManagedTask[T]:
-        """Create a task; it runs from the loop's next turn on, as after ``asyncio.create_task``.
+        """Create a task; like ``asyncio.create_task``, it runs from the next iteration of the event loop.
+
+        ``help(otel_tasks)`` shows where a task goes, and what ends it, for each way to start one.
 
         Args:
-            coro: What to run; closed if the task is refused.
-            name: Unique among the live tasks, at most 200 characters, without ``#`` and control characters;
-                None makes one from the function's name.
-            group: A labeled group, made on first use (dots nest: ``"ingest.fetch"``), or a group
-                object; None is the manager's root. The current group is not looked at: the
-                function ``create_task`` does that.
-            priority: How urgent.
-            timeout: Seconds from now, at least 0, until it is cancelled and raises ``TimeoutError``;
-                None is without bound.
-            queue_timeout: Seconds that it may wait for a place under ``max_concurrency``; then it
-                fails with ``TimeoutError`` without having run.
+            coro: The coroutine to run; closed if the task is refused.
+            name: Unique among the live tasks, at most 200 characters, without ``#`` and control characters.
+                None means the function's name, with a number if that name is taken.
+            group: A labeled group, created on first use (dots nest: ``"ingest.fetch"``), or a group object.
+                None means the manager's root, never the current group; the function ``create_task`` uses
+                that one.
+            priority: How urgent the task is.
+            timeout: Seconds from now, at least 0, after which the task is cancelled and fails with
+                ``TimeoutError``. None means no limit.
+            queue_timeout: Seconds, at least 0, that the task may wait for a place under ``max_concurrency``;
+                after that, it fails with ``TimeoutError`` and never runs. None means no limit.
             metadata: Kept with the task and its record, never put on spans.
-            on_conflict: What to do where a live task has the name: ``"suffix"`` makes another name,
-                ``"error"`` raises, ``"return"`` returns the live one, ``"replace"`` cancels it and
-                begins once it has ended.
-            detached: Begin a new trace, linked to this one, instead of being a child of the current span.
-            context: Where it runs; None is a copy of the current context. With tracing a copy of it.
-            eager_start: Run its first step now (Python 3.12; ignored before). None is the manager's, or True
-                where the task factory of the loop starts tasks eagerly.
+            on_conflict: What happens if a live task has the name: ``"suffix"`` adds a number, ``"error"``
+                raises, ``"return"`` returns the live task, ``"replace"`` cancels it and starts the new one
+                when it has ended.
+            detached: Start a new trace, linked to the current span, instead of a child of it.
+            context: The context to run in; None means a copy of the current one. With tracing, the task runs
+                in a copy of ``context``.
+            eager_start: Run the first step now (Python 3.12; ignored before). None means the manager's
+                setting, or True if the loop's task factory starts tasks eagerly.
+
+        Returns:
+            The task; with ``on_conflict="return"``, possibly a live one.
 
         Raises:
             TaskExistsError: The name is taken and ``on_conflict`` is ``"error"``.
@@ -212,10 +224,11 @@ class TaskManager:
             QueueFullError: No place is free, and no more tasks may wait.
             WrongThreadError: No event loop runs in this thread.
             WrongLoopError: The manager has live tasks in another loop.
-            TypeError: ``coro`` is no coroutine.
-            ValueError: A name is empty or has what names may not have, or a timeout is negative.
+            TypeError: ``coro`` is not a coroutine, or an option has the wrong type.
+            ValueError: A name is not valid, an option is out of its range, or ``group`` belongs to another
+                manager.
 
-        Telemetry: a span named after the task, from now to its end.
+        Telemetry: a span named after the task, from now to the task's end.
 
         Example:
             >>> task = manager.create_task(send_mail(user), group="mail")
@@ -233,18 +246,30 @@ class TaskManager:
         group: str | TaskGroup | None = None,
         **options: Unpack[NamedTaskOptions],
     ) -> concurrent.futures.Future[T]:
-        """Create a task from another thread; the rest is as for ``TaskGroup.create_task_threadsafe``.
+        """Create a task from another thread; see ``TaskGroup.create_task_threadsafe``.
 
         Args:
-            work: A coroutine, or a function that makes one; it is called in the event loop.
+            work: A coroutine, or a function that returns one; the function is called in the event loop.
             group: As for ``create_task``.
             **options: As for ``create_task``.
+
+        Returns:
+            A future that ends with the task; its ``cancel()`` cancels the task.
+
+        Raises:
+            GroupClosedError: ``group`` takes no new tasks.
+            ManagerClosedError: The manager is shut down.
+            WrongLoopError: The manager has not been used in an event loop yet, or that loop is closed.
+            TypeError: ``work`` is neither a coroutine nor a function, or an option has the wrong type.
+            ValueError: An option is out of its range, or ``group`` belongs to another manager.
+
+        Telemetry: as for ``create_task``; the span belongs to the trace of the calling thread.
 
         Example:
             >>> manager.create_task_threadsafe(send_mail(user), group="mail").result(timeout=5.0)
         """
         if isinstance(group, str):
-            # Made, or found, in the loop.
+            # The label is looked up, or created, in the loop.
             return self._root._hand_over(work, functools.partial(self.get_group, group), options)
         where = self._root if group is None else self._lookup.group(group, work)
         return where.create_task_threadsafe(work, **options)
@@ -262,11 +287,24 @@ class TaskManager:
         """Create a task that calls a plain function in a thread; see ``TaskGroup.run_in_thread``.
 
         Args:
-            function: What to call.
-            *args: What to call it with.
+            function: The function to call.
+            *args: Its arguments.
             group: As for ``create_task``.
-            abandon: Whether the task, when it is cancelled, ends before the function has returned.
+            abandon: True ends a cancelled task at once, and its thread runs on; False waits for the
+                function.
             **options: As for ``create_task``.
+
+        Returns:
+            The task; its result is what the function returns.
+
+        Raises:
+            GroupClosedError: ``group`` takes no new tasks.
+            ManagerClosedError: The manager is shut down.
+            QueueFullError: No place is free, and no more tasks may wait.
+            TypeError: ``function`` is not a plain function, or an option has the wrong type.
+            ValueError: An option is out of its range, or ``group`` belongs to another manager.
+
+        Telemetry: as for ``create_task``; spans of the function are below the task's span.
 
         Example:
             >>> task = manager.run_in_thread(render, page, group="render", timeout=30.0)
@@ -282,17 +320,33 @@ class TaskManager:
         group: str | TaskGroup | None = None,
         **options: Unpack[NamedTaskOptions],
     ) -> ManagedTask[T]:
-        """Create a task as soon as it may wait for its place: ``create_task`` with patience.
+        """Create a task; if the queue is full, wait for room first.
 
-        As ``asyncio.Queue.put`` is to ``put_nowait``: where ``create_task`` would raise
-        ``QueueFullError`` this waits for room in the queue. The parameters are the same.
+        ``put_task`` is to ``create_task`` what ``asyncio.Queue.put`` is to ``put_nowait``: it waits where
+        ``create_task`` raises ``QueueFullError``. The parameters are the same.
+
+        Args:
+            coro: The coroutine to run; closed if the task is refused.
+            group: As for ``create_task``.
+            **options: As for ``create_task``.
+
+        Returns:
+            The task, which may still wait for a place.
 
         Raises:
-            GroupClosedError: The group takes no new tasks, or none any more.
-            ManagerClosedError: The manager is shut down, or was while this waited.
+            GroupClosedError: The group takes no new tasks, or stopped taking them during the wait.
+            ManagerClosedError: The manager is shut down, or was shut down during the wait.
             WrongLoopError: The manager has live tasks in another loop.
+            TypeError: ``coro`` is not a coroutine, or an option has the wrong type.
+            ValueError: An option is out of its range, or ``group`` belongs to another manager.
 
-        Cancellation: of the caller, while it waits for room: ``coro`` is closed, no task is created.
+        Cancellation: cancelling the caller during the wait closes ``coro``; no task is created.
+
+        Telemetry: as for ``create_task``.
+
+        Example:
+            >>> for url in urls:
+            ...     await manager.put_task(fetch(url), group="crawl")
         """
         where = self._root if group is None else self._lookup.group(group, coro)
         return await where.put_task(coro, **options)
@@ -313,25 +367,25 @@ class TaskManager:
         context: Context | None = None,
         eager_start: bool | None = None,
     ) -> ManagedTask[T]:
-        """Start a task by name; its result is kept with its record for ``wait_for_task``.
+        """Start a task by name and keep its result with its record, for ``wait_for_task``.
 
         Args:
             name: Unique among the live tasks.
-            factory: What makes the coroutine (``lambda: work(1)`` or the coroutine function
-                itself); a coroutine is taken too. It is not called if the task is refused.
+            factory: Returns the coroutine: ``lambda: work(1)``, or the coroutine function itself. It can
+                also be a coroutine. A factory is not called if the task is refused.
             group: As for ``create_task``.
-            priority: How urgent.
-            timeout: Seconds from its creation until it is cancelled; None is without bound.
-            queue_timeout: Seconds that it may wait for a place.
+            priority: How urgent the task is.
+            timeout: Seconds from the task's creation after which it is cancelled. None means no limit.
+            queue_timeout: Seconds that the task may wait for a place. None means no limit.
             metadata: Kept with the task and its record.
-            on_conflict: As for ``create_task``, but ``"error"`` unless told otherwise.
+            on_conflict: As for ``create_task``, except that the default is ``"error"``.
             cancel_existing: The same as ``on_conflict="replace"``.
-            detached: Begin a new trace, as for ``create_task``.
-            context: Where it runs.
+            detached: Start a new trace, as for ``create_task``.
+            context: The context to run in.
             eager_start: As for ``create_task``.
 
         Returns:
-            The running task; it returns before the task has ended.
+            The live task. ``start_task`` does not wait for its end.
 
         Raises:
             TaskExistsError: A live task has the name, and ``on_conflict`` is ``"error"``.
@@ -339,14 +393,21 @@ class TaskManager:
             ManagerClosedError: The manager is shut down.
             QueueFullError: No place is free, and no more tasks may wait.
             WrongLoopError: The manager has live tasks in another loop.
-            RuntimeError: The calling task is the one that is to be replaced.
-            TypeError: ``factory`` makes no coroutine, or an option is of the wrong type.
-            ValueError: An option is out of its range, the name empty, or the group another manager's.
+            RuntimeError: The calling task is the one to replace.
+            TypeError: ``factory`` does not return a coroutine, or an option has the wrong type.
+            ValueError: ``name`` is not valid, an option is out of its range, or ``group`` belongs to another
+                manager.
 
-        What ``factory`` raises is raised here.
+        It also raises what ``factory`` raises.
 
-        Cancellation: of the caller, while it waits for the task that is to be replaced: no new
-        task is started; the old one stays cancelled.
+        Cancellation: cancelling the caller while it waits for the end of the task to replace starts no new
+        task; the old task stays cancelled.
+
+        Telemetry: as for ``create_task``.
+
+        Example:
+            >>> await manager.start_task("import", lambda: run_import(file))
+            >>> await manager.wait_for_task("import")
         """
         if cancel_existing:
             on_conflict = "replace"
@@ -390,43 +451,47 @@ class TaskManager:
         on_conflict: OnConflict = "error",
         drains: bool = False,
     ) -> ManagedTask[T]:
-        """Start what is meant to go on for the life of the application, and is begun again when it fails.
+        """Start long-running work, and restart it with exponential backoff and jitter when it fails.
 
-        The task that this gives looks after the attempts, of which each is a task of its own: ``prices#1``,
-        ``prices#2``. It has no span and takes no place under ``max_concurrency``, the attempts do.
+        The returned task supervises the attempts. Each attempt is a task of its own: ``prices#1``,
+        ``prices#2``. The supervising task has no span and takes no place under ``max_concurrency``; the
+        attempts do both.
 
         Args:
             name: Unique among the live tasks.
-            factory: What makes the coroutine of each attempt: ``lambda: work(1)``, or the coroutine
-                function itself. It runs where ``start_service`` was called: in a copy of that context.
-            restart: What counts as a failure, how long to wait after one, when to give up.
-            group: A labeled group, by its name or itself; None is the manager's root.
-            priority: How urgent, its attempts too: unless told otherwise they are the last to be cancelled
-                in a shutdown.
-            metadata: Kept with it and with each attempt.
-            on_conflict: As for ``start_task``; ``"replace"`` starts it once the old one has ended.
-            drains: It ends by itself when ``current_cancel_event()`` is set, and the grace of a shutdown is
-                to wait for it. A service that does not would make every shutdown last its whole grace.
+            factory: Returns the coroutine of each attempt: ``lambda: work(1)``, or the coroutine function
+                itself. It runs in a copy of the context that is current now.
+            restart: Which ends count as failures, how long to wait after one, and when to give up.
+            group: A labeled group, by its name or as an object. None means the manager's root.
+            priority: How urgent the service and its attempts are. By default, a shutdown cancels them last.
+            metadata: Kept with the service and with each attempt.
+            on_conflict: As for ``start_task``; ``"replace"`` starts the new service when the old one has
+                ended.
+            drains: True for a service that ends on its own when ``current_cancel_event()`` is set; the grace
+                of a shutdown then waits for it. A service that does not drain is not awaited: it would make
+                every shutdown last its whole grace.
 
         Returns:
-            The service. It returns what an attempt returned; it is cancelled with an attempt that somebody
-            cancelled; given up, it fails with the last failure.
+            The service. It returns what its last attempt returned. It ends cancelled if something cancels an
+            attempt. After giving up, it fails with the last failure.
 
         Raises:
             TaskExistsError: A live task has the name.
             ManagerClosedError: The manager is shut down.
-            ValueError: ``group`` is a scoped one, which ends before a service does.
-            TypeError: ``factory`` cannot be called again and again, or ``restart`` is no policy.
+            ValueError: ``group`` is a scoped group, which ends before a service does, or an argument is not
+                valid.
+            TypeError: ``factory`` cannot be called repeatedly, or ``restart`` is not a policy.
 
-        A failure is logged as a warning, with the time until the next attempt; the last one is the service's,
-        and reported as that of any task. In a shutdown nothing is begun again, and unless ``drains`` it is
-        cancelled when all other tasks have ended.
+        Each failure is logged as a warning that announces the next attempt. The last failure is the
+        service's own, and is reported like that of any task. During a shutdown nothing is restarted, and
+        unless ``drains`` is set, the service is cancelled after all other tasks have ended.
 
-        Cancellation: of the caller, while it waits for the service that is to be replaced: no new one is
-        started; the old one stays cancelled. Of the service: its attempt is cancelled, for the same cause.
+        Cancellation: cancelling the caller while it waits for the end of the service to replace starts no
+        new service; the old one stays cancelled. Cancelling the service cancels its attempt, for the same
+        cause.
 
         Telemetry: a span for each attempt, in a trace of its own, linked to the attempt before it
-        (``restart_of``), the first one to the span that is current here.
+        (``restart_of``); the first one is linked to the current span.
 
         Example:
             >>> await manager.start_service("prices", refresh_prices, restart=RestartPolicy(max_delay=30))
@@ -446,18 +511,29 @@ class TaskManager:
         max_queue: int | None = None,
         span: bool = False,
     ) -> TaskGroup:
-        """Make a block: a new scoped group for ``async with``; ``group="x"`` is a label, see ``get_group``.
+        """Create a block, a scoped group for ``async with``; for the label ``group="x"``, see ``get_group``.
 
-        It nests in the group around it: that of the enclosing ``async with`` block, or the
-        current group.
+        The block nests in the group around it: that of the enclosing ``async with`` block, or the current
+        group.
 
         Args:
-            name: What it is called in traces.
+            name: The group's name in traces.
             on_error: What a failing task does to its siblings, as for ``TaskGroup``.
-            timeout: Seconds that the block may take; None is without bound.
+            timeout: Seconds that the block may take, at least 0. None means no limit.
             max_concurrency: How many of its tasks run at a time, as for ``TaskGroup``.
-            max_queue: How many may wait for a place.
+            max_queue: How many tasks may wait for a place, as for ``TaskGroup``.
             span: Give the block a span of its own.
+
+        Returns:
+            The group, to be entered once.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: ``name`` is not valid, or an argument is out of its range.
+
+        Example:
+            >>> async with manager.group("pages", timeout=5.0) as group:
+            ...     group.create_task(fetch(1))
         """
         return TaskGroup(
             name,
@@ -470,35 +546,39 @@ class TaskManager:
         )
 
     def get_group(self, name: str) -> TaskGroup:
-        """Give the label that ``group="x"`` means, made on first use; ``group("x")`` makes a block.
+        """Return the label that ``group="x"`` names, created on first use; ``group("x")`` creates a block.
 
         Args:
             name: Dots nest: ``"ingest.fetch"`` is below ``"ingest"``. ``"root"`` is the manager's own group.
 
         Returns:
-            The labeled group, which all who say its name share, never a block of the same name.
+            The labeled group, shared by all callers that use its name; never a block of the same name.
 
         Raises:
-            ValueError: The name is empty, has an empty part, or has what names may not have: ``#``, control
-                characters, more than 200 characters.
+            TypeError: The name is not a string.
+            ValueError: The name is empty, has an empty part, contains ``#`` or a control character, or has
+                more than 200 characters.
+
+        Example:
+            >>> manager.get_group("mail").max_concurrency = 5
         """
         return self._lookup.label(name)
 
     # -- looking ----------------------------------------------------------------------------
 
     def get_task(self, name: str, *, group: str | TaskGroup | None = None) -> ManagedTask[Any]:
-        """Give a live task by its name, by its id for one of a scoped group, or by its uid.
+        """Return a live task by its name, by its id if it is in a scoped group, or by its uid.
 
         Args:
-            name: Its name, id or uid.
-            group: Look in this very group alone: a label, the id of a scoped group, or the group; there the
-                name is enough. A task of another group is not found, whatever the name or the id: use this
-                where it comes from a client. None looks in the whole manager.
+            name: The task's name, id, or uid.
+            group: Look in this group alone: a label, the id of a scoped group, or the group itself. The
+                task's name is then enough, and no name or id finds a task of another group: pass ``group``
+                if a client supplies the name. None searches the whole manager.
 
         Raises:
-            TaskNotFoundError: No live task is called that; it may have ended.
-            TypeError: ``name`` is no string, or ``group`` neither a name nor a group.
-            ValueError: The group is another manager's.
+            TaskNotFoundError: No live task has this name; it may have ended.
+            TypeError: ``name`` is not a string, or ``group`` is neither a name nor a group.
+            ValueError: ``group`` belongs to another manager.
 
         Example:
             >>> manager.get_task(name, group="exports")
@@ -513,27 +593,42 @@ class TaskManager:
         return task
 
     def get_task_info(self, name: str, *, group: str | TaskGroup | None = None) -> TaskInfo | None:
-        """Give a snapshot of a live or remembered task by name, id or uid; None if there is none.
+        """Return a snapshot of a live or remembered task by name, id, or uid; None if there is no such task.
 
         Args:
-            name: Its name, id or uid.
-            group: Look in this very group alone, as for ``get_task``.
+            name: The task's name, id, or uid.
+            group: Look in this group alone, as for ``get_task``.
+
+        Raises:
+            TypeError: ``name`` is not a string, or ``group`` is neither a name nor a group.
+            ValueError: ``group`` belongs to another manager.
+
+        Example:
+            >>> manager.get_task_info("import").status
         """
         task = self._lookup.task(name, group)
         return self._ledger.history.find(name, group_id(group)) if task is None else task.info()
 
     def get_all_task_info(self) -> dict[str, TaskInfo]:
-        """Give snapshots of all tasks by id: the live ones, then the remembered ones."""
+        """Return snapshots of all tasks by id: live tasks first, then remembered ones."""
         return merged(self._root._every_live(), reversed(list(self._ledger.history)))
 
     def get_group_tasks(self, group: str | TaskGroup) -> dict[str, TaskInfo]:
-        """Give snapshots of the tasks of a group and of all below it: live, then remembered.
+        """Return snapshots of the tasks of a group and below it: live tasks, then remembered ones.
 
-        Ended tasks are found by the name of their own group, and by its dots: below what a
-        scoped group hung is not remembered.
+        Ended tasks are found by the name of their own group, and by the dots in it: groups that were nested
+        in a scoped group are not remembered as its children.
 
         Args:
-            group: The name of a labelled group, the name or id of a scoped one, or the group.
+            group: The name of a labeled group, the name or id of a scoped one, or the group itself. An
+                unknown group has no tasks.
+
+        Raises:
+            TypeError: ``group`` is neither a name nor a group.
+            ValueError: ``group`` belongs to another manager.
+
+        Example:
+            >>> len(manager.get_group_tasks("ingest"))
         """
         live = (task for node in self._lookup.groups(group) for task in node._every_live())
         name = group if isinstance(group, str) else group.id
@@ -545,16 +640,16 @@ class TaskManager:
         return merged(live, remembered)
 
     def stats(self) -> TaskStats:
-        """Read the counters."""
+        """Return the counters of the manager's tasks."""
         return self._ledger.stats()
 
     def tree(self, *, limit: int = 100) -> TaskTree:
-        """Take a snapshot of what runs: groups, their tasks, how old each is and where it waits.
+        """Return a snapshot of what runs: groups, their tasks, how old each task is, and where it waits.
 
-        It may be called in any thread.
+        It can be called from any thread.
 
         Args:
-            limit: How many tasks and groups to show at most, at least 1; the others are counted.
+            limit: How many tasks and groups to show, at least 1; the others are only counted.
 
         Raises:
             ValueError: ``limit`` is below 1.
@@ -571,20 +666,23 @@ class TaskManager:
     def dump_on_signal(
         self, signum: int | None = None, *, file: TextIO | None = None, limit: int = 100
     ) -> ExitStack:
-        """Write ``tree()`` whenever the process gets a signal, also while a task holds the event loop.
+        """Write ``tree()`` whenever the process receives a signal, even while a task holds the event loop.
 
-        It is in effect from now on, until the ``with`` block ends or ``close()`` is called. To be called in
-        the main thread. A handler that was there before is called as well. Of a task that holds the loop with
-        code in C, which comes back to Python late or never, it shows nothing until then.
+        It takes effect now and lasts until the ``with`` block ends or ``close()`` is called. Call it in the
+        main thread. An existing handler of the signal is called as well. If a task holds the loop in C code
+        that rarely or never returns to Python, nothing is written until it does.
 
         Args:
-            signum: Which; None is ``SIGUSR1``.
-            file: Where to, an open text file; None is ``sys.stderr`` as it is then.
+            signum: The signal; None means ``SIGUSR1``.
+            file: An open text file to write to; None means ``sys.stderr``, looked up at each signal.
             limit: As for ``tree``.
+
+        Returns:
+            A context manager that removes the handler.
 
         Raises:
             RuntimeError: This is not the main thread, or the platform has no ``SIGUSR1``.
-            TypeError: ``file`` is no file.
+            TypeError: ``file`` is not a file.
             ValueError: There is no such signal, it cannot be handled, or ``limit`` is below 1.
 
         Example:
@@ -603,27 +701,30 @@ class TaskManager:
         unstarted: float | None = 10.0,
         outlived: float | None = 10.0,
     ) -> ExitStack:
-        """Warn in the log of tasks that are in trouble, while they live.
+        """Log warnings about live tasks that are in trouble.
 
-        It is in effect from now on, until the ``with`` block ends, ``close()`` is called, or the loop is
-        closed. To be called where the event loop runs. Tasks are looked at from outside, by a timer, and for
-        ``held`` by a thread that asks the loop for an answer 40 times a second (at 0.1). None leaves a
-        kind out; infinity too.
+        It takes effect now and lasts until the ``with`` block ends, ``close()`` is called, or the loop is
+        closed. Call it where the event loop runs. A timer checks the tasks from outside. For ``held``, a
+        thread pings the loop 40 times a second (with ``held=0.1``). None turns a check off, and so does
+        infinity.
 
         Args:
-            held: Seconds for which anything may hold the loop at a stretch, at least 0.01: a task of whatever
-                kind, or a callback. The warning names it, and the line. It is about the loop: watch it with
-                one manager.
-            ignored: Seconds that a task may take to end after it was asked to.
-            unstarted: Seconds in which a task is to begin, unless it waits for a place under a limit.
-            outlived: Seconds for which a plain asyncio task may go on after the request has ended in which it
-                was started (Python 3.12; not seen before).
+            held: Seconds for which one step may hold the loop, at least 0.01: a step of any kind of task, or
+                a callback. The warning names it and its line. This check concerns the loop: enable it in one
+                manager per loop.
+            ignored: Seconds that a task may take to end after its cancellation was requested.
+            unstarted: Seconds within which a task must start, unless it waits for a place under a limit.
+            outlived: Seconds for which a plain asyncio task may outlive the request that started it (Python
+                3.12; not detected before).
+
+        Returns:
+            A context manager that ends the watch.
 
         Raises:
             WrongThreadError: No event loop runs here.
             WrongLoopError: The manager has live tasks in another loop.
-            TypeError: A duration is no number.
-            ValueError: One is negative, or ``held`` below 0.01.
+            TypeError: A duration is not a number.
+            ValueError: A duration is negative, or ``held`` is below 0.01.
 
         Example:
             >>> @asynccontextmanager
@@ -634,7 +735,7 @@ class TaskManager:
         """
         bound = checked_seconds("held", held)
         if bound is not None and bound < 0.01:
-            raise ValueError(f"held must be at least 0.01 seconds, got {held!r}: looking costs time, too")
+            raise ValueError(f"held must be at least 0.01 seconds, got {held!r}: each check costs time")
         bounds = [
             checked_seconds(what, seconds)
             for what, seconds in (("ignored", ignored), ("unstarted", unstarted), ("outlived", outlived))
@@ -657,10 +758,18 @@ class TaskManager:
         """Forget ended tasks.
 
         Args:
-            max_age: Seconds; younger ones are kept. None forgets all.
+            max_age: Seconds, at least 0; tasks that ended more recently are kept. None and 0 forget all,
+                infinity none.
 
         Returns:
-            How many were forgotten.
+            How many tasks were forgotten.
+
+        Raises:
+            TypeError: ``max_age`` is not a number.
+            ValueError: ``max_age`` is negative.
+
+        Example:
+            >>> manager.cleanup_completed_tasks(max_age=3600)
         """
         seconds = checked_seconds("max_age", max_age)
         if max_age is not None and seconds is None:
@@ -669,11 +778,15 @@ class TaskManager:
         return self._ledger.history.forget(before)
 
     def add_listener(self, callback: Callable[[TaskEvent, TaskInfo], object]) -> None:
-        """Call ``callback(event, info)`` when a task is created, dequeued, cancelling or ended.
+        """Call ``callback(event, info)`` when a task is created, dequeued, cancelling, or ended.
 
-        The event is one of these four words; ``"dequeued"`` is for tasks that had to wait for a place.
+        The event is one of these four words; ``"dequeued"`` is only for tasks that had to wait for a place.
 
-        It is called on the spot and must not block; one that raises is logged and dropped.
+        Args:
+            callback: Called synchronously, so it must not block. If it raises, it is logged and removed.
+
+        Example:
+            >>> manager.add_listener(lambda event, info: print(event, info.id))
         """
         self._ledger.listeners.add(callback)
 
@@ -681,7 +794,7 @@ class TaskManager:
         """Stop calling ``callback``.
 
         Raises:
-            ValueError: It is no listener.
+            ValueError: ``callback`` is not a listener.
         """
         self._ledger.listeners.remove(callback)
 
@@ -690,58 +803,61 @@ class TaskManager:
     async def wait_for_task(
         self, name: str, timeout: float | None = None, *, group: str | TaskGroup | None = None
     ) -> Any:
-        """Wait for a task by name, and give its result or raise what it raised.
+        """Wait for a task by name, and return its result or raise its exception.
 
         Args:
-            name: Its name, id or uid. Of a task that has ended, as long as it is remembered, if it
-                was started by ``start_task``.
-            timeout: Seconds, at least 0; None is without bound.
-            group: Look in this very group alone, as for ``get_task``.
+            name: The task's name, id, or uid. An ended task is found while it is remembered, if
+                ``start_task`` started it.
+            timeout: Seconds, at least 0. None means no limit.
+            group: Look in this group alone, as for ``get_task``.
 
         Raises:
-            TaskNotFoundError: No such task, or it has ended and its result was not kept.
-            TimeoutError: It still runs after ``timeout``; it goes on running.
+            TaskNotFoundError: There is no such task, or it has ended and its result was not kept.
+            TimeoutError: The task has not ended after ``timeout``; it continues to run.
             asyncio.CancelledError: The task was cancelled.
-            RuntimeError: It is the calling task, which would wait for itself.
+            RuntimeError: The calling task would wait for itself.
             WrongLoopError: The manager has live tasks in another loop.
-            TypeError: ``name`` is no string, or ``timeout`` no number.
+            TypeError: ``name`` is not a string, or ``timeout`` is not a number.
             ValueError: ``timeout`` is negative.
 
-        What else the task raised is raised here.
+        It also raises what the task raised.
 
-        Cancellation: of the caller leaves the task alone.
+        Cancellation: cancelling the caller ends the wait; the task continues.
+
+        Example:
+            >>> rows = await manager.wait_for_task("import", timeout=30.0)
         """
         seconds = checked_seconds("timeout", timeout)
         caller = self._caller()
         task = self._lookup.task(name, group)
         if task is not None and task is caller:
             raise RuntimeError(
-                f"task {name!r} cannot wait for itself: it would wait for ever; let another task do it"
+                f"task {name!r} cannot wait for itself: it would wait forever; wait in another task"
             )
         if task is None:
             return self._lookup.kept_result(name, group).take()
         await asyncio.wait([task], timeout=seconds)
         if not task.done():
-            raise TimeoutError(f"task {name!r} is still {task.status} after {timeout:g} s, and goes on")
+            raise TimeoutError(f"task {name!r} is still {task.status} after {timeout:g} s, and continues")
         return task.result()
 
     def get_result(self, name: str, *, default: Any = NO_RESULT, group: str | TaskGroup | None = None) -> Any:
-        """Give the result of a task that has completed, without waiting for it.
+        """Return the result of a completed task without waiting for it.
 
         Args:
-            name: Its name, id or uid. Results are kept, as long as the task is remembered, of those that were
-                started by ``start_task``.
-            default: What to give where there is no result: the task is live, was cancelled, is not known,
-                or its result was not kept. Left out, each of these raises.
-            group: Look in this very group alone, as for ``get_task``.
+            name: The task's name, id, or uid. Results are kept only for tasks that ``start_task`` started,
+                while they are remembered.
+            default: Returned if there is no result: the task is live, cancelled, or unknown, or its result
+                was not kept. Without a default, each of these raises.
+            group: Look in this group alone, as for ``get_task``.
 
         Raises:
-            TaskNotFoundError: No such task, or it has ended and its result was not kept.
-            asyncio.InvalidStateError: It has not ended yet.
-            asyncio.CancelledError: It was cancelled.
-            TypeError: ``name`` is no string.
+            TaskNotFoundError: There is no such task, or it has ended and its result was not kept.
+            asyncio.InvalidStateError: The task has not ended.
+            asyncio.CancelledError: The task was cancelled.
+            TypeError: ``name`` is not a string.
 
-        What the task raised is raised here, with a ``default`` too.
+        It also raises what the task raised, even with a ``default``.
 
         Example:
             >>> manager.get_result("import", default=None)
@@ -763,18 +879,21 @@ class TaskManager:
         return task.result()
 
     async def join(self, group: str | TaskGroup | None = None) -> None:
-        """Wait until nothing is live in ``group`` (None: in the whole manager), the calling task aside.
+        """Wait until no task is live in ``group`` (None: in the whole manager), except for the calling task.
 
         Args:
-            group: The name of a labelled group, the name or id of a scoped one, or the group. In one that
-                is not known nothing is live: no error, it returns at once.
+            group: The name of a labeled group, the name or id of a scoped one, or the group itself. For an
+                unknown group, ``join`` returns immediately.
 
         Raises:
             WrongLoopError: The manager has live tasks in another loop.
             TypeError: ``group`` is neither a name nor a group.
-            ValueError: The group is another manager's.
+            ValueError: ``group`` belongs to another manager.
 
-        Cancellation: of the caller leaves the tasks alone.
+        Cancellation: cancelling the caller ends the wait; the tasks continue.
+
+        Example:
+            >>> await manager.join("mail")
         """
         self._caller()
         for node in [self._root] if group is None else self._lookup.groups(group):
@@ -793,21 +912,26 @@ class TaskManager:
         """Cancel a task and wait until it has ended.
 
         Args:
-            name: Its name, id or uid.
-            reason: Noted with its cause.
-            group: Look in this very group alone, as for ``get_task``.
-            timeout: Seconds to wait for its end; None is without bound.
+            name: The task's name, id, or uid.
+            reason: Recorded with the cause.
+            group: Look in this group alone, as for ``get_task``.
+            timeout: Seconds to wait for the task's end, at least 0. None means no limit.
 
         Returns:
-            True if it was asked and has ended by it. False if there is no live task of that
-            name, if it completed all the same, or still runs when ``timeout`` is over.
+            True if the cancellation was requested and ended the task. False if no live task has this name,
+            if the task completed anyway, or if it still runs after ``timeout``.
 
         Raises:
             WrongLoopError: The manager has live tasks in another loop.
-            TypeError: ``name`` is no string, or ``timeout`` no number.
+            TypeError: ``name`` is not a string, or ``timeout`` is not a number.
             ValueError: ``timeout`` is negative.
 
-        Cancellation: of the caller ends the waiting; the task stays cancelled.
+        Cancellation: cancelling the caller ends the wait; the task stays cancelled.
+
+        Telemetry: the task's span records the cause, and links to the current span.
+
+        Example:
+            >>> await manager.cancel_task("import", reason="superseded")
         """
         seconds = checked_seconds("timeout", timeout)
         caller = self._caller()
@@ -815,7 +939,7 @@ class TaskManager:
         if task is None or task.done():
             return False
         task.cancel(reason)
-        # A task that cancels itself ends at its next await, which is not to be here.
+        # A task that cancels itself ends at its next await. It must not be this one.
         return task is not caller and await wait_for_end([task], seconds) == 1
 
     async def cancel_group(
@@ -826,28 +950,34 @@ class TaskManager:
         grace: float = 0.0,
         timeout: float | None = 10.0,
     ) -> int:
-        """Cancel all tasks of a group and of all below it, and wait for them together.
+        """Cancel all tasks of a group and of the groups below it, and wait for them together.
+
+        A task whose cancellation was already requested is not cancelled again, so that its cleanup is not
+        interrupted; only ``shutdown`` cancels twice. The calling task and the tasks that await it are
+        spared.
 
         Args:
-            group: The name of a labelled group, the name or id of a scoped one, or the group. In one that
-                is not known nothing is live: no error, nothing is cancelled.
-            reason: Noted with each task's cause.
-            grace: Seconds between the cancel event and the cancelling, at least 0.
-            timeout: Seconds to wait for their end after that; None is without bound.
+            group: The name of a labeled group, the name or id of a scoped one, or the group itself. An
+                unknown group has no tasks: nothing is cancelled, and nothing is raised.
+            reason: Recorded with the cause of each task.
+            grace: Seconds between the cancel event and the cancellation, at least 0; 0 cancels immediately.
+            timeout: Seconds to wait for the tasks' end after that, at least 0. None means no limit.
 
         Returns:
-            How many have ended by it. What still runs after ``timeout`` is logged and stays listed.
+            How many tasks the cancellation ended. Tasks that still run after ``timeout`` are logged and stay
+            listed.
 
         Raises:
             WrongLoopError: The manager has live tasks in another loop.
-            TypeError: ``group`` is neither a name nor a group, or a duration no number.
-            ValueError: The group is another manager's, or a duration negative.
+            TypeError: ``group`` is neither a name nor a group, or a duration is not a number.
+            ValueError: ``group`` belongs to another manager, or a duration is negative.
 
-        A task that somebody has cancelled before is not asked again, so that its clean-up is
-        not torn; ``shutdown`` alone asks twice.
+        Cancellation: cancelling the caller ends the grace or the wait; the tasks are cancelled.
 
-        Cancellation: of the caller ends the waiting, or the grace; the tasks are cancelled. The
-        calling task is spared, and so is what awaits it.
+        Telemetry: the span of each task records the cause, and links to the current span.
+
+        Example:
+            >>> await manager.cancel_group("ingest", reason="no longer wanted")
         """
         return await cancel_groups(
             self._ledger, self._caller(), self._lookup.groups(group), reason, grace, timeout
@@ -856,49 +986,59 @@ class TaskManager:
     async def cancel_all_tasks(
         self, reason: str | None = None, *, grace: float = 0.0, timeout: float | None = 10.0
     ) -> int:
-        """Cancel every task of the manager; the parameters are those of ``cancel_group``.
+        """Cancel every task of the manager and wait for them together; the manager stays usable.
 
-        The manager stays usable.
+        The parameters, the result, and the tasks that are spared are those of ``cancel_group``.
 
         Raises:
             WrongLoopError: The manager has live tasks in another loop.
-            TypeError: A duration is no number.
+            TypeError: A duration is not a number.
             ValueError: A duration is negative.
 
-        Cancellation: of the caller ends the waiting; the tasks stay cancelled.
+        Cancellation: cancelling the caller ends the grace or the wait; the tasks are cancelled.
+
+        Example:
+            >>> await manager.cancel_all_tasks(reason="reload")
         """
         return await cancel_groups(self._ledger, self._caller(), [self._root], reason, grace, timeout)
 
     async def shutdown(self, grace: float = 5.0, timeout: float | None = 10.0) -> ShutdownReport:
-        """Refuse new tasks, let the live ones finish, cancel the rest, and report.
+        """Refuse new tasks, let live ones finish, cancel the rest, and report.
 
-        It belongs to the running event loop: in another loop the manager is open.
+        The shutdown applies to the running event loop: in another loop, the manager is open.
 
-        The cancel events are set first; what is still live after ``grace`` is cancelled by
-        rising priority, the critical tasks last; what ignored that is cancelled once more.
+        It sets the cancel events first. After ``grace``, it cancels the live tasks by rising priority,
+        critical tasks last. It then cancels once more the tasks that ignored the first cancellation. The
+        calling task and the tasks that await it are spared.
 
         Args:
-            grace: Seconds to finish in, at least 0. It waits for services only if they drain.
-            timeout: Seconds for all that comes after, at least 0; None is without bound.
+            grace: Seconds in which tasks may finish, at least 0. Services are awaited only if they drain.
+            timeout: Seconds for everything after that, at least 0. None means no limit.
 
         Returns:
-            What became of the tasks; also logged, if one would not stop.
+            How the tasks ended. Tasks that did not stop are also logged.
 
         Raises:
             WrongLoopError: The manager has live tasks in another loop; it stays open.
-            TypeError: A duration is no number.
+            TypeError: A duration is not a number.
             ValueError: A duration is negative.
 
-        Cancellation: of the caller ends the waiting; the manager stays closed. The calling
-        task is spared, and so is what awaits it.
+        Cancellation: cancelling the caller ends the wait; the manager stays closed.
 
-        Telemetry: the spans of tasks that would not stop are ended as ``abandoned``.
+        Telemetry: the spans of tasks that did not stop end as ``abandoned``.
+
+        Example:
+            >>> report = await manager.shutdown(grace=5.0)
+            >>> report.clean
         """
         return await self._shut_down(grace, timeout, f"shutdown(){_called_at()}")
 
     async def __aenter__(self) -> Self:
-        """Open it, again if it was shut down."""
-        # First: an entry that is refused leaves a closed manager closed.
+        """Open the manager, even if it was shut down.
+
+        Cancellation: it never waits.
+        """
+        # Bind first: if that is refused, a closed manager stays closed.
         self._ledger.home.bind(asyncio.get_running_loop())
         if self._ledger.home.closed:
             self._ledger.reopen()
@@ -907,18 +1047,22 @@ class TaskManager:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        """Shut the manager down, as ``shutdown()`` does.
+
+        Cancellation: cancelling the caller ends the wait; the manager stays closed.
+        """
         await self._shut_down(5.0, 10.0, f"the end of its async with block{_called_at()}")
 
     async def _shut_down(self, grace: float, timeout: float | None, by: str) -> ShutdownReport:
         return await shut_down(self._ledger, self._caller(), grace, timeout, by)
 
     def _caller(self) -> asyncio.Task[Any] | None:
-        """The calling task, after a look whether this is the right loop to call from."""
+        """Return the calling task, after checking that the manager belongs to this loop."""
         self._ledger.home.bind(asyncio.get_running_loop())
         return asyncio.current_task()
 
 
 def _called_at() -> str:
-    """Say which line of the user's code is calling, as in ``" in stop app.py:31"``; empty if none is."""
+    """Name the line of user code that calls, as in ``" in stop app.py:31"``; empty if there is none."""
     at = calling_line()
     return "" if at is None else f" in {at}"
