@@ -448,8 +448,8 @@ async def test_labeled_group_cannot_be_entered() -> None:
     """A labeled group is already open; the message shows what can be entered."""
     with pytest.raises(
         RuntimeError,
-        match=r"^group 'mail' is open already and cannot be entered: "
-        r'async with manager\.group\("name"\) makes one that can$',
+        match=r"^group 'mail' is already open and cannot be entered: "
+        r'write async with manager\.group\("name"\)$',
     ):
         async with TaskManager().get_group("mail"):
             raise AssertionError("unreachable")
@@ -601,7 +601,7 @@ async def test_block_below_a_group_that_has_not_been_entered_is_refused() -> Non
     with pytest.raises(
         GroupClosedError,
         match=r"^group 'b' cannot be entered: the group above it, 'a', has not been entered; "
-        r"enter it inside of that one's block$",
+        r"enter it inside the block of that group$",
     ):
         async with manager.group("a").group("b"):
             pass

@@ -1023,7 +1023,7 @@ async def test_stubborn_task_is_cancelled_twice_and_reported_with_its_stack(
     assert list(report.still_running) == ["stubborn"]
     assert "in ignore_cancels" in report.still_running["stubborn"]
     assert not report.clean
-    assert caplog.messages[0].startswith("task 'stubborn' would not stop at shutdown; it is at\n")
+    assert caplog.messages[0].startswith("task 'stubborn' did not stop at shutdown; it is at\n")
     attributes = spans.span("stubborn").attributes
     assert attributes is not None
     assert attributes["otel_tasks.task.outcome"] == "abandoned"
@@ -1396,7 +1396,7 @@ async def test_shutdown_logs_dropped_tasks(caplog: pytest.LogCaptureFixture) -> 
 
     (record,) = caplog.records
     assert record.getMessage() == (
-        "the shutdown has cancelled 12 tasks before they began: "
+        "the shutdown cancelled 12 tasks before they started: "
         + ", ".join(f"'queued-{number}'" for number in range(10))
         + ", ..."
     )

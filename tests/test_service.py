@@ -976,7 +976,7 @@ async def test_attempt_that_will_not_stop_is_listed_with_its_service(
     assert set(report.still_running) == {"prices", "prices#1"}
     await manager.join()
     assert attribute(spans.span("prices"), "otel_tasks.task.outcome") == "abandoned"
-    assert "would not stop" in caplog.text
+    assert "did not stop" in caplog.text
 
 
 # -- places ----------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """TaskGroup: a node in the tree of work.
 
-*Labelled* groups are named by a string, made on first use, nest by the dots in their names and
-stay open until shutdown; a failure in one is its task's own. *Scoped* groups are entered with
-``async with``, joined and then closed; they cancel their siblings and raise, as asyncio's do.
-A request's group is scoped too, but no block: the middleware opens, cancels and seals it.
+A *labeled* group is named by a string, created on first use, and open until shutdown; the dots in labels
+nest them. A failure in it stays with its task. A *scoped* group is entered with ``async with``; at the end
+of the block, it waits for its tasks and closes. A failing task cancels its siblings, and the block raises,
+as in ``asyncio.TaskGroup``. A request's group is scoped, but has no block: the middleware opens, cancels,
+and seals it.
 """
 
 from __future__ import annotations
@@ -49,30 +50,37 @@ _NAME_IT = 'call it by its work, as in TaskGroup("load")'
 
 
 class Manager(Protocol):
-    """A ``TaskManager``, which stands above this module."""
+    """The part of a ``TaskManager``, which stands above this module, that a group needs."""
 
     @property
     def _root(self) -> TaskGroup: ...
 
 
 class TaskGroup(Creation):
-    """A group of tasks, and of groups below it; with ``async with`` a drop-in for ``asyncio.TaskGroup``.
+    """A group of tasks and of groups below it; with ``async with``, a drop-in for ``asyncio.TaskGroup``.
 
     Args:
-        name: What it is called in traces; its id gets a number behind it. None is ``"group"``.
-        on_error: ``"cancel"``: a failing task cancels its siblings and the block raises an
-            ``ExceptionGroup``; ``"isolate"``: it is reported and the others go on.
-        timeout: Seconds that the block may take, at least 0; then everything in it is cancelled
-            and it raises ``TimeoutError``. None is without bound.
-        max_concurrency: How many of its tasks run at a time, at least 1; the others wait for a
-            place, highest priority first. None is without bound. The manager's limit holds too.
-        max_queue: How many may wait, at least 0; one more is refused. None is without bound.
+        name: The group's name in traces; its id is the name and a number. None means ``"group"``.
+        on_error: ``"cancel"``: a failing task cancels its siblings, and the block raises an
+            ``ExceptionGroup``. ``"isolate"``: the failure is reported, and the other tasks continue.
+        timeout: Seconds that the block may take, at least 0; then everything in it is cancelled, and it
+            raises ``TimeoutError``. None means no limit.
+        max_concurrency: How many of the group's tasks run at a time, at least 1; the others wait for a
+            place, highest priority first. The manager's limit applies too. None means no limit.
+        max_queue: How many tasks may wait for a place, at least 0; the next one is refused. None means no
+            limit.
         span: Give the block a span of its own.
-        manager: Whose tasks they are; None is the manager of the request or the managed task that makes the
-            group, elsewhere the global manager.
+        manager: The manager of the tasks. None means the manager of the request or managed task that creates
+            the group, or else the global manager.
 
-    Cancellation: of the task in the block cancels all tasks of the group, waits for them, and
-    goes on its way.
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: ``name`` is not valid, or an argument is out of its range.
+
+    Cancellation: cancelling the task that runs the block cancels all tasks of the group; the cancellation
+    propagates when they have ended.
+
+    Telemetry: with ``span``, a span for the block; the spans of its tasks are below it.
 
     Example:
         >>> async with TaskGroup("load") as group:
@@ -116,13 +124,13 @@ class TaskGroup(Creation):
 
     @property
     def progress(self) -> GroupProgress:
-        """What the tasks here and below have reported of their progress, added up now."""
+        """The progress that the tasks of this group and below it have reported, added up at each read."""
         past = [group._past_progress for group in self._below() if group._past_progress is not None]
         return add_up(map(reported, self._every_live()), past)
 
     @property
     def task_group(self) -> TaskGroup:
-        """Itself: a group may stand for the current group."""
+        """The group itself: a group can stand for the current group."""
         return self
 
     @property
@@ -146,26 +154,29 @@ class TaskGroup(Creation):
         work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
         **options: Unpack[NamedTaskOptions],
     ) -> concurrent.futures.Future[T]:
-        """Create a task in this group from another thread, as ``asyncio.run_coroutine_threadsafe`` would.
+        """Create a task in this group from another thread, as ``asyncio.run_coroutine_threadsafe`` does.
 
         Args:
-            work: A coroutine, or a function that makes one; it is called in the event loop.
-            **options: As for ``create_task``. The task runs in a copy of the context that is current
-                here, and so belongs to its trace.
+            work: A coroutine, or a function that returns one; the function is called in the event loop.
+            **options: As for ``create_task``. The task runs in a copy of the context of the calling thread,
+                and so belongs to its trace.
 
         Returns:
-            What ends when the task has ended. Its ``cancel()`` cancels the task. Do not wait for it in
-            the loop's own thread: the task would never begin.
+            A future that ends with the task. Its ``cancel()`` cancels the task. Do not wait for it in the
+            loop's own
+            thread: the task would never start.
 
         Raises:
             GroupClosedError: The group takes no new tasks.
             ManagerClosedError: The manager is shut down.
-            WrongLoopError: The manager has not been used in an event loop yet, or that one is closed.
-            TypeError: ``work`` is neither, or an option is of the wrong type.
+            WrongLoopError: The manager has not been used in an event loop yet, or that loop is closed.
+            TypeError: ``work`` is neither a coroutine nor a function, or an option has the wrong type.
             ValueError: An option is out of its range.
 
-        What only the loop can tell is raised by the future, as a name that is taken. A coroutine is
-        closed on every refusal.
+        The future raises errors that only the loop can detect, such as a name that is taken. Every refusal
+        closes the coroutine.
+
+        Telemetry: as for ``create_task``; the span belongs to the trace of the calling thread.
 
         Example:
             >>> price = group.create_task_threadsafe(fetch_price(7)).result(timeout=5.0)
@@ -183,26 +194,31 @@ class TaskGroup(Creation):
     ) -> ManagedTask[T]:
         """Create a task that calls a plain function in a thread of its own.
 
-        The function runs in the task's context: ``current_task()``, ``current_group()`` and
-        ``current_cancel_event()`` work in it, and what it traces belongs to the task's span. No
-        more than the manager's ``max_threads`` work at a time; the others wait, highest priority first.
+        The function runs in the task's context: ``current_task()``, ``current_group()``, and
+        ``current_cancel_event()`` work in it, and its spans are below the task's span. At most
+        ``max_threads`` functions of the manager work at a time; the others wait, highest priority first.
 
         Args:
-            function: What to call; ``functools.partial`` gives it keyword arguments.
-            *args: What to call it with.
-            abandon: What becomes of the thread when the task is cancelled or runs into its timeout. A
-                thread cannot be stopped; both ways its cancel event is set. False: the task ends when
-                the function has returned. True: it ends at once, and the thread runs on, named in the
-                log and in ``manager.abandoned_threads`` until it returns.
+            function: The function to call; ``functools.partial`` adds keyword arguments.
+            *args: Its arguments.
+            abandon: How the task ends when it is cancelled or its timeout expires. A thread cannot be
+                stopped; in both cases, its cancel event is set. False: the task ends when the function has
+                returned. True: the task ends immediately, and the thread runs on, listed in the log and in
+                ``manager.abandoned_threads`` until it returns.
             **options: As for ``create_task``.
 
         Returns:
-            The task. Once cancelled it ends as cancelled, also if the function returns a value after
-            that; if it raises, other than CancelledError, the task has failed.
+            The task. After a cancellation, it ends as cancelled, even if the function then returns a value.
+            If the function raises anything but CancelledError, the task fails.
 
         Raises:
-            TypeError: ``function`` is no plain function.
+            TypeError: ``function`` is not a plain function, or an option has the wrong type.
             GroupClosedError: The group takes no new tasks.
+            ManagerClosedError: The manager is shut down.
+            QueueFullError: No place is free, and no more tasks may wait.
+            ValueError: An option is out of its range.
+
+        Telemetry: as for ``create_task``.
 
         Example:
             >>> def resize(paths):
@@ -223,17 +239,32 @@ class TaskGroup(Creation):
     async def put_task(
         self, coro: Coroutine[Any, Any, T], **options: Unpack[NamedTaskOptions]
     ) -> ManagedTask[T]:
-        """Create a task as soon as it may wait for its place: ``create_task`` with patience.
+        """Create a task; if the queue is full, wait for room first.
 
-        As ``asyncio.Queue.put`` is to ``put_nowait``: where ``create_task`` would raise
-        ``QueueFullError`` this waits for room in the queue. The parameters are the same.
+        ``put_task`` is to ``create_task`` what ``asyncio.Queue.put`` is to ``put_nowait``: it waits where
+        ``create_task`` raises ``QueueFullError``. The parameters are the same.
+
+        Args:
+            coro: The coroutine to run; closed if the task is refused.
+            **options: As for ``create_task``.
+
+        Returns:
+            The task, which may still wait for a place.
 
         Raises:
-            GroupClosedError: The group takes no new tasks, or none any more.
-            ManagerClosedError: The manager is shut down, or was while this waited.
+            GroupClosedError: The group takes no new tasks, or stopped taking them during the wait.
+            ManagerClosedError: The manager is shut down, or was shut down during the wait.
             WrongLoopError: The manager has live tasks in another loop.
+            TypeError: ``coro`` is not a coroutine, or an option has the wrong type.
+            ValueError: An option is out of its range.
 
-        Cancellation: of the caller, while it waits for room: ``coro`` is closed, no task is created.
+        Cancellation: cancelling the caller during the wait closes ``coro``; no task is created.
+
+        Telemetry: as for ``create_task``.
+
+        Example:
+            >>> for url in urls:
+            ...     await group.put_task(fetch(url))
         """
         try:
             check_coroutine(coro)
@@ -243,27 +274,28 @@ class TaskGroup(Creation):
             close_quietly(coro)
             raise
         finally:
-            # What this one did not need, or leaves over, is for the next in line.
+            # Room that this call did not use is for the next producer in line.
             self._ledger.places.wake_producer()
 
     @property
     def max_concurrency(self) -> int | None:
-        """How many of its tasks run at a time; may be changed while they do. None is without bound.
+        """How many of the group's tasks run at a time; can be changed while they run. None means no limit.
+
+        A lower limit stops no running task: it takes effect as tasks end.
 
         Raises:
-            ValueError: It is set to what is no whole number of at least 1.
+            ValueError: The new limit is neither None nor a whole number of at least 1.
         """
         return None if self._limiter is None else self._limiter.limit
 
     @max_concurrency.setter
     def max_concurrency(self, limit: int | None) -> None:
-        # A lower one waits for running tasks to end, it stops none.
         check_count("max_concurrency", limit, 1)
         limiter = self._limiter or Limiter(None, None)
         if self._limiter is None:
             self._limit(limiter)
             self._count_for(limiter, before=True)
-        # A labelled group is forgotten when it is empty; not one with a limit.
+        # An empty labeled group is forgotten, unless it has a limit.
         self._ledger.places.limited.discard(self)
         if limit is not None and not self.scoped:
             self._ledger.places.limited.add(self)
@@ -279,16 +311,27 @@ class TaskGroup(Creation):
         max_queue: int | None = None,
         span: bool = False,
     ) -> TaskGroup:
-        """Make a scoped group below this one; enter it with ``async with``.
+        """Create a scoped group below this one, to be entered with ``async with``.
 
         Args:
-            name: What it is called.
+            name: The group's name in traces.
             on_error: What a failing task does to its siblings, as for ``TaskGroup``.
-            timeout: Seconds that the block may take; None is without bound.
-            max_concurrency: How many of its tasks run at a time; this group's limit, if it has
-                one, does not count for it.
-            max_queue: How many may wait for a place.
+            timeout: Seconds that the block may take, at least 0. None means no limit.
+            max_concurrency: How many of its tasks run at a time, at least 1. A limit of this group does not
+                apply to them. None means no limit.
+            max_queue: How many tasks may wait for a place, at least 0. None means no limit.
             span: Give the block a span of its own.
+
+        Returns:
+            The group, to be entered once.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: ``name`` is not valid, or an argument is out of its range.
+
+        Example:
+            >>> async with group.group("pages") as pages:
+            ...     pages.create_task(fetch(1))
         """
         group = TaskGroup(
             name,
@@ -302,21 +345,26 @@ class TaskGroup(Creation):
         return group
 
     def cancel(self, reason: str | None = None) -> None:
-        """Cancel all that is live in this group and below it, at once and without waiting.
+        """Cancel everything that is live in this group and below it, without waiting.
 
-        The block of a scoped group is left without an exception; it takes no new tasks from
-        now on. A labelled group stays usable. The calling task is cancelled too if it is one of
-        the group's; ``manager.cancel_group`` spares it, and waits. From another thread the loop is
-        told, and does it in its next turn.
+        The block of a scoped group is left without an exception, and the group takes no new tasks from now
+        on. A labeled group stays usable. If the calling task is one of the group's, it is cancelled too;
+        ``manager.cancel_group`` spares it, and waits. In another thread, the call is passed to the loop,
+        which cancels in its next iteration.
 
         Args:
-            reason: Noted with the cause of each task.
+            reason: Recorded with the cause of each task.
+
+        Telemetry: the span of each task records the cause, and links to the current span.
+
+        Example:
+            >>> group.cancel("not needed anymore")
         """
         loop = self._ledger.home.elsewhere()
         if loop is None:
             self._cancel_all(CancelCause.make(CancelKind.EXPLICIT, reason))
             return
-        with suppress(RuntimeError):  # It is closed: nothing in it can be cancelled any more.
+        with suppress(RuntimeError):  # The loop is closed: nothing in it can be cancelled.
             loop.call_soon_threadsafe(self._cancel_all, cause_elsewhere(loop, reason))
 
     def _cancel_all(self, cause: CancelCause) -> None:
@@ -327,13 +375,18 @@ class TaskGroup(Creation):
         renew(announced, cause)
 
     async def join(self) -> None:
-        """Wait until nothing is live in this group and below it, the calling task and what awaits it aside.
+        """Wait until no task is live in this group and below it.
 
-        It raises nothing of what the tasks raise: that is reported where it belongs.
+        It ignores the calling task and the tasks that await it. It does not raise the exceptions of the
+        tasks; each is reported as usual.
 
-        Cancellation: of the caller leaves the tasks alone.
+        Cancellation: cancelling the caller ends the wait; the tasks continue.
+
+        Example:
+            >>> await group.join()
         """
-        # Anew each time: two that join each other would wait for ever, if the second came later.
+        # Find the awaiters again in each round: two tasks that join each other would wait forever if the
+        # second joined later.
         while live := self._live_without(with_awaiters(asyncio.current_task())):
             await wait_until_done(live)
 
@@ -343,11 +396,21 @@ class TaskGroup(Creation):
     # -- async with -------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
+        """Enter the block: the group opens below its parent, or in the group around it.
+
+        Raises:
+            RuntimeError: The group is open, was entered before, or is not entered in a task.
+            GroupClosedError: The group that it was created below is not open.
+            ManagerClosedError: The manager is shut down.
+            WrongLoopError: The manager has live tasks in another loop.
+
+        Cancellation: it never waits.
+        """
         scope = self._scope
         if scope is None:
             raise RuntimeError(
-                f"group {self.id!r} is open already and cannot be entered: "
-                'async with manager.group("name") makes one that can'
+                f"group {self.id!r} is already open and cannot be entered: "
+                'write async with manager.group("name")'
             )
         if scope.entered:
             raise RuntimeError(f"group {self.id!r} has already been entered: make a new one for each block")
@@ -361,11 +424,11 @@ class TaskGroup(Creation):
             state = "is finished" if parent._number else "has not been entered"
             raise GroupClosedError(
                 f"group {self.name!r} cannot be entered: the group above it, {parent.id!r}, {state}; "
-                "enter it inside of that one's block"
+                "enter it inside the block of that group"
             )
         scope.outer = outer = ledger.hosts.get(host)
         ledger.hosts[host] = self
-        # What it inherits from above is no reason to cancel the body: whoever hosts it decides.
+        # A cause inherited from above does not cancel the body: the host of the group above decides.
         cancelled_before = self._cause
         self._open(self._place(outer))
         if scope.wants_span:
@@ -378,7 +441,16 @@ class TaskGroup(Creation):
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        # Not `bool`: type checkers would then hold that every block may swallow an exception.
+        # Not `bool`: type checkers would then assume that every block may swallow an exception.
+        """Wait for the tasks and the groups below, and close the group.
+
+        Raises:
+            RuntimeError: The group has not been entered.
+            BaseExceptionGroup: Tasks failed, or the body raised.
+            TimeoutError: The block's ``timeout`` expired.
+
+        Cancellation: cancels all tasks of the group; it propagates when they have ended.
+        """
         scope = self._scope
         if scope is None or scope.host is None:
             raise RuntimeError(f"group {self.id!r} has not been entered: use it with async with")
@@ -402,13 +474,13 @@ class TaskGroup(Creation):
         ledger.places.wake_producer()
 
     def _place(self, outer: TaskGroup | None) -> TaskGroup:
-        """The group below which the block runs: the one it was made for, or the one around it."""
+        """Return the group below which the block runs: the one it was created for, or the one around it."""
         if self._parent is not None:
             return stand_in(self._parent)
         return self._surroundings() if outer is None else nearest_open(outer)
 
     def _surroundings(self) -> TaskGroup:
-        """The current group, if it is one of this manager's and not over; else the manager's root."""
+        """Return the current group if it is this manager's and not over, or else the manager's root."""
         group: TaskGroup | None = current_group_or_none()
         if group is None or group._ledger is not self._ledger or (group.scoped and not group._linked):
             return self._ledger.root

@@ -1,4 +1,4 @@
-"""How a manager cancels groups, and how it shuts down: by priority, within a bound, and with a report."""
+"""Cancels groups, and shuts a manager down: by priority, within a time limit, with a report."""
 
 from __future__ import annotations
 
@@ -28,16 +28,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ShutdownReport:
-    """What became of the tasks that were live when a manager was shut down.
+    """The outcome of the tasks that were live when a manager was shut down.
 
     Attributes:
-        completed: How many returned.
-        failed: How many raised.
-        cancelled: How many ended cancelled.
-        cancel_ignored: The ids of those that were cancelled and completed all the same.
-        still_running: The ids of those that would not stop, each with the stack where it is.
-        abandoned_threads: The ids of tasks that have ended, now or before, while their function runs on
-            in a thread, each with the stack where it is.
+        completed: How many tasks returned.
+        failed: How many tasks raised.
+        cancelled: How many tasks ended cancelled.
+        cancel_ignored: The ids of tasks that were cancelled and completed anyway.
+        still_running: The ids of tasks that did not stop, each with its current stack.
+        abandoned_threads: The ids of tasks that have ended, now or earlier, while their functions still run
+            in threads, each with the current stack.
+
+    Example:
+        >>> report = await manager.shutdown()
+        >>> report.clean
     """
 
     completed: int = 0
@@ -49,7 +53,7 @@ class ShutdownReport:
 
     @property
     def clean(self) -> bool:
-        """True if nothing runs on."""
+        """True if no task and no thread still runs."""
         return not self.still_running and not self.abandoned_threads
 
 
@@ -61,9 +65,24 @@ async def cancel_groups(
     grace: float,
     timeout: float | None,
 ) -> int:
+    """Cancel the tasks of ``groups`` and below them, and wait for them; see ``TaskManager.cancel_group``.
+
+    Args:
+        ledger: The manager's ledger.
+        caller: The calling task; it and the tasks that await it are spared.
+        groups: The groups to cancel.
+        reason: Recorded with the cause.
+        grace: Seconds between the cancel event and the cancellation.
+        timeout: Seconds to wait for the tasks' end after that. None means no limit.
+
+    Returns:
+        How many tasks the cancellation ended.
+
+    Cancellation: ends the grace or the wait; the tasks are cancelled.
+    """
     patience = checked_seconds("grace", grace)
     seconds = checked_seconds("timeout", timeout)
-    # Who awaits the caller cannot end before it, and would hand the cancellation on to it.
+    # A task that awaits the caller cannot end before it, and would pass the cancellation on to it.
     spared = with_awaiters(caller)
     cause = CancelCause.make(CancelKind.EXPLICIT, reason)
     tasks = _others(groups, spared)
@@ -71,10 +90,10 @@ async def cancel_groups(
     try:
         if patience != 0.0:
             await wait_until_done(tasks, patience)
-        # Those too that were created in the grace: they are cancelled with the others.
+        # Include tasks created during the grace: they are cancelled with the others.
         tasks = list(dict.fromkeys([*tasks, *_others(groups, spared)]))
     finally:
-        # Also when the caller is cancelled in the grace: what has been announced is done.
+        # Also if the caller is cancelled during the grace: the cancel events are already set.
         for group in groups:
             group._cancel_tasks(cause, spared=spared)
             if group._scope is not None and group._scope.host not in spared:
@@ -84,7 +103,13 @@ async def cancel_groups(
 
 
 async def wait_for_end(tasks: list[ManagedTask[Any]], timeout: float | None) -> int:
-    """Wait for tasks that were asked to end; returns how many did by it."""
+    """Wait for tasks whose cancellation was requested; log those that still run after ``timeout``.
+
+    Returns:
+        How many tasks the cancellation ended.
+
+    Cancellation: ends the wait.
+    """
     await wait_until_done(tasks, timeout)
     live = [task.id for task in tasks if not task.done()]
     if live:
@@ -98,6 +123,17 @@ async def wait_for_end(tasks: list[ManagedTask[Any]], timeout: float | None) -> 
 async def shut_down(
     ledger: Ledger, caller: asyncio.Task[Any] | None, grace: float, timeout: float | None, by: str
 ) -> ShutdownReport:
+    """Shut a manager down; see ``TaskManager.shutdown``.
+
+    Args:
+        ledger: The manager's ledger.
+        caller: The calling task; it and the tasks that await it are spared.
+        grace: Seconds in which tasks may finish.
+        timeout: Seconds for everything after that. None means no limit.
+        by: The caller, for the error that later tasks raise.
+
+    Cancellation: ends the wait; the manager stays closed.
+    """
     seconds = checked_seconds("timeout", timeout)
     patience = checked_seconds("grace", grace)
     spared = with_awaiters(caller)
@@ -107,14 +143,14 @@ async def shut_down(
     ledger.root._signal_cancel(cause)
     _drop_queue(ledger, tasks, cause)
     if patience != 0.0:
-        # Most services do not end by themselves: every shutdown would last its whole grace.
+        # Most services do not end on their own: with them, every shutdown would last its whole grace.
         await wait_until_done([task for task in tasks if not runs_forever(task)], patience)
     await _cancel_by_priority(ledger, tasks, cause, seconds, spared)
     return _report(ledger, tasks)
 
 
 def _drop_queue(ledger: Ledger, tasks: list[ManagedTask[Any]], cause: CancelCause) -> None:
-    """Cancel those that wait for a place, and wake who waits for room: nobody gets any more."""
+    """Cancel the tasks that wait for a place, and wake a producer that waits for room: neither gets any."""
     waiting = [task for task in tasks if task._extras is not None and task._extras.queued]
     request_cancel_all(waiting, cause, heard=bool(ledger.listeners.functions))
     ledger.places.wake_producer()
@@ -133,13 +169,13 @@ async def _cancel_by_priority(
     for number, level in enumerate(levels):
         chosen = [task for task in tasks if task.priority is level and not task.done()]
         request_cancel_all(reversed(chosen), cause, heard=bool(ledger.listeners.functions))
-        # An even share of what is left for each level and for the last step.
+        # Each level and the last step get an even share of the remaining time.
         left = None if deadline is None else max(0.0, deadline - loop.time()) / (len(levels) - number + 1)
         await wait_until_done(chosen, left)
     ledger.root._cancel_bodies(ledger.root._below(), cause, spared)
     stubborn = [task for task in tasks if not task.done()]
     for task in stubborn:
-        # The one place that asks again: what is not done by now has swallowed the first.
+        # The only place that cancels twice: a task that is still live has swallowed the first cancellation.
         asyncio_cancel(task, str(cause))
     await wait_until_done(stubborn, None if deadline is None else max(0.0, deadline - loop.time()))
 
@@ -150,7 +186,7 @@ def _report(ledger: Ledger, tasks: Iterable[ManagedTask[Any]]) -> ShutdownReport
     for task, info in infos:
         if info.id in running:
             logger.error(
-                "task %r would not stop at shutdown; it is at\n%s",
+                "task %r did not stop at shutdown; it is at\n%s",
                 info.id,
                 running[info.id],
                 extra=log_fields(info),
@@ -181,14 +217,14 @@ def _abandoned_threads(ledger: Ledger) -> dict[str, str]:
 
 
 def _others(groups: Iterable[TaskGroup], spared: Collection[asyncio.Future[Any]]) -> list[ManagedTask[Any]]:
-    """The tasks of these groups and below that are not done, some aside."""
+    """Return the tasks of these groups and below them that are not done, except the spared ones."""
     return [
         task for group in groups for task in group._every_live() if task not in spared and not task.done()
     ]
 
 
 def _report_unstarted(infos: Iterable[tuple[ManagedTask[Any], TaskInfo]]) -> None:
-    """Log which work a shutdown has dropped; a service is none: it is begun again with the application."""
+    """Log the work that a shutdown has dropped, except services: they start again with the application."""
     lost = [
         info.id
         for task, info in infos
@@ -197,7 +233,7 @@ def _report_unstarted(infos: Iterable[tuple[ManagedTask[Any], TaskInfo]]) -> Non
     if lost:
         names = ", ".join(map(repr, lost[:10])) + (", ..." if len(lost) > 10 else "")
         logger.warning(
-            "the shutdown has cancelled %d tasks before they began: %s",
+            "the shutdown cancelled %d tasks before they started: %s",
             len(lost),
             names,
             extra=log_fields_of_all(lost),
