@@ -158,7 +158,7 @@ CREATING: list[tuple[Use, type[Exception], str]] = [
     (
         lambda manager: manager.group(""),
         ValueError,
-        'group name must not be empty: call it by its work, as in TaskGroup("load")',
+        'group name must not be empty: name it after its work, such as "load"',
     ),
     (
         lambda manager: manager.group("load", span="no"),  # type: ignore[arg-type]  # the mistake under test
@@ -247,11 +247,11 @@ async def test_start_task_with_no_coroutine_shows_the_right_line(factory: Any, m
 WAITING: list[tuple[Callable[[TaskManager], Coroutine[Any, Any, object]], str]] = [
     (
         lambda manager: manager.start_task("", rest),
-        'task name must not be empty: call it by its work, as in start_task("import", work)',
+        'task name must not be empty: name it after its work, as in start_task("import", work)',
     ),
     (
         lambda manager: manager.start_service("", rest),
-        'service name must not be empty: call it by its work, as in start_service("prices", work)',
+        'service name must not be empty: name it after its work, as in start_service("prices", work)',
     ),
     (lambda manager: manager.wait_for_task("a", timeout=-1), "timeout must be at least 0 seconds, got -1"),
     (lambda manager: manager.cancel_task("a", timeout=-1), "timeout must be at least 0 seconds, got -1"),
@@ -333,3 +333,47 @@ async def test_callable_object_is_named_by_its_class() -> None:
 
     with pytest.raises(TypeError, match=r"got the function Work: write create_task\(Work\(\.\.\.\)\)$"):
         TaskManager().create_task(Work())  # type: ignore[arg-type]  # the mistake under test
+
+
+CALLED: list[tuple[Callable[[Any], Any], str]] = [
+    (
+        lambda manager: manager.put_task(coroutine_function),
+        "put_task() takes a coroutine, got the function coroutine_function: "
+        "write put_task(coroutine_function(...))",
+    ),
+    (
+        lambda manager: manager.put_task(5),
+        "put_task() takes a coroutine, got 5: write put_task(work(...)) with `async def work(...)`",
+    ),
+    (
+        lambda manager: asyncio.wrap_future(manager.create_task_threadsafe(plain_function)),
+        "create_task_threadsafe() takes a function that returns a coroutine, "
+        "and plain_function() returned 1: declare it as `async def plain_function(...)`",
+    ),
+    (
+        lambda manager: manager.put_task(rest(), color=1),
+        "put_task() got an unexpected keyword argument 'color'",
+    ),
+    (
+        lambda manager: manager.run_in_thread(plain_function, color=1),
+        "run_in_thread() got an unexpected keyword argument 'color'",
+    ),
+    (
+        lambda manager: manager.create_task_threadsafe(rest(), color=1),
+        "create_task_threadsafe() got an unexpected keyword argument 'color'",
+    ),
+    (
+        lambda manager: manager.create_task(rest(), color=1),
+        "create_task() got an unexpected keyword argument 'color'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("use", "message"), CALLED)
+async def test_message_names_the_function_that_was_called(use: Callable[[Any], Any], message: str) -> None:
+    """A function that creates its task through `create_task` puts its own name into the message."""
+    async with TaskManager() as manager:
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            await use(manager)
+        assert manager.stats().created == 0
+    gc.collect()

@@ -16,18 +16,23 @@ T = TypeVar("T")
 _IN_THREAD = "otel_tasks._core.threads"
 
 
-def check_coroutine(coro: object) -> None:
-    """Raise a TypeError that shows the right line, unless ``coro`` is a coroutine."""
+def check_coroutine(coro: object, function: str = "create_task") -> None:
+    """Raise a TypeError that shows the correct line, unless ``coro`` is a coroutine.
+
+    Args:
+        coro: The object to check.
+        function: The name of the function that the caller called, for the message.
+    """
     if type(coro) is CoroutineType or asyncio.iscoroutine(coro):
         return
     if callable(coro):
         name = getattr(coro, "__name__", type(coro).__name__)
-        what = f"the function {name}: write create_task({name}(...))"
+        what = f"the function {name}: write {function}({name}(...))"
     elif inspect.isawaitable(coro):
         what = f"a {type(coro).__name__}: await it inside a coroutine function, and pass that one's coroutine"
     else:
-        what = f"{coro!r}: write create_task(work(...)) with `async def work(...)`"
-    raise TypeError(f"create_task() takes a coroutine, got {what}")
+        what = f"{coro!r}: write {function}(work(...)) with `async def work(...)`"
+    raise TypeError(f"{function}() takes a coroutine, got {what}")
 
 
 def close_quietly(coro: object) -> None:
@@ -66,9 +71,17 @@ def check_factory(factory: object) -> None:
 
 
 def made_coroutine(
-    factory: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T],
+    factory: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T], function: str = "start_task"
 ) -> Coroutine[Any, Any, T]:
-    """Call a factory, if it is one, and check what comes out."""
+    """Return a coroutine as it is, or the one that a factory returns.
+
+    Args:
+        factory: A coroutine, or a function that returns one.
+        function: The name of the function that the caller called, for the message.
+
+    Raises:
+        TypeError: The factory is neither, or does not return a coroutine.
+    """
     if asyncio.iscoroutine(factory):
         return factory
     check_factory(factory)
@@ -76,7 +89,7 @@ def made_coroutine(
     if not asyncio.iscoroutine(made):
         name = getattr(factory, "__name__", repr(factory))
         raise TypeError(
-            f"start_task() takes a function that returns a coroutine, and {name}() returned {made!r}: "
+            f"{function}() takes a function that returns a coroutine, and {name}() returned {made!r}: "
             f"declare it as `async def {name}(...)`"
         )
     return made

@@ -16,6 +16,7 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from otel_tasks._core.binding import worker_here
+from otel_tasks._core.coroutines import made_coroutine
 from otel_tasks._core.native import add_done_callback
 from otel_tasks._core.task import ManagedTask, cause_elsewhere, extras_of, request_cancel
 from otel_tasks.exceptions import WrongLoopError
@@ -138,7 +139,7 @@ class _Creation(Generic[T]):
             self._refuse("its future was cancelled before the task was created")
             return
         try:
-            self._future.attach(self._create(work if asyncio.iscoroutine(work) else work()))
+            self._future.attach(self._create(made_coroutine(work, "create_task_threadsafe")))
         except BaseException as error:
             self._future.refuse(error)
             if isinstance(error, SystemExit | KeyboardInterrupt):

@@ -19,7 +19,7 @@ from otel_tasks._core.coroutines import check_coroutine, close_quietly
 from otel_tasks._core.creation import Creation
 from otel_tasks._core.current import current_group_or_none, current_root, nearest_open, stand_in
 from otel_tasks._core.events import CancelCause
-from otel_tasks._core.options import NamedTaskOptions, with_options_of
+from otel_tasks._core.options import NamedTaskOptions, check_option_names, with_options_of
 from otel_tasks._core.places import Limiter, checked_limiter
 from otel_tasks._core.progress import add_up
 from otel_tasks._core.scope import OnError, Scope
@@ -46,7 +46,7 @@ T = TypeVar("T")
 _NORMAL = TaskPriority.NORMAL
 Args = TypeVarTuple("Args")
 
-_NAME_IT = 'call it by its work, as in TaskGroup("load")'
+_NAME_IT = 'name it after its work, such as "load"'
 
 
 class Manager(Protocol):
@@ -228,6 +228,7 @@ class TaskGroup(Creation):
             ...         shrink(path)
             >>> await group.run_in_thread(resize, paths, timeout=60.0)
         """
+        check_option_names("run_in_thread", options)
         coro = self._ledger.threads.coroutine(function, args, abandon=abandon)
         try:
             return self.create_task(coro, **options)
@@ -267,7 +268,8 @@ class TaskGroup(Creation):
             ...     await group.put_task(fetch(url))
         """
         try:
-            check_coroutine(coro)
+            check_coroutine(coro, "put_task")
+            check_option_names("put_task", options)
             await self._room()
             return self.create_task(coro, **options)
         except BaseException:

@@ -412,7 +412,7 @@ class TaskManager:
         if cancel_existing:
             on_conflict = "replace"
         try:
-            checked_name("task", name, 'call it by its work, as in start_task("import", work)')
+            checked_name("task", name, 'name it after its work, as in start_task("import", work)')
             where = self._root if group is None else self._lookup.group(group)
             if on_conflict == "replace":
                 check_factory(factory)
@@ -796,6 +796,8 @@ class TaskManager:
         Raises:
             ValueError: ``callback`` is not a listener.
         """
+        if callback not in self._ledger.listeners.functions:
+            raise ValueError(f"{callback!r} is not a listener of manager {self.name!r}")
         self._ledger.listeners.remove(callback)
 
     # -- waiting ----------------------------------------------------------------------------

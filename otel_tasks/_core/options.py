@@ -68,15 +68,25 @@ def check_options(who: str, options: Mapping[str, Any]) -> None:
         TypeError: There is no such option, or it is of the wrong type.
         ValueError: One is out of its range.
     """
-    unknown = options.keys() - NamedTaskOptions.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"{who}() got an unexpected keyword argument {min(unknown)!r}")
+    check_option_names(who, options)
     if options.get("name") is not None:
         checked_name("task", options.get("name"))
     checked_priority(options.get("priority", TaskPriority.NORMAL))
     checked_seconds("timeout", options.get("timeout"))
     checked_seconds("queue_timeout", options.get("queue_timeout"))
     check_choice("on_conflict", options.get("on_conflict", "suffix"), OnConflict)
+
+
+def check_option_names(who: str, options: Mapping[str, Any]) -> None:
+    """Raise a TypeError, as Python does, for a keyword argument that is not an option of ``create_task``.
+
+    Args:
+        who: The name of the function that the caller called.
+        options: Its keyword arguments.
+    """
+    unknown = options.keys() - NamedTaskOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"{who}() got an unexpected keyword argument {min(unknown)!r}")
 
 
 def check_context(context: object) -> None:

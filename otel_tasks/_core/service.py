@@ -111,7 +111,7 @@ async def start_supervisor(
 ) -> ManagedTask[T]:
     """Start a service in a labeled group; see ``TaskManager.start_service``."""
     _check_factory(factory)
-    checked_name("service", name, 'call it by its work, as in start_service("prices", work)')
+    checked_name("service", name, 'name it after its work, as in start_service("prices", work)')
     if not isinstance(policy, RestartPolicy):
         raise TypeError(f"restart must be a RestartPolicy, got {policy!r}")
     if group.scoped:
