@@ -64,8 +64,12 @@ class TaskGroupMiddleware:
         manager: The manager whose root is above the groups. None: ``global_task_manager``.
         cancel_handler: Whether a disconnect cancels the handler too. ``"safe"``: for methods without side
             effects (GET, HEAD, OPTIONS, QUERY), and never for a WebSocket, which receives a message. True;
-            False; or a function of the scope. A handler that awaits a task of its group ends there in any
-            case. A request can decide for itself, see ``set_cancel_handler``.
+            False; a function of the scope; or a rule as text, ``"safe, POST /v1/*, !POST /v1/batches*"``. Its
+            entries have commas between them, each is ``safe``, ``all``, ``none``, or ``[METHOD[|METHOD...]]
+            PATH``, in any order; ``*`` is any characters, and a leading ``!`` makes an exception. The path is
+            the one below the application's ``root_path``, with the prefix of a mounted application. The
+            method of a WebSocket is ``WS``. A handler that awaits a task of its group ends there in any case. A
+            request can decide for itself, see ``set_cancel_handler``.
         detect_after: Seconds between two looks at the requests in flight, above 0. A request is watched after
             one to two of them.
         buffer_limit: Bytes of an unread body that are read ahead to detect the disconnect; at least 1. Behind
@@ -80,7 +84,7 @@ class TaskGroupMiddleware:
 
     Raises:
         TypeError: An option has the wrong type.
-        ValueError: An option is out of its range.
+        ValueError: An option is out of its range, or ``cancel_handler`` has a bad entry.
 
     Cancellation: of the server's task (shutdown) cancels the group with cause ``shutdown``, waits until
     the group is empty, and propagates. A second one ends the waiting.

@@ -292,6 +292,8 @@ async def test_failing_handler_raises_its_plain_exception(manager: TaskManager, 
         ("GET", False, False),
         ("POST", lambda scope: scope["path"] == "/", True),
         ("GET", lambda scope: scope["path"] != "/", False),
+        ("POST", "safe, POST /", True),
+        ("GET", "all, !GET /", False),
     ],
 )
 async def test_cancel_handler_decides_about_the_handler(
@@ -1421,7 +1423,11 @@ async def test_every_await_of_a_request_may_be_cancelled(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"cancel_handler": "unsafe"}, ValueError, 'must be "safe", True, False or a function of the scope'),
+        (
+            {"cancel_handler": "unsafe"},
+            ValueError,
+            "cancel_handler has a bad entry, 'unsafe': a rule is entries",
+        ),
         ({"detect_after": 0}, ValueError, "detect_after must be greater than 0"),
         ({"detect_after": float("nan")}, ValueError, "detect_after"),
         ({"detect_after": "25ms"}, TypeError, "detect_after must be a number of seconds, got '25ms'"),

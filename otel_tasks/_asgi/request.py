@@ -215,7 +215,7 @@ class Request(Connection):
 
     def cancels_handler(self) -> bool:
         """Return True if a disconnect cancels its handler."""
-        return self.rules.cancels_handler(self.scope) if self.cancel_handler is None else self.cancel_handler
+        return self.rules.cancels_handler(self.scope, self.cancel_handler)
 
     def intercept(self, awaited: asyncio.Task[Any], message: object, callbacks: list[Callback]) -> bool:
         """Keep a cancellation of this request from ``awaited``, see ``Stop.intercept``."""
