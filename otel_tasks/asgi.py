@@ -68,8 +68,8 @@ class TaskGroupMiddleware:
             entries have commas between them, each is ``safe``, ``all``, ``none``, or ``[METHOD[|METHOD...]]
             PATH``, in any order; ``*`` is any characters, and a leading ``!`` makes an exception. The path is
             the one below the application's ``root_path``, with the prefix of a mounted application. The
-            method of a WebSocket is ``WS``. A handler that awaits a task of its group ends there in any case. A
-            request can decide for itself, see ``set_cancel_handler``.
+            method of a WebSocket is ``WS``. A handler that awaits a task of its group ends there in any case.
+            A request can decide for itself, see ``set_cancel_handler``.
         detect_after: Seconds between two looks at the requests in flight, above 0. A request is watched after
             one to two of them.
         buffer_limit: Bytes of an unread body that are read ahead to detect the disconnect; at least 1. Behind
