@@ -3,7 +3,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import inspect
 import logging
+import os
 import sys
 import tomllib
 from typing import TYPE_CHECKING, Any
@@ -13,15 +15,19 @@ from fastapi import FastAPI
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 from opentelemetry.metrics import NoOpMeterProvider
+from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, Route
 
 from otel_tasks import TaskManager, create_task, current_group
 from otel_tasks import instrumentation as instrumentation_module
+from otel_tasks._asgi import environment
 from otel_tasks._core.telemetry.providers import set_default_providers
 from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.instrumentation import OTEL_PYTHON_OTEL_TASKS_FASTAPI_MIDDLEWARE as OPTION
-from otel_tasks.instrumentation import OtelTasksInstrumentor, with_task_groups
+from otel_tasks.instrumentation import OtelTasksInstrumentor, OutermostTaskGroups, with_task_groups
 from otel_tasks.testing import FakeConnection, SpanRecorder
 from tests.blocks import ROOT, python_blocks, run_block
 from tests.helpers import give, rest, settle
@@ -29,7 +35,10 @@ from tests.helpers import give, rest, settle
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from otel_tasks._asgi.settings import Settings
+
 DISABLED = "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS"
+PREFIX = "OTEL_PYTHON_OTEL_TASKS_"
 
 
 @pytest.fixture
@@ -37,14 +46,16 @@ def instrumentor(monkeypatch: pytest.MonkeyPatch) -> Iterator[OtelTasksInstrumen
     """The instrumentor, and afterwards everything as it was."""
     monkeypatch.delenv(OPTION, raising=False)
     monkeypatch.delenv(DISABLED, raising=False)
-    before = FastAPI.build_middleware_stack
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        monkeypatch.delenv(name)
+    before = (FastAPI.build_middleware_stack, Starlette.build_middleware_stack)
     found = OtelTasksInstrumentor()
     yield found
     if found.is_instrumented_by_opentelemetry:
         found.uninstrument()
     monkeypatch.delenv(DISABLED, raising=False)
     set_default_providers(None)
-    assert FastAPI.build_middleware_stack is before
+    assert (FastAPI.build_middleware_stack, Starlette.build_middleware_stack) == before
 
 
 @pytest.fixture
@@ -265,7 +276,16 @@ def shop(**options: Any) -> FastAPI:
     return app
 
 
-async def answer_of(app: FastAPI) -> str:
+def plain_shop(**options: Any) -> Starlette:
+    """The same application without FastAPI."""
+
+    async def index(request: object) -> PlainTextResponse:
+        return PlainTextResponse(current_group().id.partition("#")[0])
+
+    return Starlette(routes=[Route("/", index)], **options)
+
+
+async def answer_of(app: FastAPI | Starlette) -> str:
     """The group that a request of the application has."""
     connection = FakeConnection()
     await connection.run(app)
@@ -284,6 +304,94 @@ async def test_every_application_gets_the_middleware(instrumentor: OtelTasksInst
     instrumentor.uninstrument()
     assert await answer_of(app) == "root"
     assert await answer_of(shop()) == "root"
+
+
+async def test_starlette_applications_get_the_middleware(instrumentor: OtelTasksInstrumentor) -> None:
+    """Each request has a group, in an application that was made before; undone, none has."""
+    app = plain_shop()
+    instrumentor.instrument(fastapi_middleware=True)
+
+    assert await answer_of(app) == "GET /"
+    assert app.user_middleware == []
+    instrumentor.uninstrument()
+    assert await answer_of(app) == "root"
+
+
+def settings_in(app: Any) -> Settings:
+    """The settings of the middleware that an application has."""
+    layer: Any = app.build_middleware_stack()
+    while not isinstance(layer, TaskGroupMiddleware):
+        layer = layer.app
+    settings: Settings = layer.settings
+    return settings
+
+
+@pytest.mark.parametrize("make", [shop, plain_shop])
+def test_environment_sets_every_option(
+    instrumentor: OtelTasksInstrumentor,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], FastAPI | Starlette],
+) -> None:
+    """Each option of the middleware has a variable; an empty one counts as unset."""
+    monkeypatch.setenv(OPTION, "true")
+    values = {
+        "CANCEL_HANDLER": "safe, POST /v1/*",
+        "DETECT_AFTER": "0.5",
+        "BUFFER_LIMIT": "1000",
+        "GRACE": "2",
+        "ON_EXIT": "wait",
+        "SPAN": "True",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(PREFIX + name, value)
+    instrumentor.instrument()
+    settings = settings_in(make())
+    rules = settings.rules
+    assert (settings.detect_after, settings.buffer_limit, settings.span) == (0.5, 1000, True)
+    assert (repr(rules.cancel_handler), rules.grace, rules.on_exit) == ("'safe, POST /v1/*'", 2.0, "wait")
+
+    instrumentor.uninstrument()
+    for name in values:
+        monkeypatch.setenv(PREFIX + name, "")
+    instrumentor.instrument()
+    settings = settings_in(make())
+    assert (settings.detect_after, settings.buffer_limit, settings.span) == (0.025, 262_144, False)
+    assert repr(settings.rules.cancel_handler) == "'safe'"
+
+
+def test_every_option_has_a_variable() -> None:
+    """All options of the middleware but the manager, which no text can name."""
+    options = inspect.signature(TaskGroupMiddleware).parameters.keys() - {"app", "manager"}
+    assert environment._OPTIONS.keys() == options
+    page = (ROOT / "docs/howto/zero-code.md").read_text("utf-8")
+    assert [option for option in options if f"`{environment.variable(option)}`" not in page] == []
+
+
+@pytest.mark.parametrize("outer", [True, False])
+async def test_mounted_application_is_ruled_by_the_outer_one(
+    instrumentor: OtelTasksInstrumentor, monkeypatch: pytest.MonkeyPatch, outer: bool
+) -> None:
+    """The options of the environment do not override those of an application that adds the middleware."""
+    monkeypatch.setenv(f"{PREFIX}CANCEL_HANDLER", "none" if outer else "all")
+    instrumentor.instrument(fastapi_middleware=True)
+    ended: list[str] = []
+
+    async def index(request: object) -> PlainTextResponse:
+        try:
+            await asyncio.sleep(60)
+            ended.append("finished")
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+        return PlainTextResponse("done")
+
+    app = Starlette(routes=[Mount("/v1", Starlette(routes=[Route("/", index, methods=["POST"])]))])
+    app.add_middleware(TaskGroupMiddleware, cancel_handler=outer)
+    connection = FakeConnection(method="POST", path="/v1/")
+    asyncio.get_running_loop().call_later(1.0, connection.disconnect)
+    await connection.run(app)
+
+    assert ended == ["cancelled" if outer else "finished"]
 
 
 async def test_application_that_serves_already_is_left_alone(instrumentor: OtelTasksInstrumentor) -> None:
@@ -323,9 +431,12 @@ def places(app: FastAPI) -> list[str]:
     while layer is not None:
         found.append(type(layer).__name__)
         layer = getattr(layer, "app", None)
-    return [
-        name for name in found if name in {"OpenTelemetryMiddleware", "GZipMiddleware", "TaskGroupMiddleware"}
-    ]
+    shown = {
+        "OpenTelemetryMiddleware": "OpenTelemetryMiddleware",
+        "GZipMiddleware": "GZipMiddleware",
+        "OutermostTaskGroups": "TaskGroupMiddleware",
+    }
+    return [shown[name] for name in found if name in shown]
 
 
 def test_it_stands_outside_of_all_but_telemetry(instrumentor: OtelTasksInstrumentor) -> None:
@@ -376,7 +487,7 @@ def test_application_with_the_middleware_keeps_its_own(
     before = list(app.user_middleware)
     instrumentor.instrument(fastapi_middleware=True)
 
-    assert with_task_groups(before) == before
+    assert with_task_groups(before, {}) == before
     stack: Any = app.build_middleware_stack()
     found = []
     while stack is not None:
@@ -389,7 +500,7 @@ def test_middleware_made_by_a_plain_function_is_left_where_it_is() -> None:
     """Middleware that is no class is not inspected."""
     made = Middleware(lambda app: app)
 
-    assert [entry.cls for entry in with_task_groups([made])] == [TaskGroupMiddleware, made.cls]
+    assert [entry.cls for entry in with_task_groups([made], {})] == [OutermostTaskGroups, made.cls]
 
 
 async def test_failing_build_leaves_the_application_as_it_was(instrumentor: OtelTasksInstrumentor) -> None:
@@ -442,14 +553,53 @@ async def test_environment_asks_for_the_middleware(
 # -- what is wrong ------------------------------------------------------------------------------
 
 
-def test_wrong_word_is_named(
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("FASTAPI_MIDDLEWARE", "yes", "must be true or false"),
+        ("CANCEL_HANDLER", "safe, POTS", "cancel_handler has a bad entry, 'POTS': a rule is entries"),
+        ("CANCEL_HANDLER", "true", "cancel_handler has a bad entry, 'true': a rule is entries"),
+        ("DETECT_AFTER", "25ms", "must be a number of seconds"),
+        ("DETECT_AFTER", "0", "detect_after must be greater than 0"),
+        ("BUFFER_LIMIT", "1MB", "must be a number of bytes"),
+        ("BUFFER_LIMIT", "0", "buffer_limit must be at least 1 byte"),
+        ("GRACE", "soon", "must be a number of seconds"),
+        ("GRACE", "-1", "grace must be at least 0"),
+        ("GRACE", "nan", "grace must be at least 0"),
+        ("ON_EXIT", "stop", "on_exit must be one of 'cancel', 'wait', 'detach'"),
+        ("SPAN", "1", "must be true or false"),
+    ],
+)
+@pytest.mark.parametrize("wanted", [True, False])
+def test_invalid_variable_ends_the_process(
+    instrumentor: OtelTasksInstrumentor,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: str,
+    problem: str,
+    wanted: bool,
+) -> None:
+    """The message has the variable's name and value; nothing has been changed."""
+    monkeypatch.setenv(OPTION, str(wanted))
+    monkeypatch.setenv(PREFIX + name, value)
+    with pytest.raises(SystemExit) as caught:
+        instrumentor.instrument()
+    assert str(caught.value).startswith(f"otel_tasks cannot start with {PREFIX}{name}={value!r}: {problem}")
+    assert not instrumentor.is_instrumented_by_opentelemetry
+
+
+def test_options_without_the_middleware_are_warned_of(
     instrumentor: OtelTasksInstrumentor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A word that is neither true nor false counts as false, and a warning says so."""
-    monkeypatch.setenv(OPTION, "yes")
+    """A variable that nothing reads is named, with what is missing."""
+    monkeypatch.setenv(f"{PREFIX}GRACE", "1")
+    monkeypatch.setenv(f"{PREFIX}CANCEL_HANDLER", "all")
     instrumentor.instrument()
 
-    assert caplog.messages == [f"{OPTION} must be true or false, got 'yes', which counts as false"]
+    assert caplog.messages == [
+        f"{PREFIX}CANCEL_HANDLER, {PREFIX}GRACE has no effect: "
+        f"the middleware is not requested, set {OPTION}=true"
+    ]
 
 
 def test_wrong_argument_is_named(instrumentor: OtelTasksInstrumentor) -> None:
@@ -471,11 +621,23 @@ def test_unknown_argument_is_named(
     ]
 
 
-def test_missing_fastapi_is_named(
+async def test_starlette_is_enough(
     instrumentor: OtelTasksInstrumentor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without FastAPI, the error says what to install, and it is one that is shown."""
+    """Without FastAPI, the applications of Starlette get the middleware."""
     monkeypatch.setitem(sys.modules, "fastapi", None)
+    instrumentor.instrument(fastapi_middleware=True)
+
+    assert await answer_of(plain_shop()) == "GET /"
+    instrumentor.uninstrument()
+    assert await answer_of(plain_shop()) == "root"
+
+
+def test_missing_starlette_is_named(
+    instrumentor: OtelTasksInstrumentor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Starlette, the error says what to install, and it is one that is shown."""
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
     with pytest.raises(ImportError, match=r"install otel-tasks\[fastapi\]") as caught:
         instrumentor.instrument(fastapi_middleware=True)
     assert type(caught.value) is ImportError

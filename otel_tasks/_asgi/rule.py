@@ -63,7 +63,26 @@ def checked_rules(cancel_handler: CancelHandler, grace: float, on_exit: OnExit) 
         ValueError: An option is out of its range, or the text of ``cancel_handler`` has a bad entry.
     """
     check_choice("on_exit", on_exit, OnExit)
-    return Rules(_checked_cancel_handler(cancel_handler), checked_finite_seconds("grace", grace), on_exit)
+    return Rules(checked_cancel_handler(cancel_handler), checked_finite_seconds("grace", grace), on_exit)
+
+
+def checked_cancel_handler(rule: CancelHandler) -> bool | TextRule | Callable[[Scope], bool]:
+    """Return a rule, a text as a ``TextRule``.
+
+    Raises:
+        TypeError: It has the wrong type, or is a coroutine function.
+        ValueError: It is a text with a bad entry.
+    """
+    if inspect.iscoroutinefunction(rule) or inspect.iscoroutinefunction(type(rule).__call__):
+        raise TypeError(
+            f"cancel_handler must be a plain function of the scope, got the coroutine function {rule!r}: "
+            "it is called where nothing can be awaited, write it with def"
+        )
+    if isinstance(rule, str):
+        return TextRule(rule)
+    if isinstance(rule, bool) or callable(rule):
+        return rule
+    raise TypeError(f"cancel_handler must be True, False, a text, or a function of the scope, got {rule!r}")
 
 
 class TextRule:
@@ -149,19 +168,6 @@ def _path_below_root(scope: Scope) -> str:
     root: str = scope.get("app_root_path", scope.get("root_path", "")).rstrip("/")
     is_below = path == root or path.startswith(f"{root}/")
     return (path[len(root) :] if is_below else path) or "/"
-
-
-def _checked_cancel_handler(rule: CancelHandler) -> bool | TextRule | Callable[[Scope], bool]:
-    if inspect.iscoroutinefunction(rule) or inspect.iscoroutinefunction(type(rule).__call__):
-        raise TypeError(
-            f"cancel_handler must be a plain function of the scope, got the coroutine function {rule!r}: "
-            "it is called where nothing can be awaited, write it with def"
-        )
-    if isinstance(rule, str):
-        return TextRule(rule)
-    if isinstance(rule, bool) or callable(rule):
-        return rule
-    raise TypeError(f"cancel_handler must be True, False, a text, or a function of the scope, got {rule!r}")
 
 
 def _apply(rule: Callable[[Scope], bool], scope: Scope) -> bool:

@@ -41,8 +41,8 @@ class Settings:
         span: bool,
     ) -> None:
         self.manager = checked_manager(manager)
-        self.detect_after = checked_finite_seconds("detect_after", detect_after, above_zero=True)
-        self.buffer_limit = _checked_buffer_limit(buffer_limit)
+        self.detect_after = checked_detect_after(detect_after)
+        self.buffer_limit = checked_buffer_limit(buffer_limit)
         self.rules = checked_rules(cancel_handler, grace, on_exit)
         check_flag("span", span)
         self.span = span
@@ -84,7 +84,23 @@ def checked_manager(manager: object) -> TaskManager:
     return manager
 
 
-def _checked_buffer_limit(value: object) -> int:
+def checked_detect_after(seconds: object) -> float:
+    """Return the seconds between two looks.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is not above 0, or not finite.
+    """
+    return checked_finite_seconds("detect_after", seconds, above_zero=True)
+
+
+def checked_buffer_limit(value: object) -> int:
+    """Return a number of bytes.
+
+    Raises:
+        TypeError: It is not a whole number.
+        ValueError: It is less than 1.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"buffer_limit must be a number of bytes, got {value!r}")
     if value < 1:

@@ -90,6 +90,12 @@ class Shop:
             client.sendall(f"GET {path} HTTP/1.1\r\nHost: shop\r\n\r\n".encode())
             eventually(lambda: self.get("/live") == ["slow"], lambda: self.log)
 
+    def leave(self, path: str) -> None:
+        """Post, and leave when the handler runs."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE) as client:
+            client.sendall(f"POST {path} HTTP/1.1\r\nHost: shop\r\nContent-Length: 0\r\n\r\n".encode())
+            eventually(lambda: path in self.get("/live"), lambda: self.log)
+
     def be_used(self) -> None:
         """One request of each kind; the last client leaves."""
         assert self.get("/basket") == {"total": 11, "group": "GET /basket"}
@@ -248,3 +254,55 @@ def test_word_that_is_none_is_named(start: Any) -> None:
 
     assert f"{OPTION} must be true or false, got 'yes'" in shop.log
     assert shop.end()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("FASTAPI_MIDDLEWARE", "yes"), ("CANCEL_HANDLER", "safe, POTS"), ("GRACE", "1s")]
+)
+def test_invalid_variable_stops_the_start(directory: Path, name: str, value: str) -> None:
+    """`opentelemetry-instrument` ends with an error that names the variable; the application never starts."""
+    variable = f"OTEL_PYTHON_OTEL_TASKS_{name}"
+    bin_directory = Path(sys.executable).parent
+    inherited = {key: text for key, text in os.environ.items() if not key.startswith("OTEL_")}
+    done = subprocess.run(
+        [str(bin_directory / "opentelemetry-instrument"), "python", "-c", "print('started')"],
+        env={
+            **inherited,
+            "PATH": os.pathsep.join([str(bin_directory), os.environ["PATH"]]),
+            "PYTHONPATH": os.pathsep.join([str(directory), str(REPOSITORY)]),
+            "OTEL_METRICS_EXPORTER": "none",
+            "OTEL_LOGS_EXPORTER": "none",
+            "OTEL_TRACES_EXPORTER": "none",
+            OPTION: "true",
+            variable: value,
+        },
+        capture_output=True,
+        text=True,
+        timeout=START_DEADLINE,
+    )
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert f"otel_tasks cannot start with {variable}={value!r}: " in done.stderr
+
+
+def test_environment_decides_about_the_handlers_of_a_starlette_app(directory: Path) -> None:
+    """An app of Starlette that was not changed stops the POST that the rule names, and finishes the other."""
+    bin_directory = Path(sys.executable).parent
+    shop = Shop(
+        directory,
+        [str(bin_directory / "opentelemetry-instrument"), "uvicorn", "tests.e2e.plain_shop:app"],
+        PATH=os.pathsep.join([str(bin_directory), os.environ["PATH"]]),
+        **{OPTION: "true", "OTEL_PYTHON_OTEL_TASKS_CANCEL_HANDLER": "safe, POST /v1/*, !POST /v1/batches*"},
+    )
+    try:
+        shop.wait_until_up()
+        for path in ("/v1/chat", "/v1/batches", "/other"):
+            shop.leave(path)
+        eventually(lambda: len(shop.get("/ended")) == 3, lambda: shop.log)
+        assert shop.get("/ended") == {
+            "/v1/chat": "cancelled",
+            "/v1/batches": "finished",
+            "/other": "finished",
+        }
+    finally:
+        shop.kill()
