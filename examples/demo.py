@@ -44,7 +44,7 @@ ROUTES = (
     "/orders",
     "/orders/{reference}",
     "/exports",
-    "/exports/{name}/progress",
+    "/exports/{uid}/progress",
 )
 
 
@@ -181,7 +181,7 @@ async def watch_export(url: str, bar: Progress, calls: ClientSpans) -> None:
     async with httpx.AsyncClient(base_url=url, timeout=10.0) as client:
         calls.record(client)
         started = (await client.post("/exports", json={"city": "Lisbon", "pages": 24})).json()
-        line = bar.add_task(started["name"], total=24, state="begins")
+        line = bar.add_task("write_export", total=24, state="begins")
         async with client.stream("GET", started["progress"]) as response:
             async for event, data in server_sent_events(response):
                 if event == "ended":

@@ -303,9 +303,9 @@ class Export(BaseModel):
 @app.post("/exports", status_code=202)
 async def start_export(export: Export) -> dict[str, str]:
     """Begin, and say where to watch. The task is the application's: it goes on when the request has ended."""
-    # Without a name, it gets a number, so that each task has a unique address.
     task = manager.create_task(write_export(export), group="exports", priority=TaskPriority.LOW)
-    return {"name": task.name, "progress": f"/exports/{task.name}/progress"}
+    # Names are used again once their task has ended; a uid never is, and no client can guess another's.
+    return {"id": task.uid, "progress": f"/exports/{task.uid}/progress"}
 
 
 async def write_export(export: Export) -> None:
@@ -324,15 +324,15 @@ async def read_exports() -> dict[str, Any]:
     return manager.get_group("exports").progress.to_dict()
 
 
-async def find_export(name: str) -> ManagedTask[Any] | TaskInfo:
+async def find_export(uid: str) -> ManagedTask[Any] | TaskInfo:
     """The task, or the record of one that has ended: a client may come late. No other tasks are shown."""
-    info = manager.get_task_info(name, group="exports")
+    info = manager.get_task_info(uid, group="exports")
     if info is None:
-        raise HTTPException(404, f"no export {name!r}")
-    return info if info.status.is_final else manager.get_task(name, group="exports")
+        raise HTTPException(404, f"no export {uid!r}")
+    return info if info.status.is_final else manager.get_task(uid, group="exports")
 
 
-@app.get("/exports/{name}/progress", response_class=EventSourceResponse)
+@app.get("/exports/{uid}/progress", response_class=EventSourceResponse)
 async def watch_export(
     export: Annotated[ManagedTask[Any] | TaskInfo, Depends(find_export)],
     last_event_id: Annotated[str | None, Header()] = None,
@@ -341,7 +341,7 @@ async def watch_export(
 
     In a browser::
 
-        const source = new EventSource(`/exports/${name}/progress`);
+        const source = new EventSource(`/exports/${uid}/progress`);
         source.addEventListener("progress", (event) => (bar.value = JSON.parse(event.data).fraction));
         source.addEventListener("ended", () => source.close());  // else it would come back for more
     """

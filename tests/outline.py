@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +139,8 @@ def _above(span: Span, known: dict[str, Span]) -> list[str]:
 def _asked(trace: list[Span]) -> str:
     first = min((span for span in trace if span.is_request), key=lambda span: span.start)
     path, query = first.attributes["url.path"], first.attributes.get("url.query", "")
+    # A task's uid is another one each time.
+    path = re.sub(r"/[\w-]{22}(?=/|$)", "/{uid}", path)
     return f"{first.attributes['http.request.method']} {path}{'?' if query else ''}{query}"
 
 
