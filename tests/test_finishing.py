@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Mount, Route
 
 from otel_tasks import CancelKind, GroupClosedError, TaskManager, create_task
-from otel_tasks.asgi import TaskGroupMiddleware, request_group
+from otel_tasks.asgi import TaskGroupMiddleware, request_group, set_cancel_handler
 from otel_tasks.testing import FakeConnection, SpanRecorder
 from tests.hang_ups import LONG, app_of, hang_up_on, post
 
@@ -176,3 +181,115 @@ async def test_refused_task_of_a_websocket_stays_inside(manager: TaskManager) ->
         raise ExceptionGroup("several", [GroupClosedError("closed")])
 
     await _raising(manager, start)
+
+
+# --- the log line about a handler that runs on -------------------------------------------------------------
+
+
+async def run_on() -> None:
+    await asyncio.sleep(2)
+
+
+@pytest.mark.parametrize(
+    ("rule", "missing", "suggested"),
+    [
+        ("safe", "method", "safe, POST *"),
+        ("safe, POST /v1/*", "path", "safe, POST /v1/*, POST *"),
+        ("none", "method", "none, POST *"),
+    ],
+)
+async def test_handler_that_runs_on_is_logged_once(
+    manager: TaskManager, caplog: pytest.LogCaptureFixture, rule: str, missing: str, suggested: str
+) -> None:
+    """The line has the route, how long it took, the reason, and the two ways to change it."""
+    caplog.set_level(logging.INFO)
+    middleware = TaskGroupMiddleware(app_of(run_on), manager=manager, cancel_handler=rule)
+    for _ in range(2):
+        connection = post()
+        asyncio.get_running_loop().call_later(LONG, connection.disconnect)
+        await connection.run(middleware)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        (
+            "INFO",
+            "the handler of POST ran on for 1.9 s after its client had left, "
+            f"because its {missing} is not in cancel_handler={rule!r}; "
+            f"to cancel it, add it there, as in cancel_handler={suggested!r}, or call "
+            "set_cancel_handler(True) in it (FastAPI: Depends(cancel_handler_on_disconnect))",
+        )
+    ]
+
+
+@pytest.mark.parametrize("prefix", ["", "/v1"])
+async def test_each_route_that_runs_on_is_logged_with_the_entry_to_add(
+    manager: TaskManager, caplog: pytest.LogCaptureFixture, prefix: str
+) -> None:
+    """The entry has a star for each parameter, matches in mounted applications, and cancels the handler."""
+    caplog.set_level(logging.INFO)
+
+    def application(rule: str) -> TaskGroupMiddleware:
+        async def respond(request: object) -> Response:
+            await run_on()
+            return Response("done")
+
+        routes = [
+            Route("/items/{item}", respond, methods=["POST"]),
+            Route("/users/{user}/orders", respond, methods=["PUT"]),
+        ]
+        inner = Starlette(routes=routes)
+        app = Starlette(routes=[Mount(prefix, inner)]) if prefix else inner
+        return TaskGroupMiddleware(app, manager=manager, cancel_handler=rule)
+
+    async def leave_all(app: TaskGroupMiddleware) -> None:
+        for method, path in (("POST", "/items/1"), ("POST", "/items/2"), ("PUT", "/users/3/orders")):
+            connection = FakeConnection(method=method, path=prefix + path)
+            asyncio.get_running_loop().call_later(LONG, connection.disconnect)
+            await connection.run(app)
+
+    await leave_all(application("safe"))
+    suggested = [re.findall(r"as in cancel_handler='(.*?)'", message)[0] for message in caplog.messages]
+    assert len(suggested) == 2
+    caplog.clear()
+    await leave_all(application(", ".join(suggested)))
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "decision"),
+    [(False, None), (lambda scope: False, None), ("safe, POST *, !POST /", None), ("safe", False)],
+)
+async def test_handler_that_runs_on_by_decision_is_not_logged(
+    manager: TaskManager, caplog: pytest.LogCaptureFixture, rule: Any, decision: bool | None
+) -> None:
+    """False, a function, an exception in a rule, and the request's own decision are meant as they are."""
+    caplog.set_level(logging.INFO)
+
+    async def handler() -> None:
+        if decision is not None:
+            set_cancel_handler(decision)
+        await run_on()
+
+    await hang_up_on(app_of(handler), manager, post(), cancel_handler=rule)
+    assert caplog.messages == []
+
+
+async def test_handler_that_ends_with_its_tasks_is_not_logged(
+    manager: TaskManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It awaits a task of the group: it does not run on."""
+    caplog.set_level(logging.INFO)
+
+    async def handler() -> None:
+        await create_task(run_on())
+
+    await hang_up_on(app_of(handler), manager, post())
+    assert caplog.messages == []
+
+
+async def test_log_line_names_the_rule_of_the_part_that_spared_the_handler(
+    manager: TaskManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With two middlewares, it is the rule of the inner one."""
+    caplog.set_level(logging.INFO)
+    inner = TaskGroupMiddleware(app_of(run_on), manager=manager, cancel_handler="GET *")
+    await hang_up_on(inner, manager, post(), cancel_handler=True)
+    assert ["cancel_handler='GET *'" in message for message in caplog.messages] == [True]

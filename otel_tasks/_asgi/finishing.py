@@ -16,7 +16,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from otel_tasks._asgi.departure import is_cancellation, is_departure
+from otel_tasks._asgi.rule import TextRule
 from otel_tasks._core.causes import unwatch_cancels
+from otel_tasks._core.clock import now
 from otel_tasks._core.constructs import known_cause
 from otel_tasks._core.log import log_fields_of_all, logger
 from otel_tasks._core.request_group import REQUEST_ENDED
@@ -54,6 +56,9 @@ async def finish(request: Request, error: BaseException | None) -> bool:
     if await _uncancel(request, error):
         await _shut_down(request)
         return False
+    if request.left and request.stop is not None:
+        # Before the group's end, which is waited for: that is no longer the handler.
+        _log_if_spared(request, request.stop, error)
     await _end_group(request, error)
     if not request.left or request.stop is None:
         return error is None
@@ -172,6 +177,36 @@ def _annotate_span(request: Request, stop: Stop, error: BaseException | None) ->
     code = None if request.disconnect is None else request.disconnect.get("code")
     annotate_request(
         request.context, outcome, stop.cancelled_tasks, _end_of_handler(request, stop, error), code
+    )
+
+
+def _log_if_spared(request: Request, stop: Stop, error: BaseException | None) -> None:
+    """Log once per route that its handler has run on without a client, unless someone has decided so."""
+    if (
+        stop.cause.kind is not CancelKind.CLIENT_DISCONNECT
+        or _end_of_handler(request, stop, error) != "ran_on"
+    ):
+        return
+    rule = None if stop.spared_by is None else stop.spared_by.cancel_handler
+    # A decision of the request, False, a function, and an exception in a text are meant as they are.
+    if request.cancel_handler is not None or not isinstance(rule, TextRule):
+        return
+    route, missing = request.name, rule.missing(request.scope)
+    if missing is not None and request.settings.is_first_spared(route):
+        _log_spared(request, stop, rule, route, missing)
+
+
+def _log_spared(request: Request, stop: Stop, rule: TextRule, route: str, missing: str) -> None:
+    left_at = now() if stop.cause.at is None else stop.cause.at
+    logger.info(
+        "the handler of %s ran on for %s s after its client had left, because its %s is not in "
+        "cancel_handler=%r; to cancel it, add it there, as in cancel_handler=%r, "
+        "or call set_cancel_handler(True) in it (FastAPI: Depends(cancel_handler_on_disconnect))",
+        route,
+        f"{now() - left_at:.1f}",
+        missing,
+        rule,
+        rule.with_route(route, request.scope),
     )
 
 

@@ -29,6 +29,8 @@ GRAMMAR = (
     "a path starts with / or *, * is any characters, and ! before an entry makes it an exception, as in "
     '"safe, POST /v1/*, !POST /v1/batches*"'
 )
+# In a route's template.
+_PARAMETER = re.compile(r"{[^}]*}")
 _METHOD = r"[A-Za-z-]+"
 _match_entry = re.compile(
     rf"(?P<exception>!?)\s*"
@@ -113,6 +115,27 @@ class TextRule:
             entry.matches(*request) for entry in self._exceptions
         )
 
+    def missing(self, scope: Scope) -> str | None:
+        """Say what of a request that is not cancelled no entry names; None if an exception names it."""
+        method, path = method_of(scope), _path_below_root(scope)
+        if any(entry.matches(method, path) for entry in self._exceptions):
+            return None
+        return "path" if any(entry.has_method(method) for entry in self._entries) else "method"
+
+    def with_route(self, route: str, scope: Scope) -> str:
+        """Return the text of a rule that names a route as well.
+
+        Args:
+            route: ``METHOD /route/{template}``, or the method alone.
+            scope: That of a request of the route.
+        """
+        method, _, template = route.partition(" ")
+        path = _PARAMETER.sub("*", template) or "*"
+        if _path_matcher(path)(_path_below_root(scope)) is None:
+            # The template of a route in a mounted application is without the prefix.
+            path = f"*{path}"
+        return f"{self._text}, {method} {path}"
+
     def __repr__(self) -> str:
         return repr(self._text)
 
@@ -125,9 +148,11 @@ class Entry(NamedTuple):
 
     def matches(self, method: str, path: str) -> bool:
         """Return True if a request is one of those that the entry is about."""
-        return (self.methods is None or method in self.methods) and (
-            self.match_path is None or self.match_path(path) is not None
-        )
+        return self.has_method(method) and (self.match_path is None or self.match_path(path) is not None)
+
+    def has_method(self, method: str) -> bool:
+        """Return True if requests with this method may be among them."""
+        return self.methods is None or method in self.methods
 
 
 def method_of(scope: Scope) -> str:

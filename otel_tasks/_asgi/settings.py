@@ -48,11 +48,19 @@ class Settings:
         self.span = span
         self.sweeper: Sweeper | None = None
         self._has_warned = False
+        # Bounded: a request is named after its route's template, or after its method.
+        self._spared_routes: set[str] = set()
 
     def new_sweeper(self, loop: asyncio.AbstractEventLoop) -> Sweeper:
         """Make the sweeper of ``loop``; two loops that take turns make a new one at each turn."""
         self.sweeper = Sweeper(loop, self.detect_after, self.buffer_limit)
         return self.sweeper
+
+    def is_first_spared(self, route: str) -> bool:
+        """Return True the first time that a handler of ``route`` runs on without its client."""
+        is_first = route not in self._spared_routes
+        self._spared_routes.add(route)
+        return is_first
 
     def warn_if_ignored(self, outer: Settings) -> None:
         """Log once which of these options have no effect, because ``outer`` decides them."""

@@ -36,6 +36,7 @@ from otel_tasks._core.task import ManagedTask, is_shielded
 if TYPE_CHECKING:
     from collections.abc import Collection, Generator, Iterable
 
+    from otel_tasks._asgi.rule import Rules
     from otel_tasks._core.binding import Callback
     from otel_tasks._core.events import CancelCause
     from otel_tasks._core.request_group import RequestGroup
@@ -63,6 +64,11 @@ class StoppedRequest(BoundRequest, Protocol):
         """Return True if ``task`` is in ``uncancellable()``."""
         ...
 
+    @property
+    def rules(self) -> Rules:
+        """The rules in force."""
+        ...
+
     def cancels_handler(self) -> bool:
         """Return True if the rule in force cancels the handler."""
         ...
@@ -76,6 +82,7 @@ class Stop:
         is_due: The grace is over: tasks and handler are cancelled as soon as nothing holds that off.
         cancelled_tasks: How many tasks it has cancelled.
         handler_cancelled: It has cancelled the handler's task, once.
+        spared_by: The rules that last spared the handler; None if none have.
     """
 
     __slots__ = (
@@ -87,6 +94,7 @@ class Stop:
         "cause",
         "handler_cancelled",
         "is_due",
+        "spared_by",
     )
 
     def __init__(self, request: StoppedRequest, cause: CancelCause) -> None:
@@ -94,6 +102,7 @@ class Stop:
         self.is_due = False
         self.cancelled_tasks = 0
         self.handler_cancelled = False
+        self.spared_by: Rules | None = None
         self._request = request
         # `cancelling()` of tasks whose last cancellation has been handled, or came before. A task with a
         # higher count has been cancelled since: asyncio is forwarding a cancellation.
@@ -211,7 +220,11 @@ class Stop:
         request = self._request
         # An application that listens ends in its own way, as without the middleware.
         is_left_alone = request.closed or request.is_sheltering or bool(request.notified)
-        return not (self.handler_cancelled or is_left_alone) and request.cancels_handler()
+        if self.handler_cancelled or is_left_alone:
+            return False
+        cancels = request.cancels_handler()
+        self.spared_by = None if cancels else request.rules
+        return cancels
 
     # What holds a cancellation off.
 
