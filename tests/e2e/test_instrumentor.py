@@ -248,14 +248,6 @@ def test_disabled_instrumentation_means_no_spans_of_tasks(start: Any) -> None:
     assert "GET /basket" in {span["name"] for span in spans}
 
 
-def test_word_that_is_none_is_named(start: Any) -> None:
-    """A value of the variable that is neither true nor false is said to be wrong, and counts as false."""
-    shop = start(instrumented=True, **{OPTION: "yes"})
-
-    assert f"{OPTION} must be true or false, got 'yes'" in shop.log
-    assert shop.end()
-
-
 @pytest.mark.parametrize(
     ("name", "value"), [("FASTAPI_MIDDLEWARE", "yes"), ("CANCEL_HANDLER", "safe, POTS"), ("GRACE", "1s")]
 )
