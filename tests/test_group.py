@@ -117,7 +117,7 @@ async def test_conflict_error_names_the_task_and_the_options() -> None:
     first = manager.create_task(rest(), name="mail", group="outbox")
     with pytest.raises(
         TaskExistsError,
-        match=r"^cannot create task 'mail': one of that name is pending in group 'outbox'; wait for it, "
+        match=r"^cannot create task 'mail': a task with that name is pending in group 'outbox'; wait for it, "
         r'choose another name, or pass on_conflict="suffix", "return" or "replace"$',
     ):
         manager.create_task(rest(), name="mail", on_conflict="error")

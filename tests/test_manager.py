@@ -75,7 +75,7 @@ async def test_start_task_with_a_taken_name_is_refused() -> None:
     """on_conflict defaults to "error"; the factory is not called, and a coroutine is closed."""
     manager = TaskManager()
     await manager.start_task("a", rest)
-    with pytest.raises(TaskExistsError, match=r"^cannot create task 'a': one of that name is pending"):
+    with pytest.raises(TaskExistsError, match=r"^cannot create task 'a': a task with that name is pending"):
         await manager.start_task("a", lambda: pytest.fail("called"))
     with pytest.raises(TaskExistsError):
         await manager.start_task("a", rest())

@@ -1,7 +1,7 @@
 """How a group creates a task: its name, its place under a limit, its context, its span, and the task itself.
 
-``create_task`` is the fast path: a plain task in a group that takes plain tasks. ``_create`` has every
-option.
+``create_task`` contains the fast path, for a plain task in a group that takes plain tasks. ``_create`` is the
+slow path, with all options.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 EAGER = sys.version_info >= (3, 12)
-# By name: asking an enumeration for a member takes as long as calling a method, before Python 3.12.
+# A global, because reading a member of an enumeration costs as much as a method call before Python 3.12.
 _NORMAL = TaskPriority.NORMAL
 
 
 class Creation(Named):
-    """What creates the tasks of a group."""
+    """The part of a group that creates tasks."""
 
     __slots__ = ()
 
@@ -93,7 +93,7 @@ class Creation(Named):
                 return yield_to(taken, coro, on_conflict)
             limiters = () if supervises else self._limiters()
             if limiters:
-                # Before the name is taken: that may cancel the one which has it.
+                # Before the name is taken, because that may cancel the task which has it.
                 self._check_queue(limiters, name, coro)
             base, key, previous = self._chosen_name(coro, name, taken, on_conflict)
             created_at = self._ledger.home.clock()
@@ -125,7 +125,7 @@ class Creation(Named):
         eager_start: bool | None,
         loop: asyncio.AbstractEventLoop,
     ) -> ManagedTask[T]:
-        """Make what a task runs, its context, its span, and the task; its name and place are settled."""
+        """Make the coroutine, context, and span of a task, and the task; its name and place are decided."""
         ledger = self._ledger
         supervises = extras is not None and extras.supervises
         work = coro
@@ -141,7 +141,7 @@ class Creation(Named):
             context = self._own_context(context, traced=tracer is not None)
             span = None
             if queued and extras is not None:
-                # The span of a task that queues starts when it gets its place.
+                # The span of a queued task starts when the task gets its place.
                 extras.context = None if tracer is None else context
                 extras.begin = partial(self._start_late_span, coro, detached)
             elif tracer is not None and context is not None:
@@ -200,16 +200,16 @@ class Creation(Named):
             or (name is not None and not self._is_free(name))
         ):
             return self._create_with(coro, name, priority, options)
-        # What is left is most tasks: no option, no listener, no limit. The rest does what `_create` does with
-        # all that cannot matter here left out, and with `_enter` inlined, in a third of its time.
+        # Most tasks get here: no options, no listeners, no limits. The rest does what `_create` does, without
+        # what cannot matter here and with `_enter` inlined, in a third of the time.
         if name is None:
             name = coro.__name__
             key: Key = name if name not in names else (self._numbers or self._made_numbers())[name]()
         else:
             key = name
         span = context = None
-        # Looked at before asking: two calls less where nobody traces, 2 % of a task. In this order: a
-        # later OpenTelemetry may lack the name.
+        # Reading the provider first saves two calls without tracing, 2 % of a task. In this order, because a
+        # later OpenTelemetry may not have the attribute.
         if not ledger.telemetry.is_global or trace._TRACER_PROVIDER is not None:
             tracer = ledger.telemetry.tracer()
             if tracer is not None:
@@ -247,7 +247,7 @@ class Creation(Named):
         priority: TaskPriority | int,
         options: TaskOptions,
     ) -> ManagedTask[T]:
-        """Create a task with the options of a caller, who may have given one that there is not."""
+        """Create a task on the slow path, with options that may include an unknown one."""
         if not options.keys() <= TaskOptions.__annotations__.keys():
             close_quietly(coro)
             check_options("create_task", options)
@@ -263,7 +263,7 @@ class Creation(Named):
         span: Span | None,
         extras: Extras | None,
     ) -> None:
-        """Fill in a task and enter it in the tables."""
+        """Fill the slots of a task, and enter it in the tables."""
         task._group = self  # type: ignore[assignment]  # every Creation is a TaskGroup
         task._key = key
         task._priority = priority
@@ -288,7 +288,7 @@ class Creation(Named):
         span: Span | None,
         context: Context | None,
     ) -> ManagedTask[T]:
-        """Create a plain task and run its first step (Python 3.12)."""
+        """Create a plain task and run its first step (Python 3.12 and later)."""
         ledger = self._ledger
         task: ManagedTask[T] = ManagedTask.__new__(ManagedTask)
         self._enter(task, key, priority, ledger.home.clock(), span, None)
@@ -296,7 +296,7 @@ class Creation(Named):
         return task
 
     def _loop_for(self, coro: object, name: str | None) -> asyncio.AbstractEventLoop:
-        """The loop in which the group creates a task of ``coro``, if it does."""
+        """Check that the group can create a task of ``coro`` here, and return the loop for it."""
         check_coroutine(coro)
         ledger = self._ledger
         loop = _get_running_loop()
@@ -307,9 +307,9 @@ class Creation(Named):
         return loop
 
     def _own_context(self, context: Context | None, *, traced: bool) -> Context | None:
-        """A context for the new task alone, if something has to be put into it; else the one that was given.
+        """Return a new context for the task if it needs changes, else the given one.
 
-        One that the user passed is copied, too: they may use it for more than this task.
+        A context that the user has passed is copied too: it may serve more than this task.
         """
         bound = current_binding.get() if context is None else context.get(current_binding)
         is_stranger = bound is not None and bound is not (self._binding or self)
@@ -326,7 +326,7 @@ class Creation(Named):
         where: Callable[[], TaskGroup],
         options: NamedTaskOptions,
     ) -> concurrent.futures.Future[T]:
-        """Have a task created in the loop, by the group that ``where`` gives there."""
+        """Schedule the creation of a task in the loop, by the group that ``where`` returns there."""
         try:
             if not asyncio.iscoroutine(work) and not callable(work):
                 raise TypeError(
@@ -345,7 +345,7 @@ class Creation(Named):
         )
 
     def _limiters(self) -> tuple[Limiter, ...]:
-        """What a new task has to pass: the group's own limit, and the manager's."""
+        """The limiters that a new task counts against: the group's own, and the manager's."""
         shared = self._ledger.places.limiter
         if self._limiter is None:
             return (shared,) if shared.limit is not None else ()
@@ -369,7 +369,7 @@ class Creation(Named):
         now: float,
         loop: asyncio.AbstractEventLoop,
     ) -> Extras:
-        """Claim a place; without one the task waits for it."""
+        """Claim a place for the task; without a free one it will wait."""
         extras = extras or Extras()
         extras.queue = self
         extras.ticket = ticket = Ticket(limiters, priority, now, self._ledger.places.ageing, extras)
@@ -379,12 +379,12 @@ class Creation(Named):
         return extras
 
     async def _room(self) -> None:
-        """Wait until a new task may stand in the queue, or none ever will."""
+        """Wait until a new task may join the queue, or never can."""
         self._ledger.home.enter()
         await self._ledger.places.wait_for_room(self)
 
     def _is_full(self) -> bool:
-        """True if a new task would be refused now, but not for ever."""
+        """True if a new task would be refused now, but not forever."""
         return (
             self._refusal is None
             and not self._ledger.home.closed
@@ -394,13 +394,13 @@ class Creation(Named):
     def _start_late_span(
         self, coro: Coroutine[Any, Any, Any], detached: bool, task: ManagedTask[Any], starts: bool
     ) -> None:
-        """Start the span of a task that had to wait, inside its own context, as of its creation.
+        """Start the span of a task that had to wait, in its own context, with the time of its creation.
 
         Args:
-            coro: The user's.
-            detached: The span starts a trace.
-            task: Has got its place, or was cancelled before it did.
-            starts: It has got its place.
+            coro: The user's coroutine.
+            detached: The span starts a new trace.
+            task: The task; it has got its place, or was cancelled before that.
+            starts: The task has got its place.
         """
         ledger = self._ledger
         tracer = ledger.telemetry.tracer()
@@ -434,7 +434,7 @@ def _made_by(
     extras: Extras | None,
     eager_start: bool | None,
 ) -> tuple[Coroutine[Any, Any, Any], Extras | None, bool | None]:
-    """Let the loop's task factory make of a coroutine what the task runs."""
+    """Return what the loop's task factory makes of a coroutine, with the options that follow from it."""
     made = make(factory, loop, coro, base, context)
     if made is None:
         return coro, extras, eager_start
@@ -452,24 +452,24 @@ def run_first_step(
     base: str,
     context: Context | None,
 ) -> None:
-    """Run the first step of a task that is entered already, eagerly (Python 3.12)."""
+    """Run the first step of a task that is already in the tables, eagerly (Python 3.12 and later)."""
     ledger = task._group._ledger
     try:
         init_task(task, work, loop=loop, name=base, context=context, eager_start=True)
     finally:
-        # Also where the step raises SystemExit through us: the task has ended by that. A
-        # failure is recorded a turn later, as any: whoever awaits it has it by then.
+        # Also if the step raises SystemExit through this frame, which ends the task. A failure is recorded
+        # one turn later, as for any task: by then a task that awaits it is registered as a waiter.
         if task.done() and not task.cancelled() and task._exception is None:
             ledger.on_done(task)
         else:
             add_done_callback(task, ledger.on_done, context=ledger.context)
             if task.done():
-                # It stays here for a turn without a coroutine: not plain, for `request_cancel_all`.
+                # For one turn it is in the group without a coroutine: extras tell `request_cancel_all`.
                 extras_of(task)
 
 
 def is_free(context: Context) -> bool:
-    """True if no code runs in this context just now: a first step cannot, eagerly, where some does."""
+    """True if no code is running in this context; otherwise an eager first step cannot run in it."""
     try:
         context.run(int)
     except RuntimeError:
@@ -478,6 +478,7 @@ def is_free(context: Context) -> bool:
 
 
 async def told_first(work: Coroutine[Any, Any, T], ledger: Ledger) -> T:
+    """Notify the listeners of an eager task right before its first step; before that there is no task."""
     task = asyncio.current_task()
     if isinstance(task, ManagedTask):
         ledger.listeners.notify("created", task.info())

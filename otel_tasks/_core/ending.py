@@ -1,7 +1,7 @@
-"""How a task ends: its status, counters, history, and span, and the one that learns of a failure.
+"""How a task ends: its status, counters, history, and span, and who is notified of a failure.
 
-One done-callback takes the end of every task, from the finished task itself: a task that is cancelled before
-its first step runs none of its code, a wrapper's ``finally`` included.
+One done-callback records the end of every task, from the finished task. A wrapper's ``finally`` would miss
+some: a task that is cancelled before its first step runs no code at all.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ if TYPE_CHECKING:
     from otel_tasks._core.telemetry import SpanContext
     from otel_tasks._core.tree import Ledger
 
-# By name: asking an enumeration for a member takes as long as calling a method, before Python 3.12.
+# Globals, because reading a member of an enumeration costs as much as a method call before Python 3.12.
 _SUCCESS, _CANCELLED = Outcome.SUCCESS, Outcome.CANCELLED
 
 
 class Ending(Counters):
-    """Takes the end of each task of one manager.
+    """Records the end of each task of one manager.
 
     Args:
         ledger: The manager's.
-        on_error: Called with a failure that nobody waits for; None logs it.
+        on_error: Called with a failure that no code waits for; None logs it.
     """
 
     def __init__(self, ledger: Ledger, on_error: Callable[[TaskInfo, BaseException], object] | None) -> None:
         super().__init__()
         self._ledger = ledger
         self._on_error = on_error
-        # Read for every task, hence not looked up in the ledger each time; `moved` renews the clock.
+        # Kept here, because every task reads them. `Ledger.moved` replaces the clock.
         self._clock = ledger.home.clock
         self._telemetry = ledger.telemetry
         self._remember = ledger.history.add
@@ -64,13 +64,14 @@ class Ending(Counters):
             task._extras is not None
             or self._listeners
             or task._exception is not None
-            # One whose cancel() has left no cause has extras, see `note_request`.
+            # Cancelled without a cause, or returned in spite of one. A task whose cancel() has
+            # recorded no cause has extras, see `note_request`.
             or task.cancelled() is (cause is None)
         ):
             self._on_special_end(task)
             return
         # The fast path to the same records, for plain tasks that returned or were cancelled, in a third of
-        # the time. `_ended_at` above is the task's own, written here for the same reason.
+        # the time. For the same reason, this file writes `_ended_at` above, which `task` defines.
         group = task._group
         key = task._key
         try:
@@ -80,7 +81,7 @@ class Ending(Counters):
             else:
                 self.count_cancelled(label[0], cause)
             ids = None
-            # Looked at before asking, as at the beginning.
+            # Reading the provider first saves calls, as in `create_task`.
             if (
                 not self._telemetry.is_global
                 or metrics_internal._METER_PROVIDER is not None
@@ -91,8 +92,8 @@ class Ending(Counters):
                 (base_name(task), key, label, task._priority, task._created_at, ended_at, cause, ids)
             )
         finally:
-            # As `Node._remove`, without the call, which takes 5 % of a task's instructions. The entry may be
-            # another's: a name is free as soon as its task is done.
+            # `Node._remove`, inlined: the call takes 5 % of a task's instructions. The entry may be that of
+            # another task: a name is free as soon as its task is done.
             names = group._names
             if names.get(key) is task:
                 del names[key]
@@ -103,11 +104,11 @@ class Ending(Counters):
                 group._remove(task)
 
     def use_clock(self, clock: Callable[[], float]) -> None:
-        """Take the times of the tasks that end from now on from this clock."""
+        """Read the time at which a task ends from this clock, from now on."""
         self._clock = clock
 
     def abandon(self, task: ManagedTask[Any]) -> None:
-        """Give up on a task that would not stop: its span ends here, so that it is not lost."""
+        """End the span of a task that does not stop, so that the span is not lost."""
         if task._span is not None:
             now = self._clock()
             try:
@@ -118,15 +119,15 @@ class Ending(Counters):
                 self._ledger.log_once("telemetry of task %r raised", task.id)
 
     def lose(self, tasks: Iterable[ManagedTask[Any]]) -> None:
-        """Let go of tasks whose loop was closed under them: they can never end."""
+        """Drop tasks whose loop was closed before they ended: they can never end."""
         for task in tasks:
             if task.done():
-                # It had ended in time, and only its done-callback was never called.
+                # It ended before that; only its done-callback was never called.
                 self.on_done(task)
                 continue
             self.abandon(task)
             for future in extras_of(task).futures:
-                future.refuse(WrongLoopError(f"the event loop of task {task.id!r} was closed under it"))
+                future.refuse(WrongLoopError(f"the event loop of task {task.id!r} was closed before its end"))
             self.count_lost()
             if task._extras is not None:
                 task._extras.close()
@@ -141,7 +142,7 @@ class Ending(Counters):
                 _end_progress(task, extras.progress)
             if extras is not None and extras.ticket is not None:
                 self._ledger.places.give_back(extras.ticket)
-            # Out of the group last: whoever waits for that finds the records complete.
+            # It leaves the group last, so that code which waits for that finds the records complete.
             task._group._remove(task)
 
     def _record(self, task: ManagedTask[Any]) -> None:
@@ -192,7 +193,11 @@ class Ending(Counters):
         *,
         ignored: bool = False,
     ) -> SpanContext | None:
-        """End the task's span and record its duration, each for itself; gives the span's identity."""
+        """End the task's span and record its duration; a failure of one does not affect the other.
+
+        Returns:
+            The identity of the span.
+        """
         span = task._span
         ids = None
         if span is not None:
@@ -219,12 +224,12 @@ class Ending(Counters):
     def _report_failure(self, task: ManagedTask[Any], info: TaskInfo, error: BaseException) -> None:
         awaited = task._extras is not None and any(future.awaited for future in task._extras.futures)
         if task._waiters or awaited or not getattr(task, "_log_traceback", True):
-            # Somebody will be told; if they never look, asyncio logs it as for any task.
+            # The waiter receives it. If it never retrieves it, asyncio logs it as for any task.
             return
-        # Marks it as retrieved, else asyncio would report it a second time.
+        # Marks the failure as retrieved; otherwise asyncio would report it a second time.
         task.exception()
         if isinstance(error, SystemExit | KeyboardInterrupt):
-            # It passes through the loop to whoever runs it.
+            # It propagates through the loop to the caller of run_forever() or asyncio.run().
             return
         if self._on_error is not None:
             try:
@@ -254,9 +259,9 @@ def _end_progress(task: ManagedTask[Any], progress: TaskProgress) -> None:
 
 
 def _close_unstarted(task: ManagedTask[Any], extras: Extras, status: TaskStatus) -> None:
-    """End what a task had begun that never got as far as its own code."""
+    """Clean up after a task that may have ended before its own code ran."""
     if extras.begin is not None and extras.started_at is None:
-        # Cancelled while it waited for a place: its span is all of its life, in one.
+        # Cancelled while it waited for a place: its span starts and ends here.
         (extras.context or Context()).run(extras.begin, task, False)
         if task._span is not None and task._cause is not None:
             note_cancel_requested(task._span, task._cause)
@@ -267,5 +272,5 @@ def _close_unstarted(task: ManagedTask[Any], extras: Extras, status: TaskStatus)
     if extras.inner is not None:
         if status is not TaskStatus.COMPLETED:
             extras.never_ran = not has_begun(extras.inner)
-        # A wrapper that never ran leaves the user's coroutine behind, unawaited.
+        # A wrapper that never ran leaves the user's coroutine unawaited.
         extras.inner.close()

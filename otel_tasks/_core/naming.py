@@ -1,4 +1,4 @@
-"""The names in a group: which one a task gets, what holds it, and what happens where it is taken."""
+"""The names in a group: which name a task gets, which task holds it, and how conflicts are resolved."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 
 class Named(Node):
-    """What a group does with names."""
+    """The part of a group that chooses and finds names."""
 
     __slots__ = ()
 
     def _find(self, name: str) -> ManagedTask[Any] | None:
-        """The task of this group that has this name, in the root one of any labeled group."""
+        """The task of this group with this name; in the root, the task of any labeled group."""
         return self._named(name, self._live)
 
     def _holder(self, name: str) -> ManagedTask[Any] | None:
-        """The task because of which a new one cannot have this name."""
+        """The live task that holds this name, so that a new one cannot have it."""
         task = self._named(name, self._names)
-        # One that is done gives its name up, even if its done-callback is still to come.
+        # A task that is done gives up its name, even if its done-callback has not run yet.
         return None if task is None or task.done() else task
 
     def _named(self, name: str, table: dict[Key, ManagedTask[Any]]) -> ManagedTask[Any] | None:
@@ -46,7 +46,7 @@ class Named(Node):
         return None if key is None else table.get(key)
 
     def _is_free(self, name: object) -> bool:
-        """True for a name that no task has, and that a task may have."""
+        """True for a valid name that no task has."""
         if type(name) is not str or name in self._names or not is_plain_name(name):
             return False
         if not name[-1].isdecimal():
@@ -56,12 +56,12 @@ class Named(Node):
         return not numbers or self._holder(name) is None
 
     def _note_name(self, name: str) -> None:
-        """Note that a task is going to have this chosen name."""
+        """Note that a task is given this name, so that no counter makes it again."""
         if name[-1].isdecimal():
             self._made_numbers().note(name)
 
     def _numbered(self, base: str) -> str:
-        """A free name: ``base`` and a number."""
+        """Make a free name: ``base`` and a number."""
         numbers = self._made_numbers()
         return full_name(base, numbers[base]())
 
@@ -72,15 +72,15 @@ class Named(Node):
         return self._numbers
 
     def _rename(self, task: ManagedTask[Any], name: str) -> str:
-        """Give a task another name, with a number if the name is taken."""
+        """Enter a task under another name, with a number if the name is taken; returns that name."""
         old = task._key
         if self._live.get(old) is not task:
-            # It has ended, and is in no table any more.
+            # It has ended and has left the tables, or its name has passed to another task of the group.
             return name
         key = name if self._holder(name) in (None, task) else self._numbered(name)
         self._note_name(key)
         for table in (self._live, self._names):
-            # A task that is done may have lost its name in the manager's table to another one.
+            # In the manager's table, the name of a task that is done may have passed to another task.
             if table.get(old) is task:
                 del table[old]
                 table[key] = task
@@ -93,7 +93,7 @@ class Named(Node):
         taken: ManagedTask[Any] | None,
         on_conflict: OnConflict,
     ) -> tuple[str, Key, tuple[asyncio.Task[Any], ...]]:
-        """Decide what asyncio calls a task, its key, and after which tasks it may begin."""
+        """Return asyncio's name for a task, its key, and the tasks that must end before it starts."""
         if name is None:
             base = function_name(coro)
             return base, base if base not in self._names else self._made_numbers()[base](), ()
@@ -104,7 +104,7 @@ class Named(Node):
         return name, name, previous
 
     def _admit(self, name: str, on_conflict: OnConflict) -> None:
-        """Raise what ``creation`` would raise for a task of this name, before its coroutine is made."""
+        """Raise the errors that creating a task of this name would raise, before its coroutine is made."""
         group = self._open_group()
         group._enter_loop(name)
         check_choice("on_conflict", on_conflict, OnConflict)
@@ -120,12 +120,12 @@ class Named(Node):
             self._raise_closed(name)
 
     async def _clear_name(self, name: str, reason: str) -> None:
-        """Cancel the live task of this name, if there is one, and wait until it has ended.
+        """Cancel the live task with this name, if any, and wait until it has ended.
 
         Raises:
-            RuntimeError: It is the calling task.
+            RuntimeError: That task is the caller.
 
-        Cancellation: of the caller ends the waiting; the task stays cancelled.
+        Cancellation: cancelling the caller ends the wait; the cancel request stays.
         """
         group = self._open_group()
         group._enter_loop(name)
@@ -133,7 +133,7 @@ class Named(Node):
             if taken is asyncio.current_task():
                 raise RuntimeError(
                     f"task {name!r} cannot wait for its own end to be replaced: "
-                    'write create_task(..., on_conflict="replace"), which begins after it'
+                    'write create_task(..., on_conflict="replace"), which starts after it'
                 )
             request_cancel(taken, CancelCause.make(CancelKind.REPLACED, reason))
             await wait_until_done(with_predecessors(taken))
@@ -141,11 +141,11 @@ class Named(Node):
     def _make_way(
         self, name: str, taken: ManagedTask[Any], on_conflict: OnConflict
     ) -> tuple[str, tuple[asyncio.Task[Any], ...]]:
-        """Decide the name of a task whose name is taken, and after which tasks it may begin."""
+        """Return the name for a task whose name is taken, and the tasks that must end before it starts."""
         if on_conflict == "suffix":
             return self._numbered(name), ()
         previous = with_predecessors(taken)
-        # The old one keeps its place in the books under another name until it has ended.
+        # The old task stays in the tables, under another name, until it has ended.
         taken._rename_to(self._numbered(name))
         request_cancel(taken, CancelCause.make(CancelKind.REPLACED, f"replaced by a new task {name!r}"))
         return name, previous
@@ -160,14 +160,14 @@ class Named(Node):
         raise GroupClosedError(f"cannot create task {name!r}: group {self.id!r} {self._refusal}; {hint}")
 
     def _open_group(self) -> TaskGroup:
-        """Itself, or the group that takes its tasks once it takes none, see `stand_in`."""
+        """This group, or, once it takes no tasks, the group that takes them instead; see `stand_in`."""
         group = cast("TaskGroup", self)
         return group if self._refusal is None else stand_in(group)
 
 
 def refuse_name(taken: ManagedTask[Any]) -> NoReturn:
     raise TaskExistsError(
-        f"cannot create task {taken.name!r}: one of that name is {taken.status} "
+        f"cannot create task {taken.name!r}: a task with that name is {taken.status} "
         f"in group {taken.group.id!r}; "
         'wait for it, choose another name, or pass on_conflict="suffix", "return" or "replace"'
     )
@@ -176,7 +176,7 @@ def refuse_name(taken: ManagedTask[Any]) -> NoReturn:
 def yield_to(
     taken: ManagedTask[Any], coro: Coroutine[Any, Any, Any], on_conflict: OnConflict
 ) -> ManagedTask[Any]:
-    """Create nothing, since a live task has the name."""
+    """Return the live task that has the name, or raise; closes ``coro``."""
     if on_conflict == "error":
         refuse_name(taken)
     coro.close()

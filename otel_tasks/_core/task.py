@@ -1,8 +1,8 @@
-"""ManagedTask: an asyncio.Task that knows its group, its cause of cancellation and its span.
+"""ManagedTask: an asyncio.Task that knows its group, the cause of its cancellation, and its span.
 
-There is one of these for each piece of work, so it is kept lean: slots and no ``__init__`` of
-its own (C's does the work), the status is derived when somebody asks, and what few tasks need
-stands in one ``Extras`` object that most never get.
+A process may have many of these, so they are small: slots, and no ``__init__`` beside the one of C. The
+status is derived when it is read. State that few tasks need is in an ``Extras`` object, which most tasks
+never get.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-# What uncancellable() holds off: a client that leaves, and the end of the request.
+# The kinds that uncancellable() defers: a disconnect of the client, and the end of the request.
 _HELD_BACK = frozenset({CancelKind.CLIENT_DISCONNECT, CancelKind.SCOPE_ENDED})
 
-# A task's progress may be used from threads: two that come at once must not make two.
+# Extras, progress, and uid are made on first use, from any thread: two threads must not make two of them.
 _making = threading.RLock()
 
 
 class ManagedTask(asyncio.Task[T]):
-    """A task of a manager; made by ``create_task`` and ``start_task``, never directly.
+    """A task of a manager. Create it with ``create_task`` or ``start_task``, never directly.
 
-    It is an ``asyncio.Task`` in all respects: ``await`` it, pass it to ``asyncio.wait``,
-    cancel it. Awaiting it forwards the awaiter's own cancellation to it, as for any asyncio
-    task; ``manager.wait_for_task`` does not.
+    It is an ``asyncio.Task`` in all respects: ``await`` it, pass it to ``asyncio.wait``, or cancel it. As
+    with any asyncio task, cancelling a task that awaits it cancels it too; ``manager.wait_for_task`` does not
+    forward the cancellation.
     """
 
     __slots__ = (
@@ -77,18 +77,16 @@ class ManagedTask(asyncio.Task[T]):
     )
 
     _group: TaskGroup
-    # Its key in the group's tables: its name, or the number of one that was given none. Such a
-    # name is made of the function's and the number when somebody asks for it: most are never
-    # asked for theirs, and making it took 4 % of a task's instructions.
+    # Its key in the group's tables: its name, or an integer for a numbered task, see `names`.
     _key: str | int
     _priority: TaskPriority
     _created_at: float
-    # Set at the end only.
+    # Not set while the task is live.
     _ended_at: float
     _span: Span | None
     _cause: CancelCause | None
     _extras: Extras | None
-    # Done-callbacks of others: somebody who waits will be told of a failure.
+    # How many done-callbacks belong to code that waits for the task, and so receives its failure.
     _waiters: int
 
     @property
@@ -98,31 +96,31 @@ class ManagedTask(asyncio.Task[T]):
 
     @property
     def uid(self) -> str:
-        """An id that no other task ever has, and that nobody can guess: hand this one to a client.
+        """An id that no other task ever has and that cannot be guessed: give this one to a client.
 
-        It is made when it is first read. From then on the functions that take a name find the task by it too,
-        as long as it is live or remembered.
+        It is made on first use. From then on, functions that take a task's name also take its uid, while the
+        task is live or in the history.
         """
         return uid_of(self)
 
     @property
     def name(self) -> str:
-        """The name, as ``get_name()``."""
+        """The name, as ``get_name()`` returns it."""
         return self.get_name()
 
     @property
     def group(self) -> TaskGroup:
-        """The group in which it was created."""
+        """The group that the task was created in."""
         return self._group
 
     @property
     def priority(self) -> TaskPriority:
-        """How urgent it is."""
+        """The priority, which decides its place in a queue."""
         return self._priority
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What was given at its creation, the task's own to add to."""
+        """The metadata given at creation, in a dictionary of the task's own that you may change."""
         extras = extras_of(self)
         if extras.metadata is None:
             extras.metadata = {}
@@ -130,12 +128,12 @@ class ManagedTask(asyncio.Task[T]):
 
     @property
     def progress(self) -> TaskProgress:
-        """Where it reports its progress, by ``update`` or ``advance``, and others ``watch`` it."""
+        """The progress: the task reports it with ``update`` or ``advance``, and others ``watch`` it."""
         return progress_of(self)
 
     @property
     def status(self) -> TaskStatus:
-        """Where it is in its life, derived from the task itself."""
+        """The current status, derived from the task itself."""
         if self.done():
             return final_status(self)
         if self.cancelling():
@@ -144,25 +142,25 @@ class ManagedTask(asyncio.Task[T]):
 
     @property
     def cause(self) -> CancelCause | None:
-        """Why it was or is being cancelled; None if nobody asked."""
+        """The cause of its cancellation; None without a cancel request."""
         return self._cause
 
     @property
     def cancel_ignored(self) -> bool:
-        """True if it was cancelled and completed all the same."""
+        """True if the task was cancelled and completed anyway."""
         if not self.done() or self.cancelled() or failure_of(self) is not None:
             return False
         return self.cancelling() > 0 or timed_out(self)
 
     @property
     def trace_id(self) -> str | None:
-        """Its trace in hex, as Jaeger shows it; None without tracing."""
+        """The trace id in hex, as Jaeger shows it; None without tracing."""
         return span_ids(self._span)[0]
 
     def info(self) -> TaskInfo:
-        """Take a snapshot, of a live task or one that has ended."""
+        """Take a snapshot; the task may be live or have ended."""
         group = self._group
-        # In one step: what a request's group is called has to be looked up.
+        # Read once: the name of a request's group has to be looked up.
         group_name, group_id, is_scoped = group._label or group._labels()
         name = self.get_name()
         status = self.status
@@ -203,30 +201,30 @@ class ManagedTask(asyncio.Task[T]):
         )
 
     def stack(self) -> str:
-        """Say where it waits, as lines of a traceback; empty once it is done."""
+        """Return the lines of a traceback that show where the task waits; empty once it is done."""
         worker = None if self._extras is None else self._extras.worker
-        # Of a function in a thread, where the thread is.
+        # For a function in a thread, the stack of that thread.
         return ("" if worker is None else worker.stack()) or stack_of(self)
 
     def cancel(self, msg: Any | None = None) -> bool:
-        """Ask for its cancellation, exactly as ``asyncio.Task.cancel`` does; from any thread.
+        """Request cancellation, exactly as ``asyncio.Task.cancel`` does; from any thread.
 
         Args:
-            msg: The reason; handed to the CancelledError, and noted with the cause.
+            msg: The reason; passed to the CancelledError, and recorded with the cause.
 
         Returns:
-            False if it had ended already; True says asked for, not ended. From another thread
-            the loop is told, and asks in its next turn.
+            False if the task has already ended. True means that cancellation is requested, not that the task
+            has ended. A call from another thread schedules the request for the next turn of the loop.
 
-        Telemetry: an event ``otel_tasks.cancel_requested`` on its span, and a link to the span
-        that is current here. Neither if the request comes from a bare loop callback, unless that is
-        known to be a timeout or the like of another task: ``asyncio.timeout`` and ``asyncio.TaskGroup``
-        inside the task cancel it for themselves that way.
+        Telemetry: an event ``otel_tasks.cancel_requested`` on its span, and a link to the span that is
+        current here. Neither if the request comes from a bare loop callback, because ``asyncio.timeout`` and
+        ``asyncio.TaskGroup`` inside the task cancel it for themselves that way; both if the callback is
+        recognized as a construct of another task, such as its timeout.
         """
         if get_ident() != self._group._ledger.home.thread and _get_running_loop() is not self.get_loop():
             return _cancel_from_elsewhere(self, msg)
         if stopping and intercepted(self, msg):
-            # It came from a request that awaits this task, and stops there.
+            # The cancellation is that of a request that awaits this task, and stops there.
             return True
         if self.done():
             return False
@@ -244,7 +242,7 @@ class ManagedTask(asyncio.Task[T]):
         return asked
 
     def uncancel(self) -> int:
-        """Take one request back, exactly as ``asyncio.Task.uncancel``; the last takes the cause with it."""
+        """Withdraw one cancel request, as ``asyncio.Task.uncancel`` does, and with the last one the cause."""
         remaining = super().uncancel()
         if not remaining and self._cause is not None:
             extras_of(self).dropped = self._cause
@@ -252,25 +250,25 @@ class ManagedTask(asyncio.Task[T]):
         extras = self._extras
         if not remaining and extras is not None:
             extras.unrecorded = None
-            # From Python 3.13 on it then runs; before, a cancel() before the first step holds. asyncio's own
-            # attribute, 3.11 to 3.15.
+            # From Python 3.13 on, the task then runs; before, a cancel() before the first step stands.
+            # asyncio's own attribute, 3.11 to 3.15.
             extras.never_ran = extras.never_ran and getattr(self, "_must_cancel", True)
         return remaining
 
     def get_name(self) -> str:
         """The name: unique among the live tasks of its scoped group, or of the manager."""
-        # Without a key where its making has failed halfway, and asyncio says so.
+        # A task whose construction failed halfway has no key, and asyncio reads its name to report that.
         return full_name(super().get_name(), getattr(self, "_key", ""))
 
     def set_name(self, value: object) -> None:
-        """Rename it in its group too; a name that is taken gets a number behind it.
+        """Rename the task, in its group too; a name that is taken gets a number appended.
 
         Raises:
             ValueError: It is empty, longer than 200 characters, or contains ``#`` or a control character.
         """
-        # C's __init__ sets the first name without coming here.
+        # C's __init__ sets the first name without this method.
         name = str(value)
-        # Its own may be one of the library's, or a function's.
+        # Its current name need not pass the check: it may come from the library or from a function.
         if name != self.get_name():
             self._rename_to(checked_name("task", name))
 
@@ -279,9 +277,9 @@ class ManagedTask(asyncio.Task[T]):
         super().set_name(name)
 
     def add_done_callback(self, fn: Callable[[Any], object], /, *, context: Context | None = None) -> None:
-        """As ``asyncio.Task.add_done_callback``; counted, to know whether anybody waits."""
+        """As ``asyncio.Task.add_done_callback``; counted, to know whether a task waits for this one."""
         if context is None:
-            # Not handed on: C takes an explicit None for a context, and then calls back in a stranger's.
+            # Not passed on: C takes an explicit None for a context, and then calls back in an arbitrary one.
             super().add_done_callback(fn)
         else:
             super().add_done_callback(fn, context=context)
@@ -297,15 +295,15 @@ class ManagedTask(asyncio.Task[T]):
 
 
 def request_cancel(task: ManagedTask[Any], cause: CancelCause, text: str | None = None) -> bool:
-    """Cancel a task on behalf of its group, its manager or a shutdown: once, so that clean-up is not torn.
+    """Cancel a task on behalf of its group, its manager, or a shutdown; once, so that its cleanup can finish.
 
     Args:
-        task: Which.
-        cause: Noted with it.
-        text: ``str(cause)``, from callers that ask many.
+        task: The task to cancel.
+        cause: Recorded with the request.
+        text: ``str(cause)``, from callers that cancel many tasks.
 
     Returns:
-        True if this call was the one that asked.
+        True if this call has requested the cancellation.
     """
     if task._cause is not None or task.done():
         return False
@@ -321,23 +319,23 @@ def request_cancel(task: ManagedTask[Any], cause: CancelCause, text: str | None 
 
 
 def request_cancel_all(tasks: Iterable[ManagedTask[Any]], cause: CancelCause, *, heard: bool) -> int:
-    """Cancel tasks in one pass, as ``request_cancel`` each.
+    """Cancel tasks in one pass, each as ``request_cancel`` does.
 
     Args:
-        tasks: Which.
-        cause: Noted with each.
-        heard: Listeners have to hear of each.
+        tasks: The tasks to cancel.
+        cause: Recorded with each request.
+        heard: There are listeners, to be notified of each request.
 
     Returns:
-        How many this call was the first to cancel.
+        How many tasks had no cancel request before this call.
     """
     text = str(cause)
     asked = 0
     coro: Any
     with passing(cause):
         for task in tasks:
-            # The coroutine last: one that ended in an eager first step has none, and CPython 3.12 up
-            # to 3.12.4 crashes (gh-122332). It has extras as long as it is here.
+            # The coroutine last: a task that ended in an eager first step has none, and asking for it crashes
+            # CPython 3.12 up to 3.12.4 (gh-122332). Such a task has extras while it is in a group.
             if (
                 heard
                 or task._extras is not None
@@ -348,15 +346,15 @@ def request_cancel_all(tasks: Iterable[ManagedTask[Any]], cause: CancelCause, *,
             ):
                 asked += request_cancel(task, cause, text)
             else:
-                # The same with what cannot matter to a plain task that waits left out: most are that, and
-                # it takes a third of the time.
+                # The same without what cannot matter to a suspended plain task. Most tasks are that, and this
+                # takes a third of the time.
                 task._cause = cause
                 asked += asyncio_cancel(task, text)
     return asked
 
 
 def _cancel_from_elsewhere(task: ManagedTask[Any], message: object) -> bool:
-    """Have the loop of a task cancel it, for a cause of this thread."""
+    """Schedule the cancellation of a task in its loop, with a cause from this thread."""
     if task.done():
         return False
     loop = task.get_loop()
@@ -374,24 +372,24 @@ def _cancel_from_elsewhere(task: ManagedTask[Any], message: object) -> bool:
     try:
         loop.call_soon_threadsafe(cancel)
     except RuntimeError:
-        # It is closed: the task can neither be cancelled nor end.
+        # The loop is closed: the task can neither be cancelled nor end.
         return False
     return True
 
 
 def cause_elsewhere(loop: asyncio.AbstractEventLoop, message: str | None) -> CancelCause:
-    """Note a cause in a thread, on the clock of the loop that it is for."""
+    """Make a cause in a thread, with the time of the clock of the loop that it is for."""
     return replace(CancelCause.make(CancelKind.EXPLICIT, message), at=clock_of(loop)())
 
 
-# What modules that know nothing of managed tasks do with one.
+# The variants for managed tasks of functions in modules that do not know them.
 cancel_once.register(ManagedTask, request_cancel)
 own_name.register(ManagedTask, ManagedTask.get_name)
 
 
 @cancel_host.register(ManagedTask)
 def _cancel_host(task: ManagedTask[Any], cause: CancelCause) -> None:
-    # The block takes it back at its exit: the task does not record it as a cancellation of its own.
+    # The block withdraws this request at its exit, so the task does not record it as its own cancellation.
     extras_of(task).unrecorded = cause
     asyncio_cancel(task, str(cause))
 
@@ -415,16 +413,16 @@ def _name_of_timeout(task: ManagedTask[Any], timeout: asyncio.Timeout) -> str:
 
 
 def note_request(task: ManagedTask[Any], cause: CancelCause, *, is_own: bool, message: object) -> bool:
-    """Record why a task is being cancelled, if it is not the task itself that asks.
+    """Record the cause of a cancel request, unless the task itself makes the request.
 
     Args:
-        task: Which.
-        cause: Why.
-        is_own: A construct inside of the task asks, such as ``asyncio.timeout``, which takes it back.
-        message: What ``cancel()`` was called with.
+        task: The task that is cancelled.
+        cause: The cause.
+        is_own: A construct inside the task makes the request, such as ``asyncio.timeout``, and withdraws it.
+        message: The argument of ``cancel()``.
 
     Returns:
-        True if the cause was recorded: the first one is, unless it was taken back.
+        True if the cause was recorded. Only the first one is, unless it was withdrawn.
     """
     asker = asyncio.current_task(task.get_loop())
     extras = task._extras
@@ -436,26 +434,26 @@ def note_request(task: ManagedTask[Any], cause: CancelCause, *, is_own: bool, me
         record_cause(task, cause)
         return True
     if asker is task and message is None and extras is not None and task._cause is None:
-        # What asyncio.TaskGroup does from 3.13 on, when it fails in a task that is being
-        # cancelled: uncancel() and cancel() again. The cause is the same as before.
+        # From 3.13 on, an asyncio.TaskGroup that fails in a task which is being cancelled calls uncancel()
+        # and then cancel(). The cause is the same as before.
         task._cause, extras.dropped = extras.dropped, None
     if task._cause is None:
         extras = extras_of(task)
         extras.unrecorded = extras.unrecorded or cause
-        # asyncio forgets it at the end.
+        # Kept here, because asyncio drops it at the end.
         extras.message = extras.message if message is None else str(message)
     return False
 
 
 def _is_of_others(task: ManagedTask[Any], asker: asyncio.Task[Any] | None, cause: CancelCause) -> bool:
-    """True for a request of others; libraries cancel the task in which they run from bare callbacks."""
+    """True for a request from outside the task; libraries cancel their own task from bare callbacks."""
     if asker is None:
         return cause.kind is not CancelKind.EXPLICIT
     return asker is not task
 
 
 def record_cause(task: ManagedTask[Any], cause: CancelCause) -> None:
-    """Write a cause beside the request, and the moment of it onto the span."""
+    """Record the cause of a cancel request, and add the request to the span."""
     task._cause = cause
     if not has_started(task):
         extras_of(task).never_ran = True
@@ -464,12 +462,12 @@ def record_cause(task: ManagedTask[Any], cause: CancelCause) -> None:
 
 
 def with_predecessors(task: ManagedTask[Any]) -> tuple[asyncio.Task[Any], ...]:
-    """A task and those for which it still waits itself: what has to end before its successor begins."""
+    """A task and the tasks it still waits for: all must end before its successor starts."""
     return (task,) if task._extras is None else (task, *task._extras.previous)
 
 
 def extras_of(task: ManagedTask[Any]) -> Extras:
-    """Give a task's extras, made on first use."""
+    """Return a task's extras, made on first use."""
     if task._extras is None:
         with _making:
             if task._extras is None:
@@ -478,25 +476,26 @@ def extras_of(task: ManagedTask[Any]) -> Extras:
 
 
 def progress_of(task: ManagedTask[Any]) -> TaskProgress:
-    """Give a task's progress, made on first use."""
+    """Return a task's progress, made on first use."""
     extras = extras_of(task)
     if extras.progress is None:
         with _making:
             if extras.progress is None:
                 extras.progress = TaskProgress(task.get_loop())
         if task.done():
-            # Also where it ended while a thread was here: whoever takes the end has seen no progress.
+            # Also if the task has ended while a thread was in this function: the done-callback saw no
+            # progress.
             extras.progress.end()
     return extras.progress
 
 
 def uid_of(task: ManagedTask[Any]) -> str:
-    """Give a task's uid, made on first use."""
+    """Return a task's uid, made on first use."""
     extras = extras_of(task)
     if extras.uid is None:
         with _making:
             if extras.uid is None:
-                # 128 bits: more than anybody can try. With a counter a client would know its neighbors'.
+                # 128 random bits cannot be guessed. From a counter, a client could guess other clients' uids.
                 uid = token_urlsafe(16)
                 task._group._ledger.note_uid(task, uid)
                 extras.uid = uid
@@ -505,23 +504,23 @@ def uid_of(task: ManagedTask[Any]) -> str:
 
 
 def reported(task: ManagedTask[Any]) -> Progress | None:
-    """What a task has reported last, if it has."""
+    """The last progress report of a task; None before the first."""
     extras = task._extras
     return None if extras is None or extras.progress is None else extras.progress.snapshot()
 
 
 def has_started(task: ManagedTask[Any]) -> bool:
-    """Tell by its coroutine whether a live task has run any of its code."""
+    """Check whether a task has run any of its code, by its coroutine; True once it is done."""
     if task.done():
-        # Before its coroutine is asked for: one that ended in an eager first step has none, and CPython
-        # 3.12 up to 3.12.4 crashes (https://github.com/python/cpython/issues/122332).
+        # Before its coroutine is read: a task that ended in an eager first step has none, and reading it
+        # crashes CPython 3.12 up to 3.12.4 (https://github.com/python/cpython/issues/122332).
         return True
     extras = task._extras
     return has_begun(task.get_coro() if extras is None or extras.inner is None else extras.inner)
 
 
 def has_begun(coro: object) -> bool:
-    """Tell whether a coroutine has run any of its code."""
+    """Check whether a coroutine has run any of its code."""
     if not isinstance(coro, CoroutineType):
         # Cython's coroutines and other Awaitables do not show their state.
         return True
@@ -537,20 +536,20 @@ def timed_out(task: ManagedTask[Any]) -> bool:
 
 
 def final_signal(task: ManagedTask[Any]) -> Signal:
-    """Say by which signal a finished task ended."""
+    """Return the signal that a finished task ended with."""
     if task.cancelled():
         return Signal.UNWIND if task.cancelling() else Signal.FOREIGN_CANCEL
     return Signal.RETURN if failure_of(task) is None else Signal.RAISE
 
 
 def final_status(task: ManagedTask[Any]) -> TaskStatus:
-    """Look the status of a finished task up in the table."""
+    """Look up the status of a finished task in the table."""
     before = TaskStatus.CANCELLING if task.cancelling() else TaskStatus.RUNNING
     return next_status(before, final_signal(task))
 
 
 def outcome_of(task: ManagedTask[Any], status: TaskStatus) -> Outcome:
-    """Say how a finished task ended, in the words of its span."""
+    """Return the outcome that the span of a finished task shows."""
     if status is TaskStatus.COMPLETED:
         return Outcome.SUCCESS
     if status is TaskStatus.CANCELLED:
@@ -560,27 +559,27 @@ def outcome_of(task: ManagedTask[Any], status: TaskStatus) -> Outcome:
 
 
 def cause_at_end(task: ManagedTask[Any], status: TaskStatus) -> CancelCause | None:
-    """Give the noted cause, or the one that a finished task shows.
+    """Return the recorded cause, or one derived from a finished task.
 
-    A request that was not noted left its count and its message; without a count nobody asked.
+    A request that was not recorded has left its count and its message. Without a count, no request was made.
     """
     if timed_out(task) and task._extras is not None:
         return task._cause or CancelCause(CancelKind.TIMEOUT, timeout_text(task._extras))
     if task._cause is not None or status is not TaskStatus.CANCELLED:
         return task._cause
     if not task.cancelling():
-        return CancelCause(CancelKind.FOREIGN, "a CancelledError that nobody asked for")
+        return CancelCause(CancelKind.FOREIGN, "a CancelledError without a cancel request")
     return CancelCause(CancelKind.EXPLICIT, None if task._extras is None else task._extras.message)
 
 
 def settle_cause(task: ManagedTask[Any], status: TaskStatus) -> CancelCause | None:
-    """Write the cause that a finished task keeps."""
+    """Set the cause that a finished task keeps."""
     task._cause = cause = cause_at_end(task, status)
     return cause
 
 
 def started_at(task: ManagedTask[Any], status: TaskStatus) -> float | None:
-    """When it was handed to the loop, or got its place; None for one that has run none of its code."""
+    """The time at which a task was scheduled or got its place; None if it has run none of its code."""
     extras = task._extras
     if status is TaskStatus.PENDING:
         return None
@@ -592,12 +591,12 @@ def started_at(task: ManagedTask[Any], status: TaskStatus) -> float | None:
 
 
 def runs_forever(task: ManagedTask[Any]) -> bool:
-    """True for a service that does not end by itself, and its attempts."""
+    """True for a service that does not end by itself, and for its attempts."""
     return task._extras is not None and task._extras.runs_forever
 
 
 def queue_time(task: ManagedTask[Any]) -> float | None:
-    """Seconds for which an ended task waited for its place; None if it never had to."""
+    """Seconds that an ended task waited for its place; None if it did not have to wait."""
     extras = task._extras
     if extras is None or extras.place_granted is None:
         return None
@@ -605,28 +604,28 @@ def queue_time(task: ManagedTask[Any]) -> float | None:
 
 
 def waits(callback: object) -> bool:
-    """Tell somebody who will be told of a failure from ``tasks.discard``, which keeps a set in order."""
+    """True if a done-callback may belong to a waiter; not for ``tasks.discard``, which only updates a set."""
     return not isinstance(getattr(callback, "__self__", None), set | list | dict)
 
 
 def lift_for_waiter(task: ManagedTask[Any], extras: Extras) -> None:
-    """Let a queued task count as urgent as the task that is about to wait for it."""
+    """Raise the priority of a queued task to that of the task that is about to wait for it."""
     waiter = asyncio.current_task(task.get_loop())
     if extras.ticket is not None and isinstance(waiter, ManagedTask):
         lift(extras.ticket, waiter._priority)
 
 
 def stack_of(task: asyncio.Task[Any]) -> str:
-    """Say where a task waits, managed or not, as lines of a traceback; empty once it is done.
+    """Return the lines of a traceback that show where a task, managed or not, waits; empty once it is done.
 
-    asyncio's own ``print_stack`` shows of a waiting task the outermost line alone.
+    asyncio's own ``print_stack`` shows only the outermost line of a waiting task.
     """
     frames = () if task.done() else suspended_frames(own_coroutine(task))
     return "".join(traceback.StackSummary.extract((frame, frame.f_lineno) for frame in frames).format())
 
 
 def own_coroutine(task: asyncio.Task[Any]) -> Any:
-    """Give the user's coroutine once it runs, not what this package or a task factory wraps around it."""
+    """Return the user's coroutine once it runs, without the wrapper of this package or of a task factory."""
     extras = task._extras if isinstance(task, ManagedTask) else None
     inner = None if extras is None else extras.inner
     runs = getattr(inner, "cr_suspended", False) or getattr(inner, "cr_running", False)
@@ -634,17 +633,17 @@ def own_coroutine(task: asyncio.Task[Any]) -> Any:
 
 
 def shield(task: ManagedTask[Any]) -> None:
-    """Hold back the end of its request from a task until ``unshield`` has been called as often."""
+    """Defer the cancellation of a task by its request, until as many calls of ``unshield``."""
     extras_of(task).shields += 1
 
 
 def is_shielded(task: ManagedTask[Any]) -> bool:
-    """True while the end of its request is held back from a task."""
+    """True while cancellations of a task by its request are deferred."""
     return task._extras is not None and task._extras.shields > 0
 
 
 def unshield(task: ManagedTask[Any]) -> None:
-    """Let go of one shield; with the last one a cancellation that was held back is delivered."""
+    """Remove one shield; removing the last one delivers a deferred cancellation."""
     extras = extras_of(task)
     extras.shields -= 1
     if not extras.shields and extras.deferred is not None:

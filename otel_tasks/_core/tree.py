@@ -2,11 +2,11 @@
 
 Everything here is sync. Rules, each with a test of its own:
 
-1. A labeled group is linked into the tree only while it has tasks or groups; a scoped one from its opening
+1. A labeled group is linked into the tree only while it has tasks or groups; a scoped one from when it opens
    until it is sealed and empty.
 2. A cancellation reaches everything below in one pass: first the causes and refusals, then the events, then
    the tasks.
-3. What is linked below a cancelled group is born cancelled.
+3. A group that opens below a cancelled group is cancelled from the start.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Node:
-    """What a group is in the tree; ``TaskGroup``, the only class of this kind, adds what users do with it."""
+    """A group as a node of the tree; ``TaskGroup``, the only concrete class, adds the public methods."""
 
     __slots__ = (
         "__weakref__",
@@ -71,7 +71,7 @@ class Node:
     _refusal: str | None
     _scope: Scope | None
     _limiter: Limiter | None
-    # The group of a request, RequestGroup, has both.
+    # Set only by RequestGroup, the group of a request.
     _binding: Binding | None = None
     _host: asyncio.Task[Any] | None = None
 
@@ -79,99 +79,99 @@ class Node:
         self._ledger = ledger
         self._name = name
         self._id: str | None = None
-        # Name, id and whether it is scoped, as the history keeps them; None while they may change.
+        # Name, id, and whether it is scoped, as the history keeps them; None while they may change.
         self._label: tuple[str, str, bool] | None = None
-        # Given when a scoped group opens; 0 before.
+        # Set when a scoped group opens; 0 before that, and in a labeled group.
         self._number = 0
         self._parent = parent
         self._children: dict[TaskGroup, None] = {}
         self._live: dict[Key, ManagedTask[Any]] = {}
-        # The table in which names must be unique: its own, or for labelled groups the root's.
+        # The table in which names must be unique: its own, or for labeled groups the root's.
         self._names = self._live
-        # Makes the keys of that table; made with the first task that needs a number.
+        # Makes the keys of that table; None until the first task needs a number.
         self._numbers: Numbers | None = None
         self._linked = False
         # Its names are in no other table, and it is linked: creation and ending look at this one attribute,
         # not at three.
         self._is_one_table = parent is None
         self._sealed = False
-        # Its own, or that of the group around it: the parent of what its block starts.
+        # Its own, or that of the group around it: the parent of the spans that its block starts.
         self._span: GroupSpan | None = None
         self._owns_span = False
         self._event: CancelEvent | None = None
-        # Why it is being cancelled; for good in a scoped group, for the moment in a labelled one.
+        # The cause of its cancellation: permanent in a scoped group, temporary in a labeled one.
         self._cause: CancelCause | None = None
-        # How many of its ended tasks had reported progress, and how much they did; of a scoped group only.
+        # How many of its ended tasks had reported progress, and the sum of it; in a scoped group only.
         self._past_progress: tuple[int, float] | None = None
-        # Why it takes no new tasks; None while it does.
+        # Why it takes no new tasks; None while it takes them.
         self._refusal = None
         self._scope = None
         self._limiter = None
-        # Neither of the two above stands in the way: creation looks at this one attribute for each task.
+        # It has neither a refusal nor a limiter: creation reads this one attribute for each task.
         self._takes_plain_tasks = True
-        # Of the live tasks, those that wait for a place.
+        # How many of the live tasks wait for a place.
         self._queued = 0
 
     def _become_label(self, name: str) -> None:
-        """Be known by ``name`` alone; the names of its tasks are unique in the manager."""
+        """Make this a labeled group, whose id is its name and whose task names are unique in the manager."""
         self._id = name
         self._label = (name, name, False)
         if self._parent is not None:
             self._names = self._ledger.root._live
 
     def _hang_below(self, parent: TaskGroup) -> None:
-        """Be opened below ``parent``, wherever that happens."""
+        """Set the parent below which the group opens, wherever it is entered."""
         self._ledger = parent._ledger
         self._parent = parent
 
     @property
     def name(self) -> str:
-        """What it is called; a request's is named after its route once that is known."""
+        """The name; a request's group is named after the route once the route is known."""
         return self._name if isinstance(self._name, str) else self._name()
 
     @property
     def id(self) -> str:
-        """The name, for a scoped group with ``#`` and a number behind it."""
+        """The name; for a scoped group the name, ``#``, and a number."""
         if self._id is None:
             return f"{self.name}#{self._number}" if self._number else self.name
         return self._id
 
     @property
     def scoped(self) -> bool:
-        """True for one that is entered and closed, False for one that is named by a string."""
+        """True for a group that is entered and closed, False for one that is named by a string."""
         return self._id is None
 
     @property
     def tasks(self) -> tuple[ManagedTask[Any], ...]:
-        """The live tasks of this very group, oldest first."""
+        """The live tasks of this group, without the groups below it, oldest first."""
         if self._parent is None:
-            # The root's table has the tasks of all labelled groups.
+            # The root's table also has the tasks of all labeled groups.
             return tuple(task for task in self._live.values() if task._group is self)
         return tuple(self._live.values())
 
     @property
     def cancel_event(self) -> CancelEvent:
-        """Set when the group or one above it is cancelled; made on first use, for a labelled group anew.
+        """An event that is set when the group or one above it is cancelled; made on first use, in any thread.
 
-        It may be asked for in any thread.
+        A labeled group stays usable after a cancellation: it then has a new event.
         """
         if self._cause is not None and not self.scoped:
-            # Perhaps that of a shutdown in another loop.
+            # The cause may be that of a shutdown in another loop.
             self._ledger.home.meet_running_loop()
         event = self._event
         return self._make_event() if event is None or self._is_used_up(event) else event
 
     @property
     def manager(self) -> Any:
-        """The ``TaskManager`` at whose root its tree begins."""
-        # Any: naming the class here would make a circle of imports of the whole core.
+        """The ``TaskManager`` that owns the tree."""
+        # Any: naming the class here would put the whole core into one import cycle.
         return self._ledger.owner
 
     def _labels(self) -> tuple[str, str, bool]:
-        """Name, id and whether it is scoped, as spans and the history have them."""
+        """Name, id, and whether it is scoped, as spans and the history have them."""
         if self._label is not None:
             return self._label
-        # Looked up once: a request has to ask for its route.
+        # Read once: a request has to look up its route.
         name = self.name
         return name, f"{name}#{self._number}", True
 
@@ -189,20 +189,19 @@ class Node:
             self._takes_plain_tasks = self._limiter is None
         else:
             self._refusal = f"is closed ({self._cause.kind})"
-        # By number: a request's name, and so its id, changes once its route is known.
+        # By number: a request's name, and so its id, changes when the route becomes known.
         me: Any = self
         self._ledger.scopes[self._number] = me
         parent._link(me)
         above = parent._cause
         if above is not None and self._cause is None:
-            # What hangs below a cancelled group is born cancelled.
             self._signal_cancel(above)
 
     # -- linking ----------------------------------------------------------------------------
 
     def _remove(self, task: ManagedTask[Any]) -> None:
         key = task._key
-        # The entry may belong to another task: a name is free as soon as its task is done.
+        # The entry may be that of another task: a name is free as soon as its task is done.
         if self._live.get(key) is task:
             del self._live[key]
         if self._names is not self._live and self._names.get(key) is task:
@@ -211,7 +210,7 @@ class Node:
             self._emptied()
 
     def _lose(self, task: ManagedTask[Any]) -> None:
-        """Remove a task that can never end, and with it all claims to places: the loop is closed."""
+        """Remove a task that can never end, and drop all claims to places: the loop is closed."""
         self._queued = 0
         if self._limiter is not None:
             self._limiter.clear()
@@ -257,13 +256,13 @@ class Node:
                 parent._emptied()
 
     def _keep_progress(self, tasks: int, done: float) -> None:
-        """Count ended tasks that had reported progress with what they did, until the group is closed."""
+        """Add the progress of ended tasks to the sum that the group keeps until it closes."""
         if self.scoped:
             before = self._past_progress or (0, 0)
             self._past_progress = (before[0] + tasks, before[1] + done)
 
     def _below(self) -> list[TaskGroup]:
-        """This group and all below it."""
+        """This group and all groups below it."""
         me: Any = self
         groups: list[TaskGroup] = [me]
         # The list grows while it is walked.
@@ -277,7 +276,7 @@ class Node:
             yield from group.tasks
 
     def _leave_queue(self) -> None:
-        """Count a task no more among those that wait: it has its place, or has ended."""
+        """Stop counting a task as queued: it has its place, or has ended."""
         self._queued -= 1
 
     # -- cancelling -------------------------------------------------------------------------
@@ -286,24 +285,24 @@ class Node:
         return event._value and self._cause is None and not self.scoped
 
     def _make_event(self) -> CancelEvent:
-        # Two threads that ask at a time must get the same one.
+        # Two threads that read the property at the same time must get the same event.
         with TREE_LOCK:
             event = self._event
             if event is None or self._is_used_up(event):
                 parent = None if self._parent is None else self._parent.cancel_event
                 event = CancelEvent(parent)
                 event.set_owner(self, self._ledger.home.now)
-                # Before the look at the cause: the loop notes a cause before it looks for an event.
+                # Before the cause is read: the loop sets a cause before it reads the event.
                 self._event = event
                 if self._cause is not None:
                     event.set(self._cause)
             return event
 
     def _signal_cancel(self, cause: CancelCause) -> list[TaskGroup]:
-        """Set the cancel event here and below; scoped groups take no new tasks from now on.
+        """Set the cancel event of this group and of those below; its scoped groups take no more new tasks.
 
         Returns:
-            The groups that it reached: to be given to ``renew`` once they have been cancelled.
+            The groups that it reached; pass them to ``renew`` after their tasks are cancelled.
         """
         groups = self._below()
         for node in groups:
@@ -320,21 +319,21 @@ class Node:
                 self._refuse(f"is closed ({cause.kind})")
 
     def _refuse(self, reason: str) -> None:
-        """Take no new tasks from now on; the first reason stays."""
+        """Take no more new tasks; the first reason is kept."""
         self._refusal = self._refusal or reason
         self._takes_plain_tasks = False
 
     def _limit(self, limiter: Limiter | None) -> None:
-        """Let new tasks pass this limiter."""
+        """Count new tasks against this limiter; None removes the group's limit."""
         self._limiter = limiter
         self._takes_plain_tasks = self._refusal is None and limiter is None
 
     def _count_for(self, limiter: Limiter, *, before: bool) -> None:
-        """Count the live tasks for a limiter that was not there when they were created.
+        """Count the live tasks against a limiter that was set after they were created.
 
         Args:
             limiter: The manager's, for everything below, or the group's own.
-            before: It is the group's, to be asked before the manager's.
+            before: The limiter is the group's, which comes before the manager's.
         """
         for task in self.tasks if before else self._every_live():
             extras = extras_of(task)
@@ -347,14 +346,17 @@ class Node:
     def _cancel_tasks(
         self, cause: CancelCause, *, spared: Collection[asyncio.Future[Any] | None] = ()
     ) -> int:
-        """Cancel every live task here and below in one pass; returns how many were newly asked.
+        """Cancel every live task here and below in one pass.
 
         Args:
-            cause: Noted with each task.
-            spared: Tasks to leave alone, such as the caller that is going to wait.
+            cause: Recorded with each task.
+            spared: Tasks not to cancel, such as the caller that is going to wait.
+
+        Returns:
+            How many tasks had no cancel request before this call.
         """
         groups = self._below()
-        # Newest first: an older task may own what a newer one is using.
+        # Newest first: an older task may own resources that a newer one uses.
         tasks = [task for node in groups for task in reversed(node.tasks) if not spared or task not in spared]
         asked = request_cancel_all(tasks, cause, heard=bool(self._ledger.listeners.functions))
         self._cancel_bodies(groups, cause, spared)
@@ -363,10 +365,10 @@ class Node:
     def _cancel_bodies(
         self, groups: list[TaskGroup], cause: CancelCause, spared: Collection[asyncio.Future[Any] | None]
     ) -> None:
-        """Cancel the blocks below whose task nobody else here cancels.
+        """Cancel the blocks below whose hosts this cancellation has not reached otherwise.
 
-        Left alone: tasks of these groups, they were asked themselves; the caller; the task that
-        hosts this group too; and the handlers of requests, about which the middleware decides.
+        Not cancelled here: tasks of these groups, which have their own requests; the caller; the task that
+        also hosts this group; and the handlers of requests, which the middleware decides on.
         """
         here = set(groups)
         hosts = {self._host, *spared, *(node._host for node in groups)}
@@ -380,7 +382,7 @@ class Node:
                 scope.cancel_body(cause)
 
     def _seal(self, cause: CancelCause | None = None, *, refuse: bool = True) -> None:
-        """Take no new tasks (unless ``refuse`` is false); leave the tree as soon as nothing is left in it."""
+        """Take no new tasks (unless ``refuse`` is false), and leave the tree as soon as nothing is in it."""
         self._sealed = True
         if refuse and self._refusal is None:
             self._refuse("is finished" if cause is None else f"is closed ({cause.kind})")
@@ -389,7 +391,7 @@ class Node:
         self._ledger.places.wake_producer()
 
     def _forget_cause(self, cause: CancelCause | None = None) -> None:
-        """Be usable again, with a fresh event, after a cancellation for ``cause`` (None: any)."""
+        """Make a labeled group usable again, with a new event, after a cancellation (None: for any cause)."""
         if not self.scoped and (cause is None or self._cause is cause):
             self._cause = None
 
@@ -397,7 +399,7 @@ class Node:
         return self._ledger.home.clock()
 
     def _child_failed(self, task: ManagedTask[Any], error: BaseException) -> bool:
-        """True if the failure is raised by the block of this group, False if it has to be reported."""
+        """True if the block of this group raises the failure, False if it has to be reported."""
         return self._scope is not None and self._scope.child_failed(self, task, error)
 
     # -- its span ---------------------------------------------------------------------------
@@ -412,31 +414,31 @@ class Node:
 
 
 def renew(groups: Iterable[TaskGroup], cause: CancelCause) -> None:
-    """Remove the cause from labeled groups that were cancelled: they stay usable, with a fresh event."""
+    """Make labeled groups usable again after a cancellation with ``cause``, with new events."""
     for group in groups:
         group._forget_cause(cause)
 
 
 class Ledger:
-    """What the groups of one manager share: its parts, and where each group and task is found.
+    """What the groups of one manager share: its parts, and the tables of its groups and tasks.
 
     Args:
         name: The manager's name.
         telemetry: Its tracer and its instruments.
-        history: How many ended tasks it remembers.
+        history: How many ended tasks the history keeps.
         places: Its places.
         eager_start: Run the first step of each task when it is created.
-        threads: The threads of ``run_in_thread``.
+        threads: The threads for ``run_in_thread``.
     """
 
-    # Set by the manager, which stands above this module.
+    # The manager sets these; its module imports this one.
     root: TaskGroup
     # The TaskManager.
     owner: Any
     lost: LossReport
     ending: Ending
     counters: Counters
-    # Bound once: the list of callbacks of each task then holds the same object.
+    # Bound once, so that the callbacks of all tasks share one object.
     on_done: Callable[[ManagedTask[Any]], None]
 
     def __init__(
@@ -456,21 +458,21 @@ class Ledger:
         self.threads = threads
         self.home = Home(name, self)
         self.listeners = Listeners(self.home.update_fast_path)
-        # What a line of code calls the manager.
+        # How code refers to the manager, for hints in messages.
         self.in_code = "manager"
         # Labeled groups: weak, so that an empty one costs nothing.
         self.labels: WeakValueDictionary[str, TaskGroup] = WeakValueDictionary()
         # Open scoped groups by their number.
         self.scopes: dict[int, TaskGroup] = {}
-        # The innermost scoped group that is open in a task: `async with` inside `async with` nests.
+        # The innermost open scoped group of each host task: `async with` inside `async with` nests.
         self.hosts: dict[asyncio.Task[Any], TaskGroup] = {}
-        # Tasks whose uid has been read; weak, since one that has ended is in the history.
+        # Tasks whose uid has been read; weak, since an ended task is in the history.
         self.uids: WeakValueDictionary[str, ManagedTask[Any]] = WeakValueDictionary()
-        # A number that no other group of this manager has. In one step: threads make groups too.
+        # The next number of a scoped group. Atomic, because threads make groups too.
         self.next_number = itertools.count(1).__next__
         self.created = 0
-        # Where done-callbacks run: nobody's context. Not one for all managers: a context that two threads
-        # enter at the same time refuses the second.
+        # An empty context for done-callbacks. One for each manager: two threads cannot enter the same context
+        # at the same time.
         self.context = Context()
         self._has_logged = False
 
@@ -478,12 +480,12 @@ class Ledger:
 
     @property
     def live(self) -> int:
-        """How many tasks have not ended."""
+        """The number of live tasks."""
         return self.created - self.counters.ended
 
     @property
     def cancelled_by(self) -> dict[tuple[str, str], int]:
-        """Cancelled tasks by group and reason, for the metrics."""
+        """The number of cancelled tasks by group and reason, for the metrics."""
         return self.counters.cancelled_by
 
     def stats(self) -> TaskStats:
@@ -501,11 +503,11 @@ class Ledger:
         )
 
     def active(self) -> Mapping[tuple[str, str], int]:
-        """Live tasks by group and state; read on the metric reader's thread, hence the copies."""
-        # Lists made in one step each: groups come and go on the loop's thread meanwhile.
+        """The number of live tasks by group and state, read in the thread of the metric reader."""
+        # Each list is made in one atomic step: the loop's thread adds and removes groups meanwhile.
         labels = [group for link in self.labels.valuerefs() if (group := link()) is not None]
         sizes = [(group, len(group._live)) for group in [*labels, *list(self.scopes.values())]]
-        # The root's table is the name space of all labeled groups, too.
+        # The root's table also has the tasks of all labeled groups.
         labeled = sum(size for group, size in sizes if not group.scoped)
         sizes.append((self.root, max(0, len(self.root._live) - labeled)))
         counts: dict[tuple[str, str], int] = {}
@@ -519,9 +521,9 @@ class Ledger:
     # -- finding ----------------------------------------------------------------------------
 
     def scope(self, group_id: str) -> TaskGroup | None:
-        """Find an open scoped group by its id; what is before the ``#`` may have changed since."""
+        """Find an open scoped group by the number in its id; the name before the ``#`` may have changed."""
         number = group_id.rpartition("#")[2]
-        # Bounded: int() refuses very long ones, and the id may come from a client.
+        # Bounded: int() refuses very long numbers, and the id may come from a client.
         return self.scopes.get(int(number)) if number.isdecimal() and len(number) < 19 else None
 
     def by_uid(self, uid: str) -> ManagedTask[Any] | None:
@@ -530,31 +532,31 @@ class Ledger:
         return task if task is not None and task._group._live.get(task._key) is task else None
 
     def note_uid(self, task: ManagedTask[Any], uid: str) -> None:
-        """Let a task be found by its uid from now on."""
+        """Register a live task under its uid."""
         self.uids[uid] = task
 
     def record_uid(self, task: ManagedTask[Any]) -> None:
-        """Let the record of a task be found by its uid, if the task ended before its uid was read."""
+        """Add the uid to a task's record in the history, if the task has ended before its uid was read."""
         loop = self.home.elsewhere()
         if loop is None:
             self._record_uid(task)
         else:
-            with suppress(RuntimeError):  # It is closed: nothing ends in it any more.
+            with suppress(RuntimeError):  # The loop is closed: no task ends in it any more.
                 loop.call_soon_threadsafe(self._record_uid, task, context=Context())
 
     def _record_uid(self, task: ManagedTask[Any]) -> None:
         if task.done():
             self.history.note_uid(task.info())
 
-    # -- what the loop asks, see `loop.Occupant` --------------------------------------------
+    # -- called by the loop, see `loop.Occupant` --------------------------------------------
 
     @property
     def has_special_tasks(self) -> bool:
-        """A listener, or the manager's limit, looks at every task."""
+        """True if a listener or the manager's limit concerns every task."""
         return bool(self.listeners.functions) or self.places.limiter.limit is not None
 
     def lose_tasks(self) -> None:
-        """Let go of all live tasks: their loop was closed under them."""
+        """Drop all live tasks: their loop was closed before they ended."""
         tasks = list(self.root._every_live())
         if not self.home.closed:
             self.lost.report()
@@ -564,7 +566,7 @@ class Ledger:
         self.hosts.clear()
 
     def moved(self, shutdown: Shutdown | None, *, was_closed: bool) -> None:
-        """Belong to another loop, which may have shut the manager down before."""
+        """Adapt to the manager's new loop, in which it may have been shut down before."""
         if shutdown is not None:
             self.root._signal_cancel(shutdown.cause)
         elif was_closed:
@@ -578,7 +580,7 @@ class Ledger:
             self.lost.watch_exit()
 
     def reopen(self) -> None:
-        """Take new tasks in this loop again after a shutdown."""
+        """Accept new tasks in this loop again after a shutdown."""
         self.home.reopen()
         self.forget_causes()
 
@@ -588,12 +590,12 @@ class Ledger:
             group._forget_cause()
 
     def notify_cancelling(self, task: ManagedTask[Any]) -> None:
-        """Tell the listeners that a task's cancellation has been requested."""
+        """Notify the listeners of a cancel request."""
         if self.listeners.functions:
             self.listeners.notify("cancelling", task.info())
 
     def log_once(self, message: str, *args: object) -> None:
-        """Log the exception in hand, the first time only: a broken exporter breaks no task."""
+        """Log the current exception, the first time only: a broken exporter must not fail tasks."""
         if not self._has_logged:
             self._has_logged = True
             logger.exception(message + "; further ones are not logged", *args)
