@@ -13,6 +13,7 @@ import pytest
 
 from otel_tasks import (
     CancelCause,
+    CancelEvent,
     CancelKind,
     GroupClosedError,
     TaskExistsError,
@@ -303,6 +304,32 @@ async def test_cancelling_a_group_reaches_its_descendants_and_nothing_else() -> 
     await asyncio.wait(inside)
     assert all(task.cancelled() for task in inside)
     await manager.shutdown(0)
+
+
+async def test_cancellation_refuses_then_sets_events_then_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each step, all groups below are at the same point, so no code sees a tree that is half cancelled."""
+    manager = TaskManager()
+    seen: list[tuple[list[bool], list[bool], list[int]]] = []
+    set_event = CancelEvent.set
+    async with manager.group("outer") as outer, outer.group("inner") as inner:
+        groups, events = (outer, inner), (outer.cancel_event, inner.cancel_event)
+        tasks = [group.create_task(rest()) for group in groups]
+
+        def look() -> None:
+            refusing = [group._refusal is not None for group in groups]
+            seen.append(
+                (refusing, [event.is_set() for event in events], [task.cancelling() for task in tasks])
+            )
+
+        def look_and_set(event: CancelEvent, cause: CancelCause | None = None) -> None:
+            look()
+            set_event(event, cause)
+
+        monkeypatch.setattr(CancelEvent, "set", look_and_set)
+        manager.add_listener(lambda event, _: look() if event == "cancelling" else None)
+        outer.cancel()
+    both = [True, True]
+    assert seen == [(both, [False, False], [0, 0]), (both, both, [1, 0]), (both, both, [1, 1])]
 
 
 async def test_group_cancels_newest_first() -> None:

@@ -1,7 +1,7 @@
-"""Who waits for a task: whom its cancellation, or its end, would reach.
+"""Finds the tasks that wait for a given task: its end, or its cancellation, would reach them.
 
-asyncio keeps no list of who awaits what before Python 3.14. It is all in the done-callbacks, though: who
-awaits a task has one there, and so have the futures that stand between.
+Before Python 3.14, asyncio keeps no list of them. The done-callbacks of a task show them: each task that
+awaits it has one there, and so do the futures in between.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def with_awaiters(*callers: asyncio.Task[Any] | None) -> set[asyncio.Future[Any]]:
-    """The callers, and all that their end would wake: tasks, and the futures between."""
+    """The callers, and all tasks and futures in between that their end would wake."""
     reached: dict[asyncio.Future[Any], None] = {caller: None for caller in callers if caller is not None}
     found = list(reached)
-    # The list grows while it is walked.
+    # The loop below extends the list.
     for future in found:
         for waiting in _waiting_for(future):
             if waiting not in reached:
@@ -41,35 +41,35 @@ def _waiting_for(future: asyncio.Future[Any]) -> Iterator[asyncio.Future[Any]]:
 
 
 def _woken_by(callback: object) -> Iterator[asyncio.Future[Any]]:
-    """Say what a done-callback is going to wake."""
+    """The tasks and futures that a done-callback wakes."""
     owner = getattr(callback, "__self__", None)
     if isinstance(owner, asyncio.Task):
-        # A user's callback may be another of its methods, say cancel().
+        # A user's callback may be another method of the task, such as cancel().
         if getattr(callback, "__name__", "").endswith("wakeup"):
             yield owner
     elif isinstance(owner, asyncio.TaskGroup):
         yield vars(owner)["_parent_task"]
     elif isinstance(owner, Wait):
         yield owner.outcome
-    # as_completed() has its queue there from Python 3.13 on, in a closure before.
+    # as_completed() has its queue in `_done` from Python 3.13 on, and in a closure before that.
     for thing in [*_enclosed_in(callback), getattr(owner, "_done", None)]:
         if isinstance(thing, asyncio.Queue):
             yield from vars(thing)["_getters"]
         elif isinstance(thing, asyncio.Future) and not isinstance(thing, asyncio.Task):
-            # What gather(), shield() and wait() give is no task. A task here is one that a user's
-            # callback is about.
+            # The futures of gather(), shield(), and wait() are not tasks. A task here is one that a user's
+            # callback refers to, and need not wait.
             yield thing
 
 
 def _enclosed_in(callback: object) -> Iterator[object]:
-    """Everything in the closure of a callback, and of the functions in it, or among its bound arguments."""
+    """The contents of a callback's closure, of the closures of functions in it, and its bound arguments."""
     if isinstance(callback, functools.partial):
         yield from callback.args
     functions = [callback]
-    # The list grows while it is walked.
+    # The loop below extends the list.
     for function in functions:
         for cell in getattr(function, "__closure__", None) or ():
-            with contextlib.suppress(ValueError):  # the cell is empty
+            with contextlib.suppress(ValueError):  # The cell is empty.
                 content = cell.cell_contents
                 yield content
                 if isinstance(content, FunctionType) and content not in functions:
@@ -78,5 +78,5 @@ def _enclosed_in(callback: object) -> Iterator[object]:
 
 @functools.singledispatch
 def hosts_of(task: asyncio.Future[Any]) -> Iterable[asyncio.Future[Any]]:
-    """The tasks whose block or request this one runs in; `group` registers the variant for managed tasks."""
+    """The hosts of the block or request in which a task runs; `group` registers that of managed tasks."""
     return ()

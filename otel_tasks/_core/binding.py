@@ -1,4 +1,4 @@
-"""What a context is bound to: the group or the request that new tasks join. Which requests are stopping."""
+"""The binding of a context to a group or a request, and the requests that are being cancelled."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class Binding(Protocol):
-    """What stands for the current group in a context: a group, or what makes one when it is needed.
+    """Stands for the current group in a context: a group, or a request that makes one when it is needed.
 
-    ``Any`` where the class stands above this module: naming it would close a circle of imports.
+    ``Any`` stands for a class of a higher module: naming it here would make an import cycle.
     """
 
     @property
@@ -39,7 +39,7 @@ class Binding(Protocol):
 
 
 class BoundRequest(Protocol):
-    """What the core asks of a request."""
+    """What the core needs from a request."""
 
     host: asyncio.Task[Any] | None
     # It has ended.
@@ -47,25 +47,25 @@ class BoundRequest(Protocol):
 
     @property
     def over(self) -> bool:
-        """The request has ended, and the caller is not a part of it that is still ending."""
+        """True if the request has ended and the caller is not part of its cleanup."""
         ...
 
     @property
     def name(self) -> str:
-        """Its route, as its group is named."""
+        """The route, which is also the name of its group."""
         ...
 
     @property
     def cancelled_from_outside(self) -> bool:
-        """Its handler's task has been cancelled, and not by the request itself."""
+        """True if its handler's task has been cancelled, and not by the request itself."""
         ...
 
     def cause_of_shutdown(self, message: str | None = None) -> Any:
-        """The cause of what ends because the server has cancelled the handler's task."""
+        """The cause for work that is cancelled because the server has cancelled the handler's task."""
         ...
 
     def stand_in(self, group: Any) -> Any:
-        """The group that takes a task which was meant for the closed ``group``; ``group`` if none does."""
+        """The group that takes a task meant for the closed ``group``; ``group`` itself if none does."""
         ...
 
     def intercept(self, awaited: asyncio.Task[Any], message: object, callbacks: list[Callback]) -> bool:
@@ -74,15 +74,15 @@ class BoundRequest(Protocol):
 
 
 class ThreadWorker(Protocol):
-    """What the core asks of a function that ``run_in_thread`` calls."""
+    """What the core needs from a function that ``run_in_thread`` calls."""
 
     def requester_name(self) -> str | None:
-        """The name of its task; None once that has ended."""
+        """The name of its task; None once the task has ended."""
         ...
 
     @property
     def thread_id(self) -> int | None:
-        """The thread in which the function runs; None before it does."""
+        """The thread in which the function runs; None before it runs."""
         ...
 
     def stack(self) -> str:
@@ -95,35 +95,36 @@ class ThreadWorker(Protocol):
         ...
 
 
-# Set where the current task alone does not tell the group: in a request's handler, and in
-# tasks that were started from one into another group.
+# Set where the current task does not determine the group: in a request's handler, and in tasks that a request
+# has started in another group.
 current_binding: ContextVar[Binding | None] = ContextVar("otel_tasks_group", default=None)
 
-# The worker whose function runs here. Set in its thread's context alone.
+# The worker whose function runs here. Set only in the context of its thread.
 worker_here: ContextVar[ThreadWorker | None] = ContextVar("otel_tasks_worker", default=None)
 
-# Requests whose work is being cancelled. Empty most of the time, so that a cancel() elsewhere costs one look.
+# Requests whose work is being cancelled. Usually empty, so that a cancel() elsewhere costs one check.
 stopping: set[BoundRequest] = set()
 
 
 def bound_request() -> BoundRequest | None:
-    """The request to which the calling code belongs; None outside of one, and once it is over."""
+    """The request that the caller belongs to; None outside of a request, and once it is over."""
     bound = current_binding.get()
     request = None if bound is None else bound._request
     return None if request is None or request.over else request
 
 
 def request_in(context: Context) -> BoundRequest | None:
-    """The request to which ``context`` belongs, over or not; None outside of one."""
+    """The request that ``context`` belongs to, even once it is over; None outside of a request."""
     bound = context.get(current_binding)
     return None if bound is None else bound._request
 
 
 def intercepted(awaited: asyncio.Task[Any], message: object) -> bool:
-    """Let requests that are being stopped take a cancellation which is theirs and not for ``awaited``.
+    """Let requests that are being stopped keep their cancellation from ``awaited``, a task of other code.
 
-    A task's ``cancel()`` is forwarded to what the task awaits. A request cancels its own work and nothing
-    else, so what it awaits of others has to be left out. The contexts of the callbacks tell who awaits.
+    asyncio forwards a task's ``cancel()`` to what the task awaits. A request cancels its own work and nothing
+    else, so tasks of others that it awaits must not be cancelled. The contexts of the callbacks show which
+    requests await the task.
     """
     # In one pass: a thousand requests that await one task may be stopped in the same turn.
     found: dict[BoundRequest, list[Callback]] = {}
@@ -132,19 +133,19 @@ def intercepted(awaited: asyncio.Task[Any], message: object) -> bool:
     if request is not None and request in stopping:
         found[request] = []
     for callback, context in awaited._callbacks or ():
-        # An empty one binds nothing; a callback that was given None, as C allows, has none at all.
+        # An empty context has no binding; a callback that was given None, as C allows, has no context.
         if not context or not may_forward(callback):
             continue
         bound = context.get(current_binding)
         request = None if bound is None else bound._request
         if request is not None and request in stopping:
             found.setdefault(request, []).append((callback, context))
-    # A list: each request concerned has to take its own.
+    # A list, not any(): each of these requests has to handle its own callbacks.
     return True in [request.intercept(awaited, message, callbacks) for request, callbacks in found.items()]
 
 
 def awaiting(awaited: asyncio.Task[Any]) -> set[BoundRequest]:
-    """The requests that await a task: a callback has the context of the code that awaits."""
+    """The requests that await a task, by the contexts of its callbacks."""
     # asyncio's own attribute, 3.11 to 3.15.
     bound = [context.get(current_binding) for _, context in awaited._callbacks or () if context]
     return {binding._request for binding in bound if binding is not None and binding._request is not None}

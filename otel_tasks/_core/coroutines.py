@@ -1,4 +1,4 @@
-"""The coroutines that tasks are made of: what they are called, and what is refused."""
+"""Names of coroutines, and checks of what is passed as a coroutine."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The module whose coroutines are named, with their module, after a function that they call in a thread.
+# The module whose coroutines have the qualified name, module included, of the function they call in a thread.
 _IN_THREAD = "otel_tasks._core.threads"
 
 
 def check_coroutine(coro: object, function: str = "create_task") -> None:
-    """Raise a TypeError that shows the correct line, unless ``coro`` is a coroutine.
+    """Raise a TypeError that shows what to write instead, unless ``coro`` is a coroutine.
 
     Args:
         coro: The object to check.
@@ -36,7 +36,7 @@ def check_coroutine(coro: object, function: str = "create_task") -> None:
 
 
 def close_quietly(coro: object) -> None:
-    """Close a refused coroutine, so that Python does not warn that nobody awaited it."""
+    """Close a refused coroutine, so that Python does not warn that it was never awaited."""
     if asyncio.iscoroutine(coro):
         coro.close()
 
@@ -46,13 +46,13 @@ def function_name(coro: Any) -> str:
     try:
         name: str = coro.__name__
     except AttributeError:
-        # Cython's and other objects that are coroutines by their methods alone.
+        # Cython's coroutines and other objects that only have a coroutine's methods.
         name = type(coro).__name__
     return name
 
 
 def code_name(coro: Coroutine[Any, Any, Any]) -> str:
-    """Module and qualified name, as the semantic conventions want it in ``code.function.name``."""
+    """Module and qualified name, as the semantic conventions define ``code.function.name``."""
     qualified = getattr(coro, "__qualname__", None) or type(coro).__qualname__
     frame = getattr(coro, "cr_frame", None)
     module = None if frame is None else frame.f_globals.get("__name__")
@@ -62,7 +62,7 @@ def code_name(coro: Coroutine[Any, Any, Any]) -> str:
 
 
 def check_factory(factory: object) -> None:
-    """Raise a TypeError that shows the right line, unless this makes a coroutine or is one."""
+    """Raise a TypeError that shows what to write instead, unless this is a function or a coroutine."""
     if not callable(factory) and not asyncio.iscoroutine(factory):
         raise TypeError(
             f"start_task() takes a function that returns a coroutine, got {factory!r}: "

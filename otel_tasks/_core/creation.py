@@ -154,7 +154,7 @@ class Creation(Named):
                 task: ManagedTask[T] = ManagedTask.__new__(ManagedTask)
                 self._enter(task, key, priority, created_at, span, extras)
                 if ledger.listeners.functions:
-                    work = told_first(work, ledger)
+                    work = announced_first(work, ledger)
                 run_first_step(task, work, loop, base, context)
                 return task
             # Built directly: create_task() of the loop would make a task of another class.
@@ -477,7 +477,7 @@ def is_free(context: Context) -> bool:
     return True
 
 
-async def told_first(work: Coroutine[Any, Any, T], ledger: Ledger) -> T:
+async def announced_first(work: Coroutine[Any, Any, T], ledger: Ledger) -> T:
     """Notify the listeners of an eager task right before its first step; before that there is no task."""
     task = asyncio.current_task()
     if isinstance(task, ManagedTask):

@@ -1,13 +1,13 @@
-"""What is current: the one ContextVar, and the one rule by which everything finds its group and its manager.
+"""The current group and manager: one rule finds both, everywhere.
 
 The rule, from the inside out:
 
-1. What the context binds: a request, or the group of a task that a request has started in another group.
-2. The group of the managed task that runs here.
+1. The binding of the context: a request, or the group of a task that a request has started in another group.
+2. The group of the managed task that is running.
 3. The group of the managed task whose function runs in this thread.
-4. Nothing: then new tasks belong to the root of the global manager.
+4. Otherwise nothing is current, and new tasks belong to the root of the global manager.
 
-A plain asyncio task inherits 1 with its context, and nothing of 2.
+A plain asyncio task inherits the binding (1) with its context, but not the running task's group (2).
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound="Callable[..., Any]")
 G = TypeVar("G", bound="Group")
 
-# ManagedTask, which stands above this module: `task` names it, once.
+# ManagedTask. Its module imports this one, and sets it once.
 _managed_task: type[Any]
-# The root group of the manager that is current where no other is: `functions` names it, once.
+# The root group of the global manager, which is current if nothing else is; `functions` sets it once.
 _global_root: Any
 
 
 def set_managed_task(task_class: type[Any]) -> None:
-    """Name the class of tasks that have a group."""
+    """Set the class of the tasks that have a group."""
     global _managed_task
     _managed_task = task_class
 
 
 def set_global_root(root: object) -> None:
-    """Name the group that is current where no other is."""
+    """Set the group that is current if no other group is."""
     global _global_root
     _global_root = root
 
 
 class Group(Protocol):
-    """What decides whether a group takes new tasks, and which one takes them in its place."""
+    """What this module reads of a group: whether it takes new tasks, and where to look for one that does."""
 
     @property
     def _refusal(self) -> str | None: ...
@@ -60,7 +60,7 @@ class Group(Protocol):
 
 
 def innermost() -> Binding | None:
-    """Find what decides here which group and which manager are current; None where nothing does."""
+    """Find the binding that decides which group and manager are current; None if the global manager is."""
     bound = current_binding.get()
     if bound is not None:
         return bound
@@ -81,7 +81,7 @@ def current_root() -> Any:
 
 
 def current_group_or_none() -> Any:
-    """The ``TaskGroup`` that new tasks join here; None where there is none but the global manager's root."""
+    """The ``TaskGroup`` that new tasks join here; None if only the global manager's root is left."""
     here = innermost()
     if here is None:
         return None
@@ -90,7 +90,7 @@ def current_group_or_none() -> Any:
 
 
 def stand_in(group: G) -> G:
-    """Where a task goes that was meant for ``group``: into another one if a request cleans up."""
+    """The group that takes a task meant for ``group``: another one during the cleanup of a request."""
     if group._refusal is None or group._binding is None:
         return group
     request = group._binding._request
@@ -99,10 +99,10 @@ def stand_in(group: G) -> G:
 
 
 def nearest_open(group: Any) -> Any:
-    """The group that new tasks join where ``group``, the current one, is closed.
+    """The group that new tasks join if ``group``, the current one, is closed.
 
-    Code that is being cancelled may start tasks for its cleanup. They join the nearest group above
-    that takes any; in a request that is the one for its cleanup.
+    Code that is being cancelled may start tasks for its cleanup. They join the nearest group above that still
+    takes tasks; in a request, that is the group for its cleanup.
     """
     node = group
     while node is not None and node._refusal is not None:
@@ -113,19 +113,19 @@ def nearest_open(group: Any) -> Any:
 
 
 def is_being_cancelled() -> bool:
-    """True where a cancellation is on its way through the calling code: in a ``finally`` or an ``except``.
+    """True if the caller is in a ``finally`` or an ``except`` that a cancellation propagates through.
 
-    After an ``except`` that has swallowed it, it is not.
+    After an ``except`` that has swallowed the cancellation, it is False.
     """
     return in_flight(lambda error: isinstance(error, asyncio.CancelledError | GeneratorExit))
 
 
 def in_flight(is_wanted: Callable[[BaseException], bool]) -> bool:
-    """Tell whether the calling code handles such an exception, or one that took its place or contains it."""
+    """Check whether the caller handles a wanted exception, or one that has replaced or contains it."""
     pending = [sys.exception()]
-    # By their ids: exceptions may refer to one another in a circle, and be equal or not as their class says.
+    # By their ids: exceptions may refer to each other in a cycle, and their classes may define equality.
     seen = set[int]()
-    # The list grows while it is walked.
+    # The loop below extends the list.
     for exception in pending:
         if exception is None or id(exception) in seen:
             continue
@@ -138,7 +138,7 @@ def in_flight(is_wanted: Callable[[BaseException], bool]) -> bool:
 
 
 def is_request_over() -> bool:
-    """True in code that a request has left behind: a plain task, say, which runs on after it."""
+    """True in code that outlives its request, such as a plain task that runs on after it."""
     bound = current_binding.get()
     request = None if bound is None else bound._request
     return request is not None and request.over
@@ -146,7 +146,7 @@ def is_request_over() -> bool:
 
 @contextmanager
 def bound_to(here: Binding | None) -> Generator[None]:
-    """Make ``here`` current in the block, unless the context binds something itself."""
+    """Make ``here`` current in the block, unless the context already has a binding."""
     if here is None or current_binding.get() is not None:
         yield
         return
@@ -160,8 +160,8 @@ def bound_to(here: Binding | None) -> Generator[None]:
 def as_coroutine_function(function: F) -> F:
     """Mark a plain function that returns a coroutine, so that frameworks do not call it in a thread.
 
-    Such a function decides at its call what is current. A coroutine function would decide at its first step,
-    which may run in a plain task: ``asyncio.gather(start_task(...))``.
+    Such a function finds the current group when it is called. A coroutine function would find it in its first
+    step, which may run in a plain task: ``asyncio.gather(start_task(...))``.
     """
     if sys.version_info >= (3, 12):
         return inspect.markcoroutinefunction(function)

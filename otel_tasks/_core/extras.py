@@ -1,4 +1,4 @@
-"""What only some tasks need beside their slots: a timeout, metadata, a result to keep, a claim to a place."""
+"""The state that only some tasks need: a timeout, metadata, a result to keep, a claim to a place."""
 
 from __future__ import annotations
 
@@ -21,74 +21,76 @@ if TYPE_CHECKING:
 
 
 class ThreadFuture(Protocol):
-    """What stands for a task in another thread, see `futures`."""
+    """A task as another thread sees it, see `futures`."""
 
     @property
     def awaited(self) -> bool:
-        """Somebody there will receive a failure."""
+        """True if code in that thread will receive a failure."""
         ...
 
     def refuse(self, error: BaseException) -> None:
-        """Fail: the task can never end."""
+        """Fail with ``error``: the task can never end."""
         ...
 
 
 class Queue(Protocol):
-    """The group in whose queue a task is counted."""
+    """The group that counts a task as queued."""
 
     def _leave_queue(self) -> None: ...
 
 
 class Extras:
-    """What only some tasks need: a timeout, metadata, a result to keep, a shield.
+    """The state that only some tasks need: a timeout, metadata, a result to keep, a shield.
 
-    Without slots, so that the defaults are the class's: most tasks with extras need two or three of them.
+    No slots, so that the class has the defaults: most tasks with extras set two or three attributes.
     """
 
     metadata: dict[str, Any] | None = None
     keep_result = False
-    # Made when it is first read.
+    # Made on first use.
     uid: str | None = None
     # The task's own timeout in seconds, and asyncio's while it runs.
     seconds: float | None = None
     timeout: asyncio.Timeout | None = None
-    # Its claim to a place, if places are limited, and the queue in which it is counted; None if it got one at
-    # once.
+    # Its claim to a place, if places are limited; the group that counts it as queued; the future that is done
+    # when it gets its place, None if it got one immediately.
     ticket: Ticket | None = None
     queue: Queue | None = None
     place_granted: asyncio.Future[None] | None = None
     queue_seconds: float | None = None
     queue_timed_out = False
-    # Of a task that had to wait: when it first ran, what starts its span then, and where.
+    # For a task that has to wait: the time at which it got its place, the function that starts its span then,
+    # and the context for that.
     started_at: float | None = None
     begin: Callable[[Any, bool], None] | None = None
     context: Context | None = None
-    # The user's coroutine inside of the one that the task runs.
+    # The user's coroutine, if the task runs a wrapper around it.
     inner: Coroutine[Any, Any, Any] | None = None
-    # What the loop's task factory has made of that.
+    # What the loop's task factory has made of it.
     made: Made | None = None
     # The tasks that have to end before this one starts.
     previous: tuple[asyncio.Task[Any], ...] = ()
     progress: TaskProgress | None = None
-    # The cause that the last uncancel() took away.
+    # The cause that the last uncancel() removed.
     dropped: CancelCause | None = None
-    # Why it cancels itself, or has a timeout of its own that does: no cause of the task's.
+    # Why the task cancels itself, or a timeout inside it does; this is not the task's cause.
     unrecorded: CancelCause | None = None
-    # What stands for it in other threads; the thread in which its function runs.
+    # Its futures in other threads; the worker, if its function runs in a thread.
     futures: tuple[ThreadFuture, ...] = ()
     worker: ThreadWorker | None = None
-    # Of a cancel() that left no cause.
+    # The message of a cancel() that recorded no cause.
     message: str | None = None
-    # It has run none of its code: known at its end, before that of one that was cancelled.
+    # It has run none of its code; set at its end, or earlier when it is cancelled.
     never_ran = False
-    # Its function was to run in a thread, and did not get one.
+    # Its function should have run in a thread, and got none.
     never_called = False
-    # It only looks after other tasks, which have the spans and take the places.
+    # It only supervises other tasks, which have the spans and take the places.
     supervises = False
-    # Of a service, the attempt that it looks after.
+    # For a service, the current attempt.
     attempt: asyncio.Task[Any] | None = None
-    # It is a service that does not end by itself, or an attempt of such a service.
+    # It is a service that does not end by itself, or an attempt of one.
     runs_forever = False
+    # How many shields defer a cancellation by its request, and the cause of a deferred one.
     shields = 0
     deferred: CancelCause | None = None
 
@@ -110,7 +112,7 @@ class Extras:
 
     @property
     def queued(self) -> bool:
-        """It waits for a place."""
+        """True while it waits for a place."""
         return self.place_granted is not None and not self.place_granted.done()
 
     def count_for(
@@ -123,15 +125,15 @@ class Extras:
         *,
         before: bool,
     ) -> None:
-        """Count the task, which is live already, for a limiter that was not there when it was created.
+        """Count the task, which is already live, against a limiter that was set after its creation.
 
         Args:
             limiter: The manager's or the group's.
             queue: The task's group.
-            arrived: When the task was created.
+            arrived: The time at which the task was created.
             priority: The task's.
-            ageing: Seconds of waiting that are worth one level of priority.
-            before: The limiter is the group's, to be asked before the manager's.
+            ageing: Seconds of waiting that count as one level of priority.
+            before: The limiter is the group's, which comes before the manager's.
         """
         if self.ticket is None:
             self.queue = queue
@@ -141,19 +143,19 @@ class Extras:
             adopt(self.ticket, limiter, before=before)
 
     def leave_queue(self) -> None:
-        """Count the task no more among those that wait: it has ended."""
+        """Stop counting the task as queued: it has ended."""
         if self.queue is not None:
             self.queue._leave_queue()
 
     def grant(self) -> None:
-        """Let the task begin, unless it has been cancelled meanwhile; it no longer waits."""
+        """Stop counting the task as queued, and start it, unless it has been cancelled meanwhile."""
         if self.queue is not None:
             self.queue._leave_queue()
         if self.place_granted is not None and not self.place_granted.done():
             self.place_granted.set_result(None)
 
     def close(self) -> None:
-        """Close what the task has not awaited: one that is cancelled before its first step runs nothing."""
+        """Close coroutines that were never awaited: a task cancelled before its first step runs none."""
         if self.made is not None:
             self.made.coro.close()
         if self.inner is not None:
@@ -168,7 +170,7 @@ def wanted_extras(
     keep_result: bool,
     supervises: bool,
 ) -> Extras | None:
-    """What a task with these options needs beside the slots; None for one that has none of them."""
+    """Make the extras for these options; None if all have their defaults."""
     if timeout is None and queue_timeout is None and metadata is None and not keep_result:
         return None
     extras = Extras(
@@ -177,7 +179,7 @@ def wanted_extras(
         checked_seconds("timeout", timeout),
         checked_seconds("queue_timeout", queue_timeout),
     )
-    # A supervisor always keeps its result: no other task has to be asked.
+    # A supervisor always keeps its result, so a task without extras needs no check for this.
     extras.supervises = supervises
     return extras
 
@@ -194,7 +196,7 @@ def checked_metadata(metadata: object) -> dict[str, Any]:
 
 
 def timeout_text(extras: Extras) -> str:
-    """Say which timeout a task ran into."""
+    """Describe the timeout that has expired for a task."""
     if extras.queue_timed_out:
         return f"queue timeout of {extras.queue_seconds:g} s"
     return f"timeout of {extras.seconds:g} s"

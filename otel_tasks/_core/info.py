@@ -1,4 +1,4 @@
-"""TaskInfo: what a task was at one moment, as data."""
+"""TaskInfo: a snapshot of a task."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _Absent(Enum):
-    """What stands where a snapshot has no result: still itself after it was pickled or copied."""
+    """A marker for a snapshot without a result; it keeps its identity when it is pickled or copied."""
 
     RESULT = "no result"
 
@@ -25,9 +25,9 @@ NO_RESULT: Final = _Absent.RESULT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskInfo:
-    """A snapshot of a task; it holds no task, no frame, no exception.
+    """A snapshot of a task; it holds no task, no frame, and no exception.
 
-    Times are seconds on a monotonic clock; ``to_dict()`` gives them as wall-clock stamps, the same ones on
+    Times are seconds on a monotonic clock; ``to_dict()`` returns wall-clock timestamps, the same ones on
     every call.
 
     Attributes:
@@ -36,19 +36,19 @@ class TaskInfo:
         name: Unique among the live tasks of its scoped group, or of the manager.
         group: The group's name.
         group_id: The group's id.
-        priority: How urgent.
-        status: Where it is in its life.
-        created_at: When it was created.
-        started_at: When it was handed to the loop; None for a task that has not run any of its code.
-        ended_at: When it ended; None while it is live.
-        error_type: The class of what it raised.
-        error: The text of what it raised.
-        cause: Why it was or is being cancelled.
+        priority: The priority.
+        status: The status.
+        created_at: The time of creation.
+        started_at: The time at which it was scheduled or got its place; None if it has run none of its code.
+        ended_at: The time of its end; None while it is live.
+        error_type: The class of the exception that it raised, if it failed.
+        error: The text of that exception.
+        cause: The cause of its cancellation; None without a cancel request.
         cancel_ignored: True for a task that was cancelled and completed anyway.
-        progress: What it reported last of its progress; None if it never did.
-        metadata: What was given at its creation.
-        trace_id: In hex; None without tracing.
-        span_id: In hex; None without tracing.
+        progress: Its last progress report; None before the first.
+        metadata: A copy of its metadata.
+        trace_id: The trace id in hex; None without tracing.
+        span_id: The span id in hex; None without tracing.
         epoch: The wall-clock time at which the clock of these times was 0, in seconds since 1970.
     """
 
@@ -71,25 +71,25 @@ class TaskInfo:
     trace_id: str | None
     span_id: str | None
     epoch: float
-    # Compared by nobody: the == of a result may be no bool, as an array's.
+    # Not compared: the == of a result may not return a bool, as with arrays.
     _result: Any = field(default=NO_RESULT, repr=False, compare=False)
 
     @property
     def duration(self) -> float | None:
-        """Seconds from creation to end; None while it is live."""
+        """Seconds from its creation to its end; None while it is live."""
         return None if self.ended_at is None else self.ended_at - self.created_at
 
     @property
     def has_result(self) -> bool:
-        """True for a task that has completed and whose result is kept: one of ``start_task``."""
+        """True for a completed task that keeps its result, as ``start_task`` creates it."""
         return self._result is not NO_RESULT
 
     @property
     def result(self) -> Any:
-        """What the task returned, if it is kept; ``to_dict()`` leaves it out.
+        """The result, if it is kept; ``to_dict()`` omits it.
 
         Raises:
-            AttributeError: There is none, see ``has_result``: ``getattr(info, "result", None)`` works.
+            AttributeError: There is no result, see ``has_result``; ``getattr(info, "result", None)`` works.
         """
         if self._result is NO_RESULT:
             raise AttributeError(
@@ -99,7 +99,7 @@ class TaskInfo:
         return self._result
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the snapshot as JSON-ready data, without the result (metadata is passed through as it is)."""
+        """Return the snapshot as JSON-ready data, without the result; metadata is included unchanged."""
         data = {key: getattr(self, key) for key in _PLAIN}
         for key in ("created_at", "started_at", "ended_at"):
             data[key] = None if data[key] is None else wall_clock(data[key], self.epoch)

@@ -1,9 +1,9 @@
 """The event loop, the thread, and the clock that a manager belongs to, and in which loops it is shut down.
 
-A manager belongs to one running loop at a time. It binds to the loop in which it is first used, and to
-another one once it has no live task. A shutdown belongs to the loop in which it happened: the loops of a test
-client, of a test, and of ``asyncio.run()`` find the manager open, whatever has happened to it elsewhere in
-the process.
+A manager belongs to one running loop at a time. It binds to the loop in which it is first used, and can move
+to another one when it has no live tasks. A shutdown belongs to the loop in which it happened: in the loop of
+a test client, of a test, or of ``asyncio.run()`` the manager is open, even if another loop of the process has
+shut it down.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ if TYPE_CHECKING:
 
     from otel_tasks._core.events import CancelCause
 
-# Stands where no loop may be: get_running_loop() gives None outside of one.
+# Differs from every loop, and from None, which _get_running_loop() returns if no loop runs.
 _NO_LOOP: object = object()
 
 
 class Occupant(Protocol):
-    """What a home asks of its manager."""
+    """What a home needs from its manager."""
 
     @property
     def live(self) -> int:
-        """How many tasks have not ended."""
+        """The number of live tasks."""
         ...
 
     @property
     def has_special_tasks(self) -> bool:
-        """Something looks at every task: a listener, or a limit."""
+        """True if a listener or a limit applies to every task."""
         ...
 
     def lose_tasks(self) -> None:
-        """Let go of all live tasks: their loop was closed under them."""
+        """Drop all live tasks: their loop was closed before they ended."""
         ...
 
     def moved(self, shutdown: Shutdown | None, *, was_closed: bool) -> None:
-        """Belong to the loop that the home has now, which may have shut the manager down before."""
+        """Adapt to the home's new loop, in which the manager may have been shut down before."""
         ...
 
 
@@ -64,11 +64,11 @@ class Shutdown(NamedTuple):
 
 
 class Home:
-    """The loop of one manager.
+    """The loop that one manager belongs to.
 
     Args:
         name: The manager's name, for messages.
-        occupant: What the loop is for.
+        occupant: The manager, which adapts to a change of the loop.
     """
 
     def __init__(self, name: str, occupant: Occupant) -> None:
@@ -77,23 +77,23 @@ class Home:
         self.loop: asyncio.AbstractEventLoop | None = None
         # The thread in which that loop runs.
         self.thread: int | None = None
-        # Whether the manager is shut down in that loop.
+        # True while the manager is shut down in that loop.
         self.closed = False
         self.shutdowns = Shutdowns()
-        # The loop, while nothing but the global telemetry can make a plain task special: creation looks at
-        # this one attribute, not at four. See `update_fast_path`.
+        # The loop, while plain tasks may take the fast path: creation compares this one attribute instead of
+        # four. Telemetry is checked separately. See `update_fast_path`.
         self.fast_path_loop: Any = _NO_LOOP
-        # What has the loop's task factory as its attribute `_task_factory`.
+        # The object that has the loop's task factory as its attribute `_task_factory`.
         self.factories: Any = None
-        # That of the loop, for every timestamp and duration of this manager.
+        # The clock of the loop, for every timestamp and duration of this manager.
         self.clock: Callable[[], float] = monotonic
-        # The same where it is not the loop's time(), on which deadlines are; else None.
+        # The same clock if it differs from the loop's time(), which deadlines use; else None.
         self.other_clock: Callable[[], float] | None = None
         # The wall-clock time at which the clock was 0, in seconds since 1970.
         self.epoch = epoch_of(None)
 
     def enter(self) -> asyncio.AbstractEventLoop:
-        """Check that a task may be created here, and give the loop to create it in.
+        """Check that a task may be created here, and return the loop to create it in.
 
         Raises:
             WrongThreadError: No loop runs in this thread.
@@ -113,7 +113,7 @@ class Home:
         return loop
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Belong to ``loop``, which runs in this thread.
+        """Bind to ``loop``, which runs in this thread.
 
         Raises:
             WrongLoopError: Tasks are live in another loop that is not closed.
@@ -124,7 +124,7 @@ class Home:
         self.thread = get_ident()
 
     def meet(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Belong to ``loop``, which may run in another thread, unless tasks are live in another one."""
+        """Bind to ``loop``, which may run in another thread, unless tasks are live in another open loop."""
         if self.loop is loop or (self._occupant.live and self.loop is not None and not self.loop.is_closed()):
             return
         if _get_running_loop() is loop:
@@ -133,27 +133,27 @@ class Home:
         self._leave()
         self._belong_to(loop)
         self.thread = None
-        with suppress(RuntimeError):  # Closed just now: no thread runs it any more.
+        with suppress(RuntimeError):  # The loop is closed: no thread runs it.
             loop.call_soon_threadsafe(self.bind, loop, context=Context())
 
     def meet_running_loop(self) -> None:
-        """Belong to the loop that runs here, if one does and no task is live in another one."""
+        """Bind to the running loop, if there is one and no task is live in another open loop."""
         loop = _get_running_loop()
         if loop is not None:
             self.meet(loop)
 
     def now(self) -> float:
-        """Read the clock; the method may be kept across a change of the loop, the clock may not."""
+        """Read the clock. Callers may keep this method across a change of the loop, but not the clock."""
         return self.clock()
 
     def elsewhere(self) -> asyncio.AbstractEventLoop | None:
-        """Give the loop if this is another thread than its own; None here, or before there is a loop."""
+        """Return the loop if the caller is in another thread; None in its own, or before there is a loop."""
         if get_ident() == self.thread or _get_running_loop() is self.loop:
             return None
         return self.loop
 
     def loop_for_others(self) -> asyncio.AbstractEventLoop:
-        """Give the loop to which a thread may hand over a task.
+        """Return the loop in which another thread may create a task.
 
         Raises:
             ManagerClosedError: The manager is shut down.
@@ -168,21 +168,21 @@ class Home:
         return self.loop
 
     def update_fast_path(self) -> None:
-        """Decide whether plain tasks may take the fast path; called when what that depends on has changed."""
+        """Decide whether plain tasks may take the fast path; call it when one of the conditions changes."""
         is_slow = self.closed or self.loop is None or self._occupant.has_special_tasks
         self.fast_path_loop = _NO_LOOP if is_slow else self.loop
 
     # -- shut down --------------------------------------------------------------------------
 
     def close(self, by: str, cause: CancelCause) -> None:
-        """Take no new tasks in this loop from now on."""
+        """Accept no new tasks in this loop from now on."""
         self.closed = True
         if self.loop is not None:
             self.shutdowns.add(self.loop, Shutdown(by, cause))
         self.update_fast_path()
 
     def reopen(self) -> None:
-        """Take new tasks in this loop again after a shutdown."""
+        """Accept new tasks in this loop again after a shutdown."""
         self.closed = False
         if self.loop is not None:
             self.shutdowns.forget(self.loop)
@@ -190,14 +190,14 @@ class Home:
 
     @property
     def closed_here(self) -> bool:
-        """Whether the manager is shut down in the running loop; where none runs, in its own."""
+        """True if the manager is shut down in the running loop, or, if none runs, in its own."""
         loop = _get_running_loop()
         if loop is None or loop is self.loop:
             return self.closed
         return self.shutdowns.of(loop) is not None
 
     def is_open_in(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """True if ``loop`` has not shut the manager down, and no other loop that is open has it."""
+        """True if the manager is not shut down in ``loop`` and does not belong to another open loop."""
         here = self.loop is None or self.loop is loop or self.loop.is_closed()
         return here and self.shutdowns.of(loop) is None
 
@@ -237,18 +237,18 @@ class Home:
 
 
 class Shutdowns:
-    """The shutdowns of one manager, each with its loop, which may be forgotten once it is closed."""
+    """The shutdowns of one manager, each with its loop; those of closed loops are dropped."""
 
     def __init__(self) -> None:
         self._known: list[tuple[Callable[[], asyncio.AbstractEventLoop | None], Shutdown]] = []
 
     def add(self, loop: asyncio.AbstractEventLoop, shutdown: Shutdown) -> None:
-        """Note that the manager is shut down in ``loop``; the first shutdown stays."""
+        """Record a shutdown of the manager in ``loop``; the first one is kept."""
         if self.of(loop) is None:
             self._known.append((_reference(loop), shutdown))
 
     def of(self, loop: asyncio.AbstractEventLoop) -> Shutdown | None:
-        """Give the shutdown in ``loop``, if there was one."""
+        """Return the shutdown in ``loop``; None if there was none."""
         found = None
         for entry in list(self._known):
             known = entry[0]()
@@ -259,7 +259,7 @@ class Shutdowns:
         return found
 
     def forget(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Take the manager for open in ``loop``."""
+        """Treat the manager as open in ``loop``."""
         self._known = [entry for entry in self._known if entry[0]() is not loop]
 
 
@@ -267,5 +267,5 @@ def _reference(loop: asyncio.AbstractEventLoop) -> Callable[[], asyncio.Abstract
     try:
         return weakref.ref(loop)
     except TypeError:
-        # A loop written in another language need not support weak references.
+        # A loop that is not written in Python need not support weak references.
         return lambda: loop

@@ -1,4 +1,4 @@
-"""The options of ``create_task``, defined once for all functions that take them or pass them on."""
+"""The options of ``create_task``, defined once for all functions that accept them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OnConflict = Literal["error", "suffix", "return", "replace"]
 
 
 class TaskOptions(TypedDict, total=False):
-    """What few give to ``create_task``: one dictionary, or none, is passed on, not nine arguments."""
+    """The rarer options of ``create_task``; functions pass on one dictionary instead of each argument."""
 
     timeout: float | None
     queue_timeout: float | None
@@ -30,19 +30,19 @@ class TaskOptions(TypedDict, total=False):
 
 
 class NamedTaskOptions(TaskOptions, total=False):
-    """The options of ``create_task``, for functions that pass them on."""
+    """All options of ``create_task``, for functions that pass them on."""
 
     name: str | None
     priority: TaskPriority | int
 
 
 def with_options_of(source: Callable[..., Any]) -> Callable[[F], F]:
-    """Show in the signature of a function the options that it passes on to ``source``, with their defaults.
+    """Add the options that a function passes on to ``source`` to its signature, with their defaults.
 
     ``help()`` and ``inspect`` then show what an editor finds in the ``TypedDict``.
 
-    Rejected: to write them out in each signature. Every task would then have its seven defaults looked at:
-    267 instructions instead of 253 for a task in a group (``benchmarks.cost``, Python 3.11).
+    Rejected: writing them out in each signature. Each task would then check seven defaults: 267 instructions
+    instead of 253 for a task in a group (``benchmarks.cost``, Python 3.11).
     """
     known = inspect.signature(source).parameters.values()
 
@@ -61,14 +61,14 @@ def with_options_of(source: Callable[..., Any]) -> Callable[[F], F]:
     return show
 
 
-def check_options(who: str, options: Mapping[str, Any]) -> None:
-    """Raise what ``create_task`` would raise for its options, as far as it can be told without a loop.
+def check_options(function: str, options: Mapping[str, Any]) -> None:
+    """Raise the errors of ``create_task`` for these options, as far as they do not depend on a loop.
 
     Raises:
-        TypeError: There is no such option, or it is of the wrong type.
-        ValueError: One is out of its range.
+        TypeError: An option is unknown, or its value has the wrong type.
+        ValueError: A value is out of range.
     """
-    check_option_names(who, options)
+    check_option_names(function, options)
     if options.get("name") is not None:
         checked_name("task", options.get("name"))
     checked_priority(options.get("priority", TaskPriority.NORMAL))
@@ -77,16 +77,16 @@ def check_options(who: str, options: Mapping[str, Any]) -> None:
     check_choice("on_conflict", options.get("on_conflict", "suffix"), OnConflict)
 
 
-def check_option_names(who: str, options: Mapping[str, Any]) -> None:
+def check_option_names(function: str, options: Mapping[str, Any]) -> None:
     """Raise a TypeError, as Python does, for a keyword argument that is not an option of ``create_task``.
 
     Args:
-        who: The name of the function that the caller called.
+        function: The name of the function that the caller called.
         options: Its keyword arguments.
     """
     unknown = options.keys() - NamedTaskOptions.__annotations__.keys()
     if unknown:
-        raise TypeError(f"{who}() got an unexpected keyword argument {min(unknown)!r}")
+        raise TypeError(f"{function}() got an unexpected keyword argument {min(unknown)!r}")
 
 
 def check_context(context: object) -> None:

@@ -1,7 +1,6 @@
-"""The parts of a manager that stand above its groups, as the groups see them.
+"""Protocols of the parts of a manager whose modules import those of the groups.
 
-``Any`` stands for a managed task: these classes take it, and the module that defines it stands above this
-one.
+``Any`` stands for a managed task: importing its class here would make an import cycle.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ class LossReport(Protocol):
     """Reports the tasks that can never end; ``lost`` implements it."""
 
     def watch_exit(self) -> None:
-        """Report when the process ends."""
+        """Report lost tasks when the process ends."""
         ...
 
     def note(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -36,7 +35,7 @@ class Threads(Protocol):
     """The threads of a manager; ``threads`` implements it."""
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Belong to another loop."""
+        """Bind to another loop."""
         ...
 
     def coroutine(
@@ -55,21 +54,21 @@ class Threads(Protocol):
         ...
 
     def abandoned(self) -> Collection[Any]:
-        """The workers whose functions run on after the ends of their tasks."""
+        """The workers whose functions still run after their tasks have ended."""
         ...
 
 
 class Ending(Protocol):
-    """Takes the ends of tasks; ``ending`` implements it."""
+    """Records the ends of tasks; ``ending`` implements it."""
 
     def use_clock(self, clock: Callable[[], float]) -> None:
-        """Take the times of ends from this clock."""
+        """Read the time at which a task ends from this clock."""
         ...
 
     def abandon(self, task: Any) -> None:
-        """Give up on a task that would not stop."""
+        """End the span of a task that does not stop."""
         ...
 
     def lose(self, tasks: Iterable[Any]) -> None:
-        """Let go of tasks that can never end."""
+        """Drop tasks that can never end."""
         ...

@@ -1,15 +1,15 @@
-"""Which task may start now and which waits: limits, a bounded queue, priority with ageing.
+"""Which tasks may start now and which wait: limits, a bounded queue, and priorities with ageing.
 
-Everything is sync and pure: the functions change the records and return the tickets that may start; the
-caller starts them. The property tests check each of these invariants:
+Tickets and limiters are sync: the functions change them and return the tickets that may start; the caller
+starts the tasks. The property tests check these invariants:
 
 1. Never more tickets hold a place of a limiter than its limit.
-2. A place is taken in all limiters of a ticket or in none: no ticket holds one place while it waits for
+2. A ticket takes a place in all its limiters or in none: no ticket holds one place while it waits for
    another.
-3. No place stays free while a ticket waits that could take it.
-4. Higher priority first, FIFO within a level; ``ageing`` seconds of waiting count as one level, so nothing
-   waits forever. All tickets age at the same rate, so their order never changes: the key is fixed on arrival,
-   and one heap needs no further sorting.
+3. No place stays free while a waiting ticket could take it.
+4. Higher priority first, FIFO within a level; ``ageing`` seconds of waiting count as one level, so no ticket
+   waits forever. All tickets age at the same rate, so their order does not change: the key is fixed on
+   arrival and changes only when `lift` raises the priority. One heap needs no further sorting.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _numbers = itertools.count()
 
 
 class Limiter:
-    """At most ``limit`` places, and at most ``max_queue`` tickets that wait for one.
+    """A number of places, and a bounded queue of tickets that wait for one.
 
     Args:
-        limit: Places, at least 1; None means no limit.
-        max_queue: Waiting tickets, at least 0; None means no limit.
+        limit: The number of places, at least 1; None means no limit.
+        max_queue: The number of tickets that may wait, at least 0; None means no limit.
     """
 
     __slots__ = ("_heap", "_stale", "limit", "max_queue", "used", "waiting")
@@ -43,15 +43,15 @@ class Limiter:
     def __init__(self, limit: int | None, max_queue: int | None) -> None:
         self.limit = limit
         self.max_queue = max_queue
-        # Places taken, and tickets that wait and will take one (in whatever queue they stand).
+        # Places taken, and waiting tickets that will take one (in the queue of any of their limiters).
         self.used = 0
         self.waiting = 0
         self._heap: list[tuple[tuple[float, float], int, int, Ticket]] = []
-        # The number of its entries whose tickets have left or have been pushed again.
+        # The number of heap entries whose tickets have left or have been pushed again.
         self._stale = 0
 
     def room(self) -> float:
-        """Free places; negative after the limit was lowered."""
+        """The number of free places; negative after the limit was lowered."""
         return float("inf") if self.limit is None else self.limit - self.used
 
     @property
@@ -60,7 +60,7 @@ class Limiter:
         return self.max_queue is not None and self.waiting >= self.max_queue
 
     def push(self, ticket: Ticket) -> None:
-        """Let a ticket wait here."""
+        """Add a ticket to this queue, and take it out of the one it was in."""
         if ticket.queue is not None:
             ticket.queue.drop()
         ticket.queue = self
@@ -69,7 +69,7 @@ class Limiter:
         heappush(self._heap, (ticket.key(), ticket.number, ticket.version, ticket))
 
     def drop(self) -> None:
-        """Note that an entry is stale; the heap drops stale entries before they are the majority."""
+        """Count one more stale entry; the heap drops stale entries before they become the majority."""
         self._stale += 1
         if self._stale > len(self._heap) // 2 + 8:
             self._heap = self._current()
@@ -77,7 +77,7 @@ class Limiter:
             self._stale = 0
 
     def pump(self, ready: list[Ticket]) -> None:
-        """Offer the free places to those who wait, best first; those that start are added to ``ready``."""
+        """Offer the free places to the waiting tickets, best first; adds those that start to ``ready``."""
         offered = 0
         shared: Limiter | None = None
         while self._heap and self.room() > offered:
@@ -85,12 +85,12 @@ class Limiter:
             if ticket.queue is not self or ticket.version != version:
                 self._stale -= 1
                 continue
-            # It is out of the heap; `push` is not to count it once more.
+            # It has left the heap, so `push` must not count its entry as stale.
             ticket.queue = None
             last = ticket.limiters[-1]
             if last is not self:
-                # It has to stand in the manager's queue too, or it would overtake those who wait
-                # there. The place here is kept in mind for it, so that not all move after it.
+                # The ticket has to join the manager's queue too, or it would overtake the tickets there. Its
+                # place here counts as offered, so that the others of this queue do not all follow it.
                 last.push(ticket)
                 shared = last
                 offered += 1
@@ -100,17 +100,17 @@ class Limiter:
             shared.pump(ready)
 
     def in_order(self, most: int) -> list[Ticket] | None:
-        """The tickets that wait here, the next one first; None for more than ``most`` entries."""
+        """The tickets in this queue, the next one first; None if the heap has more than ``most`` entries."""
         if len(self._heap) > most:
             return None
         return [entry[3] for entry in sorted(self._current())]
 
     def _current(self) -> list[tuple[tuple[float, float], int, int, Ticket]]:
-        """The entries whose tickets still wait here."""
+        """The entries that are not stale."""
         return [entry for entry in self._heap if entry[3].queue is self and entry[3].version == entry[2]]
 
     def clear(self) -> None:
-        """Forget everybody."""
+        """Drop all places and all tickets."""
         self.used = self.waiting = self._stale = 0
         self._heap.clear()
 
@@ -119,11 +119,11 @@ class Ticket:
     """One task's claim to places.
 
     Args:
-        limiters: The group's (if it has one) before the manager's (if it has one); at least one.
+        limiters: The group's (if it has one) before the manager's (if it has one).
         level: The task's priority.
-        arrived: When it came, in seconds on the manager's clock.
-        ageing: Seconds of waiting that are worth one level; infinity is strict priority.
-        claimant: Whose it is.
+        arrived: The time of its arrival, in seconds on the manager's clock.
+        ageing: Seconds of waiting that count as one level; infinity means strict priority.
+        claimant: The task's side of the claim.
     """
 
     __slots__ = (
@@ -152,20 +152,20 @@ class Ticket:
         self.ageing = ageing
         self.claimant = claimant
         self.number = next(_numbers)
-        # Where it waits; None once it has started or is gone.
+        # The limiter in whose queue it waits; None once it has started or left.
         self.queue: Limiter | None = None
         self.started = False
         self.version = 0
 
     def key(self) -> tuple[float, float]:
-        """The place in the order: smaller is sooner."""
+        """The position in the order of a queue: the smallest key is next."""
         if self.ageing == float("inf"):
             return (-float(self.level), self.arrived)
         return (self.arrived - self.level * self.ageing, 0.0)
 
 
 def would_wait(limiters: Iterable[Limiter]) -> bool:
-    """True if a ticket that comes now could not start at once."""
+    """True if a new ticket could not start immediately."""
     for limiter in limiters:  # noqa: SIM110 - every task under a limit comes here, and any() makes a generator
         if limiter.room() < 1:
             return True
@@ -173,14 +173,14 @@ def would_wait(limiters: Iterable[Limiter]) -> bool:
 
 
 def full_limiter(limiters: Iterable[Limiter]) -> Limiter | None:
-    """The limiter in whose queue a ticket that comes now would have to wait, and may not."""
+    """The limiter whose queue is full, if a new ticket would have to wait; else None."""
     if not would_wait(limiters):
         return None
     return next((limiter for limiter in limiters if limiter.queue_full), None)
 
 
 def admit(ticket: Ticket) -> bool:
-    """Take a new ticket in; True if it may start at once, False if it waits."""
+    """Admit a new ticket; True if it starts immediately, False if it waits."""
     if _place(ticket):
         return True
     for limiter in ticket.limiters:
@@ -189,7 +189,7 @@ def admit(ticket: Ticket) -> bool:
 
 
 def release(ticket: Ticket) -> list[Ticket]:
-    """Take a ticket out, started or waiting; returns those that may start now."""
+    """Remove a ticket, started or waiting; returns the tickets that may start now."""
     ready: list[Ticket] = []
     for limiter in ticket.limiters:
         if ticket.started:
@@ -201,22 +201,22 @@ def release(ticket: Ticket) -> list[Ticket]:
         queue, ticket.queue = ticket.queue, None
         queue.drop()
     for limiter in ticket.limiters:
-        # Of one that waited too: a place that was kept in mind for it is free for others.
+        # For a ticket that waited too: the place that was offered to it is free for others.
         limiter.pump(ready)
     return _no_longer_waiting(ready)
 
 
 def lift(ticket: Ticket, level: TaskPriority) -> None:
-    """Let a waiting ticket count as one of a higher priority, because such a task waits for it."""
+    """Raise the priority of a waiting ticket to that of a task that waits for its task."""
     if ticket.queue is not None and level > ticket.level:
         ticket.level = level
-        # Again in all limiters: it may now rank above the ticket that is remembered for a free place of its
-        # group. This cannot start it: every ticket that could start has started.
+        # Place it again from the first limiter on: it may now rank above the ticket that was offered a free
+        # place of its group. This cannot start it: every ticket that could start has started.
         _place(ticket)
 
 
 def set_limit(limiter: Limiter, limit: int | None) -> list[Ticket]:
-    """Change a limit; returns the tickets that may start now. A lower one waits for tasks to end."""
+    """Change a limit; returns the tickets that may start now. A lower limit takes effect as tasks end."""
     limiter.limit = limit
     ready: list[Ticket] = []
     limiter.pump(ready)
@@ -236,12 +236,12 @@ def _place(ticket: Ticket) -> bool:
 
 
 def adopt(ticket: Ticket, limiter: Limiter, *, before: bool) -> None:
-    """Let a ticket count for one more limiter, one that was set while the task was live.
+    """Count a ticket against one more limiter, which was set while the task was live.
 
     Args:
-        ticket: Started or waiting.
-        limiter: Not one of its own yet.
-        before: It is a group's, to be asked before the manager's.
+        ticket: The ticket, started or waiting.
+        limiter: A limiter that the ticket does not have yet.
+        before: The limiter is a group's, which comes before the manager's.
     """
     ticket.limiters = (limiter, *ticket.limiters) if before else (*ticket.limiters, limiter)
     if ticket.started:
@@ -258,10 +258,10 @@ def _no_longer_waiting(ready: list[Ticket]) -> list[Ticket]:
 
 
 def checked_limiter(limit: int | None, max_queue: int | None) -> Limiter | None:
-    """Make the limiter for these options; None where there is nothing to limit.
+    """Make the limiter for these options; None if they set no limit.
 
     Raises:
-        ValueError: The limit is below 1, the queue's below 0, or there is a queue without a limit.
+        ValueError: The limit is below 1, that of the queue is below 0, or only the queue has a limit.
     """
     check_count("max_concurrency", limit, 1)
     check_count("max_queue", max_queue, 0)
@@ -273,19 +273,19 @@ def checked_limiter(limit: int | None, max_queue: int | None) -> Limiter | None:
 
 
 class Claimant(Protocol):
-    """What stands behind a ticket: a task, and the group in whose queue it is counted."""
+    """The task of a ticket, and the group that counts it as queued."""
 
     def leave_queue(self) -> None:
-        """Count the task no more among those that wait: it has ended."""
+        """Stop counting the task as queued: it has ended."""
         ...
 
     def grant(self) -> None:
-        """Count it no more, and let it begin; one that was cancelled meanwhile ends by itself."""
+        """Stop counting the task as queued, and start it, unless it has been cancelled meanwhile."""
         ...
 
 
 class Producer(Protocol):
-    """A group in which somebody wants to create a task as soon as it may wait for its place."""
+    """A group in which a caller wants to create a task as soon as the queue has room."""
 
     def _is_full(self) -> bool:
         """True if a new task would be refused now, but not forever."""
@@ -293,44 +293,44 @@ class Producer(Protocol):
 
 
 class Places:
-    """The places of one manager: its own limit, and the line of those who wait for room in a queue.
+    """The places of one manager: its own limit, and the producers that wait for room in a queue.
 
     Args:
-        limiter: The manager's; without a limit it is asked nothing.
-        ageing: Seconds of waiting that are worth one level of priority.
+        limiter: The manager's; tasks skip it while it has no limit.
+        ageing: Seconds of waiting that count as one level of priority.
     """
 
     def __init__(self, limiter: Limiter, ageing: float) -> None:
         self.limiter = limiter
         self.ageing = ageing
-        # Labeled groups with a limit of their own: they are kept while they are empty, too.
+        # Labeled groups with a limit of their own, so that they exist while they are empty too.
         self.limited: set[object] = set()
-        # First come, first served; and the one that has been woken and has not taken its room yet.
+        # The waiting producers, the oldest first; and the one that was woken but has not taken its room yet.
         self._producers: deque[tuple[Producer, asyncio.Future[None]]] = deque()
         self._woken: asyncio.Future[None] | None = None
 
     def give_back(self, ticket: Ticket) -> None:
-        """Take back a task's places, or its claim to them, and let others start."""
+        """Release a task's places, or its claim to them, and start others."""
         if ticket.queue is not None:
             ticket.claimant.leave_queue()
         self._grant(release(ticket))
         self.wake_producer()
 
     def change_limit(self, limiter: Limiter, limit: int | None) -> None:
-        """Set a limit and let those start for whom there is room now."""
+        """Set a limit, and start the tasks that have room now."""
         self._grant(set_limit(limiter, limit))
         self.wake_producer()
 
     def clear(self) -> None:
-        """Forget all: the loop of these tasks was closed under them."""
+        """Drop all places and claims: the loop of these tasks was closed before they ended."""
         self.limiter.clear()
         self._producers.clear()
         self._woken = None
 
     async def wait_for_room(self, producer: Producer) -> None:
-        """Wait until a new task may stand in the queue, or none ever will.
+        """Wait until a new task may join the queue, or never can.
 
-        Cancellation: of the caller takes it out of the line.
+        Cancellation: cancelling the caller removes it from the waiting producers.
         """
         if not self._producers and self._woken is None and not producer._is_full():
             return
@@ -338,7 +338,7 @@ class Places:
         while True:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             stand((producer, waiter))
-            # Those before it may all wait for room elsewhere.
+            # All producers before it may wait for room in other groups.
             self.wake_producer()
             try:
                 await waiter
@@ -346,13 +346,13 @@ class Places:
                 self._producer_left(waiter)
             if not producer._is_full():
                 return
-            # Somebody who did not stand in line was faster: again, and at its head.
+            # A caller that did not wait has taken the room: wait again, as the first.
             stand = self._producers.appendleft
 
     def wake_producer(self) -> None:
-        """Wake the first in line who gets room now, or never will.
+        """Wake the first producer that has room now, or never will have.
 
-        One at a time: what it leaves over is the next one's, whom it wakes when it is done.
+        One at a time: when it is done, it wakes the next one, for the room that is left.
         """
         if not self._producers or self._woken is not None:
             return
@@ -365,13 +365,13 @@ class Places:
                 return
 
     def _producer_left(self, waiter: asyncio.Future[None]) -> None:
-        """Take one out of the line: woken, or cancelled."""
+        """Remove a producer that was woken or cancelled."""
         if self._woken is waiter:
             self._woken = None
         else:
-            line = [entry for entry in self._producers if entry[1] is not waiter]
+            others = [entry for entry in self._producers if entry[1] is not waiter]
             self._producers.clear()
-            self._producers.extend(line)
+            self._producers.extend(others)
 
     def _grant(self, ready: Iterable[Ticket]) -> None:
         for ticket in ready:

@@ -1,4 +1,4 @@
-"""What a manager records of its tasks: counters, a bounded history, and the listeners to each event.
+"""A manager's records of its tasks: counters, a bounded history, and the listeners for each event.
 
 A record holds no frame, no task, and no group.
 """
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 TaskEvent = Literal["created", "dequeued", "cancelling", "ended"]
 
-# What is kept of a plain task that returned or was cancelled: most do, and a TaskInfo of each would
-# cost them 1 us more. Name, and number of one that was given none; the group's name, id and whether
-# it is scoped; priority, created at, ended at; the cause of a cancelled one; the span.
+# The record of a plain task that returned or was cancelled. Most tasks do, and a TaskInfo would cost each 1
+# us more. The fields: asyncio's name and the key, see `names`; the group's name, its id, and whether it is
+# scoped; priority; times of creation and end; the cause, if cancelled; the span.
 Brief = tuple[
     str,
     Key,
@@ -40,7 +40,7 @@ Brief = tuple[
 
 
 class TaskStats(NamedTuple):
-    """Counters since the manager was made; they outlive the history.
+    """Counters since the manager was created; they also count the tasks that the history has dropped.
 
     ``created == live + completed + failed + cancelled`` at any moment.
 
@@ -50,8 +50,8 @@ class TaskStats(NamedTuple):
         completed: Tasks that returned.
         failed: Tasks that raised, timeouts included.
         cancelled: Tasks that ended cancelled.
-        cancel_ignored: Of the completed ones, those that were cancelled and completed all the same.
-        queued: Of the live ones, those that wait for a place.
+        cancel_ignored: Completed tasks that were cancelled and completed anyway.
+        queued: Live tasks that wait for a place.
         remembered: Ended tasks that the history holds now.
     """
 
@@ -65,30 +65,30 @@ class TaskStats(NamedTuple):
     remembered: int
 
     def to_dict(self) -> dict[str, int]:
-        """Give the counters as JSON-ready data."""
+        """Return the counters as JSON-ready data."""
         return self._asdict()
 
 
 class Counters:
-    """How many tasks have ended, and how; they outlive the history."""
+    """How many tasks have ended, and how; tasks that the history has dropped stay counted."""
 
     def __init__(self) -> None:
         self.completed = 0
         self.failed = 0
         self.cancelled = 0
         self.cancel_ignored = 0
-        # By the low-cardinality name of the group, and the kind of the cause.
+        # By the low-cardinality name of the group and the kind of the cause.
         self.cancelled_by: dict[tuple[str, str], int] = {}
-        # Group, cause and key of the last one counted there: of many cancelled at a time it is the same.
+        # Group, cause, and key of the last count: tasks that are cancelled together share them.
         self._last_cancelled: tuple[str, CancelCause | None, tuple[str, str]] = ("", None, ("", ""))
 
     @property
     def ended(self) -> int:
-        """How many tasks have ended."""
+        """The number of ended tasks."""
         return self.completed + self.failed + self.cancelled
 
     def count_lost(self) -> None:
-        """Count a task that can never end as failed."""
+        """Count a task that can never end, as failed."""
         self.failed += 1
 
     def count_cancelled(self, group: str, cause: CancelCause | None) -> None:
@@ -111,16 +111,16 @@ class Listeners:
 
     def __init__(self, changed: Callable[[], None]) -> None:
         self._changed = changed
-        # The same list for good: the end of a task reads it directly, to see whether anybody listens.
+        # Always the same list: `ending` reads it directly, to see whether there are listeners.
         self.functions: list[Callable[[TaskEvent, TaskInfo], object]] = []
 
     def add(self, listener: Callable[[TaskEvent, TaskInfo], object]) -> None:
-        """Call ``listener`` from now on."""
+        """Call ``listener`` for each event from now on."""
         self.functions.append(listener)
         self._changed()
 
     def remove(self, listener: Callable[[TaskEvent, TaskInfo], object]) -> None:
-        """Call it no more; raises ValueError if it is no listener."""
+        """Stop calling ``listener``; raises ValueError if it was not added."""
         self.functions.remove(listener)
         self._changed()
 
@@ -128,7 +128,7 @@ class Listeners:
         """Call the listeners; one that raises is logged and dropped."""
         for listener in list(self.functions):
             try:
-                # In a copy: what one sets in its context is not to be seen by the next.
+                # In a copy, so that one listener's context variables do not reach the next.
                 copy_context().run(listener, event, info)
             except Exception:
                 logger.exception("listener %r raised and is dropped", listener, extra=log_fields(info))
@@ -137,7 +137,7 @@ class Listeners:
 
 
 class KeptResult(NamedTuple):
-    """What is kept of a task that was started by name, for those who wait for it later."""
+    """The record of a task that keeps its result, for callers that wait for it later."""
 
     info: TaskInfo
     error: BaseException | None
@@ -147,7 +147,7 @@ class KeptResult(NamedTuple):
         if self.info.status is TaskStatus.CANCELLED:
             raise asyncio.CancelledError(f"task {self.info.name!r} was cancelled")
         if self.error is not None:
-            # A fresh copy each time: raising gives an exception a traceback, and so frames.
+            # A new copy each time, because raising adds a traceback, and so frames.
             raise without_frames(self.error)
         return self.info.result
 
@@ -155,10 +155,10 @@ class KeptResult(NamedTuple):
 class History:
     """The last tasks that ended, oldest first.
 
-    Looking one up walks from the newest on: the bound keeps that short, and remembering cheap.
+    A lookup walks from the newest record on. The bound keeps that short, and adding a record costs little.
 
     Args:
-        limit: How many, at least 0.
+        limit: The number of tasks to keep, at least 0.
     """
 
     def __init__(self, limit: int) -> None:
@@ -174,17 +174,17 @@ class History:
         return map(self._info, self._entries)
 
     def find(self, task_id: str, group_id: str | None = None) -> TaskInfo | None:
-        """The newest one of this id; in a group of its name, too."""
+        """Find the newest task with this id or uid; with a group, this name matches too."""
         entry = self._newest(task_id, group_id)
         return None if entry is None else self._info(entry)
 
     def ending(self, task_id: str, group_id: str | None = None) -> KeptResult | None:
-        """The newest one of this id, or name in a group, if its result was kept."""
+        """Find the newest task as ``find`` does; None if its result was not kept."""
         entry = self._newest(task_id, group_id)
         return entry if isinstance(entry, KeptResult) else None
 
     def change_epoch(self, epoch: float) -> None:
-        """Set the epoch of the clock on which the next tasks end; those that have ended keep theirs."""
+        """Set the epoch of the clock for the next tasks; the records of ended tasks keep theirs."""
         if epoch != self._epoch:
             entries = [
                 entry if isinstance(entry, KeptResult) else self._info(entry) for entry in self._entries
@@ -194,7 +194,7 @@ class History:
             self._epoch = epoch
 
     def forget(self, before: float) -> int:
-        """Drop what ended at or before this moment on the clock of these tasks; returns how many."""
+        """Drop the tasks that ended at or before this time on their clock; returns how many."""
         kept = [entry for entry in self._entries if (self._info(entry).ended_at or 0.0) > before]
         dropped = len(self._entries) - len(kept)
         self._entries.clear()
@@ -205,7 +205,7 @@ class History:
         return _info(entry, self._epoch)
 
     def note_uid(self, ended: TaskInfo) -> None:
-        """Write a uid into the record of a task, if it is remembered: somebody asked for it after its end."""
+        """Add a uid, which was read after the task's end, to its record, if the history still has it."""
         for index, entry in enumerate(self._entries):
             if _is_called(entry, ended.name, ended.group_id):
                 info = self._info(entry)
@@ -229,7 +229,7 @@ def _times(info: TaskInfo) -> tuple[float, float | None]:
 
 
 def _is_called(entry: Brief | TaskInfo | KeptResult, name: str, wanted: str | None) -> bool:
-    """True for a task of this id or uid; in a group of this name, too."""
+    """True if this is the task's id or uid, or, with a wanted group, its name there."""
     task_id, own, uid, group_id = _known_as(entry)
     if wanted is None:
         return name in (task_id, uid)
@@ -237,7 +237,7 @@ def _is_called(entry: Brief | TaskInfo | KeptResult, name: str, wanted: str | No
 
 
 def _known_as(entry: Brief | TaskInfo | KeptResult) -> tuple[str, str, str | None, str]:
-    """Id, name, uid, and the group's id."""
+    """The id, the name, the uid, and the group's id."""
     if isinstance(entry, KeptResult):
         entry = entry.info
     if isinstance(entry, TaskInfo):
@@ -249,7 +249,7 @@ def _known_as(entry: Brief | TaskInfo | KeptResult) -> tuple[str, str, str | Non
 def _is_same_group(group_id: str, wanted: str, *, is_scoped: bool) -> bool:
     if group_id == wanted:
         return True
-    # By its number: what is before the "#" changes, once the route of a request is known.
+    # By its number: the name before the "#" changes when the route of a request becomes known.
     return is_scoped and "#" in wanted and group_id.rpartition("#")[2] == wanted.rpartition("#")[2]
 
 
@@ -285,16 +285,16 @@ def _info(entry: Brief | TaskInfo | KeptResult, epoch: float) -> TaskInfo:
 
 
 def without_frames(error: BaseException, seen: frozenset[int] = frozenset()) -> BaseException:
-    """Copy an exception without its traceback, which would keep every frame of the task in being.
+    """Copy an exception without its traceback, which would keep every frame of the task alive.
 
-    The original is not changed, others may hold it. One that cannot be copied is kept as it is.
+    The original is not changed: other code may hold it. One that cannot be copied is returned as it is.
     """
     try:
         copy = _copied(error)
     except Exception:
         return error
     cause = error.__cause__
-    # An exception may be its own cause, by whatever way around.
+    # The causes of an exception may form a cycle.
     known = cause is None or id(cause) in seen or cause is error
     copy.__cause__ = None if known or cause is None else without_frames(cause, seen | {id(error)})
     copy.__suppress_context__ = error.__suppress_context__
@@ -305,8 +305,9 @@ def _copied(error: BaseException) -> BaseException:
     if isinstance(error, BaseExceptionGroup):
         return error.derive([without_frames(part) for part in error.exceptions])
     cls = type(error)
-    # The nearest built-in class knows how to make itself again (errno and file name, the parts of
-    # a UnicodeError); a class of the user's is not called, it may want arguments that are gone.
+    # The nearest built-in class can construct itself again (errno and file name, the parts of a
+    # UnicodeError). A class of the user's is not called: it may need arguments that the exception does not
+    # keep.
     base: Any = next(
         parent for parent in cls.__mro__ if parent.__module__ == "builtins" and "__init__" in vars(parent)
     )

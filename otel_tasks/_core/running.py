@@ -1,4 +1,4 @@
-"""What a task runs that has to wait for a place, for other tasks, or that has a timeout."""
+"""The wrapper of a task that has a timeout, or that waits for a place or for other tasks."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ def run_when(
     created_at: float,
     clock: Callable[[], float] | None = None,
 ) -> Coroutine[Any, Any, T]:
-    """Make what runs ``coro`` after all ``previous`` have ended, and up to its timeout.
+    """Make a coroutine that runs ``coro`` when all ``previous`` tasks have ended, within its timeout.
 
     Args:
-        coro: What to run.
-        extras: Where its timeout is.
+        coro: The coroutine to run.
+        extras: The task's extras, with its timeout.
         previous: The tasks to wait for.
-        created_at: The timeout counts from here.
-        clock: That of ``created_at``; None is the loop's ``time()``.
+        created_at: The start of the timeout.
+        clock: The clock of ``created_at``; None means the loop's ``time()``.
     """
-    # Cancelled before its first step it never runs: whoever takes the end closes the inner one.
+    # If the task is cancelled before its first step, the wrapper never runs, and `ending` closes this
+    # coroutine.
     if extras.made is None:
         extras.inner = coro
     extras.previous = previous
@@ -45,7 +46,7 @@ async def _run_when(
     clock: Callable[[], float] | None,
 ) -> T:
     if clock is not None and deadline is not None:
-        # What is left, in the loop's own time: the two clocks need not agree.
+        # Convert the deadline to the loop's time: the two clocks may differ.
         deadline += asyncio.get_running_loop().time() - clock()
     try:
         async with asyncio.timeout_at(deadline) as extras.timeout:

@@ -1,7 +1,7 @@
 """What ``async with`` adds to a group: its body, its errors, and the rules of its exit.
 
-The rules are those of ``asyncio.TaskGroup`` in Python 3.15 (and its own tests pass here) on every Python:
-``cancel()`` leaves the block without an exception, and a generator that is closed inside a block raises none.
+On every Python, the rules are those of ``asyncio.TaskGroup`` in Python 3.15, whose own tests pass here:
+``cancel()`` leaves the block without an exception, and closing a generator inside a block raises none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OnError = Literal["cancel", "isolate"]
 
 
 class Child(Protocol):
-    """What a block reads of a task that has failed in it."""
+    """The attributes that a block reads of a failed task."""
 
     @property
     def name(self) -> str: ...
@@ -38,7 +38,7 @@ class Child(Protocol):
 
 
 class Owner(Protocol):
-    """What a block does to its group."""
+    """The methods that a block calls on its group."""
 
     @property
     def id(self) -> str: ...
@@ -57,7 +57,7 @@ class Owner(Protocol):
 
 @functools.singledispatch
 def cancel_host(host: asyncio.Task[Any], cause: CancelCause) -> None:
-    """Cancel the task in which a block runs; `task` registers this for a managed one."""
+    """Cancel the task in which a block runs; `task` registers the variant for managed tasks."""
     host.cancel(str(cause))
 
 
@@ -65,9 +65,9 @@ class Scope:
     """The state of one ``async with`` block over a group.
 
     Args:
-        on_error: ``"cancel"``: a failing task cancels its siblings and the body, and is raised;
-            ``"isolate"``: it is reported and the others go on.
-        timeout: Seconds that the whole block may take; None is without bound.
+        on_error: ``"cancel"``: a failing task cancels its siblings and the body, and the block raises its
+            error; ``"isolate"``: the failure is reported, and the others continue.
+        timeout: Seconds that the whole block may take; None means no limit.
         span: Give the block a span of its own.
     """
 
@@ -76,7 +76,7 @@ class Scope:
         self.timeout = timeout
         self.wants_span = span
         self.entered = False
-        # None before the block, and after it: nothing is kept of the task in which it ran.
+        # None before the block and after it, so that the scope does not keep the task alive.
         self.host: asyncio.Task[Any] | None = None
         # The block around this one in the same task.
         self.outer: Any = None
@@ -84,14 +84,14 @@ class Scope:
         self.timed_out = False
         self._errors: list[BaseException] = []
         self._base_error: BaseException | None = None
-        # The body's task has been cancelled by us, and owes us one uncancel().
+        # This scope has cancelled the host, and has to call uncancel() once.
         self._body_cancelled = False
         self._level = 0
         self._idle: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def enter(self, group: Owner, host: asyncio.Task[Any], loop: asyncio.AbstractEventLoop) -> None:
-        """Begin the block in the task ``host``."""
+        """Start the block in the task ``host``."""
         self.entered = True
         self.host = host
         self._level = host.cancelling()
@@ -100,13 +100,13 @@ class Scope:
             self._timer = loop.call_later(self.timeout, self._run_out, group)
 
     def close(self) -> None:
-        """Let go of the host: the block has ended."""
+        """Release the host: the block has ended."""
         if self.host is not None:
             unwatch_cancels(self.host)
         self.host = self.outer = None
 
     def cancel_body(self, cause: CancelCause) -> None:
-        """Cancel the body, once; not while it waits for the tasks at its end, they end by themselves."""
+        """Cancel the body, once; not during the exit, which waits for tasks that end by themselves."""
         if self.host is None or self.exiting or self._body_cancelled:
             return
         self._body_cancelled = True
@@ -114,12 +114,12 @@ class Scope:
             cancel_host(self.host, cause)
 
     def child_failed(self, group: Owner, task: Child, error: BaseException) -> bool:
-        """Take a task's failure; returns False if nobody here will raise it."""
+        """Take a task's failure; returns False if the block will not raise it."""
         if self.on_error == "isolate" and isinstance(error, Exception):
             return False
         if self.host is None or self.host.done():
             return False
-        # Raised with the group, so asyncio need not log it.
+        # Marks the failure as retrieved: the block raises it, so asyncio need not log it.
         task.exception()
         self._errors.append(error)
         if isinstance(error, SystemExit | KeyboardInterrupt) and self._base_error is None:
@@ -138,7 +138,7 @@ class Scope:
         self.cancel_body(cause)
 
     async def leave(self, group: Owner, error: BaseException | None) -> bool:
-        """Wait for the tasks and decide what the block raises; True swallows ``error``."""
+        """Wait for the tasks, and decide what the block raises; True suppresses ``error``."""
         self.exiting = True
         if isinstance(error, SystemExit | KeyboardInterrupt) and self._base_error is None:
             self._base_error = error
@@ -156,7 +156,8 @@ class Scope:
         try:
             raise raised
         finally:
-            # An exception that a frame refers to through which it went lives until the next collection.
+            # An exception in a local variable of a frame in its own traceback lives until the next
+            # collection.
             error = pending = raised = None
 
     async def _wait_for_tasks(self, group: Owner) -> asyncio.CancelledError | None:
@@ -177,9 +178,9 @@ class Scope:
             interrupted = None
 
     async def _absorb(self) -> asyncio.CancelledError | None:
-        """Meet a cancellation of ours that has not arrived: the body ended before its next await.
+        """Receive this scope's own cancellation, if the body has ended before its next await.
 
-        Before Python 3.13 ``uncancel()`` alone would leave it to strike after the block.
+        Before Python 3.13, ``uncancel()`` alone would let it arrive after the block.
         """
         try:
             await asyncio.sleep(0)
@@ -188,16 +189,16 @@ class Scope:
         return None
 
     def tasks_ended(self) -> None:
-        """Wake the exit that waits for the last task."""
+        """Wake the exit, which waits for the last task."""
         idle = self._idle
-        # The loop may have been closed under the block: then nobody waits any more.
+        # If the loop was closed before the block ended, nothing waits.
         if idle is not None and not idle.done() and not idle.get_loop().is_closed():
             idle.set_result(None)
 
     def _settle(
         self, group: Owner, error: BaseException | None, pending: asyncio.CancelledError | None
     ) -> BaseException | None:
-        """Take the cancellation of the body back, and give what the block raises."""
+        """Withdraw the cancellation of the body, and return what the block raises."""
         if self._timer is not None:
             self._timer.cancel()
         errors, self._errors = self._errors, []
@@ -205,13 +206,13 @@ class Scope:
         if base_error is not None:
             return base_error
         if self._body_cancelled and self.host is not None and self.host.uncancel() <= self._level:
-            # The only cancellation was ours: it ends here.
+            # The only cancellation was that of this scope: it ends here.
             pending = None
         if error is not None and not isinstance(error, asyncio.CancelledError):
             errors.append(error)
         if errors:
             self._redeliver()
-            # Who closes a generator is to see no exception of it.
+            # close() of a generator must raise nothing.
             is_closed = isinstance(error, GeneratorExit) and len(errors) == 1
             text = f"unhandled errors in group {group.id!r}"
             return error if is_closed else _without_context(BaseExceptionGroup(text, errors))
@@ -223,9 +224,9 @@ class Scope:
         return None
 
     def _redeliver(self) -> None:
-        """Let the errors go first where somebody else has cancelled the host too.
+        """If other code has cancelled the host too, raise the errors first.
 
-        The cancellation arrives at its next await, with the count and the cause as they were.
+        The cancellation arrives at the host's next await, with the count and the cause unchanged.
         """
         host = self.host
         if host is not None and host.cancelling() > self._level:
@@ -238,10 +239,10 @@ class Scope:
         if isinstance(error, asyncio.CancelledError) and self.host is not None:
             cause = known_cause(self.host)
         if group._cause is not None and cause in (None, group._cause):
-            # What has set the event decides which tasks it cancels, and when.
+            # The code that has set the event decides which tasks it cancels, and when.
             return
         if cause is None:
-            # Also a CancelledError out of something that the block awaits: nobody has cancelled the host.
+            # Also for a CancelledError from something that the block awaits: the host was not cancelled.
             cause = CancelCause.make(CancelKind.SCOPE_ENDED, f"the block raised {text_of(error, repr)}")
         group._signal_cancel(cause)
         group._cancel_tasks(cause)
@@ -254,6 +255,6 @@ class Scope:
 
 
 def _without_context(error: BaseException) -> BaseException:
-    """As ``raise ... from None`` raises it."""
+    """Suppress the context, as ``raise ... from None`` does."""
     error.__suppress_context__ = True
     return error

@@ -234,12 +234,12 @@ class ManagedTask(asyncio.Task[T]):
         if not has_started(self):
             extras_of(self).never_ran = True
         cause, host = cause_of_cancel(self, msg)
-        noted = note_request(self, cause, is_own=host is self, message=msg)
+        recorded = note_request(self, cause, is_own=host is self, message=msg)
         with passing(cause):
-            asked = super().cancel(msg)
-        if noted:
+            requested = super().cancel(msg)
+        if recorded:
             self._group._ledger.notify_cancelling(self)
-        return asked
+        return requested
 
     def uncancel(self) -> int:
         """Withdraw one cancel request, as ``asyncio.Task.uncancel`` does, and with the last one the cause."""
@@ -318,39 +318,39 @@ def request_cancel(task: ManagedTask[Any], cause: CancelCause, text: str | None 
     return True
 
 
-def request_cancel_all(tasks: Iterable[ManagedTask[Any]], cause: CancelCause, *, heard: bool) -> int:
+def request_cancel_all(tasks: Iterable[ManagedTask[Any]], cause: CancelCause, *, has_listeners: bool) -> int:
     """Cancel tasks in one pass, each as ``request_cancel`` does.
 
     Args:
         tasks: The tasks to cancel.
         cause: Recorded with each request.
-        heard: There are listeners, to be notified of each request.
+        has_listeners: There are listeners, to be notified of each request.
 
     Returns:
         How many tasks had no cancel request before this call.
     """
     text = str(cause)
-    asked = 0
+    requested = 0
     coro: Any
     with passing(cause):
         for task in tasks:
             # The coroutine last: a task that ended in an eager first step has none, and asking for it crashes
             # CPython 3.12 up to 3.12.4 (gh-122332). Such a task has extras while it is in a group.
             if (
-                heard
+                has_listeners
                 or task._extras is not None
                 or task._span is not None
                 or task._cause is not None
                 or type(coro := task.get_coro()) is not CoroutineType
                 or not coro.cr_suspended
             ):
-                asked += request_cancel(task, cause, text)
+                requested += request_cancel(task, cause, text)
             else:
                 # The same without what cannot matter to a suspended plain task. Most tasks are that, and this
                 # takes a third of the time.
                 task._cause = cause
-                asked += asyncio_cancel(task, text)
-    return asked
+                requested += asyncio_cancel(task, text)
+    return requested
 
 
 def _cancel_from_elsewhere(task: ManagedTask[Any], message: object) -> bool:
@@ -361,12 +361,12 @@ def _cancel_from_elsewhere(task: ManagedTask[Any], message: object) -> bool:
     cause = cause_elsewhere(loop, None if message is None else str(message))
 
     def cancel() -> None:
-        noted = task._cause is None and not task.done()
-        if noted:
+        is_first = task._cause is None and not task.done()
+        if is_first:
             record_cause(task, cause)
         with passing(cause):
             asyncio_cancel(task, message)
-        if noted:
+        if is_first:
             task._group._ledger.notify_cancelling(task)
 
     try:
@@ -424,16 +424,16 @@ def note_request(task: ManagedTask[Any], cause: CancelCause, *, is_own: bool, me
     Returns:
         True if the cause was recorded. Only the first one is, unless it was withdrawn.
     """
-    asker = asyncio.current_task(task.get_loop())
+    requester = asyncio.current_task(task.get_loop())
     extras = task._extras
     if (
         task._cause is None
         and not is_own
-        and (passed_down() is not None or _is_of_others(task, asker, cause))
+        and (passed_down() is not None or _is_of_others(task, requester, cause))
     ):
         record_cause(task, cause)
         return True
-    if asker is task and message is None and extras is not None and task._cause is None:
+    if requester is task and message is None and extras is not None and task._cause is None:
         # From 3.13 on, an asyncio.TaskGroup that fails in a task which is being cancelled calls uncancel()
         # and then cancel(). The cause is the same as before.
         task._cause, extras.dropped = extras.dropped, None
@@ -445,11 +445,11 @@ def note_request(task: ManagedTask[Any], cause: CancelCause, *, is_own: bool, me
     return False
 
 
-def _is_of_others(task: ManagedTask[Any], asker: asyncio.Task[Any] | None, cause: CancelCause) -> bool:
+def _is_of_others(task: ManagedTask[Any], requester: asyncio.Task[Any] | None, cause: CancelCause) -> bool:
     """True for a request from outside the task; libraries cancel their own task from bare callbacks."""
-    if asker is None:
+    if requester is None:
         return cause.kind is not CancelKind.EXPLICIT
-    return asker is not task
+    return requester is not task
 
 
 def record_cause(task: ManagedTask[Any], cause: CancelCause) -> None:

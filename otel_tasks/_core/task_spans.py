@@ -1,4 +1,4 @@
-"""The span of a task, and what it says of the task's group."""
+"""The start of a task's span, with the attributes of the task and its group."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Spanned(Protocol):
-    """What the span of a task says of its group."""
+    """The attributes of a group that go into the spans of its tasks."""
 
     @property
     def _label(self) -> tuple[str, str, bool] | None: ...
@@ -52,7 +52,7 @@ def start_task_span(
     detached: bool,
     start_time: int | None = None,
 ) -> Span | None:
-    """Start a task's span, inside the context made for the task."""
+    """Start a task's span; call it in the context of the task."""
     name = low_cardinality(base)
     full = full_name(base, key)
     group_name, group_id, scoped = group._label or group._labels()
@@ -74,7 +74,7 @@ def start_task_span(
 
 
 def report_dequeued(ledger: Any, task: Any, waited: float) -> None:
-    """Report that a task which had to wait for its place has got it and begins."""
+    """Report that a queued task has got its place and starts."""
     try:
         if task._span is not None:
             note_started(task._span)

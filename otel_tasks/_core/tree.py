@@ -91,8 +91,8 @@ class Node:
         # Makes the keys of that table; None until the first task needs a number.
         self._numbers: Numbers | None = None
         self._linked = False
-        # Its names are in no other table, and it is linked: creation and ending look at this one attribute,
-        # not at three.
+        # Its names are in no other table, and it is linked: creation and ending check this one attribute
+        # instead of three.
         self._is_one_table = parent is None
         self._sealed = False
         # Its own, or that of the group around it: the parent of the spans that its block starts.
@@ -358,9 +358,9 @@ class Node:
         groups = self._below()
         # Newest first: an older task may own resources that a newer one uses.
         tasks = [task for node in groups for task in reversed(node.tasks) if not spared or task not in spared]
-        asked = request_cancel_all(tasks, cause, heard=bool(self._ledger.listeners.functions))
+        requested = request_cancel_all(tasks, cause, has_listeners=bool(self._ledger.listeners.functions))
         self._cancel_bodies(groups, cause, spared)
-        return asked
+        return requested
 
     def _cancel_bodies(
         self, groups: list[TaskGroup], cause: CancelCause, spared: Collection[asyncio.Future[Any] | None]
@@ -552,7 +552,7 @@ class Ledger:
 
     @property
     def has_special_tasks(self) -> bool:
-        """True if a listener or the manager's limit concerns every task."""
+        """True if a listener or the manager's limit applies to every task."""
         return bool(self.listeners.functions) or self.places.limiter.limit is not None
 
     def lose_tasks(self) -> None:

@@ -1,4 +1,4 @@
-"""Waiting for tasks on behalf of a caller: it cancels none of them, and marks no failure as seen."""
+"""Waits for tasks on behalf of a caller: this cancels no task, and marks no failure as retrieved."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ if TYPE_CHECKING:
 
 
 async def wait_until_done(tasks: Collection[asyncio.Task[Any]], timeout: float | None = None) -> None:
-    """Wait until all ``tasks`` are done, or for ``timeout`` seconds (None: without bound).
+    """Wait until all ``tasks`` are done, or for ``timeout`` seconds (None: no limit).
 
-    Their own done-callbacks have been called by then: the books are in order. Unlike
-    ``asyncio.wait`` it does not count as somebody who will be told of their failures.
+    When it returns, the done-callbacks of ended tasks have run, so the records are complete. Unlike
+    ``asyncio.wait``, it does not count as a waiter that receives their failures.
 
-    Cancellation: of the caller leaves the tasks alone.
+    Cancellation: cancelling the caller does not cancel the tasks.
     """
     if not tasks:
         return
     loop = asyncio.get_running_loop()
     deadline = None if timeout is None else loop.time() + timeout
-    # A dictionary, to take the last one out of it, and to be asked whether one is in it.
+    # A dictionary: popitem() takes the last one, and `in` is fast.
     left = dict.fromkeys(tasks)
     if len(left) > 1:
-        line = PendingWaiter(left, asyncio.current_task())
-        _pending_waiters[id(line)] = line
+        pending = PendingWaiter(left, asyncio.current_task())
+        _pending_waiters[id(pending)] = pending
     ended_before = False
-    # One after another, the last first: tasks that end in the same turn cost one wait, not one each.
+    # One after another, the last first: tasks that end in the same turn then cost one wait, not one each.
     while left:
         task, _ = left.popitem()
         ended_before = task.done()
         if not ended_before and not await _is_done_by(task, deadline, loop):
             return
     if ended_before:
-        # Perhaps in this very turn: then its done-callbacks are to be called in the next.
+        # It may have ended in this turn, and then its done-callbacks run in the next one.
         await asyncio.sleep(0)
 
 
@@ -65,7 +65,7 @@ async def _is_done_by(
 
 
 class PendingWaiter:
-    """The tasks for which somebody who waits for many has still to wait: a done-callback is at one alone."""
+    """One wait for several tasks, and those it still waits for; only one of them has its done-callback."""
 
     __slots__ = ("__weakref__", "left", "waiter")
 
@@ -74,13 +74,12 @@ class PendingWaiter:
         self.waiter = waiter
 
 
-# All of this process, for those who ask who awaits a task. Weak: one that stands in a loop that was
-# closed under it goes with it.
+# All such waits of this process, for `waiters_behind`. Weak: a wait whose loop was closed is freed with it.
 _pending_waiters: WeakValueDictionary[int, PendingWaiter] = WeakValueDictionary()
 
 
 def waiters_behind(task: asyncio.Future[Any]) -> list[asyncio.Task[Any]]:
-    """Say who waits for many tasks, with this one among those that are still to come."""
-    # A list made in one step: lines come and go in other threads meanwhile.
-    lines = [line for link in _pending_waiters.valuerefs() if (line := link()) is not None]
-    return [line.waiter for line in lines if line.waiter is not None and task in line.left]
+    """The tasks that wait for several tasks, with this one among those that have not ended."""
+    # The list is made in one atomic step: other threads add and remove waits meanwhile.
+    pending = [wait for link in _pending_waiters.valuerefs() if (wait := link()) is not None]
+    return [wait.waiter for wait in pending if wait.waiter is not None and task in wait.left]
