@@ -3,6 +3,34 @@
 Services import everything from here. The middleware is in ``asgi`` and ``fastapi``, help for an application's
 tests in ``testing`` and ``pytest_plugin``, the logging filter in ``logs``, and zero-code setup in
 ``instrumentation``. ``_core`` and ``_asgi`` hold the implementation; ``docs/architecture.md`` maps it.
+
+Where a task goes, and what ends it, for each way to start one::
+
+    =================  =========================================  ===============  ==========================
+    way                you write                                  group            also ended by
+    =================  =========================================  ===============  ==========================
+    module function    create_task(work())                        current group    disconnect, request end
+    request group      request_group().create_task(work())        request's group  disconnect, request end
+    decorator          await work()                               current group    disconnect, request end
+    scoped group       group.create_task(work())                  block            disconnect, failed sibling
+    labeled group      manager.create_task(work(), group="mail")  label            cancel_group("mail")
+    labeled decorator  work.start()                               label            cancel_group("mail")
+    manager            manager.create_task(work())                manager's root
+    named task         await start_task("import", work)           manager's root
+    asyncio task       asyncio.create_task(work())                none             end of the loop
+    =================  =========================================  ===============  ==========================
+
+Every task ends when its work is done, and with ``task.cancel()``. All but the last also end with the
+cancellation of their group, their own ``timeout``, and the shutdown of their manager.
+
+- The current group is that of the request or the managed task that calls; elsewhere, it is the root of
+  ``global_task_manager``. The body of an ``async with`` block does not change it.
+- "disconnect": the request's client leaves. "request end": ``on_exit`` of the middleware can instead wait
+  for the tasks, or hand them over to the manager.
+- A block (``async with TaskGroup("load") as group``) waits for its tasks at its end; its ``timeout`` also
+  ends them.
+- ``@managed_task`` decorates ``work``; with ``group="mail"``, its tasks join that label. A cancelled caller
+  of ``await work()`` also ends its task.
 """
 
 from otel_tasks._core.decorator import ManagedFunction, managed_task

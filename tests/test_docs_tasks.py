@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import otel_tasks
 from otel_tasks import (
     ManagedTask,
     TaskGroup,
@@ -34,7 +35,13 @@ if TYPE_CHECKING:
 PAGE = (ROOT / "docs" / "howto" / "tasks.md").read_text("utf-8")
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
-    for line in re.findall(r"^\| `.*|^\| `?await.*", PAGE.partition("## A block or a label")[0], re.MULTILINE)
+    for line in re.findall(r"^\| [a-z ]+ \| `.*", PAGE.partition("## A block or a label")[0], re.MULTILINE)
+]
+# The table of `help(otel_tasks)`: its columns are at least two spaces apart.
+SHORT_ROWS = [
+    re.split(r" {2,}", line.strip())
+    for line in (otel_tasks.__doc__ or "").split("    ==")[2].splitlines()[1:]
+    if line.strip()
 ]
 
 
@@ -134,6 +141,21 @@ def test_every_row_has_its_ways() -> None:
     assert {row for row, _, _ in WAYS} == set(range(9))
 
 
+def test_help_and_page_list_the_same_ways() -> None:
+    """`help(otel_tasks)` has the rows of the page's table: names, calls, and cancellations."""
+    assert [row[0] for row in SHORT_ROWS] == [row[0] for row in ROWS]
+    for (name, call, _, *ended_by), page in zip(SHORT_ROWS, ROWS, strict=True):
+        assert f"`{call}`" in page[1], name
+        assert ("disconnect" in "".join(ended_by)) is (page[3] == "cancelled"), name
+        assert ("request end" in "".join(ended_by)) is page[4].startswith("cancelled"), name
+
+
+@pytest.mark.parametrize("function", [create_task, TaskManager.create_task])
+def test_create_task_leads_to_the_table(function: Callable[..., object]) -> None:
+    """The docstrings of both functions refer to the table."""
+    assert "``help(otel_tasks)`` shows where a task goes" in (function.__doc__ or "")
+
+
 @pytest.mark.parametrize(("row", "way", "group"), WAYS)
 async def test_task_joins_the_group_of_its_row(
     manager: TaskManager, row: int, way: Way, group: str | None
@@ -154,7 +176,7 @@ async def test_disconnect_does_what_the_row_says(
     await asyncio.sleep(1)
     visit.connection.disconnect()
     await asyncio.sleep(1)
-    assert what_became_of(visit.task) == ROWS[row][2]
+    assert what_became_of(visit.task) == ROWS[row][3]
     await visit.close()
 
 
@@ -167,10 +189,10 @@ async def test_end_of_the_request_does_what_the_row_says(
     await asyncio.sleep(1)
     if way is block:
         assert not visit.serving.done()
-        assert ROWS[row][3] == "the block waits for it first"
+        assert ROWS[row][4] == "the block waits for it first"
     else:
         assert visit.serving.done()
-        assert what_became_of(visit.task) == ROWS[row][3].partition(",")[0]
+        assert what_became_of(visit.task) == ROWS[row][4].partition(",")[0]
     await visit.close()
 
 
