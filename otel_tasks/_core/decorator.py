@@ -46,7 +46,7 @@ class ManagedFunction(Generic[P, T]):
 
     @as_coroutine_function
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
-        """Run it as a managed task and return its result.
+        """Run the function as a managed task and return its result.
 
         The coroutine creates the task at its first step, in the group that is current at the call, even if
         ``asyncio.gather`` runs the coroutine in a plain task.
@@ -60,12 +60,18 @@ class ManagedFunction(Generic[P, T]):
 
         It also raises what the function raises.
 
-        Cancellation: of the caller cancels the task and waits for its end.
+        Cancellation: cancelling the caller cancels the task; the cancellation propagates when the task has
+        ended.
+
+        Telemetry: a span named after the task, from its creation to its end.
+
+        Example:
+            >>> await resize(640)
         """
         return _run(innermost(), functools.partial(self.start, *args, **kwargs))
 
     def start(self, *args: P.args, **kwargs: P.kwargs) -> ManagedTask[T]:
-        """Start it as a managed task and return the task without waiting.
+        """Start the function as a managed task and return the task without waiting.
 
         Raises:
             GroupClosedError: The current group takes no new tasks.
@@ -73,6 +79,11 @@ class ManagedFunction(Generic[P, T]):
             QueueFullError: No place is free, and no more tasks may wait.
             WrongLoopError: The manager has live tasks in another loop.
             WrongThreadError: No event loop runs in this thread.
+
+        Telemetry: a span named after the task, from now to its end.
+
+        Example:
+            >>> task = resize.start(640)
         """
         metadata = None if self._record is None else self._record(*args, **kwargs)
         return self._create(self._function(*args, **kwargs), metadata)
@@ -126,19 +137,25 @@ def managed_task(
 
     Args:
         function: The coroutine function, if the decorator is used without parentheses.
-        name: The name of its tasks; a second one at the same time gets a number. None means the function's
-            name.
-        group: A labeled group of the manager; None is the current group, or the root of ``manager``.
+        name: The name of its tasks; a second live task gets a number. None means the function's name.
+        group: A labeled group of the manager. None means the current group, or the root of ``manager`` if
+            that is set.
         priority: How urgent the tasks are.
-        timeout: Seconds for each call; None means no limit.
-        manager: The manager of its tasks; None is the manager of the request or managed task that calls the
-            function, or else the global manager.
+        timeout: Seconds for each call, at least 0; then the task fails with ``TimeoutError``. None means no
+            limit.
+        manager: The manager of its tasks. None means the manager of the request or managed task that calls
+            the function, or else the global manager.
         record: Takes the arguments of each call and returns the metadata of its task. Without it, arguments
             are never recorded.
 
+    Returns:
+        The ``ManagedFunction``, or a decorator that creates one.
+
     Raises:
-        TypeError: ``function`` is not a coroutine function.
+        TypeError: ``function`` is not a coroutine function, or an argument has the wrong type.
         ValueError: The name is not valid, the timeout is negative, or there is no such priority.
+
+    Telemetry: a span for each call, named after the task.
 
     Example:
         >>> @managed_task(group="mail", timeout=30)

@@ -1,4 +1,4 @@
-"""What a server's lifespan does to a manager: opens it in a loop, and shuts it down with the server."""
+"""The lifespan of a server: opens a manager in its loop, and shuts it down."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def open_in(manager: TaskManager, loop: asyncio.AbstractEventLoop) -> None:
-    """Let ``manager`` take tasks in ``loop``, even if an earlier lifespan there has shut it down."""
+    """Let ``manager`` take tasks in ``loop``, even if an earlier lifespan shut it down there."""
     ledger = manager._ledger
     ledger.home.meet(loop)
     if ledger.home.loop is loop and ledger.home.closed:

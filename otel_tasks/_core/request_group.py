@@ -1,4 +1,4 @@
-"""RequestGroup: the task group of one request, and what the middleware may do to it.
+"""RequestGroup: the task group of one request, with the methods that the middleware uses.
 
 It is scoped but has no block: the middleware opens it, propagates cancellations through it, and seals it.
 The methods without an underscore are the middleware's whole interface to the core's groups.
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from otel_tasks._core.binding import Binding
     from otel_tasks._core.manager import TaskManager
 
-# For the end of a request that cancels nothing, as most do: shared, because it needs no origin.
+# The end of a request that cancels nothing, as most requests do. It is shared, because it needs no origin.
 REQUEST_ENDED = CancelCause(CancelKind.SCOPE_ENDED)
 
 
 class RequestGroup(TaskGroup):
     """A scoped group that isolates failures; users see a ``TaskGroup``."""
 
-    # TaskGroup declares both as None, which is what every other group has.
+    # TaskGroup declares both as None, their value in every other group.
     __slots__ = ("_binding", "_host")
 
     @classmethod
@@ -44,11 +44,11 @@ class RequestGroup(TaskGroup):
         """Open a group below the root of ``manager``.
 
         Args:
-            manager: Owns its tasks.
-            name: A function is called each time the name is read: routing decides it late.
+            manager: The manager of its tasks.
+            name: The group's name. A function is called at each read, because the route is known late.
             binding: Represents the group in the contexts of its request.
             host: The task in which the request's handler runs; None if there is no such task.
-            span: Give it a span of its own.
+            span: Give the group a span of its own.
         """
         ledger, root = manager._ledger, manager._root
         loop = _get_running_loop()
@@ -81,12 +81,12 @@ class RequestGroup(TaskGroup):
 
     @property
     def is_empty(self) -> bool:
-        """No task and no group is live in it."""
+        """True if no task and no group is live in it."""
         return self._is_empty()
 
     @property
     def is_sealed(self) -> bool:
-        """``seal`` has been called."""
+        """True once ``seal`` has been called."""
         return self._sealed
 
     def signal_cancel(self, cause: CancelCause) -> None:
@@ -106,10 +106,10 @@ class RequestGroup(TaskGroup):
         self._seal(cause, refuse=refuse)
 
     def close_if_unused(self) -> bool:
-        """Close it if nothing is live in it and nobody has asked for its cancel event; most requests end so.
+        """Close the group if nothing is live in it and its cancel event was never read, as in most requests.
 
         Returns:
-            False if it is in use: then it is left as it is.
+            False if the group is in use; it is then left as it is.
         """
         if self._event is not None or not self._is_empty():
             return False
