@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import tomllib
@@ -341,6 +342,20 @@ def test_every_public_name_is_on_the_api_page() -> None:
         wanted |= {f"{module.__name__}.{name}" for name in module.__all__}
     assert sorted(shown) == sorted(set(shown))
     assert set(shown) == wanted
+
+
+def test_every_public_coroutine_function_says_what_a_cancellation_does() -> None:
+    """The docstring of each public `async def` has a paragraph about the cancellation of its caller."""
+    public = {name: getattr(otel_tasks, name) for name in otel_tasks.__all__}
+    for name, value in list(public.items()):
+        if inspect.isclass(value):
+            public |= {f"{name}.{part}": member for part, member in vars(value).items() if part[0] != "_"}
+    coroutines = {name: value for name, value in public.items() if inspect.iscoroutinefunction(value)}
+    assert {"start_task", "TaskManager.shutdown", "TaskGroup.join"} <= coroutines.keys()
+    pattern = re.compile(r"^Cancellation: ", re.MULTILINE)
+    assert [
+        name for name, value in coroutines.items() if not pattern.search(inspect.getdoc(value) or "")
+    ] == []
 
 
 def test_api_page_is_readable_without_the_site() -> None:

@@ -383,5 +383,9 @@ def cancel_all_tasks(
 
 
 def get_all_task_info() -> dict[str, TaskInfo]:
-    """Return snapshots of all tasks of the current manager by id; see ``TaskManager.get_all_task_info``."""
+    """Return snapshots of all tasks of the current manager by id; see ``TaskManager.get_all_task_info``.
+
+    Example:
+        >>> [info.id for info in get_all_task_info().values() if info.status == "failed"]
+    """
     return current_manager().get_all_task_info()

@@ -610,7 +610,11 @@ class TaskManager:
         return self._ledger.history.find(name, group_id(group)) if task is None else task.info()
 
     def get_all_task_info(self) -> dict[str, TaskInfo]:
-        """Return snapshots of all tasks by id: live tasks first, then remembered ones."""
+        """Return snapshots of all tasks by id: live tasks first, then remembered ones.
+
+        Example:
+            >>> [info.id for info in manager.get_all_task_info().values() if info.status == "failed"]
+        """
         return merged(self._root._every_live(), reversed(list(self._ledger.history)))
 
     def get_group_tasks(self, group: str | TaskGroup) -> dict[str, TaskInfo]:
@@ -640,7 +644,11 @@ class TaskManager:
         return merged(live, remembered)
 
     def stats(self) -> TaskStats:
-        """Return the counters of the manager's tasks."""
+        """Return the counters of the manager's tasks.
+
+        Example:
+            >>> manager.stats().live
+        """
         return self._ledger.stats()
 
     def tree(self, *, limit: int = 100) -> TaskTree:
@@ -990,7 +998,10 @@ class TaskManager:
     ) -> int:
         """Cancel every task of the manager and wait for them together; the manager stays usable.
 
-        The parameters, the result, and the tasks that are spared are those of ``cancel_group``.
+        The parameters and the tasks that are spared are those of ``cancel_group``.
+
+        Returns:
+            How many tasks the cancellation ended.
 
         Raises:
             WrongLoopError: The manager has live tasks in another loop.
@@ -998,6 +1009,8 @@ class TaskManager:
             ValueError: A duration is negative.
 
         Cancellation: cancelling the caller ends the grace or the wait; the tasks are cancelled.
+
+        Telemetry: the span of each task records the cause, and links to the current span.
 
         Example:
             >>> await manager.cancel_all_tasks(reason="reload")
