@@ -94,7 +94,7 @@ class TaskInfo:
         if self._result is NO_RESULT:
             raise AttributeError(
                 f"the snapshot of task {self.name!r} ({self.status}) has no result: "
-                "only that of a completed start_task() has; ask has_result first"
+                "only that of a completed start_task() has; check has_result first"
             )
         return self._result
 

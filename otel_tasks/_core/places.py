@@ -223,18 +223,6 @@ def set_limit(limiter: Limiter, limit: int | None) -> list[Ticket]:
     return _no_longer_waiting(ready)
 
 
-def _place(ticket: Ticket) -> bool:
-    for limiter in ticket.limiters:
-        if limiter.room() < 1:
-            limiter.push(ticket)
-            return False
-    for limiter in ticket.limiters:
-        limiter.used += 1
-    ticket.queue = None
-    ticket.started = True
-    return True
-
-
 def adopt(ticket: Ticket, limiter: Limiter, *, before: bool) -> None:
     """Count a ticket against one more limiter, which was set while the task was live.
 
@@ -250,13 +238,6 @@ def adopt(ticket: Ticket, limiter: Limiter, *, before: bool) -> None:
         limiter.waiting += 1
 
 
-def _no_longer_waiting(ready: list[Ticket]) -> list[Ticket]:
-    for ticket in ready:
-        for limiter in ticket.limiters:
-            limiter.waiting -= 1
-    return ready
-
-
 def checked_limiter(limit: int | None, max_queue: int | None) -> Limiter | None:
     """Make the limiter for these options; None if they set no limit.
 
@@ -270,6 +251,25 @@ def checked_limiter(limit: int | None, max_queue: int | None) -> Limiter | None:
             raise ValueError(f"max_queue={max_queue} needs max_concurrency: without it no task ever waits")
         return None
     return Limiter(limit, max_queue)
+
+
+def _place(ticket: Ticket) -> bool:
+    for limiter in ticket.limiters:
+        if limiter.room() < 1:
+            limiter.push(ticket)
+            return False
+    for limiter in ticket.limiters:
+        limiter.used += 1
+    ticket.queue = None
+    ticket.started = True
+    return True
+
+
+def _no_longer_waiting(ready: list[Ticket]) -> list[Ticket]:
+    for ticket in ready:
+        for limiter in ticket.limiters:
+            limiter.waiting -= 1
+    return ready
 
 
 class Claimant(Protocol):

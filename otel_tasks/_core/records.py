@@ -201,9 +201,6 @@ class History:
         self._entries.extend(kept)
         return dropped
 
-    def _info(self, entry: Brief | TaskInfo | KeptResult) -> TaskInfo:
-        return _info(entry, self._epoch)
-
     def note_uid(self, ended: TaskInfo) -> None:
         """Add a uid, which was read after the task's end, to its record, if the history still has it."""
         for index, entry in enumerate(self._entries):
@@ -215,6 +212,9 @@ class History:
                         entry._replace(info=info) if isinstance(entry, KeptResult) else info
                     )
                     return
+
+    def _info(self, entry: Brief | TaskInfo | KeptResult) -> TaskInfo:
+        return _info(entry, self._epoch)
 
     def _newest(self, task_id: str, group_id: str | None) -> Brief | TaskInfo | KeptResult | None:
         entry: Brief | TaskInfo | KeptResult

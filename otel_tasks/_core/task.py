@@ -334,7 +334,7 @@ def request_cancel_all(tasks: Iterable[ManagedTask[Any]], cause: CancelCause, *,
     coro: Any
     with passing(cause):
         for task in tasks:
-            # The coroutine last: a task that ended in an eager first step has none, and asking for it crashes
+            # The coroutine last: a task that ended in an eager first step has none, and reading it crashes
             # CPython 3.12 up to 3.12.4 (gh-122332). Such a task has extras while it is in a group.
             if (
                 has_listeners

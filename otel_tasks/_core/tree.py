@@ -261,6 +261,8 @@ class Node:
             before = self._past_progress or (0, 0)
             self._past_progress = (before[0] + tasks, before[1] + done)
 
+    # -- what is below it -------------------------------------------------------------------
+
     def _below(self) -> list[TaskGroup]:
         """This group and all groups below it."""
         me: Any = self
@@ -275,9 +277,18 @@ class Node:
         for group in self._below():
             yield from group.tasks
 
+    # -- called by its tickets and its block, see `extras.Queue` and `scope.Owner` ----------
+
     def _leave_queue(self) -> None:
         """Stop counting a task as queued: it has its place, or has ended."""
         self._queued -= 1
+
+    def _now(self) -> float:
+        return self._ledger.home.clock()
+
+    def _child_failed(self, task: ManagedTask[Any], error: BaseException) -> bool:
+        """True if the block of this group raises the failure, False if it has to be reported."""
+        return self._scope is not None and self._scope.child_failed(self, task, error)
 
     # -- cancelling -------------------------------------------------------------------------
 
@@ -394,13 +405,6 @@ class Node:
         """Make a labeled group usable again, with a new event, after a cancellation (None: for any cause)."""
         if not self.scoped and (cause is None or self._cause is cause):
             self._cause = None
-
-    def _now(self) -> float:
-        return self._ledger.home.clock()
-
-    def _child_failed(self, task: ManagedTask[Any], error: BaseException) -> bool:
-        """True if the block of this group raises the failure, False if it has to be reported."""
-        return self._scope is not None and self._scope.child_failed(self, task, error)
 
     # -- its span ---------------------------------------------------------------------------
 
