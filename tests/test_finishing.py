@@ -211,7 +211,7 @@ async def test_handler_that_runs_on_is_logged_once(
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         (
             "INFO",
-            "the handler of POST ran on for 1.9 s after its client had left, "
+            "the handler of POST ran on after its client had left (the request took 1.9 s more), "
             f"because its {missing} is not in cancel_handler={rule!r}; "
             f"to cancel it, add it there, as in cancel_handler={suggested!r}, or call "
             "set_cancel_handler(True) in it (FastAPI: Depends(cancel_handler_on_disconnect))",

@@ -56,13 +56,11 @@ async def finish(request: Request, error: BaseException | None) -> bool:
     if await _uncancel(request, error):
         await _shut_down(request)
         return False
-    if request.left and request.stop is not None:
-        # Before the group's end, which is waited for: that is no longer the handler.
-        _log_if_spared(request, request.stop, error)
     await _end_group(request, error)
     if not request.left or request.stop is None:
         return error is None
     _annotate_span(request, request.stop, error)
+    _log_if_spared(request, request.stop, error)
     if error is not None and not is_departure(error, request):
         return False
     await _answer(request)
@@ -199,8 +197,8 @@ def _log_if_spared(request: Request, stop: Stop, error: BaseException | None) ->
 def _log_spared(request: Request, stop: Stop, rule: TextRule, route: str, missing: str) -> None:
     left_at = now() if stop.cause.at is None else stop.cause.at
     logger.info(
-        "the handler of %s ran on for %s s after its client had left, because its %s is not in "
-        "cancel_handler=%r; to cancel it, add it there, as in cancel_handler=%r, "
+        "the handler of %s ran on after its client had left (the request took %s s more), because its "
+        "%s is not in cancel_handler=%r; to cancel it, add it there, as in cancel_handler=%r, "
         "or call set_cancel_handler(True) in it (FastAPI: Depends(cancel_handler_on_disconnect))",
         route,
         f"{now() - left_at:.1f}",

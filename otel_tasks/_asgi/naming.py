@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from otel_tasks._asgi.rule import SAFE_METHODS, method_of
+from otel_tasks._asgi.rule import SAFE_METHODS
 from otel_tasks._core.telemetry.request import route_in
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def request_name(scope: Scope, context: Context) -> str:
         scope: The ASGI scope, in which routing notes the route.
         context: The request's. Its span has the route where the framework does not note it in the scope.
     """
-    method = method_of(scope)
+    # As in method_of(), whose call would be one more for each request with a task.
+    method = "WS" if scope["type"] == "websocket" else scope["method"]
     method = method if method in _KNOWN_METHODS else "HTTP"
     template = _route_template(scope) or route_in(context)
     return f"{method} {template}" if template else method
