@@ -304,7 +304,7 @@ class Export(BaseModel):
 async def start_export(export: Export) -> dict[str, str]:
     """Begin, and say where to watch. The task is the application's: it goes on when the request has ended."""
     task = manager.create_task(write_export(export), group="exports", priority=TaskPriority.LOW)
-    # Names are used again once their task has ended; a uid never is, and no client can guess another's.
+    # Not its name: no client can guess the uid of another export.
     return {"id": task.uid, "progress": f"/exports/{task.uid}/progress"}
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import TYPE_CHECKING
 
 import pytest
 
 from otel_tasks import TaskGroup, TaskManager
 from otel_tasks._core.checks import LONGEST_NAME
-from otel_tasks._core.names import _MANY, Numbers, full_name
-from otel_tasks.exceptions import TaskNotFoundError
+from otel_tasks._core.names import _MANY, Numbers, find_key, first_key, full_name
+from otel_tasks.exceptions import TaskExistsError, TaskNotFoundError
 from tests.helpers import rest
 
 if TYPE_CHECKING:
@@ -18,9 +19,37 @@ if TYPE_CHECKING:
     from otel_tasks._core.options import OnConflict
 
 
-def made(numbers: Numbers, base: str, count: int) -> list[str]:
-    """The next names of a function's tasks."""
-    return [full_name(base, numbers[base]()) for _ in range(count)]
+class Names:
+    """One table of names, with nothing but its numbers."""
+
+    def __init__(self) -> None:
+        self.table: dict[Key, object] = {}
+        self.counts: dict[str, int] = {}
+        self.next_index = itertools.count(1).__next__
+        self.numbers: Numbers | None = None
+
+    def careful(self) -> Numbers:
+        """As after the first name that ends in a number."""
+        if self.numbers is None:
+            self.numbers = Numbers(self.table, self.counts, self.next_index)
+        return self.numbers
+
+    def key(self, base: str) -> Key:
+        """The key of the next task of a function."""
+        if base in self.counts:
+            self.counts[base] += 1
+            return self.counts[base] - 1
+        if self.numbers is not None:
+            return self.numbers.next_key(base)
+        return first_key(self.counts, base, self.table, self.next_index)
+
+    def made(self, base: str, count: int) -> list[str]:
+        """The next names of a function's tasks."""
+        return [full_name(base, self.key(base)) for _ in range(count)]
+
+    def find(self, name: str) -> int | None:
+        """The key of the task with this name."""
+        return find_key(self.counts, name) if self.numbers is None else self.numbers.find(name)
 
 
 async def other() -> None:
@@ -48,24 +77,53 @@ async def test_tasks_are_numbered_per_scoped_group() -> None:
     await manager.cancel_all_tasks()
 
 
-async def test_numbers_start_again_when_no_task_is_live() -> None:
-    """A service that is idle now and then does not count up forever."""
+async def test_number_is_never_used_again() -> None:
+    """Each task has an id of its own in the history, also where the one before it has ended."""
     manager = TaskManager()
-    for _ in range(3):
-        assert [manager.create_task(rest()).name for _ in range(2)] == ["rest", "rest-2"]
-        await manager.cancel_all_tasks()
+    async with manager.group("load") as block:
+        for group in (manager.get_group("root"), manager.get_group("mail"), block):
+            before = len(manager.get_all_task_info())
+            names = []
+            for _ in range(3):
+                task = group.create_task(rest())
+                names.append(task.name)
+                task.cancel()
+                await asyncio.wait([task])
+            assert len(set(names)) == 3
+            assert len(manager.get_all_task_info()) == before + 3
 
 
-async def test_name_that_has_become_free_is_used_again() -> None:
-    """The plain name goes to the next task that finds it free, and no live name is given twice."""
+async def test_label_sees_numbered_names_of_the_others() -> None:
+    """All labels of a manager share one table, whether they have numbered a task themselves or not."""
     manager = TaskManager()
-    first, second = (manager.create_task(rest()) for _ in range(2))
-    first.cancel()
-    await manager.cancel_task("rest")
-    third, fourth = (manager.create_task(rest()) for _ in range(2))
-    assert [task.name for task in (second, third, fourth)] == ["rest-2", "rest", "rest-3"]
-    assert [manager.get_task(task.name) for task in (second, third, fourth)] == [second, third, fourth]
+    names = [manager.create_task(rest()).name for _ in range(3)]
+    assert names == ["rest", "rest-2", "rest-3"]
+    for name in names:
+        with pytest.raises(TaskExistsError):
+            await manager.start_task(name, rest, group="mail")
+        renamed = manager.create_task(rest(), name=name, group="shop", timeout=60)
+        assert renamed.name not in names
+    assert len({task.name for task in manager.get_group("root").tasks}) == 3
     await manager.cancel_all_tasks()
+    assert len(manager.get_all_task_info()) == 6
+
+
+async def test_function_with_a_numbered_name_does_not_share_it() -> None:
+    """Whichever of the two functions is first."""
+
+    async def job() -> None:
+        await rest()
+
+    async def other_job() -> None:
+        await rest()
+
+    job.__name__, other_job.__name__ = "job", "job-2"
+    for order in ([job, job, other_job, job, other_job], [other_job, job, job, other_job]):
+        manager = TaskManager()
+        names = [manager.create_task(function()).name for function in order]
+        assert len(set(names)) == len(names)
+        assert [manager.get_task(name).name for name in names] == names
+        await manager.cancel_all_tasks()
 
 
 @pytest.mark.parametrize("before", [0, 1, 3])
@@ -101,46 +159,63 @@ async def test_block_of_its_own_finds_its_tasks_by_their_made_names() -> None:
         group.cancel()
 
 
-@pytest.mark.parametrize(
-    "name", ["work-1", "work-02", "work-\u0662", "work-", "-2", "play-2", "work-" + "9" * 20]
-)
-def test_what_only_looks_like_a_made_name_is_none(name: str) -> None:
+@pytest.mark.parametrize("careful", [False, True])
+@pytest.mark.parametrize("name", ["work-02", "work-\u0662", "work-", "-2", "play-2", "work-" + "9" * 20])
+def test_what_only_looks_like_a_made_name_is_none(name: str, careful: bool) -> None:
     """Only the text that a key gives leads back to the key."""
-    numbers = Numbers({})
-    key = numbers["work"]()
-    assert numbers.find("work-2") == key
-    assert numbers.find(name) in (None, (key - 2) + 1)
-    assert full_name("work", numbers.find(name) or 0) != "work-2"
+    names = Names()
+    if careful:
+        names.careful().note("work-7")
+    assert names.made("work", 2) == ["work", "work-2"]
+    key = names.find("work-2")
+    assert key is not None
+    assert full_name("work", key) == "work-2"
+    assert names.find(name) is None
 
 
-def test_counters_of_functions_without_tasks_are_dropped() -> None:
+@pytest.mark.parametrize("careful", [False, True])
+def test_counters_of_functions_without_tasks_are_dropped(careful: bool) -> None:
     """Functions that are created for each task do not fill the memory; numbers in use stay found."""
-    table: dict[Key, object] = {}
-    numbers = Numbers(table)
-    kept = numbers["kept"]()
-    table[kept] = table["chosen-7"] = object()
-    numbers.note("chosen-7")
-    numbers["chosen"]()
+    names = Names()
+    if careful:
+        names.careful()
+        names.table["chosen-7"] = object()
+        names.careful().note("chosen-7")
+    assert names.made("kept", 1) == ["kept"]
+    kept = names.key("kept")
+    names.table[kept] = object()
     for number in range(3 * _MANY):
-        numbers[f"function {number}"]()
-    assert len(numbers) <= _MANY + 1
-    assert numbers.find("kept-2") == kept
-    assert made(numbers, "kept", 1) == ["kept-3"]
-    assert made(numbers, "chosen", 6) == [
-        "chosen-3",
-        "chosen-4",
-        "chosen-5",
-        "chosen-6",
-        "chosen-8",
-        "chosen-9",
-    ]
+        names.key(f"function {number}")
+        if careful:
+            names.careful().note(f"given {number}-2")
+    assert len(names.counts) <= _MANY + 2
+    assert names.find("kept-2") == kept
+    assert names.made("kept", 1) == ["kept-3"]
+    if careful:
+        assert names.made("chosen", 7) == [
+            "chosen",
+            *(f"chosen-{number}" for number in (2, 3, 4, 5, 6, 8)),
+        ]
 
 
-def test_keys_of_different_functions_differ() -> None:
+@pytest.mark.parametrize("careful", [False, True])
+def test_keys_of_different_functions_differ(careful: bool) -> None:
     """One table holds the keys of all of them."""
-    numbers = Numbers({})
-    keys = [numbers[base]() for base in ("a", "b", "a", "c", "b") for _ in range(10)]
+    names = Names()
+    if careful:
+        names.careful().note("a-3")
+    keys = [names.key(base) for base in ("a", "b", "a", "c", "b") for _ in range(10)]
     assert len(set(keys)) == len(keys)
+
+
+def test_function_whose_counter_was_dropped_gets_another_index() -> None:
+    """Also where the first function of all, whose index is 0, has lost its counter to a given name."""
+    names = Names()
+    names.table[names.key("first")] = names.table[names.key("first")] = object()
+    names.careful().note("first-9")
+    assert not names.counts
+    keys = [names.key("second") for _ in range(3)]
+    assert not set(keys) & set(names.table)
 
 
 async def test_number_may_make_a_name_longer_than_a_chosen_one_may_be() -> None:
@@ -252,9 +327,14 @@ async def test_conflict_is_numbered_in_its_own_table(on_conflict: OnConflict) ->
 
 def test_numbers_do_not_run_out() -> None:
     """A function whose tasks never all end at a time keeps counting: 14 digits are found and kept apart."""
-    numbers = Numbers({})
-    first, other_first = numbers["first"](), numbers["other"]()
-    key = numbers.find("first-99999999999999")
+    names = Names()
+    names.made("other", 2)
+    names.made("first", 2)
+    names.made("last", 2)
+    first, last = names.find("first-2"), names.find("last-2")
+    key = names.find("first-99999999999999")
+    assert first is not None
+    assert last is not None
     assert key is not None
-    assert first < key < other_first
+    assert first < key < last
     assert full_name("first", key) == "first-99999999999999"

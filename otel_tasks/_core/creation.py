@@ -100,7 +100,7 @@ class Creation(Named):
             if limiters:
                 extras = self._claim(limiters, extras, priority, created_at, loop)
             return self._build(
-                coro, base, key, previous, priority, created_at, extras, context, detached, eager_start, loop
+                coro, name, base, key, previous, priority, created_at, extras, context, detached, eager_start
             )
         except BaseException:
             self._give_up(extras)
@@ -114,6 +114,7 @@ class Creation(Named):
     def _build(
         self,
         coro: Coroutine[Any, Any, T],
+        name: str | None,
         base: str,
         key: Key,
         previous: tuple[asyncio.Task[Any], ...],
@@ -123,16 +124,16 @@ class Creation(Named):
         context: Context | None,
         detached: bool,
         eager_start: bool | None,
-        loop: asyncio.AbstractEventLoop,
     ) -> ManagedTask[T]:
         """Make the coroutine, context, and span of a task, and the task; its name and place are decided."""
         ledger = self._ledger
+        loop: Any = ledger.home.loop
         supervises = extras is not None and extras.supervises
         work = coro
         try:
             factory = ledger.home.factories._task_factory
             if factory is not None and not supervises:
-                work, extras, eager_start = _made_by(factory, loop, coro, base, context, extras, eager_start)
+                work, extras, eager_start = _made_by(factory, loop, coro, name, context, extras, eager_start)
             queued = extras is not None and extras.place_granted is not None
             if previous or queued or (extras is not None and extras.seconds is not None):
                 extras = extras or Extras()
@@ -204,7 +205,12 @@ class Creation(Named):
         # what cannot matter here and with `_enter` inlined, in a third of the time.
         if name is None:
             name = coro.__name__
-            key: Key = name if name not in names else (self._numbers or self._made_numbers())[name]()
+            counts = self._counts
+            if name in counts:
+                key: Key = counts[name]
+                counts[name] += 1
+            else:
+                key = self._first_key(name)
         else:
             key = name
         span = context = None
@@ -429,13 +435,13 @@ def _made_by(
     factory: Any,
     loop: asyncio.AbstractEventLoop,
     coro: Coroutine[Any, Any, Any],
-    base: str,
+    name: str | None,
     context: Context | None,
     extras: Extras | None,
     eager_start: bool | None,
 ) -> tuple[Coroutine[Any, Any, Any], Extras | None, bool | None]:
     """Return what the loop's task factory makes of a coroutine, with the options that follow from it."""
-    made = make(factory, loop, coro, base, context)
+    made = make(factory, loop, coro, name, context)
     if made is None:
         return coro, extras, eager_start
     if made.coro is not coro or made.shadow is not None:

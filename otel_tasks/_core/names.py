@@ -1,23 +1,19 @@
 """The names of tasks created without one: query, query-2, query-3.
 
-A task without a name gets the name of its function. If that name is taken, the task also gets a number. Each
-table of names counts the numbers of each function: a scoped group has its own table, and all labeled groups
-of a manager share one.
+The first task of a function in a table of names gets the function's name, each later one a number too, which
+is counted per function and never used again. A scoped group has its own table; all labeled groups of a
+manager share one.
 
 Making the text takes 4 % of a task's instructions, and most names are never read. The tables therefore have a
 numbered task under a key: an integer that holds the function's index and the number.
-
-Not covered: a function whose assigned ``__name__`` looks like a numbered name of another one, such as
-``query-2``. Two live tasks may then have the same name; their keys differ, and a lookup finds one of them.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Container, Iterable
 from typing import Protocol
 
-# A name, or the key of one that has a number.
+# A name, or the key of a task whose name has a number.
 Key = str | int
 
 # A key has the number in its low bits, and the index of the function above them. At a million tasks a second,
@@ -26,8 +22,10 @@ _NUMBER_BITS = 48
 _NUMBER_MASK = (1 << _NUMBER_BITS) - 1
 # The most digits of a number that surely has these bits.
 _NUMBER_DIGITS = 14
-# With this many counters, those without a live task are dropped.
-_MANY = 1000
+# The key of the second task of the function with the index 0.
+FIRST_NUMBERED = 2
+# After so many new functions, those without a live task are forgotten.
+_MANY = 1024
 
 
 class Table(Container[Key], Iterable[Key], Protocol):
@@ -39,80 +37,106 @@ def full_name(base: str, key: Key) -> str:
     return base if isinstance(key, str) else f"{base}-{key & _NUMBER_MASK}"
 
 
-class Numbers(dict[str, Callable[[], int]]):
-    """Makes keys for one table of names: ``numbers["query"]()`` returns the next key of that function.
+def first_key(
+    counts: dict[str, int], base: str, table: Table, next_index: Callable[[], int], is_shared: bool = False
+) -> Key:
+    """Start to count the tasks of a function, and return the key of the first one.
 
     Args:
-        table: A number is skipped if a task of this table has been given the name that it makes.
+        counts: The next key of each function.
+        base: The function's name.
+        table: The names and keys of live tasks.
+        next_index: Returns a number above 0 that no other function of the manager has.
+        is_shared: Other counters may have the index 0.
+    """
+    # The first function of a table has small keys, which take less memory. (Where `Numbers` is in use, it has
+    # taken counts away, and with them perhaps the index 0.)
+    index = next_index() if counts or is_shared else 0
+    if index and not index % _MANY:
+        _forget_unused(counts, table)
+    key = (index << _NUMBER_BITS) + FIRST_NUMBERED
+    if base not in table:
+        counts[base] = key
+        return base
+    counts[base] = key + 1
+    return key
+
+
+class Numbers:
+    """Chooses the numbers of functions whose names may equal names that tasks have been given.
+
+    Args:
+        table: The names and keys of live tasks.
+        counts: The next key of each function that needs no such care.
+        next_index: Returns a number that no other function of the manager has.
     """
 
-    __slots__ = ("_careful_ones", "_has_lookalikes", "_indexes", "_limit", "_next_index", "_table")
+    __slots__ = ("_careful", "_counts", "_given", "_next_index", "_table")
 
-    def __init__(self, table: Table) -> None:
-        super().__init__()
+    def __init__(self, table: Table, counts: dict[str, int], next_index: Callable[[], int]) -> None:
         self._table = table
-        self._limit = _MANY
-        self.restart()
-
-    def __missing__(self, base: str) -> Callable[[], int]:
-        if len(self) >= self._limit:
-            self._drop_unused()
-        index = self._indexes[base] = self._next_index()
-        counter: Callable[[], int] = itertools.count((index << _NUMBER_BITS) + 2).__next__
-        if self._has_lookalikes:
-            counter = self._careful(base, counter)
-        self[base] = counter
-        return counter
-
-    def restart(self) -> None:
-        """Start with the first numbers again: the table is empty."""
-        self.clear()
-        self._indexes: dict[str, int] = {}
-        self._next_index = itertools.count().__next__
-        # The bases some of whose numbers may be taken by a given name.
-        self._careful_ones: set[str] = set()
-        # A given name ends in a digit. It may look like a name that a later counter makes.
-        self._has_lookalikes = False
+        self._counts = counts
+        self._next_index = next_index
+        # The next key of each function that needs care.
+        self._careful: dict[str, int] = {}
+        # Of names that end in a number, what stands before it.
+        self._given: set[str] = set()
 
     def note(self, name: str) -> None:
         """Skip this name, which a task is given and which ends in a digit, when its number is reached."""
-        self._has_lookalikes = True
-        if not self:
-            return
         base = name.rpartition("-")[0]
-        counter = self.get(base)
-        if counter is not None and base not in self._careful_ones:
-            self[base] = self._careful(base, counter)
+        self._given.add(base)
+        if base in self._counts:
+            self._careful[base] = self._counts.pop(base)
+        if len(self._given) > _MANY:
+            self._forget()
+
+    def next_key(self, base: str) -> Key:
+        """Return the next key of a function, or its name if that is free and was not used before."""
+        if "-" in base:
+            # A function whose name looks like a numbered one of another function.
+            self.note(base)
+        elif base not in self._given and base not in self._careful:
+            # Counted by itself from now on.
+            return first_key(self._counts, base, self._table, self._next_index, is_shared=True)
+        key = self._careful.get(base) or self._counts.pop(base, 0) or (self._next_index() << _NUMBER_BITS) + 1
+        while self._is_taken(_text(base, key)):
+            key += 1
+        self._careful[base] = key + 1
+        return base if key & _NUMBER_MASK == 1 else key
 
     def find(self, name: str) -> int | None:
         """Return the key of a task with this name; None if no counter makes the name."""
         base, _, number = name.rpartition("-")
-        index = self._indexes.get(base)
+        count = self._counts.get(base) or self._careful.get(base)
         # Bounded: int() refuses very long numbers, and the name may come from a client.
-        if index is None or not number.isdecimal() or len(number) > _NUMBER_DIGITS:
+        if count is None or not number.isdecimal() or len(number) > _NUMBER_DIGITS:
             return None
-        key = (index << _NUMBER_BITS) + int(number)
+        key = (count & ~_NUMBER_MASK) + int(number)
         # Not the same for a number with leading zeros or with digits other than ASCII's.
         return key if full_name(base, key) == name else None
 
-    def _careful(self, base: str, counter: Callable[[], int]) -> Callable[[], int]:
-        """Skip the numbers whose names have been given to tasks."""
-        self._careful_ones.add(base)
+    def _is_taken(self, name: str) -> bool:
+        key = self.find(name)
+        return name in self._table or (key is not None and key in self._table)
 
-        def next_free() -> int:
-            key = counter()
-            while full_name(base, key) in self._table:
-                key = counter()
-            return key
+    def _forget(self) -> None:
+        """Forget given names and functions without a live task: a program may make one for each task."""
+        self._given = {key.rpartition("-")[0] for key in self._table if isinstance(key, str)}
+        _forget_unused(self._careful, self._table, self._given)
 
-        return next_free
 
-    def _drop_unused(self) -> None:
-        """Forget the functions without a live task: a program may make a function for each task."""
-        used = {key >> _NUMBER_BITS for key in self._table if isinstance(key, int)}
-        given = {key.rpartition("-")[0] for key in self._table if isinstance(key, str)}
-        for base, index in list(self._indexes.items()):
-            if index not in used and base not in given:
-                del self[base], self._indexes[base]
-                self._careful_ones.discard(base)
-        self._limit = max(_MANY, 2 * len(self))
+def find_key(counts: dict[str, int], name: str) -> int | None:
+    """Return the key of a task with this name; None if no counter makes the name."""
+    return Numbers((), counts, int).find(name)
+
+
+def _text(base: str, key: int) -> str:
+    return base if key & _NUMBER_MASK == 1 else full_name(base, key)
+
+
+def _forget_unused(counts: dict[str, int], table: Table, but: Container[str] = ()) -> None:
+    used = {key >> _NUMBER_BITS for key in table if isinstance(key, int)}
+    for base, key in list(counts.items()):
+        if key >> _NUMBER_BITS not in used and base not in table and base not in but:
+            del counts[base]

@@ -9,7 +9,7 @@ from otel_tasks._core.checks import check_choice, is_plain_name
 from otel_tasks._core.coroutines import function_name
 from otel_tasks._core.current import stand_in
 from otel_tasks._core.events import CancelCause
-from otel_tasks._core.names import Key, Numbers, full_name
+from otel_tasks._core.names import FIRST_NUMBERED, Key, Numbers, find_key, first_key, full_name
 from otel_tasks._core.options import OnConflict
 from otel_tasks._core.state import CancelKind
 from otel_tasks._core.task import ManagedTask, request_cancel, with_predecessors
@@ -40,9 +40,10 @@ class Named(Node):
 
     def _named(self, name: str, table: dict[Key, ManagedTask[Any]]) -> ManagedTask[Any] | None:
         task = table.get(name)
-        if task is not None or not self._numbers:
+        if task is not None or not name[-1:].isdecimal():
             return task
-        key = self._numbers.find(name)
+        numbers = self._numbers if self._names is self._live else self._ledger.root._numbers
+        key = find_key(self._counts, name) if numbers is None else numbers.find(name)
         return None if key is None else table.get(key)
 
     def _is_free(self, name: object) -> bool:
@@ -51,24 +52,52 @@ class Named(Node):
             return False
         if not name[-1].isdecimal():
             return True
-        numbers = self._made_numbers() if self._numbers is None else self._numbers
-        numbers.note(name)
-        return not numbers or self._holder(name) is None
+        self._note_name(name)
+        return self._holder(name) is None
 
     def _note_name(self, name: str) -> None:
         """Note that a task is given this name, so that no counter makes it again."""
-        if name[-1].isdecimal():
+        if name[-1].isdecimal() and "-" in name:
             self._made_numbers().note(name)
 
+    def _first_key(self, base: str) -> Key:
+        """A key for the first task of its function, or for each one of a function whose numbers need care."""
+        if (
+            self._is_one_table
+            and not self._counts
+            and self._numbers is None
+            and "-" not in base
+            and base not in self._names
+        ):
+            # What `first_key` does for the first function of all. Most requests get no further: a call takes
+            # 1 % of one with a task.
+            self._counts[base] = FIRST_NUMBERED
+            return base
+        # A label's names are in the root's table.
+        numbers = self._numbers if self._names is self._live else self._ledger.root._numbers
+        if numbers is None and "-" not in base:
+            return first_key(self._counts, base, self._names, self._ledger.next_number)
+        return self._made_numbers().next_key(base)
+
+    def _next_key(self, base: str) -> Key:
+        key = self._counts.get(base)
+        if key is None:
+            return self._first_key(base)
+        self._counts[base] = key + 1
+        return key
+
     def _numbered(self, base: str) -> str:
-        """Make a free name: ``base`` and a number."""
-        numbers = self._made_numbers()
-        return full_name(base, numbers[base]())
+        """Make a free name: ``base``, which is taken, and a number."""
+        key = self._next_key(base)
+        while full_name(base, key) in self._names:
+            key = self._next_key(base)
+        return full_name(base, key)
 
     def _made_numbers(self) -> Numbers:
+        if self._names is not self._live:
+            return self._ledger.root._made_numbers()
         if self._numbers is None:
-            root = self._ledger.root
-            self._numbers = Numbers(self._live) if self._names is self._live else root._made_numbers()
+            self._numbers = Numbers(self._names, self._counts, self._ledger.next_number)
         return self._numbers
 
     def _rename(self, task: ManagedTask[Any], name: str) -> str:
@@ -96,7 +125,7 @@ class Named(Node):
         """Return asyncio's name for a task, its key, and the tasks that must end before it starts."""
         if name is None:
             base = function_name(coro)
-            return base, base if base not in self._names else self._made_numbers()[base](), ()
+            return base, self._next_key(base), ()
         if taken is None:
             self._note_name(name)
             return name, name, ()

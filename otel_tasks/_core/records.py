@@ -6,6 +6,7 @@ A record holds no frame, no task, and no group.
 from __future__ import annotations
 
 import asyncio
+from asyncio import CancelledError
 from collections import deque
 from contextvars import copy_context
 from dataclasses import replace
@@ -130,7 +131,9 @@ class Listeners:
             try:
                 # In a copy, so that one listener's context variables do not reach the next.
                 copy_context().run(listener, event, info)
-            except Exception:
+            except (Exception, CancelledError):
+                # A CancelledError too, which a listener gets from a future that it reads: nobody cancels this
+                # call.
                 logger.exception("listener %r raised and is dropped", listener, extra=log_fields(info))
                 if listener in self.functions:
                     self.remove(listener)
@@ -203,7 +206,9 @@ class History:
 
     def note_uid(self, ended: TaskInfo) -> None:
         """Add a uid, which was read after the task's end, to its record, if the history still has it."""
-        for index, entry in enumerate(self._entries):
+        # The newest first: of two tasks with one name and equal times, on a virtual clock, it is the later one.
+        for index in reversed(range(len(self._entries))):
+            entry = self._entries[index]
             if _is_called(entry, ended.name, ended.group_id):
                 info = self._info(entry)
                 if info.uid is None and _times(info) == _times(ended):

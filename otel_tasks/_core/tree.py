@@ -45,6 +45,7 @@ class Node:
         "__weakref__",
         "_cause",
         "_children",
+        "_counts",
         "_event",
         "_id",
         "_is_one_table",
@@ -88,7 +89,8 @@ class Node:
         self._live: dict[Key, ManagedTask[Any]] = {}
         # The table in which names must be unique: its own, or for labeled groups the root's.
         self._names = self._live
-        # Makes the keys of that table; None until the first task needs a number.
+        # The next key of each function in that table; and the keys that need care, None until some do.
+        self._counts: dict[str, int] = {}
         self._numbers: Numbers | None = None
         self._linked = False
         # Its names are in no other table, and it is linked: creation and ending check this one attribute
@@ -118,6 +120,7 @@ class Node:
         self._label = (name, name, False)
         if self._parent is not None:
             self._names = self._ledger.root._live
+            self._counts = self._ledger.root._counts
 
     def _hang_below(self, parent: TaskGroup) -> None:
         """Set the parent below which the group opens, wherever it is entered."""
@@ -220,8 +223,6 @@ class Node:
         return not self._live and not self._children
 
     def _emptied(self) -> None:
-        if self._parent is None and self._numbers:
-            self._numbers.restart()
         if self._children or not self._linked:
             return
         if self._scope is not None and not self._sealed:
@@ -265,8 +266,7 @@ class Node:
 
     def _below(self) -> list[TaskGroup]:
         """This group and all groups below it."""
-        me: Any = self
-        groups: list[TaskGroup] = [me]
+        groups: list[Any] = [self]
         # The list grows while it is walked.
         for node in groups:
             groups.extend(node._children)
@@ -396,7 +396,9 @@ class Node:
         """Take no new tasks (unless ``refuse`` is false), and leave the tree as soon as nothing is in it."""
         self._sealed = True
         if refuse and self._refusal is None:
-            self._refuse("is finished" if cause is None else f"is closed ({cause.kind})")
+            # As `_refuse`, without the call: every request with a task comes here.
+            self._refusal = "is finished" if cause is None else f"is closed ({cause.kind})"
+            self._takes_plain_tasks = False
         if self._is_empty():
             self._leave_tree()
         self._ledger.places.wake_producer()
@@ -494,14 +496,13 @@ class Ledger:
 
     def stats(self) -> TaskStats:
         """Read all counters."""
-        counters = self.counters
         return TaskStats(
             self.created,
             self.live,
-            counters.completed,
-            counters.failed,
-            counters.cancelled,
-            counters.cancel_ignored,
+            self.counters.completed,
+            self.counters.failed,
+            self.counters.cancelled,
+            self.counters.cancel_ignored,
             sum(group._queued for group in self.root._below()),
             len(self.history),
         )
