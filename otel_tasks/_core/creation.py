@@ -19,8 +19,7 @@ from otel_tasks._core.binding import current_binding
 from otel_tasks._core.checks import check_choice, checked_name, checked_priority
 from otel_tasks._core.coroutines import check_coroutine, close_quietly, function_name
 from otel_tasks._core.current import is_request_over
-from otel_tasks._core.extras import Extras, wanted_extras
-from otel_tasks._core.factory import make
+from otel_tasks._core.extras import Extras, made_by, wanted_extras
 from otel_tasks._core.naming import Named, yield_to
 from otel_tasks._core.native import add_done_callback, base_name, init_task
 from otel_tasks._core.options import OnConflict, TaskOptions, check_context, check_options, with_options_of
@@ -133,7 +132,7 @@ class Creation(Named):
         try:
             factory = ledger.home.factories._task_factory
             if factory is not None and not supervises:
-                work, extras, eager_start = _made_by(factory, loop, coro, name, context, extras, eager_start)
+                work, extras, eager_start = made_by(factory, loop, coro, name, context, extras, eager_start)
             queued = extras is not None and extras.place_granted is not None
             if previous or queued or (extras is not None and extras.seconds is not None):
                 extras = extras or Extras()
@@ -429,26 +428,6 @@ class Creation(Named):
             )
         if starts:
             report_dequeued(ledger, task, waited)
-
-
-def _made_by(
-    factory: Any,
-    loop: asyncio.AbstractEventLoop,
-    coro: Coroutine[Any, Any, Any],
-    name: str | None,
-    context: Context | None,
-    extras: Extras | None,
-    eager_start: bool | None,
-) -> tuple[Coroutine[Any, Any, Any], Extras | None, bool | None]:
-    """Return what the loop's task factory makes of a coroutine, with the options that follow from it."""
-    made = make(factory, loop, coro, name, context)
-    if made is None:
-        return coro, extras, eager_start
-    if made.coro is not coro or made.shadow is not None:
-        extras = extras or Extras()
-        extras.inner = coro
-        extras.made = made
-    return made.coro, extras, True if eager_start is None and made.eager else eager_start
 
 
 def run_first_step(

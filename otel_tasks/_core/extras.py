@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from otel_tasks._core.checks import checked_seconds
+from otel_tasks._core.factory import make
 from otel_tasks._core.places import Limiter, Ticket, adopt
 
 if TYPE_CHECKING:
@@ -182,6 +183,26 @@ def wanted_extras(
     # A supervisor always keeps its result, so a task without extras needs no check for this.
     extras.supervises = supervises
     return extras
+
+
+def made_by(
+    factory: Any,
+    loop: asyncio.AbstractEventLoop,
+    coro: Coroutine[Any, Any, Any],
+    name: str | None,
+    context: Context | None,
+    extras: Extras | None,
+    eager_start: bool | None,
+) -> tuple[Coroutine[Any, Any, Any], Extras | None, bool | None]:
+    """Return what the loop's task factory makes of a coroutine, with the options that follow from it."""
+    made = make(factory, loop, coro, name, context)
+    if made is None:
+        return coro, extras, eager_start
+    if made.coro is not coro or made.shadow is not None:
+        extras = extras or Extras()
+        extras.inner = coro
+        extras.made = made
+    return made.coro, extras, True if eager_start is None and made.eager else eager_start
 
 
 def checked_metadata(metadata: object) -> dict[str, Any]:

@@ -206,7 +206,7 @@ class History:
 
     def note_uid(self, ended: TaskInfo) -> None:
         """Add a uid, which was read after the task's end, to its record, if the history still has it."""
-        # The newest first: of two tasks with one name and equal times, on a virtual clock, it is the later one.
+        # The newest first: of two tasks with one name and equal times, on a virtual clock, it is the later.
         for index in reversed(range(len(self._entries))):
             entry = self._entries[index]
             if _is_called(entry, ended.name, ended.group_id):
