@@ -318,7 +318,7 @@ async def test_task_of_asyncio_shows_its_request() -> None:
 
     await FakeConnection().run(TaskGroupMiddleware(app, manager=TaskManager()))
     assert found[0].closed is True
-    assert found[0]._name() == "GET"
+    assert found[0].name == "GET"
 
 
 # -- by the thread ----------------------------------------------------------------------------------
