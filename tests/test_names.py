@@ -49,7 +49,7 @@ class Names:
 
     def find(self, name: str) -> int | None:
         """The key of the task with this name."""
-        return find_key(self.counts, name) if self.numbers is None else self.numbers.find(name)
+        return find_key(name, self.counts) if self.numbers is None else self.numbers.find(name)
 
 
 async def other() -> None:

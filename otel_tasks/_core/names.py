@@ -22,7 +22,8 @@ _NUMBER_BITS = 48
 _NUMBER_MASK = (1 << _NUMBER_BITS) - 1
 # The most digits of a number that surely has these bits.
 _NUMBER_DIGITS = 14
-# The key of the second task of the function with the index 0.
+# The key of the second task of the function with the index 0, the first one of a table: a small number takes
+# less memory.
 FIRST_NUMBERED = 2
 # After so many new functions, those without a live task are forgotten.
 _MANY = 1024
@@ -37,9 +38,7 @@ def full_name(base: str, key: Key) -> str:
     return base if isinstance(key, str) else f"{base}-{key & _NUMBER_MASK}"
 
 
-def first_key(
-    counts: dict[str, int], base: str, table: Table, next_index: Callable[[], int], is_shared: bool = False
-) -> Key:
+def first_key(counts: dict[str, int], base: str, table: Table, next_index: Callable[[], int]) -> Key:
     """Start to count the tasks of a function, and return the key of the first one.
 
     Args:
@@ -47,12 +46,9 @@ def first_key(
         base: The function's name.
         table: The names and keys of live tasks.
         next_index: Returns a number above 0 that no other function of the manager has.
-        is_shared: Other counters may have the index 0.
     """
-    # The first function of a table has small keys, which take less memory. (Where `Numbers` is in use, it has
-    # taken counts away, and with them perhaps the index 0.)
-    index = next_index() if counts or is_shared else 0
-    if index and not index % _MANY:
+    index = next_index()
+    if not index % _MANY:
         _forget_unused(counts, table)
     key = (index << _NUMBER_BITS) + FIRST_NUMBERED
     if base not in table:
@@ -98,8 +94,8 @@ class Numbers:
             self.note(base)
         elif base not in self._given and base not in self._careful:
             # Counted by itself from now on.
-            return first_key(self._counts, base, self._table, self._next_index, is_shared=True)
-        key = self._careful.get(base) or self._counts.pop(base, 0) or (self._next_index() << _NUMBER_BITS) + 1
+            return first_key(self._counts, base, self._table, self._next_index)
+        key = self._careful.get(base) or (self._next_index() << _NUMBER_BITS) + 1
         while self._is_taken(_text(base, key)):
             key += 1
         self._careful[base] = key + 1
@@ -107,14 +103,7 @@ class Numbers:
 
     def find(self, name: str) -> int | None:
         """Return the key of a task with this name; None if no counter makes the name."""
-        base, _, number = name.rpartition("-")
-        count = self._counts.get(base) or self._careful.get(base)
-        # Bounded: int() refuses very long numbers, and the name may come from a client.
-        if count is None or not number.isdecimal() or len(number) > _NUMBER_DIGITS:
-            return None
-        key = (count & ~_NUMBER_MASK) + int(number)
-        # Not the same for a number with leading zeros or with digits other than ASCII's.
-        return key if full_name(base, key) == name else None
+        return find_key(name, self._counts, self._careful)
 
     def _is_taken(self, name: str) -> bool:
         key = self.find(name)
@@ -126,9 +115,16 @@ class Numbers:
         _forget_unused(self._careful, self._table, self._given)
 
 
-def find_key(counts: dict[str, int], name: str) -> int | None:
-    """Return the key of a task with this name; None if no counter makes the name."""
-    return Numbers((), counts, int).find(name)
+def find_key(name: str, *counters: dict[str, int]) -> int | None:
+    """Return the key of a task with this name; None if none of the counters makes the name."""
+    base, _, number = name.rpartition("-")
+    count = next((counts[base] for counts in counters if base in counts), None)
+    # Bounded: int() refuses very long numbers, and the name may come from a client.
+    if count is None or not number.isdecimal() or len(number) > _NUMBER_DIGITS:
+        return None
+    key = (count & ~_NUMBER_MASK) + int(number)
+    # Not the same for a number with leading zeros or with digits other than ASCII's.
+    return key if full_name(base, key) == name else None
 
 
 def _text(base: str, key: int) -> str:

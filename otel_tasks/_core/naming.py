@@ -42,8 +42,8 @@ class Named(Node):
         task = table.get(name)
         if task is not None or not name[-1:].isdecimal():
             return task
-        numbers = self._numbers if self._names is self._live else self._ledger.root._numbers
-        key = find_key(self._counts, name) if numbers is None else numbers.find(name)
+        numbers = self._numbers_in_use()
+        key = find_key(name, self._counts) if numbers is None else numbers.find(name)
         return None if key is None else table.get(key)
 
     def _is_free(self, name: object) -> bool:
@@ -69,13 +69,11 @@ class Named(Node):
             and "-" not in base
             and base not in self._names
         ):
-            # What `first_key` does for the first function of all. Most requests get no further: a call takes
-            # 1 % of one with a task.
+            # What `first_key` does, with the index 0. Most requests get no further: a call takes 1 % of one
+            # with a task.
             self._counts[base] = FIRST_NUMBERED
             return base
-        # A label's names are in the root's table.
-        numbers = self._numbers if self._names is self._live else self._ledger.root._numbers
-        if numbers is None and "-" not in base:
+        if self._numbers_in_use() is None and "-" not in base:
             return first_key(self._counts, base, self._names, self._ledger.next_number)
         return self._made_numbers().next_key(base)
 
@@ -92,6 +90,10 @@ class Named(Node):
         while full_name(base, key) in self._names:
             key = self._next_key(base)
         return full_name(base, key)
+
+    def _numbers_in_use(self) -> Numbers | None:
+        # A label's names are in the root's table.
+        return self._numbers if self._names is self._live else self._ledger.root._numbers
 
     def _made_numbers(self) -> Numbers:
         if self._names is not self._live:
