@@ -780,7 +780,7 @@ async def test_one_pass_cancels_each_task_once() -> None:
     manager = TaskManager()
     tasks = [manager.create_task(rest()) for _ in range(3)]
     tasks[0].cancel()
-    assert request_cancel_all(tasks, CancelCause(CancelKind.SHUTDOWN), has_listeners=False) == 2
+    assert request_cancel_all(tasks, CancelCause(CancelKind.SHUTDOWN)) == 2
     assert [task.cancelling() for task in tasks] == [1, 1, 1]
     await asyncio.wait(tasks)
 

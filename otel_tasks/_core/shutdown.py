@@ -152,7 +152,7 @@ async def shut_down(
 def _drop_queue(ledger: Ledger, tasks: list[ManagedTask[Any]], cause: CancelCause) -> None:
     """Cancel the tasks that wait for a place, and wake a producer that waits for room: neither gets any."""
     waiting = [task for task in tasks if task._extras is not None and task._extras.queued]
-    request_cancel_all(waiting, cause, has_listeners=bool(ledger.listeners.functions))
+    request_cancel_all(waiting, cause)
     ledger.places.wake_producer()
 
 
@@ -168,7 +168,7 @@ async def _cancel_by_priority(
     levels = sorted({task.priority for task in tasks if not task.done()})
     for number, level in enumerate(levels):
         chosen = [task for task in tasks if task.priority is level and not task.done()]
-        request_cancel_all(reversed(chosen), cause, has_listeners=bool(ledger.listeners.functions))
+        request_cancel_all(chosen[::-1], cause)
         # Each level and the last step get an even share of the remaining time.
         left = None if deadline is None else max(0.0, deadline - loop.time()) / (len(levels) - number + 1)
         await wait_until_done(chosen, left)

@@ -39,7 +39,7 @@ from otel_tasks._core.telemetry import note_cancel_requested
 from otel_tasks._core.telemetry.context import span_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
     from contextvars import Context
 
     from otel_tasks._core.group import TaskGroup
@@ -318,19 +318,19 @@ def request_cancel(task: ManagedTask[Any], cause: CancelCause, text: str | None 
     return True
 
 
-def request_cancel_all(tasks: Iterable[ManagedTask[Any]], cause: CancelCause, *, has_listeners: bool) -> int:
+def request_cancel_all(tasks: Sequence[ManagedTask[Any]], cause: CancelCause) -> int:
     """Cancel tasks in one pass, each as ``request_cancel`` does.
 
     Args:
-        tasks: The tasks to cancel.
+        tasks: The tasks to cancel, all of one manager.
         cause: Recorded with each request.
-        has_listeners: There are listeners, to be notified of each request.
 
     Returns:
         How many tasks had no cancel request before this call.
     """
     text = str(cause)
     requested = 0
+    has_listeners = bool(tasks) and bool(tasks[0]._group._ledger.listeners.functions)
     coro: Any
     with passing(cause):
         for task in tasks:

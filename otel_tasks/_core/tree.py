@@ -369,7 +369,7 @@ class Node:
         groups = self._below()
         # Newest first: an older task may own resources that a newer one uses.
         tasks = [task for node in groups for task in reversed(node.tasks) if not spared or task not in spared]
-        requested = request_cancel_all(tasks, cause, has_listeners=bool(self._ledger.listeners.functions))
+        requested = request_cancel_all(tasks, cause)
         self._cancel_bodies(groups, cause, spared)
         return requested
 
