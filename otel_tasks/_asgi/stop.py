@@ -226,7 +226,7 @@ class Stop:
         self.spared_by = None if cancels else request.rules
         return cancels
 
-    # What holds a cancellation off.
+    # Holders: tasks and threads that hold a cancellation off.
 
     def _wait_for(self, holder: asyncio.Future[Any]) -> None:
         """Continue once ``holder`` no longer holds a cancellation off."""

@@ -201,7 +201,8 @@ class Creation(Named):
         ):
             return self._create_with(coro, name, priority, options)
         # Most tasks get here: no options, no listeners, no limits. The rest does what `_create` does, without
-        # what cannot matter here and with `_enter` inlined, in a third of the time.
+        # what cannot matter here, in a third of the time. `_enter` is inlined: the call takes 9 % of a task's
+        # instructions.
         if name is None:
             name = coro.__name__
             counts = self._counts

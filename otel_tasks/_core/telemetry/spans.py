@@ -197,8 +197,8 @@ def end_span(
         The span's identity.
 
     Raises:
-        Exception: The span's own, from the first call that failed. What was still to be written is dropped,
-            the least important last; the span is ended.
+        Exception: The span's own, from the first call that failed. The remaining writes are dropped; the
+            least important one comes last. The span is ended.
     """
     recording = True
     try:
