@@ -121,7 +121,7 @@ SETTINGS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, set[str
     "TaskGroup": (otel_tasks.TaskGroup, None, set()),
     "create_task": (otel_tasks.TaskManager.create_task, otel_tasks.TaskGroup._create, {"coro"}),
     "watch": (otel_tasks.TaskManager.watch, None, set()),
-    "RestartPolicy": (otel_tasks.RestartPolicy, None, {"jitter"}),
+    "RestartPolicy": (otel_tasks.RestartPolicy, None, set()),
 }
 
 # --- tables ------------------------------------------------------------------------------------------------

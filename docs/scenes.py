@@ -210,7 +210,7 @@ async def _ends(manager: TaskManager) -> None:
     assert tracer is not None
     with tracer.start_as_current_span("creator"):
         await manager.create_task(asyncio.sleep(1), name="detached", detached=True)
-    policy = RestartPolicy(max_failures=2, jitter=lambda: 0.0)
+    policy = RestartPolicy(max_failures=2, jitter=0)
     await asyncio.gather(
         await manager.start_service("service", _fail, restart=policy), return_exceptions=True
     )

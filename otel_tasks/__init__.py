@@ -33,6 +33,7 @@ cancellation of their group, their own ``timeout``, and the shutdown of their ma
   of ``await work()`` also ends its task.
 """
 
+from otel_tasks._core.backoff import RestartPolicy
 from otel_tasks._core.decorator import ManagedFunction, managed_task
 from otel_tasks._core.frames import Location
 from otel_tasks._core.functions import (
@@ -55,7 +56,6 @@ from otel_tasks._core.group import TaskGroup
 from otel_tasks._core.info import TaskInfo
 from otel_tasks._core.manager import TaskManager
 from otel_tasks._core.records import TaskStats
-from otel_tasks._core.service import RestartPolicy
 from otel_tasks._core.shutdown import ShutdownReport
 from otel_tasks._core.state import CancelKind, TaskPriority, TaskStatus
 from otel_tasks._core.task import ManagedTask

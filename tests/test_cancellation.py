@@ -8,11 +8,12 @@ import gc
 import json
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from otel_tasks import CancelCause, CancelEvent, CancelKind
+from otel_tasks._core.cancellation import sleep_unless_set
 from otel_tasks._core.events import TREE_LOCK
 from tests.helpers import now, settle
 
@@ -245,3 +246,28 @@ async def test_is_set_can_be_read_from_a_thread() -> None:
     thread.start()
     thread.join()
     assert seen == [True]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "woken"])
+async def test_delay_leaves_no_timer_and_no_waiter(how: str) -> None:
+    """An interrupted delay leaves neither a timer in the loop nor a waiter at the event."""
+    loop: Any = asyncio.get_running_loop()
+    event = CancelEvent()
+    task = asyncio.create_task(sleep_unless_set(500, event))
+    await settle()
+    if how == "woken":
+        event.set()
+    else:
+        task.cancel()
+    await asyncio.wait([task])
+    assert not event._waiters
+    assert [timer for timer in loop._scheduled if not timer.cancelled()] == []
+
+
+async def test_delay_of_nothing_ends_in_the_next_turn() -> None:
+    """Without a delay, the next attempt starts at once, and the event forgets the waiter."""
+    event = CancelEvent()
+    start = now()
+    await sleep_unless_set(0, event)
+    assert now() == start
+    assert not event._waiters

@@ -158,7 +158,7 @@ async def test_service_is_shown_with_its_attempt() -> None:
         raise ValueError("again")
 
     async with TaskManager() as manager:
-        policy = RestartPolicy(delay=10, jitter=lambda: 1.0)
+        policy = RestartPolicy(delay=10, jitter=0)
         service = await manager.start_service("prices", falls_over, restart=policy)
         await asyncio.sleep(0.5)
         lines = without_lines(str(manager.tree())).splitlines()

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from opentelemetry import trace
 
 from otel_tasks import (
-    CancelEvent,
     CancelKind,
     ManagerClosedError,
     RestartPolicy,
@@ -32,7 +31,7 @@ from otel_tasks import (
     global_task_manager,
     start_service,
 )
-from otel_tasks._core.service import Failures, Service, _sleep
+from otel_tasks._core.service import Failures, Service
 from otel_tasks.testing import SpanRecorder, VirtualClockLoop, assert_no_tasks_left, run
 from tests.helpers import CancelledAt, counters, give, ignore_cancels, kind_of, now, rest, settle
 
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from otel_tasks import ManagedTask, TaskInfo
 
 # Without chance, and counted in seconds that are easy to add up.
-STEADY = RestartPolicy(delay=1.0, jitter=lambda: 1.0)
+STEADY = RestartPolicy(delay=1.0, jitter=0)
 
 
 class Flaky:
@@ -109,7 +108,6 @@ def attribute(span: ReadableSpan, name: str) -> object:
         ({"max_failures": 0}, ValueError, "max_failures must be at least 1, or None for no bound, got 0"),
         ({"within": 0}, ValueError, "within must be more than 0 seconds, got 0"),
         ({"within": None}, TypeError, "within must be a number, got None"),
-        ({"jitter": 0.5}, TypeError, r"jitter must be a function that returns a number, got 0\.5"),
     ],
 )
 def test_bad_policy_is_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -120,53 +118,26 @@ def test_bad_policy_is_refused(options: dict[str, Any], error: type[Exception], 
 
 def test_policies_are_compared_by_value() -> None:
     """Two policies with the same numbers are equal, and a policy cannot be changed."""
-    assert RestartPolicy(delay=2) == RestartPolicy(delay=2.0, jitter=lambda: 0.0)
+    assert RestartPolicy(delay=2) == RestartPolicy(delay=2.0, jitter=0.5)
     with pytest.raises(AttributeError):
         STEADY.delay = 3.0  # type: ignore[misc]  # that is the test
 
 
 def test_delays_grow_up_to_their_bound() -> None:
     """Each delay is a multiple of the one before, and none is longer than the longest."""
-    failures = Failures(RestartPolicy(delay=1, factor=3, max_delay=20, max_failures=None, jitter=lambda: 1))
+    failures = Failures(RestartPolicy(delay=1, factor=3, max_delay=20, max_failures=None, jitter=0))
     assert [failures.add(0.0, 0.0) for _ in range(5)] == [1, 3, 9, 20, 20]
 
 
 def test_every_failure_since_the_start_may_count() -> None:
     """Without an end to the time in which failures count, none is forgotten and no delay is reset."""
-    failures = Failures(RestartPolicy(max_failures=3, within=float("inf"), jitter=lambda: 1))
+    failures = Failures(RestartPolicy(max_failures=3, within=float("inf"), jitter=0))
     assert [failures.add(0, 0), failures.add(1e6, 1e6), failures.add(2e6, 1e6)] == [1, 2, None]
-
-
-def test_delays_grow_without_overflow() -> None:
-    """After thousands of failures the delay is still the longest."""
-    failures = Failures(
-        RestartPolicy(delay=1, factor=1e300, max_delay=60, max_failures=None, jitter=lambda: 1)
-    )
-    assert [failures.add(0.0, 0.0) for _ in range(3000)][-1] == 60
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
-def test_half_of_each_delay_is_left_to_chance(chances: list[float]) -> None:
-    """A delay is random between half and all of its full length."""
-    chance = iter(chances)
-    drawn = Failures(RestartPolicy(max_failures=None, jitter=lambda: next(chance)))
-    whole = Failures(RestartPolicy(max_failures=None, jitter=lambda: 1.0))
-    for _ in chances:
-        delay, longest = drawn.add(0.0, 0.0), whole.add(0.0, 0.0)
-        assert delay is not None
-        assert longest is not None
-        assert longest / 2 <= delay <= longest
-
-
-def test_chance_is_a_new_one_each_time() -> None:
-    """Without a function of one's own two services with the same policy do not wait for the same time."""
-    first, second = Failures(RestartPolicy()), Failures(RestartPolicy())
-    assert [first.add(0, 0) for _ in range(5)] != [second.add(0, 0) for _ in range(5)]
 
 
 def test_long_attempt_is_followed_by_the_first_delay() -> None:
     """An attempt that has run for as long as failures are counted is followed by the first delay."""
-    failures = Failures(RestartPolicy(delay=1, max_failures=None, within=100, jitter=lambda: 1))
+    failures = Failures(RestartPolicy(delay=1, max_failures=None, within=100, jitter=0))
     assert [failures.add(0, 0), failures.add(1, 0), failures.add(100, 99), failures.add(300, 100)] == [
         1,
         2,
@@ -378,7 +349,7 @@ async def test_given_up_with_the_last_error(caplog: pytest.LogCaptureFixture) ->
     """After so many failures the service fails with the last: logged once, with the number of them."""
     manager = TaskManager()
     work = Flaky(99)
-    policy = RestartPolicy(max_failures=3, delay=2, within=60, jitter=lambda: 1)
+    policy = RestartPolicy(max_failures=3, delay=2, within=60, jitter=0)
     service = await manager.start_service("prices", work, restart=policy)
     await asyncio.sleep(100)
     assert work.gaps == [2, 4]
@@ -426,7 +397,7 @@ async def test_failures_long_ago_do_not_count() -> None:
     """A service that fails now and then is never given up."""
     manager = TaskManager()
     work = Flaky(99, after=40)
-    policy = RestartPolicy(max_failures=3, within=100, delay=1, factor=1, max_delay=1, jitter=lambda: 1)
+    policy = RestartPolicy(max_failures=3, within=100, delay=1, factor=1, max_delay=1, jitter=0)
     service = await manager.start_service("prices", work, restart=policy)
     await asyncio.sleep(30)
     work.after = 60
@@ -986,7 +957,7 @@ async def test_only_the_attempt_takes_a_place() -> None:
     """Under a limit of one a service and its attempt run, and the place is free while it waits to restart."""
     manager = TaskManager(max_concurrency=1)
     work = Flaky(1, after=1)
-    await manager.start_service("prices", work, restart=RestartPolicy(delay=10, jitter=lambda: 1))
+    await manager.start_service("prices", work, restart=RestartPolicy(delay=10, jitter=0))
     await settle()
     order: list[float] = []
 
@@ -1036,7 +1007,7 @@ async def test_waiting_for_a_place_is_not_running_well() -> None:
     """An attempt that waited long and failed at once does not reset the delay."""
     manager = TaskManager(max_concurrency=1)
     work = Flaky(3)
-    policy = RestartPolicy(delay=1, within=20, jitter=lambda: 1)
+    policy = RestartPolicy(delay=1, within=20, jitter=0)
     await manager.start_service("prices", work, restart=policy)
     await asyncio.sleep(0.5)
     manager.create_task(asyncio.sleep(30))
@@ -1260,31 +1231,6 @@ async def test_given_up_service_holds_nothing(caplog: pytest.LogCaptureFixture) 
         assert [task() for task in tasks] == [None] * 3
     finally:
         gc.enable()
-
-
-@pytest.mark.parametrize("how", ["cancelled", "woken"])
-async def test_delay_leaves_no_timer_and_no_waiter(how: str) -> None:
-    """An interrupted delay leaves neither a timer in the loop nor a waiter at the event."""
-    loop: Any = asyncio.get_running_loop()
-    event = CancelEvent()
-    task = asyncio.create_task(_sleep(500, event))
-    await settle()
-    if how == "woken":
-        event.set()
-    else:
-        task.cancel()
-    await asyncio.wait([task])
-    assert not event._waiters
-    assert [timer for timer in loop._scheduled if not timer.cancelled()] == []
-
-
-async def test_delay_of_nothing_ends_in_the_next_turn() -> None:
-    """Without a delay, the next attempt starts at once, and the event forgets the waiter."""
-    event = CancelEvent()
-    start = now()
-    await _sleep(0, event)
-    assert now() == start
-    assert not event._waiters
 
 
 async def test_cancel_reaches_an_attempt_that_is_inside_its_own_timeout() -> None:

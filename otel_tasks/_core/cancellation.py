@@ -39,6 +39,7 @@ __all__ = [
     "call_when_set",
     "cancel_once",
     "propagate_cancellation",
+    "sleep_unless_set",
     "wait_with_cancellation",
 ]
 
@@ -275,6 +276,28 @@ def call_when_set(event: asyncio.Event, callback: Callable[[object], None]) -> C
         return asyncio.get_running_loop().call_soon(callback, None).cancel
     future.add_done_callback(callback)
     return waiting.close
+
+
+async def sleep_unless_set(seconds: float, event: asyncio.Event) -> None:
+    """Sleep for ``seconds``, or until ``event`` is set, which it is not yet.
+
+    Cancellation: cancelling the caller ends the sleep.
+    """
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[None] = loop.create_future()
+
+    def wake(_: object = None) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    timer = loop.call_later(seconds, wake)
+    # Not asyncio.timeout(): that would cancel the task, which its status would show.
+    stop_watching = call_when_set(event, wake)
+    try:
+        await waiter
+    finally:
+        timer.cancel()
+        stop_watching()
 
 
 def _checked_work(

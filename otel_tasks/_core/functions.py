@@ -15,7 +15,7 @@ from otel_tasks._core.current import (
 from otel_tasks._core.group import TaskGroup
 from otel_tasks._core.manager import TaskManager
 from otel_tasks._core.options import NamedTaskOptions, OnConflict, TaskOptions, with_options_of
-from otel_tasks._core.service import DEFAULT_POLICY, RestartPolicy
+from otel_tasks._core.service import DEFAULT_POLICY
 from otel_tasks._core.state import TaskPriority
 from otel_tasks._core.task import ManagedTask
 from otel_tasks._core.threads import current_worker
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
     from typing import Unpack
 
+    from otel_tasks._core.backoff import RestartPolicy
     from otel_tasks._core.events import CancelEvent
     from otel_tasks._core.info import TaskInfo
 

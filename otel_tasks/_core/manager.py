@@ -19,7 +19,7 @@ from otel_tasks._core.lookup import Lookup, group_id, merged
 from otel_tasks._core.lost import LostWork
 from otel_tasks._core.options import with_options_of
 from otel_tasks._core.places import Limiter, Places, checked_limiter
-from otel_tasks._core.service import DEFAULT_POLICY, RestartPolicy, start_supervisor
+from otel_tasks._core.service import DEFAULT_POLICY, start_supervisor
 from otel_tasks._core.shutdown import ShutdownReport, cancel_groups, shut_down, wait_for_end
 from otel_tasks._core.signals import write_on_signal
 from otel_tasks._core.state import TaskPriority, TaskStatus
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self, TextIO, Unpack
 
+    from otel_tasks._core.backoff import RestartPolicy
     from otel_tasks._core.options import NamedTaskOptions, OnConflict, TaskOptions
     from otel_tasks._core.records import TaskEvent, TaskStats
     from otel_tasks._core.scope import OnError

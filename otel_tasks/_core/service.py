@@ -19,15 +19,13 @@ Rules, each with a test of its own:
 from __future__ import annotations
 
 import asyncio
-import math
-import random
 from collections import deque
 from contextvars import Context, copy_context
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
 
-from otel_tasks._core.cancellation import call_when_set
-from otel_tasks._core.checks import AttemptName, check_choice, check_count, checked_name
+from otel_tasks._core.backoff import Delays, RestartPolicy
+from otel_tasks._core.cancellation import sleep_unless_set
+from otel_tasks._core.checks import AttemptName, checked_name
 from otel_tasks._core.coroutines import close_quietly
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.log import log_fields, logger, text_of
@@ -47,55 +45,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-RestartOn = Literal["failure", "always"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RestartPolicy:
-    """When a failed service restarts, after which delay, and when it gives up.
-
-    Each delay is ``factor`` times the previous one, up to ``max_delay``. Half of it is random, so that
-    services that fail together do not restart together ("equal jitter" in
-    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/; "full jitter" may be no delay
-    at all).
-
-    Args:
-        on: ``"failure"`` restarts only after a failure; with ``"always"``, returning is a failure too.
-        delay: Seconds before the first restart, at least 0.
-        factor: The delay grows by this factor with each failure, at least 1.
-        max_delay: The longest delay in seconds, at least ``delay``.
-        max_failures: The service gives up at this many failures ``within`` so many seconds, at least 1; with
-            None, it never gives up.
-        within: Seconds, above 0. After an attempt that ran this long, the delay starts over. Infinity counts
-            every failure since the start.
-        jitter: Returns a number from 0 to 1: the share of the random half to wait for.
-
-    Example:
-        >>> RestartPolicy(delay=0.5, max_failures=None)
-    """
-
-    on: RestartOn = "failure"
-    delay: float = 1.0
-    factor: float = 2.0
-    max_delay: float = 60.0
-    max_failures: int | None = 10
-    within: float = 600.0
-    jitter: Callable[[], float] = field(default=random.random, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        check_choice("on", self.on, RestartOn)
-        _check_number("delay", self.delay, 0)
-        _check_number("max_delay", self.max_delay, 0)
-        _check_number("factor", self.factor, 1)
-        if self.max_delay < self.delay:
-            raise ValueError(f"max_delay must be at least delay={self.delay!r}, got {self.max_delay!r}")
-        check_count("max_failures", self.max_failures, 1)
-        if self.within != math.inf:
-            _check_number("within", self.within, 0)
-        if self.within == 0:
-            raise ValueError("within must be more than 0 seconds, got 0")
-        if not callable(self.jitter):
-            raise TypeError(f"jitter must be a function that returns a number, got {self.jitter!r}")
+DEFAULT_POLICY = RestartPolicy()
 
 
 async def start_supervisor(
@@ -240,7 +190,7 @@ class Service(Generic[T]):
         _warn(service, attempt, failure, f"restarted in {delay:.3g} s")
         if attempt._span is not None:
             link_restart(self._context, attempt._span)
-        await _sleep(delay, event)
+        await sleep_unless_set(delay, event)
         if event.cause is not None:
             _end_cancelled(service, event.cause)
         return True
@@ -251,7 +201,7 @@ class Failures:
 
     def __init__(self, policy: RestartPolicy) -> None:
         self._policy = policy
-        self._next_delay = float(policy.delay)
+        self._delays = Delays(policy)
         # The times of the last ``max_failures`` failures, oldest first.
         self._recent: deque[float] = deque(maxlen=policy.max_failures or 0)
 
@@ -270,10 +220,8 @@ class Failures:
         if len(self._recent) == policy.max_failures and now - self._recent[0] < policy.within:
             return None
         if ran >= policy.within:
-            self._next_delay = float(policy.delay)
-        delay = self._next_delay
-        self._next_delay = min(delay * policy.factor, policy.max_delay)
-        return delay / 2 + delay / 2 * policy.jitter()
+            self._delays.start_over()
+        return self._delays.next()
 
 
 def make_attempt(factory: Callable[[], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
@@ -352,25 +300,6 @@ def _seconds_of(attempt: ManagedTask[Any]) -> float:
     return 0.0 if started_at is None else attempt._ended_at - started_at
 
 
-async def _sleep(seconds: float, event: asyncio.Event) -> None:
-    """Sleep for ``seconds``, or until ``event`` is set, which it is not yet."""
-    loop = asyncio.get_running_loop()
-    waiter: asyncio.Future[None] = loop.create_future()
-
-    def wake(_: object = None) -> None:
-        if not waiter.done():
-            waiter.set_result(None)
-
-    timer = loop.call_later(seconds, wake)
-    # Not asyncio.timeout(): that would cancel the service, which its status would show.
-    stop_watching = call_when_set(event, wake)
-    try:
-        await waiter
-    finally:
-        timer.cancel()
-        stop_watching()
-
-
 def _warn(service: ManagedTask[Any], attempt: ManagedTask[Any], failure: Exception, fate: str) -> None:
     logger.warning(
         "service %r failed in %s and is %s",
@@ -399,15 +328,3 @@ def _check_factory(factory: object) -> None:
             f"start_service() takes a function that returns a coroutine, got {factory!r}: "
             "write start_service(name, lambda: work(1))"
         )
-
-
-def _check_number(what: str, value: object, least: int) -> None:
-    """Raise unless ``value`` is a finite number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{what} must be a number, got {value!r}")
-    if not least <= value < math.inf:
-        raise ValueError(f"{what} must be at least {least} and finite, got {value!r}")
-
-
-# Last, because its checks are defined above.
-DEFAULT_POLICY = RestartPolicy()
