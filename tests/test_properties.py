@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from otel_tasks import ManagedTask, TaskGroup, TaskManager, TaskStatus
-from otel_tasks._core.task import shield, unshield
+from otel_tasks._core.shields import shield, unshield
 from otel_tasks.testing import SpanRecorder, assert_no_tasks_left, run
 from tests.helpers import ignore_cancels
 

@@ -23,7 +23,8 @@ from otel_tasks import (
     TaskStatus,
     create_task,
 )
-from otel_tasks._core.task import request_cancel, shield, unshield
+from otel_tasks._core.shields import shield, unshield
+from otel_tasks._core.task import request_cancel
 from otel_tasks._core.waiting import wait_until_done
 from otel_tasks.testing import SpanRecorder, run
 from tests.helpers import counters, fail, give, ignore_cancels, kind_of, now, rest, settle

@@ -22,7 +22,7 @@ from otel_tasks import (
     propagate_cancellation,
     wait_with_cancellation,
 )
-from otel_tasks._core.task import shield, unshield
+from otel_tasks._core.shields import shield, unshield
 from tests.helpers import cancel_at_each_await, fail, give, ignore_cancels, now, rest, settle
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from otel_tasks._core.binding import BoundRequest, current_binding, intercepted
 from otel_tasks._core.causes import covered
 from otel_tasks._core.request_group import RequestGroup
-from otel_tasks._core.task import ManagedTask, shield, unshield
+from otel_tasks._core.shields import shield, unshield
+from otel_tasks._core.task import ManagedTask
 
 if TYPE_CHECKING:
     import asyncio

@@ -6,15 +6,16 @@ Rules, each with a test of its own:
    after the group has ended with cause ``shutdown``.
 2. No task of the group outlives the request, unless ``on_exit`` hands it over. A task that does not end is
    waited for, but not forever.
-3. A response that had not started when the client left becomes a 499, for the layers outside.
+3. A response that had not started when the client left becomes a 499, for the layers outside. A request that
+   is cut short does not end before its own answer has been sent.
 """
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from otel_tasks._asgi.answer import end_response, send_client_closed_request
 from otel_tasks._asgi.departure import is_cancellation, is_departure
 from otel_tasks._asgi.rule import TextRule
 from otel_tasks._core.causes import unwatch_cancels
@@ -27,14 +28,11 @@ from otel_tasks._core.telemetry.request import annotate_request
 from otel_tasks._core.waiting import wait_until_done
 
 if TYPE_CHECKING:
-    from otel_tasks._asgi.connection import Message
     from otel_tasks._asgi.request import Request
     from otel_tasks._asgi.rule import OnExit
     from otel_tasks._asgi.stop import Stop
     from otel_tasks._core.request_group import RequestGroup
 
-# Seconds for the server to take the 499.
-_ANSWER_TIMEOUT = 1.0
 # Seconds for cancelled tasks to end, as in cancel_group().
 _END_TIMEOUT = 10.0
 
@@ -61,10 +59,12 @@ async def finish(request: Request, error: BaseException | None) -> bool:
         return error is None
     _annotate_span(request, request.stop, error)
     _log_if_spared(request, request.stop, error)
-    if error is not None and not is_departure(error, request):
-        return False
-    await _answer(request)
-    return True
+    is_failed = error is not None and not is_departure(error, request)
+    if request.stop.is_forced:
+        await _end_answer(request, request.stop)
+    elif not is_failed:
+        await send_client_closed_request(request)
+    return not is_failed
 
 
 async def _uncancel(request: Request, error: BaseException | None) -> bool:
@@ -214,20 +214,9 @@ def _end_of_handler(request: Request, stop: Stop, error: BaseException | None) -
     return "finished" if request.notified else "ran_on"
 
 
-async def _answer(request: Request) -> None:
-    if request.started or request.scope["type"] != "http":
-        return
-    # The client has left: servers drop the response (uvicorn), raise (uvloop: RuntimeError), or never return
-    # (hypercorn with HTTP/2). The layers in between have seen the status by then.
-    with suppress(OSError, RuntimeError):
-        async with asyncio.timeout(_ANSWER_TIMEOUT):
-            for message in _client_closed_request():
-                await request.server_send(message)
-
-
-def _client_closed_request() -> tuple[Message, Message]:
-    # 499: nginx's, and what dashboards know.
-    return (
-        {"type": "http.response.start", "status": 499, "headers": [(b"content-length", b"0")]},
-        {"type": "http.response.body", "body": b"", "more_body": False},
-    )
+async def _end_answer(request: Request, stop: Stop) -> None:
+    if stop.answer is not None:
+        await stop.answer
+    elif stop.cause.kind is CancelKind.SHUTDOWN:
+        await end_response(request)
+    # After a timeout, a response that has started stays incomplete: its client must not take it for whole.

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from otel_tasks._core.awaiters import with_awaiters
 from otel_tasks._core.binding import BoundRequest, intercepted, request_in, stopping
 from otel_tasks._core.causes import covered, passing
+from otel_tasks._core.shields import defer_cancel, is_shielded
 from otel_tasks._core.suspension import (
     awaiters,
     call_when_moved,
@@ -31,7 +32,7 @@ from otel_tasks._core.suspension import (
     leave_wait_for,
     waits_for,
 )
-from otel_tasks._core.task import ManagedTask, is_shielded
+from otel_tasks._core.task import ManagedTask
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Generator, Iterable
@@ -75,10 +76,12 @@ class StoppedRequest(BoundRequest, Protocol):
 
 
 class Stop:
-    """The cancellation of one request, made when its client leaves or when its tasks outlive it.
+    """The cancellation of one request, made when its client leaves, its time is up, or its tasks outlive it.
 
     Attributes:
+        answer: The task that answers a client that is still there; None if there is no such task.
         cause: Why.
+        is_forced: The request was cut short: the handler is cancelled whatever the rules say.
         is_due: The grace is over: tasks and handler are cancelled as soon as nothing holds that off.
         cancelled_tasks: How many tasks it has cancelled.
         handler_cancelled: It has cancelled the handler's task, once.
@@ -90,15 +93,19 @@ class Stop:
         "_forwarding",
         "_holders",
         "_request",
+        "answer",
         "cancelled_tasks",
         "cause",
         "handler_cancelled",
         "is_due",
+        "is_forced",
         "spared_by",
     )
 
-    def __init__(self, request: StoppedRequest, cause: CancelCause) -> None:
+    def __init__(self, request: StoppedRequest, cause: CancelCause, *, is_forced: bool = False) -> None:
         self.cause = cause
+        self.is_forced = is_forced
+        self.answer: asyncio.Task[None] | None = None
         self.is_due = False
         self.cancelled_tasks = 0
         self.handler_cancelled = False
@@ -133,8 +140,11 @@ class Stop:
         for task in scoped:
             self._wait_for(task)
         notified = () if request.closed else request.notified
-        # A shielded task notes the cause. A task that awaits a spared one would forward its cancellation.
-        spared = with_awaiters(*shielded, *scoped, *notified) - shielded
+        for task in shielded:
+            # Whatever the kind of the cause.
+            defer_cancel(task, self.cause)
+        # A task that awaits a spared one would forward its cancellation.
+        spared = with_awaiters(*shielded, *scoped, *notified)
         self._note_counts(task for task in tasks if task not in self._counts)
         with self._sparing(forwarded_to(tasks, self._is_spared).stops):
             self.cancelled_tasks += group.cancel_tasks(self.cause, spared=spared)
@@ -170,6 +180,9 @@ class Stop:
         """Drop the references to tasks: code that outlives the request keeps this, through its context."""
         stopping.discard(self._request)
         self._counts.clear()
+        if self.answer is not None:
+            # Only a shutdown of the server does not wait for it.
+            self.answer.cancel()
 
     def intercept(self, awaited: asyncio.Task[Any], message: object, callbacks: list[Callback]) -> bool:
         """Keep a cancellation that a task of this request forwards to ``awaited`` from going further.
@@ -222,7 +235,7 @@ class Stop:
         is_left_alone = request.closed or request.is_sheltering or bool(request.notified)
         if self.handler_cancelled or is_left_alone:
             return False
-        cancels = request.cancels_handler()
+        cancels = self.is_forced or request.cancels_handler()
         self.spared_by = None if cancels else request.rules
         return cancels
 

@@ -37,6 +37,12 @@ def waits_for(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
     return waiter if isinstance(waiter, asyncio.Future) and not waiter.done() else None
 
 
+def is_suspended(task: asyncio.Task[Any]) -> bool:
+    """Return True for a task that waits, even for an awaitable that is no future of asyncio (granian)."""
+    waiter = getattr(task, "_fut_waiter", None)
+    return waiter is not None and not (isinstance(waiter, asyncio.Future) and waiter.done())
+
+
 class Forwarding(NamedTuple):
     """Where a cancellation goes.
 

@@ -630,22 +630,3 @@ def own_coroutine(task: asyncio.Task[Any]) -> Any:
     inner = None if extras is None else extras.inner
     runs = getattr(inner, "cr_suspended", False) or getattr(inner, "cr_running", False)
     return inner if runs else task.get_coro()
-
-
-def shield(task: ManagedTask[Any]) -> None:
-    """Defer the cancellation of a task by its request, until as many calls of ``unshield``."""
-    extras_of(task).shields += 1
-
-
-def is_shielded(task: ManagedTask[Any]) -> bool:
-    """True while cancellations of a task by its request are deferred."""
-    return task._extras is not None and task._extras.shields > 0
-
-
-def unshield(task: ManagedTask[Any]) -> None:
-    """Remove one shield; removing the last one delivers a deferred cancellation."""
-    extras = extras_of(task)
-    extras.shields -= 1
-    if not extras.shields and extras.deferred is not None:
-        cause, extras.deferred = extras.deferred, None
-        request_cancel(task, cause)
