@@ -159,9 +159,10 @@ class Connection:
             except OSError:
                 message = self._disconnect_message()
             except asyncio.CancelledError:
-                if self.disconnect is None or not self._withdraw_interrupt():
+                withdrawn = self._withdraw_interrupt()
+                if withdrawn is None:
                     raise
-                message = self.disconnect
+                message = withdrawn
             finally:
                 self._is_reading = False
                 if self._watch_pending or self._receivers:
@@ -300,10 +301,16 @@ class Connection:
         is_watched = self._watcher is not None and not self._watcher.done()
         return self._reader if self._is_reading and not is_watched else None
 
-    def _withdraw_interrupt(self) -> bool:
-        """Withdraw the cancel request of ``interrupt_reader``; return False if others have cancelled too."""
+    def _withdraw_interrupt(self) -> Message | None:
+        """Withdraw the cancel request of ``interrupt_reader``, and return the disconnect that it delivers.
+
+        Returns:
+            None if others have cancelled the reader, alone or too.
+        """
         before, reader = self._interrupted_at, self._reader
-        return before is not None and reader is not None and asyncio_uncancel(reader) == before
+        if before is None or reader is None or asyncio_uncancel(reader) != before:
+            return None
+        return self.disconnect
 
     def _record_disconnect(
         self,
