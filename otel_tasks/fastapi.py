@@ -13,13 +13,14 @@ from zlib import crc32
 import fastapi
 from fastapi import Depends
 
-from otel_tasks._asgi.lifespan import GRACE, TIMEOUT, managed
+from otel_tasks._asgi.lifespan import managed
 from otel_tasks._asgi.request import require_request
 from otel_tasks._asgi.settings import checked_manager
 from otel_tasks._core.checks import checked_seconds
 from otel_tasks._core.functions import global_task_manager
 from otel_tasks._core.group import TaskGroup
 from otel_tasks._core.info import TaskInfo
+from otel_tasks._core.options import FROM_MANAGER, FromManager
 from otel_tasks._core.task import ManagedTask
 from otel_tasks._core.waiting import wait_until_done
 from otel_tasks.asgi import (
@@ -133,15 +134,15 @@ def lifespan(app: FastAPI) -> AbstractAsyncContextManager[None]:
     Example:
         >>> app = FastAPI(lifespan=lifespan)
     """
-    return _run(None, global_task_manager, GRACE, TIMEOUT, app)
+    return _run(None, global_task_manager, FROM_MANAGER, FROM_MANAGER, app)
 
 
 def make_lifespan(
     inner: Callable[[FastAPI], AbstractAsyncContextManager[State]] | None = None,
     *,
     manager: TaskManager | None = None,
-    grace: float = 5.0,
-    timeout: float | None = 10.0,
+    grace: float | FromManager = FROM_MANAGER,
+    timeout: float | FromManager | None = FROM_MANAGER,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[State]]:
     """Make a lifespan that shuts a manager down with the server, inside a lifespan of your own.
 
@@ -152,8 +153,9 @@ def make_lifespan(
         inner: The application's own lifespan; the value that it yields becomes the state.
         manager: The manager to open and to shut down. None: ``global_task_manager``.
         grace: Seconds in which tasks may finish before they are cancelled, at least 0 and finite: no server
-            waits forever.
-        timeout: Seconds for everything after that, at least 0; None for no bound. The sum of both, and of the
+            waits forever. By default, the manager's ``grace``.
+        timeout: Seconds for everything after that, at least 0; None for no bound. By default, the manager's
+            ``shutdown_timeout``. The sum of both, and of the
             time that the server gives open requests before (uvicorn: ``--timeout-graceful-shutdown``), must
             stay below the time that the process has to end (Kubernetes: ``terminationGracePeriodSeconds``).
 
@@ -169,8 +171,10 @@ def make_lifespan(
     """
     _check_inner(inner)
     chosen = checked_manager(manager)
-    _check_grace(grace)
-    checked_seconds("timeout", timeout)
+    if not isinstance(grace, FromManager):
+        _check_grace(grace)
+    if not isinstance(timeout, FromManager):
+        checked_seconds("timeout", timeout)
 
     def run(app: FastAPI) -> AbstractAsyncContextManager[State]:
         return _run(inner, chosen, grace, timeout, app)
@@ -193,7 +197,7 @@ def _check_inner(inner: object) -> None:
 
 
 def _check_grace(grace: float) -> None:
-    _check_number("grace", grace, "leave it out for 5.0, or pass 0 for none")
+    _check_number("grace", grace, "leave it out for that of the manager, or pass 0 for none")
     if checked_seconds("grace", grace) is None:
         raise ValueError(
             f"grace must be a finite number of seconds, got {grace!r}: "
@@ -211,8 +215,8 @@ def _check_number(what: str, seconds: object, hint: str) -> None:
 async def _run(
     inner: Callable[[FastAPI], AbstractAsyncContextManager[Any]] | None,
     manager: TaskManager,
-    grace: float,
-    timeout: float | None,
+    grace: float | FromManager,
+    timeout: float | FromManager | None,
     app: FastAPI,
 ) -> AsyncGenerator[Any]:
     opened = managed(manager, grace, timeout, _described(app))

@@ -20,8 +20,8 @@ def python_blocks(path: str) -> list[str]:
 
 
 def promised_output(code: str) -> list[str]:
-    """The output that a block promises in comments beside each `print`."""
-    return re.findall(r"print\(.*\) +# (.*)", code)
+    """The output that a block promises in comments beside each `print` and each `shutdown`, which logs."""
+    return re.findall(r"(?:print|shutdown)\(.*\) +# (.*)", code)
 
 
 def run_block(code: str) -> str:

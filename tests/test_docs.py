@@ -368,7 +368,7 @@ def test_api_page_is_readable_without_the_site() -> None:
     sections = re.findall(r"^### (\w+)\n\n```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert len(sections) == len(re.findall(r"^<!-- generated: api ", page, re.MULTILINE))
     stubs = dict(sections)
-    assert "async def shutdown(grace: float = 5.0, timeout: float | None = 10.0)" in stubs["TaskManager"]
+    assert "async def cancel_all_tasks(" in stubs["TaskManager"]
     assert "on_conflict: OnConflict" in stubs["create_task"]
     assert 'CLIENT_DISCONNECT = "client_disconnect"' in stubs["CancelKind"]
     bare = [name for name, stub in sections if '"""' not in stub]

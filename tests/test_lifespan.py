@@ -21,7 +21,7 @@ from otel_tasks import (
     current_cancel_event,
     global_task_manager,
 )
-from otel_tasks._asgi.lifespan import GRACE, TIMEOUT, _runs
+from otel_tasks._asgi.lifespan import _runs
 from otel_tasks.asgi import TaskGroupMiddleware, request_group
 from otel_tasks.fastapi import RequestTasks, lifespan, make_lifespan
 from otel_tasks.testing import FakeConnection, run
@@ -143,7 +143,7 @@ async def test_middleware_has_the_bounds_of_the_lifespan(manager: TaskManager) -
     async with served(manager):
         task = manager.create_task(ignore_cancels(100))
         await settle()
-    assert now() - begin == pytest.approx(GRACE + TIMEOUT)
+    assert now() - begin == pytest.approx(15.0)
     await asyncio.wait([task])
 
 
@@ -410,7 +410,7 @@ async def test_outermost_of_two_middlewares_acts_for_both(manager: TaskManager) 
     async with Server(app):
         tasks = [manager.create_task(ignore_cancels(100)), other.create_task(ignore_cancels(100))]
         await settle()
-    assert now() - begin == pytest.approx(GRACE + TIMEOUT)
+    assert now() - begin == pytest.approx(15.0)
     assert [kind_of(task) for task in tasks] == [CancelKind.SHUTDOWN] * 2
     await asyncio.wait(tasks)
 
@@ -422,7 +422,7 @@ async def test_two_middlewares_of_one_manager_shut_it_down_once(manager: TaskMan
     async with Server(app):
         task = manager.create_task(ignore_cancels(100))
         await settle()
-    assert now() - begin == pytest.approx(GRACE + TIMEOUT)
+    assert now() - begin == pytest.approx(15.0)
     await asyncio.wait([task])
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 LOST = "manager 'shop' was not shut down before its event loop ended, and lost "
+CUT = "WARNING the shutdown of manager 'shop' cancelled 1 task: 'poll'"
 HINT = ". Write 'async with manager:' in the main coroutine, or run the server with its lifespan"
 
 
@@ -156,7 +157,7 @@ def test_nothing_is_said_where_nothing_is_lost(
             manager.create_task(asyncio.sleep(1))
 
     run(in_block() if way == "async with" else main())
-    assert caplog.messages == []
+    assert not [message for message in caplog.messages if "lost" in message]
 
 
 def test_stubborn_task_of_a_shutdown_is_reported_by_that(
@@ -363,9 +364,9 @@ def test_end_of_the_loop_is_not_reported_again_at_the_end_of_the_process() -> No
 
 
 def test_manager_that_was_shut_down_leaves_a_process_quietly() -> None:
-    """Nothing is said of a manager whose tasks have ended, or that has reported what would not stop."""
+    """Nothing is said of a manager whose tasks have ended, or that has reported what it cancelled."""
     assert printed("asyncio.run(manager.shutdown())") == []
-    assert printed("loop = in_loop(); loop.run_until_complete(manager.shutdown(0))") == []
+    assert printed("loop = in_loop(); loop.run_until_complete(manager.shutdown(0))") == [CUT]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this platform")
@@ -378,4 +379,4 @@ def test_child_process_does_not_lose_its_parents_work() -> None:
         os.wait()
         loop.run_until_complete(manager.shutdown(0))
     """
-    assert printed(code) == []
+    assert printed(code) == [CUT]

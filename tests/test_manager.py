@@ -1384,10 +1384,10 @@ def test_refused_entry_leaves_a_closed_manager_closed() -> None:
     first.close()
 
 
-async def test_shutdown_logs_dropped_tasks(caplog: pytest.LogCaptureFixture) -> None:
-    """Tasks that were in a queue are named in one line, the first ten of many; services are no lost work."""
+async def test_shutdown_names_what_it_cancels(caplog: pytest.LogCaptureFixture) -> None:
+    """Running and queued tasks are named in one line, the first ten of many; services are no lost work."""
     manager = TaskManager(max_concurrency=1)
-    manager.create_task(give(1), name="runs")
+    manager.create_task(rest(), name="runs")
     for number in range(12):
         manager.create_task(give(1), name=f"queued-{number}")
     await manager.start_service("prices", rest, group="services")
@@ -1396,8 +1396,59 @@ async def test_shutdown_logs_dropped_tasks(caplog: pytest.LogCaptureFixture) -> 
 
     (record,) = caplog.records
     assert record.getMessage() == (
-        "the shutdown cancelled 12 tasks before they started: "
-        + ", ".join(f"'queued-{number}'" for number in range(10))
+        "the shutdown of manager 'default' cancelled 13 tasks: 'runs', "
+        + ", ".join(f"'queued-{number}' (not started)" for number in range(9))
         + ", ..."
     )
-    assert len(record.__dict__["otel_tasks"]["task_ids"]) == 12
+    assert len(record.__dict__["otel_tasks"]["task_ids"]) == 13
+
+
+async def test_manager_decides_the_bounds_of_its_shutdowns(caplog: pytest.LogCaptureFixture) -> None:
+    """`grace` and `shutdown_timeout` apply at the end of a block and to shutdown(); an argument wins."""
+    manager = TaskManager("mail", grace=8.0, shutdown_timeout=2.0)
+    begin = now()
+    async with manager:
+        finishes = manager.create_task(asyncio.sleep(7.0, "sent"), name="send-1")
+    assert finishes.result() == "sent"
+    assert now() - begin == pytest.approx(7.0)
+    assert caplog.messages == []
+
+    async with manager:
+        manager.create_task(ignore_cancels(10), name="stubborn")
+        await settle()
+    assert now() - begin == pytest.approx(7.0 + 8.0 + 2.0)
+
+    async with manager:
+        manager.create_task(rest(), name="send-2")
+        await settle()
+        await manager.shutdown(1.0)
+    assert now() - begin == pytest.approx(17.0 + 1.0)
+    assert caplog.messages[-1] == "the shutdown of manager 'mail' cancelled 1 task: 'send-2'"
+
+
+@pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError])
+async def test_block_that_raises_waits_out_no_grace(error: type[BaseException]) -> None:
+    """The tasks of a block that raised, or is cancelled, are cancelled immediately."""
+    begin = now()
+    with pytest.raises(error):
+        async with TaskManager() as manager:
+            task = manager.create_task(rest())
+            await settle()
+            raise error
+    assert task.cancelled()
+    assert now() == begin
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"grace": -1}, ValueError, "grace must be at least 0 seconds, got -1"),
+        ({"shutdown_timeout": "10"}, TypeError, "shutdown_timeout must be seconds as a number"),
+    ],
+)
+def test_bounds_of_shutdowns_are_checked(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """A negative duration or one that is no number is refused with the manager."""
+    with pytest.raises(error, match=message):
+        TaskManager(**options)

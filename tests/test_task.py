@@ -185,8 +185,8 @@ async def test_task_has_not_started_if_and_only_if_none_of_its_code_ran(
     before.cancel()
     await asyncio.wait([before, task])
     assert (task.info().started_at is not None) is bool(ran)
-    (line,) = [each.getMessage() for each in caplog.records if "before they started" in each.msg] or [""]
-    assert (f"'{task.id}'" in line) <= (not ran)
+    (line,) = [each.getMessage() for each in caplog.records if "the shutdown of" in each.msg] or [""]
+    assert (f"'{task.id}' (not started)" in line) <= (not ran)
     assert report.clean
 
 

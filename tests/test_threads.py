@@ -943,7 +943,10 @@ async def test_shutdown_names_the_functions_that_got_no_thread(
     asyncio.get_running_loop().call_later(0.01, gate.open)
     await manager.shutdown(0)
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line == "the shutdown cancelled 2 tasks before they started: 'waits', 'waits-2'"
+    assert line == (
+        "the shutdown of manager 'default' cancelled 3 tasks: "
+        "'works', 'waits' (not started), 'waits-2' (not started)"
+    )
     assert [task.info().started_at for task in tasks] == [None, None]
     assert working.info().started_at is not None
 

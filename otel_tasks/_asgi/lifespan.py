@@ -20,17 +20,16 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from otel_tasks._core.lifetime import is_open_in, open_in, shut_down
+from otel_tasks._core.options import FROM_MANAGER
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from otel_tasks._asgi.connection import Message, Receive, Scope, Send
     from otel_tasks._core.manager import TaskManager
+    from otel_tasks._core.options import FromManager
 
     App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-GRACE = 5.0
-TIMEOUT = 10.0
 
 _BY_MIDDLEWARE = "TaskGroupMiddleware at the end of the application's lifespan"
 _ENDS = frozenset({"lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed"})
@@ -58,7 +57,9 @@ async def serve_lifespan(app: App, manager: TaskManager, scope: Scope, receive: 
 
 
 @asynccontextmanager
-async def managed(manager: TaskManager, grace: float, timeout: float | None, by: str) -> AsyncGenerator[None]:
+async def managed(
+    manager: TaskManager, grace: float | FromManager, timeout: float | FromManager | None, by: str
+) -> AsyncGenerator[None]:
     """Open ``manager`` for the block, and shut it down at its end if no other lifespan uses it here.
 
     Cancellation: of the block propagates after the shutdown; during the shutdown, it stops that.
@@ -132,7 +133,7 @@ class Run:
             for manager in managers
             if not _is_used(manager, self.loop) and is_open_in(manager, self.loop)
         ]
-        shutdowns = [shut_down(manager, GRACE, TIMEOUT, _BY_MIDDLEWARE) for manager in open_ones]
+        shutdowns = [shut_down(manager, FROM_MANAGER, FROM_MANAGER, _BY_MIDDLEWARE) for manager in open_ones]
         if len(shutdowns) == 1:
             await shutdowns[0]
         elif shutdowns:

@@ -117,6 +117,15 @@ def check_count(what: str, count: object, least: int) -> None:
         raise ValueError(f"{what} must be at least {least}, or None for no bound, got {count!r}")
 
 
+def check_manager_numbers(history: object, max_threads: object, ageing: object) -> None:
+    """Raise a ValueError unless these options of ``TaskManager`` are in their ranges."""
+    if not isinstance(history, int) or isinstance(history, bool) or history < 0:
+        raise ValueError(f"history must be a whole number of tasks, at least 0, got {history!r}")
+    check_count("max_threads", max_threads, 1)
+    if not isinstance(ageing, int | float) or isinstance(ageing, bool) or not ageing > 0:
+        raise ValueError(f"ageing must be more than 0 seconds, got {ageing!r}")
+
+
 def check_flag(what: str, value: object) -> None:
     """Raise a TypeError unless ``value`` is True or False: ``"no"`` is true."""
     if not isinstance(value, bool):

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from otel_tasks._core.manager import TaskManager
+    from otel_tasks._core.options import FromManager
 
 
 def open_in(manager: TaskManager, loop: asyncio.AbstractEventLoop) -> None:
@@ -23,7 +24,9 @@ def is_open_in(manager: TaskManager, loop: asyncio.AbstractEventLoop) -> bool:
     return manager._ledger.home.is_open_in(loop)
 
 
-async def shut_down(manager: TaskManager, grace: float, timeout: float | None, by: str) -> None:
+async def shut_down(
+    manager: TaskManager, grace: float | FromManager, timeout: float | FromManager | None, by: str
+) -> None:
     """Shut ``manager`` down as ``manager.shutdown()`` does.
 
     Args:

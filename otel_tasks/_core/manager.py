@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
-from otel_tasks._core.checks import check_count, checked_name, checked_seconds
+from otel_tasks._core.checks import check_count, check_manager_numbers, checked_name, checked_seconds
 from otel_tasks._core.coroutines import check_factory, close_quietly, made_coroutine
 from otel_tasks._core.creation import EAGER
 from otel_tasks._core.ending import Ending
@@ -17,27 +16,27 @@ from otel_tasks._core.info import NO_RESULT, TaskInfo
 from otel_tasks._core.inspection import check_limit, tree_of
 from otel_tasks._core.lookup import Lookup, group_id, merged
 from otel_tasks._core.lost import LostWork
-from otel_tasks._core.options import with_options_of
+from otel_tasks._core.options import FROM_MANAGER, with_options_of
 from otel_tasks._core.places import Limiter, Places, checked_limiter
 from otel_tasks._core.service import DEFAULT_POLICY, start_supervisor
-from otel_tasks._core.shutdown import ShutdownReport, cancel_groups, shut_down, wait_for_end
+from otel_tasks._core.shutdown import ShutdownBounds, ShutdownReport, cancel_groups, shut_down, wait_for_end
 from otel_tasks._core.signals import write_on_signal
 from otel_tasks._core.state import TaskPriority, TaskStatus
 from otel_tasks._core.telemetry.providers import Telemetry
 from otel_tasks._core.threads import Threads
 from otel_tasks._core.tree import Ledger
-from otel_tasks._core.watch import Watch
-from otel_tasks.exceptions import WrongThreadError
+from otel_tasks._core.watch import start_watch
 
 if TYPE_CHECKING:
     import concurrent.futures
     from collections.abc import Callable, Coroutine, Mapping
+    from contextlib import ExitStack
     from contextvars import Context
     from types import TracebackType
     from typing import Self, TextIO, Unpack
 
     from otel_tasks._core.backoff import RestartPolicy
-    from otel_tasks._core.options import NamedTaskOptions, OnConflict, TaskOptions
+    from otel_tasks._core.options import FromManager, NamedTaskOptions, OnConflict, TaskOptions
     from otel_tasks._core.records import TaskEvent, TaskStats
     from otel_tasks._core.scope import OnError
     from otel_tasks._core.task import ManagedTask
@@ -52,7 +51,8 @@ class TaskManager:
     """Starts tasks, finds them by name and group, cancels them, and shuts them down.
 
     A manager belongs to one running event loop at a time. Its first task binds it to the loop; it can move
-    to another loop once it has no live task. ``async with`` shuts it down at the end of the block.
+    to another loop once it has no live task. ``async with`` shuts it down at the end of the block; if the
+    block raises, without a grace.
 
     Args:
         name: The manager's name in traces and messages.
@@ -66,6 +66,9 @@ class TaskManager:
             abandoned ones. None means no limit.
         eager_start: Run the first step of each task when it is created (Python 3.12; ignored before).
         history: How many ended tasks to remember, at least 0. The counters do not depend on it.
+        grace: Seconds in which tasks may finish at a shutdown before they are cancelled, at least 0; for
+            every shutdown that has no value of its own.
+        shutdown_timeout: Seconds for everything after that, at least 0. None means no limit.
         on_error: Called with the snapshot and the exception of each task that fails while nothing waits for
             it. Without it, the failure is logged at ERROR.
         tracer_provider: Creates the spans; None means the global provider, even if it is set up later.
@@ -90,16 +93,15 @@ class TaskManager:
         max_threads: int | None = 40,
         eager_start: bool = False,
         history: int = 1000,
+        grace: float = 5.0,
+        shutdown_timeout: float | None = 10.0,
         on_error: Callable[[TaskInfo, BaseException], object] | None = None,
         tracer_provider: TracerProvider | None = None,
         meter_provider: MeterProvider | None = None,
     ) -> None:
         checked_name("manager", name, 'leave it out for "default"')
-        if not isinstance(history, int) or isinstance(history, bool) or history < 0:
-            raise ValueError(f"history must be a whole number of tasks, at least 0, got {history!r}")
-        check_count("max_threads", max_threads, 1)
-        if not isinstance(ageing, int | float) or isinstance(ageing, bool) or not ageing > 0:
-            raise ValueError(f"ageing must be more than 0 seconds, got {ageing!r}")
+        check_manager_numbers(history, max_threads, ageing)
+        self._bounds = ShutdownBounds.checked(grace, shutdown_timeout)
         limiter = checked_limiter(max_concurrency, max_queue) or Limiter(None, None)
         self._threads = threads = Threads(max_threads, float(ageing))
         self._ledger = ledger = Ledger(
@@ -742,26 +744,7 @@ class TaskManager:
             ...         yield
             >>> app = FastAPI(lifespan=make_lifespan(watched))
         """
-        bound = checked_seconds("held", held)
-        if bound is not None and bound < 0.01:
-            raise ValueError(f"held must be at least 0.01 seconds, got {held!r}: each check costs time")
-        bounds = [
-            checked_seconds(what, seconds)
-            for what, seconds in (("ignored", ignored), ("unstarted", unstarted), ("outlived", outlived))
-        ]
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            raise WrongThreadError(
-                f"watch() of manager {self.name!r} was called where no event loop runs: "
-                "call it in a coroutine, such as the application's lifespan"
-            ) from None
-        self._ledger.home.bind(loop)
-        watch = Watch(self._ledger, bound, *bounds)
-        end = ExitStack()
-        end.callback(watch.stop)
-        watch.start()
-        return end
+        return start_watch(self._ledger, held, ignored, unstarted, outlived)
 
     def cleanup_completed_tasks(self, max_age: float | None = None) -> int:
         """Forget ended tasks.
@@ -1018,7 +1001,11 @@ class TaskManager:
         """
         return await cancel_groups(self._ledger, self._caller(), [self._root], reason, grace, timeout)
 
-    async def shutdown(self, grace: float = 5.0, timeout: float | None = 10.0) -> ShutdownReport:
+    async def shutdown(
+        self,
+        grace: float | FromManager = FROM_MANAGER,
+        timeout: float | FromManager | None = FROM_MANAGER,
+    ) -> ShutdownReport:
         """Refuse new tasks, let live ones finish, cancel the rest, and report.
 
         The shutdown applies to the running event loop: in another loop, the manager is open.
@@ -1028,11 +1015,13 @@ class TaskManager:
         calling task and the tasks that await it are spared.
 
         Args:
-            grace: Seconds in which tasks may finish, at least 0. Services are awaited only if they drain.
-            timeout: Seconds for everything after that, at least 0. None means no limit.
+            grace: Seconds in which tasks may finish, at least 0. Services are awaited only if they drain. By
+                default, the manager's ``grace``.
+            timeout: Seconds for everything after that, at least 0. None means no limit. By default, the
+                manager's ``shutdown_timeout``.
 
         Returns:
-            How the tasks ended. Tasks that did not stop are also logged.
+            How the tasks ended. Tasks that it cancelled, and those that did not stop, are also logged.
 
         Raises:
             WrongLoopError: The manager has live tasks in another loop; it stays open.
@@ -1063,14 +1052,17 @@ class TaskManager:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Shut the manager down, as ``shutdown()`` does.
+        """Shut the manager down, as ``shutdown()`` does; if the block raised, cancel its tasks immediately.
 
         Cancellation: cancelling the caller ends the wait; the manager stays closed.
         """
-        await self._shut_down(5.0, 10.0, f"the end of its async with block{_called_at()}")
+        grace = FROM_MANAGER if exc is None else 0.0
+        await self._shut_down(grace, FROM_MANAGER, f"the end of its async with block{_called_at()}")
 
-    async def _shut_down(self, grace: float, timeout: float | None, by: str) -> ShutdownReport:
-        return await shut_down(self._ledger, self._caller(), grace, timeout, by)
+    async def _shut_down(
+        self, grace: float | FromManager, timeout: float | FromManager | None, by: str
+    ) -> ShutdownReport:
+        return await shut_down(self._ledger, self._caller(), self._bounds.or_own(grace, timeout), by)
 
     def _caller(self) -> asyncio.Task[Any] | None:
         """Return the calling task, after checking that the manager belongs to this loop."""

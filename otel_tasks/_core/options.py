@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from contextvars import Context
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, TypeVar
 
 from otel_tasks._core.checks import check_choice, checked_name, checked_priority, checked_seconds
 from otel_tasks._core.state import TaskPriority
@@ -15,6 +16,18 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound="Callable[..., Any]")
 
 OnConflict = Literal["error", "suffix", "return", "replace"]
+
+
+class FromManager(Enum):
+    """A marker for a duration that is the manager's own: None is taken, it means no limit."""
+
+    FROM_MANAGER = "that of the manager"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+FROM_MANAGER: Final = FromManager.FROM_MANAGER
 
 
 class TaskOptions(TypedDict, total=False):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from otel_tasks._core.awaiters import with_awaiters
 from otel_tasks._core.checks import checked_seconds
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.log import log_fields, log_fields_of_all, logger
 from otel_tasks._core.native import asyncio_cancel
+from otel_tasks._core.options import FromManager
 from otel_tasks._core.state import CancelKind, TaskStatus
 from otel_tasks._core.task import request_cancel_all, runs_forever
 from otel_tasks._core.tree import renew
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from otel_tasks._core.info import TaskInfo
     from otel_tasks._core.task import ManagedTask
     from otel_tasks._core.tree import Ledger
+
+# The number of tasks that a line names.
+_MAX_NAMED = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,32 @@ class ShutdownReport:
     def clean(self) -> bool:
         """True if no task and no thread still runs."""
         return not self.still_running and not self.abandoned_threads
+
+
+class ShutdownBounds(NamedTuple):
+    """The bounds of a shutdown, in seconds; None means no limit."""
+
+    grace: float | None
+    timeout: float | None
+
+    @classmethod
+    def checked(cls, grace: float, timeout: float | None) -> ShutdownBounds:
+        """Check the options of a manager.
+
+        Raises:
+            TypeError: A duration is not a number.
+            ValueError: A duration is negative.
+        """
+        return cls(checked_seconds("grace", grace), checked_seconds("shutdown_timeout", timeout))
+
+    def or_own(
+        self, grace: float | FromManager | None, timeout: float | FromManager | None
+    ) -> ShutdownBounds:
+        """Return these bounds, except those that a caller has set."""
+        return ShutdownBounds(
+            self.grace if isinstance(grace, FromManager) else checked_seconds("grace", grace),
+            self.timeout if isinstance(timeout, FromManager) else checked_seconds("timeout", timeout),
+        )
 
 
 async def cancel_groups(
@@ -121,32 +151,29 @@ async def wait_for_end(tasks: list[ManagedTask[Any]], timeout: float | None) -> 
 
 
 async def shut_down(
-    ledger: Ledger, caller: asyncio.Task[Any] | None, grace: float, timeout: float | None, by: str
+    ledger: Ledger, caller: asyncio.Task[Any] | None, bounds: ShutdownBounds, by: str
 ) -> ShutdownReport:
     """Shut a manager down; see ``TaskManager.shutdown``.
 
     Args:
         ledger: The manager's ledger.
         caller: The calling task; it and the tasks that await it are spared.
-        grace: Seconds in which tasks may finish.
-        timeout: Seconds for everything after that. None means no limit.
+        bounds: Seconds in which tasks may finish, and seconds for everything after that.
         by: The caller, for the error that later tasks raise.
 
     Cancellation: ends the wait; the manager stays closed.
     """
-    seconds = checked_seconds("timeout", timeout)
-    patience = checked_seconds("grace", grace)
     spared = with_awaiters(caller)
     tasks = _others([ledger.root], spared)
     cause = CancelCause.make(CancelKind.SHUTDOWN, f"manager {ledger.name!r} is shutting down")
     ledger.home.close(by, cause)
     ledger.root._signal_cancel(cause)
     _drop_queue(ledger, tasks, cause)
-    if patience != 0.0:
+    if bounds.grace != 0.0:
         # Most services do not end on their own: with them, every shutdown would last its whole grace.
-        await wait_until_done([task for task in tasks if not runs_forever(task)], patience)
-    await _cancel_by_priority(ledger, tasks, cause, seconds, spared)
-    return _report(ledger, tasks)
+        await wait_until_done([task for task in tasks if not runs_forever(task)], bounds.grace)
+    await _cancel_by_priority(ledger, tasks, cause, bounds.timeout, spared)
+    return _report(ledger, tasks, cause)
 
 
 def _drop_queue(ledger: Ledger, tasks: list[ManagedTask[Any]], cause: CancelCause) -> None:
@@ -180,7 +207,7 @@ async def _cancel_by_priority(
     await wait_until_done(stubborn, None if deadline is None else max(0.0, deadline - loop.time()))
 
 
-def _report(ledger: Ledger, tasks: Iterable[ManagedTask[Any]]) -> ShutdownReport:
+def _report(ledger: Ledger, tasks: Iterable[ManagedTask[Any]], cause: CancelCause) -> ShutdownReport:
     infos = [(task, task.info()) for task in tasks]
     running = {info.id: task.stack() for task, info in infos if not task.done()}
     for task, info in infos:
@@ -192,7 +219,7 @@ def _report(ledger: Ledger, tasks: Iterable[ManagedTask[Any]]) -> ShutdownReport
                 extra=log_fields(info),
             )
             ledger.ending.abandon(task)
-    _report_unstarted(infos)
+    _report_cut(ledger, [info for task, info in infos if info.cause is cause and not runs_forever(task)])
     statuses = [info.status for _, info in infos]
     return ShutdownReport(
         completed=statuses.count(TaskStatus.COMPLETED),
@@ -223,18 +250,17 @@ def _others(groups: Iterable[TaskGroup], spared: Collection[asyncio.Future[Any]]
     ]
 
 
-def _report_unstarted(infos: Iterable[tuple[ManagedTask[Any], TaskInfo]]) -> None:
-    """Log the work that a shutdown has dropped, except services: they start again with the application."""
-    lost = [
-        info.id
-        for task, info in infos
-        if info.status is TaskStatus.CANCELLED and info.started_at is None and not runs_forever(task)
-    ]
-    if lost:
-        names = ", ".join(map(repr, lost[:10])) + (", ..." if len(lost) > 10 else "")
-        logger.warning(
-            "the shutdown cancelled %d tasks before they started: %s",
-            len(lost),
-            names,
-            extra=log_fields_of_all(lost),
-        )
+def _report_cut(ledger: Ledger, infos: Iterable[TaskInfo]) -> None:
+    """Log the work that a shutdown has cut short, not services: they start again with the application."""
+    cut = [info for info in infos if info.status is TaskStatus.CANCELLED]
+    if not cut:
+        return
+    names = [repr(info.id) + ("" if info.started_at is not None else " (not started)") for info in cut]
+    logger.warning(
+        "the shutdown of manager %r cancelled %d %s: %s",
+        ledger.name,
+        len(cut),
+        "task" if len(cut) == 1 else "tasks",
+        ", ".join(names[:_MAX_NAMED]) + (", ..." if len(names) > _MAX_NAMED else ""),
+        extra=log_fields_of_all(info.id for info in cut),
+    )

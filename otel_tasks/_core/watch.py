@@ -14,17 +14,20 @@ Rules, each with a test of its own:
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from contextvars import Context
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
+from otel_tasks._core.checks import checked_seconds
 from otel_tasks._core.frames import Stacks
 from otel_tasks._core.inspection import is_queued, place_of_task, request_of
 from otel_tasks._core.log import log_fields, log_fields_of_all, logger
 from otel_tasks._core.task import ManagedTask, has_started
 from otel_tasks._core.task_tree import duration
 from otel_tasks._core.watchdog import Watchdog
+from otel_tasks.exceptions import WrongThreadError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,6 +82,36 @@ class Watch:
             self._watchdog.stop()
         if self._scan is not None:
             self._scan.stop()
+
+
+def start_watch(
+    ledger: Ledger,
+    held: float | None,
+    ignored: float | None,
+    unstarted: float | None,
+    outlived: float | None,
+) -> ExitStack:
+    """Watch a manager until the returned context manager is closed; see ``TaskManager.watch``."""
+    bound = checked_seconds("held", held)
+    if bound is not None and bound < 0.01:
+        raise ValueError(f"held must be at least 0.01 seconds, got {held!r}: each check costs time")
+    bounds = [
+        checked_seconds(what, seconds)
+        for what, seconds in (("ignored", ignored), ("unstarted", unstarted), ("outlived", outlived))
+    ]
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        raise WrongThreadError(
+            f"watch() of manager {ledger.name!r} was called where no event loop runs: "
+            "call it in a coroutine, such as the application's lifespan"
+        ) from None
+    ledger.home.bind(loop)
+    watch = Watch(ledger, bound, *bounds)
+    end = ExitStack()
+    end.callback(watch.stop)
+    watch.start()
+    return end
 
 
 class HealthScan:
