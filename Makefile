@@ -31,7 +31,7 @@ EAGER := $(if $(EAGER_PYTHON),$(BENCH)-eager)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-services test test-newest nightly cover check format docs dist bench clean
+.PHONY: help demo demo-services demo-llm test test-newest nightly cover check format docs dist bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,9 @@ demo: $(READY) ## Run the example service and show its traces (SERVE=1: keep ser
 
 demo-services: $(READY) ## Run three services that call one another, and show one trace across them
 	$(BIN)/python -m examples.three_services
+
+demo-llm: $(READY) ## Run an LLM gateway with and without the middleware, half of whose clients hang up
+	$(BIN)/python -m examples.llm_gateway
 
 test: $(READY) ## Run all tests
 	$(BIN)/python -m pytest $(ARGS)
