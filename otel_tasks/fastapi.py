@@ -15,8 +15,9 @@ from fastapi import Depends
 
 from otel_tasks._asgi.lifespan import managed
 from otel_tasks._asgi.request import require_request
+from otel_tasks._asgi.server_stop import cut_requests_on_stop
 from otel_tasks._asgi.settings import checked_manager
-from otel_tasks._core.checks import checked_seconds
+from otel_tasks._core.checks import checked_finite_seconds, checked_seconds
 from otel_tasks._core.functions import global_task_manager
 from otel_tasks._core.group import TaskGroup
 from otel_tasks._core.info import TaskInfo
@@ -134,7 +135,7 @@ def lifespan(app: FastAPI) -> AbstractAsyncContextManager[None]:
     Example:
         >>> app = FastAPI(lifespan=lifespan)
     """
-    return _run(None, global_task_manager, FROM_MANAGER, FROM_MANAGER, app)
+    return _run(None, global_task_manager, FROM_MANAGER, FROM_MANAGER, None, app)
 
 
 def make_lifespan(
@@ -143,6 +144,7 @@ def make_lifespan(
     manager: TaskManager | None = None,
     grace: float | FromManager = FROM_MANAGER,
     timeout: float | FromManager | None = FROM_MANAGER,
+    request_grace: float | None = None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[State]]:
     """Make a lifespan that shuts a manager down with the server, inside a lifespan of your own.
 
@@ -155,19 +157,27 @@ def make_lifespan(
         grace: Seconds in which tasks may finish before they are cancelled, at least 0 and finite: no server
             waits forever. By default, the manager's ``grace``.
         timeout: Seconds for everything after that, at least 0; None for no bound. By default, the manager's
-            ``shutdown_timeout``. The sum of both, and of the
-            time that the server gives open requests before (uvicorn: ``--timeout-graceful-shutdown``), must
-            stay below the time that the process has to end (Kubernetes: ``terminationGracePeriodSeconds``).
+            ``shutdown_timeout``. The sum of both, and of the time that open requests get before, must stay below
+            the time that the process has to end (Kubernetes: ``terminationGracePeriodSeconds``).
+        request_grace: Seconds that open requests, streams, and WebSockets get from the server's signal
+            (SIGTERM or SIGINT) on, at least 0 and finite. Those that are left are then cancelled with cause
+            ``shutdown``: the client gets a 503 if no response has started, a WebSocket closes with 1012, and
+            a stream ends. None leaves open requests to the server: uvicorn waits for them forever, or cancels
+            them after ``--timeout-graceful-shutdown`` and logs an error. A shorter bound of the server's own
+            wins. It has no effect where the server gets no signal, as in a thread or a ``TestClient``.
 
     Returns:
         A lifespan for ``FastAPI(lifespan=...)``.
 
     Raises:
         TypeError: ``inner`` is not a lifespan, ``manager`` not a TaskManager, or a duration not a number.
-        ValueError: A duration is negative, or ``grace`` is infinite.
+        ValueError: A duration is negative, or ``grace`` or ``request_grace`` is infinite.
+
+    Telemetry: the server span of a request that is cut short gets ``otel_tasks.request.outcome`` =
+    ``shutdown``.
 
     Example:
-        >>> app = FastAPI(lifespan=make_lifespan(open_database, grace=2.0))
+        >>> app = FastAPI(lifespan=make_lifespan(open_database, grace=2.0, request_grace=5.0))
     """
     _check_inner(inner)
     chosen = checked_manager(manager)
@@ -175,9 +185,11 @@ def make_lifespan(
         _check_grace(grace)
     if not isinstance(timeout, FromManager):
         checked_seconds("timeout", timeout)
+    if request_grace is not None:
+        checked_finite_seconds("request_grace", request_grace)
 
     def run(app: FastAPI) -> AbstractAsyncContextManager[State]:
-        return _run(inner, chosen, grace, timeout, app)
+        return _run(inner, chosen, grace, timeout, request_grace, app)
 
     return run
 
@@ -217,14 +229,17 @@ async def _run(
     manager: TaskManager,
     grace: float | FromManager,
     timeout: float | FromManager | None,
+    request_grace: float | None,
     app: FastAPI,
 ) -> AsyncGenerator[Any]:
     opened = managed(manager, grace, timeout, _described(app))
+    stoppable = cut_requests_on_stop(request_grace)
     if inner is None:
-        async with opened:
+        async with stoppable, opened:
             yield None
         return
-    async with inner(app) as state, opened:
+    # After `inner` has started: on top of the handlers of signals that it installs.
+    async with inner(app) as state, stoppable, opened:
         yield state
 
 

@@ -44,48 +44,71 @@ def write_on_signal(
     if file is not None and not hasattr(file, "write"):
         # Checked here, because nothing may be raised at the signal.
         raise TypeError(f"dump_on_signal() writes to an open text file, got {file!r}: pass file=open(...)")
-    handler = _Handler(describe, number, file)
+    try:
+        handler = ChainedHandler(number, _Dump(describe, file).write)
+    except (OSError, ValueError) as error:
+        # Windows raises ValueError, for example for CTRL_C_EVENT, which can only be sent.
+        usable = " or ".join(_usable_signals())
+        raise ValueError(f"dump_on_signal() cannot handle {number.name}: use {usable}") from error
     undo = ExitStack()
     undo.callback(handler.leave)
     return undo
 
 
-class _Handler:
-    """Writes on one signal, and then calls the handler that was installed before."""
+class ChainedHandler:
+    """A handler of one signal: acts first, and then calls the handler that was installed before.
 
-    def __init__(
-        self, describe: Callable[[FrameType | None], str], signum: signal.Signals, file: TextIO | None
-    ) -> None:
-        self._describe: Callable[[FrameType | None], str] | None = describe
+    Args:
+        signum: The signal.
+        action: Called with the interrupted frame, in the main thread. It must not raise.
+
+    Raises:
+        OSError: The signal cannot be handled.
+        ValueError: The same, or this is not the main thread of the main interpreter.
+    """
+
+    def __init__(self, signum: int, action: Callable[[FrameType | None], None]) -> None:
         self._signum = signum
-        self._file = file
-        # A signal that arrives while this handler writes adds nothing: handlers nested without a bound would
-        # reach the recursion limit, and raise.
-        self._writing = False
-        try:
-            self._previous: Any = signal.signal(signum, self)
-        except (OSError, ValueError) as error:
-            # Windows raises ValueError, for example for CTRL_C_EVENT, which can only be sent.
-            usable = " or ".join(_usable_signals())
-            raise ValueError(f"dump_on_signal() cannot handle {signum.name}: use {usable}") from error
+        self._action: Callable[[FrameType | None], None] | None = action
+        self._previous: Any = signal.signal(signum, self)
+
+    @property
+    def __self__(self) -> Any:
+        """The object of the previous handler, a bound method: sse-starlette finds uvicorn's server by it."""
+        return self._previous.__self__
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if self._describe is not None and not self._writing:
+        if self._action is not None:
+            self._action(frame)
+        if callable(self._previous):
+            self._previous(signum, frame)
+
+    def leave(self) -> None:
+        """Restore the previous handler; if a later one calls this one, only stop acting."""
+        self._action = None
+        current: object = signal.getsignal(self._signum)
+        if current is self and in_main_thread():
+            # None if the previous handler was not installed from Python.
+            signal.signal(self._signum, self._previous or signal.SIG_DFL)
+
+
+class _Dump:
+    """Writes a text at each signal."""
+
+    def __init__(self, describe: Callable[[FrameType | None], str], file: TextIO | None) -> None:
+        self._describe = describe
+        self._file = file
+        # A signal that arrives while this one writes adds nothing: handlers nested without a bound would
+        # reach the recursion limit, and raise.
+        self._writing = False
+
+    def write(self, frame: FrameType | None) -> None:
+        if not self._writing:
             self._writing = True
             try:
                 _write(_text_of(self._describe, frame), self._file or sys.stderr)
             finally:
                 self._writing = False
-        if callable(self._previous):
-            self._previous(signum, frame)
-
-    def leave(self) -> None:
-        """Restore the previous handler; if a later one calls this one, only stop writing."""
-        self._describe = self._file = None
-        current: object = signal.getsignal(self._signum)
-        if current is self and _in_main_thread():
-            # None if the previous handler was not installed from Python.
-            signal.signal(self._signum, self._previous or signal.SIG_DFL)
 
 
 def _text_of(describe: Callable[[FrameType | None], str], frame: FrameType | None) -> str:
@@ -116,7 +139,8 @@ def _usable_signals() -> list[str]:
     return [f"signal.{name}" for name in ("SIGUSR1", "SIGUSR2", "SIGBREAK") if hasattr(signal, name)]
 
 
-def _in_main_thread() -> bool:
+def in_main_thread() -> bool:
+    """Return True in the thread in which Python handles signals."""
     return threading.current_thread() is threading.main_thread()
 
 
@@ -133,7 +157,7 @@ def _checked_signal(signum: int | None) -> signal.Signals:
     except ValueError:
         usable = " or ".join(_usable_signals())
         raise ValueError(f"dump_on_signal() takes a signal, such as {usable}, got {signum!r}") from None
-    if not _in_main_thread():
+    if not in_main_thread():
         raise RuntimeError(
             f"dump_on_signal() was called in thread {threading.current_thread().name!r}: "
             "Python handles signals only in the main thread; call it there, before the loop starts"
