@@ -250,6 +250,45 @@ async def test_handler_that_ran_on_without_its_client_is_cut_too(
         assert now() == 2.0
 
 
+async def test_request_that_waits_for_its_tasks_is_cut_too(server: Server, manager: TaskManager) -> None:
+    """With `on_exit="wait"`, a request that has returned still holds the server up."""
+    tasks = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await fast(scope, receive, send)
+        tasks.append(create_task(rest()))
+
+    async with make_lifespan(manager=manager, request_grace=2.0)(FastAPI()):
+        middleware = TaskGroupMiddleware(app, manager=manager, on_exit="wait")
+        connection = FakeConnection()
+        call = asyncio.create_task(connection.run(middleware))
+        await settle()
+        signal.raise_signal(signal.SIGTERM)
+        await call
+        assert now() == 2.0
+    assert connection.status == 200
+    assert tasks[0].cause is not None
+    assert tasks[0].cause.kind is CancelKind.SHUTDOWN
+
+
+async def test_response_without_an_end_is_ended(server: Server, manager: TaskManager) -> None:
+    """sse-starlette stops its streams by itself when uvicorn stops, and leaves them without an end."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not server.should_exit:
+            await send({"type": "http.response.body", "body": b"x", "more_body": True})
+            await asyncio.sleep(0.4)
+
+    async with make_lifespan(manager=manager, request_grace=5.0)(FastAPI()):
+        connection, call = begin(app, manager)
+        await settle()
+        signal.raise_signal(signal.SIGTERM)
+        await call
+        assert now() == pytest.approx(0.4)
+    assert (connection.body, connection.complete) == (b"x", True)
+
+
 async def test_uncancellable_block_is_waited_for(server: Server, manager: TaskManager) -> None:
     """The client has its answer at once, and the block its end."""
     ends = []
@@ -326,7 +365,7 @@ async def test_log_names_at_most_ten_routes(
         await settle()
         signal.raise_signal(signal.SIGTERM)
         await asyncio.gather(*calls)
-    assert caplog.records[0].getMessage().endswith("'GET /9' and 2 more routes")
+    assert caplog.records[0].getMessage().endswith("'GET /6', 'GET /7' and 2 more routes")
 
 
 async def test_log_names_what_does_not_end(

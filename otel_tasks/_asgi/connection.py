@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import ref
 
 from otel_tasks._core.native import asyncio_cancel, asyncio_uncancel
 from otel_tasks._core.suspension import is_suspended
@@ -444,10 +445,12 @@ class Sweeper:
         in_flight: The connections that have not lived through an interval, oldest first, each with the number
             of ticks before it was added.
         watched: The older ones, each with a time on the loop's clock at which it was open already.
+        server_stops: The server has received its signal.
         timer: The next tick; None while nothing is in flight.
     """
 
     __slots__ = (
+        "__weakref__",
         "_again",
         "_context",
         "_ticked_at",
@@ -456,6 +459,7 @@ class Sweeper:
         "in_flight",
         "interval",
         "loop",
+        "server_stops",
         "timer",
         "watched",
     )
@@ -466,6 +470,7 @@ class Sweeper:
         self.buffer_limit = buffer_limit
         self.in_flight: dict[Connection, int] = {}
         self.watched: dict[Connection, float] = {}
+        self.server_stops = False
         self.timer: asyncio.TimerHandle | None = None
         self._ticks = 0
         self._ticked_at = 0.0
@@ -473,6 +478,7 @@ class Sweeper:
         self._again: list[Connection] = []
         # Otherwise every watcher would carry the trace of the request that came first.
         self._context = quiet_context()
+        _sweepers.add(ref(self, _sweepers.discard))
 
     def open_requests(self) -> list[Connection]:
         """Return the connections of this loop that are not closed, the youngest last."""
@@ -489,6 +495,10 @@ class Sweeper:
         self._again.append(connection)
         if self.timer is None:
             self._arm()
+
+    def keep(self, connection: Connection) -> None:
+        """Count a closed connection as open: the server waits for what it still does."""
+        self.watched[connection] = self.loop.time()
 
     def forget(self, connection: Connection) -> None:
         """Remove a connection that is not in flight."""
@@ -525,6 +535,17 @@ class Sweeper:
             # It was there at the last tick, which it has lived through.
             self.watched[connection] = self._ticked_at
         return due
+
+
+# All sweepers: one for each middleware, and for each loop that it serves. No WeakSet: the thread of another
+# loop may add one while this is iterated.
+_sweepers: set[ref[Sweeper]] = set()
+
+
+def sweepers_of(loop: asyncio.AbstractEventLoop) -> list[Sweeper]:
+    """Return the sweepers of ``loop``."""
+    found = [reference() for reference in list(_sweepers)]
+    return [sweeper for sweeper in found if sweeper is not None and sweeper.loop is loop]
 
 
 def _no_task() -> None:

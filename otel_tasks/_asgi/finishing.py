@@ -56,6 +56,9 @@ async def finish(request: Request, error: BaseException | None) -> bool:
         return False
     await _end_group(request, error)
     if not request.left or request.stop is None:
+        if error is None and request.sweeper.server_stops and request.start:
+            # sse-starlette leaves its streams without an end when uvicorn stops.
+            await end_response(request)
         return error is None
     _annotate_span(request, request.stop, error)
     _log_if_spared(request, request.stop, error)
@@ -106,7 +109,7 @@ async def _end_used_group(request: Request, group: RequestGroup, on_exit: OnExit
         group.seal(REQUEST_ENDED, refuse=on_exit == "wait")
     try:
         if on_exit == "wait":
-            await group.join()
+            await _join(request, group)
         elif on_exit == "cancel" and not group.is_empty:
             await _wait_for_end(request, [group])
         if request.cleanup_group is not None:
@@ -116,6 +119,15 @@ async def _end_used_group(request: Request, group: RequestGroup, on_exit: OnExit
     except asyncio.CancelledError:
         await _shut_down(request)
         raise
+
+
+async def _join(request: Request, group: RequestGroup) -> None:
+    # The stop of the server may cut the wait short.
+    request.sweeper.keep(request)
+    try:
+        await group.join()
+    finally:
+        request.sweeper.forget(request)
 
 
 def _cancel_group(request: Request, group: RequestGroup) -> None:

@@ -194,14 +194,16 @@ class Request(Connection):
         """End it although its client is there: cancel its work, and answer for the application.
 
         The handler is cancelled whatever ``cancel_handler`` says, the application learns of it as of a
-        disconnect, and what it sends from here on is dropped. A request that has sent its response, that has
-        ended, or whose client has left is left as it is.
+        disconnect, and what it sends from here on is dropped. A timeout leaves a request as it is that has
+        sent its response, or whose client has left; a shutdown cancels what still runs there.
 
         Args:
             cause: Why: ``timeout``, after the middleware's grace, or ``shutdown``, at once. It decides the
                 answer too.
         """
         if self.closed or self.complete or self.disconnect is not None:
+            if cause.kind is CancelKind.SHUTDOWN:
+                self._cut_rest(cause)
             return
         self.cut(disconnect_for(cause, self.scope), cause)
         if self.stop is not None and not self.start:
@@ -209,6 +211,27 @@ class Request(Connection):
             self.stop.answer = self.sweeper.loop.create_task(
                 send_answer(self, cause), name="otel_tasks.answer", context=self.context.copy()
             )
+
+    def _cut_rest(self, cause: CancelCause) -> None:
+        """Cancel what runs although nobody waits for an answer any more."""
+        if self.closed:
+            # It waits for the tasks of its group, which the middleware's `on_exit` lets finish.
+            if self.group is not None:
+                self.group.signal_cancel(cause)
+                self.group.cancel_tasks(cause)
+        elif self.left:
+            # The rules have let the handler run on.
+            self.decide_handler(True)
+        else:
+            # Background tasks of a response that has been sent.
+            self.left = True
+            self.on_disconnect({}, cause)
+
+    def note_server_stop(self) -> None:
+        """Note that the server stops: the application may end its response early by itself."""
+        self.sweeper.server_stops = True
+        # `finish` looks at requests with a group.
+        self.own_group()
 
     def make_cause(self, kind: CancelKind, message: str | None = None) -> CancelCause:
         """Make a cause with this request as its origin, whichever task detects it."""

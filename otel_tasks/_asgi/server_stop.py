@@ -17,11 +17,13 @@ import signal
 import sys
 from collections import Counter
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from otel_tasks._asgi.connection import open_requests
+from otel_tasks._asgi.connection import sweepers_of
+from otel_tasks._asgi.request import Request
 from otel_tasks._core.log import logger
 from otel_tasks._core.signals import ChainedHandler, in_main_thread
+from otel_tasks._core.state import CancelKind
 from otel_tasks._core.telemetry.context import quiet_context
 
 if TYPE_CHECKING:
@@ -35,24 +37,6 @@ _PATIENCE = 5.0
 # Seconds between two looks at hypercorn's event; hypercorn itself takes as long.
 _POLL = 0.1
 _NAMES_LOGGED = 10
-
-
-class OpenRequest(Protocol):
-    """A request as the server's stop sees it."""
-
-    @property
-    def name(self) -> str:
-        """Its method and its route."""
-        ...
-
-    @property
-    def closed(self) -> bool:
-        """Its application has returned or raised."""
-        ...
-
-    def cut_short_by_server(self, message: str) -> None:
-        """End it, although its client is still there."""
-        ...
 
 
 @asynccontextmanager
@@ -81,12 +65,13 @@ class _ServerStop:
     def __init__(self, loop: asyncio.AbstractEventLoop, grace: float) -> None:
         self._loop = loop
         self._grace = grace
+        self._reason = f"the server stops, and request_grace={grace:g} s are over"
         self._handlers: list[ChainedHandler] = []
         # The next step: a look at hypercorn's event, the end of the grace, a look for new requests.
         self._timer: asyncio.TimerHandle | None = None
         self._has_begun = self._has_ended = False
         # When each request was cut short.
-        self._cut_at: dict[OpenRequest, float] = {}
+        self._cut_at: dict[Request, float] = {}
         # A signal interrupts any code: its callbacks must not carry the trace of a request.
         self._context = quiet_context()
 
@@ -136,17 +121,19 @@ class _ServerStop:
     def _begin(self) -> None:
         if not self._has_begun and not self._has_ended:
             self._has_begun = True
+            for request in _open_requests(self._loop):
+                request.note_server_stop()
             self._call_later(self._grace, self._cut)
 
     def _cut(self) -> None:
         """Cut the requests short that have not been, and report those that have not ended since."""
         now = self._loop.time()
-        requests = list(open_requests(self._loop))
+        requests = _open_requests(self._loop)
         new = [request for request in requests if request not in self._cut_at]
         # The oldest last: its work may be what a newer one waits for.
         self._cut_at = {request: self._cut_at.get(request, now) for request in requests}
-        for request in new:
-            request.cut_short_by_server(f"the server stops, and request_grace={self._grace:g} s are over")
+        for request in reversed(new):
+            request.cut_short(request.make_cause(CancelKind.SHUTDOWN, self._reason))
         if new:
             logger.info(
                 "the server stops: cancelled what was open after request_grace=%g s: %s",
@@ -156,12 +143,8 @@ class _ServerStop:
         self._report(requests, now)
         self._call_later(_LOOK, self._cut)
 
-    def _report(self, requests: list[OpenRequest], now: float) -> None:
-        late = [
-            request
-            for request in requests
-            if not request.closed and 0.0 <= now - self._cut_at[request] - _PATIENCE < _LOOK
-        ]
+    def _report(self, requests: list[Request], now: float) -> None:
+        late = [request for request in requests if 0.0 <= now - self._cut_at[request] - _PATIENCE < _LOOK]
         if late:
             logger.warning(
                 "the server cannot stop: %g s after their cancellation, requests still run: %s",
@@ -171,6 +154,11 @@ class _ServerStop:
 
     def _call_later(self, delay: float, callback: Callable[[], None]) -> None:
         self._timer = self._loop.call_later(delay, callback, context=self._context)
+
+
+def _open_requests(loop: asyncio.AbstractEventLoop) -> list[Request]:
+    connections = [connection for sweeper in sweepers_of(loop) for connection in sweeper.open_requests()]
+    return [connection for connection in connections if isinstance(connection, Request)]
 
 
 def _stop_signals() -> list[int]:
@@ -191,8 +179,8 @@ def _hypercorns_event() -> Any | None:
     return process.get("_kwargs", {}).get("shutdown_event")
 
 
-def _names(requests: list[OpenRequest]) -> str:
-    counts = Counter(request.name for request in requests).most_common()
+def _names(requests: list[Request]) -> str:
+    counts = sorted(Counter(request.name for request in requests).items())
     names = [f"{name!r}" + (f" ({count})" if count > 1 else "") for name, count in counts]
     more = len(names) - _NAMES_LOGGED
     return ", ".join(names[:_NAMES_LOGGED]) + (f" and {more} more routes" if more > 0 else "")

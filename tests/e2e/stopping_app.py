@@ -45,14 +45,6 @@ async def works(name: str) -> None:
         await asyncio.sleep(3600)
 
 
-async def ticks(name: str) -> AsyncIterator[bytes]:
-    """A stream without end."""
-    with printed(name):
-        while True:
-            yield b"tick\n"
-            await asyncio.sleep(0.05)
-
-
 @app.get("/state")
 async def state() -> dict[str, Any]:
     """Where the tests of this folder ask for the process that serves."""
@@ -89,8 +81,15 @@ def thread() -> str:
 
 @app.get("/stream")
 async def stream() -> StreamingResponse:
-    """Starlette's stream."""
-    return StreamingResponse(ticks("stream"))
+    """Starlette's stream, without end."""
+
+    async def body() -> AsyncIterator[bytes]:
+        with printed("stream"):
+            while True:
+                yield b"tick\n"
+                await asyncio.sleep(0.05)
+
+    return StreamingResponse(body())
 
 
 @app.get("/quiet")
@@ -107,8 +106,10 @@ async def quiet() -> StreamingResponse:
 @app.get("/events", response_class=EventSourceResponse)
 async def events() -> AsyncIterator[ServerSentEvent]:
     """FastAPI's event source."""
-    async for _ in ticks("events"):
-        yield ServerSentEvent(data="tick")
+    with printed("events"):
+        while True:
+            yield ServerSentEvent(data="tick")
+            await asyncio.sleep(0.05)
 
 
 @app.get("/starlette-events")
@@ -116,8 +117,10 @@ async def starlette_events() -> StarletteEvents:
     """sse-starlette's, which looks for uvicorn's exit itself."""
 
     async def body() -> AsyncIterator[dict[str, str]]:
-        async for _ in ticks("starlette-events"):
-            yield {"data": "tick"}
+        with printed("starlette-events"):
+            while True:
+                yield {"data": "tick"}
+                await asyncio.sleep(0.05)
 
     return StarletteEvents(body())
 
