@@ -157,8 +157,8 @@ def make_lifespan(
         grace: Seconds in which tasks may finish before they are cancelled, at least 0 and finite: no server
             waits forever. By default, the manager's ``grace``.
         timeout: Seconds for everything after that, at least 0; None for no bound. By default, the manager's
-            ``shutdown_timeout``. The sum of both, and of the time that open requests get before, must stay below
-            the time that the process has to end (Kubernetes: ``terminationGracePeriodSeconds``).
+            ``shutdown_timeout``. The sum of both, and of the time that open requests get before, must stay
+            below the time that the process has to end (Kubernetes: ``terminationGracePeriodSeconds``).
         request_grace: Seconds that open requests, streams, and WebSockets get from the server's signal
             (SIGTERM or SIGINT) on, at least 0 and finite. Those that are left are then cancelled with cause
             ``shutdown``: the client gets a 503 if no response has started, a WebSocket closes with 1012, and

@@ -412,12 +412,10 @@ def test_durations_of_the_kubernetes_page_fit_into_each_other() -> None:
     (block,) = yaml_blocks(text)
     pod = block["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    command = container["command"]
-    requests = int(command[command.index("--timeout-graceful-shutdown") + 1])
-    lifespan = re.search(r"make_lifespan\(grace=([\d.]+), timeout=([\d.]+)\)", text)
+    lifespan = re.search(r"make_lifespan\(request_grace=([\d.]+), grace=([\d.]+), timeout=([\d.]+)\)", text)
     assert lifespan is not None
     before = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-    total = before + requests + float(lifespan[1]) + float(lifespan[2])
+    total = before + sum(map(float, lifespan.groups()))
     assert total == 35
     assert total + 10 == pod["terminationGracePeriodSeconds"]
 

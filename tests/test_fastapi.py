@@ -509,6 +509,14 @@ async def test_cancelled_lifespan_leaves_the_manager_closed(manager: TaskManager
         ({"grace": True}, TypeError, "grace must be seconds as a number, got True: leave it out"),
         ({"grace": math.inf}, ValueError, "grace must be a finite number of seconds, got inf: the server"),
         ({"timeout": "10s"}, TypeError, "timeout must be seconds as a number"),
+        (
+            {"request_grace": -1},
+            ValueError,
+            "request_grace must be at least 0 and finite, in seconds, got -1",
+        ),
+        ({"request_grace": math.inf}, ValueError, "request_grace must be at least 0 and finite"),
+        ({"request_grace": "5"}, TypeError, "request_grace must be a number of seconds, got '5'"),
+        ({"request_grace": True}, TypeError, "request_grace must be a number of seconds, got True"),
         ({"inner": 5}, TypeError, r"got 5; durations are named: write make_lifespan\(grace=5.0\)"),
     ],
 )
