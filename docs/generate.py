@@ -71,7 +71,7 @@ EVENTS = {
 LINKS = {
     "cancelled_by": "The span that caused the cancellation: the request's, the failed sibling's, or the one "
     "that was current at the `cancel()` call.",
-    "spawned_by": "The span that was current where a service, or a task in a new trace (`detached=True`), "
+    "spawned_by": 'The span that was current where a service, or a task in a new trace (`trace="new"`), '
     "was created.",
     "restart_of": "The service's attempt before this one.",
 }
@@ -264,9 +264,21 @@ def public_callables() -> Iterator[tuple[str, object]]:
             if inspect.isclass(thing):
                 yield from (
                     (f"{name}.{key}", member)
-                    for key, member in vars(thing).items()
-                    if not key.startswith("_") and (callable(member) or isinstance(member, property))
+                    for key, member in members(thing).items()
+                    if callable(member) or isinstance(member, property)
                 )
+
+
+def members(thing: type) -> dict[str, object]:
+    """The public members of a class, with those of its parts in other files."""
+    return {
+        key: member
+        for cls in reversed(thing.__mro__)
+        if cls is thing
+        or (cls.__module__.startswith("otel_tasks._core.") and cls.__name__ not in otel_tasks.__all__)
+        for key, member in vars(cls).items()
+        if not key.startswith("_")
+    }
 
 
 def settings(name: str) -> str:

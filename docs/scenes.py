@@ -209,7 +209,7 @@ async def _ends(manager: TaskManager) -> None:
     tracer = manager._ledger.telemetry.tracer()
     assert tracer is not None
     with tracer.start_as_current_span("creator"):
-        await manager.create_task(asyncio.sleep(1), name="detached", detached=True)
+        await manager.create_task(asyncio.sleep(1), name="own_trace", trace="new")
     policy = RestartPolicy(max_failures=2, jitter=0)
     await asyncio.gather(
         await manager.start_service("service", _fail, restart=policy), return_exceptions=True

@@ -89,21 +89,53 @@ def stub(nodes: list[ast.stmt], module: str) -> str:
 
 def class_stub(node: ast.ClassDef, module: str) -> Iterator[str]:
     """A class with its fields, its constructor, its properties and methods."""
-    bases = ", ".join(source(base) for base in node.bases)
+    bases = ", ".join(source(base) for base in node.bases if hidden_base(base, module) is None)
     yield f"class {node.name}({bases}):" if bases else f"class {node.name}:"
     yield from text_of(node.body, INDENT)
     yield ""
+    yield from members_stub(node, module)
+
+
+def members_stub(node: ast.ClassDef, module: str, shown: tuple[str, ...] = ()) -> Iterator[str]:
+    """The members of a class, and after them those of the bases that users cannot import."""
     members: dict[str, list[Function]] = {}
     for index, item in enumerate(node.body):
         if isinstance(item, Variable) and not targets(item)[0].startswith("_"):
             yield INDENT + variable_stub(item)
             yield from text_of(node.body[index + 1 : index + 2], INDENT)
-        elif isinstance(item, Function) and is_public(item, node):
+        elif isinstance(item, Function) and is_public(item, node) and item.name not in shown:
             members.setdefault(item.name, []).append(item)
     for overloads in members.values():
         for function in shown_functions(overloads):
             yield ""
             yield from ((INDENT + line).rstrip() for line in function_stub(function, module))
+    for base in node.bases:
+        hidden = hidden_base(base, module)
+        if hidden is not None:
+            yield ""
+            yield from members_stub(*hidden, (*shown, *members))
+
+
+def hidden_base(base: ast.expr, module: str) -> tuple[ast.ClassDef, str] | None:
+    """A base that is a part of its class in another file, and the module it is in; None for other bases."""
+    if not isinstance(base, ast.Name) or base.id in names_in("otel_tasks"):
+        return None
+    imports = [node.module for node in tree(module).body if isinstance(node, ast.ImportFrom) and node.module]
+    if not any(base.id in names_in(module, source) for source in imports if source.startswith("otel_tasks.")):
+        return None
+    (first, *_), place = definition(module, base.id)
+    assert isinstance(first, ast.ClassDef)
+    return first, place
+
+
+def names_in(module: str, source: str | None = None) -> set[str]:
+    """The names that a module imports, all of them or those from one other module."""
+    return {
+        alias.asname or alias.name
+        for node in tree(module).body
+        if isinstance(node, ast.ImportFrom) and source in (None, node.module)
+        for alias in node.names
+    }
 
 
 def is_public(function: Function, owner: ast.ClassDef) -> bool:

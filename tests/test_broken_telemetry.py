@@ -257,7 +257,7 @@ async def tasks(manager: TaskManager) -> object:
         manager.create_task(fail(ValueError("bad"))),
         manager.create_task(rest(), timeout=1),
         manager.create_task(rest(), name="victim", group="jobs"),
-        manager.create_task(give(2), detached=True),
+        manager.create_task(give(2), trace="new"),
         stubborn,
     ]
     await settle()
@@ -532,14 +532,14 @@ class NoIdentity(trace.NonRecordingSpan):
         return None
 
 
-@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("own_trace", [False, True])
 async def test_current_span_without_identity_breaks_no_task(
-    recorder: SpanRecorder, caplog: pytest.LogCaptureFixture, detached: bool
+    recorder: SpanRecorder, caplog: pytest.LogCaptureFixture, own_trace: bool
 ) -> None:
-    """Tasks below it run and are cancelled; a detached one has its span, and no link."""
+    """Tasks below it run and are cancelled; one with its own trace has its span, and no link."""
     manager = TaskManager(tracer_provider=recorder.provider)
     with trace.use_span(NoIdentity()):
-        task = manager.create_task(rest(), name="work", detached=detached)
+        task = manager.create_task(rest(), name="work", trace="new" if own_trace else "child")
         await settle()
         task.cancel()
     await ended(task)
@@ -547,7 +547,7 @@ async def test_current_span_without_identity_breaks_no_task(
     assert task.cause is not None
     assert task.cause.to_dict()["trace_id"] is None
     assert len({record.getMessage() for record in caplog.records}) == len(caplog.records)
-    if detached:
+    if own_trace:
         assert recorder.span("work").links == ()
 
 

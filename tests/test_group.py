@@ -610,12 +610,12 @@ async def test_given_context_is_copied_for_a_span(spans: SpanRecorder) -> None:
     assert list(context.items()) == before
 
 
-async def test_detached_task_starts_a_new_trace(spans: SpanRecorder) -> None:
-    """detached=True links to the creator's span instead of being its child."""
+async def test_task_can_start_a_new_trace(spans: SpanRecorder) -> None:
+    """trace="new" links to the creator's span instead of being its child."""
     manager = TaskManager(tracer_provider=spans.provider)
     with spans.provider.get_tracer("test").start_as_current_span("creator") as creator:
         await manager.create_task(give(1), name="child")
-        await manager.create_task(give(1), name="loose", detached=True)
+        await manager.create_task(give(1), name="loose", trace="new")
     assert [span.name for span in spans.children(spans.span("creator"))] == ["child"]
     loose = spans.span("loose")
     assert loose.parent is None

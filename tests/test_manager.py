@@ -386,7 +386,7 @@ def test_signature_shows_every_option(function: Callable[..., object]) -> None:
         "queue_timeout": None,
         "metadata": None,
         "on_conflict": "error" if by_name else "suffix",
-        "detached": False,
+        "trace": None,
         "context": None,
         "eager_start": None,
     }

@@ -576,7 +576,7 @@ async def test_no_id_stands_on_any_metric(manager: TaskManager, spans: SpanRecor
         group.create_task(work(), name="fetch-1")
         group.create_task(work(), name="fetch-1")
         group.create_task(work(), metadata={"order": "4711"}, priority=TaskPriority.HIGH)
-        manager.create_task(work(), name="order:4711", group="shop-12", detached=True)
+        manager.create_task(work(), name="order:4711", group="shop-12", trace="new")
         seen = all_attributes(spans)
     request._cancel_tasks(CancelCause.make(CancelKind.CLIENT_DISCONNECT, "request 4711"))
     request._seal()

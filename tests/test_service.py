@@ -1089,12 +1089,12 @@ async def test_no_span_is_open_between_two_attempts(spans: SpanRecorder) -> None
 
 
 async def test_link_to_the_predecessor_is_the_attempts_own(spans: SpanRecorder) -> None:
-    """A detached task that an attempt starts is linked to that attempt, as spawned by it."""
+    """A task that an attempt starts is linked to that attempt, as spawned by it."""
     manager = TaskManager(tracer_provider=spans.provider)
     calls = itertools.count()
 
     async def work() -> None:
-        manager.create_task(give(1), name="child", detached=True)
+        manager.create_task(give(1), name="child", trace="new")
         if next(calls) == 0:
             raise ConnectionError
 

@@ -1005,12 +1005,12 @@ async def test_span_that_the_block_opens_is_the_parent_of_its_tasks(
     assert parent_id(spans.span("first")) == span_id(spans.span("prepare"))
 
 
-async def test_detached_task_starts_a_trace_and_links_back(
+async def test_task_with_own_trace_links_back(
     manager: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
 ) -> None:
-    """detached=True: a new trace, with a spawned_by link to the creator."""
+    """trace="new": a new trace, with a spawned_by link to the creator."""
     with tracer.start_as_current_span("request"):
-        task = manager.create_task(work(), name="mail", detached=True)
+        task = manager.create_task(work(), name="mail", trace="new")
     await task
 
     request, mail = spans.span("request"), spans.span("mail")
@@ -1019,14 +1019,18 @@ async def test_detached_task_starts_a_trace_and_links_back(
     assert links(mail) == [(span_id(request), {"otel_tasks.link": "spawned_by"})]
 
 
-async def test_detached_task_without_creator_has_no_link(manager: TaskManager, spans: SpanRecorder) -> None:
+async def test_task_with_own_trace_without_creator_has_no_link(
+    manager: TaskManager, spans: SpanRecorder
+) -> None:
     """With no span current there is nothing to link to."""
-    await manager.create_task(work(), name="mail", detached=True)
+    await manager.create_task(work(), name="mail", trace="new")
 
     assert spans.span("mail").links == ()
 
 
-async def test_detached_task_keeps_baggage_and_variables(manager: TaskManager, tracer: trace.Tracer) -> None:
+async def test_task_with_own_trace_keeps_baggage_and_variables(
+    manager: TaskManager, tracer: trace.Tracer
+) -> None:
     """A new trace is all that is new: baggage and context variables are the creator's."""
 
     async def look() -> tuple[object, str]:
@@ -1035,18 +1039,18 @@ async def test_detached_task_keeps_baggage_and_variables(manager: TaskManager, t
     token = otel_context.attach(baggage.set_baggage("tenant", "acme"))
     here.set("creator")
     with tracer.start_as_current_span("request"):
-        task = manager.create_task(look(), detached=True)
+        task = manager.create_task(look(), trace="new")
     otel_context.detach(token)
 
     assert await task == ("acme", "creator")
 
 
-async def test_cancelled_detached_task_has_both_links(
+async def test_cancelled_task_with_own_trace_has_both_links(
     manager: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
 ) -> None:
     """spawned_by and cancelled_by stand side by side."""
     with tracer.start_as_current_span("request"):
-        task = manager.create_task(work(), name="mail", detached=True)
+        task = manager.create_task(work(), name="mail", trace="new")
         task.cancel()
     await ended(task)
 
@@ -1267,13 +1271,13 @@ async def test_queued_task_of_a_block_is_a_child_of_its_span(
     assert children == {"first", "queued", "victim"}
 
 
-async def test_queued_detached_task_links_to_its_creator(
+async def test_queued_task_with_own_trace_links_to_its_creator(
     narrow: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
 ) -> None:
     """It has a trace of its own, like a task that need not wait."""
     first = narrow.create_task(work())
     with tracer.start_as_current_span("caller") as caller:
-        task = narrow.create_task(work(), name="queued", detached=True)
+        task = narrow.create_task(work(), name="queued", trace="new")
     await ended(first, task)
 
     span = spans.span("queued")

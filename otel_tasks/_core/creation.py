@@ -7,7 +7,6 @@ slow path, with all options.
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from asyncio import _get_running_loop
 from contextvars import Context, copy_context
@@ -19,32 +18,37 @@ from otel_tasks._core.binding import current_binding
 from otel_tasks._core.checks import check_choice, checked_name, checked_priority
 from otel_tasks._core.coroutines import check_coroutine, close_quietly, function_name
 from otel_tasks._core.current import is_request_over
+from otel_tasks._core.eager import EAGER, announced_first, is_free
 from otel_tasks._core.extras import Extras, made_by, wanted_extras
 from otel_tasks._core.naming import Named, yield_to
 from otel_tasks._core.native import add_done_callback, base_name, init_task
-from otel_tasks._core.options import OnConflict, TaskOptions, check_context, check_options, with_options_of
+from otel_tasks._core.options import (
+    OnConflict,
+    TaskOptions,
+    Trace,
+    check_context,
+    check_options,
+    starts_trace,
+    with_options_of,
+)
 from otel_tasks._core.places import Limiter, Ticket, admit, full_limiter
 from otel_tasks._core.running import run_when
 from otel_tasks._core.state import TaskPriority
 from otel_tasks._core.task import ManagedTask, extras_of
 from otel_tasks._core.task_spans import report_dequeued, start_task_span
-from otel_tasks._core.telemetry import trace
+from otel_tasks._core.telemetry import trace as otel_trace
 from otel_tasks.exceptions import QueueFullError
 
 if TYPE_CHECKING:
-    import concurrent.futures
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Coroutine, Mapping
     from typing import Unpack
 
     from otel_tasks._core.group import TaskGroup
     from otel_tasks._core.names import Key
-    from otel_tasks._core.options import NamedTaskOptions
     from otel_tasks._core.telemetry import Span
-    from otel_tasks._core.tree import Ledger
 
 T = TypeVar("T")
 
-EAGER = sys.version_info >= (3, 12)
 # A global, because reading a member of an enumeration costs as much as a method call before Python 3.12.
 _NORMAL = TaskPriority.NORMAL
 
@@ -63,18 +67,21 @@ class Creation(Named):
         queue_timeout: float | None = None,
         metadata: Mapping[str, Any] | None = None,
         on_conflict: OnConflict = "suffix",
-        detached: bool = False,
+        trace: Trace | None = None,
         context: Context | None = None,
         eager_start: bool | None = None,
         keep_result: bool = False,
         supervises: bool = False,
     ) -> ManagedTask[T]:
         """Create a task, with the options of ``TaskManager.create_task``."""
-        if current_binding.get() is not None and is_request_over():
-            detached = True
         extras = None
         try:
             loop = self._loop_for(coro, name)
+            if self._ledger.options:
+                timeout, trace = self._with_defaults(timeout, trace)
+            new_trace = None if trace is None else starts_trace(trace)
+            if current_binding.get() is not None and is_request_over():
+                new_trace = True
             if type(priority) is not TaskPriority:
                 priority = checked_priority(priority)
             if on_conflict != "suffix":
@@ -99,12 +106,22 @@ class Creation(Named):
             if limiters:
                 extras = self._claim(limiters, extras, priority, created_at, loop)
             return self._build(
-                coro, name, base, key, previous, priority, created_at, extras, context, detached, eager_start
+                coro, name, base, key, previous, priority, created_at, extras, context, new_trace, eager_start
             )
         except BaseException:
             self._give_up(extras)
             close_quietly(coro)
             raise
+
+    def _with_defaults(self, timeout: float | None, trace: Trace | None) -> tuple[float | None, Trace | None]:
+        options = self._ledger.options
+        own = options.get(self)
+        if own is not None:
+            timeout = own.timeout if timeout is None else timeout
+            trace = own.trace if trace is None else trace
+        if trace is None and (manager := options.get(self._ledger.root)) is not None:
+            trace = manager.trace
+        return timeout, trace
 
     def _give_up(self, extras: Extras | None) -> None:
         if extras is not None and extras.ticket is not None:
@@ -121,7 +138,7 @@ class Creation(Named):
         created_at: float,
         extras: Extras | None,
         context: Context | None,
-        detached: bool,
+        new_trace: bool | None,
         eager_start: bool | None,
     ) -> ManagedTask[T]:
         """Make the coroutine, context, and span of a task, and the task; its name and place are decided."""
@@ -143,9 +160,9 @@ class Creation(Named):
             if queued and extras is not None:
                 # The span of a queued task starts when the task gets its place.
                 extras.context = None if tracer is None else context
-                extras.begin = partial(self._start_late_span, coro, detached)
+                extras.begin = partial(self._start_late_span, coro, new_trace)
             elif tracer is not None and context is not None:
-                span = context.run(start_task_span, self, tracer, base, key, coro, priority, detached)
+                span = context.run(start_task_span, self, tracer, base, key, coro, priority, new_trace)
             if (
                 EAGER
                 and (ledger.eager_start if eager_start is None else eager_start)
@@ -154,7 +171,7 @@ class Creation(Named):
                 task: ManagedTask[T] = ManagedTask.__new__(ManagedTask)
                 self._enter(task, key, priority, created_at, span, extras)
                 if ledger.listeners.functions:
-                    work = announced_first(work, ledger)
+                    work = announced_first(work, ledger.listeners)
                 run_first_step(task, work, loop, base, context)
                 return task
             # Built directly: create_task() of the loop would make a task of another class.
@@ -216,11 +233,11 @@ class Creation(Named):
         span = context = None
         # Reading the provider first saves two calls without tracing, 2 % of a task. In this order, because a
         # later OpenTelemetry may not have the attribute.
-        if not ledger.telemetry.is_global or trace._TRACER_PROVIDER is not None:
+        if not ledger.telemetry.is_global or otel_trace._TRACER_PROVIDER is not None:
             tracer = ledger.telemetry.tracer()
             if tracer is not None:
                 context = copy_context()
-                span = context.run(start_task_span, self, tracer, name, key, coro, priority, False)
+                span = context.run(start_task_span, self, tracer, name, key, coro, priority, None)
         if ledger.eager_start:
             return self._create_eagerly(coro, name, key, priority, span, context)
         # Built directly: create_task() of the loop would make a task of another class.
@@ -326,30 +343,6 @@ class Creation(Named):
             context.run(current_binding.set, self._binding or cast("TaskGroup", self))
         return context
 
-    def _hand_over(
-        self,
-        work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
-        where: Callable[[], TaskGroup],
-        options: NamedTaskOptions,
-    ) -> concurrent.futures.Future[T]:
-        """Schedule the creation of a task in the loop, by the group that ``where`` returns there."""
-        try:
-            if not asyncio.iscoroutine(work) and not callable(work):
-                raise TypeError(
-                    "create_task_threadsafe() takes a coroutine, or a function that makes one, "
-                    f"got {work!r}: write create_task_threadsafe(work(...)) with `async def work(...)`"
-                )
-            check_options("create_task_threadsafe", options)
-            loop = self._ledger.home.loop_for_others()
-            if self._refusal is not None:
-                self._raise_closed(options.get("name") or function_name(work))
-        except BaseException:
-            close_quietly(work)
-            raise
-        return self._ledger.threads.create_in_loop(
-            loop, work, lambda coro: where().create_task(coro, **options)
-        )
-
     def _limiters(self) -> tuple[Limiter, ...]:
         """The limiters that a new task counts against: the group's own, and the manager's."""
         shared = self._ledger.places.limiter
@@ -398,13 +391,13 @@ class Creation(Named):
         )
 
     def _start_late_span(
-        self, coro: Coroutine[Any, Any, Any], detached: bool, task: ManagedTask[Any], starts: bool
+        self, coro: Coroutine[Any, Any, Any], new_trace: bool | None, task: ManagedTask[Any], starts: bool
     ) -> None:
         """Start the span of a task that had to wait, in its own context, with the time of its creation.
 
         Args:
             coro: The user's coroutine.
-            detached: The span starts a new trace.
+            new_trace: Whether the span starts a new trace; None leaves that to the manager.
             task: The task; it has got its place, or was cancelled before that.
             starts: The task has got its place.
         """
@@ -424,7 +417,7 @@ class Creation(Named):
                 task._key,
                 coro,
                 task._priority,
-                detached,
+                new_trace,
                 start_time=created,
             )
         if starts:
@@ -438,7 +431,7 @@ def run_first_step(
     base: str,
     context: Context | None,
 ) -> None:
-    """Run the first step of a task that is already in the tables, eagerly (Python 3.12 and later)."""
+    """Run the first step of a task that is already in the tables."""
     ledger = task._group._ledger
     try:
         init_task(task, work, loop=loop, name=base, context=context, eager_start=True)
@@ -452,20 +445,3 @@ def run_first_step(
             if task.done():
                 # For one turn it is in the group without a coroutine: extras tell `request_cancel_all`.
                 extras_of(task)
-
-
-def is_free(context: Context) -> bool:
-    """True if no code is running in this context; otherwise an eager first step cannot run in it."""
-    try:
-        context.run(int)
-    except RuntimeError:
-        return False
-    return True
-
-
-async def announced_first(work: Coroutine[Any, Any, T], ledger: Ledger) -> T:
-    """Notify the listeners of an eager task right before its first step; before that there is no task."""
-    task = asyncio.current_task()
-    if isinstance(task, ManagedTask):
-        ledger.listeners.notify("created", task.info())
-    return await work

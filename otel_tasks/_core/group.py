@@ -15,11 +15,18 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, TypeVarTuple
 
 from otel_tasks._core.awaiters import hosts_of, with_awaiters
 from otel_tasks._core.checks import check_choice, check_count, check_flag, checked_name, checked_seconds
-from otel_tasks._core.coroutines import check_coroutine, close_quietly
+from otel_tasks._core.coroutines import check_coroutine, close_quietly, function_name
 from otel_tasks._core.creation import Creation
 from otel_tasks._core.current import current_group_or_none, current_root, nearest_open, stand_in
 from otel_tasks._core.events import CancelCause
-from otel_tasks._core.options import NamedTaskOptions, check_option_names, with_options_of
+from otel_tasks._core.options import (
+    GroupOptions,
+    NamedTaskOptions,
+    Trace,
+    check_option_names,
+    check_options,
+    with_options_of,
+)
 from otel_tasks._core.places import Limiter, checked_limiter
 from otel_tasks._core.progress import add_up
 from otel_tasks._core.scope import OnError, Scope
@@ -70,6 +77,7 @@ class TaskGroup(Creation):
         max_queue: How many tasks may wait for a place, at least 0; the next one is refused. None means no
             limit.
         span: Give the block a span of its own.
+        trace: Whether its tasks start new traces, as for ``create_task``.
         manager: The manager of the tasks. None means the manager of the request or managed task that creates
             the group, or else the global manager.
 
@@ -97,6 +105,7 @@ class TaskGroup(Creation):
         max_concurrency: int | None = None,
         max_queue: int | None = None,
         span: bool = False,
+        trace: Trace | None = None,
         manager: Manager | None = None,
     ) -> None:
         root: TaskGroup = current_root() if manager is None else manager._root
@@ -105,6 +114,7 @@ class TaskGroup(Creation):
         self._set_up(root._ledger, label, None)
         check_flag("span", span)
         self._scope = Scope(on_error, checked_seconds("timeout", timeout), span=span)
+        self._scope.options = None if trace is None else GroupOptions(trace=trace)
         self._limit(checked_limiter(max_concurrency, max_queue))
         self._refuse("has not been entered")
 
@@ -182,6 +192,30 @@ class TaskGroup(Creation):
             >>> price = group.create_task_threadsafe(fetch_price(7)).result(timeout=5.0)
         """
         return self._hand_over(work, lambda: self, options)
+
+    def _hand_over(
+        self,
+        work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
+        where: Callable[[], TaskGroup],
+        options: NamedTaskOptions,
+    ) -> concurrent.futures.Future[T]:
+        """Schedule the creation of a task in the loop, by the group that ``where`` returns there."""
+        try:
+            if not asyncio.iscoroutine(work) and not callable(work):
+                raise TypeError(
+                    "create_task_threadsafe() takes a coroutine, or a function that makes one, "
+                    f"got {work!r}: write create_task_threadsafe(work(...)) with `async def work(...)`"
+                )
+            check_options("create_task_threadsafe", options)
+            loop = self._ledger.home.loop_for_others()
+            if self._refusal is not None:
+                self._raise_closed(options.get("name") or function_name(work))
+        except BaseException:
+            close_quietly(work)
+            raise
+        return self._ledger.threads.create_in_loop(
+            loop, work, lambda coro: where().create_task(coro, **options)
+        )
 
     @with_options_of(Creation._create)
     def run_in_thread(
@@ -293,6 +327,15 @@ class TaskGroup(Creation):
     @max_concurrency.setter
     def max_concurrency(self, limit: int | None) -> None:
         check_count("max_concurrency", limit, 1)
+        self._set_limit(limit, None if self._limiter is None else self._limiter.max_queue)
+
+    def _configure(self, options: GroupOptions) -> None:
+        """Set the options of a labeled group."""
+        self._set_options(options)
+        if options.max_concurrency is not None:
+            self._set_limit(options.max_concurrency, options.max_queue)
+
+    def _set_limit(self, limit: int | None, max_queue: int | None) -> None:
         limiter = self._limiter or Limiter(None, None)
         if self._limiter is None:
             self._limit(limiter)
@@ -301,7 +344,7 @@ class TaskGroup(Creation):
         self._ledger.places.limited.discard(self)
         if limit is not None and not self.scoped:
             self._ledger.places.limited.add(self)
-        self._ledger.places.change_limit(limiter, limit)
+        self._ledger.places.change_limit(limiter, limit, max_queue)
 
     def group(
         self,
@@ -312,6 +355,7 @@ class TaskGroup(Creation):
         max_concurrency: int | None = None,
         max_queue: int | None = None,
         span: bool = False,
+        trace: Trace | None = None,
     ) -> TaskGroup:
         """Create a scoped group below this one, to be entered with ``async with``.
 
@@ -323,6 +367,7 @@ class TaskGroup(Creation):
                 apply to them. None means no limit.
             max_queue: How many tasks may wait for a place, at least 0. None means no limit.
             span: Give the block a span of its own.
+            trace: Whether its tasks start new traces, as for ``create_task``.
 
         Returns:
             The group, to be entered once.
@@ -342,6 +387,7 @@ class TaskGroup(Creation):
             max_concurrency=max_concurrency,
             max_queue=max_queue,
             span=span,
+            trace=trace,
         )
         group._hang_below(self)
         return group
@@ -433,6 +479,8 @@ class TaskGroup(Creation):
         # A cause inherited from above does not cancel the body: the host of the group above decides.
         cancelled_before = self._cause
         self._open(self._place(outer))
+        if scope.options is not None:
+            self._set_options(scope.options)
         if scope.wants_span:
             self._start_span()
         scope.enter(self, host, loop)
@@ -470,6 +518,7 @@ class TaskGroup(Creation):
             if scope.outer is not None and scope.outer._linked:
                 ledger.hosts[host] = scope.outer
         scope.close()
+        ledger.options.pop(self, None)
         self._refuse("is finished")
         self._sealed = True
         self._leave_tree()

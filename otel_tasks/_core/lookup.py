@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from otel_tasks._core.checks import checked_name
 from otel_tasks._core.coroutines import close_quietly
 from otel_tasks._core.group import TaskGroup
+from otel_tasks._core.options import GroupOptions
+from otel_tasks._core.places import checked_limiter
 from otel_tasks.exceptions import TaskNotFoundError
 
 if TYPE_CHECKING:
@@ -64,6 +66,35 @@ class Lookup:
         group = self._ledger.labels.get(name)
         return self._make_label(name) if group is None else group
 
+    def label_with(self, name: str, options: GroupOptions) -> TaskGroup:
+        """Return the labeled group of this name; the first call with options sets them.
+
+        Raises:
+            ValueError: The group has other options, or it is the root.
+        """
+        # Checked before the group exists.
+        checked_limiter(options.max_concurrency, options.max_queue)
+        group = self.label(name)
+        if options == GroupOptions():
+            return group
+        known = self._ledger.options.get(group)
+        if known is None:
+            self._configure(group, options)
+        elif known != options:
+            raise ValueError(
+                f"group {name!r} has been given other options before: get_group({name!r}, {known}), and now "
+                f"get_group({name!r}, {options}); set them once, and call get_group({name!r}) elsewhere"
+            )
+        return group
+
+    def _configure(self, group: TaskGroup, options: GroupOptions) -> None:
+        if group is self._root:
+            raise ValueError(
+                f"the root group has the options of its manager, got get_group('root', {options}): "
+                f"write TaskManager({options})"
+            )
+        group._configure(options)
+
     def groups(self, group: str | TaskGroup) -> list[TaskGroup]:
         """Return the groups that a name, an id, or a group object refers to; none if the name is unknown."""
         if isinstance(group, TaskGroup):
@@ -89,7 +120,7 @@ class Lookup:
         node = self._known_group(group)
         if node is None:
             return None
-        task = self._ledger.by_uid(name) or node._find(name) or self._task_anywhere(name)
+        task = self._ledger.uids.find(name) or node._find(name) or self._task_anywhere(name)
         # The root's table has the tasks of all labels, and an id may belong to any group's task.
         return task if task is not None and task._group is node else None
 
@@ -150,7 +181,7 @@ class Lookup:
 
     def _task_anywhere(self, name: str) -> ManagedTask[Any] | None:
         # The uid first, so that no chosen name can shadow it.
-        task = self._ledger.by_uid(name) or self._root._find(name)
+        task = self._ledger.uids.find(name) or self._root._find(name)
         if task is not None:
             return task
         # An id is a group id, a slash, and a name; both may contain slashes.

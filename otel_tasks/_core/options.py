@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextvars import Context
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, TypeVar
 
@@ -16,6 +17,26 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound="Callable[..., Any]")
 
 OnConflict = Literal["error", "suffix", "return", "replace"]
+Trace = Literal["child", "new"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupOptions:
+    """The options of a group, and the defaults of its tasks; None where it has none."""
+
+    max_concurrency: int | None = None
+    max_queue: int | None = None
+    timeout: float | None = None
+    trace: Trace | None = None
+
+    def __post_init__(self) -> None:
+        checked_seconds("timeout", self.timeout)
+        starts_trace(self.trace)
+
+    def __str__(self) -> str:
+        """The options that are set, as they are written in a call."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ", ".join(f"{name}={value!r}" for name, value in values.items() if value is not None)
 
 
 class FromManager(Enum):
@@ -37,7 +58,7 @@ class TaskOptions(TypedDict, total=False):
     queue_timeout: float | None
     metadata: Mapping[str, Any] | None
     on_conflict: OnConflict
-    detached: bool
+    trace: Trace | None
     context: Context | None
     eager_start: bool | None
 
@@ -88,6 +109,19 @@ def check_options(function: str, options: Mapping[str, Any]) -> None:
     checked_seconds("timeout", options.get("timeout"))
     checked_seconds("queue_timeout", options.get("queue_timeout"))
     check_choice("on_conflict", options.get("on_conflict", "suffix"), OnConflict)
+    starts_trace(options.get("trace"))
+
+
+def starts_trace(trace: Trace | None) -> bool | None:
+    """Return whether a task with this option starts a new trace; None leaves it to a wider default.
+
+    Raises:
+        ValueError: It is not one of the choices.
+    """
+    if trace is None:
+        return None
+    check_choice("trace", trace, Trace)
+    return trace == "new"
 
 
 def check_option_names(function: str, options: Mapping[str, Any]) -> None:

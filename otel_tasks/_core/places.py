@@ -316,8 +316,9 @@ class Places:
         self._grant(release(ticket))
         self.wake_producer()
 
-    def change_limit(self, limiter: Limiter, limit: int | None) -> None:
+    def change_limit(self, limiter: Limiter, limit: int | None, max_queue: int | None) -> None:
         """Set a limit, and start the tasks that have room now."""
+        limiter.max_queue = max_queue
         self._grant(set_limit(limiter, limit))
         self.wake_producer()
 

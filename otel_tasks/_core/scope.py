@@ -20,6 +20,7 @@ from otel_tasks._core.state import CancelKind
 from otel_tasks._core.telemetry.context import span_context
 
 if TYPE_CHECKING:
+    from otel_tasks._core.options import GroupOptions
     from otel_tasks._core.telemetry import Span
 
 OnError = Literal["cancel", "isolate"]
@@ -75,6 +76,8 @@ class Scope:
         self.on_error = on_error
         self.timeout = timeout
         self.wants_span = span
+        # Set by the group: the defaults of its tasks.
+        self.options: GroupOptions | None = None
         self.entered = False
         # None before the block and after it, so that the scope does not keep the task alive.
         self.host: asyncio.Task[Any] | None = None

@@ -5,7 +5,8 @@ Rules, each with a test of its own:
 1. A service is a *supervisor*, the handle that ``start_service`` returns, and its *attempts*, one after
    another, each a managed task: ``prices#1``, ``prices#2``.
 2. The supervisor has no span, which would be exported only when the application ends, and takes no place
-   under a limit. Each attempt has its own trace, linked to the attempt before it, and takes a place.
+   under a limit. Each attempt has its own trace, linked to the attempt before it, and takes a place. So has
+   each task that an attempt starts: the trace of an attempt may never end.
 3. Only a failure leads to another attempt: an exception, or a CancelledError that no request caused. An
    attempt that returns, or that is cancelled, ends the service, as with systemd's ``Restart=on-failure`` and
    Erlang's ``transient``. A policy may count returning as a failure (Erlang's ``permanent``).
@@ -19,6 +20,7 @@ Rules, each with a test of its own:
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
@@ -32,7 +34,7 @@ from otel_tasks._core.log import log_fields, logger, text_of
 from otel_tasks._core.native import asyncio_cancel, cancel_message
 from otel_tasks._core.state import CancelKind, TaskStatus
 from otel_tasks._core.task import cause_at_end, extras_of, request_cancel
-from otel_tasks._core.telemetry.spans import link_restart
+from otel_tasks._core.telemetry.spans import link_restart, prepare_attempts
 from otel_tasks.exceptions import ManagerClosedError
 
 if TYPE_CHECKING:
@@ -76,11 +78,12 @@ async def start_supervisor(
         service.run(),
         name,
         priority,
-        None,
+        # Its group's default is meant for tasks that end.
+        math.inf,
         None,
         metadata,
         on_conflict,
-        False,
+        None,
         # Not the caller's: the supervisor's log records would stand under the caller's trace for days.
         Context(),
         False,
@@ -110,6 +113,8 @@ class Service(Generic[T]):
         self._metadata = metadata
         # Each attempt gets a copy, so that it does not see what another one has set.
         self._context = copy_context()
+        # The trace of an attempt lasts as long as the attempt: what it starts has traces of its own.
+        prepare_attempts(self._context)
         self._failures = Failures(policy)
         self._attempts = 0
 
@@ -146,7 +151,8 @@ class Service(Generic[T]):
                 name=AttemptName(f"{service.get_name()}#{self._attempts}"),
                 priority=self._priority,
                 metadata=self._metadata,
-                detached=True,
+                timeout=math.inf,
+                trace="new",
                 context=self._context.copy(),
                 # It could fail before the service waits for it, and be reported as unawaited.
                 eager_start=False,

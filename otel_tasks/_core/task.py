@@ -497,9 +497,9 @@ def uid_of(task: ManagedTask[Any]) -> str:
             if extras.uid is None:
                 # 128 random bits cannot be guessed. From a counter, a client could guess other clients' uids.
                 uid = token_urlsafe(16)
-                task._group._ledger.note_uid(task, uid)
+                task._group._ledger.uids.add(task, uid)
                 extras.uid = uid
-        task._group._ledger.record_uid(task)
+        task._group._ledger.uids.record(task)
     return extras.uid
 
 

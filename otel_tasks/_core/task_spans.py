@@ -49,10 +49,13 @@ def start_task_span(
     key: Key,
     coro: Coroutine[Any, Any, Any],
     priority: TaskPriority,
-    detached: bool,
+    new_trace: bool | None,
     start_time: int | None = None,
 ) -> Span | None:
-    """Start a task's span; call it in the context of the task."""
+    """Start a task's span; call it in the context of the task.
+
+    ``new_trace`` is None where neither the task nor its group decides.
+    """
     name = low_cardinality(base)
     full = full_name(base, key)
     group_name, group_id, scoped = group._label or group._labels()
@@ -67,7 +70,7 @@ def start_task_span(
     }
     try:
         parent = None if group._span is None else group._span.parent()
-        return start_span(tracer, name, attributes, parent=parent, detached=detached, start_time=start_time)
+        return start_span(tracer, name, attributes, parent=parent, new_trace=new_trace, start_time=start_time)
     except Exception:
         group._ledger.log_once("starting a span for task %r raised", full)
         return None

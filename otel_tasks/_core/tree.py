@@ -12,7 +12,6 @@ Everything here is sync. Rules, each with a test of its own:
 from __future__ import annotations
 
 import itertools
-from contextlib import suppress
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -23,6 +22,7 @@ from otel_tasks._core.loop import Home, Shutdown
 from otel_tasks._core.records import Counters, History, Listeners, TaskStats
 from otel_tasks._core.task import ManagedTask, extras_of, request_cancel_all
 from otel_tasks._core.telemetry import end_group_span, low_cardinality
+from otel_tasks._core.uids import Uids
 
 if TYPE_CHECKING:
     import asyncio
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from otel_tasks._core.binding import Binding
     from otel_tasks._core.group import TaskGroup
     from otel_tasks._core.names import Key, Numbers
+    from otel_tasks._core.options import GroupOptions
     from otel_tasks._core.parts import Ending, LossReport, Threads
     from otel_tasks._core.places import Limiter, Places
     from otel_tasks._core.scope import Scope
@@ -109,7 +110,7 @@ class Node:
         self._refusal = None
         self._scope = None
         self._limiter = None
-        # It has neither a refusal nor a limiter: creation reads this one attribute for each task.
+        # It has no refusal, no limiter, and no options: creation reads this one attribute for each task.
         self._takes_plain_tasks = True
         # How many of the live tasks wait for a place.
         self._queued = 0
@@ -337,7 +338,12 @@ class Node:
     def _limit(self, limiter: Limiter | None) -> None:
         """Count new tasks against this limiter; None removes the group's limit."""
         self._limiter = limiter
-        self._takes_plain_tasks = self._refusal is None and limiter is None
+        self._takes_plain_tasks = not (self._refusal or limiter or self in self._ledger.options)
+
+    def _set_options(self, options: GroupOptions) -> None:
+        """Set the defaults of new tasks; an empty labeled group that has some is not forgotten."""
+        self._ledger.options[self] = options
+        self._takes_plain_tasks = False
 
     def _count_for(self, limiter: Limiter, *, before: bool) -> None:
         """Count the live tasks against a limiter that was set after they were created.
@@ -468,12 +474,13 @@ class Ledger:
         self.in_code = "manager"
         # Labeled groups: weak, so that an empty one costs nothing.
         self.labels: WeakValueDictionary[str, TaskGroup] = WeakValueDictionary()
+        # The options of the groups that have some; those of the root are the manager's.
+        self.options: dict[Node, GroupOptions] = {}
         # Open scoped groups by their number.
         self.scopes: dict[int, TaskGroup] = {}
         # The innermost open scoped group of each host task: `async with` inside `async with` nests.
         self.hosts: dict[asyncio.Task[Any], TaskGroup] = {}
-        # Tasks whose uid has been read; weak, since an ended task is in the history.
-        self.uids: WeakValueDictionary[str, ManagedTask[Any]] = WeakValueDictionary()
+        self.uids = Uids(self.home, self.history)
         # The next number of a scoped group. Atomic, because threads make groups too.
         self.next_number = itertools.count(1).__next__
         self.created = 0
@@ -531,34 +538,12 @@ class Ledger:
         # Bounded: int() refuses very long numbers, and the id may come from a client.
         return self.scopes.get(int(number)) if number.isdecimal() and len(number) < 19 else None
 
-    def by_uid(self, uid: str) -> ManagedTask[Any] | None:
-        """Find a live task by its uid."""
-        task = self.uids.get(uid)
-        return task if task is not None and task._group._live.get(task._key) is task else None
-
-    def note_uid(self, task: ManagedTask[Any], uid: str) -> None:
-        """Register a live task under its uid."""
-        self.uids[uid] = task
-
-    def record_uid(self, task: ManagedTask[Any]) -> None:
-        """Add the uid to a task's record in the history, if the task has ended before its uid was read."""
-        loop = self.home.elsewhere()
-        if loop is None:
-            self._record_uid(task)
-        else:
-            with suppress(RuntimeError):  # The loop is closed: no task ends in it any more.
-                loop.call_soon_threadsafe(self._record_uid, task, context=Context())
-
-    def _record_uid(self, task: ManagedTask[Any]) -> None:
-        if task.done():
-            self.history.note_uid(task.info())
-
     # -- called by the loop, see `loop.Occupant` --------------------------------------------
 
     @property
     def has_special_tasks(self) -> bool:
-        """True if a listener or the manager's limit applies to every task."""
-        return bool(self.listeners.functions) or self.places.limiter.limit is not None
+        """True if a listener, or the manager's limit or options, apply to every task."""
+        return bool(self.listeners.functions or self.places.limiter.limit) or self.root in self.options
 
     def lose_tasks(self) -> None:
         """Drop all live tasks: their loop was closed before they ended."""

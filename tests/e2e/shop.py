@@ -25,7 +25,7 @@ async def basket() -> dict[str, int | str]:
     total = 0
     for item in ("apples", "pears"):
         total += await create_task(price(item), name=f"price-of-{item}", priority=TaskPriority.HIGH)
-    global_task_manager.create_task(price("mail"), name="mail", group="outbox", detached=True)
+    global_task_manager.create_task(price("mail"), name="mail", group="outbox", trace="new")
     return {"total": total, "group": current_group().name}
 
 

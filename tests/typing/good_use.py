@@ -82,7 +82,7 @@ async def creating(manager: TaskManager) -> None:
             timeout=1.5,
             metadata={"order": 1},
             on_conflict="replace",
-            detached=True,
+            trace="new",
             context=copy_context(),
         ).result(),
         int,

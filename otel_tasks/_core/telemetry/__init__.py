@@ -41,6 +41,7 @@ from otel_tasks._core.telemetry.spans import (
     link_restart,
     note_cancel_requested,
     note_started,
+    prepare_attempts,
     start_group_span,
     start_span,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "note_cancel_requested",
     "note_disconnect",
     "note_started",
+    "prepare_attempts",
     "quiet_context",
     "route_in",
     "set_default_providers",

@@ -44,6 +44,11 @@ _ERRONEOUS = (Outcome.ERROR, Outcome.TIMEOUT, Outcome.ABANDONED)
 
 # In the context of a service's next attempt: the span of the previous one.
 _PREDECESSOR = otel_context.create_key("otel_tasks.predecessor")
+# In the context of a service's next attempt: _NEXT. In that of the attempt: _RUNNING; each task that it
+# starts has a trace of its own. Below such a task: None.
+_SERVICE = otel_context.create_key("otel_tasks.service")
+_NEXT = "next"
+_RUNNING = "running"
 _DESCRIPTION_LIMIT = 256
 
 
@@ -80,7 +85,7 @@ def start_span(
     attributes: Mapping[str, Any],
     *,
     parent: Span | None,
-    detached: bool,
+    new_trace: bool | None,
     start_time: int | None = None,
 ) -> Span:
     """Start a span and make it current in the context that this runs in.
@@ -93,8 +98,9 @@ def start_span(
         name: The span's name, of low cardinality.
         attributes: The attributes that samplers may read.
         parent: The parent; None is the current span.
-        detached: Start a new trace, with a link to the span that would have been the parent, or to the one
-            that ``link_restart`` has set.
+        new_trace: Start a new trace, with a link to the span that would have been the parent, or to the one
+            that ``link_restart`` has set. None: only what an attempt of a service starts outside of a group
+            with a span, because the attempt's own trace may have no end.
         start_time: Nanoseconds since the epoch; None is now.
 
     Raises:
@@ -104,8 +110,13 @@ def start_span(
     if parent is not None:
         surroundings = trace.set_span_in_context(parent, surroundings)
     links = None
-    if detached:
-        links = _links_of_detached(surroundings)
+    if _SERVICE in surroundings:
+        service = otel_context.get_value(_SERVICE, surroundings)
+        if new_trace is None:
+            new_trace = service is not None and parent is None
+        surroundings = otel_context.set_value(_SERVICE, _RUNNING if service is _NEXT else None, surroundings)
+    if new_trace:
+        links = _links_of_root(surroundings)
         # Only the task itself has the predecessor, not what it starts in turn.
         surroundings = otel_context.set_value(_PREDECESSOR, None, surroundings)
         surroundings = trace.set_span_in_context(INVALID_SPAN, surroundings)
@@ -127,7 +138,7 @@ def start_span(
     return span
 
 
-def _links_of_detached(surroundings: otel_context.Context) -> list[Link] | None:
+def _links_of_root(surroundings: otel_context.Context) -> list[Link] | None:
     predecessor = otel_context.get_value(_PREDECESSOR, surroundings)
     if isinstance(predecessor, SpanContext):
         return [Link(predecessor, {LINK: "restart_of"})]
@@ -135,14 +146,22 @@ def _links_of_detached(surroundings: otel_context.Context) -> list[Link] | None:
     return None if creator is None else [Link(creator, {LINK: "spawned_by"})]
 
 
+def prepare_attempts(context: contextvars.Context) -> None:
+    """Let a task that starts in a copy of ``context`` give each task that it starts a trace of its own."""
+    _set_in(context, _SERVICE, _NEXT)
+
+
 def link_restart(context: contextvars.Context, predecessor: Span) -> None:
     """Let the next span that starts a new trace in ``context`` link to the span that it replaces."""
+    _set_in(context, _PREDECESSOR, span_context(predecessor))
 
-    def set_predecessor() -> None:
-        otel_context.attach(otel_context.set_value(_PREDECESSOR, span_context(predecessor)))
+
+def _set_in(context: contextvars.Context, key: str, value: object) -> None:
+    def attach() -> None:
+        otel_context.attach(otel_context.set_value(key, value))
 
     try:
-        context.run(set_predecessor)
+        context.run(attach)
     except Exception:
         log_otel_error("attaching a context")
 
@@ -279,7 +298,12 @@ def start_group_span(
     """Start the span of a scoped group, below ``outer``, the span of the group around it."""
     around = trace.get_current_span()
     span = contextvars.copy_context().run(
-        start_span, tracer, name, attributes, parent=None if outer is None else outer.parent(), detached=False
+        start_span,
+        tracer,
+        name,
+        attributes,
+        parent=None if outer is None else outer.parent(),
+        new_trace=False,
     )
     return GroupSpan(span, around)
 

@@ -1,0 +1,360 @@
+"""Starting: how a manager starts work, in its root or in a group of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
+
+from otel_tasks._core.checks import checked_name
+from otel_tasks._core.coroutines import check_factory, close_quietly, made_coroutine
+from otel_tasks._core.group import TaskGroup
+from otel_tasks._core.options import with_options_of
+from otel_tasks._core.service import DEFAULT_POLICY, start_supervisor
+from otel_tasks._core.state import TaskPriority
+
+if TYPE_CHECKING:
+    import concurrent.futures
+    from collections.abc import Callable, Coroutine, Mapping
+    from contextvars import Context
+    from typing import Unpack
+
+    from otel_tasks._core.backoff import RestartPolicy
+    from otel_tasks._core.lookup import Lookup
+    from otel_tasks._core.options import NamedTaskOptions, OnConflict, TaskOptions, Trace
+    from otel_tasks._core.task import ManagedTask
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
+
+
+class Starting:
+    """The part of a manager that starts work."""
+
+    # The manager sets both.
+    _root: TaskGroup
+    _lookup: Lookup
+
+    @with_options_of(TaskGroup._create)
+    def create_task(
+        self,
+        coro: Coroutine[Any, Any, T],
+        *,
+        name: str | None = None,
+        group: str | TaskGroup | None = None,
+        priority: TaskPriority | int = TaskPriority.NORMAL,
+        **options: Unpack[TaskOptions],
+    ) -> ManagedTask[T]:
+        """Create a task; like ``asyncio.create_task``, it runs from the next iteration of the event loop.
+
+        ``help(otel_tasks)`` shows where a task goes, and what ends it, for each way to start one.
+
+        Args:
+            coro: The coroutine to run; closed if the task is refused.
+            name: Unique among the live tasks, at most 200 characters, without ``#`` and control characters.
+                None means the function's name, with a number if that name is taken.
+            group: A labeled group, created on first use (dots nest: ``"ingest.fetch"``), or a group object.
+                None means the manager's root, never the current group; the function ``create_task`` uses
+                that one.
+            priority: How urgent the task is.
+            timeout: Seconds from now, at least 0, after which the task is cancelled and fails with
+                ``TimeoutError``. None means no limit.
+            queue_timeout: Seconds, at least 0, that the task may wait for a place under ``max_concurrency``;
+                after that, it fails with ``TimeoutError`` and never runs. None means no limit.
+            metadata: Kept with the task and its record, never put on spans.
+            on_conflict: What happens if a live task has the name: ``"suffix"`` adds a number, ``"error"``
+                raises, ``"return"`` returns the live task, ``"replace"`` cancels it and starts the new one
+                when it has ended.
+            trace: ``"new"`` starts a new trace, linked to the current span; ``"child"`` makes the task's span
+                its child. None means what the group or the manager sets, or else ``"child"``, and in a
+                service ``"new"``, because the trace of a service may have no end.
+            context: The context to run in; None means a copy of the current one. With tracing, the task runs
+                in a copy of ``context``.
+            eager_start: Run the first step now (Python 3.12; ignored before). None means the manager's
+                setting, or True if the loop's task factory starts tasks eagerly.
+
+        Returns:
+            The task; with ``on_conflict="return"``, possibly a live one.
+
+        Raises:
+            TaskExistsError: The name is taken and ``on_conflict`` is ``"error"``.
+            ManagerClosedError: The manager is shut down.
+            GroupClosedError: ``group`` takes no new tasks.
+            QueueFullError: No place is free, and no more tasks may wait.
+            WrongThreadError: No event loop runs in this thread.
+            WrongLoopError: The manager has live tasks in another loop.
+            TypeError: ``coro`` is not a coroutine, or an option has the wrong type.
+            ValueError: A name is not valid, an option is out of its range, or ``group`` belongs to another
+                manager.
+
+        Telemetry: a span named after the task, from now to the task's end.
+
+        Example:
+            >>> task = manager.create_task(send_mail(user), group="mail")
+        """
+        where = self._root if group is None else self._lookup.group(group, coro)
+        if options:
+            return where._create_with(coro, name, priority, options)
+        return where.create_task(coro, name=name, priority=priority)
+
+    @with_options_of(TaskGroup._create)
+    def create_task_threadsafe(
+        self,
+        work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
+        *,
+        group: str | TaskGroup | None = None,
+        **options: Unpack[NamedTaskOptions],
+    ) -> concurrent.futures.Future[T]:
+        """Create a task from another thread; see ``TaskGroup.create_task_threadsafe``.
+
+        Args:
+            work: A coroutine, or a function that returns one; the function is called in the event loop.
+            group: As for ``create_task``.
+            **options: As for ``create_task``.
+
+        Returns:
+            A future that ends with the task; its ``cancel()`` cancels the task.
+
+        Raises:
+            GroupClosedError: ``group`` takes no new tasks.
+            ManagerClosedError: The manager is shut down.
+            WrongLoopError: The manager has not been used in an event loop yet, or that loop is closed.
+            TypeError: ``work`` is neither a coroutine nor a function, or an option has the wrong type.
+            ValueError: An option is out of its range, or ``group`` belongs to another manager.
+
+        Telemetry: as for ``create_task``; the span belongs to the trace of the calling thread.
+
+        Example:
+            >>> manager.create_task_threadsafe(send_mail(user), group="mail").result(timeout=5.0)
+        """
+        if isinstance(group, str):
+            # The label is looked up, or created, in the loop.
+            return self._root._hand_over(work, lambda: self._lookup.label(group), options)
+        where = self._root if group is None else self._lookup.group(group, work)
+        return where.create_task_threadsafe(work, **options)
+
+    @with_options_of(TaskGroup._create)
+    def run_in_thread(
+        self,
+        function: Callable[[*Args], T],
+        /,
+        *args: *Args,
+        group: str | TaskGroup | None = None,
+        abandon: bool = False,
+        **options: Unpack[NamedTaskOptions],
+    ) -> ManagedTask[T]:
+        """Create a task that calls a plain function in a thread; see ``TaskGroup.run_in_thread``.
+
+        Args:
+            function: The function to call.
+            *args: Its arguments.
+            group: As for ``create_task``.
+            abandon: True ends a cancelled task at once, and its thread runs on; False waits for the
+                function.
+            **options: As for ``create_task``.
+
+        Returns:
+            The task; its result is what the function returns.
+
+        Raises:
+            GroupClosedError: ``group`` takes no new tasks.
+            ManagerClosedError: The manager is shut down.
+            QueueFullError: No place is free, and no more tasks may wait.
+            TypeError: ``function`` is not a plain function, or an option has the wrong type.
+            ValueError: An option is out of its range, or ``group`` belongs to another manager.
+
+        Telemetry: as for ``create_task``; spans of the function are below the task's span.
+
+        Example:
+            >>> task = manager.run_in_thread(render, page, group="render", timeout=30.0)
+        """
+        where = self._root if group is None else self._lookup.group(group, function)
+        return where.run_in_thread(function, *args, abandon=abandon, **options)
+
+    @with_options_of(TaskGroup._create)
+    async def put_task(
+        self,
+        coro: Coroutine[Any, Any, T],
+        *,
+        group: str | TaskGroup | None = None,
+        **options: Unpack[NamedTaskOptions],
+    ) -> ManagedTask[T]:
+        """Create a task; if the queue is full, wait for room first.
+
+        ``put_task`` is to ``create_task`` what ``asyncio.Queue.put`` is to ``put_nowait``: it waits where
+        ``create_task`` raises ``QueueFullError``. The parameters are the same.
+
+        Args:
+            coro: The coroutine to run; closed if the task is refused.
+            group: As for ``create_task``.
+            **options: As for ``create_task``.
+
+        Returns:
+            The task, which may still wait for a place.
+
+        Raises:
+            GroupClosedError: The group takes no new tasks, or stopped taking them during the wait.
+            ManagerClosedError: The manager is shut down, or was shut down during the wait.
+            WrongLoopError: The manager has live tasks in another loop.
+            TypeError: ``coro`` is not a coroutine, or an option has the wrong type.
+            ValueError: An option is out of its range, or ``group`` belongs to another manager.
+
+        Cancellation: cancelling the caller during the wait closes ``coro``; no task is created.
+
+        Telemetry: as for ``create_task``.
+
+        Example:
+            >>> for url in urls:
+            ...     await manager.put_task(fetch(url), group="crawl")
+        """
+        where = self._root if group is None else self._lookup.group(group, coro)
+        return await where.put_task(coro, **options)
+
+    async def start_task(
+        self,
+        name: str,
+        factory: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T],
+        *,
+        group: str | TaskGroup | None = None,
+        priority: TaskPriority | int = TaskPriority.NORMAL,
+        timeout: float | None = None,
+        queue_timeout: float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        on_conflict: OnConflict = "error",
+        cancel_existing: bool = False,
+        trace: Trace | None = None,
+        context: Context | None = None,
+        eager_start: bool | None = None,
+    ) -> ManagedTask[T]:
+        """Start a task by name and keep its result with its record, for ``wait_for_task``.
+
+        Args:
+            name: Unique among the live tasks.
+            factory: Returns the coroutine: ``lambda: work(1)``, or the coroutine function itself. It can
+                also be a coroutine. A factory is not called if the task is refused.
+            group: As for ``create_task``.
+            priority: How urgent the task is.
+            timeout: Seconds from the task's creation after which it is cancelled. None means no limit.
+            queue_timeout: Seconds that the task may wait for a place. None means no limit.
+            metadata: Kept with the task and its record.
+            on_conflict: As for ``create_task``, except that the default is ``"error"``.
+            cancel_existing: The same as ``on_conflict="replace"``.
+            trace: As for ``create_task``.
+            context: The context to run in.
+            eager_start: As for ``create_task``.
+
+        Returns:
+            The live task. ``start_task`` does not wait for its end.
+
+        Raises:
+            TaskExistsError: A live task has the name, and ``on_conflict`` is ``"error"``.
+            GroupClosedError: ``group`` takes no new tasks.
+            ManagerClosedError: The manager is shut down.
+            QueueFullError: No place is free, and no more tasks may wait.
+            WrongLoopError: The manager has live tasks in another loop.
+            RuntimeError: The calling task is the one to replace.
+            TypeError: ``factory`` does not return a coroutine, or an option has the wrong type.
+            ValueError: ``name`` is not valid, an option is out of its range, or ``group`` belongs to another
+                manager.
+
+        It also raises what ``factory`` raises.
+
+        Cancellation: cancelling the caller while it waits for the end of the task to replace starts no new
+        task; the old task stays cancelled.
+
+        Telemetry: as for ``create_task``.
+
+        Example:
+            >>> await manager.start_task("import", lambda: run_import(file))
+            >>> await manager.wait_for_task("import")
+        """
+        if cancel_existing:
+            on_conflict = "replace"
+        try:
+            checked_name("task", name, 'name it after its work, as in start_task("import", work)')
+            where = self._root if group is None else self._lookup.group(group)
+            if on_conflict == "replace":
+                check_factory(factory)
+                await where._clear_name(name, f"replaced by a new task {name!r}")
+            where._admit(name, on_conflict)
+            if on_conflict == "return" and (taken := where._holder(name)) is not None:
+                close_quietly(factory)
+                return taken
+            coro = made_coroutine(factory)
+            return where._open_group()._create(
+                coro,
+                name,
+                priority,
+                timeout,
+                queue_timeout,
+                metadata,
+                on_conflict,
+                trace,
+                context,
+                eager_start,
+                True,
+            )
+        except BaseException:
+            close_quietly(factory)
+            raise
+
+    async def start_service(
+        self,
+        name: str,
+        factory: Callable[[], Coroutine[Any, Any, T]],
+        *,
+        restart: RestartPolicy = DEFAULT_POLICY,
+        group: str | TaskGroup | None = None,
+        priority: TaskPriority | int = TaskPriority.CRITICAL,
+        metadata: Mapping[str, Any] | None = None,
+        on_conflict: OnConflict = "error",
+        drains: bool = False,
+    ) -> ManagedTask[T]:
+        """Start long-running work, and restart it with exponential backoff and jitter when it fails.
+
+        The returned task supervises the attempts. Each attempt is a task of its own: ``prices#1``,
+        ``prices#2``. The supervising task has no span and takes no place under ``max_concurrency``; the
+        attempts do both.
+
+        Args:
+            name: Unique among the live tasks.
+            factory: Returns the coroutine of each attempt: ``lambda: work(1)``, or the coroutine function
+                itself. It runs in a copy of the context that is current now.
+            restart: Which ends count as failures, how long to wait after one, and when to give up.
+            group: A labeled group, by its name or as an object. None means the manager's root.
+            priority: How urgent the service and its attempts are. By default, a shutdown cancels them last.
+            metadata: Kept with the service and with each attempt.
+            on_conflict: As for ``start_task``; ``"replace"`` starts the new service when the old one has
+                ended.
+            drains: True for a service that ends on its own when ``current_cancel_event()`` is set; the grace
+                of a shutdown then waits for it. A service that does not drain is not awaited: it would make
+                every shutdown last its whole grace.
+
+        Returns:
+            The service. It returns what its last attempt returned. It ends cancelled if something cancels an
+            attempt. After giving up, it fails with the last failure.
+
+        Raises:
+            TaskExistsError: A live task has the name.
+            ManagerClosedError: The manager is shut down.
+            ValueError: ``group`` is a scoped group, which ends before a service does, or an argument is not
+                valid.
+            TypeError: ``factory`` cannot be called repeatedly, or ``restart`` is not a policy.
+
+        Each failure is logged as a warning that announces the next attempt. The last failure is the
+        service's own, and is reported like that of any task. During a shutdown nothing is restarted, and
+        unless ``drains`` is set, the service is cancelled after all other tasks have ended.
+
+        Cancellation: cancelling the caller while it waits for the end of the service to replace starts no
+        new service; the old one stays cancelled. Cancelling the service cancels its attempt, for the same
+        cause.
+
+        Telemetry: a span for each attempt, in a trace of its own, linked to the attempt before it
+        (``restart_of``); the first one is linked to the current span. A task that an attempt starts has a
+        trace of its own too, linked to the attempt, unless its ``trace`` is ``"child"``.
+
+        Example:
+            >>> await manager.start_service("prices", refresh_prices, restart=RestartPolicy(max_delay=30))
+        """
+        where = self._root if group is None else self._lookup.group(group, factory)
+        return await start_supervisor(
+            where, name, factory, restart, priority, metadata, on_conflict, drains=drains
+        )
