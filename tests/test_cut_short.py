@@ -199,6 +199,26 @@ async def test_started_response_is_ended_only_by_a_shutdown(
     assert connection.complete == (kind is CancelKind.SHUTDOWN and length is None)
 
 
+@pytest.mark.parametrize("kind", [CancelKind.TIMEOUT, CancelKind.SHUTDOWN])
+async def test_end_that_the_application_sends_too_late_is_sent_for_a_shutdown(
+    manager: TaskManager, kind: CancelKind
+) -> None:
+    """A layer inside (`BaseHTTPMiddleware` is one) ends the response that it has been cut off from."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(dict(START))
+        await send({**BODY, "more_body": True})
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await send({**BODY, "body": b"late"})
+
+    connection = post()
+    await (await cut(app, manager, connection, kind))
+    assert (connection.status, connection.body) == (200, b"done")
+    assert connection.complete == (kind is CancelKind.SHUTDOWN)
+
+
 async def test_complete_response_is_left_alone(manager: TaskManager) -> None:
     """Background tasks run on."""
     ended = []

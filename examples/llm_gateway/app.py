@@ -72,7 +72,11 @@ async def resources(app: FastAPI) -> AsyncIterator[None]:
     await send_the_rest()
 
 
-app = FastAPI(title="LLM gateway", telemetry=TELEMETRY, lifespan=make_lifespan(resources, manager=manager))
+app = FastAPI(
+    title="LLM gateway",
+    telemetry=TELEMETRY,
+    lifespan=make_lifespan(resources, manager=manager, request_grace=10.0),
+)
 app.include_router(debug_routes(manager))
 handle_errors(app)
 

@@ -61,9 +61,13 @@ async def send_client_closed_request(connection: Connection) -> None:
 
 
 async def end_response(connection: Connection) -> None:
-    """End a started response that does not declare its length, so that the server reports no error."""
+    """End a started response that does not declare its length, so that the server reports no error.
+
+    The caller knows that the server does not have the end. ``connection.complete`` does not tell: the end
+    that an application sends too late is dropped.
+    """
     names = {bytes(name).lower() for name, _ in connection.start.get("headers", ())}
-    if connection.scope["type"] == "http" and not connection.complete and b"content-length" not in names:
+    if connection.scope["type"] == "http" and b"content-length" not in names:
         await _send(connection, [{"type": "http.response.body", "body": b"", "more_body": False}])
 
 

@@ -56,7 +56,7 @@ async def finish(request: Request, error: BaseException | None) -> bool:
         return False
     await _end_group(request, error)
     if not request.left or request.stop is None:
-        if error is None and request.sweeper.server_stops and request.start:
+        if error is None and request.sweeper.server_stops and request.start and not request.complete:
             # sse-starlette leaves its streams without an end when uvicorn stops.
             await end_response(request)
         return error is None
@@ -229,6 +229,6 @@ def _end_of_handler(request: Request, stop: Stop, error: BaseException | None) -
 async def _end_answer(request: Request, stop: Stop) -> None:
     if stop.answer is not None:
         await stop.answer
-    elif stop.cause.kind is CancelKind.SHUTDOWN:
+    elif stop.owes_end:
         await end_response(request)
     # After a timeout, a response that has started stays incomplete: its client must not take it for whole.

@@ -211,6 +211,9 @@ class Request(Connection):
             self.stop.answer = self.sweeper.loop.create_task(
                 send_answer(self, cause), name="otel_tasks.answer", context=self.context.copy()
             )
+        elif self.stop is not None:
+            # Noted now: `complete` will be true after an end that the application sends too late.
+            self.stop.owes_end = cause.kind is CancelKind.SHUTDOWN
 
     def _cut_rest(self, cause: CancelCause) -> None:
         """Cancel what runs although nobody waits for an answer any more."""

@@ -82,6 +82,7 @@ class Stop:
         answer: The task that answers a client that is still there; None if there is no such task.
         cause: Why.
         is_forced: The request was cut short: the handler is cancelled whatever the rules say.
+        owes_end: The response has started, and its end is sent for the application.
         is_due: The grace is over: tasks and handler are cancelled as soon as nothing holds that off.
         cancelled_tasks: How many tasks it has cancelled.
         handler_cancelled: It has cancelled the handler's task, once.
@@ -99,12 +100,14 @@ class Stop:
         "handler_cancelled",
         "is_due",
         "is_forced",
+        "owes_end",
         "spared_by",
     )
 
     def __init__(self, request: StoppedRequest, cause: CancelCause, *, is_forced: bool = False) -> None:
         self.cause = cause
         self.is_forced = is_forced
+        self.owes_end = False
         self.answer: asyncio.Task[None] | None = None
         self.is_due = False
         self.cancelled_tasks = 0
