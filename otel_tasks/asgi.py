@@ -208,7 +208,8 @@ async def uncancellable() -> AsyncGenerator[None]:
     then it is, at once. Until then, the application's own listeners do not learn of the disconnect. anyio's
     scopes cancel again at every await: where anyio is imported, the body also runs in a
     ``CancelScope(shield=True)``. Tasks that the body starts with ``create_task()`` or in ``TaskGroup()`` are
-    not cancelled by the disconnect, and the request waits for them before it ends. A shutdown and an explicit
+    not cancelled by the disconnect, and the request waits for them before it ends. A server that stops waits
+    for the block too (``make_lifespan(request_grace=...)``). A shutdown of the manager and an explicit
     ``cancel()`` are *not* held off. Outside of a request it does nothing.
 
     Cancellation: a disconnect is delivered at the end of the block; any other cancellation passes

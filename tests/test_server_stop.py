@@ -250,6 +250,51 @@ async def test_handler_that_ran_on_without_its_client_is_cut_too(
         assert now() == 2.0
 
 
+async def test_grace_of_the_middleware_is_cut_too(server: Server, manager: TaskManager) -> None:
+    """What a disconnect lets run on for a minute does not hold the server up for as long."""
+    tasks = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        tasks.append(create_task(rest()))
+        await rest()
+
+    async with make_lifespan(manager=manager, request_grace=1.0)(FastAPI()):
+        connection = FakeConnection()
+        call = asyncio.create_task(connection.run(TaskGroupMiddleware(app, manager=manager, grace=60.0)))
+        await asyncio.sleep(0.5)
+        connection.disconnect()
+        await asyncio.sleep(0.5)
+        signal.raise_signal(signal.SIGTERM)
+        await call
+        assert now() == 2.0
+    assert tasks[0].cause is not None
+    assert tasks[0].cause.kind is CancelKind.CLIENT_DISCONNECT
+
+
+async def test_shelter_of_a_task_is_waited_for(server: Server, manager: TaskManager) -> None:
+    """A task in `uncancellable()` ends its block, also where the request waits for it."""
+    ends = []
+
+    async def pays() -> None:
+        async with uncancellable():
+            await asyncio.sleep(5.0)
+            ends.append("paid")
+        await rest()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        create_task(pays())
+        await fast(scope, receive, send)
+
+    async with make_lifespan(manager=manager, request_grace=2.0)(FastAPI()):
+        connection = FakeConnection()
+        call = asyncio.create_task(connection.run(TaskGroupMiddleware(app, manager=manager, on_exit="wait")))
+        await settle()
+        signal.raise_signal(signal.SIGTERM)
+        await call
+        assert now() == 5.0
+    assert ends == ["paid"]
+
+
 async def test_request_that_waits_for_its_tasks_is_cut_too(server: Server, manager: TaskManager) -> None:
     """With `on_exit="wait"`, a request that has returned still holds the server up."""
     tasks = []

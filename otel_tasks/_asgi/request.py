@@ -221,10 +221,12 @@ class Request(Connection):
             # It waits for the tasks of its group, which the middleware's `on_exit` lets finish.
             if self.group is not None:
                 self.group.signal_cancel(cause)
-                self.group.cancel_tasks(cause)
+                self.begin_stop(cause).cancel_work()
         elif self.left:
-            # The rules have let the handler run on.
-            self.decide_handler(True)
+            # The rules have let the handler run on, or the grace of the middleware is not over.
+            self.cancel_handler = True
+            if self.stop is not None:
+                self.stop.cancel_work()
         else:
             # Background tasks of a response that has been sent.
             self.left = True

@@ -91,6 +91,8 @@ class _ServerStop:
             handler.leave()
         if self._timer is not None:
             self._timer.cancel()
+        for sweeper in sweepers_of(self._loop):
+            sweeper.server_stops = False
 
     # The sign.
 
