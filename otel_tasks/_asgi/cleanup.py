@@ -76,7 +76,7 @@ class Cleanup:
         """A block of ``uncancellable()`` is open."""
         return bool(self._sheltered)
 
-    def shelters(self, task: asyncio.Task[Any]) -> bool:
+    def shelters(self, task: asyncio.Task[Any] | None) -> bool:
         """Return True if ``task`` is in ``uncancellable()``."""
         return task in self._sheltered
 

@@ -140,6 +140,18 @@ class Connection:
         """Return True while the calling task must not receive the disconnect."""
         raise NotImplementedError
 
+    async def close_streams(self) -> None:
+        """Close the generators that the calling task, in ``send``, iterates for the response."""
+        raise NotImplementedError
+
+    def has_ended_send(self) -> bool:
+        """Return True in the ``send`` that the connection itself has interrupted: nobody is cancelled."""
+        raise NotImplementedError
+
+    async def on_dropped_chunk(self) -> None:
+        """Called when a part of the body is dropped: the client has left, and more parts will follow."""
+        raise NotImplementedError
+
     # The application's side.
 
     async def receive(self) -> Message:
@@ -185,7 +197,7 @@ class Connection:
         Cancellation: forwarded to the server's ``send``.
         """
         if self.left:
-            self._send_late(message)
+            await self._send_late(message)
             return
         kind = message["type"]
         if kind == "http.response.body":
@@ -203,6 +215,15 @@ class Connection:
                 self.complete = False
                 self.send_error = error
                 self._record(self._disconnect_message(), asyncio.current_task)
+            if kind == "http.response.body":
+                await self.close_streams()
+            raise
+        except asyncio.CancelledError:
+            if self.left and self.has_ended_send():
+                await self._send_late(message)
+                return
+            if self.left and kind == "http.response.body":
+                await self.close_streams()
             raise
 
     # The side of the sweeper and the middleware.
@@ -386,18 +407,21 @@ class Connection:
 
     # Below: sending.
 
-    def _send_late(self, message: Message) -> None:
+    async def _send_late(self, message: Message) -> None:
         kind = message["type"]
         if kind.startswith("websocket."):
-            endless = kind in ("websocket.send", "websocket.accept")
-        else:
-            # The rest is dropped, so that a handler that is not cancelled ends normally.
-            more = bool(message.get("more_body", False))
-            endless = more and self._spec_version() >= (2, 4)
-            # As if it had been sent: from here on, the application cleans up.
-            self.complete = kind == "http.response.body" and not more
-        if endless:
-            raise ClientDisconnected(f"cannot send {kind!r}: the client has disconnected")
+            if kind in ("websocket.send", "websocket.accept"):
+                raise _refusal_of(kind)
+            return
+        more = bool(message.get("more_body", False))
+        # As if it had been sent: from here on, the application cleans up.
+        self.complete = kind == "http.response.body" and not more
+        if more and self._spec_version() >= (2, 4):
+            await self.close_streams()
+            raise _refusal_of(kind)
+        # The rest is dropped, so that a handler that is not cancelled ends normally.
+        if more:
+            await self.on_dropped_chunk()
 
     def _spec_version(self) -> tuple[int, ...]:
         version: str = self.scope.get("asgi", {}).get("spec_version", "2.0")
@@ -546,6 +570,10 @@ def sweepers_of(loop: asyncio.AbstractEventLoop) -> list[Sweeper]:
     """Return the sweepers of ``loop``."""
     found = [reference() for reference in list(_sweepers)]
     return [sweeper for sweeper in found if sweeper is not None and sweeper.loop is loop]
+
+
+def _refusal_of(kind: str) -> ClientDisconnected:
+    return ClientDisconnected(f"cannot send {kind!r}: the client has disconnected")
 
 
 def _no_task() -> None:

@@ -51,6 +51,8 @@ async def finish(request: Request, error: BaseException | None) -> bool:
     Cancellation: cancels what is left of the group with cause ``shutdown``, waits for its end, and
     propagates. A second one ends the waiting.
     """
+    if request.stop is not None:
+        request.stop.streams.host_ended()
     if await _uncancel(request, error):
         await _shut_down(request)
         return False

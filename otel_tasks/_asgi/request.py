@@ -17,6 +17,7 @@ from otel_tasks._asgi.connection import Connection, Message, Receive, Scope, Sen
 from otel_tasks._asgi.departure import is_departure, kind_of
 from otel_tasks._asgi.naming import request_name
 from otel_tasks._asgi.stop import Stop
+from otel_tasks._asgi.streams import close_iterated
 from otel_tasks._core.binding import bound_request
 from otel_tasks._core.causes import watch_cancels
 from otel_tasks._core.clock import now
@@ -289,7 +290,7 @@ class Request(Connection):
         """A block of ``uncancellable()`` is open."""
         return self._cleanup is not None and self._cleanup.is_sheltering
 
-    def shelters(self, task: asyncio.Task[Any]) -> bool:
+    def shelters(self, task: asyncio.Task[Any] | None) -> bool:
         """Return True if ``task`` is in ``uncancellable()``."""
         return self._cleanup is not None and self._cleanup.shelters(task)
 
@@ -308,6 +309,26 @@ class Request(Connection):
         The body itself may receive the disconnect. Otherwise it would wait for its own end.
         """
         return self.is_sheltering and not is_in_cleanup()
+
+    async def close_streams(self) -> None:
+        """Close the generators that the calling task, in ``send``, iterates for the response."""
+        if not self.shelters(asyncio.current_task()):
+            await close_iterated(self)
+
+    def has_ended_send(self) -> bool:
+        """Return True in the ``send`` that the stop has interrupted: nobody has cancelled its task."""
+        return self.stop is not None and self.stop.streams.has_ended_send()
+
+    async def on_dropped_chunk(self) -> None:
+        """Let the application's listener cancel the task that sends on, and close what it iterates."""
+        task = asyncio.current_task()
+        if self.stop is not None:
+            self.stop.streams.unshield(task)
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            await self.close_streams()
+            raise
 
     @property
     def over(self) -> bool:
@@ -332,11 +353,12 @@ class Request(Connection):
         """
         if self.over:
             return self.manager.get_group("root")
-        if self.left and (is_in_cleanup() or self.notified or self.complete or in_flight(self._ends_code)):
+        if self.left and (is_in_cleanup() or self.notified or self.complete or in_flight(self.ends_code)):
             return self.cleanup.task_group
         return group
 
-    def _ends_code(self, error: BaseException) -> bool:
+    def ends_code(self, error: BaseException) -> bool:
+        """Return True for an exception that says no more than that the request ends."""
         # GeneratorExit ends a body generator that is closed early.
         return isinstance(error, GeneratorExit) or is_departure(error, self)
 

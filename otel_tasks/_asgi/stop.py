@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Protocol
 
+from otel_tasks._asgi.streams import StreamedRequest, Streams
 from otel_tasks._core.awaiters import with_awaiters
 from otel_tasks._core.binding import BoundRequest, intercepted, request_in, stopping
 from otel_tasks._core.causes import covered, passing
@@ -43,12 +44,17 @@ if TYPE_CHECKING:
     from otel_tasks._core.request_group import RequestGroup
 
 
-class StoppedRequest(BoundRequest, Protocol):
+class StoppedRequest(StreamedRequest, Protocol):
     """The request as its stop sees it."""
 
     @property
     def group(self) -> RequestGroup | None:
         """Its group; None if it has none yet."""
+        ...
+
+    @property
+    def left(self) -> bool:
+        """Its client has left."""
         ...
 
     @property
@@ -87,6 +93,7 @@ class Stop:
         cancelled_tasks: How many tasks it has cancelled.
         handler_cancelled: It has cancelled the handler's task, once.
         spared_by: The rules that last spared the handler; None if none have.
+        streams: The tasks that may iterate generators for the response.
     """
 
     __slots__ = (
@@ -102,6 +109,7 @@ class Stop:
         "is_forced",
         "owes_end",
         "spared_by",
+        "streams",
     )
 
     def __init__(self, request: StoppedRequest, cause: CancelCause, *, is_forced: bool = False) -> None:
@@ -124,6 +132,9 @@ class Stop:
         self._holders: set[asyncio.Future[Any]] = set()
         self._note_counts(() if request.host is None else [request.host])
         stopping.add(request)
+        self.streams = Streams(request)
+        if request.left:
+            self.streams.follow()
 
     def cancel_work(self) -> None:
         """Cancel the tasks and the handler, each as soon as nothing holds that off."""
@@ -131,6 +142,8 @@ class Stop:
         # Tasks first: the handler's cancellation is forwarded to the task that it awaits.
         self.cancel_tasks()
         self._cancel_handler()
+        if self._request.left and not self.handler_cancelled:
+            self.streams.end_send()
 
     def cancel_tasks(self) -> None:
         """Cancel the tasks of the group, except for those that something holds off for now."""
@@ -186,6 +199,7 @@ class Stop:
         if self.answer is not None:
             # Only a shutdown of the server does not wait for it.
             self.answer.cancel()
+        self.streams.end()
 
     def intercept(self, awaited: asyncio.Task[Any], message: object, callbacks: list[Callback]) -> bool:
         """Keep a cancellation that a task of this request forwards to ``awaited`` from going further.
@@ -194,6 +208,7 @@ class Stop:
         request that has been cancelled already, or is in ``uncancellable()``, cleans up: a second
         cancellation would interrupt that, so the task that awaits it goes on waiting.
         """
+        self.streams.note_cancel(awaited, message)
         spared = self._is_spared(awaited)
         if not spared and not self._is_cleaning_up(awaited):
             return False
@@ -227,6 +242,7 @@ class Stop:
             self._wait_for(holder)
             return False
         self.handler_cancelled = True
+        self.streams.note_host_cancel()
         with self._sparing(forwarding.stops), passing(self.cause):
             host.cancel(str(self.cause))
         self._note_counts([host])

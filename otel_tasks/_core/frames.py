@@ -24,7 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 _STANDARD_LIBRARY = os.path.join(os.path.dirname(os.path.dirname(asyncio.__file__)), "")
@@ -133,18 +133,21 @@ class Stacks:
 
 def suspended_frames(awaitable: object) -> list[FrameType]:
     """The frames of a suspended coroutine and of what it awaits, outermost first."""
-    frames: list[FrameType] = []
+    return [frame for _, frame in suspended_chain(awaitable)]
+
+
+def suspended_chain(awaitable: object) -> Iterator[tuple[object, FrameType]]:
+    """A suspended coroutine and what it awaits, each with its frame, outermost first."""
     for _ in range(_MAX_FRAMES):
         if awaitable is None:
-            break
+            return
         frame = _first_of(awaitable, "cr_frame", "gi_frame", "ag_frame")
         if isinstance(frame, FrameType):
-            frames.append(frame)
+            yield awaitable, frame
         elif frame is not None:
             # An object that has every attribute, such as a mock: the search would not end.
-            break
+            return
         awaitable = _awaited_by(awaitable)
-    return frames
 
 
 def place_of(frames: Sequence[FrameType], *, home: bool = False) -> Place:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import sys
 from asyncio import tasks as asyncio_tasks
 from concurrent.futures import Future as ThreadFuture
@@ -291,6 +292,45 @@ def _anyio_scopes(task: asyncio.Task[Any]) -> Iterator[Any]:
     while scope is not None:
         yield scope
         scope = scope._parent_scope
+
+
+def tasks_in_scopes_of(task: asyncio.Task[Any]) -> list[asyncio.Task[Any]]:
+    """Return the other tasks in the ``anyio.CancelScope``s that a task has opened, and in scopes of theirs.
+
+    They are the children of its task groups: anyio cancels them again at each ``await``.
+    """
+    pending = _scopes_opened_by(task)[-1:]
+    found: list[asyncio.Task[Any]] = []
+    # The list grows while it is walked.
+    for scope in pending:
+        found.extend(child for child in scope._tasks if child is not task)
+        pending.extend(scope._child_scopes)
+    return found
+
+
+def shield_from_anyio(task: asyncio.Task[Any]) -> Callable[[], None] | None:
+    """Shield a task of an anyio task group from the scopes around it: its own scopes still cancel it.
+
+    Returns:
+        Undoes it. None if the task has no scope of its own: anyio opens one for each task of a task group
+        from version 4.14 on.
+    """
+    scopes = [scope for scope in _scopes_opened_by(task) if not scope.shield]
+    if not scopes:
+        return None
+    outermost = scopes[-1]
+    outermost.shield = True
+
+    def unshield() -> None:
+        # anyio delivers what the shield has held off.
+        outermost.shield = False
+
+    return unshield
+
+
+def _scopes_opened_by(task: asyncio.Task[Any]) -> list[Any]:
+    """Return anyio's open scopes of a task itself, the innermost first."""
+    return list(itertools.takewhile(lambda scope: scope._host_task is task, _anyio_scopes(task)))
 
 
 def _is_in_thread(future: asyncio.Future[Any]) -> bool:

@@ -30,7 +30,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from otel_tasks import ManagedTask, TaskManager, create_task, current_group, current_task
 from otel_tasks.asgi import TaskGroupMiddleware, uncancellable
 from otel_tasks.fastapi import make_lifespan
-from tests.e2e import causes_app, cleanup_app, listeners_app, shared_app, sockets_app, threads_app
+from tests.e2e import (
+    causes_app,
+    cleanup_app,
+    listeners_app,
+    shared_app,
+    sockets_app,
+    streams_app,
+    threads_app,
+)
 from tests.e2e.journal import (
     PATIENCE,
     manager,
@@ -328,6 +336,7 @@ variants: dict[str, ASGIApp] = {
     **threads_app.variants,
     **shared_app.variants,
     **sockets_app.variants,
+    **streams_app.variants,
     **{name: _framework(name, bound=True) for name in FRAMEWORKS},
     **{f"bare-{name}": _framework(name, bound=False) for name in FRAMEWORKS},
 }

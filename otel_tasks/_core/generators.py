@@ -1,0 +1,71 @@
+"""Finds the async generators that a suspended task iterates: the task's end would leave them open.
+
+An ``async for`` keeps its generator on the value stack of its frame, which has no attribute for it. The
+garbage collector visits the stack of a suspended frame (CPython 3.11 to 3.15), but not that of a running one.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from types import AsyncGeneratorType, FrameType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    AsyncGenerator: TypeAlias = AsyncGeneratorType[Any, Any]
+    # A coroutine or a generator, and its frame.
+    Link: TypeAlias = tuple[object, FrameType]
+
+
+def iterated_in(chain: Iterable[Link]) -> list[AsyncGenerator]:
+    """Return the generators, suspended at a ``yield``, over which the frames of a chain iterate.
+
+    A generator that is only in a variable or an attribute is not among them: its owner may go on with it.
+
+    Args:
+        chain: Suspended coroutines and generators, the outermost first, from ``suspended_chain``.
+
+    Returns:
+        Innermost first, the order in which ``contextlib.aclosing`` closes them: the cleanup of an inner
+        generator may need what the outer one has opened.
+    """
+    links = list(chain)
+    found: list[AsyncGenerator] = []
+    # The list grows while it is walked: a generator may iterate another one.
+    for owner, frame in links:
+        for generator in _iterated_by(owner, frame):
+            # One that runs is a link of the chain itself: it ends with the exception that is thrown into it.
+            if generator not in found and not generator.ag_running:
+                found.append(generator)
+                links.append((generator, generator.ag_frame))
+    return found[::-1]
+
+
+def running_in(chain: Iterable[Link]) -> list[AsyncGenerator]:
+    """Return the generators that are links of a chain: the task waits inside them."""
+    return [link for link, _ in chain if isinstance(link, AsyncGeneratorType)]
+
+
+def _iterated_by(owner: object, frame: FrameType) -> list[AsyncGenerator]:
+    """Return the open generators on the value stack of a suspended frame, outermost loop first."""
+    generators = [thing for thing in gc.get_referents(owner) if isinstance(thing, AsyncGeneratorType)]
+    if not generators:
+        return []
+    # The collector visits the variables first, then the stack. A variable that a closure shares is visited
+    # as its cell.
+    code = frame.f_code
+    shared = {*code.co_cellvars, *code.co_freevars}
+    variables = [value for name, value in frame.f_locals.items() if name not in shared]
+    for value in variables:
+        if isinstance(value, AsyncGeneratorType) and value in generators:
+            generators.remove(value)
+    return [each for each in dict.fromkeys(generators) if each.ag_frame is not None]
+
+
+def is_open(generator: object) -> bool:
+    """Return True for a generator that is suspended at a ``yield``."""
+    if isinstance(generator, AsyncGeneratorType):
+        return generator.ag_frame is not None and not generator.ag_running
+    return inspect.isgenerator(generator) and inspect.getgeneratorstate(generator) == inspect.GEN_SUSPENDED
