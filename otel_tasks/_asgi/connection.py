@@ -209,22 +209,9 @@ class Connection:
             self.complete = True
         try:
             await self.server_send(message)
-        except OSError as error:
-            # A missing file is not a missing client.
-            if kind != "http.response.pathsend":
-                self.complete = False
-                self.send_error = error
-                self._record(self._disconnect_message(), asyncio.current_task)
-            if kind == "http.response.body":
-                await self.close_streams()
-            raise
-        except asyncio.CancelledError:
-            if self.left and self.has_ended_send():
-                await self._send_late(message)
-                return
-            if self.left and kind == "http.response.body":
-                await self.close_streams()
-            raise
+        except (OSError, asyncio.CancelledError) as error:
+            if not await self._recover(message, error):
+                raise
 
     # The side of the sweeper and the middleware.
 
@@ -406,6 +393,22 @@ class Connection:
         return {"type": "http.disconnect"}
 
     # Below: sending.
+
+    async def _recover(self, message: Message, error: BaseException) -> bool:
+        """Handle what the server's ``send`` has raised; return True if the application need not know."""
+        kind = message["type"]
+        if isinstance(error, OSError):
+            # A missing file is not a missing client.
+            if kind != "http.response.pathsend":
+                self.complete = False
+                self.send_error = error
+                self._record(self._disconnect_message(), asyncio.current_task)
+        elif self.left and self.has_ended_send():
+            await self._send_late(message)
+            return True
+        if self.left and kind == "http.response.body":
+            await self.close_streams()
+        return False
 
     async def _send_late(self, message: Message) -> None:
         kind = message["type"]

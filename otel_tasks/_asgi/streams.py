@@ -22,7 +22,7 @@ import asyncio
 from contextlib import ExitStack
 from contextvars import Context, copy_context
 from types import GeneratorType
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from otel_tasks._asgi.connection import Connection
 from otel_tasks._core.binding import BoundRequest, current_binding
@@ -31,7 +31,7 @@ from otel_tasks._core.frames import suspended_chain
 from otel_tasks._core.generators import is_open, iterated_in, running_in
 from otel_tasks._core.log import logger
 from otel_tasks._core.suspension import (
-    anyio_shield,
+    anyio_held_off,
     awaiters,
     context_of,
     interrupt,
@@ -76,16 +76,17 @@ async def close_iterated(request: StreamedRequest) -> None:
         # A server that runs coroutines without a task: nothing leads from here to the frames that wait.
         return
     token = current_binding.set(request.cleanup)
+    bound = asyncio.timeout(CLOSE_TIMEOUT)
     try:
-        with anyio_shield():
-            async with asyncio.timeout(CLOSE_TIMEOUT) as bound:
+        with anyio_held_off(task):
+            async with bound:
                 await _close_each(request, await _iterated_by_caller(request, task))
     except TimeoutError:
         if not bound.expired():
             raise
         logger.warning(
-            "the client of %s has left, and after %s s the cleanup of its response's generators still ran; "
-            "it was cancelled",
+            "the cleanup of a generator that streamed the response of %r was cancelled, because it still ran "
+            "%s s after the client had left",
             request.name,
             CLOSE_TIMEOUT,
         )
@@ -104,7 +105,7 @@ class Streams:
 
     def __init__(self, request: StreamedRequest) -> None:
         self._request = request
-        # `cancelling()` of the handler's task when its `send` was interrupted: a higher count is a cancellation.
+        # `cancelling()` of the handler's task when its `send` was interrupted; it is higher after a cancel().
         self._ended_send: int | None = None
         # What undoes the cover of each task.
         self._followed: dict[asyncio.Task[Any], ExitStack] = {}
@@ -114,7 +115,7 @@ class Streams:
         self._shields: dict[asyncio.Task[Any], Callable[[], None]] = {}
 
     def follow(self) -> None:
-        """Note the next cancellation of each task in the anyio scopes of the handler, and of each it starts."""
+        """Prepare for the first cancellation of each task that anyio's task groups have started below."""
         host = self._request.host
         for task in () if host is None else tasks_in_scopes_of(host):
             if task not in self._followed and not task.done():
@@ -241,7 +242,7 @@ def _is_in_send(request: StreamedRequest, task: asyncio.Task[Any]) -> bool:
 
 
 def _closables(links: list[Link]) -> list[_Closable]:
-    """Return the open generators that a task iterates, each followed by the sync one that it runs in threads."""
+    """Return the generators that a task iterates, each followed by the sync one that it runs in threads."""
     found: list[_Closable] = []
     for generator in (*iterated_in(links), *running_in(links)):
         found.append(generator)
@@ -249,13 +250,14 @@ def _closables(links: list[Link]) -> list[_Closable]:
     return found
 
 
-def _run_in_threads(generator: AsyncGenerator) -> list[_Closable]:
+def _run_in_threads(generator: AsyncGenerator) -> list[GeneratorType[Any, Any, Any]]:
     """Return the sync generator behind Starlette's ``iterate_in_threadpool``."""
-    frame: FrameType = generator.ag_frame
-    is_starlettes = str(frame.f_globals.get("__name__")).startswith("starlette.")
-    if not is_starlettes or frame.f_code.co_name != "iterate_in_threadpool":
+    frame = generator.ag_frame
+    if frame is None or frame.f_code.co_name != "iterate_in_threadpool":
         return []
-    return [value for value in frame.f_locals.values() if isinstance(value, GeneratorType)][:1]
+    if not str(frame.f_globals.get("__name__")).startswith("starlette."):
+        return []
+    return [value for value in frame.f_locals.values() if isinstance(value, GeneratorType)]
 
 
 # Below: closing them.
@@ -276,13 +278,23 @@ async def _close(request: StreamedRequest, closable: _Closable) -> None:
             await asyncio.to_thread(closable.close)
         else:
             await closable.aclose()
-    except asyncio.CancelledError:
-        # Otherwise the cleanup has awaited a task that the disconnect has cancelled.
+    except (Exception, asyncio.CancelledError, BaseExceptionGroup) as error:
+        # The cleanup itself is cancelled; otherwise it has awaited a task that the disconnect has cancelled.
         if task is not None and task.cancelling() > cancels:
             raise
-    except Exception as error:
-        if not request.ends_code(error):
-            _report(closable, error)
+        if _says_only_the_end(request, error):
+            return
+        if not isinstance(error, Exception):
+            raise
+        _report(closable, error)
+
+
+def _says_only_the_end(request: StreamedRequest, error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        # anyio's task group makes one of the GeneratorExit that leaves it.
+        parts = cast("tuple[BaseException, ...]", error.exceptions)
+        return all(_says_only_the_end(request, part) for part in parts)
+    return request.ends_code(error)
 
 
 def _report(closable: _Closable, error: Exception) -> None:

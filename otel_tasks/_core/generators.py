@@ -11,6 +11,8 @@ import inspect
 from types import AsyncGeneratorType, FrameType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from otel_tasks._core.frames import suspended_chain
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -37,9 +39,9 @@ def iterated_in(chain: Iterable[Link]) -> list[AsyncGenerator]:
     for owner, frame in links:
         for generator in _iterated_by(owner, frame):
             # One that runs is a link of the chain itself: it ends with the exception that is thrown into it.
-            if generator not in found and not generator.ag_running:
+            if generator not in found and is_open(generator):
                 found.append(generator)
-                links.append((generator, generator.ag_frame))
+                links.extend(suspended_chain(generator))
     return found[::-1]
 
 
@@ -49,7 +51,7 @@ def running_in(chain: Iterable[Link]) -> list[AsyncGenerator]:
 
 
 def _iterated_by(owner: object, frame: FrameType) -> list[AsyncGenerator]:
-    """Return the open generators on the value stack of a suspended frame, outermost loop first."""
+    """Return the generators on the value stack of a suspended frame, outermost loop first."""
     generators = [thing for thing in gc.get_referents(owner) if isinstance(thing, AsyncGeneratorType)]
     if not generators:
         return []
@@ -61,11 +63,11 @@ def _iterated_by(owner: object, frame: FrameType) -> list[AsyncGenerator]:
     for value in variables:
         if isinstance(value, AsyncGeneratorType) and value in generators:
             generators.remove(value)
-    return [each for each in dict.fromkeys(generators) if each.ag_frame is not None]
+    return generators
 
 
 def is_open(generator: object) -> bool:
-    """Return True for a generator that is suspended at a ``yield``."""
+    """Return True for a generator, async or not, that is suspended at a ``yield``."""
     if isinstance(generator, AsyncGeneratorType):
         return generator.ag_frame is not None and not generator.ag_running
     return inspect.isgenerator(generator) and inspect.getgeneratorstate(generator) == inspect.GEN_SUSPENDED

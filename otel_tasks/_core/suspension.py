@@ -309,14 +309,14 @@ def tasks_in_scopes_of(task: asyncio.Task[Any]) -> list[asyncio.Task[Any]]:
 
 
 def shield_from_anyio(task: asyncio.Task[Any]) -> Callable[[], None] | None:
-    """Shield a task of an anyio task group from the scopes around it: its own scopes still cancel it.
+    """Shield a task from anyio's scopes around it, by its own outermost scope; its own still cancel it.
 
     Returns:
-        Undoes it. None if the task has no scope of its own: anyio opens one for each task of a task group
-        from version 4.14 on.
+        Undoes it. None if the task has no scope of its own (anyio opens one for each task of a group from
+        version 4.14 on), or if that is shielded already.
     """
-    scopes = [scope for scope in _scopes_opened_by(task) if not scope.shield]
-    if not scopes:
+    scopes = _scopes_opened_by(task)
+    if not scopes or scopes[-1].shield:
         return None
     outermost = scopes[-1]
     outermost.shield = True
@@ -326,6 +326,26 @@ def shield_from_anyio(task: asyncio.Task[Any]) -> Callable[[], None] | None:
         outermost.shield = False
 
     return unshield
+
+
+@contextlib.contextmanager
+def anyio_held_off(task: asyncio.Task[Any]) -> Generator[None]:
+    """Hold off anyio's repeated cancellation of the calling task.
+
+    Without a new scope where possible: a generator that is closed in the block leaves scopes that it entered
+    before, and anyio refuses that while a newer one is open.
+    """
+    own = _scopes_opened_by(task)
+    if not own or any(scope.cancel_called for scope in own):
+        with anyio_shield() if any(_anyio_scopes(task)) else contextlib.nullcontext():
+            yield
+        return
+    unshield = shield_from_anyio(task)
+    try:
+        yield
+    finally:
+        if unshield is not None:
+            unshield()
 
 
 def _scopes_opened_by(task: asyncio.Task[Any]) -> list[Any]:

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 import httpx
 from fastapi import APIRouter, FastAPI, Request
@@ -52,13 +53,14 @@ async def _waits(key: str, name: str = "body") -> AsyncIterator[str]:
         note(key, f"{name} waits")
         await released(key)
         yield "second\n"
+        await released(f"{key}-end")
 
 
 async def _yields(key: str, name: str = "body") -> AsyncIterator[str]:
     """Produce more than a client takes that does not read."""
     async with _closing(key, name):
         yield "first\n"
-        while not release_of(key).is_set():
+        while not release_of(f"{key}-end").is_set():
             note(key, f"{name} yields")
             yield _LARGE
             await asyncio.sleep(0)
@@ -90,7 +92,8 @@ def _waits_in_a_thread(key: str) -> Iterator[str]:
         note(key, "body waits")
         while not release_of(key).is_set():
             time.sleep(0.005)
-        yield "second\n"
+        while True:
+            yield "more\n"
     finally:
         _note_end_in_a_thread(key)
 
@@ -98,7 +101,7 @@ def _waits_in_a_thread(key: str) -> Iterator[str]:
 def _yields_in_a_thread(key: str) -> Iterator[str]:
     try:
         yield "first\n"
-        while not release_of(key).is_set():
+        while not release_of(f"{key}-end").is_set():
             note(key, "body yields")
             yield _LARGE
     finally:
@@ -120,7 +123,7 @@ def _in_a_loop() -> bool:
     return True
 
 
-BODIES = {
+BODIES: dict[str, Callable[[str], Any]] = {
     "waits": _waits,
     "yields": _yields,
     "outer-yields": _outer_yields,
@@ -168,10 +171,9 @@ async def fastapi_yields(key: str) -> AsyncIterator[str]:
 
 async def raw(scope: Scope, _: Receive, send: Send) -> None:
     """Without a framework, and without a listener."""
-    _, kind, key = scope["path"].rsplit("/", 2)
-    body: AsyncIterator[str] = BODIES[kind](key)  # type: ignore[assignment]  # the async ones only
+    _, how, key = scope["path"].rsplit("/", 2)
     await send({"type": "http.response.start", "status": 200, "headers": []})
-    async for part in body:
+    async for part in BODIES[how](key):
         await send({"type": "http.response.body", "body": part.encode(), "more_body": True})
     await send({"type": "http.response.body"})
 
