@@ -13,6 +13,7 @@ import django.conf
 import django.http
 import django.urls
 import litestar
+import litestar.response
 import quart
 from blacksheep.server.responses import text as blacksheep_text
 from django.core.handlers.asgi import ASGIHandler
@@ -24,6 +25,7 @@ from starlette.types import Receive, Scope, Send
 from otel_tasks import TaskManager, create_task, current_group
 from otel_tasks.asgi import TaskGroupMiddleware
 from tests.e2e.journal import manager, note, noted, released, work
+from tests.e2e.streams_app import BODIES
 
 App: TypeAlias = Any
 """Each framework has types of its own for what ASGI says."""
@@ -70,7 +72,16 @@ async def _view(_: django.http.HttpRequest, key: str) -> django.http.HttpRespons
     return django.http.HttpResponse((await slow(key)).encode())
 
 
-urlpatterns = [django.urls.path("slow/<str:key>", _view)]
+async def _streaming_view(
+    _: django.http.HttpRequest, how: str, key: str
+) -> django.http.StreamingHttpResponse:
+    return django.http.StreamingHttpResponse(BODIES[how](key))
+
+
+urlpatterns = [
+    django.urls.path("slow/<str:key>", _view),
+    django.urls.path("stream/<str:how>/<str:key>", _streaming_view),
+]
 
 
 async def _django() -> App:
@@ -86,6 +97,12 @@ async def _quart() -> App:
     @app.route("/slow/<key>", methods=["GET", "POST"])
     async def handler(key: str) -> str:
         return await slow(key)
+
+    @app.route("/stream/<how>/<key>", methods=["GET", "POST"])
+    async def stream(how: str, key: str) -> quart.Response:
+        response = quart.Response(BODIES[how](key), content_type="text/plain")
+        response.timeout = None
+        return response
 
     @app.websocket("/ws/<key>")
     async def socket(key: str) -> None:
@@ -104,6 +121,11 @@ async def _litestar_handler(key: str) -> str:
     return await slow(key)
 
 
+@litestar.route("/stream/{how:str}/{key:str}", http_method=["GET", "POST"], status_code=200)
+async def _litestar_stream(how: str, key: str) -> litestar.response.Stream:
+    return litestar.response.Stream(BODIES[how](key))
+
+
 @litestar.websocket("/ws/{key:str}")
 async def _litestar_socket(key: str, socket: litestar.WebSocket[Any, Any, Any]) -> None:
     await socket.accept()
@@ -111,7 +133,7 @@ async def _litestar_socket(key: str, socket: litestar.WebSocket[Any, Any, Any]) 
 
 
 async def _litestar() -> App:
-    return litestar.Litestar([_litestar_handler, _litestar_socket], logging_config=None)
+    return litestar.Litestar([_litestar_handler, _litestar_stream, _litestar_socket], logging_config=None)
 
 
 # --- BlackSheep ---------------------------------------------------------------------------------------

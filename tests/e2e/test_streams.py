@@ -146,6 +146,22 @@ def test_generators_of_an_application_without_a_framework_are_closed(case: Case,
     _assert_all_are_closed(case)
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("how", ["waits", "yields", "outer-yields"])
+@pytest.mark.parametrize("framework", ["django", "quart", "litestar"])
+def test_generators_of_other_frameworks_are_closed(case: Case, framework: str, how: str, method: str) -> None:
+    """Whatever iterates the body: the generator it leaves open is found."""
+    with case.server.connect() as client:
+        send = client.post if method == "POST" else client.get
+        send(case.path(f"{framework}/stream/{how}"))
+        client.read_until(b"first")
+        _wait_until_it_is_there(case, how)
+    # Their servers log what they could not send.
+    case.complaints_expected = how.endswith("yields")
+    case.wait_for("app returned")
+    _assert_all_are_closed(case)
+
+
 def start(case: Case, method: str, route: str) -> None:
     """Begin to read a stream, and hang up while its generator waits."""
     with case.server.connect() as client:
