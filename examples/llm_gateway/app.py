@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -26,6 +26,10 @@ from examples.three_services.shared import TELEMETRY, connect, debug_routes, set
 from otel_tasks import TaskGroup, TaskManager, TaskPriority, create_task
 from otel_tasks.fastapi import TaskGroupMiddleware, make_lifespan, uncancellable
 
+manager = TaskManager("gateway")
+# The calls that the upstream accepts at a time, from all tenants together.
+at_upstream = manager.get_group("upstream", max_concurrency=25)
+
 
 @dataclass
 class Tenant:
@@ -35,6 +39,13 @@ class Tenant:
     priority: TaskPriority
     max_concurrency: int
     max_queue: int
+
+    @property
+    def group(self) -> TaskGroup:
+        """The group whose places its calls take."""
+        return manager.get_group(
+            f"tenants.{self.name}", max_concurrency=self.max_concurrency, max_queue=self.max_queue
+        )
 
 
 TENANTS = {
@@ -47,27 +58,11 @@ MODELS = {"small": 5.0, "large": 30.0}
 # --- 1. The application ----------------------------------------------------------------------------------
 
 send_the_rest = set_up_telemetry("gateway")
-manager = TaskManager("gateway")
-# The calls that the upstream accepts at a time, from all tenants together.
-at_upstream = manager.get_group("upstream")
-at_upstream.max_concurrency = 25
-of_tenant: dict[str, TaskGroup] = {}
 
 
 @asynccontextmanager
 async def resources(app: FastAPI) -> AsyncIterator[None]:
-    async with AsyncExitStack() as stack:
-        url = os.environ.get("UPSTREAM_URL", "http://127.0.0.1:8001")
-        app.state.upstream = await stack.enter_async_context(connect(url))
-        for tenant in TENANTS.values():
-            group = TaskGroup(
-                tenant.name,
-                max_concurrency=tenant.max_concurrency,
-                max_queue=tenant.max_queue,
-                on_error="isolate",
-                manager=manager,
-            )
-            of_tenant[tenant.name] = await stack.enter_async_context(group)
+    async with connect(os.environ.get("UPSTREAM_URL", "http://127.0.0.1:8001")) as app.state.upstream:
         yield
     await send_the_rest()
 
@@ -104,7 +99,7 @@ async def authenticate(authorization: Annotated[str, Header()] = "") -> Tenant:
 
 async def admit(tenant: Annotated[Tenant, Depends(authenticate)]) -> AsyncIterator[Tenant]:
     """Hold a place of the tenant and one at the upstream until the response is complete."""
-    async with hold(of_tenant[tenant.name]), hold(at_upstream, tenant.priority):
+    async with hold(tenant.group), hold(at_upstream, tenant.priority):
         yield tenant
 
 

@@ -264,6 +264,65 @@ async def test_hang_up_in_a_stream_stops_the_upstream(way: Callable[..., Awaitab
     assert gateway.usage_records[0].completion_tokens > 0
 
 
+async def test_hang_up_of_a_client_that_does_not_read_stops_the_upstream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The gateway waits for the client to read on, and not for the upstream, when the client leaves."""
+    monkeypatch.setattr(upstream, "generate", flood)
+    async with stage() as at:
+        body = {**SMALL, "stream": True, "user": "leaver"}
+        request = httpx.Request(
+            "POST", f"{at.url}{CHAT}", json=body, headers={"authorization": f"Bearer {KEY}"}
+        )
+        _, writer = await asyncio.open_connection("127.0.0.1", at.site.port, limit=1024)
+        head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+        writer.write(f"POST {CHAT} HTTP/1.1\r\n{head}\r\n".encode() + request.content)
+        (call,) = await at.calls(1)
+        sent = -1
+        while sent < len(call.tokens):
+            sent = len(call.tokens)
+            await asyncio.sleep(GIVE_UP)
+        assert not call.ended_at
+        writer.transport.abort()
+        left_at = time.time()
+        await until(lambda: call.ended_at and gateway.usage_records)
+        assert call.ended_at is not None
+        assert call.ended_at - left_at < PROMPTLY
+        assert gateway.usage_records[0].completion_tokens > 0
+
+
+async def test_many_that_leave_their_streams_at_once_stop_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a stream's generators are when its client leaves, each call to the upstream is closed."""
+    monkeypatch.setitem(gateway.TENANTS, KEY, gateway.Tenant("crowd", TaskPriority.NORMAL, 100, 0))
+    monkeypatch.setattr(upstream, "TOKENS_PER_SECOND", 200.0)
+
+    async def leave(at: Stage, number: int) -> None:
+        body = {**SMALL, "stream": True, "max_tokens": ENDLESS, "user": str(number)}
+        async with at.http() as client, client.stream("POST", CHAT, json=body) as response:
+            read = 0
+            async for line in response.aiter_lines():
+                read += line != ""
+                if read > number % 7:
+                    break
+
+    async with stage() as at:
+        await asyncio.gather(*(leave(at, number) for number in range(20)))
+        await until(lambda: all(call.ended_at for call in upstream.calls))
+        await until(lambda: len(gateway.usage_records) == 20)
+        assert len(upstream.calls) == 20
+
+
+async def flood(call: upstream.Call, count: int, request: object = None) -> AsyncIterator[str]:
+    """Generate as fast as the reader reads, and much at a time: no buffer takes it all."""
+    try:
+        for _ in range(ENDLESS):
+            call.tokens.append(time.time())
+            yield "token " * 20_000
+            await asyncio.sleep(0)
+    finally:
+        call.ended_at = time.time()
+
+
 async def test_hang_up_on_embeddings_stops_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """An embedding's call stops too, and its usage is recorded."""
     monkeypatch.setattr(upstream, "FIRST_TOKEN", GIVE_UP * 5)
@@ -312,7 +371,7 @@ async def test_other_middleware_works_beside_it() -> None:
 
 async def test_full_queue_answers_429_with_retry_after(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one call at work and one in the queue, the next is refused; the others get their answer."""
-    monkeypatch.setitem(gateway.TENANTS, KEY, gateway.Tenant("test", TaskPriority.NORMAL, 1, 1))
+    monkeypatch.setitem(gateway.TENANTS, KEY, gateway.Tenant("narrow", TaskPriority.NORMAL, 1, 1))
     monkeypatch.setattr(upstream, "FIRST_TOKEN", GIVE_UP)
     async with stage() as at, at.sdk() as client:
         body: dict[str, Any] = {**SMALL, "max_tokens": 1}
@@ -331,7 +390,7 @@ async def test_full_queue_answers_429_with_retry_after(monkeypatch: pytest.Monke
 @pytest.mark.usefixtures("slow")
 async def test_client_that_leaves_the_queue_is_never_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its place in the queue is free again, and the upstream does not hear of it."""
-    monkeypatch.setitem(gateway.TENANTS, KEY, gateway.Tenant("test", TaskPriority.NORMAL, 1, 1))
+    monkeypatch.setitem(gateway.TENANTS, KEY, gateway.Tenant("narrow", TaskPriority.NORMAL, 1, 1))
     async with stage() as at, at.http() as client:
         at_work = asyncio.create_task(client.post(CHAT, json=SMALL))
         await at.calls(1)
