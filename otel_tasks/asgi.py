@@ -12,6 +12,8 @@ Rules, each with a test of its own:
 3. No task of the group outlives the request, unless ``on_exit`` hands it over.
 4. A response that had not started when the client left becomes a 499, for the layers outside and for nobody
    else. What the application sends afterwards is dropped.
+5. A request that takes longer than ``request_timeout`` ends as if its client had left, and its client gets a
+   504 at once. A response that has started stays incomplete; one that is complete is left alone.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from otel_tasks._asgi.finishing import finish
 from otel_tasks._asgi.lifespan import serve_lifespan
 from otel_tasks._asgi.request import Request, current_request, require_request
 from otel_tasks._asgi.settings import Settings
+from otel_tasks._asgi.timeout import checked_timeout
 from otel_tasks._core.binding import current_binding
 from otel_tasks._core.checks import check_flag
 from otel_tasks._core.suspension import anyio_shield
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from otel_tasks._asgi.rule import CancelHandler, OnExit
+    from otel_tasks._asgi.timeout import RequestTimeoutOption
     from otel_tasks._core.group import TaskGroup
     from otel_tasks._core.manager import TaskManager
 
@@ -43,6 +47,7 @@ __all__ = [
     "TaskGroupMiddleware",
     "request_group",
     "set_cancel_handler",
+    "set_request_timeout",
     "uncancellable",
 ]
 
@@ -81,6 +86,14 @@ class TaskGroupMiddleware:
             ``"cancel"``: they are cancelled. ``"wait"``: they are awaited. ``"detach"``: they are handed over
             to the manager.
         span: Give each group a span of its own, between the server's and those of the tasks.
+        request_timeout: Seconds from the opening of a request until it is cut short, above 0 and finite; a
+            function of the scope that returns them, or None for no bound; None. A request that is cut short
+            ends as if its client had left, with cause ``timeout``, and its handler is cancelled whatever
+            ``cancel_handler`` says. The client gets a 504 at once; a response that has started stays
+            incomplete, and one that is complete is left alone. The time is kept to one or two looks, and never
+            falls short. A number applies to HTTP; a function is called for WebSockets too, which are closed
+            with 1011. It is called once per request, after one to two looks. A request can decide for itself,
+            see ``set_request_timeout``.
 
     Raises:
         TypeError: An option has the wrong type.
@@ -89,7 +102,7 @@ class TaskGroupMiddleware:
     Cancellation: of the server's task (shutdown) cancels the group with cause ``shutdown``, waits until
     the group is empty, and propagates. A second one ends the waiting.
 
-    Telemetry: the server span gets ``otel_tasks.request.outcome`` = ``client_disconnect`` and
+    Telemetry: the server span gets ``otel_tasks.request.outcome`` = ``client_disconnect`` or ``timeout``, and
     ``otel_tasks.cancel.count``. A task that fails while nobody awaits it does *not* turn the response into
     a 500.
 
@@ -109,9 +122,12 @@ class TaskGroupMiddleware:
         grace: float = 0.0,
         on_exit: OnExit = "cancel",
         span: bool = False,
+        request_timeout: RequestTimeoutOption = None,
     ) -> None:
         self.app = app
-        self.settings = Settings(manager, cancel_handler, detect_after, buffer_limit, grace, on_exit, span)
+        self.settings = Settings(
+            manager, cancel_handler, detect_after, buffer_limit, grace, on_exit, span, request_timeout
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection.
@@ -197,6 +213,29 @@ def set_cancel_handler(cancel: bool) -> None:
     """
     check_flag("cancel", cancel)
     require_request("set_cancel_handler()").decide_handler(cancel)
+
+
+def set_request_timeout(seconds: float | None) -> None:
+    """Decide for the current request alone how long it may take, whatever ``request_timeout`` says.
+
+    The time counts from the opening of the request. If it is up already, the request is cut short now: the
+    CancelledError is raised at the handler's next await.
+
+    Args:
+        seconds: Seconds above 0; None for no bound.
+
+    Raises:
+        RuntimeError: No request is served here by a ``TaskGroupMiddleware``.
+        TypeError: ``seconds`` is not a number.
+        ValueError: ``seconds`` is not above 0, or not finite.
+
+    Example:
+        >>> async def handler():
+        ...     set_request_timeout(5.0)
+        ...     return await search()
+    """
+    checked = checked_timeout("seconds", seconds)
+    require_request("set_request_timeout()").decide_time_limit(checked)
 
 
 @asynccontextmanager

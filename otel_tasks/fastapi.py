@@ -17,6 +17,7 @@ from otel_tasks._asgi.lifespan import managed
 from otel_tasks._asgi.request import require_request
 from otel_tasks._asgi.server_stop import cut_requests_on_stop
 from otel_tasks._asgi.settings import checked_manager
+from otel_tasks._asgi.timeout import checked_timeout
 from otel_tasks._core.checks import checked_finite_seconds, checked_seconds
 from otel_tasks._core.functions import global_task_manager
 from otel_tasks._core.group import TaskGroup
@@ -29,6 +30,7 @@ from otel_tasks.asgi import (
     TaskGroupMiddleware,
     request_group,
     set_cancel_handler,
+    set_request_timeout,
     uncancellable,
 )
 
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ClientDisconnected",
     "RequestTasks",
+    "RequestTimeout",
     "TaskGroupMiddleware",
     "cancel_handler_on_disconnect",
     "keep_handler_on_disconnect",
@@ -53,6 +56,7 @@ __all__ = [
     "progress_events",
     "request_group",
     "set_cancel_handler",
+    "set_request_timeout",
     "uncancellable",
 ]
 
@@ -119,6 +123,43 @@ async def keep_handler_on_disconnect() -> None:
         ... async def export(): ...
     """
     require_request("keep_handler_on_disconnect", _NO_MIDDLEWARE).decide_handler(False)
+
+
+class RequestTimeout:
+    """Cut this route's requests short after some seconds, whatever the middleware's ``request_timeout`` says.
+
+    Use it as a dependency. The time counts from the opening of the request; FastAPI reads the body before it
+    calls dependencies. Of several dependencies, the last one decides: the route's after the router's.
+
+    Args:
+        seconds: Seconds above 0; None for no bound.
+
+    Raises:
+        TypeError: ``seconds`` is not a number.
+        ValueError: ``seconds`` is not above 0, or not finite.
+
+    Example:
+        >>> @app.get("/search", dependencies=[Depends(RequestTimeout(5.0))])
+        ... async def search(): ...
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = checked_timeout("RequestTimeout()", seconds)
+
+    async def __call__(self) -> None:
+        """Decide for the current request; FastAPI calls this.
+
+        Raises:
+            RuntimeError: The application has no ``TaskGroupMiddleware``.
+
+        Cancellation: it waits for nothing, and raises the CancelledError if the time is up already.
+        """
+        if require_request("RequestTimeout", _NO_MIDDLEWARE).decide_time_limit(self.seconds):
+            # The CancelledError is raised at the next await: here, before the route is called.
+            await asyncio.sleep(0)
+
+    def __repr__(self) -> str:
+        return f"RequestTimeout({self.seconds!r})"
 
 
 def lifespan(app: FastAPI) -> AbstractAsyncContextManager[None]:

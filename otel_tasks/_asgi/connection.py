@@ -136,6 +136,14 @@ class Connection:
         """Called once, when the client has left; with a cause if the request was cut short instead."""
         raise NotImplementedError
 
+    def time_limit(self) -> float | None:
+        """Return the seconds that the request may take; None for no bound."""
+        raise NotImplementedError
+
+    def on_time_limit(self, seconds: float) -> None:
+        """Called once the request has taken that long."""
+        raise NotImplementedError
+
     def withholds_disconnect(self) -> bool:
         """Return True while the calling task must not receive the disconnect."""
         raise NotImplementedError
@@ -482,6 +490,7 @@ class Sweeper:
         "_context",
         "_ticked_at",
         "_ticks",
+        "_timers",
         "buffer_limit",
         "in_flight",
         "interval",
@@ -503,6 +512,9 @@ class Sweeper:
         self._ticked_at = 0.0
         # Watched, but without a watcher: the next tick tries again.
         self._again: list[Connection] = []
+        # Of the watched connections that have a time limit. One timer each: otherwise a tick would need a heap
+        # like asyncio's own. A request that has not lived through an interval has none.
+        self._timers: dict[Connection, asyncio.TimerHandle] = {}
         # Otherwise every watcher would carry the trace of the request that came first.
         self._context = quiet_context()
         _sweepers.add(ref(self, _sweepers.discard))
@@ -530,6 +542,26 @@ class Sweeper:
     def forget(self, connection: Connection) -> None:
         """Remove a connection that is not in flight."""
         self.watched.pop(connection, None)
+        self._stop_timer(connection)
+
+    def apply_time_limit(self, connection: Connection) -> None:
+        """Let the time limit of a watched connection take effect; a younger one gets it when it is watched.
+
+        It counts from the opening, which is known to within an interval: a limit is never cut.
+        """
+        opened_by = self.watched.get(connection)
+        if opened_by is None:
+            return
+        self._stop_timer(connection)
+        seconds = connection.time_limit()
+        if seconds is None:
+            return
+        if opened_by + seconds <= self.loop.time():
+            connection.on_time_limit(seconds)
+        else:
+            self._timers[connection] = self.loop.call_at(
+                opened_by + seconds, connection.on_time_limit, seconds, context=self._context
+            )
 
     def start(self, coro: Any) -> asyncio.Task[None]:
         """Run a watcher, outside of every trace."""
@@ -549,10 +581,17 @@ class Sweeper:
         self._ticked_at = self.loop.time()
         for connection in (*due, *again):
             connection.watch()
+        for connection in due:
+            self.apply_time_limit(connection)
         if self.in_flight or self._again:
             self._arm()
         else:
             self.timer = None
+
+    def _stop_timer(self, connection: Connection) -> None:
+        timer = self._timers.pop(connection, None)
+        if timer is not None:
+            timer.cancel()
 
     def _take_due(self) -> list[Connection]:
         # Oldest first: the first one of this interval ends the search.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from otel_tasks._asgi.rule import OnExit, checked_cancel_handler
 from otel_tasks._asgi.settings import checked_buffer_limit, checked_detect_after
+from otel_tasks._asgi.timeout import checked_timeout
 from otel_tasks._core.checks import check_choice, checked_finite_seconds
 
 if TYPE_CHECKING:
@@ -92,6 +93,10 @@ def _grace(text: str) -> float:
     return checked_finite_seconds("grace", _number(text))
 
 
+def _request_timeout(text: str) -> float | None:
+    return checked_timeout("request_timeout", _number(text))
+
+
 def _on_exit(text: str) -> str:
     check_choice("on_exit", text, OnExit)
     return text
@@ -104,4 +109,5 @@ _OPTIONS: dict[str, Callable[[str], object]] = {
     "grace": _grace,
     "on_exit": _on_exit,
     "span": _flag,
+    "request_timeout": _request_timeout,
 }

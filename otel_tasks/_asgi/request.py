@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from asyncio import _get_running_loop
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -53,6 +54,8 @@ class Request(Connection):
         group: Its group; None until one is needed.
         host: The task in which the server runs the application; None on a server that runs coroutines without
             an asyncio task.
+        own_time_limit: The seconds that it lets itself take, infinity for no bound; None leaves that to the
+            option.
         rules: The rules in force: those of the innermost middleware.
         settings: The options of the outermost middleware.
         stop: Its cancellation; None until its client leaves, it is cut short, or its tasks outlive it.
@@ -65,6 +68,7 @@ class Request(Connection):
         "context",
         "group",
         "host",
+        "own_time_limit",
         "rules",
         "settings",
         "stop",
@@ -72,6 +76,7 @@ class Request(Connection):
 
     group: RequestGroup | None
     cancel_handler: bool | None
+    own_time_limit: float | None
     stop: Stop | None
     _cleanup: Cleanup | None
 
@@ -93,7 +98,7 @@ class Request(Connection):
         self._watcher = self._ahead = self.disconnect = self._receivers = self.send_error = None
         self.notified = _NO_TASKS
         sweeper.add(self)
-        self.group = self.stop = self.cancel_handler = self._cleanup = None
+        self.group = self.stop = self.cancel_handler = self.own_time_limit = self._cleanup = None
         self.settings = settings
         self.rules = settings.rules
         self.context = copy_context()
@@ -189,7 +194,33 @@ class Request(Connection):
         self.stop = stop = Stop(self, cause, is_forced=is_forced)
         return stop
 
-    # It is cut short.
+    # Its time is up, or its server shuts down: it is cut short.
+
+    def time_limit(self) -> float | None:
+        """Return the seconds that it may take, by its own decision or by the option; None for no bound."""
+        own = self.own_time_limit
+        if own is None:
+            return self.settings.timeout_rule.seconds(self.scope)
+        return None if own == math.inf else own
+
+    def decide_time_limit(self, seconds: float | None) -> bool:
+        """Decide how many seconds it may take, whatever the option says; None for no bound.
+
+        Returns:
+            True if its time is up, and it has been cut short.
+        """
+        self.own_time_limit = math.inf if seconds is None else seconds
+        loop = self.sweeper.loop
+        if _get_running_loop() is loop:
+            self.sweeper.apply_time_limit(self)
+        else:
+            # In the thread of a `def` handler or dependency.
+            loop.call_soon_threadsafe(self.sweeper.apply_time_limit, self)
+        return self.stop is not None and self.stop.is_forced
+
+    def on_time_limit(self, seconds: float) -> None:
+        """Cut it short."""
+        self.cut_short(self.make_cause(CancelKind.TIMEOUT, f"the request took longer than {seconds:g} s"))
 
     def cut_short(self, cause: CancelCause) -> None:
         """End it although its client is there: cancel its work, and answer for the application.

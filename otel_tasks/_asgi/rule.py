@@ -75,16 +75,21 @@ def checked_cancel_handler(rule: CancelHandler) -> bool | TextRule | Callable[[S
         TypeError: It has the wrong type, or is a coroutine function.
         ValueError: It is a text with a bad entry.
     """
-    if inspect.iscoroutinefunction(rule) or inspect.iscoroutinefunction(type(rule).__call__):
-        raise TypeError(
-            f"cancel_handler must be a plain function of the scope, got the coroutine function {rule!r}: "
-            "it is called where nothing can be awaited, write it with def"
-        )
+    check_plain_function("cancel_handler", rule)
     if isinstance(rule, str):
         return TextRule(rule)
     if isinstance(rule, bool) or callable(rule):
         return rule
     raise TypeError(f"cancel_handler must be True, False, a text, or a function of the scope, got {rule!r}")
+
+
+def check_plain_function(option: str, value: object) -> None:
+    """Raise a TypeError if the value of an option is a coroutine function."""
+    if inspect.iscoroutinefunction(value) or inspect.iscoroutinefunction(type(value).__call__):
+        raise TypeError(
+            f"{option} must be a plain function of the scope, got the coroutine function {value!r}: "
+            "it is called where nothing can be awaited, write it with def"
+        )
 
 
 class TextRule:

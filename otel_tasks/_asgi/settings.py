@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from otel_tasks._asgi.connection import Sweeper
 from otel_tasks._asgi.rule import CancelHandler, OnExit, checked_rules
+from otel_tasks._asgi.timeout import RequestTimeoutOption, TimeoutRule
 from otel_tasks._core.checks import check_flag, checked_finite_seconds
 from otel_tasks._core.functions import global_task_manager
 from otel_tasks._core.log import logger
@@ -20,6 +21,7 @@ _OUTERMOST: dict[str, object] = {
     "detect_after": 0.025,
     "buffer_limit": 262_144,
     "span": False,
+    "request_timeout": None,
 }
 
 
@@ -27,6 +29,7 @@ class Settings:
     """The options of one ``TaskGroupMiddleware``, which documents them.
 
     Attributes:
+        timeout_rule: The seconds that a request may take.
         sweeper: The one of the loop that used this middleware last.
     """
 
@@ -39,6 +42,7 @@ class Settings:
         grace: float,
         on_exit: OnExit,
         span: bool,
+        request_timeout: RequestTimeoutOption,
     ) -> None:
         self.manager = checked_manager(manager)
         self.detect_after = checked_detect_after(detect_after)
@@ -46,10 +50,16 @@ class Settings:
         self.rules = checked_rules(cancel_handler, grace, on_exit)
         check_flag("span", span)
         self.span = span
+        self.timeout_rule = TimeoutRule(request_timeout)
         self.sweeper: Sweeper | None = None
         self._has_warned = False
         # Bounded: a request is named after its route's template, or after its method.
         self._spared_routes: set[str] = set()
+
+    @property
+    def request_timeout(self) -> RequestTimeoutOption:
+        """The option; None means that requests have no bound."""
+        return self.timeout_rule.option
 
     def new_sweeper(self, loop: asyncio.AbstractEventLoop) -> Sweeper:
         """Make the sweeper of ``loop``; two loops that take turns make a new one at each turn."""
