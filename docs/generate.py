@@ -50,11 +50,13 @@ ATTRIBUTES = {
     "otel_tasks.cancel.origin.span_id": "The span that caused the cancellation, where a started span takes "
     "no links.",
     "otel_tasks.cancel.origin.trace_id": "The trace of that span.",
-    "otel_tasks.cancel.count": "The number of the request's tasks that were cancelled.",
-    "otel_tasks.request.outcome": "How the connection ended before the response was complete; `closed` "
-    "(1000, 1001) and `shutdown` (1012) are WebSockets. Absent otherwise.",
+    "otel_tasks.cancel.count": "The number of the request's tasks that were cancelled; with a 504, before "
+    "it was sent.",
+    "otel_tasks.request.outcome": "Why the request ended before its response was complete; `timeout` is its "
+    "`request_timeout`, `closed` (1000, 1001) and `shutdown` (1012) are WebSockets. Absent otherwise.",
     "otel_tasks.request.handler": "What became of the handler when the client left: it was `cancelled`, it "
-    "`ran_on`, or it noticed the disconnect itself and `finished`.",
+    "`ran_on`, or it noticed the disconnect itself and `finished`. With a 504, what it had done when the "
+    "answer was sent: layers of telemetry end the span then.",
     "otel_tasks.request.close_code": "The close code of a WebSocket that the client or the server closed.",
     "otel_tasks.link": "The kind of link.",
     "code.function.name": "The coroutine function's qualified name.",
@@ -165,7 +167,12 @@ def values_of(name: str) -> str:
     lists: dict[str, Iterable[object]] = {
         "otel_tasks.task.outcome": Outcome,
         "otel_tasks.cancel.reason": CancelKind,
-        "otel_tasks.request.outcome": [CancelKind.CLIENT_DISCONNECT, "closed", CancelKind.SHUTDOWN],
+        "otel_tasks.request.outcome": [
+            CancelKind.CLIENT_DISCONNECT,
+            CancelKind.TIMEOUT,
+            "closed",
+            CancelKind.SHUTDOWN,
+        ],
         "otel_tasks.link": LINKS,
     }
     return f"{code(lists[name])}." if name in lists else ""

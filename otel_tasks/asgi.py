@@ -86,14 +86,14 @@ class TaskGroupMiddleware:
             ``"cancel"``: they are cancelled. ``"wait"``: they are awaited. ``"detach"``: they are handed over
             to the manager.
         span: Give each group a span of its own, between the server's and those of the tasks.
-        request_timeout: Seconds from the opening of a request until it is cut short, above 0 and finite; a
-            function of the scope that returns them, or None for no bound; None. A request that is cut short
-            ends as if its client had left, with cause ``timeout``, and its handler is cancelled whatever
+        request_timeout: Seconds from the opening of a request until it is cut short, above 0 and finite; or a
+            function of the scope that returns them, None for no bound. A request that is cut short ends as if
+            its client had left, with cause ``timeout``, and its handler is cancelled whatever
             ``cancel_handler`` says. The client gets a 504 at once; a response that has started stays
-            incomplete, and one that is complete is left alone. The time is kept to one or two looks, and never
-            falls short. A number applies to HTTP; a function is called for WebSockets too, which are closed
-            with 1011. It is called once per request, after one to two looks. A request can decide for itself,
-            see ``set_request_timeout``.
+            incomplete, and one that is complete is left alone. A request may take one to two looks longer,
+            and is never cut short early. A number applies to HTTP; a function is called for WebSockets too,
+            which are closed with 1011. It is called once per request, after one to two looks. A request can
+            decide for itself, see ``set_request_timeout``.
 
     Raises:
         TypeError: An option has the wrong type.

@@ -116,6 +116,13 @@ VISITS = {
         """,
         ["['preview', 'export, after a minute']"],
     ),
+    ("docs/howto/fastapi.md", "request_timeout=30.0"): (
+        """
+        for method, path in (("GET", "/search"), ("GET", "/export"), ("POST", "/v1/chat/small")):
+            print((await visit(method, path)).status)
+        """,
+        ["504", "200", "504"],
+    ),
     ("docs/howto/fastapi.md", "def pages(tasks"): (
         """
         print((await visit("GET", "/pages")).body)

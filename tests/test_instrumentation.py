@@ -341,6 +341,7 @@ def test_environment_sets_every_option(
         "GRACE": "2",
         "ON_EXIT": "wait",
         "SPAN": "True",
+        "REQUEST_TIMEOUT": "2.5",
     }
     for name, value in values.items():
         monkeypatch.setenv(PREFIX + name, value)
@@ -348,6 +349,7 @@ def test_environment_sets_every_option(
     settings = settings_in(make())
     rules = settings.rules
     assert (settings.detect_after, settings.buffer_limit, settings.span) == (0.5, 1000, True)
+    assert settings.request_timeout == 2.5
     assert (repr(rules.cancel_handler), rules.grace, rules.on_exit) == ("'safe, POST /v1/*'", 2.0, "wait")
 
     instrumentor.uninstrument()
@@ -356,6 +358,7 @@ def test_environment_sets_every_option(
     instrumentor.instrument()
     settings = settings_in(make())
     assert (settings.detect_after, settings.buffer_limit, settings.span) == (0.025, 262_144, False)
+    assert settings.request_timeout is None
     assert repr(settings.rules.cancel_handler) == "'safe'"
 
 
@@ -566,6 +569,8 @@ async def test_environment_asks_for_the_middleware(
         ("GRACE", "soon", "must be a number of seconds"),
         ("GRACE", "-1", "grace must be at least 0"),
         ("GRACE", "nan", "grace must be at least 0"),
+        ("REQUEST_TIMEOUT", "5s", "must be a number of seconds"),
+        ("REQUEST_TIMEOUT", "0", "request_timeout must be greater than 0"),
         ("ON_EXIT", "stop", "on_exit must be one of 'cancel', 'wait', 'detach'"),
         ("SPAN", "1", "must be true or false"),
     ],

@@ -25,7 +25,7 @@ from .helpers import ignore_cancels, now
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from otel_tasks._asgi.connection import Receive, Scope, Send
+    from otel_tasks._asgi.connection import Message, Receive, Scope, Send
 
 LIMIT = 0.5
 # The limit is kept to one or two looks, and never falls short.
@@ -355,6 +355,32 @@ async def test_span_and_tasks_say_timeout(manager: TaskManager, spans: SpanRecor
     assert (span.attributes or {})["otel_tasks.cancel.reason"] == "timeout"
     assert (span.attributes or {})["otel_tasks.task.outcome"] == "cancelled"
     assert [link.context.span_id for link in span.links] == [server.get_span_context().span_id]
+
+
+async def test_span_is_written_before_a_layer_ends_it_with_the_answer(
+    manager: TaskManager, spans: SpanRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As FastAPI does, and OpenTelemetry for ASGI; the SDK warns of attributes that come late."""
+
+    async def handler() -> None:
+        create_task(asyncio.sleep(60))
+        await asyncio.sleep(60)
+
+    connection = post()
+    with spans.provider.get_tracer("server").start_as_current_span("server", end_on_exit=False) as server:
+
+        async def send(message: Message) -> None:
+            await connection.send(message)
+            if message["type"] == "http.response.body":
+                server.end()
+
+        middleware = TaskGroupMiddleware(app_of(handler), manager=manager, request_timeout=LIMIT)
+        await middleware(connection.scope, connection.receive, send)
+    attributes = spans.span("server").attributes or {}
+    assert attributes["otel_tasks.request.outcome"] == "timeout"
+    assert attributes["otel_tasks.request.handler"] == "cancelled"
+    assert attributes["otel_tasks.cancel.count"] == 1
+    assert caplog.text == ""
 
 
 async def test_timeouts_inside_the_handler_are_its_own(manager: TaskManager) -> None:

@@ -50,7 +50,8 @@ async def send_answer(connection: Connection, cause: CancelCause) -> None:
     if cause.kind is CancelKind.SHUTDOWN and scope.get("http_version", "1.1").startswith("1"):
         # HTTP/2 has no such header (RFC 9113, 8.2.2).
         headers.append((b"connection", b"close"))
-    await _send(connection, _response(status, text, headers))
+    # To a HEAD without a body: gunicorn logs a warning otherwise.
+    await _send(connection, _response(status, b"" if scope["method"] == "HEAD" else text, headers))
 
 
 async def send_client_closed_request(connection: Connection) -> None:

@@ -512,8 +512,8 @@ class Sweeper:
         self._ticked_at = 0.0
         # Watched, but without a watcher: the next tick tries again.
         self._again: list[Connection] = []
-        # Of the watched connections that have a time limit. One timer each: otherwise a tick would need a heap
-        # like asyncio's own. A request that has not lived through an interval has none.
+        # Those of the watched connections that have a time limit. A heap of deadlines, checked at each tick,
+        # would do again what the loop's heap of timers does.
         self._timers: dict[Connection, asyncio.TimerHandle] = {}
         # Otherwise every watcher would carry the trace of the request that came first.
         self._context = quiet_context()

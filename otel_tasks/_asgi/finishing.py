@@ -16,7 +16,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from otel_tasks._asgi.answer import end_response, send_client_closed_request
-from otel_tasks._asgi.departure import is_cancellation, is_departure
+from otel_tasks._asgi.departure import is_departure
 from otel_tasks._asgi.rule import TextRule
 from otel_tasks._core.causes import unwatch_cancels
 from otel_tasks._core.clock import now
@@ -24,7 +24,6 @@ from otel_tasks._core.constructs import known_cause
 from otel_tasks._core.log import log_fields_of_all, logger
 from otel_tasks._core.request_group import REQUEST_ENDED
 from otel_tasks._core.state import CancelKind
-from otel_tasks._core.telemetry.request import annotate_request
 from otel_tasks._core.waiting import wait_until_done
 
 if TYPE_CHECKING:
@@ -62,7 +61,8 @@ async def finish(request: Request, error: BaseException | None) -> bool:
             # sse-starlette leaves its streams without an end when uvicorn stops.
             await end_response(request)
         return error is None
-    _annotate_span(request, request.stop, error)
+    if request.stop.answer is None:
+        request.annotate_span(request.stop, error)
     _log_if_spared(request, request.stop, error)
     is_failed = error is not None and not is_departure(error, request)
     if request.stop.is_forced:
@@ -183,21 +183,9 @@ async def _shut_down(request: Request) -> None:
             unwatch_cancels(request.host)
 
 
-def _annotate_span(request: Request, stop: Stop, error: BaseException | None) -> None:
-    """Note on the server's span how the client left, and what became of the work."""
-    outcome = "closed" if stop.cause.kind is CancelKind.SCOPE_ENDED else str(stop.cause.kind)
-    code = None if request.disconnect is None else request.disconnect.get("code")
-    annotate_request(
-        request.context, outcome, stop.cancelled_tasks, _end_of_handler(request, stop, error), code
-    )
-
-
 def _log_if_spared(request: Request, stop: Stop, error: BaseException | None) -> None:
     """Log once per route that its handler has run on without a client, unless someone has decided so."""
-    if (
-        stop.cause.kind is not CancelKind.CLIENT_DISCONNECT
-        or _end_of_handler(request, stop, error) != "ran_on"
-    ):
+    if stop.cause.kind is not CancelKind.CLIENT_DISCONNECT or request.end_of_handler(stop, error) != "ran_on":
         return
     rule = None if stop.spared_by is None else stop.spared_by.cancel_handler
     # A decision of the request, False, a function, and an exception in a text are meant as they are.
@@ -220,12 +208,6 @@ def _log_spared(request: Request, stop: Stop, rule: TextRule, route: str, missin
         rule,
         rule.with_route(route, request.scope),
     )
-
-
-def _end_of_handler(request: Request, stop: Stop, error: BaseException | None) -> str:
-    if stop.handler_cancelled or (error is not None and is_cancellation(error)):
-        return "cancelled"
-    return "finished" if request.notified else "ran_on"
 
 
 async def _end_answer(request: Request, stop: Stop) -> None:

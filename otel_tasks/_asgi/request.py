@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from otel_tasks._asgi.answer import disconnect_for, send_answer
 from otel_tasks._asgi.cleanup import GROUP_LOCK, Cleanup, is_in_cleanup
 from otel_tasks._asgi.connection import Connection, Message, Receive, Scope, Send, task_in
-from otel_tasks._asgi.departure import is_departure, kind_of
+from otel_tasks._asgi.departure import is_cancellation, is_departure, kind_of
 from otel_tasks._asgi.naming import request_name
 from otel_tasks._asgi.stop import Stop
 from otel_tasks._asgi.streams import close_iterated
@@ -28,7 +28,7 @@ from otel_tasks._core.request_group import RequestGroup
 from otel_tasks._core.state import CancelKind
 from otel_tasks._core.task import ManagedTask
 from otel_tasks._core.telemetry.context import current_span_context
-from otel_tasks._core.telemetry.request import note_disconnect
+from otel_tasks._core.telemetry.request import annotate_request, note_disconnect
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -239,6 +239,8 @@ class Request(Connection):
             return
         self.cut(disconnect_for(cause, self.scope), cause)
         if self.stop is not None and not self.start:
+            # Before the answer: the layers of telemetry end the server's span with the last message.
+            self.annotate_span(self.stop)
             # In the context of the request, because layers outside may start a span in their `send`.
             self.stop.answer = self.sweeper.loop.create_task(
                 send_answer(self, cause), name="otel_tasks.answer", context=self.context.copy()
@@ -301,6 +303,23 @@ class Request(Connection):
     def intercept(self, awaited: asyncio.Task[Any], message: object, callbacks: list[Callback]) -> bool:
         """Keep a cancellation of this request from ``awaited``, see ``Stop.intercept``."""
         return self.stop is not None and self.stop.intercept(awaited, message, callbacks)
+
+    def annotate_span(self, stop: Stop, error: BaseException | None = None) -> None:
+        """Note on the server's span why it ended early, and what became of the work.
+
+        Args:
+            stop: Its cancellation.
+            error: What the application raised.
+        """
+        outcome = "closed" if stop.cause.kind is CancelKind.SCOPE_ENDED else str(stop.cause.kind)
+        code = None if self.disconnect is None else self.disconnect.get("code")
+        annotate_request(self.context, outcome, stop.cancelled_tasks, self.end_of_handler(stop, error), code)
+
+    def end_of_handler(self, stop: Stop, error: BaseException | None) -> str:
+        """Say what its handler has done: it was ``cancelled``, ``ran_on``, or ``finished`` by itself."""
+        if stop.handler_cancelled or (error is not None and is_cancellation(error)):
+            return "cancelled"
+        return "finished" if self.notified else "ran_on"
 
     # It cleans up.
 
