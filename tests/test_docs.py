@@ -139,6 +139,14 @@ VISITS = {
         """,
         ["database open", "serving", "database closed"],
     ),
+    ("docs/howto/llm-gateways.md", "usage_records"): (
+        """
+        print((await visit("POST", "/v1/chat/completions")).body)
+        print((await visit("POST", "/v1/chat/completions", leaves=1.2)).status)
+        print(usage_records[0], 20 < usage_records[1] < 30)
+        """,
+        ["b'\"done\"'", "499", "100 True"],
+    ),
     ("docs/howto/streaming.md", "next_departure"): (
         """
         connection = await visit("GET", "/departures/Oslo", leaves=0.35)

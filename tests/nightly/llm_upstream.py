@@ -38,9 +38,9 @@ class Upstream:
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.port = 0
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._ready = threading.Event()
+        self._loop: asyncio.AbstractEventLoop
         self._done: asyncio.Event
 
     def __enter__(self) -> Upstream:
@@ -52,11 +52,8 @@ class Upstream:
         self._loop.call_soon_threadsafe(self._done.set)
         self._thread.join(10)
 
-    def _serve(self) -> None:
-        self._loop.run_until_complete(self._main())
-
-    async def _main(self) -> None:
-        self._done = asyncio.Event()
+    async def _serve(self) -> None:
+        self._loop, self._done = asyncio.get_running_loop(), asyncio.Event()
         server = await asyncio.start_server(self._serve_call, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
@@ -96,6 +93,11 @@ async def _answer(path: str, body: dict[str, Any], writer: asyncio.StreamWriter,
         async for token in generated:
             if is_first:
                 _start(writer, "text/event-stream")
+                if is_response:
+                    created = {**_whole("", model, path), "status": "in_progress", "output": []}
+                    writer.write(
+                        _event({"type": "response.created", "sequence_number": 0, "response": created})
+                    )
                 is_first = False
             writer.write(_event(_delta(token, model, call.tokens, is_response=is_response)))
             await writer.drain()
