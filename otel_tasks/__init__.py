@@ -56,6 +56,7 @@ from otel_tasks._core.group import TaskGroup
 from otel_tasks._core.info import TaskInfo
 from otel_tasks._core.manager import TaskManager
 from otel_tasks._core.records import TaskStats
+from otel_tasks._core.run import run
 from otel_tasks._core.shutdown import ShutdownReport
 from otel_tasks._core.state import CancelKind, TaskPriority, TaskStatus
 from otel_tasks._core.task import ManagedTask
@@ -138,6 +139,7 @@ __all__ = [
     "global_task_manager",
     "managed_task",
     "propagate_cancellation",
+    "run",
     "run_in_thread",
     "start_service",
     "start_task",

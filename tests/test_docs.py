@@ -243,6 +243,12 @@ VISITS = {
             "client_disconnect', 'fetch-2 completed None', 'send_receipt completed None']",
         ],
     ),
+    ("docs/howto/run.md", "readyz"): (
+        """
+        print((await visit("GET", "/readyz")).status)
+        """,
+        ["200"],
+    ),
     ("docs/howto/kubernetes.md", "healthz"): (
         """
         print((await visit("GET", "/healthz")).status)

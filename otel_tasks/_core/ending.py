@@ -56,6 +56,8 @@ class Ending(Counters):
         self._telemetry = ledger.telemetry
         self._remember = ledger.history.add
         self._listeners = ledger.listeners.functions
+        # The ids of services that gave up and were not started again, in this order.
+        self.failed_services: dict[str, None] = {}
 
     def on_done(self, task: ManagedTask[Any]) -> None:
         task._ended_at = ended_at = self._clock()
@@ -116,6 +118,14 @@ class Ending(Counters):
                 )
             except Exception:
                 self._ledger.log_once("telemetry of task %r raised", task.id)
+
+    def service_started(self, service_id: str) -> None:
+        """Note that a service runs, so that it no longer counts as failed."""
+        self.failed_services.pop(service_id, None)
+
+    def service_failed(self, service_id: str) -> None:
+        """Note that a service gave up."""
+        self.failed_services[service_id] = None
 
     def lose(self, tasks: Iterable[ManagedTask[Any]]) -> None:
         """Drop tasks whose loop was closed before they ended: they can never end."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from otel_tasks._core.backoff import RestartPolicy
+    from otel_tasks._core.critical import OnGiveUp
     from otel_tasks._core.events import CancelEvent
     from otel_tasks._core.info import TaskInfo
 
@@ -281,6 +282,8 @@ def start_service(
     metadata: Mapping[str, Any] | None = None,
     on_conflict: OnConflict = "error",
     drains: bool = False,
+    on_give_up: OnGiveUp | None = None,
+    critical: bool = False,
 ) -> Coroutine[Any, Any, ManagedTask[T]]:
     """Start a service in the current manager; the parameters are those of ``TaskManager.start_service``.
 
@@ -308,6 +311,8 @@ def start_service(
         metadata=metadata,
         on_conflict=on_conflict,
         drains=drains,
+        on_give_up=on_give_up,
+        critical=critical,
     )
 
 

@@ -1,14 +1,17 @@
-"""The lifespan of a server: opens a manager in its loop, and shuts it down."""
+"""The lifetime of a loop, of a server's lifespan or of ``run``: opens managers in it, and shuts them down."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from otel_tasks._core.lost import ledgers_in
 
 if TYPE_CHECKING:
     import asyncio
 
     from otel_tasks._core.manager import TaskManager
     from otel_tasks._core.options import FromManager
+    from otel_tasks._core.telemetry.providers import Telemetry
 
 
 def open_in(manager: TaskManager, loop: asyncio.AbstractEventLoop) -> None:
@@ -22,6 +25,16 @@ def open_in(manager: TaskManager, loop: asyncio.AbstractEventLoop) -> None:
 def is_open_in(manager: TaskManager, loop: asyncio.AbstractEventLoop) -> bool:
     """Return True if ``manager`` belongs to ``loop`` and nothing has shut it down there."""
     return manager._ledger.home.is_open_in(loop)
+
+
+def managers_in(loop: asyncio.AbstractEventLoop) -> list[TaskManager]:
+    """Return the managers that belong to ``loop``."""
+    return [ledger.owner for ledger in ledgers_in(loop)]
+
+
+def telemetry_of(manager: TaskManager) -> Telemetry:
+    """Return where ``manager`` reports."""
+    return manager._ledger.telemetry
 
 
 async def shut_down(

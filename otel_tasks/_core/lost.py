@@ -46,6 +46,10 @@ class LostWork:
         """Report when the process ends."""
         _watch_exit(self)
 
+    def ledger_in(self, loop: asyncio.AbstractEventLoop) -> Ledger | None:
+        """Return the ledger if its manager belongs to ``loop``."""
+        return self._ledger if self._ledger.home.loop is loop else None
+
     def note(self, loop: asyncio.AbstractEventLoop) -> None:
         """Note that a task is being cancelled while its loop does not run."""
         if self._noted_in is loop or self._ledger.home.closed or loop.is_closed():
@@ -120,6 +124,11 @@ def _is_in_a_block(task: ManagedTask[Any]) -> bool:
 
 _watched: WeakSet[LostWork] = WeakSet()
 _process = 0
+
+
+def ledgers_in(loop: asyncio.AbstractEventLoop) -> list[Ledger]:
+    """Return the ledgers of the managers that belong to ``loop``."""
+    return [ledger for work in list(_watched) if (ledger := work.ledger_in(loop)) is not None]
 
 
 def _watch_exit(work: LostWork) -> None:

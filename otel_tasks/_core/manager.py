@@ -166,6 +166,11 @@ class TaskManager(Starting):
         return tuple(worker.id for worker in self._threads.abandoned())
 
     @property
+    def failed_services(self) -> tuple[str, ...]:
+        """The ids of services that gave up and were not started again, for a readiness check."""
+        return tuple(self._ledger.ending.failed_services)
+
+    @property
     def closed(self) -> bool:
         """True once the manager is shut down: it refuses new tasks in the event loop of the shutdown.
 

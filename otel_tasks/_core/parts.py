@@ -61,6 +61,17 @@ class Threads(Protocol):
 class Ending(Protocol):
     """Records the ends of tasks; ``ending`` implements it."""
 
+    # The ids of services that gave up.
+    failed_services: dict[str, None]
+
+    def service_started(self, service_id: str) -> None:
+        """Note that a service runs."""
+        ...
+
+    def service_failed(self, service_id: str) -> None:
+        """Note that a service gave up."""
+        ...
+
     def use_clock(self, clock: Callable[[], float]) -> None:
         """Read the time at which a task ends from this clock."""
         ...

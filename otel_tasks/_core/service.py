@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
 
 from otel_tasks._core.backoff import Delays, RestartPolicy
 from otel_tasks._core.cancellation import sleep_unless_set
-from otel_tasks._core.checks import AttemptName, checked_name
+from otel_tasks._core.checks import AttemptName, check_flag, checked_name
 from otel_tasks._core.coroutines import close_quietly
+from otel_tasks._core.critical import check_on_give_up, watch_service
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.log import log_fields, logger, text_of
 from otel_tasks._core.native import asyncio_cancel, cancel_message
@@ -40,6 +41,7 @@ from otel_tasks.exceptions import ManagerClosedError
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
+    from otel_tasks._core.critical import OnGiveUp
     from otel_tasks._core.group import TaskGroup
     from otel_tasks._core.options import OnConflict
     from otel_tasks._core.state import TaskPriority
@@ -60,9 +62,13 @@ async def start_supervisor(
     on_conflict: OnConflict,
     *,
     drains: bool,
+    on_give_up: OnGiveUp | None,
+    critical: bool,
 ) -> ManagedTask[T]:
     """Start a service in a labeled group; see ``TaskManager.start_service``."""
     _check_factory(factory)
+    check_on_give_up(on_give_up)
+    check_flag("critical", critical)
     checked_name("service", name, 'name it after its work, as in start_service("prices", work)')
     if not isinstance(policy, RestartPolicy):
         raise TypeError(f"restart must be a RestartPolicy, got {policy!r}")
@@ -73,8 +79,10 @@ async def start_supervisor(
         )
     if on_conflict == "replace":
         await group._clear_name(name, f"replaced by a new service {name!r}")
+    if on_conflict == "return" and (taken := group._holder(name)) is not None:
+        return taken
     service = Service(group, factory, policy, priority, metadata, drains=drains)
-    return group._open_group()._create(
+    task: ManagedTask[T] = group._open_group()._create(
         service.run(),
         name,
         priority,
@@ -90,6 +98,8 @@ async def start_supervisor(
         True,
         supervises=True,
     )
+    watch_service(task, on_give_up, critical=critical)
+    return task
 
 
 class Service(Generic[T]):

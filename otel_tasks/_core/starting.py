@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from otel_tasks._core.backoff import RestartPolicy
+    from otel_tasks._core.critical import OnGiveUp
     from otel_tasks._core.lookup import Lookup
     from otel_tasks._core.options import NamedTaskOptions, OnConflict, TaskOptions, Trace
     from otel_tasks._core.task import ManagedTask
@@ -307,6 +308,8 @@ class Starting:
         metadata: Mapping[str, Any] | None = None,
         on_conflict: OnConflict = "error",
         drains: bool = False,
+        on_give_up: OnGiveUp | None = None,
+        critical: bool = False,
     ) -> ManagedTask[T]:
         """Start long-running work, and restart it with exponential backoff and jitter when it fails.
 
@@ -327,6 +330,10 @@ class Starting:
             drains: True for a service that ends on its own when ``current_cancel_event()`` is set; the grace
                 of a shutdown then waits for it. A service that does not drain is not awaited: it would make
                 every shutdown last its whole grace.
+            on_give_up: Called with the snapshot and the exception of the service when it gives up.
+            critical: True for a service that the application cannot do without: when it gives up, the manager
+                shuts down, and ``run()`` ends with exit code 1. ``failed_services`` lists services that gave
+                up.
 
         Returns:
             The service. It returns what its last attempt returned. It ends cancelled if something cancels an
@@ -356,5 +363,14 @@ class Starting:
         """
         where = self._root if group is None else self._lookup.group(group, factory)
         return await start_supervisor(
-            where, name, factory, restart, priority, metadata, on_conflict, drains=drains
+            where,
+            name,
+            factory,
+            restart,
+            priority,
+            metadata,
+            on_conflict,
+            drains=drains,
+            on_give_up=on_give_up,
+            critical=critical,
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakSet, ref
 
 from opentelemetry import context as otel_context
@@ -28,7 +29,7 @@ from otel_tasks._core.telemetry.errors import log_otel_error
 from otel_tasks._core.telemetry.metrics import instruments_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from otel_tasks._core.telemetry.metrics import Counts, Instruments, MetricsSource
 
@@ -120,6 +121,10 @@ class Telemetry:
         if source is not None:
             self._before = source.cancelled_by.copy()
         self._use_meter_provider(meter)
+
+    def providers(self) -> tuple[object, object]:
+        """Return the providers of spans and metrics in use; None without one."""
+        return self._provider, self._meter_provider
 
     def tracer(self) -> Tracer | None:
         """Return the tracer; None without an SDK."""
@@ -221,6 +226,27 @@ class Telemetry:
                 TASK_PRIORITY: priority,
             }
             self._metrics.queue_duration.record(seconds, attributes)
+
+
+def flushers(all_telemetry: Iterable[Telemetry]) -> list[Callable[[], object]]:
+    """Return functions that export what the providers hold back, and that may block; they never raise.
+
+    The global providers are included: an application's own spans are there, too.
+    """
+    found: dict[int, object] = {}
+    own = [provider for telemetry in all_telemetry for provider in telemetry.providers()]
+    for provider in [*own, trace.get_tracer_provider(), metrics.get_meter_provider()]:
+        # The API's placeholders have no such method.
+        if hasattr(provider, "force_flush"):
+            found[id(provider)] = provider
+    return [functools.partial(_flush, provider) for provider in found.values()]
+
+
+def _flush(provider: Any) -> None:
+    try:
+        provider.force_flush()
+    except Exception:
+        log_otel_error("flushing a provider")
 
 
 def _is_a(value: object, *kinds: type) -> bool:
