@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import functools
 import gc
 import inspect
 import pydoc
@@ -1382,6 +1384,72 @@ def test_refused_entry_leaves_a_closed_manager_closed() -> None:
     for task in asyncio.all_tasks(first):
         first.run_until_complete(asyncio.wait([task]))
     first.close()
+
+
+@pytest.mark.parametrize("how", ["ignores", "retrieves", "next turn", "partial", "removed"])
+async def test_done_callback_handles_a_failure_only_if_it_retrieves_it(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A callback that only looks at the task leaves the error to the report, which comes once."""
+    manager = TaskManager()
+    seen: list[Any] = []
+
+    def callback(task: asyncio.Task[Any], retrieve: bool = False) -> None:
+        seen.append(task.done())
+        if how == "next turn":
+            asyncio.get_running_loop().call_soon(task.exception)
+        elif how == "retrieves" or retrieve:
+            task.exception()
+
+    task = manager.create_task(fail(ValueError("lost")), name="work")
+    added: Any = functools.partial(callback, retrieve=True) if how == "partial" else callback
+    task.add_done_callback(added)
+    if how == "removed":
+        assert task.remove_done_callback(added) == 1
+    for _ in range(5):
+        await asyncio.sleep(0)
+    wanted = ["task 'work' failed and nobody awaits it"] if how in ("ignores", "removed") else []
+    assert caplog.messages == wanted
+    assert seen == ([] if how == "removed" else [True])
+    del task
+    gc.collect()
+    assert caplog.messages == wanted
+
+
+@pytest.mark.parametrize("how", ["gather", "wait", "shield", "TaskGroup", "as_completed", "await"])
+async def test_waiter_that_takes_a_failure_late_is_a_waiter(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncio's own ways to wait count, even if another task keeps them waiting."""
+    manager = TaskManager()
+    task = manager.create_task(fail(ValueError("taken")), name="work")
+    other = manager.create_task(asyncio.sleep(1))
+    task.add_done_callback(lambda _: None)
+
+    async def wait() -> None:
+        match how:
+            case "gather":
+                await asyncio.gather(task, other, return_exceptions=True)
+            case "wait":
+                await asyncio.wait([task, other])
+                task.exception()
+            case "shield":
+                await asyncio.shield(task)
+            case "TaskGroup":
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(give(1))
+                    await task
+            case "as_completed":
+                for future in asyncio.as_completed([other, task]):
+                    with contextlib.suppress(ValueError):
+                        await future
+            case _:
+                await task
+
+    with contextlib.suppress(ValueError, ExceptionGroup):
+        await wait()
+    await asyncio.sleep(2)
+    assert caplog.messages == []
 
 
 async def test_shutdown_names_what_it_cancels(caplog: pytest.LogCaptureFixture) -> None:

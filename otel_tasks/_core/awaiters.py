@@ -18,6 +18,10 @@ from otel_tasks._core.waiting import waiters_behind
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+# The modules, and the packages, whose done-callbacks belong to code that waits.
+WAITING = frozenset({"asyncio.base_events", "asyncio.futures", "asyncio.taskgroups", "asyncio.tasks"})
+_WAITING_PACKAGES = frozenset({"asyncio", "uvloop", "anyio", "otel_tasks"})
+
 
 def with_awaiters(*callers: asyncio.Task[Any] | None) -> set[asyncio.Future[Any]]:
     """The callers, and all tasks and futures in between that their end would wake."""
@@ -80,3 +84,21 @@ def _enclosed_in(callback: object) -> Iterator[object]:
 def hosts_of(task: asyncio.Future[Any]) -> Iterable[asyncio.Future[Any]]:
     """The hosts of the block or request in which a task runs; `group` registers that of managed tasks."""
     return ()
+
+
+def waits(callback: object) -> bool:
+    """True if a done-callback belongs to code that waits for the task, and so receives its failure.
+
+    That is the wakeup of a task that awaits it, and what ``gather()``, ``wait()``, ``shield()``, and task
+    groups add. They may take the failure long after the callback.
+    """
+    if isinstance(getattr(callback, "__self__", None), asyncio.Future):
+        return True
+    if isinstance(callback, functools.partial):
+        callback = callback.func
+    return str(getattr(callback, "__module__", "")).partition(".")[0] in _WAITING_PACKAGES
+
+
+def may_retrieve(callback: object) -> bool:
+    """True if a done-callback may take the failure; not for ``tasks.discard``, which only updates a set."""
+    return not isinstance(getattr(callback, "__self__", None), set | list | dict)

@@ -235,6 +235,19 @@ class Ending(Counters):
         if task._waiters or awaited or not getattr(task, "_log_traceback", True):
             # The waiter receives it. If it never retrieves it, asyncio logs it as for any task.
             return
+        if task._extras is None or task._extras.callbacks <= 0:
+            self._report_unhandled(task, info, error)
+            return
+        # Its callbacks run in this turn and may retrieve the failure, or schedule code that does so in the
+        # next turn.
+        loop = task.get_loop()
+        loop.call_soon(loop.call_soon, self._report_unretrieved, task, info, error)
+
+    def _report_unretrieved(self, task: ManagedTask[Any], info: TaskInfo, error: BaseException) -> None:
+        if getattr(task, "_log_traceback", True):
+            self._report_unhandled(task, info, error)
+
+    def _report_unhandled(self, task: ManagedTask[Any], info: TaskInfo, error: BaseException) -> None:
         # Marks the failure as retrieved; otherwise asyncio would report it a second time.
         task.exception()
         if isinstance(error, SystemExit | KeyboardInterrupt):

@@ -79,6 +79,8 @@ class Extras:
     # Its futures in other threads; the worker, if its function runs in a thread.
     futures: tuple[ThreadFuture, ...] = ()
     worker: ThreadWorker | None = None
+    # How many done-callbacks may or may not retrieve its failure.
+    callbacks = 0
     # The message of a cancel() that recorded no cause.
     message: str | None = None
     # It has run none of its code; set at its end, or earlier when it is cancelled.

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import traceback
-from asyncio import _get_running_loop
+from asyncio import Future, _get_running_loop
 from dataclasses import replace
 from secrets import token_urlsafe
 from threading import get_ident
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from otel_tasks._core.awaiters import WAITING, may_retrieve, waits
 from otel_tasks._core.binding import intercepted, stopping
 from otel_tasks._core.cancellation import cancel_once
 from otel_tasks._core.causes import cause_of_cancel, passed_down, passing
@@ -86,7 +87,8 @@ class ManagedTask(asyncio.Task[T]):
     _span: Span | None
     _cause: CancelCause | None
     _extras: Extras | None
-    # How many done-callbacks belong to code that waits for the task, and so receives its failure.
+    # How many done-callbacks belong to code that waits for the task, and so receives its failure. Other
+    # callbacks are counted in the extras.
     _waiters: int
 
     @property
@@ -283,15 +285,26 @@ class ManagedTask(asyncio.Task[T]):
             super().add_done_callback(fn)
         else:
             super().add_done_callback(fn, context=context)
-        self._waiters += waits(fn)
+        # The first is the wakeup of a task that awaits this one. A call here would cost 2 % of a task.
+        if isinstance(getattr(fn, "__self__", None), Future) or getattr(fn, "__module__", 0) in WAITING:
+            self._waiters += 1
+        else:
+            self._count_callback(fn, 1)
         if self._extras is not None and self._extras.place_granted is not None:
             lift_for_waiter(self, self._extras)
 
     def remove_done_callback(self, fn: Callable[[Any], object], /) -> int:
         """As ``asyncio.Task.remove_done_callback``."""
         removed = super().remove_done_callback(fn)
-        self._waiters -= removed * waits(fn)
+        if removed:
+            self._count_callback(fn, -removed)
         return removed
+
+    def _count_callback(self, fn: object, count: int) -> None:
+        if waits(fn):
+            self._waiters += count
+        elif may_retrieve(fn):
+            extras_of(self).callbacks += count
 
 
 def request_cancel(task: ManagedTask[Any], cause: CancelCause, text: str | None = None) -> bool:
@@ -601,11 +614,6 @@ def queue_time(task: ManagedTask[Any]) -> float | None:
     if extras is None or extras.place_granted is None:
         return None
     return (task._ended_at if extras.started_at is None else extras.started_at) - task._created_at
-
-
-def waits(callback: object) -> bool:
-    """True if a done-callback may belong to a waiter; not for ``tasks.discard``, which only updates a set."""
-    return not isinstance(getattr(callback, "__self__", None), set | list | dict)
 
 
 def lift_for_waiter(task: ManagedTask[Any], extras: Extras) -> None:
