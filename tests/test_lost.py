@@ -160,6 +160,22 @@ def test_nothing_is_said_where_nothing_is_lost(
     assert not [message for message in caplog.messages if "lost" in message]
 
 
+@pytest.mark.parametrize("started", [False, True])
+def test_services_are_no_lost_work(
+    started: bool, manager: TaskManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They start again with the application; other tasks beside them are named."""
+
+    async def main() -> None:
+        await manager.start_service("prices", rest)
+        if started:
+            manager.create_task(rest(), name="mail-7", group="outbox")
+            await settle()
+
+    run(main())
+    assert caplog.messages == ([f"{LOST}group 'outbox': 'mail-7'{HINT}"] if started else [])
+
+
 def test_stubborn_task_of_a_shutdown_is_reported_by_that(
     manager: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from otel_tasks._core.log import log_fields_of_all, logger
-from otel_tasks._core.task import has_started
+from otel_tasks._core.task import has_started, runs_forever
 
 if TYPE_CHECKING:
     from otel_tasks._core.group import TaskGroup
@@ -79,7 +79,11 @@ class LostWork:
 
     def _live(self) -> list[ManagedTask[Any]]:
         live = self._ledger.root._every_live()
-        return [task for task in live if not task.done() and task not in self._reported]
+        return [
+            task
+            for task in live
+            if not task.done() and task not in self._reported and not _starts_again(task)
+        ]
 
     def _report(self, lost: list[tuple[ManagedTask[Any], str]]) -> None:
         if not lost:
@@ -93,6 +97,11 @@ class LostWork:
             self._ledger.in_code,
             extra=log_fields_of_all(task.id for task, _ in lost),
         )
+
+
+def _starts_again(task: ManagedTask[Any]) -> bool:
+    """True for a service and its attempts, unless it drains: it starts again with the application."""
+    return runs_forever(task) or (task._extras is not None and task._extras.supervises)
 
 
 def _described(task: ManagedTask[Any]) -> str:
