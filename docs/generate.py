@@ -76,6 +76,7 @@ LINKS = {
     "spawned_by": 'The span that was current where a service, or a task in a new trace (`trace="new"`), '
     "was created.",
     "restart_of": "The service's attempt before this one.",
+    "previous_run": "The run of the periodic work before this one.",
 }
 
 OUTCOMES = {

@@ -214,6 +214,10 @@ async def _ends(manager: TaskManager) -> None:
     await asyncio.gather(
         await manager.start_service("service", _fail, restart=policy), return_exceptions=True
     )
+    periodic = await manager.start_periodic("periodic", lambda: asyncio.sleep(0.1), every=1.0)
+    await asyncio.sleep(1.5)
+    periodic.cancel()
+    await asyncio.wait([periodic])
 
 
 async def _cancels(manager: TaskManager) -> None:

@@ -53,7 +53,7 @@ from otel_tasks._core.functions import (
     wait_for_task,
 )
 from otel_tasks._core.group import TaskGroup
-from otel_tasks._core.info import TaskInfo
+from otel_tasks._core.info import PeriodicInfo, TaskInfo
 from otel_tasks._core.manager import TaskManager
 from otel_tasks._core.records import TaskStats
 from otel_tasks._core.run import run
@@ -104,6 +104,7 @@ __all__ = [
     "ManagedTask",
     "ManagerClosedError",
     "OtelTasksError",
+    "PeriodicInfo",
     "Progress",
     "ProgressWatch",
     "QueueFullError",

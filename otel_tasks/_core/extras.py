@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from otel_tasks._core.binding import ThreadWorker
     from otel_tasks._core.events import CancelCause
     from otel_tasks._core.factory import Made
+    from otel_tasks._core.info import PeriodicInfo
     from otel_tasks._core.progress import TaskProgress
     from otel_tasks._core.state import TaskPriority
 
@@ -31,6 +32,18 @@ class ThreadFuture(Protocol):
 
     def refuse(self, error: BaseException) -> None:
         """Fail with ``error``: the task can never end."""
+        ...
+
+
+class Periodic(Protocol):
+    """Work that runs at a fixed rate."""
+
+    def trigger(self) -> bool:
+        """Run now, out of turn."""
+        ...
+
+    def info(self) -> PeriodicInfo:
+        """Return a snapshot."""
         ...
 
 
@@ -91,6 +104,8 @@ class Extras:
     supervises = False
     # For a service, the current attempt.
     attempt: asyncio.Task[Any] | None = None
+    # What it knows of its runs, if it is periodic work.
+    periodic: Periodic | None = None
     # It is a service that does not end by itself, or an attempt of one.
     runs_forever = False
     # How many shields defer a cancellation by its request, and the cause of a deferred one.

@@ -24,6 +24,44 @@ NO_RESULT: Final = _Absent.RESULT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PeriodicInfo:
+    """A snapshot of periodic work.
+
+    Times are seconds on a monotonic clock, as in ``TaskInfo``, whose ``to_dict()`` returns wall-clock
+    timestamps.
+
+    Attributes:
+        every: Seconds from one run to the next.
+        runs: How many runs have started.
+        failures: How many runs have failed.
+        skipped: How many runs did not start: an earlier one was still live, or the loop was held up.
+        last_run_at: The time at which the last run was created; None before the first.
+        last_outcome: How the last run ended; None while it is live, and before the first.
+        next_run_at: The time of the next run; None once the periodic task has ended.
+    """
+
+    every: float
+    runs: int = 0
+    failures: int = 0
+    skipped: int = 0
+    last_run_at: float | None = None
+    last_outcome: TaskStatus | None = None
+    next_run_at: float | None = None
+
+    def to_dict(self, epoch: float) -> dict[str, Any]:
+        """Return the snapshot as JSON-ready data.
+
+        Args:
+            epoch: The wall-clock time at which the clock of these times was 0.
+        """
+        data = {key.name: getattr(self, key.name) for key in fields(self)}
+        for key in ("last_run_at", "next_run_at"):
+            data[key] = None if data[key] is None else wall_clock(data[key], epoch)
+        data["last_outcome"] = self.last_outcome and str(self.last_outcome)
+        return data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TaskInfo:
     """A snapshot of a task; it holds no task, no frame, and no exception.
 
@@ -46,6 +84,7 @@ class TaskInfo:
         cause: The cause of its cancellation; None without a cancel request.
         cancel_ignored: True for a task that was cancelled and completed anyway.
         progress: Its last progress report; None before the first.
+        periodic: The last and the next run of periodic work; None for any other task.
         metadata: A copy of its metadata.
         trace_id: The trace id in hex; None without tracing.
         span_id: The span id in hex; None without tracing.
@@ -71,6 +110,7 @@ class TaskInfo:
     trace_id: str | None
     span_id: str | None
     epoch: float
+    periodic: PeriodicInfo | None = None
     # Not compared: the == of a result may not return a bool, as with arrays.
     _result: Any = field(default=NO_RESULT, repr=False, compare=False)
 
@@ -107,6 +147,7 @@ class TaskInfo:
         data["status"] = str(self.status)
         data["cause"] = self.cause and self.cause.to_dict()
         data["progress"] = self.progress and self.progress.to_dict()
+        data["periodic"] = self.periodic and self.periodic.to_dict(self.epoch)
         data["duration"] = None if self.duration is None else rounded(self.duration)
         return data
 

@@ -170,7 +170,13 @@ class _Survey:
             trace_id=trace_id,
             span_id=span_id,
             attempt=None if attempt is None else self.task(attempt),
+            next_run_in=self._next_run_in(task),
         )
+
+    def _next_run_in(self, task: ManagedTask[Any]) -> float | None:
+        periodic = None if task._extras is None else task._extras.periodic
+        due = None if periodic is None else periodic.info().next_run_at
+        return None if due is None else max(0.0, due - self._now)
 
     def _groups(self, children: list[TaskGroup], left: int, depth: int) -> tuple[tuple[GroupNode, ...], int]:
         nodes: list[GroupNode] = []

@@ -35,7 +35,7 @@ from otel_tasks._core.log import log_fields, logger, text_of
 from otel_tasks._core.native import asyncio_cancel, cancel_message
 from otel_tasks._core.state import CancelKind, TaskStatus
 from otel_tasks._core.task import cause_at_end, extras_of, request_cancel
-from otel_tasks._core.telemetry.spans import link_restart, prepare_attempts
+from otel_tasks._core.telemetry.spans import link_next, prepare_attempts
 from otel_tasks.exceptions import ManagerClosedError
 
 if TYPE_CHECKING:
@@ -66,24 +66,59 @@ async def start_supervisor(
     critical: bool,
 ) -> ManagedTask[T]:
     """Start a service in a labeled group; see ``TaskManager.start_service``."""
-    _check_factory(factory)
+    check_repeatable(factory, "start_service", "a service may be restarted")
     check_on_give_up(on_give_up)
     check_flag("critical", critical)
     checked_name("service", name, 'name it after its work, as in start_service("prices", work)')
     if not isinstance(policy, RestartPolicy):
         raise TypeError(f"restart must be a RestartPolicy, got {policy!r}")
-    if group.scoped:
-        raise ValueError(
-            f"cannot start service {name!r}: group {group.id!r} ends with its block or its request, and a "
-            "service runs on; name a group of the manager"
-        )
-    if on_conflict == "replace":
-        await group._clear_name(name, f"replaced by a new service {name!r}")
-    if on_conflict == "return" and (taken := group._holder(name)) is not None:
-        return taken
-    service = Service(group, factory, policy, priority, metadata, drains=drains)
-    task: ManagedTask[T] = group._open_group()._create(
-        service.run(),
+    coro = Service(group, factory, policy, priority, metadata, drains=drains).run()
+    task = await create_supervisor(group, "service", name, coro, priority, metadata, on_conflict)
+    # Not with on_conflict="return", which may return another task.
+    if task.get_coro() is coro:
+        watch_service(task, on_give_up, critical=critical)
+    return task
+
+
+async def create_supervisor(
+    group: TaskGroup,
+    kind: str,
+    name: str,
+    coro: Coroutine[Any, Any, T],
+    priority: TaskPriority | int,
+    metadata: Mapping[str, Any] | None,
+    on_conflict: OnConflict,
+) -> ManagedTask[T]:
+    """Create a task that only supervises others: it has no span, and takes no place.
+
+    Args:
+        group: A labeled group.
+        kind: Its name in messages, such as "service".
+        name: Its name.
+        coro: Its coroutine; closed if the task is refused.
+        priority: Its priority.
+        metadata: Its metadata.
+        on_conflict: What happens if a live task has the name.
+
+    Raises:
+        ValueError: The group is a scoped one.
+
+    Cancellation: cancelling the caller while it waits for the task to replace creates no new task.
+    """
+    try:
+        if group.scoped:
+            raise ValueError(
+                f"cannot start {kind} {name!r}: group {group.id!r} ends with its block or its request, and a "
+                f"{kind} runs on; name a group of the manager"
+            )
+        if on_conflict == "replace":
+            await group._clear_name(name, f"replaced by a new {kind} {name!r}")
+        where = group._open_group()
+    except BaseException:
+        close_quietly(coro)
+        raise
+    return where._create(
+        coro,
         name,
         priority,
         # Its group's default is meant for tasks that end.
@@ -98,8 +133,6 @@ async def start_supervisor(
         True,
         supervises=True,
     )
-    watch_service(task, on_give_up, critical=critical)
-    return task
 
 
 class Service(Generic[T]):
@@ -154,7 +187,7 @@ class Service(Generic[T]):
     async def _start_attempt(self, service: ManagedTask[T]) -> ManagedTask[T]:
         """Create the next attempt, as soon as the queue has room for it."""
         self._attempts += 1
-        coro = self._context.run(make_attempt, self._factory)
+        coro = self._context.run(make_attempt, self._factory, "start_service")
         try:
             attempt = await self._group.put_task(
                 coro,
@@ -172,7 +205,7 @@ class Service(Generic[T]):
             return attempt
         except ManagerClosedError:
             cause = self._group.cancel_event.cause or CancelCause.make(CancelKind.SHUTDOWN)
-        _end_cancelled(service, cause)
+        end_cancelled(service, cause)
 
     def _failure_of(self, service: ManagedTask[T], attempt: ManagedTask[T]) -> Exception | None:
         """Return the failure that leads to another attempt; None if this one was the last."""
@@ -180,7 +213,7 @@ class Service(Generic[T]):
         if isinstance(error, SystemExit | KeyboardInterrupt):
             # The loop has raised it to the code that runs the loop; the service does not raise it again.
             text = f"{attempt.name} raised {text_of(error, repr)}"
-            _end_cancelled(service, CancelCause.make(CancelKind.SIBLING_FAILED, text))
+            end_cancelled(service, CancelCause.make(CancelKind.SIBLING_FAILED, text))
         if service.cancelling():
             return None
         if attempt.cancelled():
@@ -194,7 +227,7 @@ class Service(Generic[T]):
         event = self._group.cancel_event
         if event.cause is not None:
             _warn(service, attempt, failure, f"not restarted ({event.cause})")
-            _end_cancelled(service, event.cause)
+            end_cancelled(service, event.cause)
         delay = self._failures.add(attempt._ended_at, _seconds_of(attempt))
         if delay is None:
             # A note, not a log record: the failure is reported as that of the service.
@@ -205,10 +238,10 @@ class Service(Generic[T]):
             return False
         _warn(service, attempt, failure, f"restarted in {delay:.3g} s")
         if attempt._span is not None:
-            link_restart(self._context, attempt._span)
+            link_next(self._context, attempt._span, "restart_of")
         await sleep_unless_set(delay, event)
         if event.cause is not None:
-            _end_cancelled(service, event.cause)
+            end_cancelled(service, event.cause)
         return True
 
 
@@ -240,8 +273,8 @@ class Failures:
         return self._delays.next()
 
 
-def make_attempt(factory: Callable[[], Coroutine[Any, Any, T]]) -> Coroutine[Any, Any, T]:
-    """Call a service's factory; if it raises, the attempt fails.
+def make_attempt(factory: Callable[[], Coroutine[Any, Any, T]], caller: str) -> Coroutine[Any, Any, T]:
+    """Call the factory that ``caller`` got; if it raises, the attempt fails.
 
     Raises:
         TypeError: It does not return a coroutine. That is an error of the caller, not a failure to retry.
@@ -253,7 +286,7 @@ def make_attempt(factory: Callable[[], Coroutine[Any, Any, T]]) -> Coroutine[Any
     if not asyncio.iscoroutine(made):
         name = getattr(factory, "__name__", repr(factory))
         raise TypeError(
-            f"start_service() takes a function that returns a coroutine, and {name}() returned {made!r}: "
+            f"{caller}() takes a function that returns a coroutine, and {name}() returned {made!r}: "
             f"declare it as `async def {name}(...)`"
         )
     return made
@@ -271,10 +304,10 @@ async def _until_ended(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> 
             # cancellation without its cause.
             await asyncio.wait([attempt])
         except asyncio.CancelledError:
-            _forward_cancel(service, attempt)
+            forward_cancel(service, attempt)
 
 
-def _forward_cancel(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> None:
+def forward_cancel(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> None:
     """Cancel an attempt once for each cancellation of its service."""
     cause = cause_at_end(service, TaskStatus.CANCELLED)
     if (
@@ -289,7 +322,7 @@ def _forward_cancel(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> Non
         asyncio_cancel(attempt, cancel_message(service))
 
 
-def _end_cancelled(service: ManagedTask[Any], cause: CancelCause) -> NoReturn:
+def end_cancelled(service: ManagedTask[Any], cause: CancelCause) -> NoReturn:
     """End a service as if the service itself had been cancelled."""
     request_cancel(service, cause)
     raise asyncio.CancelledError(str(cause))
@@ -332,15 +365,21 @@ def _label_of(attempt: ManagedTask[Any]) -> str:
     return f"attempt {attempt.id!r}{trace}"
 
 
-def _check_factory(factory: object) -> None:
+def check_repeatable(factory: object, caller: str, reason: str) -> None:
+    """Raise a TypeError unless ``factory`` can make a coroutine for each attempt.
+
+    Args:
+        factory: What the user passed; closed if it is a coroutine.
+        caller: The function that the user called.
+        reason: Why a coroutine is not enough, for the message.
+    """
     if asyncio.iscoroutine(factory):
         close_quietly(factory)
         raise TypeError(
-            f"a service may be restarted, and the coroutine {factory!r} runs only once: "
-            "write start_service(name, lambda: work(1))"
+            f"{reason}, and the coroutine {factory!r} runs only once: write {caller}(name, lambda: work(1))"
         )
     if not callable(factory):
         raise TypeError(
-            f"start_service() takes a function that returns a coroutine, got {factory!r}: "
-            "write start_service(name, lambda: work(1))"
+            f"{caller}() takes a function that returns a coroutine, got {factory!r}: "
+            f"write {caller}(name, lambda: work(1))"
         )

@@ -8,7 +8,8 @@ from otel_tasks._core.checks import checked_name
 from otel_tasks._core.coroutines import check_factory, close_quietly, made_coroutine
 from otel_tasks._core.group import TaskGroup
 from otel_tasks._core.options import with_options_of
-from otel_tasks._core.service import DEFAULT_POLICY, start_supervisor
+from otel_tasks._core.periodic import Overlap, Periodic, start_periodic
+from otel_tasks._core.service import DEFAULT_POLICY, check_repeatable, start_supervisor
 from otel_tasks._core.state import TaskPriority
 
 if TYPE_CHECKING:
@@ -374,3 +375,111 @@ class Starting:
             on_give_up=on_give_up,
             critical=critical,
         )
+
+    async def start_periodic(
+        self,
+        name: str,
+        factory: Callable[[], Coroutine[Any, Any, object]],
+        *,
+        every: float,
+        jitter: float = 0.0,
+        start: float = 0.0,
+        overlap: Overlap = "skip",
+        max_failures: int | None = None,
+        timeout: float | None = None,
+        group: str | TaskGroup | None = None,
+        priority: TaskPriority | int = TaskPriority.NORMAL,
+        metadata: Mapping[str, Any] | None = None,
+        on_conflict: OnConflict = "error",
+    ) -> ManagedTask[None]:
+        """Run a function at a fixed rate; each run is a task of its own: ``refresh#1``, ``refresh#2``.
+
+        The times do not drift: they are multiples of ``every`` after the first run, on the loop's clock.
+        Times that pass while the loop is held up are skipped. For calendar times ("each weekday at 6"), let a
+        cron library compute the time of the next run.
+
+        Args:
+            name: Unique among the live tasks.
+            factory: Returns the coroutine of each run: ``lambda: refresh(1)``, or the coroutine function
+                itself. It runs in a copy of the context that is current now.
+            every: Seconds from one run to the next, above 0.
+            jitter: The most seconds by which each run starts late, chosen at random; at least 0 and at most
+                ``every``. It spreads the runs of many processes.
+            start: Seconds until the first run, at least 0.
+            overlap: What happens if a run is live when the next one is due. ``"skip"``: that one does not
+                run. ``"wait"``: it starts when the live one has ended; only one waits.
+                ``"cancel_previous"``: the live one is cancelled first.
+            max_failures: How many runs in a row may fail, at least 1; then the periodic task fails. None
+                means that it goes on whatever its runs do.
+            timeout: Seconds for each run, at least 0. None means no limit.
+            group: A labeled group, by its name or as an object. None means the manager's root.
+            priority: How urgent the periodic task and its runs are.
+            metadata: Kept with the periodic task and with each run.
+            on_conflict: As for ``start_task``; ``"replace"`` starts the new periodic task when the old one
+                has ended.
+
+        Returns:
+            The periodic task, whose ``info().periodic`` has the last and the next run. It goes on until it is
+            cancelled, the manager shuts down, or ``max_failures`` runs in a row have failed.
+
+        Raises:
+            TaskExistsError: A live task has the name.
+            ManagerClosedError: The manager is shut down.
+            ValueError: ``group`` is a scoped group, or an argument is out of its range.
+            TypeError: ``factory`` cannot be called repeatedly, or an argument has the wrong type.
+
+        A failed run is reported like any failure that nobody awaits. At a shutdown, no further run starts,
+        and the live one has its grace.
+
+        Cancellation: cancelling the caller while it waits for the end of the task to replace starts no new
+        one. Cancelling the periodic task cancels its run, for the same cause.
+
+        Telemetry: a span for each run, in a trace of its own, linked to the run before it (``previous_run``).
+
+        Example:
+            >>> await manager.start_periodic("refresh", refresh_prices, every=60.0, jitter=5.0)
+        """
+        where = self._root if group is None else self._lookup.group(group, factory)
+        check_repeatable(factory, "start_periodic", "periodic work runs many times")
+        checked_name("periodic task", name, 'name it after its work, as in start_periodic("refresh", work)')
+        periodic = Periodic(
+            where,
+            factory,
+            every=every,
+            jitter=jitter,
+            start=start,
+            overlap=overlap,
+            max_failures=max_failures,
+            timeout=timeout,
+            priority=priority,
+            metadata=metadata,
+        )
+        return await start_periodic(where, name, periodic, on_conflict)
+
+    def trigger(self, name: str, *, group: str | TaskGroup | None = None) -> bool:
+        """Run periodic work now, out of turn; the times of its other runs stay as they are.
+
+        Args:
+            name: The name of the periodic task.
+            group: Look in this group alone. None searches the whole manager.
+
+        Returns:
+            True if a run starts, at once or as ``overlap`` says; False if ``"skip"`` drops it, because a run
+            is live.
+
+        Raises:
+            TaskNotFoundError: No live task has the name.
+            TypeError: The task is not a periodic one.
+            WrongThreadError: Called in another thread than that of the loop.
+
+        Example:
+            >>> manager.trigger("refresh")
+        """
+        task = self._lookup.task(name, group)
+        if task is None:
+            raise self._lookup.not_found(name, group, "start it again with start_periodic()")
+        periodic = None if task._extras is None else task._extras.periodic
+        if periodic is None:
+            raise TypeError(f"trigger() takes the name of periodic work, and {task.id!r} is another task")
+        self._root._ledger.home.enter()
+        return periodic.trigger()

@@ -195,6 +195,7 @@ class ManagedTask(asyncio.Task[T]):
             cause=self._cause,
             cancel_ignored=self.cancel_ignored,
             progress=progress,
+            periodic=None if extras is None or extras.periodic is None else extras.periodic.info(),
             metadata=metadata,
             trace_id=trace_id,
             span_id=span_id,

@@ -35,7 +35,8 @@ class TaskNode:
     Attributes:
         id: Unique among the manager's live tasks.
         name: Its name.
-        kind: ``"task"``; ``"thread"``: a function in a thread; ``"service"``, with its attempt below it.
+        kind: ``"task"``; ``"thread"``: a function in a thread; ``"service"``, with its attempt below it, or
+            periodic work with its run.
         priority: How urgent it is.
         status: Where it is in its life.
         age: Seconds since it was created.
@@ -49,7 +50,8 @@ class TaskNode:
         progress: Its latest progress report; None before the first.
         trace_id: In hex; None without tracing.
         span_id: In hex; None without tracing.
-        attempt: A service's running attempt; None between two attempts.
+        attempt: A service's running attempt, or the live run of periodic work; None between two of them.
+        next_run_in: Seconds until the next run of periodic work; None for any other task.
     """
 
     id: str
@@ -69,6 +71,7 @@ class TaskNode:
     trace_id: str | None
     span_id: str | None
     attempt: TaskNode | None
+    next_run_in: float | None = None
 
     def __str__(self) -> str:
         mark = "(S)" if self.kind == "service" else "(T)"
@@ -94,6 +97,7 @@ class TaskNode:
             "trace_id": self.trace_id,
             "span_id": self.span_id,
             "attempt": self.attempt and self.attempt.to_dict(),
+            "next_run_in": None if self.next_run_in is None else rounded(self.next_run_in),
         }
 
 
@@ -289,7 +293,9 @@ def _facts_of_task(task: TaskNode) -> Iterator[str]:
 def _activity_of(task: TaskNode) -> Iterator[str]:
     if task.kind == "thread":
         yield "in a thread"
-    if task.kind == "service" and task.attempt is None:
+    if task.next_run_in is not None:
+        yield f"next run in {duration(task.next_run_in)}"
+    elif task.kind == "service" and task.attempt is None:
         yield "no running attempt"
     if task.where is not None:
         yield f"at {_printable(str(Place(task.where, task.calls)))}"

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 _ERROR = Outcome.ERROR
 _ERRONEOUS = (Outcome.ERROR, Outcome.TIMEOUT, Outcome.ABANDONED)
 
-# In the context of a service's next attempt: the span of the previous one.
+# In the context of a service's next attempt, or of the next periodic run: the span of the previous one, and
+# its relation to that.
 _PREDECESSOR = otel_context.create_key("otel_tasks.predecessor")
 # In the context of a service's next attempt: _NEXT. In that of the attempt: _RUNNING; each task that it
 # starts has a trace of its own. Below such a task: None.
@@ -99,7 +100,7 @@ def start_span(
         attributes: The attributes that samplers may read.
         parent: The parent; None is the current span.
         new_trace: Start a new trace, with a link to the span that would have been the parent, or to the one
-            that ``link_restart`` has set. None: only what an attempt of a service starts outside of a group
+            that ``link_next`` has set. None: only what an attempt of a service starts outside of a group
             with a span, because the attempt's own trace may have no end.
         start_time: Nanoseconds since the epoch; None is now.
 
@@ -139,9 +140,10 @@ def start_span(
 
 
 def _links_of_root(surroundings: otel_context.Context) -> list[Link] | None:
-    predecessor = otel_context.get_value(_PREDECESSOR, surroundings)
-    if isinstance(predecessor, SpanContext):
-        return [Link(predecessor, {LINK: "restart_of"})]
+    predecessor: Any = otel_context.get_value(_PREDECESSOR, surroundings)
+    if predecessor is not None:
+        span, relation = predecessor
+        return [Link(span, {LINK: relation})]
     creator = span_context(trace.get_current_span(surroundings))
     return None if creator is None else [Link(creator, {LINK: "spawned_by"})]
 
@@ -151,9 +153,10 @@ def prepare_attempts(context: contextvars.Context) -> None:
     _set_in(context, _SERVICE, _NEXT)
 
 
-def link_restart(context: contextvars.Context, predecessor: Span) -> None:
-    """Let the next span that starts a new trace in ``context`` link to the span that it replaces."""
-    _set_in(context, _PREDECESSOR, span_context(predecessor))
+def link_next(context: contextvars.Context, predecessor: Span, relation: str) -> None:
+    """Let the next span that starts a new trace in ``context`` link to the span before it."""
+    identity = span_context(predecessor)
+    _set_in(context, _PREDECESSOR, None if identity is None else (identity, relation))
 
 
 def _set_in(context: contextvars.Context, key: str, value: object) -> None:
