@@ -428,6 +428,77 @@ async def test_generator_is_not_closed_in_uncancellable(manager: TaskManager) ->
     assert log == ["first", "second", "body step", "body closed"]
 
 
+PART = {"type": "http.response.body", "body": b"part", "more_body": True}
+
+
+@pytest.mark.parametrize("is_refused_by_server", [False, True])
+async def test_application_that_catches_the_error_of_send_drains_its_source(
+    manager: TaskManager, is_refused_by_server: bool
+) -> None:
+    """It finishes its work without the client, as without the middleware."""
+    parts = []
+
+    async def source() -> AsyncGenerator[int]:
+        for number in range(10):
+            await asyncio.sleep(LONG / 2)
+            yield number
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send(dict(START))
+        async for number in source():
+            parts.append(number)
+            with contextlib.suppress(OSError):
+                await send(dict(PART))
+
+    class Refusing(FakeConnection):
+        async def send(self, message: Any) -> None:
+            await super().send(message)
+            if is_refused_by_server and message.get("more_body"):
+                raise OSError("gone")
+
+    await hang_up_on(app, manager, Refusing(method="POST"))
+
+    assert parts == list(range(10))
+
+
+@pytest.mark.parametrize("seconds", [None, 1])
+async def test_task_that_sends_to_many_clients_goes_on_without_one(
+    manager: TaskManager, seconds: float | None
+) -> None:
+    """It belongs to the application: the client that leaves ends neither the task nor its source."""
+    clients: list[Send] = []
+
+    async def ticks() -> AsyncGenerator[int]:
+        for number in range(100):
+            await asyncio.sleep(LONG / 2)
+            yield number
+
+    async def broadcast() -> int:
+        last = 0
+        async for number in ticks():
+            last = number
+            for send in list(clients):
+                try:
+                    async with asyncio.timeout(seconds):
+                        await send(dict(PART))
+                except OSError:
+                    clients.remove(send)
+        return last
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        await send(dict(START))
+        clients.append(send)
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        await asyncio.sleep(2)
+
+    sending = asyncio.create_task(broadcast())
+    await hang_up_on(app, manager, FakeConnection() if seconds is None else SlowClient())
+
+    assert await sending == 99
+    assert not clients
+
+
 async def test_shutdown_reaches_the_cleanup(manager: TaskManager) -> None:
     """A cancellation that is not the request's is not held off, and propagates."""
     log: list[str] = []

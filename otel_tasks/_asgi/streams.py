@@ -12,7 +12,8 @@ Rules, each with a test of its own:
 3. anyio cancels the tasks of a task group again at each ``await``. A task that waits in a generator gets the
    cancellation of the disconnect once, so that the cleanup of the generator may await.
 4. A generator that ran in threads, as Starlette runs a sync body, is closed in a thread.
-5. Only what a frame of the application iterates is closed, never what it merely refers to.
+5. Only what a frame of the application iterates is closed, never what it merely refers to. ``send`` leaves a
+   loop alone that may go on after its exception: the application catches it, and drains its source.
 6. No cleanup is waited for longer than the bound on the end of a request's tasks.
 """
 
@@ -28,7 +29,7 @@ from otel_tasks._asgi.connection import Connection
 from otel_tasks._core.binding import BoundRequest, current_binding
 from otel_tasks._core.causes import covered
 from otel_tasks._core.frames import suspended_chain
-from otel_tasks._core.generators import is_open, iterated_in, running_in
+from otel_tasks._core.generators import ended_in, is_open, iterated_in, running_in
 from otel_tasks._core.log import logger
 from otel_tasks._core.suspension import (
     anyio_held_off,
@@ -178,7 +179,8 @@ class Streams:
     def _note_open(self, task: asyncio.Task[Any]) -> list[Link]:
         links = _links_of(self._request, task)
         context = context_of(task) or copy_context()
-        self._left_open[task] = _closables(links), context.copy()
+        # A generator that works in threads is a link itself.
+        self._left_open[task] = _closables([*iterated_in(links), *running_in(links)]), context.copy()
         return links
 
     def _shield(self, task: asyncio.Task[Any]) -> None:
@@ -212,7 +214,8 @@ async def _iterated_by_caller(request: StreamedRequest, task: asyncio.Task[Any])
 
     def look() -> None:
         if not found.done():
-            found.set_result(_closables(_links_of(request, task)))
+            links = _links_of(request, task)
+            found.set_result(_closables(ended_in(links[: _find_send(request, links)])))
 
     loop.call_soon(look, context=Context())
     return await found
@@ -235,16 +238,28 @@ def _serves(frame: FrameType, request: StreamedRequest) -> bool:
 
 def _is_in_send(request: StreamedRequest, task: asyncio.Task[Any]) -> bool:
     """Return True for a task that waits for the server to take a part of the body."""
-    for _, frame in suspended_chain(task.get_coro()):
-        if frame.f_code is Connection.send.__code__ and frame.f_locals["self"] is request:
-            return frame.f_locals.get("kind") == "http.response.body"
-    return False
+    links = list(suspended_chain(task.get_coro()))
+    number = _find_send(request, links)
+    return number is not None and links[number][1].f_locals.get("kind") == "http.response.body"
 
 
-def _closables(links: list[Link]) -> list[_Closable]:
-    """Return the generators that a task iterates, each followed by the sync one that it runs in threads."""
+def _find_send(request: StreamedRequest, links: list[Link]) -> int | None:
+    """Return the number of the link that is the request's ``send``; None if the task is not in it."""
+    code = Connection.send.__code__
+    return next(
+        (
+            number
+            for number, (_, frame) in enumerate(links)
+            if frame.f_code is code and frame.f_locals["self"] is request
+        ),
+        None,
+    )
+
+
+def _closables(generators: list[AsyncGenerator]) -> list[_Closable]:
+    """Return generators, each followed by the sync one that it runs in threads."""
     found: list[_Closable] = []
-    for generator in (*iterated_in(links), *running_in(links)):
+    for generator in generators:
         found.append(generator)
         found.extend(_run_in_threads(generator))
     return found

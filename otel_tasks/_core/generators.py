@@ -12,6 +12,7 @@ from types import AsyncGeneratorType, FrameType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from otel_tasks._core.frames import suspended_chain
+from otel_tasks._core.handlers import ended_loops
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,15 +34,41 @@ def iterated_in(chain: Iterable[Link]) -> list[AsyncGenerator]:
         Innermost first, the order in which ``contextlib.aclosing`` closes them: the cleanup of an inner
         generator may need what the outer one has opened.
     """
-    links = list(chain)
+    return _with_inner([], chain)
+
+
+def ended_in(chain: Iterable[Link]) -> list[AsyncGenerator]:
+    """Return those of ``iterated_in(chain)`` whose loops end if the innermost call of the chain raises.
+
+    A frame that may catch the exception may go on with its loops, and so may the frames around it.
+    """
+    inner: list[Link] = []
+    for link in reversed(list(chain)):
+        loops = ended_loops(*link)
+        if loops is not None:
+            ended = _iterated_by(*link)
+            return _with_inner(ended[len(ended) - min(loops, len(ended)) :], inner)
+        inner.insert(0, link)
+    return _with_inner([], inner)
+
+
+def _with_inner(generators: list[AsyncGenerator], chain: Iterable[Link]) -> list[AsyncGenerator]:
+    """Return generators, those over which the frames of a chain iterate, and those that these iterate."""
     found: list[AsyncGenerator] = []
+    links = list(chain)
+
+    def add(generator: AsyncGenerator) -> None:
+        # One that runs is a link of the chain itself: it ends with the exception that is thrown into it.
+        if generator not in found and is_open(generator):
+            found.append(generator)
+            links.extend(suspended_chain(generator))
+
+    for generator in generators:
+        add(generator)
     # The list grows while it is walked: a generator may iterate another one.
-    for owner, frame in links:
-        for generator in _iterated_by(owner, frame):
-            # One that runs is a link of the chain itself: it ends with the exception that is thrown into it.
-            if generator not in found and is_open(generator):
-                found.append(generator)
-                links.extend(suspended_chain(generator))
+    for link in links:
+        for generator in _iterated_by(*link):
+            add(generator)
     return found[::-1]
 
 
