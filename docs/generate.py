@@ -39,6 +39,8 @@ ATTRIBUTES = {
     "otel_tasks.task.priority": "Its priority at creation.",
     "otel_tasks.task.state": "Whether a live task runs or waits for a place.",
     "otel_tasks.task.outcome": "How it ended.",
+    "otel_tasks.task.attempt": "With `retry=`, the number of an attempt, from 1 on. Its span is below the "
+    "task's span and has the same name.",
     "otel_tasks.task.queue.duration": "Seconds it waited for a place; absent if it did not.",
     "otel_tasks.group.name": "Its group, without numbers and ids; a request's is `METHOD /route/{template}`.",
     "otel_tasks.group.id": "The group's name; with a number for a scoped group (`load#7`).",
@@ -66,6 +68,8 @@ ATTRIBUTES = {
 EVENTS = {
     "otel_tasks.cancel_requested": "The moment of the cancel request.",
     "otel_tasks.client_disconnect": "The moment the client left, on the request's span.",
+    "otel_tasks.retry": "On the task's span: an attempt failed (`error.type`), and the next one starts after "
+    "the delay, in seconds.",
     "otel_tasks.started": "The moment a queued task got its place.",
     "exception": "OpenTelemetry's own, with type, message, and stack; never for a cancellation.",
 }
@@ -82,7 +86,7 @@ LINKS = {
 OUTCOMES = {
     Outcome.SUCCESS: ("UNSET", "It returned."),
     Outcome.ERROR: ("ERROR, with the exception's text", "It raised."),
-    Outcome.TIMEOUT: ("ERROR", "Its own `timeout` or `queue_timeout` expired."),
+    Outcome.TIMEOUT: ("ERROR", "Its own `timeout`, `queue_timeout`, or `attempt_timeout` expired."),
     Outcome.CANCELLED: ("UNSET", "It was cancelled, whatever the cause."),
     Outcome.ABANDONED: ("ERROR", "It did not stop at shutdown, so the shutdown ended its span."),
 }
@@ -124,6 +128,7 @@ SETTINGS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, set[str
     "TaskGroup": (otel_tasks.TaskGroup, None, set()),
     "create_task": (otel_tasks.TaskManager.create_task, otel_tasks.TaskGroup._create, {"coro"}),
     "watch": (otel_tasks.TaskManager.watch, None, set()),
+    "RetryPolicy": (otel_tasks.RetryPolicy, None, set()),
     "RestartPolicy": (otel_tasks.RestartPolicy, None, set()),
 }
 

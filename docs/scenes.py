@@ -17,7 +17,7 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import Histogram, InMemoryMetricReader, Sum
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 
-from otel_tasks import OtelTasksError, RestartPolicy, TaskGroup, TaskManager, create_task
+from otel_tasks import OtelTasksError, RestartPolicy, RetryPolicy, TaskGroup, TaskManager, create_task
 from otel_tasks._core.state import Signal, TaskStatus, next_status
 from otel_tasks.fastapi import TaskGroupMiddleware, make_lifespan
 from otel_tasks.testing import FakeConnection, run
@@ -72,7 +72,8 @@ class Seen(SpanProcessor):
                 for name, value in (link.attributes or {}).items():
                     types[name].add(type(value).__name__)
                     places[name]["link"] = None
-        order = ["task, from its start", "task, at its end", "group, from its start", "group, at its end"]
+        kinds = ("task", "attempt", "group")
+        order = [f"{kind}, {when}" for kind in kinds for when in ("from its start", "at its end")]
         order += ["request", "link"]
         for name in sorted(types, key=lambda name: (min(order.index(place) for place in places[name]), name)):
             yield name, " or ".join(sorted(types[name])), "; ".join(sorted(places[name], key=order.index))
@@ -81,6 +82,7 @@ class Seen(SpanProcessor):
         if span.name == REQUEST:
             return "request"
         what = "task" if "otel_tasks.task.name" in (span.attributes or {}) else "group"
+        what = "attempt" if "otel_tasks.task.attempt" in (span.attributes or {}) else what
         return f"{what}, from its start" if name in self._at_start[_key(span)] else f"{what}, at its end"
 
     def events(self) -> list[tuple[str, list[str]]]:
@@ -204,6 +206,7 @@ async def _ends(manager: TaskManager) -> None:
         manager.create_task(asyncio.sleep(1), name="success"),
         manager.create_task(_fail(), name="error"),
         manager.create_task(asyncio.sleep(60), name="timeout", timeout=1),
+        manager.create_task(_fail, name="retried", retry=RetryPolicy(on=Exception, max_attempts=2)),
     ]
     await asyncio.gather(*tasks, return_exceptions=True)
     tracer = manager._ledger.telemetry.tracer()

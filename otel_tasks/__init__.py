@@ -33,7 +33,7 @@ cancellation of their group, their own ``timeout``, and the shutdown of their ma
   of ``await work()`` also ends its task.
 """
 
-from otel_tasks._core.backoff import RestartPolicy
+from otel_tasks._core.backoff import RestartPolicy, RetryPolicy
 from otel_tasks._core.decorator import ManagedFunction, managed_task
 from otel_tasks._core.frames import Location
 from otel_tasks._core.functions import (
@@ -109,6 +109,7 @@ __all__ = [
     "ProgressWatch",
     "QueueFullError",
     "RestartPolicy",
+    "RetryPolicy",
     "ShutdownReport",
     "TaskExistsError",
     "TaskGroup",

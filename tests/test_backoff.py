@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otel_tasks import RestartPolicy
-from otel_tasks._core.backoff import Delays, RetryPolicy
+from otel_tasks import RestartPolicy, RetryPolicy
+from otel_tasks._core.backoff import Delays
 
 SHARE = r"jitter is the random share of each delay, from 0 to 1, got "
 ON = r"on must be a subclass of Exception, a tuple of them, or a function that takes the exception and "

@@ -18,7 +18,7 @@ from opentelemetry.metrics import Histogram, Meter, MeterProvider, NoOpMeterProv
 from opentelemetry.metrics import _internal as metrics_internal
 from opentelemetry.trace import NoOpTracerProvider, Span, Tracer, TracerProvider
 
-from otel_tasks import RestartPolicy, TaskManager, current_task
+from otel_tasks import RestartPolicy, RetryPolicy, TaskManager, current_task
 from otel_tasks._core.telemetry import errors, providers
 from otel_tasks._core.telemetry import metrics as instruments
 from otel_tasks._core.telemetry.providers import Providers, set_default_providers
@@ -310,6 +310,23 @@ async def service(manager: TaskManager) -> object:
     return await running, attempts
 
 
+async def retries(manager: TaskManager) -> object:
+    """A task that fails once and tries again, and one whose attempts are cancelled."""
+    attempts: list[int] = []
+
+    async def attempt() -> str:
+        attempts.append(len(attempts))
+        if len(attempts) == 1:
+            raise OSError("bad")
+        return "served"
+
+    retried = manager.create_task(attempt, retry=RetryPolicy(delay=1))
+    cancelled = manager.create_task(rest, retry=RetryPolicy())
+    await settle()
+    cancelled.cancel()
+    return await ended(retried, cancelled), attempts, retried.info().attempt
+
+
 async def shutdown(manager: TaskManager) -> object:
     """A shutdown that has to abandon a task."""
     stubborn = manager.create_task(ignore_cancels(10), name="stubborn")
@@ -384,7 +401,7 @@ def make_current(tracer: Tracer) -> None:
         otel_context.attach(trace.set_span_in_context(tracer.start_span("GET")))
 
 
-SCENARIOS: list[Scenario] = [tasks, queue, blocks, service, shutdown, facts, request]
+SCENARIOS: list[Scenario] = [tasks, queue, blocks, service, retries, shutdown, facts, request]
 
 
 async def healthy(scenario: Scenario) -> object:

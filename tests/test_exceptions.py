@@ -71,7 +71,7 @@ def future() -> Any:
 
 CREATING: list[tuple[Use, type[Exception], str]] = [
     (
-        lambda manager: manager.create_task(coroutine_function),  # type: ignore[arg-type]  # the mistake under test
+        lambda manager: manager.create_task(coroutine_function),  # type: ignore[call-overload]  # the mistake under test
         TypeError,
         "create_task() takes a coroutine, got the function coroutine_function: "
         "write create_task(coroutine_function(...))",
@@ -83,7 +83,7 @@ CREATING: list[tuple[Use, type[Exception], str]] = [
         "await it inside a coroutine function, and pass that one's coroutine",
     ),
     (
-        lambda manager: manager.create_task(5),  # type: ignore[arg-type]  # the mistake under test
+        lambda manager: manager.create_task(5),  # type: ignore[call-overload]  # the mistake under test
         TypeError,
         "create_task() takes a coroutine, got 5: write create_task(work(...)) with `async def work(...)`",
     ),
@@ -93,7 +93,7 @@ CREATING: list[tuple[Use, type[Exception], str]] = [
         "task name must not be empty: leave it out to have one made",
     ),
     (
-        lambda manager: manager.create_task(rest(), name=["a"]),  # type: ignore[arg-type]  # the mistake under test
+        lambda manager: manager.create_task(rest(), name=["a"]),  # type: ignore[call-overload]  # the mistake under test
         TypeError,
         "task name must be a string, got ['a']",
     ),
@@ -108,7 +108,7 @@ CREATING: list[tuple[Use, type[Exception], str]] = [
         "group name must not have empty parts between its dots, got 'a..b'",
     ),
     (
-        lambda manager: manager.create_task(rest(), group=7),  # type: ignore[arg-type]  # the mistake under test
+        lambda manager: manager.create_task(rest(), group=7),  # type: ignore[call-overload]  # the mistake under test
         TypeError,
         "group must be a name or a TaskGroup, got 7: "
         'write group="mail", or pass a group object, such as manager.get_group("mail")',
@@ -130,7 +130,7 @@ CREATING: list[tuple[Use, type[Exception], str]] = [
         "timeout must be at least 0 seconds, got nan",
     ),
     (
-        lambda manager: manager.create_task(rest(), timeout="5"),  # type: ignore[arg-type]  # the mistake under test
+        lambda manager: manager.create_task(rest(), timeout="5"),  # type: ignore[call-overload]  # the mistake under test
         TypeError,
         "timeout must be seconds as a number, or None for no bound, got '5'",
     ),
@@ -140,18 +140,18 @@ CREATING: list[tuple[Use, type[Exception], str]] = [
         "timeout must be seconds as a number, or None for no bound, got True",
     ),
     (
-        lambda manager: manager.create_task(rest(), priority="urgent"),  # type: ignore[arg-type]  # the mistake under test
+        lambda manager: manager.create_task(rest(), priority="urgent"),  # type: ignore[call-overload]  # the mistake under test
         ValueError,
         "priority must be one of TaskPriority.LOW, TaskPriority.NORMAL, TaskPriority.HIGH, "
         "TaskPriority.CRITICAL, got 'urgent'",
     ),
     (
-        lambda manager: manager.create_task(rest(), on_conflict="ignore"),  # type: ignore[arg-type]  # the mistake under test
+        lambda manager: manager.create_task(rest(), on_conflict="ignore"),  # type: ignore[call-overload]  # the mistake under test
         ValueError,
         "on_conflict must be one of 'error', 'suffix', 'return', 'replace', got 'ignore'",
     ),
     (
-        lambda manager: manager.create_task(rest(), metadata=5),  # type: ignore[arg-type]  # the mistake under test
+        lambda manager: manager.create_task(rest(), metadata=5),  # type: ignore[call-overload]  # the mistake under test
         TypeError,
         "metadata must be a mapping of names to values, got 5",
     ),
@@ -332,7 +332,7 @@ async def test_callable_object_is_named_by_its_class() -> None:
         def __call__(self) -> None: ...
 
     with pytest.raises(TypeError, match=r"got the function Work: write create_task\(Work\(\.\.\.\)\)$"):
-        TaskManager().create_task(Work())  # type: ignore[arg-type]  # the mistake under test
+        TaskManager().create_task(Work())  # type: ignore[call-overload]  # the mistake under test
 
 
 CALLED: list[tuple[Callable[[Any], Any], str]] = [

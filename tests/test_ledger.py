@@ -234,7 +234,7 @@ async def test_cancellations_are_counted_by_group_and_reason() -> None:
     manager.create_task(fail(asyncio.CancelledError()), group="mail")
     await settle()
     await manager.cancel_group("mail")
-    assert manager._ledger.cancelled_by == {("mail", "explicit"): 1, ("mail", "foreign"): 1}
+    assert manager._ledger.totals.cancelled == {("mail", "explicit"): 1, ("mail", "foreign"): 1}
 
 
 # -- history ---------------------------------------------------------------------------------------
@@ -329,7 +329,17 @@ async def test_snapshot_is_frozen() -> None:
             "started_at",
             "ended_at",
         ),
-        *("error_type", "error", "cause", "cancel_ignored", "progress", "metadata", "trace_id", "span_id"),
+        *(
+            "error_type",
+            "error",
+            "cause",
+            "cancel_ignored",
+            "progress",
+            "metadata",
+            "trace_id",
+            "span_id",
+            "attempt",
+        ),
         "duration",
     ]
     await settle()

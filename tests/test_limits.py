@@ -488,7 +488,7 @@ async def test_a_refusal_under_a_limit_leaves_nothing(log: Log) -> None:
     for _ in range(2):
         refused = log.work("no")
         with pytest.raises(TypeError):
-            manager.create_task(refused, timeout=1, context="mine")  # type: ignore[arg-type]  # the mistake under test
+            manager.create_task(refused, timeout=1, context="mine")  # type: ignore[call-overload]  # the mistake under test
         assert is_closed(refused)
         manager.create_task(log.work())
     await manager.join()
@@ -1549,7 +1549,7 @@ def test_putting_a_task_in_the_wrong_loop_is_refused() -> None:
         with pytest.raises(WrongLoopError):
             await manager.put_task(rest())
         with pytest.raises(TypeError, match="takes a coroutine"):
-            await manager.put_task(rest)  # type: ignore[arg-type]  # the mistake under test
+            await manager.put_task(rest)  # type: ignore[call-overload]  # the mistake under test
 
     first.run_until_complete(use())
     run(misuse())

@@ -1332,7 +1332,7 @@ async def test_refused_replacement_leaves_the_old_task_alone() -> None:
     old = manager.create_task(rest(), name="x")
     await settle()
     with pytest.raises(TypeError, match="context must be"):
-        manager.create_task(rest(), name="x", on_conflict="replace", context="bad")  # type: ignore[arg-type]  # the mistake under test
+        manager.create_task(rest(), name="x", on_conflict="replace", context="bad")  # type: ignore[call-overload]  # the mistake under test
     with pytest.raises(TypeError, match="takes a function that returns a coroutine"):
         await manager.start_task("x", 42, cancel_existing=True)  # type: ignore[arg-type]  # the mistake under test
     assert (old.name, old.cancelling()) == ("x", 0)

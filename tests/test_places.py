@@ -431,6 +431,7 @@ class Model:
         self.level = level
         self.arrived = arrived
         self.started = False
+        self.backs_off = False
 
 
 class Admission(RuleBasedStateMachine):
@@ -457,6 +458,9 @@ class Admission(RuleBasedStateMachine):
     def holders(self, name: str) -> list[Model]:
         return [model for model in self.tickets if model.started and name in self.passes(model)]
 
+    def waits(self, model: Model) -> bool:
+        return not (model.started or model.backs_off)
+
     def may_start(self, model: Model) -> bool:
         limits = [(name, self.limiters[name].limit) for name in self.passes(model)]
         return all(limit is None or len(self.holders(name)) < limit for name, limit in limits)
@@ -471,7 +475,7 @@ class Admission(RuleBasedStateMachine):
     def start_all_that_may(self) -> list[str]:
         """Again and again the best of those that may: what no implementation could afford."""
         started = []
-        while able := [model for model in self.tickets if not model.started and self.may_start(model)]:
+        while able := [model for model in self.tickets if self.waits(model) and self.may_start(model)]:
             best = min(able, key=self.rank)
             best.started = True
             started.append(name_of(best.real))
@@ -505,11 +509,32 @@ class Admission(RuleBasedStateMachine):
         ready = names(release(model.real))
         assert sorted(ready) == sorted(self.start_all_that_may())
 
+    @precondition(lambda self: any(model.started for model in self.tickets))
+    @rule(number=st.integers(0, 20))
+    def back_off(self, number: int) -> None:
+        """One that runs gives its places back, and keeps its arrival."""
+        running = [model for model in self.tickets if model.started]
+        model = running[number % len(running)]
+        model.started, model.backs_off = False, True
+        ready = names(release(model.real))
+        assert sorted(ready) == sorted(self.start_all_that_may())
+
+    @precondition(lambda self: any(model.backs_off for model in self.tickets))
+    @rule(number=st.integers(0, 20))
+    def try_again(self, number: int) -> None:
+        """One that has backed off claims its places again."""
+        idle = [model for model in self.tickets if model.backs_off]
+        model = idle[number % len(idle)]
+        model.backs_off = False
+        expected = would_wait(model.real.limiters)
+        assert admit(model.real) is not expected
+        assert self.start_all_that_may() == ([] if expected else [name_of(model.real)])
+
     @precondition(lambda self: self.tickets)
     @rule(number=st.integers(0, 20), level=st.sampled_from(TaskPriority))
     def be_waited_for(self, number: int, level: TaskPriority) -> None:
         model = self.tickets[number % len(self.tickets)]
-        if not model.started:
+        if self.waits(model):
             model.level = max(model.level, level)
         lift(model.real, level)
         assert not self.start_all_that_may()
@@ -530,29 +555,29 @@ class Admission(RuleBasedStateMachine):
     def the_books_are_right(self) -> None:
         for model in self.tickets:
             assert model.real.started == model.started
-            assert (model.real.queue is None) == model.started
+            assert (model.real.queue is not None) == self.waits(model)
         for name, limiter in self.limiters.items():
             mine = [model for model in self.tickets if name in self.passes(model)]
             assert limiter.used == len(self.holders(name))
-            assert limiter.waiting == len(mine) - limiter.used
+            assert limiter.waiting == len(list(filter(self.waits, mine)))
 
     @invariant()
     def no_place_stays_free_for_nothing(self) -> None:
         for model in self.tickets:
-            assert model.started or any(limiter.room() < 1 for limiter in model.real.limiters)
+            assert not self.waits(model) or any(limiter.room() < 1 for limiter in model.real.limiters)
 
     def teardown(self) -> None:
         """All end, each as soon as it may: then every place is free, and nobody waits."""
         for _ in itertools.repeat(None, 2 * len(getattr(self, "tickets", ()))):
-            running = [number for number, model in enumerate(self.tickets) if model.started]
-            if running:
-                self.go(running[0])
+            able = [number for number, model in enumerate(self.tickets) if not self.waits(model)]
+            if able:
+                self.go(able[0])
         if hasattr(self, "tickets"):
             assert not self.tickets
             assert all(limiter.used == limiter.waiting == 0 for limiter in self.limiters.values())
 
 
 def test_random_tickets_keep_the_rules() -> None:
-    """Tasks come, leave, and are lifted, and limits change: the same tasks start as in the model."""
+    """Tasks come, back off, leave, and are lifted, and limits change: the same start as in the model."""
     bounds = settings(max_examples=200, stateful_step_count=40, deadline=None, derandomize=True)
     run_state_machine_as_test(Admission, settings=bounds)

@@ -138,6 +138,12 @@ class RestartPolicy(Backoff):
             raise ValueError("within must be more than 0 seconds, got 0")
 
 
+def check_retry(policy: object) -> None:
+    """Raise a TypeError unless ``policy`` is None or a policy of retries."""
+    if policy is not None and not isinstance(policy, RetryPolicy):
+        raise TypeError(f"retry must be a RetryPolicy, got {policy!r}: write retry=RetryPolicy()")
+
+
 class Delays:
     """The delays after the failures of one piece of work. It reads no clock, so tests of a policy need none.
 

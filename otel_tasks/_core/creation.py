@@ -12,7 +12,7 @@ from asyncio import _get_running_loop
 from contextvars import Context, copy_context
 from functools import partial
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from otel_tasks._core.binding import current_binding
 from otel_tasks._core.checks import check_choice, checked_name, checked_priority
@@ -24,7 +24,7 @@ from otel_tasks._core.naming import Named, yield_to
 from otel_tasks._core.native import add_done_callback, base_name, init_task
 from otel_tasks._core.options import (
     OnConflict,
-    TaskOptions,
+    RetriedTaskOptions,
     Trace,
     check_context,
     check_options,
@@ -32,6 +32,7 @@ from otel_tasks._core.options import (
     with_options_of,
 )
 from otel_tasks._core.places import Limiter, Ticket, admit, full_limiter
+from otel_tasks._core.retry import retried
 from otel_tasks._core.running import run_when
 from otel_tasks._core.state import TaskPriority
 from otel_tasks._core.task import ManagedTask, extras_of
@@ -40,11 +41,13 @@ from otel_tasks._core.telemetry import trace as otel_trace
 from otel_tasks.exceptions import QueueFullError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
     from typing import Unpack
 
+    from otel_tasks._core.backoff import RetryPolicy
     from otel_tasks._core.group import TaskGroup
     from otel_tasks._core.names import Key
+    from otel_tasks._core.options import TaskOptions
     from otel_tasks._core.telemetry import Span
 
 T = TypeVar("T")
@@ -187,7 +190,7 @@ class Creation(Named):
             ledger.listeners.notify("created", task.info())
         return task
 
-    @with_options_of(_create)
+    @overload
     def create_task(
         self,
         coro: Coroutine[Any, Any, T],
@@ -195,7 +198,26 @@ class Creation(Named):
         name: str | None = None,
         priority: TaskPriority | int = TaskPriority.NORMAL,
         **options: Unpack[TaskOptions],
-    ) -> ManagedTask[T]:
+    ) -> ManagedTask[T]: ...
+    @overload
+    def create_task(
+        self,
+        coro: Callable[[], Coroutine[Any, Any, T]],
+        *,
+        retry: RetryPolicy,
+        name: str | None = None,
+        priority: TaskPriority | int = TaskPriority.NORMAL,
+        **options: Unpack[TaskOptions],
+    ) -> ManagedTask[T]: ...
+    @with_options_of(_create)
+    def create_task(
+        self,
+        coro: Any,
+        *,
+        name: str | None = None,
+        priority: TaskPriority | int = TaskPriority.NORMAL,
+        **options: Unpack[RetriedTaskOptions],
+    ) -> ManagedTask[Any]:
         """Create a task in this group; the parameters are those of ``TaskManager.create_task``.
 
         Raises:
@@ -265,15 +287,17 @@ class Creation(Named):
 
     def _create_with(
         self,
-        coro: Coroutine[Any, Any, T],
+        coro: Any,
         name: str | None,
         priority: TaskPriority | int,
-        options: TaskOptions,
-    ) -> ManagedTask[T]:
+        options: Any,
+    ) -> ManagedTask[Any]:
         """Create a task on the slow path, with options that may include an unknown one."""
-        if not options.keys() <= TaskOptions.__annotations__.keys():
+        if not options.keys() <= RetriedTaskOptions.__annotations__.keys():
             close_quietly(coro)
             check_options("create_task", options)
+        if "retry" in options and (policy := options.pop("retry")) is not None:
+            coro = retried(coro, policy)
         group = self if self._refusal is None else self._open_group()
         return group._create(coro, name, priority, **options)
 

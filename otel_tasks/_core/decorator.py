@@ -6,14 +6,17 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
+from otel_tasks._core.backoff import check_retry
 from otel_tasks._core.checks import checked_name, checked_priority, checked_seconds
 from otel_tasks._core.current import as_coroutine_function, bound_to, innermost
 from otel_tasks._core.functions import create_task, current_manager
+from otel_tasks._core.retry import retried
 from otel_tasks._core.state import TaskPriority
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
+    from otel_tasks._core.backoff import RetryPolicy
     from otel_tasks._core.binding import Binding
     from otel_tasks._core.manager import TaskManager
     from otel_tasks._core.task import ManagedTask
@@ -35,7 +38,7 @@ class ManagedFunction(Generic[P, T]):
     def __init__(
         self,
         function: Callable[P, Coroutine[Any, Any, T]],
-        create: Callable[[Coroutine[Any, Any, T], Mapping[str, Any] | None], ManagedTask[T]],
+        create: Callable[[Callable[[], Coroutine[Any, Any, T]], Mapping[str, Any] | None], ManagedTask[T]],
         record: Callable[..., Mapping[str, Any]] | None,
     ) -> None:
         self._function = function
@@ -86,7 +89,7 @@ class ManagedFunction(Generic[P, T]):
             >>> task = resize.start(640)
         """
         metadata = None if self._record is None else self._record(*args, **kwargs)
-        return self._create(self._function(*args, **kwargs), metadata)
+        return self._create(functools.partial(self._function, *args, **kwargs), metadata)
 
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> ManagedFunction[P, T]: ...
@@ -117,6 +120,7 @@ def managed_task(
     group: str | None = None,
     priority: TaskPriority | int = TaskPriority.NORMAL,
     timeout: float | None = None,
+    retry: RetryPolicy | None = None,
     manager: TaskManager | None = None,
     record: Callable[..., Mapping[str, Any]] | None = None,
 ) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], ManagedFunction[P, T]]: ...
@@ -128,6 +132,7 @@ def managed_task(
     group: str | None = None,
     priority: TaskPriority | int = TaskPriority.NORMAL,
     timeout: float | None = None,
+    retry: RetryPolicy | None = None,
     manager: TaskManager | None = None,
     record: Callable[..., Mapping[str, Any]] | None = None,
 ) -> Any:
@@ -143,6 +148,8 @@ def managed_task(
         priority: How urgent the tasks are.
         timeout: Seconds for each call, at least 0; then the task fails with ``TimeoutError``. None means no
             limit.
+        retry: Which failures of a call lead to another attempt with the same arguments, and when. None means
+            none.
         manager: The manager of its tasks. None means the manager of the request or managed task that calls
             the function, or else the global manager.
         record: Takes the arguments of each call and returns the metadata of its task. Without it, arguments
@@ -166,9 +173,13 @@ def managed_task(
     if name is not None:
         checked_name("task", name)
     checked_seconds("timeout", timeout)
+    check_retry(retry)
     level = checked_priority(priority)
 
-    def create(coro: Coroutine[Any, Any, T], metadata: Mapping[str, Any] | None) -> ManagedTask[T]:
+    def create(
+        work: Callable[[], Coroutine[Any, Any, T]], metadata: Mapping[str, Any] | None
+    ) -> ManagedTask[T]:
+        coro = work() if retry is None else retried(work, retry)
         if group is None and manager is None:
             return create_task(coro, name=name, priority=level, timeout=timeout, metadata=metadata)
         owner = current_manager() if manager is None else manager

@@ -109,13 +109,14 @@ class Ending(Counters):
         self._clock = clock
 
     def abandon(self, task: ManagedTask[Any]) -> None:
-        """End the span of a task that does not stop, so that the span is not lost."""
-        if task._span is not None:
-            now = self._clock()
+        """End the spans of a task that does not stop, so that they are not lost."""
+        attempt = None if task._extras is None else task._extras.attempt_span
+        for span in (attempt, task._span):
+            if span is None:
+                continue
+            ignored = task.cancelling() > 0
             try:
-                end_span(
-                    task._span, Outcome.ABANDONED, None, task._cause, ignored=task.cancelling() > 0, now=now
-                )
+                end_span(span, Outcome.ABANDONED, None, task._cause, ignored=ignored, now=self._clock())
             except Exception:
                 self._ledger.log_once("telemetry of task %r raised", task.id)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from otel_tasks._core.checks import checked_seconds
 from otel_tasks._core.factory import make
-from otel_tasks._core.places import Limiter, Ticket, adopt
+from otel_tasks._core.places import Limiter, Ticket, admit, adopt
 
 if TYPE_CHECKING:
     import asyncio
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from otel_tasks._core.info import PeriodicInfo
     from otel_tasks._core.progress import TaskProgress
     from otel_tasks._core.state import TaskPriority
+    from otel_tasks._core.telemetry import Span
 
 
 class ThreadFuture(Protocol):
@@ -49,6 +51,8 @@ class Periodic(Protocol):
 
 class Queue(Protocol):
     """The group that counts a task as queued."""
+
+    def _join_queue(self) -> None: ...
 
     def _leave_queue(self) -> None: ...
 
@@ -108,6 +112,16 @@ class Extras:
     periodic: Periodic | None = None
     # It is a service that does not end by itself, or an attempt of one.
     runs_forever = False
+    # With retries: the current attempt's number, span, and timeout; what the last failure was. While the task
+    # backs off, the time of the next attempt, on the manager's clock. While it queues for that, the future
+    # that is done when it gets its place.
+    attempt_number: int | None = None
+    attempt_span: Span | None = None
+    attempt_timeout: asyncio.Timeout | None = None
+    attempt_timed_out = False
+    retry_at: float | None = None
+    place_again: asyncio.Future[None] | None = None
+    last_failure: str | None = None
     # How many shields defer a cancellation by its request, and the cause of a deferred one.
     shields = 0
     deferred: CancelCause | None = None
@@ -131,6 +145,8 @@ class Extras:
     @property
     def queued(self) -> bool:
         """True while it waits for a place."""
+        if self.place_again is not None:
+            return not self.place_again.done()
         return self.place_granted is not None and not self.place_granted.done()
 
     def count_for(
@@ -156,9 +172,23 @@ class Extras:
         if self.ticket is None:
             self.queue = queue
             self.ticket = Ticket((), priority, arrived, ageing, self)
-            self.ticket.started = True
+            # A task that backs off holds no place.
+            self.ticket.started = self.retry_at is None
         if limiter not in self.ticket.limiters:
             adopt(self.ticket, limiter, before=before)
+
+    def claim_again(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None] | None:
+        """Claim a place for the next attempt, for which the bound of the queue does not matter.
+
+        Returns:
+            A future that is done when the task gets its place; None if it got one immediately, or needs none.
+        """
+        if self.ticket is None or admit(self.ticket):
+            return None
+        if self.queue is not None:
+            self.queue._join_queue()
+        self.place_again = loop.create_future()
+        return self.place_again
 
     def leave_queue(self) -> None:
         """Stop counting the task as queued: it has ended."""
@@ -169,8 +199,9 @@ class Extras:
         """Stop counting the task as queued, and start it, unless it has been cancelled meanwhile."""
         if self.queue is not None:
             self.queue._leave_queue()
-        if self.place_granted is not None and not self.place_granted.done():
-            self.place_granted.set_result(None)
+        place = self.place_granted if self.place_again is None else self.place_again
+        if place is not None and not place.done():
+            place.set_result(None)
 
     def close(self) -> None:
         """Close coroutines that were never awaited: a task cancelled before its first step runs none."""
@@ -178,6 +209,12 @@ class Extras:
             self.made.coro.close()
         if self.inner is not None:
             self.inner.close()
+
+
+@functools.singledispatch
+def extras_for(task: Any) -> Extras:
+    """Return a managed task's extras, made on first use; ``task`` registers the variant that does it."""
+    raise NotImplementedError
 
 
 def wanted_extras(

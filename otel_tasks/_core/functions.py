@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, overload
 
 from otel_tasks._core.coroutines import close_quietly
 from otel_tasks._core.current import (
@@ -14,7 +14,13 @@ from otel_tasks._core.current import (
 )
 from otel_tasks._core.group import TaskGroup
 from otel_tasks._core.manager import TaskManager
-from otel_tasks._core.options import NamedTaskOptions, OnConflict, TaskOptions, with_options_of
+from otel_tasks._core.options import (
+    NamedTaskOptions,
+    OnConflict,
+    RetriedTaskOptions,
+    TaskOptions,
+    with_options_of,
+)
 from otel_tasks._core.service import DEFAULT_POLICY
 from otel_tasks._core.state import TaskPriority
 from otel_tasks._core.task import ManagedTask
@@ -25,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
     from typing import Unpack
 
-    from otel_tasks._core.backoff import RestartPolicy
+    from otel_tasks._core.backoff import RestartPolicy, RetryPolicy
     from otel_tasks._core.critical import OnGiveUp
     from otel_tasks._core.events import CancelEvent
     from otel_tasks._core.info import TaskInfo
@@ -94,13 +100,30 @@ def current_cancel_event() -> CancelEvent:
     return current_group().cancel_event if worker is None else worker.event
 
 
-@with_options_of(TaskGroup._create)
+@overload
 def create_task(
     coro: Coroutine[Any, Any, T],
     *,
     name: str | None = None,
     priority: TaskPriority | int = TaskPriority.NORMAL,
     **options: Unpack[TaskOptions],
+) -> ManagedTask[T]: ...
+@overload
+def create_task(
+    coro: Callable[[], Coroutine[Any, Any, T]],
+    *,
+    retry: RetryPolicy,
+    name: str | None = None,
+    priority: TaskPriority | int = TaskPriority.NORMAL,
+    **options: Unpack[TaskOptions],
+) -> ManagedTask[T]: ...
+@with_options_of(TaskGroup._create)
+def create_task(
+    coro: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
+    *,
+    name: str | None = None,
+    priority: TaskPriority | int = TaskPriority.NORMAL,
+    **options: Unpack[RetriedTaskOptions],
 ) -> ManagedTask[T]:
     """Create a task in the current group: that of the request or of the managed task that calls it.
 
@@ -108,7 +131,7 @@ def create_task(
     requests and managed tasks, the current group is the root of the global manager.
 
     Args:
-        coro: The coroutine to run; closed if the task is refused.
+        coro: The coroutine to run; closed if the task is refused. With ``retry``, a function that makes it.
         name: Unique among the live tasks of the group. None means the function's name, with a number if that
             name is taken.
         priority: How urgent the task is.
@@ -135,17 +158,21 @@ def create_task(
         raise
     if options:
         return where._create_with(coro, name, priority, options)
-    return where.create_task(coro, name=name, priority=priority)
+    return where.create_task(coro, name=name, priority=priority)  # type: ignore[arg-type]  # a function is refused
 
 
 @with_options_of(TaskGroup._create)
 def create_task_threadsafe(
-    work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]], **options: Unpack[NamedTaskOptions]
+    work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
+    *,
+    retry: RetryPolicy | None = None,
+    **options: Unpack[NamedTaskOptions],
 ) -> concurrent.futures.Future[T]:
     """Create a task in the current group from another thread; see ``TaskGroup.create_task_threadsafe``.
 
     Args:
         work: A coroutine, or a function that returns one; the function is called in the event loop.
+        retry: As for ``create_task``; ``work`` must then be a function.
         **options: As for ``create_task``.
 
     Returns:
@@ -170,7 +197,7 @@ def create_task_threadsafe(
     except BaseException:
         close_quietly(work)
         raise
-    return where.create_task_threadsafe(work, **options)
+    return where.create_task_threadsafe(work, retry=retry, **options)
 
 
 @with_options_of(TaskGroup._create)
@@ -179,6 +206,7 @@ def run_in_thread(
     /,
     *args: *Args,
     abandon: bool = False,
+    retry: RetryPolicy | None = None,
     **options: Unpack[NamedTaskOptions],
 ) -> ManagedTask[T]:
     """Create a task in the current group that calls a plain function in a thread.
@@ -188,6 +216,7 @@ def run_in_thread(
         *args: Its arguments.
         abandon: True ends a cancelled task at once, and its thread runs on; False waits for the function.
             See ``TaskGroup.run_in_thread``.
+        retry: Which failures lead to another call of the function, and when. None means none.
         **options: As for ``create_task``.
 
     Returns:
@@ -205,7 +234,7 @@ def run_in_thread(
     Example:
         >>> digest = await run_in_thread(hash_file, path)
     """
-    return current_group().run_in_thread(function, *args, abandon=abandon, **options)
+    return current_group().run_in_thread(function, *args, abandon=abandon, retry=retry, **options)
 
 
 def _owner(group: TaskGroup) -> TaskManager:
@@ -232,6 +261,7 @@ def start_task(
     group: str | TaskGroup | None = None,
     priority: TaskPriority | int = TaskPriority.NORMAL,
     cancel_existing: bool = False,
+    retry: RetryPolicy | None = None,
     **options: Unpack[TaskOptions],
 ) -> Coroutine[Any, Any, ManagedTask[T]]:
     """Start a task by name in the current manager; see ``TaskManager.start_task``.
@@ -245,6 +275,7 @@ def start_task(
         group: A labeled group, by its name or as an object. None means the manager's root.
         priority: How urgent the task is.
         cancel_existing: The same as ``on_conflict="replace"``.
+        retry: As for ``TaskManager.create_task``; ``factory`` must then be a function.
         **options: As for ``TaskManager.start_task``.
 
     Returns:
@@ -267,7 +298,13 @@ def start_task(
         >>> await wait_for_task("import")
     """
     return _manager_for(group).start_task(
-        name, factory, group=group, priority=priority, cancel_existing=cancel_existing, **options
+        name,
+        factory,
+        group=group,
+        priority=priority,
+        cancel_existing=cancel_existing,
+        retry=retry,
+        **options,
     )
 
 

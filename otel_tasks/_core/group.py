@@ -10,8 +10,9 @@ and seals it.
 from __future__ import annotations
 
 import asyncio
+import functools
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, TypeVarTuple, overload
 
 from otel_tasks._core.awaiters import hosts_of, with_awaiters
 from otel_tasks._core.checks import check_choice, check_count, check_flag, checked_name, checked_seconds
@@ -29,6 +30,7 @@ from otel_tasks._core.options import (
 )
 from otel_tasks._core.places import Limiter, checked_limiter
 from otel_tasks._core.progress import add_up
+from otel_tasks._core.retry import check_retried, retried
 from otel_tasks._core.scope import OnError, Scope
 from otel_tasks._core.state import CancelKind, TaskPriority
 from otel_tasks._core.task import ManagedTask, cause_elsewhere, reported
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self, Unpack
 
+    from otel_tasks._core.backoff import RetryPolicy
     from otel_tasks._core.binding import BoundRequest
     from otel_tasks._core.progress import GroupProgress
     from otel_tasks._core.tree import Ledger
@@ -162,12 +165,15 @@ class TaskGroup(Creation):
     def create_task_threadsafe(
         self,
         work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
+        *,
+        retry: RetryPolicy | None = None,
         **options: Unpack[NamedTaskOptions],
     ) -> concurrent.futures.Future[T]:
         """Create a task in this group from another thread, as ``asyncio.run_coroutine_threadsafe`` does.
 
         Args:
             work: A coroutine, or a function that returns one; the function is called in the event loop.
+            retry: As for ``create_task``; ``work`` must then be a function.
             **options: As for ``create_task``. The task runs in a copy of the context of the calling thread,
                 and so belongs to its trace.
 
@@ -191,12 +197,13 @@ class TaskGroup(Creation):
         Example:
             >>> price = group.create_task_threadsafe(fetch_price(7)).result(timeout=5.0)
         """
-        return self._hand_over(work, lambda: self, options)
+        return self._hand_over(work, lambda: self, retry, options)
 
     def _hand_over(
         self,
         work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
         where: Callable[[], TaskGroup],
+        retry: RetryPolicy | None,
         options: NamedTaskOptions,
     ) -> concurrent.futures.Future[T]:
         """Schedule the creation of a task in the loop, by the group that ``where`` returns there."""
@@ -207,9 +214,13 @@ class TaskGroup(Creation):
                     f"got {work!r}: write create_task_threadsafe(work(...)) with `async def work(...)`"
                 )
             check_options("create_task_threadsafe", options)
+            name = options.get("name") or function_name(work)
+            if retry is not None:
+                check_retried(work, retry, "create_task_threadsafe")
+                work = functools.partial(retried, work, retry, "create_task_threadsafe")
             loop = self._ledger.home.loop_for_others()
             if self._refusal is not None:
-                self._raise_closed(options.get("name") or function_name(work))
+                self._raise_closed(name)
         except BaseException:
             close_quietly(work)
             raise
@@ -224,6 +235,7 @@ class TaskGroup(Creation):
         /,
         *args: *Args,
         abandon: bool = False,
+        retry: RetryPolicy | None = None,
         **options: Unpack[NamedTaskOptions],
     ) -> ManagedTask[T]:
         """Create a task that calls a plain function in a thread of its own.
@@ -239,6 +251,7 @@ class TaskGroup(Creation):
                 stopped; in both cases, its cancel event is set. False: the task ends when the function has
                 returned. True: the task ends immediately, and the thread runs on, listed in the log and in
                 ``manager.abandoned_threads`` until it returns.
+            retry: Which failures lead to another call of the function, and when. None means none.
             **options: As for ``create_task``.
 
         Returns:
@@ -263,16 +276,33 @@ class TaskGroup(Creation):
             >>> await group.run_in_thread(resize, paths, timeout=60.0)
         """
         check_option_names("run_in_thread", options)
-        coro = self._ledger.threads.coroutine(function, args, abandon=abandon)
+        make = functools.partial(self._ledger.threads.coroutine, function, args, abandon=abandon)
+        coro = make() if retry is None else retried(make, retry, "run_in_thread")
         try:
             return self.create_task(coro, **options)
         except BaseException:
             close_quietly(coro)
             raise
 
-    @with_options_of(Creation._create)
+    @overload
     async def put_task(
         self, coro: Coroutine[Any, Any, T], **options: Unpack[NamedTaskOptions]
+    ) -> ManagedTask[T]: ...
+    @overload
+    async def put_task(
+        self,
+        coro: Callable[[], Coroutine[Any, Any, T]],
+        *,
+        retry: RetryPolicy,
+        **options: Unpack[NamedTaskOptions],
+    ) -> ManagedTask[T]: ...
+    @with_options_of(Creation._create)
+    async def put_task(
+        self,
+        coro: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
+        *,
+        retry: RetryPolicy | None = None,
+        **options: Unpack[NamedTaskOptions],
     ) -> ManagedTask[T]:
         """Create a task; if the queue is full, wait for room first.
 
@@ -281,6 +311,7 @@ class TaskGroup(Creation):
 
         Args:
             coro: The coroutine to run; closed if the task is refused.
+            retry: As for ``create_task``; ``coro`` is then a function that makes the coroutine.
             **options: As for ``create_task``.
 
         Returns:
@@ -302,10 +333,12 @@ class TaskGroup(Creation):
             ...     await group.put_task(fetch(url))
         """
         try:
-            check_coroutine(coro, "put_task")
             check_option_names("put_task", options)
+            if retry is not None:
+                coro = retried(coro, retry, "put_task")
+            check_coroutine(coro, "put_task")
             await self._room()
-            return self.create_task(coro, **options)
+            return self.create_task(coro, **options)  # type: ignore[arg-type]  # a function is refused
         except BaseException:
             close_quietly(coro)
             raise

@@ -88,6 +88,8 @@ class TaskInfo:
         metadata: A copy of its metadata.
         trace_id: The trace id in hex; None without tracing.
         span_id: The span id in hex; None without tracing.
+        attempt: The number of the current or last attempt, from 1 on; None without ``retry=``, and before the
+            first attempt.
         epoch: The wall-clock time at which the clock of these times was 0, in seconds since 1970.
     """
 
@@ -111,6 +113,7 @@ class TaskInfo:
     span_id: str | None
     epoch: float
     periodic: PeriodicInfo | None = None
+    attempt: int | None = None
     # Not compared: the == of a result may not return a bool, as with arrays.
     _result: Any = field(default=NO_RESULT, repr=False, compare=False)
 

@@ -171,6 +171,8 @@ class _Survey:
             span_id=span_id,
             attempt=None if attempt is None else self.task(attempt),
             next_run_in=self._next_run_in(task),
+            attempt_number=None if task._extras is None else task._extras.attempt_number,
+            retry_in=self._retry_in(task),
         )
 
     def _next_run_in(self, task: ManagedTask[Any]) -> float | None:
@@ -211,6 +213,10 @@ class _Survey:
 
     def _place(self, task: asyncio.Task[Any]) -> Place:
         return place_of_task(task, self._stacks, self._ledger.home.thread)
+
+    def _retry_in(self, task: ManagedTask[Any]) -> float | None:
+        at = None if task._extras is None else task._extras.retry_at
+        return None if at is None else max(0.0, at - self._now)
 
     def _queue_position(self, task: ManagedTask[Any]) -> int | None:
         ticket = task._extras.ticket if task._extras is not None and task._extras.queued else None

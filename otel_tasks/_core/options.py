@@ -8,11 +8,14 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, TypeVar
 
+from otel_tasks._core.backoff import check_retry
 from otel_tasks._core.checks import check_choice, checked_name, checked_priority, checked_seconds
 from otel_tasks._core.state import TaskPriority
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from otel_tasks._core.backoff import RetryPolicy
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -51,6 +54,12 @@ class FromManager(Enum):
 FROM_MANAGER: Final = FromManager.FROM_MANAGER
 
 
+# The one option that `_create` does not have, because it gets the coroutine of all attempts.
+_RETRY = inspect.Parameter(
+    "retry", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="RetryPolicy | None"
+)
+
+
 class TaskOptions(TypedDict, total=False):
     """The rarer options of ``create_task``; functions pass on one dictionary instead of each argument."""
 
@@ -64,10 +73,19 @@ class TaskOptions(TypedDict, total=False):
 
 
 class NamedTaskOptions(TaskOptions, total=False):
-    """All options of ``create_task``, for functions that pass them on."""
+    """All options of ``create_task`` with a coroutine, for functions that pass them on."""
 
     name: str | None
     priority: TaskPriority | int
+
+
+class RetriedTaskOptions(TaskOptions, total=False):
+    """The rarer options, and ``retry``, with which ``create_task`` takes a function."""
+
+    retry: RetryPolicy | None
+
+
+_ALL = NamedTaskOptions.__annotations__.keys() | RetriedTaskOptions.__annotations__.keys()
 
 
 def with_options_of(source: Callable[..., Any]) -> Callable[[F], F]:
@@ -78,7 +96,8 @@ def with_options_of(source: Callable[..., Any]) -> Callable[[F], F]:
     Rejected: writing them out in each signature. Each task would then check seven defaults: 267 instructions
     instead of 253 for a task in a group (``benchmarks.cost``, Python 3.11).
     """
-    known = inspect.signature(source).parameters.values()
+    known = dict(inspect.signature(source).parameters)
+    known.setdefault("retry", _RETRY)
 
     def show(function: F) -> F:
         signature = inspect.signature(function)
@@ -86,8 +105,8 @@ def with_options_of(source: Callable[..., Any]) -> Callable[[F], F]:
         taken = {each.name for each in own}
         passed_on = [
             each.replace(kind=each.KEYWORD_ONLY)
-            for each in known
-            if each.name in NamedTaskOptions.__annotations__ and each.name not in taken
+            for each in known.values()
+            if each.name in _ALL and each.name not in taken
         ]
         vars(function)["__signature__"] = signature.replace(parameters=[*own, *passed_on])
         return function
@@ -110,6 +129,7 @@ def check_options(function: str, options: Mapping[str, Any]) -> None:
     checked_seconds("queue_timeout", options.get("queue_timeout"))
     check_choice("on_conflict", options.get("on_conflict", "suffix"), OnConflict)
     starts_trace(options.get("trace"))
+    check_retry(options.get("retry"))
 
 
 def starts_trace(trace: Trace | None) -> bool | None:
@@ -131,7 +151,7 @@ def check_option_names(function: str, options: Mapping[str, Any]) -> None:
         function: The name of the function that the caller called.
         options: Its keyword arguments.
     """
-    unknown = options.keys() - NamedTaskOptions.__annotations__.keys()
+    unknown = options.keys() - _ALL
     if unknown:
         raise TypeError(f"{function}() got an unexpected keyword argument {min(unknown)!r}")
 

@@ -180,7 +180,7 @@ def full_limiter(limiters: Iterable[Limiter]) -> Limiter | None:
 
 
 def admit(ticket: Ticket) -> bool:
-    """Admit a new ticket; True if it starts immediately, False if it waits."""
+    """Admit a ticket that is new or was released; True if it starts immediately, False if it waits."""
     if _place(ticket):
         return True
     for limiter in ticket.limiters:
@@ -189,7 +189,10 @@ def admit(ticket: Ticket) -> bool:
 
 
 def release(ticket: Ticket) -> list[Ticket]:
-    """Remove a ticket, started or waiting; returns the tickets that may start now."""
+    """Remove a ticket, started or waiting; returns the tickets that may start now.
+
+    Its task has ended, or backs off until `admit` admits the ticket again, with the time of its arrival.
+    """
     ready: list[Ticket] = []
     for limiter in ticket.limiters:
         if ticket.started:
@@ -227,14 +230,14 @@ def adopt(ticket: Ticket, limiter: Limiter, *, before: bool) -> None:
     """Count a ticket against one more limiter, which was set while the task was live.
 
     Args:
-        ticket: The ticket, started or waiting.
+        ticket: The ticket; one that was released and has neither started nor queued since takes no place.
         limiter: A limiter that the ticket does not have yet.
         before: The limiter is a group's, which comes before the manager's.
     """
     ticket.limiters = (limiter, *ticket.limiters) if before else (*ticket.limiters, limiter)
     if ticket.started:
         limiter.used += 1
-    else:
+    elif ticket.queue is not None:
         limiter.waiting += 1
 
 

@@ -80,6 +80,8 @@ class Counters:
         self.cancel_ignored = 0
         # By the low-cardinality name of the group and the kind of the cause.
         self.cancelled_by: dict[tuple[str, str], int] = {}
+        # By the low-cardinality name of the group and the type of the error.
+        self.retried_by: dict[tuple[str, str], int] = {}
         # Group, cause, and key of the last count: tasks that are cancelled together share them.
         self._last_cancelled: tuple[str, CancelCause | None, tuple[str, str]] = ("", None, ("", ""))
 
@@ -101,6 +103,11 @@ class Counters:
             self._last_cancelled = (group, cause, (low_cardinality(group), str(cause.kind)))
         key = self._last_cancelled[2]
         self.cancelled_by[key] = self.cancelled_by.get(key, 0) + 1
+
+    def count_retry(self, group: str, error: str) -> None:
+        """Count a failed attempt that another one follows."""
+        key = (low_cardinality(group), error)
+        self.retried_by[key] = self.retried_by.get(key, 0) + 1
 
 
 class Listeners:

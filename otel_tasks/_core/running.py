@@ -57,7 +57,10 @@ async def _run_when(
             return await coro
     except TimeoutError:
         if extras.timeout is not None and (extras.queue_timed_out or extras.timeout.expired()):
-            raise TimeoutError(f"the task ran into its {timeout_text(extras)}") from None
+            error = TimeoutError(f"the task ran into its {timeout_text(extras)}")
+            if extras.last_failure is not None:
+                error.add_note(extras.last_failure)
+            raise error from None
         raise
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, overload
 
 from otel_tasks._core.checks import checked_name
 from otel_tasks._core.coroutines import check_factory, close_quietly, made_coroutine
 from otel_tasks._core.group import TaskGroup
 from otel_tasks._core.options import with_options_of
 from otel_tasks._core.periodic import Overlap, Periodic, start_periodic
+from otel_tasks._core.retry import check_retried, retried
 from otel_tasks._core.service import DEFAULT_POLICY, check_repeatable, start_supervisor
 from otel_tasks._core.state import TaskPriority
 
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
     from contextvars import Context
     from typing import Unpack
 
-    from otel_tasks._core.backoff import RestartPolicy
+    from otel_tasks._core.backoff import RestartPolicy, RetryPolicy
     from otel_tasks._core.critical import OnGiveUp
     from otel_tasks._core.lookup import Lookup
-    from otel_tasks._core.options import NamedTaskOptions, OnConflict, TaskOptions, Trace
+    from otel_tasks._core.options import NamedTaskOptions, OnConflict, RetriedTaskOptions, TaskOptions, Trace
     from otel_tasks._core.task import ManagedTask
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ class Starting:
     _root: TaskGroup
     _lookup: Lookup
 
-    @with_options_of(TaskGroup._create)
+    @overload
     def create_task(
         self,
         coro: Coroutine[Any, Any, T],
@@ -44,13 +45,35 @@ class Starting:
         group: str | TaskGroup | None = None,
         priority: TaskPriority | int = TaskPriority.NORMAL,
         **options: Unpack[TaskOptions],
+    ) -> ManagedTask[T]: ...
+    @overload
+    def create_task(
+        self,
+        coro: Callable[[], Coroutine[Any, Any, T]],
+        *,
+        retry: RetryPolicy,
+        name: str | None = None,
+        group: str | TaskGroup | None = None,
+        priority: TaskPriority | int = TaskPriority.NORMAL,
+        **options: Unpack[TaskOptions],
+    ) -> ManagedTask[T]: ...
+    @with_options_of(TaskGroup._create)
+    def create_task(
+        self,
+        coro: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
+        *,
+        name: str | None = None,
+        group: str | TaskGroup | None = None,
+        priority: TaskPriority | int = TaskPriority.NORMAL,
+        **options: Unpack[RetriedTaskOptions],
     ) -> ManagedTask[T]:
         """Create a task; like ``asyncio.create_task``, it runs from the next iteration of the event loop.
 
         ``help(otel_tasks)`` shows where a task goes, and what ends it, for each way to start one.
 
         Args:
-            coro: The coroutine to run; closed if the task is refused.
+            coro: The coroutine to run; closed if the task is refused. With ``retry``, a function that makes
+                the coroutine of each attempt; it is called for the first one now.
             name: Unique among the live tasks, at most 200 characters, without ``#`` and control characters.
                 None means the function's name, with a number if that name is taken.
             group: A labeled group, created on first use (dots nest: ``"ingest.fetch"``), or a group object.
@@ -72,6 +95,9 @@ class Starting:
                 in a copy of ``context``.
             eager_start: Run the first step now (Python 3.12; ignored before). None means the manager's
                 setting, or True if the loop's task factory starts tasks eagerly.
+            retry: Which failures lead to another attempt, and when. The task holds no place while it backs
+                off. ``timeout`` covers all attempts, and ``queue_timeout`` the wait for the first place. None
+                means one attempt.
 
         Returns:
             The task; with ``on_conflict="return"``, possibly a live one.
@@ -95,7 +121,7 @@ class Starting:
         where = self._root if group is None else self._lookup.group(group, coro)
         if options:
             return where._create_with(coro, name, priority, options)
-        return where.create_task(coro, name=name, priority=priority)
+        return where.create_task(coro, name=name, priority=priority)  # type: ignore[arg-type]  # a function is refused
 
     @with_options_of(TaskGroup._create)
     def create_task_threadsafe(
@@ -103,6 +129,7 @@ class Starting:
         work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
         *,
         group: str | TaskGroup | None = None,
+        retry: RetryPolicy | None = None,
         **options: Unpack[NamedTaskOptions],
     ) -> concurrent.futures.Future[T]:
         """Create a task from another thread; see ``TaskGroup.create_task_threadsafe``.
@@ -110,6 +137,7 @@ class Starting:
         Args:
             work: A coroutine, or a function that returns one; the function is called in the event loop.
             group: As for ``create_task``.
+            retry: As for ``create_task``.
             **options: As for ``create_task``.
 
         Returns:
@@ -129,9 +157,9 @@ class Starting:
         """
         if isinstance(group, str):
             # The label is looked up, or created, in the loop.
-            return self._root._hand_over(work, lambda: self._lookup.label(group), options)
+            return self._root._hand_over(work, lambda: self._lookup.label(group), retry, options)
         where = self._root if group is None else self._lookup.group(group, work)
-        return where.create_task_threadsafe(work, **options)
+        return where.create_task_threadsafe(work, retry=retry, **options)
 
     @with_options_of(TaskGroup._create)
     def run_in_thread(
@@ -141,6 +169,7 @@ class Starting:
         *args: *Args,
         group: str | TaskGroup | None = None,
         abandon: bool = False,
+        retry: RetryPolicy | None = None,
         **options: Unpack[NamedTaskOptions],
     ) -> ManagedTask[T]:
         """Create a task that calls a plain function in a thread; see ``TaskGroup.run_in_thread``.
@@ -151,6 +180,7 @@ class Starting:
             group: As for ``create_task``.
             abandon: True ends a cancelled task at once, and its thread runs on; False waits for the
                 function.
+            retry: Which failures lead to another call of the function, and when. None means none.
             **options: As for ``create_task``.
 
         Returns:
@@ -169,14 +199,32 @@ class Starting:
             >>> task = manager.run_in_thread(render, page, group="render", timeout=30.0)
         """
         where = self._root if group is None else self._lookup.group(group, function)
-        return where.run_in_thread(function, *args, abandon=abandon, **options)
+        return where.run_in_thread(function, *args, abandon=abandon, retry=retry, **options)
 
-    @with_options_of(TaskGroup._create)
+    @overload
     async def put_task(
         self,
         coro: Coroutine[Any, Any, T],
         *,
         group: str | TaskGroup | None = None,
+        **options: Unpack[NamedTaskOptions],
+    ) -> ManagedTask[T]: ...
+    @overload
+    async def put_task(
+        self,
+        coro: Callable[[], Coroutine[Any, Any, T]],
+        *,
+        retry: RetryPolicy,
+        group: str | TaskGroup | None = None,
+        **options: Unpack[NamedTaskOptions],
+    ) -> ManagedTask[T]: ...
+    @with_options_of(TaskGroup._create)
+    async def put_task(
+        self,
+        coro: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
+        *,
+        group: str | TaskGroup | None = None,
+        retry: RetryPolicy | None = None,
         **options: Unpack[NamedTaskOptions],
     ) -> ManagedTask[T]:
         """Create a task; if the queue is full, wait for room first.
@@ -187,6 +235,7 @@ class Starting:
         Args:
             coro: The coroutine to run; closed if the task is refused.
             group: As for ``create_task``.
+            retry: As for ``create_task``.
             **options: As for ``create_task``.
 
         Returns:
@@ -208,7 +257,7 @@ class Starting:
             ...     await manager.put_task(fetch(url), group="crawl")
         """
         where = self._root if group is None else self._lookup.group(group, coro)
-        return await where.put_task(coro, **options)
+        return await where.put_task(coro, retry=retry, **options)  # type: ignore[arg-type]  # a function is refused
 
     async def start_task(
         self,
@@ -225,6 +274,7 @@ class Starting:
         trace: Trace | None = None,
         context: Context | None = None,
         eager_start: bool | None = None,
+        retry: RetryPolicy | None = None,
     ) -> ManagedTask[T]:
         """Start a task by name and keep its result with its record, for ``wait_for_task``.
 
@@ -242,6 +292,7 @@ class Starting:
             trace: As for ``create_task``.
             context: The context to run in.
             eager_start: As for ``create_task``.
+            retry: As for ``create_task``; ``factory`` must then be a function.
 
         Returns:
             The live task. ``start_task`` does not wait for its end.
@@ -272,6 +323,8 @@ class Starting:
             on_conflict = "replace"
         try:
             checked_name("task", name, 'name it after its work, as in start_task("import", work)')
+            if retry is not None:
+                check_retried(factory, retry, "start_task")
             where = self._root if group is None else self._lookup.group(group)
             if on_conflict == "replace":
                 check_factory(factory)
@@ -280,7 +333,7 @@ class Starting:
             if on_conflict == "return" and (taken := where._holder(name)) is not None:
                 close_quietly(factory)
                 return taken
-            coro = made_coroutine(factory)
+            coro = made_coroutine(factory) if retry is None else retried(factory, retry, "start_task")
             return where._open_group()._create(
                 coro,
                 name,

@@ -12,7 +12,6 @@ import threading
 import traceback
 from asyncio import Future, _get_running_loop
 from dataclasses import replace
-from secrets import token_urlsafe
 from threading import get_ident
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +25,7 @@ from otel_tasks._core.clock import clock_of
 from otel_tasks._core.constructs import known_cause, name_of_timeout
 from otel_tasks._core.current import set_managed_task
 from otel_tasks._core.events import CancelCause, own_name
-from otel_tasks._core.extras import Extras, timeout_text
+from otel_tasks._core.extras import Extras, extras_for, timeout_text
 from otel_tasks._core.frames import suspended_frames
 from otel_tasks._core.info import NO_RESULT, TaskInfo
 from otel_tasks._core.log import text_of
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from contextvars import Context
 
     from otel_tasks._core.group import TaskGroup
+    from otel_tasks._core.places import Ticket
     from otel_tasks._core.progress import Progress
     from otel_tasks._core.telemetry import Span
 
@@ -103,7 +103,7 @@ class ManagedTask(asyncio.Task[T]):
         It is made on first use. From then on, functions that take a task's name also take its uid, while the
         task is live or in the history.
         """
-        return uid_of(self)
+        return self._group._ledger.uids.of(self)
 
     @property
     def name(self) -> str:
@@ -200,6 +200,7 @@ class ManagedTask(asyncio.Task[T]):
             trace_id=trace_id,
             span_id=span_id,
             epoch=group._ledger.home.epoch,
+            attempt=None if extras is None else extras.attempt_number,
             _result=result,
         )
 
@@ -291,8 +292,9 @@ class ManagedTask(asyncio.Task[T]):
             self._waiters += 1
         else:
             self._count_callback(fn, 1)
-        if self._extras is not None and self._extras.place_granted is not None:
-            lift_for_waiter(self, self._extras)
+        extras = self._extras
+        if extras is not None and extras.ticket is not None and extras.ticket.queue is not None:
+            lift_for_waiter(self, extras.ticket)
 
     def remove_done_callback(self, fn: Callable[[Any], object], /) -> int:
         """As ``asyncio.Task.remove_done_callback``."""
@@ -421,9 +423,10 @@ def _known_cause(task: ManagedTask[Any]) -> CancelCause | None:
 @name_of_timeout.register(ManagedTask)
 def _name_of_timeout(task: ManagedTask[Any], timeout: asyncio.Timeout) -> str:
     extras = task._extras
-    if extras is None or extras.timeout is not timeout:
-        return "an asyncio timeout expired"
-    return timeout_text(extras)
+    if extras is not None and extras.timeout is timeout:
+        return timeout_text(extras)
+    is_attempts = extras is not None and extras.attempt_timeout is timeout
+    return "the attempt_timeout expired" if is_attempts else "an asyncio timeout expired"
 
 
 def note_request(task: ManagedTask[Any], cause: CancelCause, *, is_own: bool, message: object) -> bool:
@@ -489,6 +492,9 @@ def extras_of(task: ManagedTask[Any]) -> Extras:
     return task._extras
 
 
+extras_for.register(ManagedTask, extras_of)
+
+
 def progress_of(task: ManagedTask[Any]) -> TaskProgress:
     """Return a task's progress, made on first use."""
     extras = extras_of(task)
@@ -501,20 +507,6 @@ def progress_of(task: ManagedTask[Any]) -> TaskProgress:
             # progress.
             extras.progress.end()
     return extras.progress
-
-
-def uid_of(task: ManagedTask[Any]) -> str:
-    """Return a task's uid, made on first use."""
-    extras = extras_of(task)
-    if extras.uid is None:
-        with _making:
-            if extras.uid is None:
-                # 128 random bits cannot be guessed. From a counter, a client could guess other clients' uids.
-                uid = token_urlsafe(16)
-                task._group._ledger.uids.add(task, uid)
-                extras.uid = uid
-        task._group._ledger.uids.record(task)
-    return extras.uid
 
 
 def reported(task: ManagedTask[Any]) -> Progress | None:
@@ -536,8 +528,8 @@ def has_started(task: ManagedTask[Any]) -> bool:
 def has_begun(coro: object) -> bool:
     """Check whether a coroutine has run any of its code."""
     if not isinstance(coro, CoroutineType):
-        # Cython's coroutines and other Awaitables do not show their state.
-        return True
+        # Those of tasks with retries. Cython's coroutines and other Awaitables do not show their state.
+        return bool(getattr(coro, "has_begun", True))
     return coro.cr_suspended or coro.cr_running or coro.cr_frame is None
 
 
@@ -568,7 +560,8 @@ def outcome_of(task: ManagedTask[Any], status: TaskStatus) -> Outcome:
         return Outcome.SUCCESS
     if status is TaskStatus.CANCELLED:
         return Outcome.CANCELLED
-    ran_out = timed_out(task) and isinstance(failure_of(task), TimeoutError)
+    expired = timed_out(task) or (task._extras is not None and task._extras.attempt_timed_out)
+    ran_out = expired and isinstance(failure_of(task), TimeoutError)
     return Outcome.TIMEOUT if ran_out else Outcome.ERROR
 
 
@@ -617,11 +610,11 @@ def queue_time(task: ManagedTask[Any]) -> float | None:
     return (task._ended_at if extras.started_at is None else extras.started_at) - task._created_at
 
 
-def lift_for_waiter(task: ManagedTask[Any], extras: Extras) -> None:
+def lift_for_waiter(task: ManagedTask[Any], ticket: Ticket) -> None:
     """Raise the priority of a queued task to that of the task that is about to wait for it."""
     waiter = asyncio.current_task(task.get_loop())
-    if extras.ticket is not None and isinstance(waiter, ManagedTask):
-        lift(extras.ticket, waiter._priority)
+    if isinstance(waiter, ManagedTask):
+        lift(ticket, waiter._priority)
 
 
 def stack_of(task: asyncio.Task[Any]) -> str:

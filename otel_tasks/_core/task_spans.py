@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from otel_tasks._core.coroutines import code_name
 from otel_tasks._core.names import full_name
+from otel_tasks._core.native import base_name
 from otel_tasks._core.telemetry import (
     CODE_FUNCTION,
     GROUP_ID,
     GROUP_NAME,
     MANAGER_NAME,
+    TASK_ATTEMPT,
     TASK_ID,
     TASK_NAME,
     TASK_PRIORITY,
@@ -73,6 +75,29 @@ def start_task_span(
         return start_span(tracer, name, attributes, parent=parent, new_trace=new_trace, start_time=start_time)
     except Exception:
         group._ledger.log_once("starting a span for task %r raised", full)
+        return None
+
+
+def start_attempt_span(task: Any, number: int) -> Span | None:
+    """Start the span of one attempt, below the task's span; call it in the context of the attempt."""
+    ledger = task._group._ledger
+    tracer = ledger.telemetry.tracer()
+    if tracer is None:
+        return None
+    name = low_cardinality(base_name(task))
+    group_name, group_id, _ = task._group._label or task._group._labels()
+    attributes = {
+        TASK_NAME: name,
+        TASK_ID: task.id,
+        TASK_ATTEMPT: number,
+        GROUP_NAME: group_name,
+        GROUP_ID: group_id,
+        MANAGER_NAME: ledger.name,
+    }
+    try:
+        return start_span(tracer, name, attributes, parent=None, new_trace=False)
+    except Exception:
+        ledger.log_once("starting a span for task %r raised", task.id)
         return None
 
 

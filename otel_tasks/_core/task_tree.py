@@ -52,6 +52,9 @@ class TaskNode:
         span_id: In hex; None without tracing.
         attempt: A service's running attempt, or the live run of periodic work; None between two of them.
         next_run_in: Seconds until the next run of periodic work; None for any other task.
+        attempt_number: With ``retry=``, the number of the current attempt, or of the last one while the task
+            backs off.
+        retry_in: Seconds until the next attempt; None unless the task backs off.
     """
 
     id: str
@@ -72,6 +75,8 @@ class TaskNode:
     span_id: str | None
     attempt: TaskNode | None
     next_run_in: float | None = None
+    attempt_number: int | None = None
+    retry_in: float | None = None
 
     def __str__(self) -> str:
         mark = "(S)" if self.kind == "service" else "(T)"
@@ -98,6 +103,8 @@ class TaskNode:
             "span_id": self.span_id,
             "attempt": self.attempt and self.attempt.to_dict(),
             "next_run_in": None if self.next_run_in is None else rounded(self.next_run_in),
+            "attempt_number": self.attempt_number,
+            "retry_in": None if self.retry_in is None else rounded(self.retry_in),
         }
 
 
@@ -287,7 +294,19 @@ def _facts_of_task(task: TaskNode) -> Iterator[str]:
     if task.cause is not None:
         ago = "" if task.cancelling_for is None else f" {duration(task.cancelling_for)} ago"
         yield f"cancel requested{ago} ({_printable(str(task.cause))})"
+    yield from _retries_of(task)
     yield from _activity_of(task)
+
+
+def _retries_of(task: TaskNode) -> Iterator[str]:
+    if task.attempt_number is None:
+        return
+    if task.retry_in is not None:
+        yield f"backing off, attempt {task.attempt_number + 1} in {duration(task.retry_in)}"
+    elif task.queued:
+        yield f"for attempt {task.attempt_number + 1}"
+    elif task.attempt_number > 1:
+        yield f"attempt {task.attempt_number}"
 
 
 def _activity_of(task: TaskNode) -> Iterator[str]:

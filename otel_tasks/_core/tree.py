@@ -22,6 +22,7 @@ from otel_tasks._core.loop import Home, Shutdown
 from otel_tasks._core.records import Counters, History, Listeners, TaskStats
 from otel_tasks._core.task import ManagedTask, extras_of, request_cancel_all
 from otel_tasks._core.telemetry import end_group_span, low_cardinality
+from otel_tasks._core.telemetry.metrics import Totals
 from otel_tasks._core.uids import Uids
 
 if TYPE_CHECKING:
@@ -280,6 +281,10 @@ class Node:
 
     # -- called by its tickets and its block, see `extras.Queue` and `scope.Owner` ----------
 
+    def _join_queue(self) -> None:
+        """Count a task as queued: it queues again, for its next attempt."""
+        self._queued += 1
+
     def _leave_queue(self) -> None:
         """Stop counting a task as queued: it has its place, or has ended."""
         self._queued -= 1
@@ -497,9 +502,9 @@ class Ledger:
         return self.created - self.counters.ended
 
     @property
-    def cancelled_by(self) -> dict[tuple[str, str], int]:
-        """The number of cancelled tasks by group and reason, for the metrics."""
-        return self.counters.cancelled_by
+    def totals(self) -> Totals:
+        """The counters that the metrics report."""
+        return Totals(self.counters.cancelled_by, self.counters.retried_by)
 
     def stats(self) -> TaskStats:
         """Read all counters."""

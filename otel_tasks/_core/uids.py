@@ -5,10 +5,14 @@ Tasks are untyped here: `task` and `tree` refer to each other, and a type would 
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 from contextvars import Context
+from secrets import token_urlsafe
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
+
+from otel_tasks._core.extras import extras_for
 
 if TYPE_CHECKING:
     from otel_tasks._core.loop import Home
@@ -26,6 +30,8 @@ class Uids:
     def __init__(self, home: Home, history: History) -> None:
         self._home = home
         self._history = history
+        # Threads may read the uid of one task at the same time.
+        self._making = threading.RLock()
         # Weak, since an ended task is in the history.
         self._tasks: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
@@ -37,11 +43,21 @@ class Uids:
         task = self._tasks.get(uid)
         return task if task is not None and task._group._live.get(task._key) is task else None
 
-    def add(self, task: Any, uid: str) -> None:
-        """Register a task under its uid."""
-        self._tasks[uid] = task
+    def of(self, task: Any) -> str:
+        """Return a task's uid, made on first use."""
+        extras = extras_for(task)
+        if extras.uid is None:
+            with self._making:
+                if extras.uid is None:
+                    # 128 random bits cannot be guessed. From a counter, a client could guess other clients'
+                    # uids.
+                    uid = token_urlsafe(16)
+                    self._tasks[uid] = task
+                    extras.uid = uid
+            self._record_late(task)
+        return extras.uid
 
-    def record(self, task: Any) -> None:
+    def _record_late(self, task: Any) -> None:
         """Add the uid to a task's record in the history, if the task has ended before its uid was read."""
         loop = self._home.elsewhere()
         if loop is None:

@@ -18,6 +18,7 @@ from otel_tasks import (
     CancelReport,
     ManagedTask,
     RestartPolicy,
+    RetryPolicy,
     ShutdownReport,
     TaskGroup,
     TaskInfo,
@@ -98,6 +99,25 @@ async def starting(manager: TaskManager) -> None:
     assert_type(await manager.start_task("n", count(1), cancel_existing=True), ManagedTask[int])
     assert_type(await start_task("n", nothing, on_conflict="return"), ManagedTask[None])
     assert_type(await start_service("n", lambda: count(1), restart=RestartPolicy(delay=2)), ManagedTask[int])
+
+
+async def retrying(manager: TaskManager, group: TaskGroup) -> None:
+    """With a policy, a task is created from a function that makes the coroutine."""
+    policy = RetryPolicy(max_attempts=None, on=(OSError, ValueError), attempt_timeout=2)
+    RetryPolicy(on=KeyError)
+    RetryPolicy(on=lambda error: "busy" in str(error))
+    assert_type(create_task(lambda: count(1), retry=policy), ManagedTask[int])
+    assert_type(create_task(nothing, retry=policy, timeout=9, name="n"), ManagedTask[None])
+    assert_type(manager.create_task(lambda: count(1), retry=policy, group="a"), ManagedTask[int])
+    assert_type(group.create_task(nothing, retry=policy, priority=2), ManagedTask[None])
+    assert_type(await group.put_task(lambda: count(1), retry=policy), ManagedTask[int])
+    assert_type(await manager.put_task(nothing, retry=policy, group="a"), ManagedTask[None])
+    assert_type(await manager.start_task("n", lambda: count(1), retry=policy), ManagedTask[int])
+    assert_type(await start_task("n", nothing, retry=None), ManagedTask[None])
+    assert_type(manager.create_task_threadsafe(lambda: count(1), retry=policy), Future[int])
+    assert_type(group.run_in_thread(plain_number, retry=policy), ManagedTask[int])
+    assert_type(await managed_task(retry=policy)(count)(1, step=2), int)
+    assert_type(create_task(nothing, retry=policy).info().attempt, int | None)
 
 
 async def grouping(manager: TaskManager) -> None:

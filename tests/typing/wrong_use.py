@@ -8,7 +8,16 @@ them says that the line is refused. Read by mypy and pyright in `tests/test_typi
 
 from __future__ import annotations
 
-from otel_tasks import CancelEvent, TaskGroup, TaskInfo, TaskManager, TaskStatus, create_task, managed_task
+from otel_tasks import (
+    CancelEvent,
+    RetryPolicy,
+    TaskGroup,
+    TaskInfo,
+    TaskManager,
+    TaskStatus,
+    create_task,
+    managed_task,
+)
 
 
 async def count(first: int) -> int:
@@ -23,17 +32,22 @@ def plain() -> int:
 
 async def refused(manager: TaskManager, group: TaskGroup, info: TaskInfo, event: CancelEvent) -> None:
     """One mistake a line."""
-    create_task(count)  # type: ignore[arg-type]  # the function, not its coroutine
-    create_task(plain())  # type: ignore[arg-type]  # no coroutine
-    create_task(count(1), "name")  # type: ignore[call-arg]  # options are keyword-only
-    create_task(count(1), nmae="n")  # type: ignore[call-arg]  # misspelt
-    create_task(count(1), priority="high")  # type: ignore[arg-type]  # a TaskPriority
-    create_task(count(1), timeout="1s")  # type: ignore[arg-type]  # seconds
-    create_task(count(1), on_conflict="ignore")  # type: ignore[arg-type]  # no such choice
-    group.create_task(count)  # type: ignore[arg-type]  # the function, not its coroutine
+    create_task(count)  # type: ignore[call-overload]  # the function, not its coroutine
+    create_task(plain())  # type: ignore[call-overload]  # no coroutine
+    create_task(count(1), "name")  # type: ignore[call-overload]  # options are keyword-only
+    create_task(count(1), nmae="n")  # type: ignore[call-overload]  # misspelt
+    create_task(count(1), priority="high")  # type: ignore[call-overload]  # a TaskPriority
+    create_task(count(1), timeout="1s")  # type: ignore[call-overload]  # seconds
+    create_task(count(1), on_conflict="ignore")  # type: ignore[call-overload]  # no such choice
+    group.create_task(count)  # type: ignore[call-overload]  # the function, not its coroutine
+    create_task(count(1), retry=RetryPolicy())  # type: ignore[call-overload]  # runs only once
+    create_task(plain, retry=RetryPolicy())  # type: ignore[arg-type]  # makes no coroutine
+    create_task(lambda: count(1), retry=3)  # type: ignore[call-overload]  # a policy
+    RetryPolicy(on=int)  # type: ignore[arg-type]  # no exception
+    RetryPolicy(jitter=plain)  # type: ignore[arg-type]  # a number
     group.run_in_thread(plain, 1)  # type: ignore[arg-type]  # it takes no argument
     group.create_task_threadsafe(plain)  # type: ignore[arg-type]  # makes no coroutine
-    manager.create_task(count(1), group=17)  # type: ignore[arg-type]  # a name or a group
+    manager.create_task(count(1), group=17)  # type: ignore[call-overload]  # a name or a group
     await manager.start_task("n", plain)  # type: ignore[arg-type]  # makes no coroutine
     await manager.start_service("n", count(1))  # type: ignore[arg-type]  # can be run only once
     await manager.start_task(lambda: count(1))  # type: ignore[call-arg, arg-type]  # the name comes first

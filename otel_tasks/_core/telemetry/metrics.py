@@ -1,4 +1,4 @@
-"""The instruments: two histograms of durations, and two observable ones that read the managers' counts.
+"""The instruments: two histograms of durations, and three observable ones that read the managers' counts.
 
 One set of instruments serves all managers that report to the same meter provider. Its callbacks run on the
 metric reader's thread and read only tables of counts, never live tasks.
@@ -24,8 +24,10 @@ from otel_tasks._core.telemetry.conventions import (
     ACTIVE_TASKS,
     CANCEL_REASON,
     CANCELLATIONS,
+    ERROR_TYPE,
     GROUP_NAME,
     QUEUE_DURATION,
+    RETRIES,
     SCOPE,
     TASK_DURATION,
     TASK_STATE,
@@ -38,8 +40,20 @@ if TYPE_CHECKING:
 
 K = TypeVar("K")
 
-# Numbers of tasks by group name and a second attribute: state or reason.
+# Numbers of tasks by group name and a second attribute: state, reason, or type of error.
 Counts = dict[tuple[str, str], int]
+
+
+class Totals(NamedTuple):
+    """What counters have counted since their start."""
+
+    cancelled: Counts
+    retried: Counts
+
+    def copy(self) -> Totals:
+        """Return a copy, which does not follow the counters."""
+        return Totals(*(counts.copy() for counts in self))
+
 
 # Seconds. Tasks are often far shorter than requests, so the buckets are finer than the convention's for HTTP.
 _DURATION_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
@@ -49,8 +63,8 @@ class MetricsSource(Protocol):
     """What the observable instruments read of a manager, on the metric reader's thread."""
 
     @property
-    def cancelled_by(self) -> Counts:
-        """Cancelled tasks by group name and reason, since the start."""
+    def totals(self) -> Totals:
+        """Cancelled tasks by group name and reason, and retries by group name and type of error."""
         ...
 
     def active(self) -> Mapping[tuple[str, str], int]:
@@ -62,7 +76,7 @@ class _Observed(NamedTuple):
     """A source, held weakly, and what it had counted before it reported to this provider."""
 
     source: ref[MetricsSource]
-    before: Counts
+    before: Totals
 
 
 class Instruments:
@@ -74,7 +88,7 @@ class Instruments:
         # never changed: the metric reader's thread may be iterating over it.
         self._observed: tuple[_Observed, ...] = ()
         # The counts of managers that are gone or report elsewhere now: a counter never decreases.
-        self._past: Counts = {}
+        self._past = Totals({}, {})
         self.duration = _histogram(meter, TASK_DURATION, "From the creation of a task to its end.")
         self.queue_duration = _histogram(
             meter, QUEUE_DURATION, "From the creation of a task to the place that it had to wait for."
@@ -89,21 +103,18 @@ class Instruments:
             )
         except Exception:
             log_otel_error(f"creating instrument {ACTIVE_TASKS}")
-        try:
-            meter.create_observable_counter(
-                CANCELLATIONS,
-                callbacks=[self._observe_cancellations],
-                unit="{cancellation}",
-                description="Tasks that ended cancelled.",
-            )
-        except Exception:
-            log_otel_error(f"creating instrument {CANCELLATIONS}")
+        _observable_counter(
+            meter, CANCELLATIONS, "{cancellation}", "Tasks that ended cancelled.", self._observe_cancellations
+        )
+        _observable_counter(
+            meter, RETRIES, "{retry}", "Failed attempts that another one follows.", self._observe_retries
+        )
 
-    def observe(self, source: MetricsSource, before: Counts) -> Callable[[], object]:
+    def observe(self, source: MetricsSource, before: Totals) -> Callable[[], object]:
         """Report what ``source`` counts beyond ``before``; call the returned function to stop."""
         observed = _Observed(ref(source), before)
         self._observed = (*(each for each in self._observed if each.source() is not None), observed)
-        keep_counts = finalize(source, _add_difference, self._past, source.cancelled_by, before)
+        keep_counts = finalize(source, _add_difference, self._past, source.totals, before)
         # Not at the interpreter's exit: the last export still reads the source.
         keep_counts.atexit = False
 
@@ -113,7 +124,7 @@ class Instruments:
 
         return stop
 
-    def _alive(self) -> list[tuple[MetricsSource, Counts]]:
+    def _alive(self) -> list[tuple[MetricsSource, Totals]]:
         return [(source, each.before) for each in self._observed if (source := each.source()) is not None]
 
     def _observe_active(self, _: CallbackOptions) -> Iterable[Observation]:
@@ -126,13 +137,22 @@ class Instruments:
         ]
 
     def _observe_cancellations(self, _: CallbackOptions) -> Iterable[Observation]:
-        totals = self._past.copy()
-        for source, before in self._alive():
-            _add_difference(totals, source.cancelled_by.copy(), before)
         return [
             Observation(count, {GROUP_NAME: group, CANCEL_REASON: reason})
-            for (group, reason), count in totals.items()
+            for (group, reason), count in self._totals().cancelled.items()
         ]
+
+    def _observe_retries(self, _: CallbackOptions) -> Iterable[Observation]:
+        return [
+            Observation(count, {GROUP_NAME: group, ERROR_TYPE: error})
+            for (group, error), count in self._totals().retried.items()
+        ]
+
+    def _totals(self) -> Totals:
+        totals = self._past.copy()
+        for source, before in self._alive():
+            _add_difference(totals, source.totals.copy(), before)
+        return totals
 
 
 # One set of instruments per provider, by the provider's identity: it need not be hashable, and two equal ones
@@ -185,11 +205,26 @@ def _histogram(meter: Meter, name: str, description: str) -> Histogram:
         return NoOpHistogram(name)
 
 
+def _observable_counter(
+    meter: Meter,
+    name: str,
+    unit: str,
+    description: str,
+    callback: Callable[[CallbackOptions], Iterable[Observation]],
+) -> None:
+    """Create a counter that ``callback`` reads; if the meter raises, there is no counter."""
+    try:
+        meter.create_observable_counter(name, callbacks=[callback], unit=unit, description=description)
+    except Exception:
+        log_otel_error(f"creating instrument {name}")
+
+
 def _add(totals: dict[K, int], counts: Mapping[K, int]) -> None:
     for key, count in counts.items():
         totals[key] = totals.get(key, 0) + count
 
 
-def _add_difference(totals: dict[K, int], counts: Mapping[K, int], before: Mapping[K, int]) -> None:
+def _add_difference(totals: Totals, counted: Totals, before: Totals) -> None:
     """Add what has been counted since ``before``."""
-    _add(totals, {key: count - before.get(key, 0) for key, count in counts.items()} if before else counts)
+    for total, counts, earlier in zip(totals, counted, before, strict=True):
+        _add(total, {key: count - earlier.get(key, 0) for key, count in counts.items()})

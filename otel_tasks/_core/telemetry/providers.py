@@ -26,12 +26,12 @@ from otel_tasks._core.telemetry.conventions import (
     low_cardinality,
 )
 from otel_tasks._core.telemetry.errors import log_otel_error
-from otel_tasks._core.telemetry.metrics import instruments_of
+from otel_tasks._core.telemetry.metrics import Totals, instruments_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from otel_tasks._core.telemetry.metrics import Counts, Instruments, MetricsSource
+    from otel_tasks._core.telemetry.metrics import Instruments, MetricsSource
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ class Telemetry:
         self._metrics: Instruments | None = None
         self._source: ref[MetricsSource] | None = None
         # What the source counted while it reported elsewhere: that stays there.
-        self._before: Counts = {}
+        self._before = Totals({}, {})
         self._stop_observing: Callable[[], object] | None = None
         self.follow_default()
         _instances.add(self)
@@ -119,7 +119,7 @@ class Telemetry:
         self._use_tracer_provider(tracer)
         source = self._live_source()
         if source is not None:
-            self._before = source.cancelled_by.copy()
+            self._before = source.totals.copy()
         self._use_meter_provider(meter)
 
     def providers(self) -> tuple[object, object]:
@@ -178,7 +178,7 @@ class Telemetry:
         if self._stop_observing is not None:
             self._stop_observing()
             if source is not None:
-                self._before = source.cancelled_by.copy()
+                self._before = source.totals.copy()
         self._stop_observing = self._metrics = None
         if source is not None and provider is not None and not _is_a(provider, NoOpMeterProvider):
             self._metrics = instruments_of(provider)

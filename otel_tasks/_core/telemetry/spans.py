@@ -27,7 +27,10 @@ from otel_tasks._core.telemetry.conventions import (
     ORIGIN_SPAN_ID,
     ORIGIN_TRACE_ID,
     QUEUE_DURATION,
+    RETRY,
+    RETRY_DELAY,
     STARTED,
+    TASK_ATTEMPT,
     TASK_OUTCOME,
     error_type,
 )
@@ -183,7 +186,19 @@ def note_started(span: Span) -> None:
     _add_event(span, STARTED, {})
 
 
-def _add_event(span: Span, name: str, attributes: Mapping[str, str]) -> None:
+def note_retry(span: Span, attempt: int, delay: float, error: str) -> None:
+    """Add an event for a failed attempt that another one follows.
+
+    Args:
+        span: The task's span.
+        attempt: The number of the failed attempt.
+        delay: Seconds until the next one.
+        error: The type of the failure.
+    """
+    _add_event(span, RETRY, {TASK_ATTEMPT: attempt, RETRY_DELAY: rounded(delay), ERROR_TYPE: error})
+
+
+def _add_event(span: Span, name: str, attributes: Mapping[str, str | int | float]) -> None:
     try:
         if span.is_recording():
             span.add_event(name, attributes)
