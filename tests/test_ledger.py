@@ -338,6 +338,7 @@ async def test_snapshot_is_frozen() -> None:
             "metadata",
             "trace_id",
             "span_id",
+            "periodic",
             "attempt",
         ),
         "duration",

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from abc import abstractmethod
+from collections.abc import Coroutine
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
 
 T = TypeVar("T")
 
 # The module whose coroutines have the qualified name, module included, of the function they call in a thread.
 _IN_THREAD = "otel_tasks._core.threads"
+
+
+class OwnCoroutine(Coroutine[Any, Any, T]):
+    """A coroutine of this package that no coroutine function has made."""
+
+    @property
+    @abstractmethod
+    def has_begun(self) -> bool:
+        """True if it has run any code of the user's."""
 
 
 def check_coroutine(coro: object, function: str = "create_task") -> None:

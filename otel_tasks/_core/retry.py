@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from otel_tasks._core.backoff import Delays, check_retry
 from otel_tasks._core.cancellation import cancel_once, sleep_unless_set
 from otel_tasks._core.constructs import known_cause
-from otel_tasks._core.coroutines import close_quietly, code_name, function_name, made_coroutine
+from otel_tasks._core.coroutines import OwnCoroutine, close_quietly, code_name, function_name, made_coroutine
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.extras import extras_for
 from otel_tasks._core.log import log_fields, logger, text_of
@@ -94,7 +94,7 @@ def check_retried(work: object, policy: object, function: str) -> None:
 _NAMED = {"start_task": "name, "}
 
 
-class Attempts(Coroutine[Any, Any, T]):
+class Attempts(OwnCoroutine[T]):
     """The coroutine of a task that runs one attempt after another, with the name of the work.
 
     Rejected: a coroutine function. Closed before its first step, its coroutine runs no code at all, and the

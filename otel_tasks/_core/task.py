@@ -23,6 +23,7 @@ from otel_tasks._core.causes import cause_of_cancel, passed_down, passing
 from otel_tasks._core.checks import checked_name
 from otel_tasks._core.clock import clock_of
 from otel_tasks._core.constructs import known_cause, name_of_timeout
+from otel_tasks._core.coroutines import OwnCoroutine
 from otel_tasks._core.current import set_managed_task
 from otel_tasks._core.events import CancelCause, own_name
 from otel_tasks._core.extras import Extras, extras_for, timeout_text
@@ -528,8 +529,8 @@ def has_started(task: ManagedTask[Any]) -> bool:
 def has_begun(coro: object) -> bool:
     """Check whether a coroutine has run any of its code."""
     if not isinstance(coro, CoroutineType):
-        # Those of tasks with retries. Cython's coroutines and other Awaitables do not show their state.
-        return bool(getattr(coro, "has_begun", True))
+        # Cython's coroutines and other Awaitables do not show their state.
+        return not isinstance(coro, OwnCoroutine) or coro.has_begun
     return coro.cr_suspended or coro.cr_running or coro.cr_frame is None
 
 
