@@ -20,7 +20,7 @@ import re
 import sys
 import threading
 from dataclasses import dataclass
-from types import FrameType
+from types import AsyncGeneratorType, CoroutineType, FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -139,6 +139,15 @@ def suspended_frames(awaitable: object) -> list[FrameType]:
 def suspended_chain(awaitable: object) -> Iterator[tuple[object, FrameType]]:
     """A suspended coroutine and what it awaits, each with its frame, outermost first."""
     for _ in range(_MAX_FRAMES):
+        if type(awaitable) is CoroutineType and awaitable.cr_frame is not None:
+            # Most of a chain: the general case below takes several times as long.
+            yield awaitable, awaitable.cr_frame
+            awaitable = awaitable.cr_await
+            continue
+        if type(awaitable) is AsyncGeneratorType and awaitable.ag_frame is not None:
+            yield awaitable, awaitable.ag_frame
+            awaitable = awaitable.ag_await
+            continue
         if awaitable is None:
             return
         frame = _first_of(awaitable, "cr_frame", "gi_frame", "ag_frame")
@@ -204,7 +213,9 @@ def _awaited_by(awaitable: object) -> object:
 
 def _leads_on(thing: object) -> bool:
     return (
-        type(thing).__name__ in _WRAPPERS or _first_of(thing, "cr_frame", "gi_frame", "ag_frame") is not None
+        type(thing) is AsyncGeneratorType
+        or type(thing).__name__ in _WRAPPERS
+        or _first_of(thing, "cr_frame", "gi_frame", "ag_frame") is not None
     )
 
 
