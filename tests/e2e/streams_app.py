@@ -132,7 +132,29 @@ BODIES: dict[str, Callable[[str], Any]] = {
     "thread-yields": _yields_in_a_thread,
 }
 
+_CHUNK = bytes(65_536)
+
+
+async def _floods(key: str) -> AsyncIterator[bytes]:
+    """Produce a large body as fast as it is taken."""
+    try:
+        for _ in range(1_600):
+            note(key, "chunk offered")
+            yield _CHUNK
+            note(key, "chunk taken")
+            # As a source does that has the next chunk ready.
+            await asyncio.sleep(0)
+    finally:
+        note(key, "flood closed")
+
+
 router = APIRouter()
+
+
+@router.get("/flood/{key}")
+async def flood(key: str) -> StreamingResponse:
+    """A body of 100 MB."""
+    return StreamingResponse(_floods(key))
 
 
 @router.api_route("/stream/{how}/{key}", methods=["GET", "POST"])
