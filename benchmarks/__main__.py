@@ -34,12 +34,14 @@ PARTS = {
     "cancel": 60.0,
     "middleware": 80.0,
     "disconnect": 60.0,
+    "streams": 140.0,
 }
 PEERS = (
     "aiojobs",
     "aiotools",
     "anyio",
     "fastapi",
+    "httpx",
     "opentelemetry-instrumentation-asyncio",
     "opentelemetry-sdk",
     "quattro",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -15,7 +16,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from starlette.middleware.base import BaseHTTPMiddleware
 
-from benchmarks.names import ANYIO, BASE_HTTP, NONE, OURS, WATCHER
+from benchmarks.names import ANYIO, BASE_HTTP, NONE, OURS, RULE, WATCHER
 from otel_tasks.asgi import TaskGroupMiddleware
 
 if TYPE_CHECKING:
@@ -144,9 +145,16 @@ def _probed() -> App:
     return Probed()
 
 
+def _gateway() -> FastAPI:
+    from benchmarks.streams import gateway
+
+    return gateway()
+
+
 MIDDLEWARE: dict[str, Any] = {
     NONE: None,
     OURS: TaskGroupMiddleware,
+    RULE: partial(TaskGroupMiddleware, cancel_handler="safe, POST /v1/*"),
     WATCHER: Watcher,
     ANYIO: AnyioGroup,
     BASE_HTTP: DoNothing,
@@ -156,6 +164,7 @@ APPS: dict[str, Any] = {
     "raw-suspending": lambda: raw_suspending,
     "fastapi": fastapi_app,
     "probed": _probed,
+    "gateway": _gateway,
 }
 
 

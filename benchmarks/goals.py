@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benchmarks.names import DEEP, GROUP, MANAGER, OURS, WIDE
+from benchmarks.names import DEEP, GROUP, MANAGER, OURS, RULE, WIDE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -83,6 +83,11 @@ def value(row: Row) -> float:
 def worst(row: Row) -> float:
     """99 of 100, where the table says so."""
     return row.value.high
+
+
+def least(row: Row) -> float:
+    """The best round, where the table says so: a busy machine only adds to it."""
+    return row.value.low
 
 
 TASK = (MANAGER, GROUP)
@@ -171,8 +176,17 @@ DISCONNECT = Goal(
     1.0,
     MILLISECONDS,
 )
+STREAMS = Goal(
+    "200 streams whose clients leave within 100 ms: hang-up to closed upstream, p99, best round",
+    "-",
+    ("streams-post", "streams-get"),
+    (f"{RULE}: p99",),
+    least,
+    50,
+    MILLISECONDS,
+)
 EVENT = Goal(
     "event reaches 100k descendants, each", "-", ("cancel-events",), (WIDE, DEEP), value, 0.2, "{:.2f} µs"
 )
 
-GOALS = (SPAWN, EAGER, SPAN, MEMORY, CANCEL, SCALE, FASTAPI, RAW, DISCONNECT, EVENT)
+GOALS = (SPAWN, EAGER, SPAN, MEMORY, CANCEL, SCALE, FASTAPI, RAW, DISCONNECT, STREAMS, EVENT)

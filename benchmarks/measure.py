@@ -71,6 +71,7 @@ class Table:
         rounds: How many went in.
         rows: One for each side.
         note: Explains how to read it.
+        high: The heading of what stands beside the median where there is no yardstick.
     """
 
     id: str
@@ -80,6 +81,7 @@ class Table:
     rounds: int
     rows: list[Row] = field(default_factory=list)
     note: str = ""
+    high: str = "p99"
 
     def row(self, name: str) -> Row | None:
         """The row of this name, if it was measured."""

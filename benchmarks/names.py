@@ -17,6 +17,8 @@ DEEP = "CancelEvent, deep"
 # Middleware.
 NONE = "no middleware"
 OURS = "otel_tasks"
+# With the rule of a gateway.
+RULE = "otel_tasks, POST too"
 WATCHER = "a watcher task per request"
 ANYIO = "an anyio task group per request"
 BASE_HTTP = "BaseHTTPMiddleware that does nothing"

@@ -104,17 +104,22 @@ def _median_and_p99(row: Row) -> str:
 
 def _cells(table: Table) -> list[list[str]]:
     compared = any(row.ratio for row in table.rows)
-    header = ["", table.unit, *(["ratio", "quartiles"] if compared else ["p99"])]
+    header = ["", table.unit, *(["ratio", "quartiles"] if compared else [table.high])]
     return [header, *(_row(row, table.yardstick, compared) for row in table.rows)]
 
 
 def _row(row: Row, yardstick: str, compared: bool) -> list[str]:
     cells = [row.name, _number(row.value.median)]
     if not compared:
-        return [*cells, _number(row.value.high)]
+        return [*cells, _beside(row.value)]
     if row.ratio is None:
         return [*cells, "1" if row.name == yardstick else "", ""]
     return [*cells, f"{row.ratio.median:.2f}", _quartiles(row.ratio)]
+
+
+def _beside(value: Spread) -> str:
+    high = _number(value.high)
+    return high if value.low == value.median else f"{_number(value.low)} to {high}"
 
 
 def _quartiles(ratio: Spread) -> str:
