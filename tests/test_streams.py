@@ -219,6 +219,22 @@ async def test_scopes_across_a_yield_end_where_they_began(manager: TaskManager, 
 
 
 @pytest.mark.parametrize("method", METHODS)
+async def test_end_of_the_grace_does_not_interrupt_the_cleanup(manager: TaskManager, method: str) -> None:
+    """A part that is sent in the grace ends the stream; its cleanup may take longer than the grace."""
+    log: list[str] = []
+
+    async def body() -> AsyncGenerator[str]:
+        async with Body(log).cleaned_up():
+            while True:
+                yield "part"
+                await asyncio.sleep(LONG)
+
+    await hang_up_on(starlette(body()), manager, FakeConnection(method=method), grace=LONG + CLEANUP)
+
+    assert log == ["body: GeneratorExit", "body step", "body closed"]
+
+
+@pytest.mark.parametrize("method", METHODS)
 async def test_application_without_a_framework_is_covered(manager: TaskManager, method: str) -> None:
     """The generator is found by the frame that iterates it, whatever the framework."""
     log: list[str] = []
@@ -240,7 +256,8 @@ async def test_task_of_the_request_that_sends_closes_its_generator(manager: Task
     assert log == ["body: GeneratorExit", "body step", "body closed"]
 
 
-async def test_error_of_the_server_in_send_closes_the_generator(manager: TaskManager) -> None:
+@pytest.mark.parametrize("grace", [0, CLEANUP / 2])
+async def test_error_of_the_server_in_send_closes_the_generator(manager: TaskManager, grace: float) -> None:
     """The server's OSError is one way to learn of the disconnect."""
     log: list[str] = []
 
@@ -251,7 +268,7 @@ async def test_error_of_the_server_in_send_closes_the_generator(manager: TaskMan
                 raise OSError("gone")
 
     app = starlette(Body(log).yields())
-    await Refusing().run(TaskGroupMiddleware(app, manager=manager))
+    await Refusing().run(TaskGroupMiddleware(app, manager=manager, grace=grace))
 
     assert log == ["body: GeneratorExit", "body step", "body closed"]
 

@@ -362,8 +362,15 @@ class Request(Connection):
 
     async def close_streams(self) -> None:
         """Close the generators that the calling task, in ``send``, iterates for the response."""
-        if not self.shelters(asyncio.current_task()):
-            await close_iterated(self)
+        task = asyncio.current_task()
+        if self.shelters(task):
+            return
+        try:
+            # Sheltered: the end of the grace would interrupt the cleanup of a generator.
+            with self.cleanup.sheltering(task):
+                await close_iterated(self)
+        finally:
+            self.end_shelter(task)
 
     def has_ended_send(self) -> bool:
         """Return True in the ``send`` that the stop has interrupted: nobody has cancelled its task."""

@@ -240,7 +240,10 @@ def _is_in_send(request: StreamedRequest, task: asyncio.Task[Any]) -> bool:
     """Return True for a task that waits for the server to take a part of the body."""
     links = list(suspended_chain(task.get_coro()))
     number = _find_send(request, links)
-    return number is not None and links[number][1].f_locals.get("kind") == "http.response.body"
+    if number is None or links[number][1].f_locals.get("kind") != "http.response.body":
+        return False
+    # A send that has failed waits for the cleanup of generators.
+    return all(frame.f_code is not close_iterated.__code__ for _, frame in links[number:])
 
 
 def _find_send(request: StreamedRequest, links: list[Link]) -> int | None:
