@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from otel_tasks import TaskManager, create_task, current_cancel_event
 from otel_tasks._asgi.request import Request, require_request
@@ -320,6 +321,34 @@ async def test_websocket_is_closed_and_its_application_receives_the_code(
     connection = FakeConnection.websocket()
     await (await cut(app, manager, connection, kind))
     assert [message.get("code") for message in (*connection.sent[1:], *received)] == [code, code]
+
+
+@pytest.mark.parametrize("kind", [CancelKind.TIMEOUT, CancelKind.SHUTDOWN])
+async def test_websocket_that_is_cut_short_raises_nothing_into_the_server(
+    manager: TaskManager, kind: CancelKind
+) -> None:
+    """Starlette raises WebSocketDisconnect from the message, which most applications do not catch."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        socket = WebSocket(scope, receive, send)
+        await socket.accept()
+        while True:
+            await socket.receive_text()
+
+    await (await cut(app, manager, FakeConnection.websocket(), kind))
+
+
+async def test_websocket_error_after_its_cut_is_raised(manager: TaskManager) -> None:
+    """It is the application's own."""
+
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        await receive()
+        raise WebSocketDisconnect(1006)
+
+    with pytest.raises(WebSocketDisconnect):
+        await (await cut(app, manager, FakeConnection.websocket()))
 
 
 async def test_shutdown_of_the_server_does_not_wait_for_the_answer(manager: TaskManager) -> None:

@@ -47,6 +47,7 @@ async def send_answer(connection: Connection, cause: CancelCause) -> None:
         return
     status, text = _STATUS[cause.kind]
     headers = [(b"content-type", b"text/plain; charset=utf-8")]
+    # Not behind an unread body too: a server that closes while the client sends loses the answer (uvicorn).
     if cause.kind is CancelKind.SHUTDOWN and scope.get("http_version", "1.1").startswith("1"):
         # HTTP/2 has no such header (RFC 9113, 8.2.2).
         headers.append((b"connection", b"close"))

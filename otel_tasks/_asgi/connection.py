@@ -148,6 +148,10 @@ class Connection:
         """Return True while the calling task must not receive the disconnect."""
         raise NotImplementedError
 
+    def was_cut(self) -> bool:
+        """Return True if it was cut short: its disconnect is not the server's."""
+        raise NotImplementedError
+
     async def close_streams(self) -> None:
         """Close the generators that the calling task, in ``send``, iterates for the response."""
         raise NotImplementedError

@@ -45,7 +45,7 @@ def is_departure(error: BaseException, connection: Connection) -> bool:
     if connection.scope["type"] == "websocket":
         # Frameworks raise an exception of their own from it. What they raise after they have received the
         # message is the application's, as without the middleware.
-        return isinstance(error.__context__, ClientDisconnected)
+        return isinstance(error.__context__, ClientDisconnected) or _is_of_cut(error, connection)
     return error is connection.send_error or _is_starlettes(error) or _is_without_response(error)
 
 
@@ -61,6 +61,17 @@ def _is_starlettes(error: BaseException) -> bool:
         cls.__module__.startswith("starlette.") and cls.__name__ == "ClientDisconnect"
         for cls in type(error).__mro__
     )
+
+
+def _is_of_cut(error: BaseException, connection: Connection) -> bool:
+    """Return True for a framework's exception from the disconnect of a WebSocket that was cut short.
+
+    That message is not the server's: without the middleware, the application had raised nothing.
+    """
+    if not connection.was_cut() or connection.disconnect is None:
+        return False
+    code: object = getattr(error, "code", None)
+    return type(error).__name__ == "WebSocketDisconnect" and code == connection.disconnect["code"]
 
 
 def _is_without_response(error: BaseException) -> bool:

@@ -216,7 +216,7 @@ class Request(Connection):
         else:
             # In the thread of a `def` handler or dependency.
             loop.call_soon_threadsafe(self.sweeper.apply_time_limit, self)
-        return self.stop is not None and self.stop.is_forced
+        return self.was_cut()
 
     def on_time_limit(self, seconds: float) -> None:
         """Cut it short."""
@@ -248,6 +248,10 @@ class Request(Connection):
         elif self.stop is not None:
             # Noted now: `complete` will be true after an end that the application sends too late.
             self.stop.owes_end = cause.kind is CancelKind.SHUTDOWN
+
+    def was_cut(self) -> bool:
+        """Return True if it was cut short: its disconnect is not the server's."""
+        return self.stop is not None and self.stop.is_forced
 
     def _cut_rest(self, cause: CancelCause) -> None:
         """Cancel what runs although nobody waits for an answer any more."""
