@@ -547,3 +547,13 @@ async def test_module_function_closes_the_coroutine_where_no_group_is_to_be_had(
     with pytest.raises(LookupError):
         create_task_threadsafe(coro)
     assert is_closed(coro)
+
+
+async def test_coroutine_for_a_bad_label_is_closed() -> None:
+    """The label is looked up in the loop, and a coroutine whose label is refused there is closed."""
+    async with TaskManager() as manager:
+        coro = give(1)
+        future = await asyncio.to_thread(manager.create_task_threadsafe, coro, group="")
+        with pytest.raises(ValueError, match="group"):
+            await asyncio.wrap_future(future)
+        assert inspect.getcoroutinestate(coro) == inspect.CORO_CLOSED

@@ -16,6 +16,7 @@ from otel_tasks import (
     TaskInfo,
     TaskManager,
     TaskNotFoundError,
+    TaskPriority,
     TaskStatus,
     current_task,
 )
@@ -438,6 +439,35 @@ async def test_snapshot_has_the_last_and_the_next_run() -> None:
     assert ended is not None
     assert ended.periodic is not None
     assert (ended.periodic.runs, ended.periodic.next_run_at) == (2, None)
+
+
+@pytest.mark.parametrize("call", ["shutdown", "cancel_group", "cancel_all_tasks"])
+async def test_run_that_cancels_all_others_is_spared(call: str) -> None:
+    """A run may shut its manager down, or cancel its group: its supervisor does not cancel it then."""
+    manager = TaskManager()
+    other = manager.create_task(rest(), group="jobs", priority=TaskPriority.CRITICAL)
+    calls: dict[str, Callable[[], Coroutine[Any, Any, object]]] = {
+        "shutdown": lambda: manager.shutdown(grace=1.0),
+        "cancel_group": lambda: manager.cancel_group("jobs"),
+        "cancel_all_tasks": manager.cancel_all_tasks,
+    }
+    outcomes: list[str] = []
+
+    async def check() -> None:
+        try:
+            await calls[call]()
+        except asyncio.CancelledError:
+            outcomes.append("cancelled")
+            raise
+        outcomes.append("returned")
+
+    periodic = await manager.start_periodic("check", check, every=100.0, group="jobs")
+    await asyncio.sleep(50)
+    assert outcomes == ["returned"]
+    assert other.cancelled()
+    # No run starts once the cancel event is set.
+    assert periodic.cancelled()
+    await manager.shutdown(grace=0)
 
 
 async def test_tree_shows_the_run_below_the_periodic_task() -> None:

@@ -1115,3 +1115,21 @@ async def test_coroutine_of_a_retry_has_the_name_of_its_work() -> None:
     assert (coro.__name__, coro.__qualname__) == ("plain", "tests.test_retry.plain")
     assert (coro.cr_frame, coro.cr_await, coro.cr_running, coro.cr_suspended) == (None, None, False, False)
     coro.close()
+
+
+async def test_failed_attempt_is_freed_while_the_next_one_runs() -> None:
+    """Its exception, whose frames hold what it has used, does not stay with the task."""
+    used: list[weakref.ref[Flaky]] = []
+
+    async def work() -> None:
+        connection = Flaky(0)
+        used.append(weakref.ref(connection))
+        if len(used) == 1:
+            raise ConnectionError
+        await rest()
+
+    async with TaskManager() as manager:
+        manager.create_task(work, retry=STEADY)
+        await asyncio.sleep(10)
+        gc.collect()
+        assert [connection() is None for connection in used] == [True, False]

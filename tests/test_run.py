@@ -540,6 +540,12 @@ def test_run_in_another_thread_is_refused() -> None:
         (lambda: run_any(give(1), manager=1), TypeError, "manager must be a TaskManager, got 1"),
         (lambda: run_any(give(1), grace=-1), ValueError, "grace must be at least 0"),
         (lambda: run_any(give(1), timeout="5"), TypeError, "timeout must be seconds"),
+        (
+            lambda: run_any(give(1), loop_factory=asyncio),
+            TypeError,
+            "write loop_factory=uvloop.new_event_loop",
+        ),
+        (lambda: run_any(give(1), loop_factory=lambda: 1 // 0), ZeroDivisionError, "by zero"),
     ],
 )
 def test_wrong_arguments_are_refused(
@@ -548,3 +554,106 @@ def test_wrong_arguments_are_refused(
     """Before a loop is made, with the line to write; the coroutine is closed."""
     with pytest.raises(error, match=message):
         call()
+
+
+# -- what others have left behind ---------------------------------------------------------------------------
+
+
+def test_cleanup_of_a_task_that_is_being_cancelled_is_awaited() -> None:
+    """A plain task that main has cancelled without waiting for it ends before the loop is closed."""
+    cleaned: list[float] = []
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(100)
+        finally:
+            await asyncio.sleep(0.5)
+            cleaned.append(now())
+
+    async def main() -> None:
+        task = asyncio.create_task(work())
+        await asyncio.sleep(1)
+        task.cancel()
+
+    run(main())
+    assert len(cleaned) == 1
+
+
+def test_main_has_the_shutdown_timeout_of_the_manager() -> None:
+    """Without timeout=, main may clean up for as long as the manager's tasks may."""
+    cleaned: list[float] = []
+
+    async def main() -> None:
+        signal_after(1)
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            await asyncio.sleep(30)
+            cleaned.append(now())
+
+    assert code_of(main(), manager=TaskManager("patient", shutdown_timeout=60.0)) == 143
+    assert len(cleaned) == 1
+
+
+def test_loop_that_is_stopped_shuts_down() -> None:
+    """Code that calls loop.stop() ends the service with asyncio's error, after its tasks and its main."""
+    ended: list[str] = []
+
+    async def work(name: str) -> None:
+        try:
+            await asyncio.sleep(100)
+        finally:
+            await asyncio.sleep(0)
+            ended.append(name)
+
+    async def main() -> None:
+        create_task(work("task"))
+        asyncio.get_running_loop().call_later(1, asyncio.get_running_loop().stop)
+        await work("main")
+
+    with pytest.raises(RuntimeError, match="stopped before"):
+        run(main())
+    assert ended == ["task", "main"]
+
+
+def test_manager_with_live_tasks_in_another_loop_is_left_to_it() -> None:
+    """Its tasks run on, and the main coroutine is cancelled and cleans up as usual."""
+    manager, cleaned = TaskManager("elsewhere"), []
+    other = VirtualClockLoop()
+
+    async def start() -> asyncio.Task[None]:
+        return manager.create_task(rest())
+
+    async def main() -> None:
+        signal_after(1)
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            cleaned.append(1)
+
+    task = other.run_until_complete(start())
+    assert code_of(main(), manager=manager) == 143
+    assert cleaned == [1]
+    assert not task.cancelling()
+    other.run_until_complete(manager.shutdown(grace=0))
+    other.close()
+
+
+def test_failed_shutdown_still_cancels_main(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in the shutdown of a manager is raised after main has cleaned up."""
+    cleaned: list[int] = []
+
+    async def broken(*_: object) -> None:
+        raise ValueError("broken")
+
+    async def main() -> None:
+        signal_after(1)
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            cleaned.append(1)
+
+    monkeypatch.setattr("otel_tasks._core.run.shut_down", broken)
+    with pytest.raises(ValueError, match="broken"):
+        run(main())
+    assert cleaned == [1]

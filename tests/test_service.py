@@ -1261,3 +1261,23 @@ async def test_service_returned_for_its_name_is_left_as_it_is() -> None:
     task = manager.create_task(asyncio.sleep(1, "done"), name="x")
     assert await manager.start_service("x", rest, on_conflict="return") is task
     assert (await manager.shutdown(grace=2)).completed == 1
+
+
+async def test_failed_attempt_is_freed_while_the_next_one_runs(caplog: pytest.LogCaptureFixture) -> None:
+    """Its exception, whose frames hold what it has used, does not stay with the service for days."""
+    # The record of the warning would hold it too.
+    caplog.set_level(logging.CRITICAL, logger="otel_tasks")
+    used: list[weakref.ref[Flaky]] = []
+
+    async def work() -> None:
+        connection = Flaky(0)
+        used.append(weakref.ref(connection))
+        if len(used) == 1:
+            raise ConnectionError
+        await rest()
+
+    async with TaskManager() as manager:
+        await manager.start_service("prices", work, restart=STEADY)
+        await asyncio.sleep(10)
+        gc.collect()
+        assert [connection() is None for connection in used] == [True, False]

@@ -108,6 +108,8 @@ class Extras:
     supervises = False
     # For a service, the current attempt.
     attempt: asyncio.Task[Any] | None = None
+    # For a run of periodic work, the task that waits for its end.
+    supervisor: asyncio.Task[Any] | None = None
     # What it knows of its runs, if it is periodic work.
     periodic: Periodic | None = None
     # It is a service that does not end by itself, or an attempt of one.

@@ -197,16 +197,23 @@ class TaskGroup(Creation):
         Example:
             >>> price = group.create_task_threadsafe(fetch_price(7)).result(timeout=5.0)
         """
-        return self._hand_over(work, lambda: self, retry, options)
+        return self._hand_over(work, lambda _: self, retry, options)
 
     def _hand_over(
         self,
         work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
-        where: Callable[[], TaskGroup],
+        where: Callable[[object], TaskGroup],
         retry: RetryPolicy | None,
         options: NamedTaskOptions,
     ) -> concurrent.futures.Future[T]:
-        """Schedule the creation of a task in the loop, by the group that ``where`` returns there."""
+        """Schedule the creation of a task in the loop, by the group that ``where`` returns there.
+
+        Args:
+            work: The coroutine, or a function that makes it in the loop.
+            where: Called with the coroutine, which it closes if it raises.
+            retry: As for ``create_task``.
+            options: As for ``create_task``.
+        """
         try:
             if not asyncio.iscoroutine(work) and not callable(work):
                 raise TypeError(
@@ -225,7 +232,7 @@ class TaskGroup(Creation):
             close_quietly(work)
             raise
         return self._ledger.threads.create_in_loop(
-            loop, work, lambda coro: where().create_task(coro, **options)
+            loop, work, lambda coro: where(coro).create_task(coro, **options)
         )
 
     @with_options_of(Creation._create)
@@ -584,6 +591,8 @@ class TaskGroup(Creation):
 
 @hosts_of.register(ManagedTask)
 def _hosts_of(task: ManagedTask[Any]) -> Iterator[asyncio.Future[Any]]:
+    if task._extras is not None and task._extras.supervisor is not None:
+        yield task._extras.supervisor
     group: TaskGroup | None = task._group
     while group is not None:
         if group._host is not None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from otel_tasks._core.manager import TaskManager
     from otel_tasks._core.options import FromManager
+    from otel_tasks._core.shutdown import ShutdownBounds
     from otel_tasks._core.telemetry.providers import Telemetry
 
 
@@ -25,6 +26,18 @@ def open_in(manager: TaskManager, loop: asyncio.AbstractEventLoop) -> None:
 def is_open_in(manager: TaskManager, loop: asyncio.AbstractEventLoop) -> bool:
     """Return True if ``manager`` belongs to ``loop`` and nothing has shut it down there."""
     return manager._ledger.home.is_open_in(loop)
+
+
+def belongs_to(manager: TaskManager, loop: asyncio.AbstractEventLoop) -> bool:
+    """Return True if ``manager`` belongs to ``loop``, which it joins unless tasks are live in another one."""
+    home = manager._ledger.home
+    home.meet(loop)
+    return home.loop is loop
+
+
+def bounds_of(manager: TaskManager) -> ShutdownBounds:
+    """Return the bounds of the shutdowns of ``manager``."""
+    return manager._bounds
 
 
 def managers_in(loop: asyncio.AbstractEventLoop) -> list[TaskManager]:

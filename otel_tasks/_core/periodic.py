@@ -205,6 +205,8 @@ class Periodic:
             end_cancelled(periodic, cause)
         self._is_pending = False
         self._run = extras_of(periodic).attempt = run
+        # A run that cancels its group or shuts the manager down is not cancelled by its supervisor then.
+        extras_of(run).supervisor = periodic
         self._record = replace(self._record, runs=number, last_run_at=run._created_at, last_outcome=None)
         # Not a waiter: a failure is reported like any that nobody awaits.
         add_done_callback(run, self._run_ended)

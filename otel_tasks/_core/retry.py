@@ -202,6 +202,8 @@ class Attempts(OwnCoroutine[T]):
                         raise
                     failure = error
                 await self._back_off(failure)
+                # Its frames hold what the attempt has used: not while the next one runs.
+                failure = None
         finally:
             # The exceptions refer to this frame and to this object: break the cycles.
             del self._task, failure

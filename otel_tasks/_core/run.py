@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from otel_tasks._core.coroutines import check_coroutine, close_quietly
 from otel_tasks._core.critical import stopped_by
 from otel_tasks._core.functions import global_task_manager
-from otel_tasks._core.lifetime import managers_in, open_in, shut_down, telemetry_of
+from otel_tasks._core.lifetime import belongs_to, bounds_of, managers_in, open_in, shut_down, telemetry_of
 from otel_tasks._core.log import logger
 from otel_tasks._core.manager import TaskManager
 from otel_tasks._core.options import FROM_MANAGER, FromManager
 from otel_tasks._core.shutdown import ShutdownBounds
-from otel_tasks._core.task import stack_of
+from otel_tasks._core.task import ManagedTask, stack_of
 from otel_tasks._core.telemetry.providers import flushers
 from otel_tasks.exceptions import ManagerClosedError
 
@@ -94,16 +94,22 @@ def run(
         >>> run(main(), grace=20.0, loop_factory=uvloop.new_event_loop)
     """
     try:
-        _check(main, manager)
+        _check(main, manager, loop_factory)
         ShutdownBounds(None, None).or_own(grace, timeout)
+        loop = (loop_factory or asyncio.new_event_loop)()
     except BaseException:
         close_quietly(main)
         raise
-    return _Run(manager or global_task_manager, grace, timeout).run(main, loop_factory, debug)
+    return _Run(manager or global_task_manager, grace, timeout, loop).run(main, debug)
 
 
-def _check(main: object, manager: object) -> None:
+def _check(main: object, manager: object, loop_factory: object) -> None:
     check_coroutine(main, "run")
+    if loop_factory is not None and not callable(loop_factory):
+        raise TypeError(
+            f"loop_factory must be a function that makes an event loop, got {loop_factory!r}: "
+            "write loop_factory=uvloop.new_event_loop"
+        )
     if manager is not None and not isinstance(manager, TaskManager):
         raise TypeError(f"manager must be a TaskManager, got {manager!r}: write run(main(), manager=manager)")
     if asyncio._get_running_loop() is not None:
@@ -118,7 +124,6 @@ def _check(main: object, manager: object) -> None:
 class _Run:
     """One call of ``run``."""
 
-    _loop: asyncio.AbstractEventLoop
     _main: asyncio.Task[Any]
     # Done when a signal or a critical service stops the service.
     _stop: asyncio.Future[None]
@@ -126,25 +131,25 @@ class _Run:
     _cut: asyncio.Future[None]
 
     def __init__(
-        self, manager: TaskManager, grace: float | FromManager, timeout: float | FromManager | None
+        self,
+        manager: TaskManager,
+        grace: float | FromManager,
+        timeout: float | FromManager | None,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
+        self._loop = loop
         self._manager = manager
         self._grace = grace
         self._timeout = timeout
         self._signals = 0
         self._reason = "run() at the end of its main coroutine"
         self._code = 0
-        # A SystemExit or KeyboardInterrupt that a task raised.
+        # A SystemExit or KeyboardInterrupt that a task raised, or the error of a loop that code has stopped.
         self._exit: BaseException | None = None
 
-    def run(
-        self,
-        main: Coroutine[Any, Any, T],
-        loop_factory: Callable[[], asyncio.AbstractEventLoop] | None,
-        debug: bool | None,
-    ) -> T:
+    def run(self, main: Coroutine[Any, Any, T], debug: bool | None) -> T:
         """Run ``main`` to its end and that of the tasks; return or raise what ``run`` does."""
-        self._loop = loop = (loop_factory or asyncio.new_event_loop)()
+        loop = self._loop
         asyncio.set_event_loop(loop)
         try:
             if debug is not None:
@@ -188,12 +193,13 @@ class _Run:
     # -- running ----------------------------------------------------------------------------
 
     def _drive(self, coro: Coroutine[Any, Any, None]) -> None:
-        """Run the loop until ``coro`` has ended, whatever its tasks raise through the loop."""
+        """Run the loop until ``coro`` has ended, even if its tasks raise through the loop, or stop it."""
         task = self._loop.create_task(coro)
         while not task.done():
             try:
                 self._loop.run_until_complete(task)
-            except (SystemExit, KeyboardInterrupt) as error:
+            except (SystemExit, KeyboardInterrupt, RuntimeError) as error:
+                # asyncio raises a RuntimeError after a loop.stop().
                 self._exit = self._exit or error
                 self.stop(f"run(), because of {error!r}")
 
@@ -203,10 +209,20 @@ class _Run:
     async def _end(self) -> None:
         managers = [
             manager
-            for manager in dict.fromkeys([self._manager, *managers_in(self._loop)])
+            for manager in dict.fromkeys([*self._own_manager(), *managers_in(self._loop)])
             if manager is self._manager or not manager.closed or manager.stats().live
         ]
-        await self._shut_down(managers)
+        try:
+            await self._shut_down(managers)
+        finally:
+            await self._end_main(managers)
+
+    def _own_manager(self) -> list[TaskManager]:
+        # Not with live tasks in another loop: that loop has to shut it down.
+        return [self._manager] if belongs_to(self._manager, self._loop) else []
+
+    async def _end_main(self, managers: list[TaskManager]) -> None:
+        """Cancel the main coroutine and what is left, and export the last spans and metrics."""
         if not self._main.done():
             self._main.cancel(self._reason)
             await self._wait_for([self._main])
@@ -243,10 +259,12 @@ class _Run:
         rest = {
             task
             for task in asyncio.all_tasks(self._loop) - {asyncio.current_task(), self._main}
-            if not task.cancelling()
+            if not (isinstance(task, ManagedTask) and task.cancelling())
         }
         for task in rest:
-            task.cancel(self._reason)
+            # A task that is being cancelled may still clean up: that is not interrupted, but awaited.
+            if not task.cancelling():
+                task.cancel(self._reason)
         await self._wait_for(rest)
         for task in rest:
             if task.done() and not task.cancelled() and (error := task.exception()) is not None:
@@ -282,7 +300,7 @@ class _Run:
 
     async def _wait_for(self, tasks: Collection[asyncio.Task[Any]]) -> None:
         """Wait for cancelled tasks, and log those that do not stop."""
-        own = ShutdownBounds(None, 10.0).or_own(0.0, self._timeout)
+        own = bounds_of(self._manager).or_own(0.0, self._timeout)
         await self._wait(tasks, own.timeout)
         for task in tasks:
             if not task.done():

@@ -179,6 +179,8 @@ class Service(Generic[T]):
                     return attempt.result()
                 if not await self._back_off(service, attempt, failure):
                     raise failure
+                # Its frames hold what the attempt has used: not while the next one runs, maybe for days.
+                failure = None
         finally:
             extras_of(service).attempt = None
             # The exception refers to this frame: break the cycle.

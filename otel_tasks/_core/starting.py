@@ -157,7 +157,7 @@ class Starting:
         """
         if isinstance(group, str):
             # The label is looked up, or created, in the loop.
-            return self._root._hand_over(work, lambda: self._lookup.label(group), retry, options)
+            return self._root._hand_over(work, lambda coro: self._lookup.group(group, coro), retry, options)
         where = self._root if group is None else self._lookup.group(group, work)
         return where.create_task_threadsafe(work, retry=retry, **options)
 
