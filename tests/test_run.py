@@ -657,3 +657,36 @@ def test_failed_shutdown_still_cancels_main(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match="broken"):
         run(main())
     assert cleaned == [1]
+
+
+@pytest.mark.parametrize("ends_by_signal", [False, True])
+def test_main_may_cancel_every_other_task_and_wait_for_them(*, ends_by_signal: bool) -> None:
+    """As scripts do with all_tasks(), which lists no task of run() itself."""
+    ended: list[str] = []
+
+    async def work() -> None:
+        try:
+            await rest()
+        finally:
+            ended.append("task")
+
+    async def main() -> int:
+        create_task(work())
+        await asyncio.sleep(1)
+        if ends_by_signal:
+            signal_after(1)
+        try:
+            await asyncio.sleep(1000 if ends_by_signal else 0)
+        finally:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for other in others:
+                other.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            ended.append("main")
+        return 7
+
+    if ends_by_signal:
+        assert code_of(main()) == 143
+    else:
+        assert run(main()) == 7
+    assert ended == ["task", "main"]

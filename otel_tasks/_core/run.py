@@ -194,7 +194,7 @@ class _Run:
 
     def _drive(self, coro: Coroutine[Any, Any, None]) -> None:
         """Run the loop until ``coro`` has ended, even if its tasks raise through the loop, or stop it."""
-        task = self._loop.create_task(coro)
+        task = self._own_task(coro)
         while not task.done():
             try:
                 self._loop.run_until_complete(task)
@@ -202,6 +202,16 @@ class _Run:
                 # asyncio raises a RuntimeError after a loop.stop().
                 self._exit = self._exit or error
                 self.stop(f"run(), because of {error!r}")
+
+    def _own_task(self, coro: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Create a task that ``asyncio.all_tasks()`` does not list.
+
+        Scripts cancel everything that it lists, and wait for that: it would never end, as it waits for them.
+        """
+        task = self._loop.create_task(coro)
+        # From "Extending asyncio" in Python's documentation.
+        asyncio._unregister_task(task)
+        return task
 
     async def _until_stopped(self) -> None:
         await asyncio.wait([self._main, self._stop], return_when=asyncio.FIRST_COMPLETED)
@@ -233,8 +243,7 @@ class _Run:
     async def _shut_down(self, managers: list[TaskManager]) -> None:
         grace = 0.0 if self._has_failed() else self._grace
         shutdowns = [
-            self._loop.create_task(shut_down(manager, grace, self._timeout, self._reason))
-            for manager in managers
+            self._own_task(shut_down(manager, grace, self._timeout, self._reason)) for manager in managers
         ]
         if await self._wait(shutdowns, None, hurry=0.0):
             for task in shutdowns:
@@ -244,7 +253,7 @@ class _Run:
         for task in shutdowns:
             task.cancel()
         await asyncio.wait(shutdowns)
-        hurried = (shut_down(manager, 0.0, _HURRY, self._reason) for manager in managers)
+        hurried = (self._own_task(shut_down(manager, 0.0, _HURRY, self._reason)) for manager in managers)
         await asyncio.gather(*hurried)
 
     def _has_failed(self) -> bool:
@@ -258,7 +267,7 @@ class _Run:
         # Their managers have cancelled and reported managed tasks.
         rest = {
             task
-            for task in asyncio.all_tasks(self._loop) - {asyncio.current_task(), self._main}
+            for task in asyncio.all_tasks(self._loop) - {self._main}
             if not (isinstance(task, ManagedTask) and task.cancelling())
         }
         for task in rest:
@@ -275,7 +284,7 @@ class _Run:
     async def _close_loop(self) -> None:
         # The default executor is that of asyncio.to_thread().
         for what in (self._loop.shutdown_asyncgens(), self._loop.shutdown_default_executor()):
-            await self._wait_for([self._loop.create_task(what)])
+            await self._wait_for([self._own_task(what)])
 
     async def _flush(self, managers: list[TaskManager]) -> None:
         """Export the last spans and metrics."""
@@ -313,7 +322,7 @@ class _Run:
     ) -> bool:
         """Wait for all of these, for ``seconds``, or ``hurry`` after a second signal; True if all ended."""
         if futures:
-            everything: asyncio.Future[Any] = self._loop.create_task(asyncio.wait(futures, timeout=seconds))
+            everything: asyncio.Future[Any] = self._own_task(asyncio.wait(futures, timeout=seconds))
             await asyncio.wait([everything, self._cut], return_when=asyncio.FIRST_COMPLETED)
             everything.cancel()
             if self._cut.done():
