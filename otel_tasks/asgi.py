@@ -234,7 +234,7 @@ def set_request_timeout(seconds: float | None) -> None:
         ...     set_request_timeout(5.0)
         ...     return await search()
     """
-    checked = checked_timeout("seconds", seconds)
+    checked = checked_timeout("request_timeout", seconds)
     require_request("set_request_timeout()").decide_time_limit(checked)
 
 

@@ -205,7 +205,8 @@ def make_lifespan(
             ``shutdown``: the client gets a 503 if no response has started, a WebSocket closes with 1012, and
             a stream ends. None leaves open requests to the server: uvicorn waits for them forever, or cancels
             them after ``--timeout-graceful-shutdown`` and logs an error. A shorter bound of the server's own
-            wins. It has no effect where the server gets no signal, as in a thread or a ``TestClient``.
+            wins: uvicorn and granian close WebSockets at the signal. It has no effect where the server gets
+            no signal, as in a thread or a ``TestClient``.
 
     Returns:
         A lifespan for ``FastAPI(lifespan=...)``.

@@ -250,7 +250,7 @@ def test_set_request_timeout_needs_a_request_and_seconds() -> None:
     """The messages say what is wrong."""
     with pytest.raises(RuntimeError, match=r"set_request_timeout\(\) was called outside of a request"):
         set_request_timeout(1.0)
-    with pytest.raises(ValueError, match="seconds must be greater than 0"):
+    with pytest.raises(ValueError, match="request_timeout must be greater than 0"):
         set_request_timeout(0)
 
 

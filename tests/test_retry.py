@@ -331,7 +331,7 @@ async def plain() -> None:
         (
             lambda: 17,
             STEADY,
-            r"create_task\(\) takes a function that returns a coroutine, and <lambda>\(\) returned 17: .*",
+            r"create_task\(\) takes a function that returns a coroutine, and the lambda returned 17: .*",
         ),
         (lambda number: plain(), STEADY, r".*missing 1 required positional argument: 'number'"),
     ],

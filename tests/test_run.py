@@ -447,6 +447,7 @@ async def test_service_that_starts_again_has_not_failed() -> None:
         ({"on_give_up": give}, "on_give_up must be a plain function of a TaskInfo and an exception"),
         ({"on_give_up": 1}, "write on_give_up=lambda info, error: ..."),
         ({"critical": "yes"}, "critical must be True or False, got 'yes'"),
+        ({"drains": "no"}, "drains must be True or False, got 'no'"),
     ],
 )
 async def test_options_of_giving_up_are_checked(options: dict[str, Any], message: str) -> None:

@@ -389,7 +389,8 @@ async def test_waiter_of_the_service_gets_its_error(caplog: pytest.LogCaptureFix
     service = await manager.start_service("prices", Flaky(99), restart=RestartPolicy(max_failures=1))
     with pytest.raises(ConnectionError, match="failure 1") as caught:
         await service
-    assert "gave up after 1 failures" in caught.value.__notes__[0]
+    note = "service 'prices' gave up after one failure, that of attempt 'prices#1'"
+    assert caught.value.__notes__ == [note]
     assert not caplog.records
 
 

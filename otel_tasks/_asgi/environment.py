@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from otel_tasks._asgi.rule import OnExit, checked_cancel_handler
 from otel_tasks._asgi.settings import checked_buffer_limit, checked_detect_after
-from otel_tasks._asgi.timeout import checked_timeout
 from otel_tasks._core.checks import check_choice, checked_finite_seconds
 
 if TYPE_CHECKING:
@@ -93,8 +92,8 @@ def _grace(text: str) -> float:
     return checked_finite_seconds("grace", _number(text))
 
 
-def _request_timeout(text: str) -> float | None:
-    return checked_timeout("request_timeout", _number(text))
+def _request_timeout(text: str) -> float:
+    return checked_finite_seconds("request_timeout", _number(text), above_zero=True)
 
 
 def _on_exit(text: str) -> str:

@@ -98,9 +98,15 @@ def made_coroutine(
     check_factory(factory)
     made = factory()
     if not asyncio.iscoroutine(made):
-        name = getattr(factory, "__name__", repr(factory))
-        raise TypeError(
-            f"{function}() takes a function that returns a coroutine, and {name}() returned {made!r}: "
-            f"declare it as `async def {name}(...)`"
-        )
+        raise not_a_coroutine(factory, made, function)
     return made
+
+
+def not_a_coroutine(factory: Callable[[], object], made: object, function: str) -> TypeError:
+    """Return the error for a factory that has returned something else than a coroutine."""
+    name = getattr(factory, "__name__", repr(factory))
+    if name == "<lambda>":
+        returned, remedy = f"the lambda returned {made!r}", "let it call an `async def` function"
+    else:
+        returned, remedy = f"{name}() returned {made!r}", f"declare it as `async def {name}(...)`"
+    return TypeError(f"{function}() takes a function that returns a coroutine, and {returned}: {remedy}")

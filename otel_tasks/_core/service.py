@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
 from otel_tasks._core.backoff import Delays, RestartPolicy
 from otel_tasks._core.cancellation import sleep_unless_set
 from otel_tasks._core.checks import AttemptName, check_flag, checked_name
-from otel_tasks._core.coroutines import close_quietly
+from otel_tasks._core.coroutines import close_quietly, function_name, not_a_coroutine
 from otel_tasks._core.critical import check_on_give_up, watch_service
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.log import log_fields, logger, text_of
@@ -69,6 +69,7 @@ async def start_supervisor(
     check_repeatable(factory, "start_service", "a service may be restarted")
     check_on_give_up(on_give_up)
     check_flag("critical", critical)
+    check_flag("drains", drains)
     checked_name("service", name, 'name it after its work, as in start_service("prices", work)')
     if not isinstance(policy, RestartPolicy):
         raise TypeError(f"restart must be a RestartPolicy, got {policy!r}")
@@ -233,10 +234,7 @@ class Service(Generic[T]):
         delay = self._failures.add(attempt._ended_at, _seconds_of(attempt))
         if delay is None:
             # A note, not a log record: the failure is reported as that of the service.
-            failure.add_note(
-                f"service {service.id!r} gave up after {self._policy.max_failures} failures within "
-                f"{self._policy.within:g} s; the last one was that of {_label_of(attempt)}"
-            )
+            failure.add_note(self._failures.given_up(service.id, _label_of(attempt)))
             return False
         _warn(service, attempt, failure, f"restarted in {delay:.3g} s")
         if attempt._span is not None:
@@ -274,6 +272,16 @@ class Failures:
             self._delays.start_over()
         return self._delays.next()
 
+    def given_up(self, service: str, attempt: str) -> str:
+        """Return the note for the last failure, that of ``attempt``."""
+        policy = self._policy
+        if policy.max_failures == 1:
+            return f"service {service!r} gave up after one failure, that of {attempt}"
+        return (
+            f"service {service!r} gave up after {policy.max_failures} failures within {policy.within:g} s; "
+            f"the last one was that of {attempt}"
+        )
+
 
 def make_attempt(factory: Callable[[], Coroutine[Any, Any, T]], caller: str) -> Coroutine[Any, Any, T]:
     """Call the factory that ``caller`` got; if it raises, the attempt fails.
@@ -286,11 +294,7 @@ def make_attempt(factory: Callable[[], Coroutine[Any, Any, T]], caller: str) -> 
     except Exception as error:
         return _fail(error)
     if not asyncio.iscoroutine(made):
-        name = getattr(factory, "__name__", repr(factory))
-        raise TypeError(
-            f"{caller}() takes a function that returns a coroutine, and {name}() returned {made!r}: "
-            f"declare it as `async def {name}(...)`"
-        )
+        raise not_a_coroutine(factory, made, caller)
     return made
 
 
@@ -376,9 +380,10 @@ def check_repeatable(factory: object, caller: str, reason: str) -> None:
         reason: Why a coroutine is not enough, for the message.
     """
     if asyncio.iscoroutine(factory):
+        name = function_name(factory)
         close_quietly(factory)
         raise TypeError(
-            f"{reason}, and the coroutine {factory!r} runs only once: write {caller}(name, lambda: work(1))"
+            f"{reason}, and the coroutine {name} runs only once: write {caller}(name, lambda: {name}(...))"
         )
     if not callable(factory):
         raise TypeError(
