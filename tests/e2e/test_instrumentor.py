@@ -84,6 +84,15 @@ class Shop:
         finally:
             connection.close()
 
+    def post(self, path: str) -> int:
+        """The status of an answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE)
+        try:
+            connection.request("POST", path)
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
     def hang_up(self, path: str) -> None:
         """Ask, and leave when the task of the request runs."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE) as client:
@@ -249,7 +258,13 @@ def test_disabled_instrumentation_means_no_spans_of_tasks(start: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("FASTAPI_MIDDLEWARE", "yes"), ("CANCEL_HANDLER", "safe, POTS"), ("GRACE", "1s")]
+    ("name", "value"),
+    [
+        ("FASTAPI_MIDDLEWARE", "yes"),
+        ("CANCEL_HANDLER", "safe, POTS"),
+        ("GRACE", "1s"),
+        ("REQUEST_TIMEOUT", "0"),
+    ],
 )
 def test_invalid_variable_stops_the_start(directory: Path, name: str, value: str) -> None:
     """`opentelemetry-instrument` ends with an error that names the variable; the application never starts."""
@@ -277,24 +292,41 @@ def test_invalid_variable_stops_the_start(directory: Path, name: str, value: str
     assert f"otel_tasks cannot start with {variable}={value!r}: " in done.stderr
 
 
-def test_environment_decides_about_the_handlers_of_a_starlette_app(directory: Path) -> None:
-    """An app of Starlette that was not changed stops the POST that the rule names, and finishes the other."""
+@pytest.fixture
+def start_plain(directory: Path) -> Iterator[Any]:
+    """Starts an app of Starlette that was not changed, with the middleware, and ends it."""
     bin_directory = Path(sys.executable).parent
-    shop = Shop(
-        directory,
-        [str(bin_directory / "opentelemetry-instrument"), "uvicorn", "tests.e2e.plain_shop:app"],
-        PATH=os.pathsep.join([str(bin_directory), os.environ["PATH"]]),
-        **{OPTION: "true", "OTEL_PYTHON_OTEL_TASKS_CANCEL_HANDLER": "safe, POST /v1/*, !POST /v1/batches*"},
-    )
-    try:
+    shops: list[Shop] = []
+
+    def start(**options: str) -> Shop:
+        variables = {f"OTEL_PYTHON_OTEL_TASKS_{option}": value for option, value in options.items()}
+        shop = Shop(
+            directory,
+            [str(bin_directory / "opentelemetry-instrument"), "uvicorn", "tests.e2e.plain_shop:app"],
+            PATH=os.pathsep.join([str(bin_directory), os.environ["PATH"]]),
+            **{OPTION: "true"},
+            **variables,
+        )
+        shops.append(shop)
         shop.wait_until_up()
-        for path in ("/v1/chat", "/v1/batches", "/other"):
-            shop.leave(path)
-        eventually(lambda: len(shop.get("/ended")) == 3, lambda: shop.log)
-        assert shop.get("/ended") == {
-            "/v1/chat": "cancelled",
-            "/v1/batches": "finished",
-            "/other": "finished",
-        }
-    finally:
+        return shop
+
+    yield start
+    for shop in shops:
         shop.kill()
+
+
+def test_environment_decides_about_the_handlers_of_a_starlette_app(start_plain: Any) -> None:
+    """An app of Starlette that was not changed stops the POST that the rule names, and finishes the other."""
+    shop = start_plain(CANCEL_HANDLER="safe, POST /v1/*, !POST /v1/batches*")
+    for path in ("/v1/chat", "/v1/batches", "/other"):
+        shop.leave(path)
+    eventually(lambda: len(shop.get("/ended")) == 3, lambda: shop.log)
+    assert shop.get("/ended") == {"/v1/chat": "cancelled", "/v1/batches": "finished", "/other": "finished"}
+
+
+def test_environment_bounds_the_time_of_a_request(start_plain: Any) -> None:
+    """The client of a request that takes longer gets a 504, and its handler is cancelled, a POST too."""
+    shop = start_plain(REQUEST_TIMEOUT="0.2")
+    assert shop.post("/orders") == http.HTTPStatus.GATEWAY_TIMEOUT
+    assert shop.get("/ended") == {"/orders": "cancelled"}
