@@ -50,7 +50,7 @@ _FORWARD_TIMEOUT = 2.0
 
 @dataclass(frozen=True)
 class Point:
-    """One number of a metric: what was measured of which thing. Of a histogram, how often."""
+    """One number of a metric, with its attributes; for a histogram, the count."""
 
     service: str
     scope: str
@@ -77,7 +77,7 @@ class Received:
         self.requests: list[ExportRequest] = []
 
     def spans(self, trace_id: str | None = None) -> list[Span]:
-        """All spans, or those of one trace, in the order of their coming."""
+        """All spans, or those of one trace, in the order of arrival."""
         with self._news:
             requests = list(self.requests)
         spans = (

@@ -85,7 +85,7 @@ async def main(console: Console) -> bool:
 
 
 async def start(running: contextlib.AsyncExitStack, endpoint: str) -> dict[str, str]:
-    """Start the last one first, since each is told where the next one listens; gives their addresses."""
+    """Start the last service first, because each needs the address of the next; return the addresses."""
     environment = telemetry_environment(endpoint)
     urls: dict[str, str] = {}
     for name in reversed(NAMES):

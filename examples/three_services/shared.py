@@ -1,7 +1,7 @@
-"""Code of all three services: OpenTelemetry, calls to each other, and a list of their tasks.
+"""Code that all three services share: OpenTelemetry, calls to each other, and a list of their tasks.
 
-Nothing of this knows the library but the last function: set up OpenTelemetry as for any other service, and
-the spans of the tasks are there.
+Only the last function uses the library: set up OpenTelemetry as for any other service, and the tasks have
+their spans.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from otel_tasks import TaskManager
 
-# The stable names of HTTP attributes, which FastAPI's own spans have; httpx's would have the old ones.
+# The stable names of HTTP attributes, as in FastAPI's own spans; httpx's spans have the old ones by default.
 os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
 
 NOT_FOUND = 404
@@ -38,11 +38,11 @@ TELEMETRY: TelemetryConfig = {
 
 
 def set_up_telemetry(service: str) -> Callable[[], Awaitable[None]]:
-    """Send spans and metrics by OTLP over HTTP, where the environment says whereto; else do nothing.
+    """Send spans and metrics by OTLP over HTTP if `OTEL_EXPORTER_OTLP_ENDPOINT` is set.
 
     Returns:
-        What sends the rest when the service stops. Not left to `atexit`: uvicorn ends by the very signal
-        that stopped it, and then nothing runs at exit.
+        A function that sends the rest when the service stops. `atexit` is not enough: uvicorn ends by the
+        signal that stopped it, and then nothing runs at exit.
     """
     if not os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
         return _nothing_to_send
@@ -51,7 +51,7 @@ def set_up_telemetry(service: str) -> Callable[[], Awaitable[None]]:
     tracer_provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(tracer_provider)
     meter_provider = None
-    # Jaeger takes traces alone: there it is `none`.
+    # Jaeger takes only traces: with it, the variable is `none`.
     if os.environ.get("OTEL_METRICS_EXPORTER") != "none":
         reader = PeriodicExportingMetricReader(OTLPMetricExporter())
         meter_provider = MeterProvider([reader], resource=resource)
@@ -63,7 +63,7 @@ def set_up_telemetry(service: str) -> Callable[[], Awaitable[None]]:
             meter_provider.force_flush(3000)
 
     async def send_the_rest() -> None:
-        # In a thread, for it waits for the network.
+        # In a thread, because it waits for the network.
         await asyncio.to_thread(flush)
 
     return send_the_rest
@@ -74,9 +74,9 @@ async def _nothing_to_send() -> None:
 
 
 def connect(url: str) -> httpx.AsyncClient:
-    """A client of the service at `url`, each call of which has a span and passes the trace on.
+    """Return a client of the service at `url`; each call has a span and passes the trace on.
 
-    A call whose task is cancelled closes its connection: that is all that the service behind it needs to see.
+    A call whose task is cancelled closes its connection, which is how the other service learns of it.
     """
     client = httpx.AsyncClient(base_url=url, timeout=60.0)
     HTTPXClientInstrumentor().instrument_client(client)
