@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import httpx
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.sse import EventSourceResponse as FastAPIEvents
+from openai import AsyncOpenAI
 from sse_starlette import EventSourceResponse
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import StreamingResponse
@@ -84,6 +86,19 @@ async def _proxied(key: str, url: str) -> AsyncIterator[str]:
     async with _closing(key, "body"), httpx.AsyncClient() as client, client.stream("GET", url) as response:
         async for part in response.aiter_text():
             yield part
+
+
+async def _completed(key: str, url: str) -> AsyncIterator[str]:
+    async with _closing(key, "body"), AsyncOpenAI(api_key="none", base_url=url, max_retries=0) as client:
+        answer = await client.chat.completions.create(model="any", messages=[], stream=True)
+        async for chunk in answer:
+            yield chunk.choices[0].delta.content or ""
+
+
+async def _as_chunks(parts: AsyncIterator[str]) -> AsyncIterator[str]:
+    async for part in parts:
+        chunk = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "any"}
+        yield f"data: {json.dumps(chunk | {'choices': [{'index': 0, 'delta': {'content': part}}]})}\n\n"
 
 
 def _waits_in_a_thread(key: str) -> Iterator[str]:
@@ -173,6 +188,18 @@ async def events(how: str, key: str) -> EventSourceResponse:
 async def proxy(how: str, key: str, request: Request) -> StreamingResponse:
     """Around a request to an upstream."""
     return StreamingResponse(_proxied(key, f"{request.base_url}streams/stream/{how}/{key}-upstream"))
+
+
+@router.api_route("/openai/{how}/{key}", methods=["GET", "POST"])
+async def openai(how: str, key: str, request: Request) -> StreamingResponse:
+    """Around the stream of a language model's client."""
+    return StreamingResponse(_completed(key, f"{request.base_url}streams/model/{how}/{key}-upstream"))
+
+
+@router.post("/model/{how}/{key}/chat/completions")
+async def model(how: str, key: str) -> StreamingResponse:
+    """The language model of that client."""
+    return StreamingResponse(_as_chunks(BODIES[how](key)), media_type="text/event-stream")
 
 
 @router.get("/fastapi/waits/{key}", response_class=FastAPIEvents)
