@@ -36,6 +36,7 @@ from otel_tasks._core.suspension import (
     awaiters,
     context_of,
     interrupt,
+    is_cancelled_by_own_scope,
     shield_from_anyio,
     tasks_in_scopes_of,
     waits_for,
@@ -126,7 +127,8 @@ class Streams:
 
     def note_cancel(self, task: asyncio.Task[Any], _message: object) -> bool:
         """Prepare a task for its first cancellation, in the call that makes it; return False: it goes on."""
-        if task in self._followed and task not in self._left_open:
+        # Starlette's BaseHTTPMiddleware cancels a scope in each `receive()`: that ends a wait, and no task.
+        if task in self._followed and task not in self._left_open and not is_cancelled_by_own_scope(task):
             links = self._note_open(task)
             if running_in(links):
                 self._shield(task)

@@ -328,6 +328,11 @@ def shield_from_anyio(task: asyncio.Task[Any]) -> Callable[[], None] | None:
     return unshield
 
 
+def is_cancelled_by_own_scope(task: asyncio.Task[Any]) -> bool:
+    """Return True if a scope of anyio that a task has opened itself is cancelled: it goes on after that."""
+    return any(scope.cancel_called for scope in _scopes_opened_by(task))
+
+
 @contextlib.contextmanager
 def anyio_held_off(task: asyncio.Task[Any]) -> Generator[None]:
     """Hold off anyio's repeated cancellation of the calling task.
@@ -336,7 +341,7 @@ def anyio_held_off(task: asyncio.Task[Any]) -> Generator[None]:
     before, and anyio refuses that while a newer one is open.
     """
     own = _scopes_opened_by(task)
-    if not own or any(scope.cancel_called for scope in own):
+    if not own or is_cancelled_by_own_scope(task):
         with anyio_shield() if any(_anyio_scopes(task)) else contextlib.nullcontext():
             yield
         return
