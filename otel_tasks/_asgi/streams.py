@@ -109,11 +109,11 @@ class Streams:
         self._request = request
         # `cancelling()` of the handler's task when its `send` was interrupted; it is higher after a cancel().
         self._ended_send: int | None = None
-        # What undoes the cover of each task.
+        # Each followed task, with the stack that removes its cover.
         self._followed: dict[asyncio.Task[Any], ExitStack] = {}
         # The generators that each cancelled task will leave open, and the context for closing them.
         self._left_open: dict[asyncio.Task[Any], tuple[list[_Closable], Context]] = {}
-        # What removes the shield of each task.
+        # Each shielded task, with the function that removes its shield.
         self._shields: dict[asyncio.Task[Any], Callable[[], None]] = {}
 
     def follow(self) -> None:

@@ -25,16 +25,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from otel_tasks._core.cancellation import call_when_set
-from otel_tasks._core.checks import AttemptName, check_choice, check_count, checked_finite_seconds
+from otel_tasks._core.checks import check_choice, check_count, checked_finite_seconds
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.info import PeriodicInfo
 from otel_tasks._core.native import add_done_callback, failure_of
-from otel_tasks._core.service import create_supervisor, end_cancelled, forward_cancel, make_attempt
+from otel_tasks._core.service import (
+    create_supervised,
+    create_supervisor,
+    end_cancelled,
+    forward_cancel,
+    make_attempt,
+)
 from otel_tasks._core.state import CancelKind, TaskStatus
 from otel_tasks._core.task import extras_of, request_cancel
 from otel_tasks._core.telemetry.spans import link_next
 from otel_tasks._core.waiting import wait_until_done
-from otel_tasks.exceptions import GroupClosedError, ManagerClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -189,22 +194,18 @@ class Periodic:
     async def _start_run(self, periodic: ManagedTask[None]) -> None:
         """Create the next run, as soon as the queue has room for it."""
         number = self._record.runs + 1
-        try:
-            run = await self._group.put_task(
-                self._context.run(make_attempt, self._factory, "start_periodic"),
-                name=AttemptName(f"{periodic.get_name()}#{number}"),
-                priority=self.priority,
-                metadata=self.metadata,
-                timeout=self._timeout,
-                trace="new",
-                context=self._context.copy(),
-                eager_start=False,
-            )
-        except (GroupClosedError, ManagerClosedError):
-            cause = self._group.cancel_event.cause or CancelCause.make(CancelKind.SHUTDOWN)
-            end_cancelled(periodic, cause)
+        run = await create_supervised(
+            periodic,
+            self._group,
+            self._context.run(make_attempt, self._factory, "start_periodic"),
+            self._context,
+            number,
+            self.priority,
+            self.metadata,
+            self._timeout,
+        )
         self._is_pending = False
-        self._run = extras_of(periodic).attempt = run
+        self._run = run
         # A run that cancels its group or shuts the manager down is not cancelled by its supervisor then.
         extras_of(run).supervisor = periodic
         self._record = replace(self._record, runs=number, last_run_at=run._created_at, last_outcome=None)

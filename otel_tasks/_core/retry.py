@@ -89,7 +89,7 @@ def check_retried(work: object, policy: object, function: str) -> None:
     check_retry(policy)
 
 
-# What stands before the function in a call with ``retry=``.
+# The arguments before the function in a call with ``retry=``, for messages that show the call.
 _NAMED = {"start_task": "name, "}
 
 

@@ -136,6 +136,49 @@ async def create_supervisor(
     )
 
 
+async def create_supervised(
+    supervisor: ManagedTask[Any],
+    group: TaskGroup,
+    coro: Coroutine[Any, Any, T],
+    context: Context,
+    number: int,
+    priority: TaskPriority | int,
+    metadata: Mapping[str, Any] | None,
+    timeout: float,
+) -> ManagedTask[T]:
+    """Create the next task of a supervisor, as soon as the queue has room for it.
+
+    Args:
+        supervisor: The calling task; it ends cancelled if the manager is shut down.
+        group: The labeled group of both.
+        coro: The task's coroutine.
+        context: The task runs in a copy.
+        number: Counts the tasks of the supervisor, from 1 on.
+        priority: The task's priority.
+        metadata: The task's metadata.
+        timeout: Seconds for the task; infinity for no limit, whatever the group sets.
+
+    Cancellation: cancelling the caller while it waits for room creates no task.
+    """
+    try:
+        task = await group.put_task(
+            coro,
+            name=AttemptName(f"{supervisor.get_name()}#{number}"),
+            priority=priority,
+            metadata=metadata,
+            timeout=timeout,
+            trace="new",
+            context=context.copy(),
+            # It could fail before a service waits for it, and be reported as unawaited.
+            eager_start=False,
+        )
+        extras_of(supervisor).attempt = task
+        return task
+    except ManagerClosedError:
+        cause = group.cancel_event.cause or CancelCause.make(CancelKind.SHUTDOWN)
+    end_cancelled(supervisor, cause)
+
+
 class Service(Generic[T]):
     """One supervisor: it creates the attempts, waits for them, and decides about restarts."""
 
@@ -190,25 +233,18 @@ class Service(Generic[T]):
     async def _start_attempt(self, service: ManagedTask[T]) -> ManagedTask[T]:
         """Create the next attempt, as soon as the queue has room for it."""
         self._attempts += 1
-        coro = self._context.run(make_attempt, self._factory, "start_service")
-        try:
-            attempt = await self._group.put_task(
-                coro,
-                name=AttemptName(f"{service.get_name()}#{self._attempts}"),
-                priority=self._priority,
-                metadata=self._metadata,
-                timeout=math.inf,
-                trace="new",
-                context=self._context.copy(),
-                # It could fail before the service waits for it, and be reported as unawaited.
-                eager_start=False,
-            )
-            extras_of(attempt).runs_forever = not self._drains
-            extras_of(service).attempt = attempt
-            return attempt
-        except ManagerClosedError:
-            cause = self._group.cancel_event.cause or CancelCause.make(CancelKind.SHUTDOWN)
-        end_cancelled(service, cause)
+        attempt = await create_supervised(
+            service,
+            self._group,
+            self._context.run(make_attempt, self._factory, "start_service"),
+            self._context,
+            self._attempts,
+            self._priority,
+            self._metadata,
+            math.inf,
+        )
+        extras_of(attempt).runs_forever = not self._drains
+        return attempt
 
     def _failure_of(self, service: ManagedTask[T], attempt: ManagedTask[T]) -> Exception | None:
         """Return the failure that leads to another attempt; None if this one was the last."""
