@@ -52,5 +52,9 @@ class Feed:
             "version": version("otel-tasks"),
             "actions": [],
             "trace_url": None,
-            "stats": {**stats.to_dict(), "limit": self._manager.max_concurrency, "closed": self._manager.closed},
+            "stats": {
+                **stats.to_dict(),
+                "limit": self._manager.max_concurrency,
+                "closed": self._manager.closed,
+            },
         }
