@@ -1,11 +1,16 @@
 # Everything here works in a fresh clone: the first target run makes the virtual environment.
 #
 #   make test PYTHON=python3.12 VENV=/tmp/venv312    another interpreter, another place
-#   make test ARGS="-k shutdown -x"                  arguments for pytest
+#   make test ARGS="-k shutdown -x --pdb"            arguments for pytest
+#   make test ARGS="tests/e2e" WORKERS=4             processes that share these tests
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# All tests are shared by four processes, because the end-to-end tests mostly wait for servers. A selection runs in one
+# process: it starts at once, prints as it goes, and can be debugged.
+WORKERS ?= $(if $(ARGS),0,4)
+SPREAD := $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist worksteal --max-worker-restart 0)
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -46,11 +51,11 @@ demo-llm: $(READY) ## Run an LLM gateway with and without the middleware, half o
 	$(BIN)/python -m examples.llm_gateway
 
 test: $(READY) ## Run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 test-newest: $(NEWEST)/.ready ## Run the tests with the newest FastAPI, Starlette, uvicorn and OpenTelemetry
 	@$(NEWEST)/bin/python -c 'import sys, importlib.metadata as m; print(*(f"{n} {m.version(n)}" for n in sys.argv[1:]), sep="\n")' $(UPGRADED)
-	$(NEWEST)/bin/python -m pytest $(ARGS)
+	$(NEWEST)/bin/python -m pytest $(SPREAD) $(ARGS)
 
 nightly: $(NIGHTLY)/.ready ## Run the long tests, those with vendors' agents and shared clients, and the peers' suites
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(NIGHTLY)/bin/python -m pytest -o faulthandler_timeout=1800 $(wildcard tests/nightly tests/peers) $(ARGS)

@@ -24,7 +24,7 @@ Graph = dict[str, set[str]]
 
 def graph(*, type_only: bool = False) -> Graph:
     """The imports of each module, with or without those under ``TYPE_CHECKING``."""
-    return {name: imported(name, type_only=type_only) for name in modules()}
+    return {name: set(imported(name, type_only=type_only)) for name in modules()}
 
 
 @cache
@@ -39,7 +39,8 @@ def modules() -> dict[str, ast.Module]:
     }
 
 
-def imported(name: str, *, type_only: bool) -> set[str]:
+@cache
+def imported(name: str, *, type_only: bool) -> frozenset[str]:
     """The modules that one module imports, inside its functions too."""
     found: set[str] = set()
     for statement in imports(modules()[name], type_only=type_only):
@@ -49,7 +50,7 @@ def imported(name: str, *, type_only: bool) -> set[str]:
             found.update(module_of(f"{base}.{alias.name}") or module_of(base) for alias in statement.names)
         elif isinstance(statement, ast.Import):
             found.update(module_of(alias.name) for alias in statement.names)
-    return found - {"", name}
+    return frozenset(found - {"", name})
 
 
 def imports(node: ast.AST, *, type_only: bool) -> Iterator[ast.Import | ast.ImportFrom]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import signal
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,12 @@ def pytest_configure() -> None:
     """Take SIGINT as in a terminal: the background jobs of a shell (`.ci/run` has some) inherit SIG_IGN."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Spare `gc.collect()`, which the tests call thousands of times, all that existed before them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,10 +1,28 @@
-"""For tests that start a process which starts others: an environment that marks all, to find those left."""
+"""For tests that start processes: a port to listen at, and an environment by which all of them are found."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import sys
 from pathlib import Path
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that no other process gets while the tests run.
+
+    Other workers of pytest look for ports too, in the seconds until the server listens. On Linux, the port
+    therefore stays bound until this process ends: the system gives it to nobody else, and a server that sets
+    `SO_REUSEADDR`, as each of them does, may bind it and listen. Other systems refuse the second bind.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        port: int = holder.getsockname()[1]
+        if sys.platform == "linux":
+            holder.detach()
+        return port
 
 
 def marked_environment() -> dict[str, str]:

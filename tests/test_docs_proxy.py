@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from tests.blocks import ENVIRONMENT, ROOT
+from tests.processes import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,14 +77,6 @@ http {{
 """
 
 USER = "user root;" if os.geteuid() == 0 else ""
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @contextmanager

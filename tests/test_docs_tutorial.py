@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from tests.blocks import ENVIRONMENT, ROOT
+from tests.processes import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,9 +60,7 @@ class Reader:
 
     def serve_two_clients(self) -> str:
         """Start the app, let one client wait and one hang up; give what the service has printed."""
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
+        port = free_port()
         command = [sys.executable, "-m", "uvicorn", "app:app", "--port", str(port), "--lifespan", "on"]
         output = self.directory / "output.txt"
         with output.open("wb") as file:

@@ -16,6 +16,12 @@ needs_git = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module")
+def found() -> dict[str, language.Found]:
+    """The words in all files, which takes seconds to find."""
+    return language.find_in_project()
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -53,12 +59,12 @@ def test_plain_english_is_left_alone(text: str) -> None:
 
 
 @needs_git
-def test_no_file_has_words_that_the_project_does_not_use() -> None:
+def test_no_file_has_words_that_the_project_does_not_use(found: dict[str, language.Found]) -> None:
     """No file has more of these words than tests/language.toml allows for it: none, for most."""
     allowed = language.allowed()
     complaints = [
         f"{name}:{line}: {words!r}: {instead}"
-        for name, hits in language.find_in_project().items()
+        for name, hits in found.items()
         if len(hits) > allowed.get(name, 0)
         for line, words, instead in hits
     ]
@@ -66,9 +72,9 @@ def test_no_file_has_words_that_the_project_does_not_use() -> None:
 
 
 @needs_git
-def test_list_of_files_is_not_stale() -> None:
+def test_list_of_files_is_not_stale(found: dict[str, language.Found]) -> None:
     """A file that is clean or gone is off the list."""
-    stale = language.allowed().keys() - language.find_in_project().keys()
+    stale = language.allowed().keys() - found.keys()
     assert stale == set(), "run: python -m tests.language --write"
 
 

@@ -147,9 +147,9 @@ def test_text_is_shown_as_it_was_written() -> None:
 @pytest.mark.real_clock
 def test_long_path_is_matched_fast() -> None:
     """A client chooses the path: no pattern makes the time grow with a power of its length."""
-    began = time.perf_counter()
+    began = time.process_time()
     assert not cancels("/" + "a*" * 12 + "b", f"GET /{'a' * 5000}")
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
 
 
 @pytest.mark.parametrize(("rule", "cancelled"), [("POST /v1/chat", True), ("POST /chat", False)])

@@ -8,13 +8,14 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from tests.processes import free_port
 
 from .clients import Client
 
@@ -129,13 +130,6 @@ KINDS = (
 )
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def _python_path() -> list[str]:
     return [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
 
@@ -145,7 +139,7 @@ class Server:
 
     def __init__(self, kind: Kind, directory: Path) -> None:
         self.kind = kind
-        self.port = _free_port()
+        self.port = free_port()
         directory.mkdir(parents=True, exist_ok=True)
         self._journal = directory / "journal"
         self._journal.touch()

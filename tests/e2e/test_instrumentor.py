@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .servers import DEADLINE, REPOSITORY, START_DEADLINE, _free_port, eventually
+from tests.processes import free_port
+
+from .servers import DEADLINE, REPOSITORY, START_DEADLINE, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +35,7 @@ class Shop:
     """The application in a server, and afterwards the spans that it has written."""
 
     def __init__(self, directory: Path, command: list[str], **environment: str) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self._out = directory / "out"
         self._log = directory / "log"
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}

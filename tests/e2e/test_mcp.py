@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import socket
 import subprocess
 import sys
 from contextlib import asynccontextmanager
@@ -17,6 +16,7 @@ from mcp import Client
 
 from otel_tasks import TaskManager
 from tests.blocks import ENVIRONMENT, ROOT
+from tests.processes import free_port
 
 from .mcp_app import Journal, make_app
 from .servers import COMPLAINT, eventually
@@ -31,14 +31,6 @@ if TYPE_CHECKING:
     from .serving import Site
 
 pytestmark = [pytest.mark.e2e, pytest.mark.real_clock]
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 HEADERS = {"Accept": "application/json, text/event-stream"}
