@@ -49,8 +49,8 @@ ATTRIBUTES = {
     "otel_tasks.cancel.message": "The message of the cancellation, if it has one.",
     "otel_tasks.cancel.duration": "Seconds from the cancel request to the end.",
     "otel_tasks.cancel.ignored": "It was cancelled and returned anyway. Absent otherwise.",
-    "otel_tasks.cancel.origin.span_id": "The span that caused the cancellation, where a started span takes "
-    "no links.",
+    "otel_tasks.cancel.origin.span_id": "The span that caused the cancellation, if it is the parent; a link "
+    "(`cancelled_by`) names any other one.",
     "otel_tasks.cancel.origin.trace_id": "The trace of that span.",
     "otel_tasks.cancel.count": "The number of the request's tasks that were cancelled; with a 504, before "
     "it was sent.",
@@ -76,7 +76,8 @@ EVENTS = {
 
 LINKS = {
     "cancelled_by": "The span that caused the cancellation: the request's, the failed sibling's, or the one "
-    "that was current at the `cancel()` call.",
+    "that was current at the `cancel()` call. If it is the span's own parent, attributes name it "
+    "(`otel_tasks.cancel.origin.span_id`): Jaeger shows no link to a parent.",
     "spawned_by": 'The span that was current where a service, or a task in a new trace (`trace="new"`), '
     "was created.",
     "restart_of": "The service's attempt before this one.",

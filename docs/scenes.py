@@ -185,7 +185,6 @@ async def _spans(seen: Seen) -> None:
     await _ends(manager)
     await _cancels(manager)
     await _request(manager, seen)
-    await _cancel_without_link(seen)
     limited = TaskManager("limited", max_concurrency=1, **providers)
     for _ in range(2):
         limited.create_task(asyncio.sleep(1), name="query")
@@ -238,33 +237,6 @@ async def _cancels(manager: TaskManager) -> None:
         group.create_task(asyncio.sleep(60), name="member")
         await asyncio.sleep(1)
         group.cancel("enough")
-
-
-class _NoLinks:
-    """A provider, tracer or span that stands before another, whose spans take no link after their start."""
-
-    add_link = None
-
-    def __init__(self, other: Any) -> None:
-        self._other = other
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._other, name)
-
-    def get_tracer(self, *args: Any) -> _NoLinks:
-        return _NoLinks(self._other.get_tracer(*args))
-
-    def start_span(self, *args: Any, **kwargs: Any) -> _NoLinks:
-        return _NoLinks(self._other.start_span(*args, **kwargs))
-
-
-async def _cancel_without_link(seen: Seen) -> None:
-    provider: Any = _NoLinks(seen.tracer_provider)
-    task = TaskManager("shop", tracer_provider=provider).create_task(asyncio.sleep(60), name="cancelled")
-    await asyncio.sleep(1)
-    with seen.tracer_provider.get_tracer("operator").start_as_current_span(REQUEST):
-        task.cancel()
-    await asyncio.wait([task])
 
 
 async def _request(manager: TaskManager, seen: Seen) -> None:

@@ -114,6 +114,18 @@ def links(span: ReadableSpan) -> list[tuple[int, dict[str, Any]]]:
     return [(link.context.span_id, dict(link.attributes or {})) for link in span.links]
 
 
+def origin(span: ReadableSpan) -> tuple[Any, Any]:
+    """The trace id and the span id of the parent that caused a cancellation, as attributes have them."""
+    assert span.links == ()
+    found = attributes(span)
+    return found["otel_tasks.cancel.origin.trace_id"], found["otel_tasks.cancel.origin.span_id"]
+
+
+def ids(span: ReadableSpan) -> tuple[str, str]:
+    """A span's trace id and its own id, in hex."""
+    return f"{trace_id(span):032x}", f"{span_id(span):016x}"
+
+
 def span_id(span: ReadableSpan) -> int:
     """A span's own id."""
     assert span.context is not None
@@ -695,7 +707,7 @@ async def test_replaced_task_links_to_the_span_of_its_replacement(
 async def test_timeout_of_a_group_cancels_its_tasks(
     manager: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
 ) -> None:
-    """Tasks of a group that ran out are cancelled (not timed out), and link to the block's span."""
+    """Tasks of a group that ran out are cancelled (not timed out), and name the block's span."""
     with tracer.start_as_current_span("caller"), pytest.raises(TimeoutError):
         async with manager.group("load", timeout=3) as group:
             group.create_task(asyncio.sleep(60), name="slow")
@@ -704,13 +716,13 @@ async def test_timeout_of_a_group_cancels_its_tasks(
     assert attributes(span)["otel_tasks.task.outcome"] == "cancelled"
     assert attributes(span)["otel_tasks.cancel.reason"] == "timeout"
     assert span.status.status_code is StatusCode.UNSET
-    assert links(span) == [(span_id(spans.span("caller")), CAUSED_BY)]
+    assert origin(span) == ids(spans.span("caller"))
 
 
 async def test_raising_block_cancels_its_tasks(
     manager: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
 ) -> None:
-    """Tasks of a block that raised are cancelled with scope_ended, and link to the block's span."""
+    """Tasks of a block that raised are cancelled with scope_ended, and name the block's span."""
     with tracer.start_as_current_span("caller"), pytest.raises(BaseExceptionGroup):
         async with manager.group("load") as group:
             group.create_task(asyncio.sleep(60), name="slow")
@@ -718,7 +730,7 @@ async def test_raising_block_cancels_its_tasks(
 
     span = spans.span("slow")
     assert attributes(span)["otel_tasks.cancel.reason"] == "scope_ended"
-    assert links(span) == [(span_id(spans.span("caller")), CAUSED_BY)]
+    assert origin(span) == ids(spans.span("caller"))
 
 
 async def test_cause_goes_down_with_its_first_origin(
@@ -761,7 +773,7 @@ async def test_awaited_task_links_to_the_span_that_cancelled_its_awaiter(
         assert links(spans.span(name)) == [(span_id(spans.span("operator")), CAUSED_BY)]
 
 
-async def test_disconnect_links_to_the_request(
+async def test_disconnect_names_the_request(
     manager: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
 ) -> None:
     """A cause made with a request's context has the request's span as its origin, wherever it is made."""
@@ -778,7 +790,7 @@ async def test_disconnect_links_to_the_request(
 
     span = spans.span("query")
     assert attributes(span)["otel_tasks.cancel.reason"] == "client_disconnect"
-    assert links(span) == [(span_id(spans.span("GET /report")), CAUSED_BY)]
+    assert origin(span) == ids(spans.span("GET /report"))
 
 
 async def test_no_link_where_no_span_is_current(manager: TaskManager, spans: SpanRecorder) -> None:
@@ -809,6 +821,73 @@ async def test_task_that_cancels_its_own_group_does_not_link_to_itself(
 
     assert links(spans.span("other")) == [(span_id(spans.span("rebel")), CAUSED_BY)]
     assert spans.span("rebel").links == ()
+
+
+async def test_task_that_its_parent_cancels_has_attributes_and_no_link(
+    manager: TaskManager, spans: SpanRecorder
+) -> None:
+    """Jaeger shows no link to a parent, so two ids on the span name it; a task below it has a link."""
+
+    async def leaf() -> None:
+        await asyncio.sleep(60)
+
+    async def middle() -> None:
+        async with manager.group("inner") as inner:
+            inner.create_task(leaf(), name="leaf")
+
+    async def top() -> None:
+        task = manager.create_task(middle(), name="middle")
+        await asyncio.sleep(1)
+        task.cancel()
+        await ended(task)
+
+    await manager.create_task(top(), name="top")
+
+    assert origin(spans.span("middle")) == ids(spans.span("top"))
+    assert links(spans.span("leaf")) == [(span_id(spans.span("top")), CAUSED_BY)]
+    assert "otel_tasks.cancel.origin.span_id" not in attributes(spans.span("leaf"))
+
+
+async def test_origin_above_a_group_with_a_span_is_a_link_for_its_tasks(
+    manager: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
+) -> None:
+    """The group's span is below the origin and has attributes; its tasks are one level further down."""
+    with tracer.start_as_current_span("caller"), pytest.raises(TimeoutError):
+        async with manager.group("load", timeout=3, span=True) as group:
+            group.create_task(asyncio.sleep(60), name="slow")
+
+    assert origin(spans.span("load")) == ids(spans.span("caller"))
+    assert links(spans.span("slow")) == [(span_id(spans.span("caller")), CAUSED_BY)]
+
+
+async def test_origin_is_a_link_where_the_task_has_a_trace_of_its_own(
+    manager: TaskManager, spans: SpanRecorder, tracer: trace.Tracer
+) -> None:
+    """The creator is no parent then, although the task is linked to it already."""
+    with tracer.start_as_current_span("request") as request:
+        task = manager.create_task(work(), name="mail", trace="new")
+        await started(task)
+        task.cancel()
+    await ended(task)
+
+    span = spans.span("mail")
+    assert {target for target, _ in links(span)} == {request.get_span_context().span_id}
+    assert "otel_tasks.cancel.origin.span_id" not in attributes(span)
+
+
+async def test_origin_in_another_process_is_named_like_any_parent(
+    manager: TaskManager, spans: SpanRecorder
+) -> None:
+    """Without a server span of its own, a request's tasks are below the caller's span."""
+    caller = trace.SpanContext(0x0AF7, 0xB7AD, is_remote=True, trace_flags=trace.TraceFlags(1))
+    token = otel_context.attach(trace.set_span_in_context(trace.NonRecordingSpan(caller)))
+    task = manager.create_task(work(), name="work")
+    await started(task)
+    task.cancel()
+    otel_context.detach(token)
+    await ended(task)
+
+    assert origin(spans.span("work")) == (f"{0x0AF7:032x}", f"{0xB7AD:016x}")
 
 
 async def test_first_cause_stays(manager: TaskManager, spans: SpanRecorder, tracer: trace.Tracer) -> None:

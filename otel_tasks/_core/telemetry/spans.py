@@ -252,7 +252,7 @@ def end_span(
                 _describe_error(span, attributes, outcome, error)
             span.set_attributes(attributes)
             if cause is not None:
-                _link_to_origin(span, cause)
+                _name_origin(span, cause)
             if outcome is _ERROR and error is not None:
                 # Last: the SDK asks the exception for its text, which may raise.
                 span.record_exception(error)
@@ -279,17 +279,33 @@ def _describe_error(
     span.set_status(StatusCode.ERROR, description[:_DESCRIPTION_LIMIT])
 
 
-def _link_to_origin(span: Span, cause: Cause) -> None:
+def _name_origin(span: Span, cause: Cause) -> None:
+    """Name the span that caused a cancellation: by a link, or by attributes where a link would be lost."""
+    origin = cause.origin
     # A task may cancel its own group: then it is its own origin.
-    if cause.origin is None or cause.origin.span_id == span.get_span_context().span_id:
+    if origin is None or _is_same(origin, span.get_span_context()):
         return
-    add_link = getattr(span, "add_link", None)
-    if add_link is None or getattr(add_link, "__func__", None) is Span.add_link:
-        # Datadog's span takes links only at its start, and the API's own method only warns of that.
-        trace_id, span_id = ids_in_hex(cause.origin)
+    # Jaeger shows no link to a span's parent: the link only turns the parent reference into FOLLOWS_FROM
+    # (makeJaegerProtoReferences in opentelemetry-collector-contrib/pkg/translator/jaeger). It would be the
+    # most common link: a disconnect's origin is the request's span, the parent of the request's tasks.
+    if _is_same(origin, getattr(span, "parent", None)) or not _takes_links(span):
+        trace_id, span_id = ids_in_hex(origin)
         span.set_attributes({ORIGIN_TRACE_ID: str(trace_id), ORIGIN_SPAN_ID: str(span_id)})
     else:
-        add_link(cause.origin, {LINK: "cancelled_by"})
+        span.add_link(origin, {LINK: "cancelled_by"})
+
+
+def _is_same(origin: SpanContext, other: object) -> bool:
+    # The API's spans have no parent, and that of another SDK's may be of any type.
+    return origin.span_id == getattr(other, "span_id", None) and origin.trace_id == getattr(
+        other, "trace_id", None
+    )
+
+
+def _takes_links(span: Span) -> bool:
+    """Datadog's span takes links only at its start, and the API's own method only warns of that."""
+    add_link = getattr(span, "add_link", None)
+    return add_link is not None and getattr(add_link, "__func__", None) is not Span.add_link
 
 
 # -- scoped groups ---------------------------------------------------------------------------
@@ -336,6 +352,6 @@ def end_group_span(span: Span, cause: Cause | None) -> None:
         if cause is not None:
             message = {CANCEL_MESSAGE: cause.message} if cause.message else {}
             span.set_attributes({CANCEL_REASON: str(cause.kind), **message})
-            _link_to_origin(span, cause)
+            _name_origin(span, cause)
     finally:
         span.end()
