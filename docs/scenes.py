@@ -233,10 +233,13 @@ async def _cancels(manager: TaskManager) -> None:
         async with manager.group("load", span=True) as group:
             group.create_task(asyncio.sleep(60), name="sibling")
             group.create_task(_fail(), name="failing")
-    async with manager.group("load", span=True) as group:
-        group.create_task(asyncio.sleep(60), name="member")
-        await asyncio.sleep(1)
-        group.cancel("enough")
+    tracer = manager._ledger.telemetry.tracer()
+    assert tracer is not None
+    with tracer.start_as_current_span("creator"):
+        async with manager.group("load", span=True) as group:
+            group.create_task(asyncio.sleep(60), name="member")
+            await asyncio.sleep(1)
+            group.cancel("enough")
 
 
 async def _request(manager: TaskManager, seen: Seen) -> None:

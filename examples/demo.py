@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python examples/demo.py` works from anywhere, with nothing installed
 
 from examples.client_spans import ClientSpans  # noqa: E402 - found by the line above
+from examples.jaeger_ui import trace_link  # noqa: E402 - as well
 from examples.server_process import Service, end_on_sigterm, service  # noqa: E402 - as well
 from examples.trace_tree import Span, trace_tree  # noqa: E402 - as well
 
@@ -123,6 +124,8 @@ async def main(*, serve: bool, svg: Path | None, port: int) -> None:
         if not undelivered and not await asyncio.to_thread(calls.send, endpoint):
             undelivered = f"the spans of {calls.service}, which are the roots of the traces"
         print_delivery(console, endpoint, undelivered)
+        if not undelivered:
+            print_links(console, endpoint, all_visits, traces)
 
 
 async def visit_service(url: str, visit: Visit, calls: ClientSpans) -> None:
@@ -320,6 +323,16 @@ def print_delivery(console: Console, endpoint: str, undelivered: str) -> None:
         console.print(Text(undelivered), soft_wrap=True)
     else:
         console.print(f"These very traces: sent to {endpoint}")
+
+
+def print_links(
+    console: Console, endpoint: str, all_visits: list[Visit], traces: dict[str, list[Span]]
+) -> None:
+    """Where Jaeger shows each of the traces."""
+    console.print("In Jaeger; the links open and mark what was cancelled:")
+    for number, visit in enumerate(all_visits, start=1):
+        link = trace_link(endpoint, visit.trace_id, traces[visit.trace_id])
+        console.print(f"  {number}. {link}", soft_wrap=True)
 
 
 def save_svg(console: Console, path: Path) -> None:

@@ -29,7 +29,7 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 from opentelemetry.proto.trace.v1 import trace_pb2
 
-from examples.trace_tree import Span, cancelled_by
+from examples.trace_tree import Span
 
 T = TypeVar("T")
 ExportRequest: TypeAlias = ExportTraceServiceRequest | ExportMetricsServiceRequest
@@ -224,19 +224,15 @@ def _unpack(raw: bytes, encoding: str) -> bytes:
 
 
 def spans_of(request: ExportTraceServiceRequest) -> Iterator[Span]:
-    """The spans of a request, with the service that each is of."""
+    """The spans of a request, with the resource that each is of."""
     for resource in request.resource_spans:
-        service = _attributes(resource.resource.attributes).get("service.name", "")
+        attributes = _attributes(resource.resource.attributes)
         for scope in resource.scope_spans:
             for span in scope.spans:
-                yield _span(span, service)
+                yield _span(span, attributes)
 
 
-def _span(span: trace_pb2.Span, service: str) -> Span:
-    links = [
-        (str(_attributes(link.attributes).get("otel_tasks.link", "")), link.span_id.hex())
-        for link in span.links
-    ]
+def _span(span: trace_pb2.Span, resource: dict[str, Any]) -> Span:
     return Span(
         trace_id=span.trace_id.hex(),
         span_id=span.span_id.hex(),
@@ -246,11 +242,15 @@ def _span(span: trace_pb2.Span, service: str) -> Span:
         end=span.end_time_unix_nano / 1e9,
         attributes=_attributes(span.attributes),
         description=span.status.message,
-        cancelled_by=cancelled_by(links),
         kind=trace_pb2.Span.SpanKind.Name(span.kind).removeprefix("SPAN_KIND_"),
-        service=service,
+        service=resource.get("service.name", ""),
         status=trace_pb2.Status.StatusCode.Name(span.status.code).removeprefix("STATUS_CODE_"),
-        links=tuple(links),
+        links=tuple(
+            (str(_attributes(link.attributes).get("otel_tasks.link", "")), link.span_id.hex())
+            for link in span.links
+        ),
+        events=tuple((event.name, _attributes(event.attributes)) for event in span.events),
+        resource=resource,
     )
 
 

@@ -1,7 +1,7 @@
 """Draws a trace as a tree with a time bar: what Jaeger shows, for a terminal."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -31,35 +31,38 @@ class Span:
     start: float
     end: float
     attributes: dict[str, Any]
-    description: str
-    cancelled_by: str | None
+    description: str = ""
     kind: str = "INTERNAL"
     service: str = ""
     status: str = "UNSET"
     # The kind of each link, and the span it leads to.
     links: tuple[tuple[str, str], ...] = ()
+    # The name of each event, and its attributes.
+    events: tuple[tuple[str, dict[str, Any]], ...] = ()
+    resource: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "Span":
         """Read what `ReadableSpan.to_json()` writes."""
-        links = [
-            (str(link["attributes"].get("otel_tasks.link", "")), str(link["context"]["span_id"]))
-            for link in raw["links"]
-        ]
+        resource = raw["resource"]["attributes"]
         return cls(
-            trace_id=raw["context"]["trace_id"].removeprefix("0x"),
-            span_id=raw["context"]["span_id"],
-            parent_id=raw["parent_id"],
+            trace_id=_hex(raw["context"]["trace_id"]),
+            span_id=_hex(raw["context"]["span_id"]),
+            parent_id=raw["parent_id"] and _hex(raw["parent_id"]),
             name=raw["name"],
             start=_seconds(raw["start_time"]),
             end=_seconds(raw["end_time"]),
             attributes=raw["attributes"],
             description=raw["status"].get("description", ""),
-            cancelled_by=cancelled_by(links),
             kind=raw["kind"].removeprefix("SpanKind."),
-            service=raw["resource"]["attributes"].get("service.name", ""),
+            service=resource.get("service.name", ""),
             status=raw["status"]["status_code"],
-            links=tuple(links),
+            links=tuple(
+                (str(link["attributes"].get("otel_tasks.link", "")), _hex(link["context"]["span_id"]))
+                for link in raw["links"]
+            ),
+            events=tuple((event["name"], event["attributes"]) for event in raw["events"]),
+            resource=resource,
         )
 
     @property
@@ -81,6 +84,12 @@ class Span:
     def cancel_reason(self) -> str | None:
         """Why it was cancelled, or None where it was not."""
         return self.attributes.get("otel_tasks.cancel.reason")
+
+    @property
+    def cancelled_by(self) -> str | None:
+        """The span that caused the cancellation: attributes name the parent, a link names any other span."""
+        links = (span_id for purpose, span_id in self.links if purpose == "cancelled_by")
+        return next(links, self.attributes.get("otel_tasks.cancel.origin.span_id"))
 
     @property
     def outcome(self) -> str:
@@ -214,9 +223,8 @@ def _verdict(span: Span, names: dict[str, str]) -> str:
     return verdict
 
 
-def cancelled_by(links: Iterable[tuple[str, str]]) -> str | None:
-    """The span that a cancelled one links to as its cause."""
-    return next((span_id for purpose, span_id in links if purpose == "cancelled_by"), None)
+def _hex(number: str) -> str:
+    return number.removeprefix("0x")
 
 
 def _seconds(stamp: str) -> float:

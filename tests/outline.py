@@ -30,8 +30,8 @@ def outline(spans: Iterable[Span]) -> str:
     """The spans as a tree: each line is one, indented below its parent.
 
     It says service, name and kind (of a task its priority and its group), status, how it ended and why, and
-    where its links lead. Siblings stand in the order of the alphabet. Spans whose parent did not come
-    stand below a line that says so.
+    where its links lead, or that its parent cancelled it. Siblings stand in the order of the alphabet. Spans
+    whose parent did not come stand below a line that says so.
     """
     known = {span.span_id: span for span in spans}
     children: dict[str | None, list[Span]] = {}
@@ -94,6 +94,8 @@ def compare(found: str, name: str) -> None:
 def _line(span: Span, known: dict[str, Span]) -> str:
     facts = [_kind(span), f"status {span.status.lower()}", _end(span)]
     facts += [_link(purpose, target, span, known) for purpose, target in sorted(span.links)]
+    if "otel_tasks.cancel.origin.span_id" in span.attributes:
+        facts.append("cancelled by its parent" if span.cancelled_by == span.parent_id else "no parent's id")
     return f"{span.service}  {span.name}  {', '.join(fact for fact in facts if fact)}"
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
@@ -204,6 +205,21 @@ def test_jaeger_pipelines_use_defined_components() -> None:
     assert query["metrics"] in storage["metric_backends"]
     port = config["exporters"]["prometheus"]["endpoint"].rpartition(":")[2]
     assert prometheus["scrape_configs"][0]["static_configs"][0]["targets"] == [f"jaeger:{port}"]
+
+
+def test_jaeger_links_traces_to_the_live_view() -> None:
+    """Jaeger's configuration names the mounted file, whose links have only parameters that a trace has."""
+    config = yaml.safe_load((ROOT / "examples/jaeger/config.yaml").read_text("utf-8"))
+    links = json.loads((ROOT / "examples/jaeger/ui-config.json").read_text("utf-8"))["linkPatterns"]
+
+    mounted = config["extensions"]["jaeger_query"]["ui"]["config_file"]
+    assert f"./examples/jaeger/ui-config.json:{mounted}:ro" in compose_file()["services"]["jaeger"]["volumes"]
+    # The UI shows no link that has a parameter it does not know (computeTraceLink in jaeger-ui).
+    known = {"traceID", "traceName", "duration", "startTime", "endTime"}
+    for link in links:
+        assert link["type"] == "traces"
+        assert set(re.findall(r"#\{([^}]*)\}", link["url"])) == {"traceID"}
+        assert set(re.findall(r"#\{([^}]*)\}", link["text"])) <= known
 
 
 @pytest.mark.parametrize(

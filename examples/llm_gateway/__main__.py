@@ -10,6 +10,7 @@ Takes about fifteen seconds, needs no network but the loopback interface, and le
 
 import asyncio
 import itertools
+import os
 import ssl
 import sys
 import time
@@ -27,9 +28,10 @@ from rich.table import Table
 from rich.text import Text
 
 from examples.client_spans import ClientSpans
+from examples.jaeger_ui import trace_link
 from examples.otlp_receiver import receiver
 from examples.server_process import end_on_sigterm, service
-from examples.three_services.__main__ import telemetry_environment
+from examples.three_services.__main__ import print_delivery, telemetry_environment
 from examples.trace_tree import Span, trace_tree
 
 Mode = Literal["plain", "before the first token", "mid-stream"]
@@ -98,6 +100,8 @@ class Run:
     calls: list[dict[str, Any]]
     usage: list[dict[str, Any]]
     spans: list[Span]
+    # Why the spans could not be passed on to another collector.
+    undelivered: str = ""
 
     def hang_ups(self, *modes: Mode) -> list[tuple[Visit, float, dict[str, Any]]]:
         """The clients that left in one of these modes, each with the time and its call at the upstream."""
@@ -220,7 +224,7 @@ async def run_clients(*, middleware: bool) -> Run:
     all_visits = visits()
     calls = ClientSpans("client", [PATH])
     pace = {"FIRST_TOKEN": str(FIRST_TOKEN), "TOKENS_PER_SECOND": str(TOKENS_PER_SECOND)}
-    with receiver() as received:
+    with receiver(forward_to=collector()) as received:
         environment = telemetry_environment(received.endpoint) | {"OTEL_METRICS_EXPORTER": "none"}
         async with (
             service("examples.llm_gateway.upstream:app", environment=environment | pace) as upstream,
@@ -235,7 +239,12 @@ async def run_clients(*, middleware: bool) -> Run:
             made, usage = await wait_for_end(upstream.url, gateway.url)
         # The services have ended, and have sent their last spans.
         await asyncio.to_thread(calls.send, received.endpoint)
-        return Run(all_visits, made, usage, received.spans())
+        return Run(all_visits, made, usage, received.spans(), received.undelivered)
+
+
+def collector() -> str:
+    """The OTLP endpoint to which all spans are passed on; empty for none."""
+    return os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
 
 
 async def wait_for_end(upstream: str, gateway: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -307,6 +316,13 @@ def draw_trace(console: Console, run: Run) -> None:
     console.print("\nOne of the hang-ups with the middleware, a plain call:")
     trace = [span for span in run.spans if span.trace_id == visit.trace_id]
     console.print(trace_tree(trace, hung_up_at=visit.left_at) if trace else Text("no span has come", "red"))
+    if collector():
+        print_delivery(console, collector(), run.undelivered)
+        if not run.undelivered:
+            link = trace_link(collector(), visit.trace_id, trace)
+            console.print(
+                f"In Jaeger; the link opens and marks what was cancelled:\n  {link}", soft_wrap=True
+            )
 
 
 async def main(console: Console) -> bool:

@@ -22,7 +22,8 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from examples.client_spans import ClientSpans
-from examples.otlp_receiver import Received, receiver
+from examples.jaeger_ui import trace_link
+from examples.otlp_receiver import receiver
 from examples.server_process import Service, end_on_sigterm, service
 from examples.trace_tree import Span, trace_tree
 
@@ -77,7 +78,9 @@ async def main(console: Console) -> bool:
         console.print(how_long(spans, leaves))
         kept = print_checks(console, checks(spans, stays, leaves, left))
         if upstream:
-            print_delivery(console, upstream, received)
+            print_delivery(console, upstream, received.undelivered)
+            if not received.undelivered:
+                print_links(console, upstream, [stays, leaves], spans)
     return kept
 
 
@@ -196,7 +199,7 @@ def checks(
             for name in NAMES
             if not any(span.service == name and span.cancel_reason for span in hung_up)
         ],
-        "every cancelled task says why, and links to what cancelled it": unexplained(hung_up),
+        "every cancelled task says why, and names what cancelled it": unexplained(hung_up),
         "no task is left in any of the three services": [
             f"{name} still runs {', '.join(tasks)}" for name, tasks in left.items() if tasks
         ],
@@ -219,7 +222,7 @@ def strays(spans: list[Span], known: set[str]) -> Iterable[str]:
 
 
 def unexplained(trace: list[Span]) -> Iterable[str]:
-    """Cancelled tasks without a reason, or without a link to a span of their own service that was left."""
+    """Cancelled tasks without a reason, or that do not name the request of their own service."""
     by_id = {span.span_id: span for span in trace}
     for span in trace:
         if not span.is_task or span.outcome != "cancelled":
@@ -228,7 +231,7 @@ def unexplained(trace: list[Span]) -> Iterable[str]:
         if span.cancel_reason != "client_disconnect":
             yield f"{where(span)}: {span.cancel_reason}"
         elif origin is None or origin.service != span.service or not origin.is_request:
-            yield f"{where(span)} has no link to its service's request"
+            yield f"{where(span)} does not name its service's request"
 
 
 def where(span: Span) -> str:
@@ -272,12 +275,18 @@ def print_checks(console: Console, all_checks: Mapping[str, Iterable[str]]) -> b
     return kept
 
 
-def print_delivery(console: Console, upstream: str, received: Received) -> None:
-    if received.undelivered:
+def print_delivery(console: Console, upstream: str, undelivered: str) -> None:
+    if undelivered:
         console.print(f"The traces could not be delivered to {upstream}:")
-        console.print(Text(received.undelivered), soft_wrap=True)
+        console.print(Text(undelivered), soft_wrap=True)
     else:
         console.print(f"These very traces: sent to {upstream}")
+
+
+def print_links(console: Console, upstream: str, visits: Iterable[Visit], spans: list[Span]) -> None:
+    console.print("In Jaeger; the links open and mark what was cancelled:")
+    for number, visit in enumerate(visits, start=1):
+        console.print(f"  {number}. {trace_link(upstream, visit.trace_id, spans)}", soft_wrap=True)
 
 
 async def run() -> bool:

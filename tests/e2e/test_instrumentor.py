@@ -28,7 +28,7 @@ Span = dict[str, Any]
 
 OPTION = "OTEL_PYTHON_OTEL_TASKS_FASTAPI_MIDDLEWARE"
 # Of which the numbers differ from one run to the next.
-VOLATILE = ("port", "duration")
+VOLATILE = ("port", "duration", "trace_id")
 
 
 class Shop:
@@ -150,7 +150,7 @@ def story(spans: list[Span], port: int) -> list[Any]:
             span["kind"],
             span["status"],
             {
-                key: str(value).replace(str(port), "PORT")
+                key: names.get(f"0x{value}", str(value).replace(str(port), "PORT"))
                 for key, value in sorted(span["attributes"].items())
                 if not any(word in key for word in VOLATILE)
             },

@@ -7,15 +7,19 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
 
+from examples.jaeger_ui import marked, warnings
 from examples.otlp_receiver import Received, receiver
-from examples.trace_tree import missing_parents
 from tests.blocks import ROOT
 from tests.jaeger import fetch_traces
 from tests.outline import compare, metrics_outline, outline_by_request
 from tests.processes import marked_environment, marked_processes
+
+if TYPE_CHECKING:
+    from examples.trace_tree import Span
 
 pytestmark = [pytest.mark.e2e]
 
@@ -49,6 +53,30 @@ def run_demo(*command: str, **settings: str) -> Run:
     return Run(done.returncode, done.stdout, done.stderr, received, environment)
 
 
+@dataclass
+class Link:
+    """A link to Jaeger that a demo has printed: the word it looks for, and the trace's spans."""
+
+    ui_find: str
+    spans: list[Span]
+
+
+def links(run: Run) -> list[Link]:
+    """The links as printed; each marks the spans that say its word, and no others."""
+    found = re.findall(
+        r"http://127\.0\.0\.1:16686/trace/([0-9a-f]{32})(?:\?uiFind=(\w+))?$", run.printed, re.MULTILINE
+    )
+    all_links = [Link(word, run.received.spans(trace_id)) for trace_id, word in found]
+    for link in all_links:
+        assert marked(link.spans, link.ui_find) == [
+            span
+            for span in link.spans
+            if link.ui_find
+            and link.ui_find in (span.cancel_reason, span.attributes.get("otel_tasks.request.outcome"))
+        ]
+    return all_links
+
+
 @pytest.fixture(scope="module")
 def services() -> Run:
     """The demo of the three services, whose exporters pack what they send."""
@@ -79,10 +107,20 @@ def test_three_services_are_drawn_as_one_tree(services: Run) -> None:
 
 
 def test_three_services_leave_the_expected_traces(services: Run) -> None:
-    """One trace for each request, across all three; a cancelled task says why, and links to its request."""
+    """One trace for each request, across all three; a cancelled task says why, and names its request."""
     assert {headers["content-encoding"] for headers in services.received.headers} == {"gzip"}
     compare(outline_by_request(services.received.spans()), "services.txt")
-    assert missing_parents(services.received.spans()) == []
+    assert warnings(services.received.spans()) == []
+
+
+def test_links_of_three_services_mark_what_was_cancelled(services: Run) -> None:
+    """The link to the hang-up marks spans of all three services; the other one marks none."""
+    stays, leaves = links(services)
+    assert stays.ui_find == ""
+    assert leaves.ui_find == "client_disconnect"
+    assert {span.service for span in marked(leaves.spans, leaves.ui_find)} == {
+        "gateway", "pricing", "suppliers",
+    }  # fmt: skip
 
 
 def test_three_services_report_the_expected_metrics(services: Run) -> None:
@@ -94,11 +132,11 @@ def test_three_services_report_the_expected_metrics(services: Run) -> None:
 
 
 def test_a_broken_promise_is_named_and_fails_the_demo() -> None:
-    """Where the SDK drops the links, the demo says which tasks have none, and ends with an error."""
-    run = run_demo("-m", "examples.three_services", OTEL_SPAN_LINK_COUNT_LIMIT="0")
+    """Where the SDK cuts the reasons off, the demo says which tasks have none, and ends with an error."""
+    run = run_demo("-m", "examples.three_services", OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT="16")
     assert run.status == 1
     assert re.search(r"^FAILED every cancelled task .* what cancelled it$", run.printed, re.MULTILINE)
-    assert "suppliers, calculate has no link to its service's request" in run.printed
+    assert "suppliers, calculate: client_disconnec\n" in run.printed
     assert len(re.findall(r"^ok ", run.printed, re.MULTILINE)) == 5
     assert marked_processes(run.environment) == set()
 
@@ -108,7 +146,18 @@ def test_the_demo_leaves_the_expected_traces() -> None:
     run = run_demo("examples/demo.py")
     assert run.status == 0, run.complaints
     compare(outline_by_request(run.received.spans()), "demo.txt")
-    assert missing_parents(run.received.spans()) == []
+    assert warnings(run.received.spans()) == []
+    assert [link.ui_find for link in links(run)] == ["", "client_disconnect", "timeout", "client_disconnect"]
+
+
+def test_the_llm_demo_leaves_traces_that_jaeger_shows_whole() -> None:
+    """Its client's spans are the roots; the link opens the hang-up, from the gateway to the upstream."""
+    run = run_demo("-m", "examples.llm_gateway")
+    assert run.status == 0, run.printed + run.complaints
+    assert warnings(run.received.spans()) == []
+    (hang_up,) = links(run)
+    assert hang_up.ui_find == "client_disconnect"
+    assert {span.service for span in marked(hang_up.spans, hang_up.ui_find)} == {"gateway"}
 
 
 def test_jaeger_has_the_expected_traces() -> None:
