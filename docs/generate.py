@@ -82,6 +82,7 @@ LINKS = {
     "was created.",
     "restart_of": "The service's attempt before this one.",
     "previous_run": "The run of the periodic work before this one.",
+    "failure_of": "The task of the item whose failure a consumer's `on_failure` gets.",
 }
 
 OUTCOMES = {

@@ -220,6 +220,16 @@ async def _ends(manager: TaskManager) -> None:
     await asyncio.sleep(1.5)
     periodic.cancel()
     await asyncio.wait([periodic])
+    queue: asyncio.Queue[str] = asyncio.Queue()
+    queue.put_nowait("item")
+    consumer = await manager.start_consumer("consumer", queue, lambda _: _fail(), on_failure=_keep)
+    await queue.join()
+    consumer.cancel()
+    await asyncio.wait([consumer])
+
+
+async def _keep(item: str, error: Exception) -> None:
+    await asyncio.sleep(1)
 
 
 async def _cancels(manager: TaskManager) -> None:

@@ -53,7 +53,7 @@ from otel_tasks._core.functions import (
     wait_for_task,
 )
 from otel_tasks._core.group import TaskGroup
-from otel_tasks._core.info import PeriodicInfo, TaskInfo
+from otel_tasks._core.info import ConsumerInfo, PeriodicInfo, TaskInfo
 from otel_tasks._core.manager import TaskManager
 from otel_tasks._core.records import TaskStats
 from otel_tasks._core.run import run
@@ -95,6 +95,7 @@ __all__ = [
     "CancelEvent",
     "CancelKind",
     "CancelReport",
+    "ConsumerInfo",
     "GroupClosedError",
     "GroupNode",
     "GroupProgress",

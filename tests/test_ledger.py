@@ -338,8 +338,9 @@ async def test_snapshot_is_frozen() -> None:
             "metadata",
             "trace_id",
             "span_id",
-            "periodic",
             "attempt",
+            "periodic",
+            "consumer",
         ),
         "duration",
     ]

@@ -117,6 +117,12 @@ def check_count(what: str, count: object, least: int) -> None:
         raise ValueError(f"{what} must be at least {least}, or None for no bound, got {count!r}")
 
 
+def check_number(what: str, count: object, least: int) -> None:
+    """Raise a ValueError unless ``count`` is a whole number of at least ``least``."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < least:
+        raise ValueError(f"{what} must be a whole number of at least {least}, got {count!r}")
+
+
 def check_manager_numbers(history: object, max_threads: object, ageing: object) -> None:
     """Raise a ValueError unless these options of ``TaskManager`` are in their ranges."""
     if not isinstance(history, int) or isinstance(history, bool) or history < 0:

@@ -21,6 +21,8 @@ _IN_THREAD = "otel_tasks._core.threads"
 class OwnCoroutine(Coroutine[Any, Any, T]):
     """A coroutine of this package that no coroutine function has made."""
 
+    __name__: str
+
     @property
     @abstractmethod
     def has_begun(self) -> bool:

@@ -75,6 +75,7 @@ class Creation(Named):
         eager_start: bool | None = None,
         keep_result: bool = False,
         supervises: bool = False,
+        takes_place: bool = True,
     ) -> ManagedTask[T]:
         """Create a task, with the options of ``TaskManager.create_task``."""
         extras = None
@@ -100,7 +101,7 @@ class Creation(Named):
                 taken = self._holder(name)
             if taken is not None and on_conflict in ("return", "error"):
                 return yield_to(taken, coro, on_conflict)
-            limiters = () if supervises else self._limiters()
+            limiters = self._limiters() if takes_place else ()
             if limiters:
                 # Before the name is taken, because that may cancel the task which has it.
                 self._check_queue(limiters, name, coro)

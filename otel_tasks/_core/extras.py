@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from otel_tasks._core.binding import ThreadWorker
     from otel_tasks._core.events import CancelCause
     from otel_tasks._core.factory import Made
-    from otel_tasks._core.info import PeriodicInfo
+    from otel_tasks._core.info import ConsumerInfo, PeriodicInfo
     from otel_tasks._core.progress import TaskProgress
     from otel_tasks._core.state import TaskPriority
     from otel_tasks._core.telemetry import Span
@@ -37,14 +37,10 @@ class ThreadFuture(Protocol):
         ...
 
 
-class Periodic(Protocol):
-    """Work that runs at a fixed rate."""
+class Supervision(Protocol):
+    """Periodic work, or a consumer: what its supervising task knows of the tasks below it."""
 
-    def trigger(self) -> bool:
-        """Run now, out of turn."""
-        ...
-
-    def info(self) -> PeriodicInfo:
+    def info(self) -> PeriodicInfo | ConsumerInfo:
         """Return a snapshot."""
         ...
 
@@ -106,12 +102,16 @@ class Extras:
     never_called = False
     # It only supervises other tasks, which have the spans and take the places.
     supervises = False
+    # It counts against no limit: a supervisor, or an attempt of a consumer.
+    takes_no_place = False
     # For a service, the current attempt.
     attempt: asyncio.Task[Any] | None = None
-    # For a run of periodic work, the task that waits for its end.
+    # For a run of periodic work and the task of an item, the task that waits for its end.
     supervisor: asyncio.Task[Any] | None = None
-    # What it knows of its runs, if it is periodic work.
-    periodic: Periodic | None = None
+    # What it knows of its runs, if it is periodic work; for a consumer and its attempts, of the items.
+    supervision: Supervision | None = None
+    # It is the task of an item that a shutdown does not drop from the queue.
+    is_drained = False
     # It is a service that does not end by itself, or an attempt of one.
     runs_forever = False
     # With retries: the current attempt's number, span, and timeout; what the last failure was. While the task

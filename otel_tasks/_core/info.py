@@ -62,6 +62,31 @@ class PeriodicInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConsumerInfo:
+    """A snapshot of a consumer: the fates of the items that it has taken.
+
+    Attributes:
+        concurrency: How many items run at a time.
+        in_hand: How many are running, wait for a place, back off, or are with ``on_failure``.
+        done: How many were handled.
+        failed: How many failed for good.
+        cancelled: How many were cancelled, but not by a shutdown.
+        handed_back: How many were handed back to the source.
+    """
+
+    concurrency: int
+    in_hand: int = 0
+    done: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    handed_back: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the snapshot as JSON-ready data."""
+        return {key.name: getattr(self, key.name) for key in fields(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TaskInfo:
     """A snapshot of a task; it holds no task, no frame, and no exception.
 
@@ -84,7 +109,6 @@ class TaskInfo:
         cause: The cause of its cancellation; None without a cancel request.
         cancel_ignored: True for a task that was cancelled and completed anyway.
         progress: Its last progress report; None before the first.
-        periodic: The last and the next run of periodic work; None for any other task.
         metadata: A copy of its metadata.
         trace_id: The trace id in hex; None without tracing.
         span_id: The span id in hex; None without tracing.
@@ -112,10 +136,21 @@ class TaskInfo:
     trace_id: str | None
     span_id: str | None
     epoch: float
-    periodic: PeriodicInfo | None = None
     attempt: int | None = None
+    # One attribute for both: each one costs every snapshot seven instructions.
+    _supervision: PeriodicInfo | ConsumerInfo | None = field(default=None, repr=False)
     # Not compared: the == of a result may not return a bool, as with arrays.
     _result: Any = field(default=NO_RESULT, repr=False, compare=False)
+
+    @property
+    def periodic(self) -> PeriodicInfo | None:
+        """The last and the next run of periodic work; None for any other task."""
+        return self._supervision if isinstance(self._supervision, PeriodicInfo) else None
+
+    @property
+    def consumer(self) -> ConsumerInfo | None:
+        """How many items of a consumer are where; None for any other task."""
+        return self._supervision if isinstance(self._supervision, ConsumerInfo) else None
 
     @property
     def duration(self) -> float | None:
@@ -151,8 +186,9 @@ class TaskInfo:
         data["cause"] = self.cause and self.cause.to_dict()
         data["progress"] = self.progress and self.progress.to_dict()
         data["periodic"] = self.periodic and self.periodic.to_dict(self.epoch)
+        data["consumer"] = self.consumer and self.consumer.to_dict()
         data["duration"] = None if self.duration is None else rounded(self.duration)
         return data
 
 
-_PLAIN = tuple(each.name for each in fields(TaskInfo) if each.name not in ("epoch", "_result"))
+_PLAIN = tuple(each.name for each in fields(TaskInfo) if each.name[0] != "_" and each.name != "epoch")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from otel_tasks._core.binding import ThreadWorker, current_binding
 from otel_tasks._core.frames import Place, Stacks, place_of
+from otel_tasks._core.info import ConsumerInfo, PeriodicInfo
 from otel_tasks._core.task import ManagedTask, own_coroutine, reported
 from otel_tasks._core.task_tree import GroupNode, TaskNode, TaskTree
 from otel_tasks._core.telemetry.context import span_ids
@@ -173,11 +174,12 @@ class _Survey:
             next_run_in=self._next_run_in(task),
             attempt_number=None if task._extras is None else task._extras.attempt_number,
             retry_in=self._retry_in(task),
+            consumer=_consumer_of(task) if kind == "service" else None,
         )
 
     def _next_run_in(self, task: ManagedTask[Any]) -> float | None:
-        periodic = None if task._extras is None else task._extras.periodic
-        due = None if periodic is None else periodic.info().next_run_at
+        info = _supervision_of(task)
+        due = info.next_run_at if isinstance(info, PeriodicInfo) else None
         return None if due is None else max(0.0, due - self._now)
 
     def _groups(self, children: list[TaskGroup], left: int, depth: int) -> tuple[tuple[GroupNode, ...], int]:
@@ -255,6 +257,16 @@ def _own_tasks(group: TaskGroup) -> Iterator[ManagedTask[Any]]:
 def _attempt_of(task: ManagedTask[Any]) -> ManagedTask[Any] | None:
     attempt = None if task._extras is None else task._extras.attempt
     return attempt if isinstance(attempt, ManagedTask) and not attempt.done() else None
+
+
+def _consumer_of(task: ManagedTask[Any]) -> ConsumerInfo | None:
+    info = _supervision_of(task)
+    return info if isinstance(info, ConsumerInfo) else None
+
+
+def _supervision_of(task: ManagedTask[Any]) -> PeriodicInfo | ConsumerInfo | None:
+    supervision = None if task._extras is None else task._extras.supervision
+    return None if supervision is None else supervision.info()
 
 
 def _awaited_by(task: ManagedTask[Any]) -> str | None:

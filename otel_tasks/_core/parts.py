@@ -58,6 +58,26 @@ class Threads(Protocol):
         ...
 
 
+class Consumer(Protocol):
+    """Takes items from a queue; ``consumer`` implements it. A shutdown calls its methods in this order."""
+
+    def close(self) -> None:
+        """Take no more items than its ``drain`` says."""
+        ...
+
+    def cut(self) -> None:
+        """Take nothing more: the grace is over."""
+        ...
+
+    def hand_back(self) -> None:
+        """Hand back the items whose tasks were cancelled."""
+        ...
+
+    def report(self) -> None:
+        """Log what is left behind."""
+        ...
+
+
 class Ending(Protocol):
     """Records the ends of tasks; ``ending`` implements it."""
 

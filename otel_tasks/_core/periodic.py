@@ -62,7 +62,7 @@ async def start_periodic(
     )
     # Not with on_conflict="return", which may return a task of another kind.
     if task.get_coro() is coro:
-        extras_of(task).periodic = periodic
+        extras_of(task).supervision = periodic
     return task
 
 

@@ -32,7 +32,7 @@ from otel_tasks._core.coroutines import close_quietly, function_name, not_a_coro
 from otel_tasks._core.critical import check_on_give_up, watch_service
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.log import log_fields, logger, text_of
-from otel_tasks._core.native import asyncio_cancel, cancel_message
+from otel_tasks._core.native import asyncio_cancel, cancel_message, failure_of
 from otel_tasks._core.state import CancelKind, TaskStatus
 from otel_tasks._core.task import cause_at_end, extras_of, request_cancel
 from otel_tasks._core.telemetry.spans import link_next, prepare_attempts
@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
     from otel_tasks._core.critical import OnGiveUp
+    from otel_tasks._core.extras import Supervision
     from otel_tasks._core.group import TaskGroup
-    from otel_tasks._core.options import OnConflict
+    from otel_tasks._core.options import NamedTaskOptions, OnConflict
     from otel_tasks._core.state import TaskPriority
     from otel_tasks._core.task import ManagedTask
 
@@ -64,19 +65,23 @@ async def start_supervisor(
     drains: bool,
     on_give_up: OnGiveUp | None,
     critical: bool,
+    consumer: Supervision | None = None,
 ) -> ManagedTask[T]:
-    """Start a service in a labeled group; see ``TaskManager.start_service``."""
+    """Start a service in a labeled group; see ``TaskManager.start_service`` and ``start_consumer``."""
     check_repeatable(factory, "start_service", "a service may be restarted")
     check_on_give_up(on_give_up)
     check_flag("critical", critical)
     check_flag("drains", drains)
-    checked_name("service", name, 'name it after its work, as in start_service("prices", work)')
+    kind = "service" if consumer is None else "consumer"
+    checked_name(kind, name, 'name it after its work, as in start_service("prices", work)')
     if not isinstance(policy, RestartPolicy):
         raise TypeError(f"restart must be a RestartPolicy, got {policy!r}")
-    coro = Service(group, factory, policy, priority, metadata, drains=drains).run()
-    task = await create_supervisor(group, "service", name, coro, priority, metadata, on_conflict)
+    service = Service(group, factory, policy, priority, metadata, drains=drains, takes_place=consumer is None)
+    coro = service.run()
+    task = await create_supervisor(group, kind, name, coro, priority, metadata, on_conflict)
     # Not with on_conflict="return", which may return another task.
     if task.get_coro() is coro:
+        extras_of(task).supervision = consumer
         watch_service(task, on_give_up, critical=critical)
     return task
 
@@ -118,7 +123,7 @@ async def create_supervisor(
     except BaseException:
         close_quietly(coro)
         raise
-    return where._create(
+    task = where._create(
         coro,
         name,
         priority,
@@ -133,7 +138,10 @@ async def create_supervisor(
         False,
         True,
         supervises=True,
+        takes_place=False,
     )
+    extras_of(task).takes_no_place = True
+    return task
 
 
 async def create_supervised(
@@ -145,6 +153,8 @@ async def create_supervised(
     priority: TaskPriority | int,
     metadata: Mapping[str, Any] | None,
     timeout: float,
+    *,
+    takes_place: bool = True,
 ) -> ManagedTask[T]:
     """Create the next task of a supervisor, as soon as the queue has room for it.
 
@@ -157,21 +167,26 @@ async def create_supervised(
         priority: The task's priority.
         metadata: The task's metadata.
         timeout: Seconds for the task; infinity for no limit, whatever the group sets.
+        takes_place: Count the task against the limits of its group and its manager.
 
     Cancellation: cancelling the caller while it waits for room creates no task.
     """
+    options: NamedTaskOptions = {
+        "name": AttemptName(f"{supervisor.get_name()}#{number}"),
+        "priority": priority,
+        "metadata": metadata,
+        "timeout": timeout,
+        "trace": "new",
+        "context": context.copy(),
+        # It could fail before a service waits for it, and be reported as unawaited.
+        "eager_start": False,
+    }
     try:
-        task = await group.put_task(
-            coro,
-            name=AttemptName(f"{supervisor.get_name()}#{number}"),
-            priority=priority,
-            metadata=metadata,
-            timeout=timeout,
-            trace="new",
-            context=context.copy(),
-            # It could fail before a service waits for it, and be reported as unawaited.
-            eager_start=False,
-        )
+        if takes_place:
+            task = await group.put_task(coro, **options)
+        else:
+            task = group._create(coro, **options, takes_place=False)
+            extras_of(task).takes_no_place = True
         extras_of(supervisor).attempt = task
         return task
     except ManagerClosedError:
@@ -191,8 +206,10 @@ class Service(Generic[T]):
         metadata: Mapping[str, Any] | None,
         *,
         drains: bool,
+        takes_place: bool = True,
     ) -> None:
         self._drains = drains
+        self._takes_place = takes_place
         self._group = group
         self._factory = factory
         self._policy = policy
@@ -242,6 +259,7 @@ class Service(Generic[T]):
             self._priority,
             self._metadata,
             math.inf,
+            takes_place=self._takes_place,
         )
         extras_of(attempt).runs_forever = not self._drains
         return attempt
@@ -346,6 +364,9 @@ async def _until_ended(service: ManagedTask[Any], attempt: ManagedTask[Any]) -> 
             # cancellation without its cause.
             await asyncio.wait([attempt])
         except asyncio.CancelledError:
+            if attempt.done() and not attempt.cancelled() and failure_of(attempt) is None:
+                # It has returned in this turn, so the cancellation is the service's alone.
+                raise
             forward_cancel(service, attempt)
 
 

@@ -166,19 +166,38 @@ async def shut_down(
     spared = with_awaiters(caller)
     tasks = _others([ledger.root], spared)
     cause = CancelCause.make(CancelKind.SHUTDOWN, f"manager {ledger.name!r} is shutting down")
+    # A list, because the set is weak: until they have handed back what is cancelled.
+    consumers = list(ledger.consumers)
     ledger.home.close(by, cause)
+    for consumer in consumers:
+        consumer.close()
     ledger.root._signal_cancel(cause)
     _drop_queue(ledger, tasks, cause)
-    if bounds.grace != 0.0:
-        # Most services do not end on their own: with them, every shutdown would last its whole grace.
-        await wait_until_done([task for task in tasks if not runs_forever(task)], bounds.grace)
-    await _cancel_by_priority(ledger, tasks, cause, bounds.timeout, spared)
+    try:
+        if bounds.grace != 0.0:
+            # Most services do not end on their own: with them, every shutdown would last its whole grace.
+            await wait_until_done([task for task in tasks if not runs_forever(task)], bounds.grace)
+        for consumer in consumers:
+            consumer.cut()
+        if consumers:
+            # They have created tasks during the grace.
+            tasks = list(dict.fromkeys([*tasks, *_others([ledger.root], spared)]))
+        await _cancel_by_priority(ledger, tasks, cause, bounds.timeout, spared)
+    finally:
+        for consumer in consumers:
+            consumer.hand_back()
+    for consumer in consumers:
+        consumer.report()
     return _report(ledger, tasks, cause)
 
 
 def _drop_queue(ledger: Ledger, tasks: list[ManagedTask[Any]], cause: CancelCause) -> None:
     """Cancel the tasks that wait for a place, and wake a producer that waits for room: neither gets any."""
-    waiting = [task for task in tasks if task._extras is not None and task._extras.queued]
+    waiting = [
+        task
+        for task in tasks
+        if (extras := task._extras) is not None and extras.queued and not extras.is_drained
+    ]
     request_cancel_all(waiting, cause)
     ledger.places.wake_producer()
 
@@ -219,7 +238,7 @@ def _report(ledger: Ledger, tasks: Iterable[ManagedTask[Any]], cause: CancelCaus
                 extra=log_fields(info),
             )
             ledger.ending.abandon(task)
-    _report_cut(ledger, [info for task, info in infos if info.cause is cause and not runs_forever(task)])
+    _report_cut(ledger, [info for task, info in infos if info.cause is cause and not _restarts(task, info)])
     statuses = [info.status for _, info in infos]
     return ShutdownReport(
         completed=statuses.count(TaskStatus.COMPLETED),
@@ -248,6 +267,11 @@ def _others(groups: Iterable[TaskGroup], spared: Collection[asyncio.Future[Any]]
     return [
         task for group in groups for task in group._every_live() if task not in spared and not task.done()
     ]
+
+
+def _restarts(task: ManagedTask[Any], info: TaskInfo) -> bool:
+    """True for a service or a consumer, which starts again with the application."""
+    return runs_forever(task) or info.consumer is not None
 
 
 def _report_cut(ledger: Ledger, infos: Iterable[TaskInfo]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, overload
 
 from otel_tasks._core.checks import checked_name
+from otel_tasks._core.consumer import Drain, Handling, make_consumer
 from otel_tasks._core.coroutines import check_factory, close_quietly, made_coroutine
 from otel_tasks._core.group import TaskGroup
 from otel_tasks._core.options import with_options_of
@@ -15,7 +16,7 @@ from otel_tasks._core.state import TaskPriority
 
 if TYPE_CHECKING:
     import concurrent.futures
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
     from contextvars import Context
     from typing import Unpack
 
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
     from otel_tasks._core.critical import OnGiveUp
     from otel_tasks._core.lookup import Lookup
     from otel_tasks._core.options import NamedTaskOptions, OnConflict, RetriedTaskOptions, TaskOptions, Trace
+    from otel_tasks._core.source import Queue
     from otel_tasks._core.task import ManagedTask
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 Args = TypeVarTuple("Args")
 
 
@@ -509,6 +512,104 @@ class Starting:
         )
         return await start_periodic(where, name, periodic, on_conflict)
 
+    async def start_consumer(
+        self,
+        name: str,
+        source: Queue[Item] | Callable[[], Awaitable[Item]],
+        handle: Callable[[Item], Coroutine[Any, Any, object]],
+        *,
+        concurrency: int = 8,
+        prefetch: int = 0,
+        drain: Drain = "running",
+        retry: RetryPolicy | None = None,
+        timeout: float | None = None,
+        priority: TaskPriority | int | Callable[[Item], TaskPriority | int] = TaskPriority.NORMAL,
+        metadata: Mapping[str, Any] | Callable[[Item], Mapping[str, Any]] | None = None,
+        on_failure: Callable[[Item, Exception], object] | None = None,
+        restart: RestartPolicy = DEFAULT_POLICY,
+        critical: bool = False,
+        on_give_up: OnGiveUp | None = None,
+        on_conflict: OnConflict = "error",
+    ) -> ManagedTask[None]:
+        """Take items from a queue and run each as a task; at a shutdown, drain or hand back what is in hand.
+
+        Each item is a task in the labeled group of the consumer's name, called after ``handle``. An item is
+        taken only when it can run at once, so the backlog stays in the queue. With ``prefetch``, that many
+        more wait in the group, where ``priority`` decides which one is next.
+
+        The consumer calls ``task_done()`` once for each item that is finished: handled, failed for good, or
+        cancelled by anything but a shutdown. ``handle`` must not call it. An item that a shutdown cancels is
+        handed back instead, with ``put_nowait()``, to the end of the queue. This counts it as unfinished
+        again before the first take is marked as done, so ``queue.join()`` goes on waiting for it.
+
+        Args:
+            name: The name of the consumer, unique among the live tasks, and of the group of its items.
+            source: An ``asyncio.Queue``, another object with a coroutine function ``get()``, or a coroutine
+                function that returns the next item, such as ``kafka.getone``. ``task_done()`` and
+                ``put_nowait()`` are called if the object has them. ``queue.shutdown()`` (Python 3.13) ends
+                the consumer: it returns when its items have ended.
+            handle: A coroutine function that takes an item.
+            concurrency: How many items run at a time, at least 1. The manager's limit applies too. Tasks that
+                a handler starts are in the same group, and do not count.
+            prefetch: How many more items may wait for a place, at least 0. An item that backs off between
+                attempts gives up its place and stays in hand: at most ``concurrency + prefetch`` items are.
+            drain: What the grace of a shutdown is for. ``"running"``: for the running items; those that wait
+                are handed back at once. ``"queued"``: also for the waiting ones, and for as many more as were
+                in the queue when the shutdown began. ``"all"``: for everything until the queue is empty.
+            retry: As for ``create_task``, for each item. A shutdown ends the wait between two attempts.
+            timeout: Seconds for each item, as for ``create_task``, at least 0. None means no limit.
+            priority: That of each item, or a function that returns it for an item.
+            metadata: That of each item, or a function that returns it for an item.
+            on_failure: Called with the item and the exception when an item has failed for good. A coroutine
+                function runs in a task in the same group, and the item is finished when that has ended. If it
+                raises, that is logged. None: the failure is reported like any that nobody awaits.
+            restart: What happens when ``source`` raises, as for ``start_service``. Items in hand go on.
+            critical: As for ``start_service``.
+            on_give_up: As for ``start_service``.
+            on_conflict: As for ``start_service``.
+
+        Returns:
+            The consumer, a service, whose ``info().consumer`` counts the items.
+
+        Raises:
+            TaskExistsError: A live task has the name.
+            ManagerClosedError: The manager is shut down.
+            ValueError: An argument is not valid, the group has another ``max_concurrency``, or ``source`` is
+                not a queue that can be drained.
+            TypeError: ``source`` or ``handle`` has the wrong type, or another argument has.
+
+        At the end of a shutdown, one warning lists what is left behind: items that were handed back, the
+        number of those in the queue, and items that are not acknowledged, because their source does not take
+        them back.
+
+        Cancelling the consumer stops it from taking items, and it ends when the items in hand have ended;
+        a second cancellation ends it immediately. ``cancel_group(name)`` cancels the items too.
+
+        Cancellation: cancelling the caller while it waits for the end of the consumer to replace starts no
+        new one; the old one stays cancelled.
+
+        Telemetry: a span for each item, in a trace of its own, linked to the attempt of the consumer that has
+        taken it (``spawned_by``). The span of ``on_failure`` is linked to that of the item (``failure_of``).
+
+        Example:
+            >>> await manager.start_consumer("jobs", queue, handle, concurrency=8, drain="all")
+        """
+        handling = Handling(handle, retry, timeout, priority, metadata, on_failure)
+        consumer = make_consumer(self._lookup.label, name, source, handling, concurrency, prefetch, drain)
+        return await start_supervisor(
+            consumer.group,
+            name,
+            consumer.run,
+            restart,
+            TaskPriority.CRITICAL,
+            None,
+            on_conflict,
+            drains=True,
+            on_give_up=on_give_up,
+            critical=critical,
+            consumer=consumer,
+        )
+
     def trigger(self, name: str, *, group: str | TaskGroup | None = None) -> bool:
         """Run periodic work now, out of turn; the times of its other runs stay as they are.
 
@@ -531,8 +632,8 @@ class Starting:
         task = self._lookup.task(name, group)
         if task is None:
             raise self._lookup.not_found(name, group, "start it again with start_periodic()")
-        periodic = None if task._extras is None else task._extras.periodic
-        if periodic is None:
+        periodic = None if task._extras is None else task._extras.supervision
+        if not isinstance(periodic, Periodic):
             raise TypeError(f"trigger() takes the name of periodic work, and {task.id!r} is another task")
         self._root._ledger.home.enter()
         return periodic.trigger()

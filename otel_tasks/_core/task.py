@@ -196,7 +196,7 @@ class ManagedTask(asyncio.Task[T]):
             cause=self._cause,
             cancel_ignored=self.cancel_ignored,
             progress=progress,
-            periodic=None if extras is None or extras.periodic is None else extras.periodic.info(),
+            _supervision=None if extras is None or extras.supervision is None else extras.supervision.info(),
             metadata=metadata,
             trace_id=trace_id,
             span_id=span_id,

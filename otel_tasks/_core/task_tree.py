@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from otel_tasks._core.events import CancelCause
     from otel_tasks._core.frames import Location
+    from otel_tasks._core.info import ConsumerInfo
     from otel_tasks._core.progress import Progress
     from otel_tasks._core.records import TaskStats
 
@@ -55,6 +56,7 @@ class TaskNode:
         attempt_number: With ``retry=``, the number of the current attempt, or of the last one while the task
             backs off.
         retry_in: Seconds until the next attempt; None unless the task backs off.
+        consumer: How many items of a consumer are where; None for any other task.
     """
 
     id: str
@@ -77,6 +79,7 @@ class TaskNode:
     next_run_in: float | None = None
     attempt_number: int | None = None
     retry_in: float | None = None
+    consumer: ConsumerInfo | None = None
 
     def __str__(self) -> str:
         mark = "(S)" if self.kind == "service" else "(T)"
@@ -105,6 +108,7 @@ class TaskNode:
             "next_run_in": None if self.next_run_in is None else rounded(self.next_run_in),
             "attempt_number": self.attempt_number,
             "retry_in": None if self.retry_in is None else rounded(self.retry_in),
+            "consumer": self.consumer and self.consumer.to_dict(),
         }
 
 
@@ -316,12 +320,22 @@ def _activity_of(task: TaskNode) -> Iterator[str]:
         yield f"next run in {duration(task.next_run_in)}"
     elif task.kind == "service" and task.attempt is None:
         yield "no running attempt"
+    if task.consumer is not None:
+        yield from _facts_of_consumer(task.consumer)
     if task.where is not None:
         yield f"at {_printable(str(Place(task.where, task.calls)))}"
     if task.awaits is not None:
         yield f"awaits {_printable(task.awaits)}"
     if task.progress is not None:
         yield _drawn_progress(task.progress)
+
+
+def _facts_of_consumer(consumer: ConsumerInfo) -> Iterator[str]:
+    yield f"{consumer.in_hand} in hand (concurrency {consumer.concurrency})"
+    yield f"{consumer.done} done"
+    for what in ("failed", "cancelled", "handed_back"):
+        if count := getattr(consumer, what):
+            yield f"{count} {what.replace('_', ' ')}"
 
 
 def _drawn_progress(progress: Progress) -> str:

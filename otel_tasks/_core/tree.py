@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from otel_tasks._core.events import TREE_LOCK, CancelCause, CancelEvent
 from otel_tasks._core.log import logger
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from otel_tasks._core.group import TaskGroup
     from otel_tasks._core.names import Key, Numbers
     from otel_tasks._core.options import GroupOptions
-    from otel_tasks._core.parts import Ending, LossReport, Threads
+    from otel_tasks._core.parts import Consumer, Ending, LossReport, Threads
     from otel_tasks._core.places import Limiter, Places
     from otel_tasks._core.scope import Scope
     from otel_tasks._core.telemetry import GroupSpan
@@ -359,7 +359,7 @@ class Node:
         """
         for task in self.tasks if before else self._every_live():
             extras = extras_of(task)
-            if not task.done() and not extras.supervises:
+            if not task.done() and not extras.takes_no_place:
                 ageing = self._ledger.places.ageing
                 extras.count_for(
                     limiter, task._group, task._created_at, task._priority, ageing, before=before
@@ -485,6 +485,8 @@ class Ledger:
         self.scopes: dict[int, TaskGroup] = {}
         # The innermost open scoped group of each host task: `async with` inside `async with` nests.
         self.hosts: dict[asyncio.Task[Any], TaskGroup] = {}
+        # Weak: their tasks hold them.
+        self.consumers: WeakSet[Consumer] = WeakSet()
         self.uids = Uids(self.home, self.history)
         # The next number of a scoped group. Atomic, because threads make groups too.
         self.next_number = itertools.count(1).__next__
@@ -531,7 +533,7 @@ class Ledger:
         for group, size in sizes:
             name = low_cardinality(group.name)
             counts[name, "active"] = counts.get((name, "active"), 0) + size - group._queued
-            if self.places.limiter.limit is not None or group._limiter is not None:
+            if self.places.limiter.limit is not None or group._limiter is not None or group._queued:
                 counts[name, "queued"] = counts.get((name, "queued"), 0) + group._queued
         return counts
 
@@ -559,6 +561,7 @@ class Ledger:
         self.places.clear()
         self.scopes.clear()
         self.hosts.clear()
+        self.consumers.clear()
 
     def moved(self, shutdown: Shutdown | None, *, was_closed: bool) -> None:
         """Adapt to the manager's new loop, in which it may have been shut down before."""
