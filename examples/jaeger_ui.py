@@ -70,8 +70,8 @@ def _texts(span: Span, without: list[str]) -> Iterator[str]:
 def warnings(spans: Iterable[Span]) -> list[str]:
     """What is wrong with the traces of these spans, in Jaeger's words where it has some.
 
-    - `<trace-without-root-span>`: the trace has no name, because each of its spans has a parent. In a table of
-      search results, newer versions show the trace id in place of the name.
+    - `<trace-without-root-span>`: the trace has no name, because each of its spans has a parent. Newer
+      versions show the trace id in place of the name.
     - `Incomplete`: spans whose parent was not exported. A link to another trace is no parent.
     - A link to the span's own parent is not shown; it turns the reference to the parent into FOLLOWS_FROM.
     """

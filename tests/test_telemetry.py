@@ -19,7 +19,15 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Sampler
 from opentelemetry.trace import SpanKind, StatusCode
 
 import otel_tasks
-from otel_tasks import CancelCause, CancelKind, TaskGroup, TaskManager, TaskPriority, create_task
+from otel_tasks import (
+    CancelCause,
+    CancelKind,
+    RetryPolicy,
+    TaskGroup,
+    TaskManager,
+    TaskPriority,
+    create_task,
+)
 from otel_tasks._core import telemetry
 from otel_tasks._core.request_group import RequestGroup
 from otel_tasks._core.telemetry import errors, providers
@@ -1304,6 +1312,39 @@ async def test_queued_task_is_one_span_from_its_creation(
     assert span.attributes["otel_tasks.group.name"] == "ingest"
     assert str(span.attributes["code.function.name"]).endswith("test_telemetry.work")
     assert parent_id(span) == caller.get_span_context().span_id
+
+
+async def test_durations_on_spans_are_rounded_to_the_microsecond(
+    narrow: TaskManager, spans: SpanRecorder
+) -> None:
+    """Smaller digits are noise, and a trace viewer shows all of them."""
+
+    async def slow_to_stop() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.1 + 0.2)
+
+    busy = narrow.create_task(slow_to_stop(), name="busy")
+    queued = narrow.create_task(work(), name="queued")
+    await asyncio.sleep(1 / 3)
+    busy.cancel()
+    await ended(busy, queued)
+    await ended(narrow.create_task(_fail_at_once, retry=RetryPolicy(max_attempts=2, delay=1 / 3, jitter=0)))
+
+    assert attributes(spans.span("busy"))["otel_tasks.cancel.duration"] == 0.3
+    assert attributes(spans.span("queued"))["otel_tasks.task.queue.duration"] == 0.633333
+    delays = [
+        (event.attributes or {})["otel_tasks.retry.delay"]
+        for span in spans.finished
+        for event in span.events
+        if event.name == "otel_tasks.retry"
+    ]
+    assert delays == [0.333333]
+
+
+async def _fail_at_once() -> None:
+    raise OSError("gone")
 
 
 async def test_task_with_a_place_has_no_queue_attributes(narrow: TaskManager, spans: SpanRecorder) -> None:
