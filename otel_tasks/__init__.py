@@ -35,6 +35,7 @@ cancellation of their group, their own ``timeout``, and the shutdown of their ma
 
 from otel_tasks._core.backoff import RestartPolicy, RetryPolicy
 from otel_tasks._core.decorator import ManagedFunction, managed_task
+from otel_tasks._core.details import TaskDetails
 from otel_tasks._core.frames import Location
 from otel_tasks._core.functions import (
     cancel_all_tasks,
@@ -55,6 +56,7 @@ from otel_tasks._core.functions import (
 from otel_tasks._core.group import TaskGroup
 from otel_tasks._core.info import ConsumerInfo, PeriodicInfo, TaskInfo
 from otel_tasks._core.manager import TaskManager
+from otel_tasks._core.overview import ClassRow, Counted, GroupRow, Overview, ProgressSum
 from otel_tasks._core.records import TaskStats
 from otel_tasks._core.run import run
 from otel_tasks._core.shutdown import ShutdownReport
@@ -95,23 +97,29 @@ __all__ = [
     "CancelEvent",
     "CancelKind",
     "CancelReport",
+    "ClassRow",
     "ConsumerInfo",
+    "Counted",
     "GroupClosedError",
     "GroupNode",
     "GroupProgress",
+    "GroupRow",
     "IllegalTransitionError",
     "Location",
     "ManagedFunction",
     "ManagedTask",
     "ManagerClosedError",
     "OtelTasksError",
+    "Overview",
     "PeriodicInfo",
     "Progress",
+    "ProgressSum",
     "ProgressWatch",
     "QueueFullError",
     "RestartPolicy",
     "RetryPolicy",
     "ShutdownReport",
+    "TaskDetails",
     "TaskExistsError",
     "TaskGroup",
     "TaskInfo",

@@ -36,6 +36,23 @@ def with_awaiters(*callers: asyncio.Task[Any] | None) -> set[asyncio.Future[Any]
     return set(reached)
 
 
+def tasks_awaiting(task: asyncio.Task[Any]) -> list[asyncio.Task[Any]]:
+    """The tasks that wait for a task, directly or through futures such as that of a ``gather()``."""
+    reached: dict[asyncio.Future[Any], None] = {task: None}
+    found = [task]
+    pending: list[asyncio.Future[Any]] = [task]
+    # The loop below extends the list.
+    for future in pending:
+        for waiting in _waiting_for(future):
+            if waiting not in reached:
+                reached[waiting] = None
+                if isinstance(waiting, asyncio.Task):
+                    found.append(waiting)
+                else:
+                    pending.append(waiting)
+    return found[1:]
+
+
 def _waiting_for(future: asyncio.Future[Any]) -> Iterator[asyncio.Future[Any]]:
     # asyncio's own attribute, 3.11 to 3.15, in C and in Python.
     for callback, _ in future._callbacks or ():

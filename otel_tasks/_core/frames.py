@@ -177,6 +177,20 @@ def place_of(frames: Sequence[FrameType], *, home: bool = False) -> Place:
     return Place(_location(frames[number]), calls)
 
 
+def lines_of(frames: Sequence[FrameType]) -> list[tuple[Location, bool]]:
+    """The lines of a task's frames, innermost first, and whether each is in the user's code.
+
+    Args:
+        frames: Outermost first; the outermost one is the user's, in whatever library it is.
+    """
+    users = {"", *[_origin(frame.f_code.co_filename) for frame in frames[:1]]} - {None}
+    return [
+        (_location(frame), _origin(frame.f_code.co_filename) in users)
+        for frame in reversed(frames)
+        if not _is_ours(frame.f_code.co_filename)
+    ]
+
+
 def _rank(file: str, users: set[str]) -> int:
     """The user's files before a library's, those before the standard library's; 0 for this package's."""
     origin = _origin(file)

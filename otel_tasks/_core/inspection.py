@@ -26,7 +26,7 @@ from otel_tasks._core.task_tree import GroupNode, TaskNode, TaskTree
 from otel_tasks._core.telemetry.context import span_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from types import FrameType
 
     from otel_tasks._core.binding import BoundRequest
@@ -71,6 +71,12 @@ def tree_of(ledger: Ledger, limit: int, stacks: Stacks) -> TaskTree:
     )
 
 
+def nodes_of(ledger: Ledger, tasks: Iterable[ManagedTask[Any]], stacks: Stacks) -> list[TaskNode]:
+    """The nodes of live tasks, in this order."""
+    survey = _Survey(ledger, stacks)
+    return [survey.task(task) for task in tasks]
+
+
 def place_of_task(task: asyncio.Task[Any], stacks: Stacks, thread: int | None) -> Place:
     """Where a task is; for a function in a thread, where that thread is.
 
@@ -103,6 +109,11 @@ def is_queued(task: ManagedTask[Any]) -> bool:
     return task._extras is not None and task._extras.queued
 
 
+def supervises(task: ManagedTask[Any]) -> bool:
+    """True for a service, and for periodic work: other tasks do the work."""
+    return task._extras is not None and task._extras.supervises
+
+
 class _Survey:
     """Builds the nodes of one tree; it has what they share.
 
@@ -129,7 +140,7 @@ class _Survey:
         node = GroupNode(
             id=group.id,
             name=group.name,
-            kind=_kind_of_group(group),
+            kind=kind_of_group(group),
             refusal=group._refusal,
             cause=group._cause,
             max_concurrency=group.max_concurrency,
@@ -147,11 +158,11 @@ class _Survey:
     def task(self, task: ManagedTask[Any]) -> TaskNode:
         """The node of a task, with a service's running attempt."""
         status = task.status
-        kind = _kind_of_task(task)
+        kind = kind_of_task(task)
         # A service waits for its attempt, or for its next start: the code is this package's.
         place = Place() if kind == "service" else self._place(task)
         cause = task.cause
-        attempt = _attempt_of(task)
+        attempt = attempt_of(task)
         trace_id, span_id = span_ids(task._span)
         return TaskNode(
             id=task.id,
@@ -199,7 +210,7 @@ class _Survey:
         if not live or limit <= 0:
             return (), 0
         chosen = list(islice(_own_tasks(group), limit))
-        attempts = {_attempt_of(task) for task in chosen}
+        attempts = {attempt_of(task) for task in chosen}
         return tuple(self.task(task) for task in chosen if task not in attempts), len(chosen)
 
     def _live(self, group: TaskGroup) -> int:
@@ -231,6 +242,19 @@ class _Survey:
         return self._positions[queue].get(ticket)
 
 
+def frames_of_task(task: ManagedTask[Any], stacks: Stacks, thread: int | None) -> list[FrameType]:
+    """The frames of a task, outermost first; for a function in a thread, those of that thread.
+
+    Args:
+        task: A live task.
+        stacks: The frames of all threads.
+        thread: That of the task's loop.
+    """
+    worker = None if task._extras is None else task._extras.worker
+    frames = [] if worker is None else _frames_of(worker, stacks)
+    return frames or stacks.of_task(task, thread, own_coroutine)
+
+
 def _frames_of(worker: ThreadWorker, stacks: Stacks) -> list[FrameType]:
     """The frames of a worker's thread; none before it runs."""
     return stacks.of_thread(worker.thread_id)
@@ -254,7 +278,8 @@ def _own_tasks(group: TaskGroup) -> Iterator[ManagedTask[Any]]:
     return (task for task in list(group._live.values()) if task.group is group)
 
 
-def _attempt_of(task: ManagedTask[Any]) -> ManagedTask[Any] | None:
+def attempt_of(task: ManagedTask[Any]) -> ManagedTask[Any] | None:
+    """A service's running attempt, or the live run of periodic work; None for any other task."""
     attempt = None if task._extras is None else task._extras.attempt
     return attempt if isinstance(attempt, ManagedTask) and not attempt.done() else None
 
@@ -275,14 +300,16 @@ def _awaited_by(task: ManagedTask[Any]) -> str | None:
     return known_as(awaited) if isinstance(awaited, asyncio.Task) else None
 
 
-def _kind_of_task(task: ManagedTask[Any]) -> TaskKind:
+def kind_of_task(task: ManagedTask[Any]) -> TaskKind:
+    """What kind of work a task does."""
     extras = task._extras
-    if extras is not None and extras.supervises:
+    if supervises(task):
         return "service"
     return "task" if extras is None or extras.worker is None else "thread"
 
 
-def _kind_of_group(group: TaskGroup) -> GroupKind:
+def kind_of_group(group: TaskGroup) -> GroupKind:
+    """How a group was opened."""
     if not group.scoped:
         return "labeled"
     return "block" if group._scope is not None else "request"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from otel_tasks._core.causes import passing
 from otel_tasks._core.checks import check_count, check_manager_numbers, checked_name, checked_seconds
 from otel_tasks._core.eager import EAGER
 from otel_tasks._core.ending import Ending
+from otel_tasks._core.events import CancelCause
 from otel_tasks._core.frames import Stacks, calling_line
 from otel_tasks._core.group import TaskGroup
 from otel_tasks._core.info import NO_RESULT, TaskInfo
 from otel_tasks._core.inspection import check_limit, tree_of
+from otel_tasks._core.looking import Looking
 from otel_tasks._core.lookup import Lookup, group_id, merged
 from otel_tasks._core.lost import LostWork
 from otel_tasks._core.options import FROM_MANAGER, GroupOptions
@@ -19,7 +23,7 @@ from otel_tasks._core.places import Limiter, Places, checked_limiter
 from otel_tasks._core.shutdown import ShutdownBounds, ShutdownReport, cancel_groups, shut_down, wait_for_end
 from otel_tasks._core.signals import write_on_signal
 from otel_tasks._core.starting import Starting
-from otel_tasks._core.state import TaskStatus
+from otel_tasks._core.state import CancelKind, TaskStatus
 from otel_tasks._core.telemetry.providers import Telemetry
 from otel_tasks._core.threads import Threads
 from otel_tasks._core.tree import Ledger
@@ -41,7 +45,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class TaskManager(Starting):
+class TaskManager(Starting, Looking):
     """Starts tasks, finds them by name and group, cancels them, and shuts them down.
 
     A manager belongs to one running event loop at a time. Its first task binds it to the loop; it can move
@@ -605,6 +609,7 @@ class TaskManager(Starting):
         *,
         group: str | TaskGroup | None = None,
         timeout: float | None = 10.0,
+        asked_by: str | None = None,
     ) -> bool:
         """Cancel a task and wait until it has ended.
 
@@ -613,6 +618,7 @@ class TaskManager(Starting):
             reason: Recorded with the cause.
             group: Look in this group alone, as for ``get_task``.
             timeout: Seconds to wait for the task's end, at least 0. None means no limit.
+            asked_by: The person who wants it, for the cause. None names the code that calls.
 
         Returns:
             True if the cancellation was requested and ended the task. False if no live task has this name,
@@ -635,7 +641,9 @@ class TaskManager(Starting):
         task = self._lookup.task(name, group)
         if task is None or task.done():
             return False
-        task.cancel(reason)
+        cause = CancelCause.make(CancelKind.EXPLICIT, reason)
+        with passing(cause if asked_by is None else replace(cause, asked_by=asked_by)):
+            task.cancel(reason)
         # A task that cancels itself ends at its next await. It must not be this one.
         return task is not caller and await wait_for_end([task], seconds) == 1
 

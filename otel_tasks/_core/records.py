@@ -10,6 +10,7 @@ from asyncio import CancelledError
 from collections import deque
 from contextvars import copy_context
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from otel_tasks._core.events import CancelCause
@@ -193,6 +194,22 @@ class History:
         entry = self._newest(task_id, group_id)
         return entry if isinstance(entry, KeptResult) else None
 
+    def newest(self, limit: int, among: int | None) -> list[TaskInfo]:
+        """Return the newest records, newest first; of failed and cancelled tasks, if there are more of those.
+
+        Args:
+            limit: How many to return at most.
+            among: Choose from the newest so many; None: the newest of all, however they ended.
+        """
+        entries = list(islice(reversed(self._entries), limit if among is None else among))
+        if len(entries) > limit:
+            notable = [entry for entry in entries if _is_notable(entry)][:limit]
+            others = [entry for entry in entries if not _is_notable(entry)][: limit - len(notable)]
+            # In their order: the entries are compared by identity, because a result may not compare.
+            chosen = {id(entry) for entry in (*notable, *others)}
+            entries = [entry for entry in entries if id(entry) in chosen]
+        return [self._info(entry) for entry in entries]
+
     def change_epoch(self, epoch: float) -> None:
         """Set the epoch of the clock for the next tasks; the records of ended tasks keep theirs."""
         if epoch != self._epoch:
@@ -234,6 +251,12 @@ class History:
             if _is_called(entry, task_id, group_id):
                 return entry
         return None
+
+
+def _is_notable(entry: Brief | TaskInfo | KeptResult) -> bool:
+    if isinstance(entry, KeptResult):
+        entry = entry.info
+    return entry.status is not TaskStatus.COMPLETED if isinstance(entry, TaskInfo) else entry[6] is not None
 
 
 def _times(info: TaskInfo) -> tuple[float, float | None]:

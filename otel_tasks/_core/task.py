@@ -122,6 +122,11 @@ class ManagedTask(asyncio.Task[T]):
         return self._priority
 
     @property
+    def created_at(self) -> float:
+        """The time of its creation, on the clock of ``TaskInfo``."""
+        return self._created_at
+
+    @property
     def metadata(self) -> dict[str, Any]:
         """The metadata given at creation, in a dictionary of the task's own that you may change."""
         extras = extras_of(self)

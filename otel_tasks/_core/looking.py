@@ -1,0 +1,92 @@
+"""Looking: what a manager says about its tasks to a person, or to a program that shows them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from otel_tasks._core.checks import check_count
+from otel_tasks._core.details import TaskDetails, details_of
+from otel_tasks._core.frames import Stacks
+from otel_tasks._core.inspection import nodes_of
+from otel_tasks._core.overview import Overview, overview_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from otel_tasks._core.info import TaskInfo
+    from otel_tasks._core.task import ManagedTask
+    from otel_tasks._core.task_tree import TaskNode
+    from otel_tasks._core.tree import Ledger
+
+
+class Looking:
+    """The part of a manager that looks at tasks without changing anything."""
+
+    # The manager sets it.
+    _ledger: Ledger
+
+    def overview(
+        self, *, members: Mapping[str, int] | None = None, max_groups: int = 200, max_classes: int = 500
+    ) -> Overview:
+        """Sum up what runs by name: groups, classes of tasks, how many there are, and how old.
+
+        It takes about 0.2 us for each live task. Call it in the thread of the event loop.
+
+        Args:
+            members: The keys of rows whose tasks are wanted, and for each how many, oldest first.
+            max_groups: How many rows of groups to make at most, at least 1; the tasks of further groups are
+                counted in one row.
+            max_classes: How many classes to make at most, at least 1; the smallest ones of a group are
+                counted in one class.
+
+        Raises:
+            ValueError: A bound is below 1.
+
+        Example:
+            >>> [(row.name, row.tasks.count) for row in manager.overview().classes]
+        """
+        check_count("max_groups", max_groups, 1)
+        check_count("max_classes", max_classes, 1)
+        ledger = self._ledger
+        return overview_of(ledger, members or {}, max_groups, max_classes, ledger.home.closed_here)
+
+    def describe(self, tasks: Iterable[ManagedTask[Any]]) -> list[TaskNode]:
+        """Return live tasks as ``tree`` shows them, in this order: what they do, and where they wait.
+
+        Args:
+            tasks: Tasks of this manager. One that has ended meanwhile has no place.
+
+        Example:
+            >>> manager.describe([task])[0].where
+        """
+        return nodes_of(self._ledger, tasks, Stacks())
+
+    def details(self, task: ManagedTask[Any]) -> TaskDetails:
+        """Return everything about one live task: the chain of awaits, what waits for it, who cancelled it.
+
+        Args:
+            task: A task of this manager.
+
+        Example:
+            >>> for line, own in manager.details(task).frames:
+            ...     print(line)
+        """
+        return details_of(self._ledger, task)
+
+    def recent(self, limit: int = 50, *, among: int | None = None) -> list[TaskInfo]:
+        """Return snapshots of the tasks that ended last and are remembered, newest first.
+
+        Args:
+            limit: How many at most, at least 0.
+            among: Choose from the last so many, at least 0, and prefer those that failed or were cancelled.
+                None: the last ones, however they ended.
+
+        Raises:
+            ValueError: A number is negative.
+
+        Example:
+            >>> [info.name for info in manager.recent(10)]
+        """
+        check_count("limit", limit, 0)
+        check_count("among", among, 0)
+        return self._ledger.history.newest(limit, among)
