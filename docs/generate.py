@@ -22,7 +22,7 @@ import otel_tasks
 from docs import scenes, signatures
 from docs.architecture import architecture_picture
 from docs.picture import state_picture
-from otel_tasks import asgi, exceptions, fastapi, instrumentation, logs, testing
+from otel_tasks import asgi, exceptions, fastapi, instrumentation, live, logs, testing
 from otel_tasks._core.state import TRANSITIONS, CancelKind, Outcome, TaskPriority
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ SETTINGS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, set[str
     "TaskGroup": (otel_tasks.TaskGroup, None, set()),
     "create_task": (otel_tasks.TaskManager.create_task, otel_tasks.TaskGroup._create, {"coro"}),
     "watch": (otel_tasks.TaskManager.watch, None, set()),
+    "live_view": (live.live_view, None, set()),
     "RetryPolicy": (otel_tasks.RetryPolicy, None, set()),
     "RestartPolicy": (otel_tasks.RestartPolicy, None, set()),
 }
@@ -388,7 +389,7 @@ def llms_txt(base: str = "", names: str = "") -> str:
 def installed_llms_txt() -> str:
     """The same for an installed package: with absolute links, and the module of each public name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    modules = (otel_tasks, fastapi, asgi, logs, testing, instrumentation)
+    modules = (otel_tasks, fastapi, asgi, live, logs, testing, instrumentation)
     names = [f"- `{module.__name__}`: {', '.join(sorted(module.__all__))}" for module in modules]
     return llms_txt(
         base=f"{project['urls']['Source']}/blob/main/docs/",

@@ -166,11 +166,19 @@ class Overview:
     folded_groups: int
     folded_classes: int
 
-    def keys_of(self, info: TaskInfo) -> tuple[str | None, str | None]:
-        """The keys of the rows to which a task belongs, which may have ended; None if its group is unknown.
+    def keys_of(self, task: ManagedTask[Any] | TaskInfo) -> tuple[str | None, str | None]:
+        """The keys of the rows to which a task belongs: of its group, and of its class.
 
-        The row of its class need not be there: the other tasks of that class may have ended too.
+        Args:
+            task: A live task, or the record of one that has ended. Of the latter's groups, only the innermost
+                is known: if no such row is there, the keys are None. The row of its class need not be there.
         """
+        if isinstance(task, asyncio.Task):
+            group = _key_of_group(task._group)
+            return group, key_of("c", group, _class_name(_base_name(task)))
+        return self._keys_of_record(task)
+
+    def _keys_of_record(self, info: TaskInfo) -> tuple[str | None, str | None]:
         name = low_cardinality(info.group) if info.group != info.group_id else info.group
         names = {row.name: row.key for row in reversed(self.groups[1:])} | {"root": self.groups[0].key}
         group = names.get(name)
@@ -381,7 +389,7 @@ class _Survey:
         return tuple(sorted(found, key=lambda task: task._created_at)[:limit])
 
     def _row_of_group(self, group: TaskGroup, above: _Row) -> _Row:
-        name = low_cardinality(group.name) if group.scoped else group.name
+        name = _row_name(group)
         key = key_of("g", above.key, name)
         row = self.rows.get(key)
         if row is not None:
@@ -437,6 +445,23 @@ def _progress(tasks: Iterable[ManagedTask[Any]]) -> ProgressSum | None:
         total=sum(totals) if len(totals) == len(reports) else None,
         reporting=len(reports),
     )
+
+
+def _row_name(group: TaskGroup) -> str:
+    # A label is chosen by the service. A block or a request may have a number in its name.
+    return low_cardinality(group.name) if group.scoped else group.name
+
+
+def _key_of_group(group: TaskGroup) -> str:
+    # The names from the inside out, without the root's.
+    names: list[str] = []
+    while group._parent is not None:
+        names.append(_row_name(group))
+        group = group._parent
+    key = ROOT_KEY
+    for name in reversed(names):
+        key = key_of("g", key, name)
+    return key
 
 
 @lru_cache(maxsize=8192)

@@ -1,44 +1,365 @@
-"""The endpoints of the live view, as a router of FastAPI."""
+"""The endpoints of the live view, as a router of FastAPI; docs/reference/live.md describes them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import inspect
+import json
+from contextlib import suppress
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, Final
 
-from fastapi import APIRouter
+from fastapi import APIRouter, HTTPException, Request, params
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.responses import Response
 
-from otel_tasks import global_task_manager
-from otel_tasks.live.feed import Feed
+from otel_tasks import TaskManager, TaskNotFoundError, global_task_manager
+from otel_tasks._core.log import log_fields, logger
+from otel_tasks.asgi import set_request_timeout
+from otel_tasks.live import guard
+from otel_tasks.live.detail import ended_detail, live_detail
+from otel_tasks.live.feed import VERSION, Feed, encoded
+from otel_tasks.live.guard import Caller, Refused
+from otel_tasks.live.hub import LINGER, Hub, TooManyViewers
+from otel_tasks.live.params import QUERIED, WATCHED, BadRequest, Params, query, reason_of, watched
+from otel_tasks.live.rows import Row, Shown
+from otel_tasks.live.search import listed
+from otel_tasks.live.sse import EventStream
+from otel_tasks.live.stream import RETRY_MS, Stream
 
 if TYPE_CHECKING:
-    from otel_tasks import TaskManager
+    from collections.abc import Awaitable, Callable, Collection, Coroutine
+
+    from otel_tasks import ManagedTask
+
+    Can = Callable[[Request, str, ManagedTask[Any]], bool | Awaitable[bool]]
+
+ACTIONS: Final = frozenset({"cancel"})
+# Seconds that a cancel request waits for the task's end.
+CANCEL_WAIT = 2.0
+MAX_BODY = 8192
+_MEDIA_TYPES = {"page.html": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
 
 
-def live_view(*, auth: Any = None, manager: TaskManager | None = None) -> APIRouter:
+def live_view(
+    *,
+    auth: Any = None,
+    insecure: bool = False,
+    hosts: Collection[str] = (),
+    manager: TaskManager | None = None,
+    actions: Collection[str] = (),
+    can: Can | None = None,
+    trace_url: str | None = None,
+    errors: bool = False,
+    metadata: Collection[str] = (),
+) -> APIRouter:
     """Make a router that shows what runs in a manager: a page, and the JSON behind it.
 
+    Without a viewer it costs nothing. It shows names, times, lines of code, and causes; it does *not* show
+    arguments, results, or local variables.
+
     Args:
-        auth: A dependency, ``Depends(admin)``, that refuses clients who may not look.
+        auth: A dependency, ``Depends(admin)``, that refuses clients who may not look. What it returns names
+            the user in the log and in the cause of a cancellation: a string, or something with ``username``,
+            ``name``, ``email``, ``sub``, or ``id``, as an attribute or a key.
+        insecure: True builds a view without ``auth``, which answers only clients on this machine, under a
+            local name, without a proxy in between.
+        hosts: Further names that such clients may use.
         manager: The manager to show. None: ``global_task_manager``.
+        actions: The actions of viewers besides looking: ``{"cancel"}``, or nothing.
+        can: Called as ``can(request, action, task)`` before each action, and to offer it; returns whether
+            this client may. It may be a coroutine function. None allows what ``actions`` has.
+        trace_url: The link to a trace, with ``{trace_id}`` in it. None shows no links.
+        errors: Show the texts of exceptions, which may contain secrets; their types are always shown.
+        metadata: The keys of tasks' metadata to show.
 
     Returns:
-        The router, for ``app.include_router(..., prefix="/tasks")``.
+        The router, for ``app.include_router(..., prefix="/tasks")``; it needs a prefix.
 
     Raises:
-        ValueError: There is no ``auth``.
+        ValueError: There is neither ``auth`` nor ``insecure=True``, or an action is unknown.
+        TypeError: ``auth`` is not a dependency, or ``manager`` not a TaskManager.
+
+    Telemetry: a cancellation links to the span of its request, and its cause names the user.
 
     Example:
         >>> app.include_router(live_view(auth=Depends(admin)), prefix="/tasks")
     """
-    if auth is None:
+    _check_auth(auth, insecure)
+    unknown = set(actions) - ACTIONS
+    if unknown:
+        raise ValueError(f"actions may contain 'cancel', got {sorted(unknown)}")
+    if manager is not None and not isinstance(manager, TaskManager):
+        raise TypeError(f"manager must be a TaskManager, got {manager!r}")
+    shown = Shown(errors=errors, metadata=tuple(metadata), trace_url=trace_url)
+    view = _View(manager or global_task_manager, shown, frozenset(actions), can)
+    return _router(view, auth, _guarded(insecure, frozenset(host.lower() for host in hosts)))
+
+
+def _check_auth(auth: object, insecure: bool) -> None:
+    if auth is not None and not isinstance(auth, params.Depends):
+        raise TypeError(f"auth must be a dependency, got {auth!r}: write live_view(auth=Depends(...))")
+    if auth is None and not insecure:
         raise ValueError(
-            "live_view() shows what your service does to everyone who can reach it: "
-            "write live_view(auth=Depends(...))"
+            "live_view() needs auth: everyone who can reach it would see what your service does. "
+            "Write live_view(auth=Depends(...)), or live_view(insecure=True) for clients on this machine"
         )
-    feed = Feed(global_task_manager if manager is None else manager)
-    router = APIRouter(dependencies=[auth], include_in_schema=False)
 
-    async def snapshot() -> dict[str, Any]:
-        return feed.snapshot()
 
-    router.add_api_route("/v1/snapshot", snapshot)
+def _router(view: _View, auth: Any, route_class: type[APIRoute]) -> APIRouter:
+    router = APIRouter(include_in_schema=False, route_class=route_class)
+
+    def add(path: str, answer: Callable[[Request, Any], Awaitable[Response]], method: str = "GET") -> None:
+        # The dependency's value is the user: one parameter for both.
+        async def endpoint(request: Request, user: Any = auth) -> Response:
+            return await answer(request, user)
+
+        # FastAPI reads annotations in the module's names, and these are objects already.
+        endpoint.__annotations__ = {"request": Request, "user": Any, "return": Response}
+        router.add_api_route(path, endpoint, methods=[method], response_class=Response, response_model=None)
+
+    add("", _redirect)
+    add("/", lambda request, user: _asset("page.html"))
+    add("/page.js", lambda request, user: _asset("page.js"))
+    add("/page.css", lambda request, user: _asset("page.css"))
+    add("/v1/snapshot", view.snapshot)
+    add("/v1/events", view.events)
+    add("/v1/tasks", view.tasks)
+    add("/v1/tasks/{task_id:path}/cancel", view.cancel, "POST")
+    add("/v1/tasks/{task_id:path}", view.task)
     return router
+
+
+class _View:
+    """The endpoints of one view.
+
+    Args:
+        manager: The manager to show.
+        shown: What the view shows of a task.
+        actions: The actions of viewers.
+        can: Decides on each action.
+    """
+
+    def __init__(self, manager: TaskManager, shown: Shown, actions: Collection[str], can: Can | None) -> None:
+        self._manager = manager
+        self._shown = shown
+        self._actions = actions
+        self._can = can
+        self._hub: Hub | None = None
+
+    @property
+    def hub(self) -> Hub:
+        """The viewers; made by the first, because a server may fork after the view is built."""
+        if self._hub is None:
+            self._hub = Hub(Feed(self._manager, self._shown, self._actions))
+        return self._hub
+
+    async def snapshot(self, request: Request, user: Any) -> Response:
+        """Answer with the whole overview."""
+        Params(request.query_params.multi_items(), ())
+        self._admit(_address(request))
+        return _json(self.hub.feed.snapshot())
+
+    async def events(self, request: Request, user: Any) -> Response:
+        """Answer with a stream, or with what it would begin with."""
+        feed = self.hub.feed
+        wanted = watched(
+            Params(request.query_params.multi_items(), WATCHED),
+            request.headers.get("last-event-id"),
+            feed.overview.groups[0].key,
+        )
+        # The middleware would cut it short; it ends by itself.
+        with suppress(RuntimeError):
+            set_request_timeout(None)
+        viewer = wanted.viewer or _address(request)
+        self._admit(viewer)
+        await self.hub.read_now(wanted.expand, wanted.panel)
+        stream = Stream(self.hub, viewer, wanted.expand, wanted.names, wanted.panel, wanted.after)
+        if wanted.poll:
+            return _json(_polled(stream))
+        return EventStream(stream, guard.HEADERS)
+
+    async def tasks(self, request: Request, user: Any) -> Response:
+        """Answer with a list of tasks."""
+        wanted = query(Params(request.query_params.multi_items(), QUERIED))
+        self.hub.feed.look()
+        return _json(encoded(await listed(self.hub.feed, wanted)))
+
+    async def task(self, request: Request, user: Any) -> Response:
+        """Answer with everything about one task."""
+        Params(request.query_params.multi_items(), ())
+        feed, name = self.hub.feed, request.path_params["task_id"]
+        feed.look()
+        try:
+            task = self._manager.get_task(name)
+        except TaskNotFoundError:
+            return _json(encoded({**feed.stamp(), **self._ended(name), "can": []}))
+        allowed = [action for action in sorted(self._actions) if await self._may(request, action, task)]
+        return _json(encoded({**feed.stamp(), **live_detail(feed, task), "can": allowed}))
+
+    async def cancel(self, request: Request, user: Any) -> Response:
+        """Cancel one task, and wait a little for its end."""
+        if "cancel" not in self._actions:
+            raise Refused(
+                403, "read_only", 'this view is read-only: live_view(actions={"cancel"}) lets it cancel'
+            )
+        reason = reason_of(await _body(request))
+        uid = request.path_params["task_id"]
+        self.hub.feed.look()
+        task = self._live(uid)
+        if task is None:
+            return _json(encoded({"v": VERSION, "result": "ended", **self._state(uid)}))
+        if not await self._may(request, "cancel", task):
+            raise Refused(403, "not_allowed", "you may not cancel this task")
+        name = user_name(user) or f"a client at {_address(request)}"
+        logger.warning(
+            "%s cancels task %r in the live view%s",
+            name,
+            task.id,
+            "" if reason is None else f": {reason}",
+            extra=log_fields(task.info()),
+        )
+        done = await self._manager.cancel_task(uid, reason, timeout=CANCEL_WAIT, asked_by=name)
+        result = "cancelled" if done and task.cancelled() else "ended" if task.done() else "requested"
+        return _json(encoded({"v": VERSION, "result": result, **self._state(uid)}))
+
+    def _admit(self, viewer: str) -> None:
+        if self.hub.closing:
+            raise Refused(503, "shutting_down", "the server stops", {"Retry-After": "5"})
+        try:
+            self.hub.admit(viewer)
+        except TooManyViewers:
+            raise Refused(
+                429, "too_many_viewers", "too many others are looking", {"Retry-After": f"{LINGER:g}"}
+            ) from None
+
+    async def _may(self, request: Request, action: str, task: ManagedTask[Any]) -> bool:
+        if self._can is None:
+            return True
+        allowed = self._can(request, action, task)
+        return bool(await allowed) if inspect.isawaitable(allowed) else allowed is True
+
+    def _live(self, uid: str) -> ManagedTask[Any] | None:
+        """The live task with this uid: never one that merely has this name."""
+        try:
+            task = self._manager.get_task(uid)
+        except TaskNotFoundError:
+            return None
+        return task if task.uid == uid else None
+
+    def _state(self, uid: str) -> Row:
+        feed, task = self.hub.feed, self._live(uid)
+        if task is not None:
+            return {"state": "live", "task": feed.rows([task])[0]}
+        ended = self._ended(uid)
+        if ended["task"].get("id") != uid:
+            raise _not_found(uid)
+        return {"state": "ended", "task": ended["task"]}
+
+    def _ended(self, name: str) -> Row:
+        info = self._manager.get_task_info(name)
+        if info is None:
+            raise _not_found(name)
+        return ended_detail(self.hub.feed, info)
+
+
+def user_name(user: Any) -> str | None:
+    """The name of the user that ``auth`` has returned; None if it shows none."""
+    if isinstance(user, str):
+        return user[:120] or None
+    for key in ("username", "name", "email", "sub", "id"):
+        value = user.get(key) if isinstance(user, dict) else getattr(user, key, None)
+        if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
+            return str(value)[:120]
+    return None
+
+
+def _guarded(insecure: bool, hosts: Collection[str]) -> type[APIRoute]:
+    """A class of routes that checks requests first, and gives every answer the headers and the form."""
+
+    class GuardedRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+            is_page = not self.path.rstrip("/").endswith((".js", ".css")) and "/v1/" not in self.path
+
+            async def guarded(request: Request) -> Response:
+                try:
+                    guard.check(_caller(request, is_page), insecure=insecure, hosts=hosts)
+                    response = await handle(request)
+                except Refused as refusal:
+                    response = _error(refusal.status, refusal.code, refusal.message, refusal.headers)
+                except BadRequest as error:
+                    response = _error(400, "bad_request", str(error))
+                except RequestValidationError:
+                    # Of the dependency: the page sends what it wants.
+                    response = _error(401, "unauthorized", "the authentication is incomplete")
+                except HTTPException as error:
+                    response = _error(error.status_code, "unauthorized", str(error.detail), error.headers)
+                response.headers.update(guard.HEADERS)
+                return response
+
+            return guarded
+
+    return GuardedRoute
+
+
+def _caller(request: Request, is_page: bool) -> Caller:
+    client = None if request.client is None else request.client.host
+    return Caller(request.method, request.headers, client, is_page)
+
+
+def _address(request: Request) -> str:
+    return "unknown" if request.client is None else request.client.host
+
+
+async def _body(request: Request) -> Any:
+    """The JSON of a request, which must say that it is JSON."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refused(415, "not_json", "the content type must be application/json")
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MAX_BODY:
+            raise BadRequest(f"the body has more than {MAX_BODY} bytes")
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise BadRequest("the body is not JSON") from None
+
+
+def _polled(stream: Stream) -> str:
+    events = [f'{{"event":{encoded(kind)},"data":{data}}}' for kind, _, data in stream.begin()]
+    head = encoded({"v": VERSION, "id": stream.hub.feed.id, "retry": RETRY_MS})
+    return f'{head[:-1]},"events":[{",".join(events)}]}}'
+
+
+async def _redirect(request: Request, user: Any) -> Response:
+    # Relative: whatever prefix a proxy has taken away stays.
+    last = request.url.path.rpartition("/")[2]
+    search = f"?{request.url.query}" if request.url.query else ""
+    return Response(status_code=307, headers={"Location": f"{last}/{search}"})
+
+
+async def _asset(name: str) -> Response:
+    return Response(_read(name), media_type=_MEDIA_TYPES[name])
+
+
+@cache
+def _read(name: str) -> bytes:
+    return (files("otel_tasks.live") / "assets" / name).read_bytes()
+
+
+def _json(data: str) -> Response:
+    return Response(data, media_type="application/json")
+
+
+def _error(status: int, code: str, message: str, headers: Any = None) -> Response:
+    data = {"v": VERSION, "error": {"code": code, "message": message}}
+    return Response(encoded(data), status, headers, "application/json")
+
+
+def _not_found(name: str) -> Refused:
+    return Refused(
+        404, "not_found", f"no task has the id {name[:80]!r}: it was never started, or is forgotten"
+    )

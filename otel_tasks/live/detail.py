@@ -1,0 +1,120 @@
+"""Everything about one task, as JSON-ready data: what the panel shows."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from otel_tasks import ManagedTask, TaskStatus
+from otel_tasks.live.rows import (
+    Row,
+    cause_row,
+    ended_row,
+    location,
+    metadata_row,
+    seconds,
+    task_row,
+    text,
+    trace_link,
+)
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from otel_tasks import CancelCause, TaskDetails, TaskInfo
+    from otel_tasks.live.feed import Feed
+
+MAX_FRAMES = 30
+MAX_WAITERS = 20
+MAX_SIBLINGS = 20
+# The records in which ended siblings are searched.
+SEARCHED = 1000
+
+
+def live_detail(feed: Feed, task: ManagedTask[Any]) -> Row:
+    """A live task."""
+    details = feed.manager.details(task)
+    return {
+        "state": "live",
+        "task": task_row(task, details.node, feed.overview, feed.shown),
+        "path": [text(name) for name in details.path],
+        "frames": [{**(location(line) or {}), "own": own} for line, own in details.frames[:MAX_FRAMES]],
+        "waiters": [_waiter(waiter) for waiter in details.waiters[:MAX_WAITERS]],
+        "cause_chain": _chain(feed, task.name, details.node.cause, details, None),
+        "siblings": _siblings(feed, task.group.id, task),
+        "children": details.children,
+        "metadata": metadata_row(task.metadata, feed.shown) if feed.shown.metadata else {},
+        "trace_url": trace_link(details.node.trace_id, details.node.cause, feed.shown),
+    }
+
+
+def ended_detail(feed: Feed, info: TaskInfo) -> Row:
+    """A task that has ended, and that the manager remembers."""
+    return {
+        "state": "ended",
+        "task": ended_row(info, None, feed.overview, feed.shown),
+        "path": [text(feed.manager.name), text(info.group_id), text(info.name)],
+        "frames": [],
+        "waiters": [],
+        "cause_chain": _chain(feed, info.name, info.cause, None, info),
+        "siblings": _siblings(feed, info.group_id, None, info),
+        "children": 0,
+        "metadata": metadata_row(info.metadata, feed.shown),
+        "trace_url": trace_link(info.trace_id, info.cause, feed.shown),
+    }
+
+
+def _waiter(task: asyncio.Task[Any]) -> Row:
+    if isinstance(task, ManagedTask):
+        return {"id": task.uid, "name": text(task.name), "task_id": text(task.id)}
+    return {"id": None, "name": text(task.get_name()), "task_id": None}
+
+
+def _chain(
+    feed: Feed, name: str, cause: CancelCause | None, details: TaskDetails | None, ended: TaskInfo | None
+) -> list[Row]:
+    """How a cancellation came about: its cause, the groups that it came through, and the task."""
+    if cause is None:
+        return []
+    shown = cause_row(cause, feed.shown) or {}
+    steps: list[Row] = [
+        {
+            "step": "cause",
+            "kind": shown.get("kind"),
+            "name": shown.get("asked_by"),
+            "message": shown.get("message"),
+            "at": shown.get("at"),
+        }
+    ]
+    groups = () if details is None else details.cancelled_groups
+    steps += [
+        {"step": "group", "name": text(group), "at": seconds(other.at)}
+        for group, other in groups
+        if other.kind is cause.kind
+    ]
+    end = None if ended is None else seconds(ended.ended_at)
+    return [*steps, {"step": "task", "name": text(name), "at": seconds(cause.at), "ended": end}]
+
+
+def _siblings(feed: Feed, group_id: str, task: ManagedTask[Any] | None, info: TaskInfo | None = None) -> Row:
+    """The other tasks of the same group."""
+    live = [] if task is None else [other for other in task.group.tasks if other is not task]
+    records = feed.manager.recent(SEARCHED)
+    ended = [
+        other
+        for other in records
+        if other.group_id == group_id and (info is None or not _is_same(other, info))
+    ]
+    counts = {str(status): 0 for status in TaskStatus if status.is_final}
+    for other in ended:
+        counts[str(other.status)] += 1
+    return {
+        "live": len(live),
+        "ended": counts,
+        "rows": feed.rows(islice(live, MAX_SIBLINGS)),
+        "ended_rows": [ended_row(other, None, feed.overview, feed.shown) for other in ended[:MAX_SIBLINGS]],
+    }
+
+
+def _is_same(info: TaskInfo, other: TaskInfo) -> bool:
+    return (info.id, info.created_at, info.ended_at) == (other.id, other.created_at, other.ended_at)

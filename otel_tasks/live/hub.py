@@ -1,0 +1,223 @@
+"""The hub: ticks the feed while there are viewers, and wakes their streams.
+
+Rules, each with a test of its own:
+
+1. Without a viewer there is no timer, no task, and no listener. The ticking stops ``LINGER`` seconds after
+   the last stream or poll.
+2. The number of viewers, and of streams per viewer, is bounded; a viewer's newest streams win.
+3. One tick serves all viewers. The rows that they have expanded are read once for all of them, some per tick, and
+   never in one long step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextvars import Context
+from typing import TYPE_CHECKING, Any, Protocol
+
+from otel_tasks import TaskNotFoundError
+from otel_tasks.live.detail import live_detail
+from otel_tasks.live.feed import INTERVAL, Feed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from otel_tasks.live.rows import Row
+
+MAX_VIEWERS = 32
+STREAMS_PER_VIEWER = 2
+LINGER = 5.0
+# Looks at the clock per tick: a step that holds the loop delays them.
+BEATS = 10
+# Rows of expanded classes that are read per tick, each in some 15 us, and in one step.
+ROWS_PER_TICK = 500
+ROWS_PER_STEP = 100
+# Panels that are read per tick.
+PANELS_PER_TICK = 10
+
+
+class Viewer(Protocol):
+    """A stream, as the hub sees it."""
+
+    viewer: str
+    expand: dict[str, int]
+    panel: str | None
+
+    def wake(self) -> None:
+        """There is something new."""
+
+    def end(self, reason: str) -> None:
+        """End it."""
+
+
+class TooManyViewers(Exception):
+    """No further viewer is admitted now."""
+
+
+class Hub:
+    """The viewers of one feed.
+
+    Args:
+        feed: The feed.
+    """
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed = feed
+        self.closing = False
+        # The tasks of expanded rows, and the panels, as of their last look.
+        self.rows: dict[str, list[Row]] = {}
+        self.panels: dict[str, Row | None] = {}
+        self._streams: list[Viewer] = []
+        self._polls: dict[str, float] = {}
+        self._expanded_by_polls: dict[str, int] = {}
+        self._ticking: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._last_seen = 0.0
+        # The row that is read first in the next tick.
+        self._turn = 0
+
+    # -- viewers ----------------------------------------------------------------------------
+
+    def admit(self, viewer: str) -> None:
+        """Note that a viewer is there, and start ticking.
+
+        Raises:
+            TooManyViewers: There are too many others.
+        """
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._enter(loop)
+        self._polls = {name: at for name, at in self._polls.items() if now - at < LINGER}
+        known = {stream.viewer for stream in self._streams} | self._polls.keys()
+        if viewer not in known and len(known) >= MAX_VIEWERS:
+            raise TooManyViewers
+        self._polls[viewer] = self._last_seen = now
+        if self._ticking is None:
+            self.feed.tick()
+            # Not in the context of the request: its trace and its group are not those of the ticks.
+            self._ticking = loop.create_task(self._tick(), name="otel_tasks.live", context=Context())
+
+    def add(self, stream: Viewer) -> None:
+        """Add a stream of an admitted viewer; the oldest of too many is replaced."""
+        own = [other for other in self._streams if other.viewer == stream.viewer]
+        for other in own[: len(own) + 1 - STREAMS_PER_VIEWER]:
+            other.end("replaced")
+            self._streams.remove(other)
+        self._streams.append(stream)
+
+    def remove(self, stream: Viewer) -> None:
+        """Remove a stream that has ended."""
+        if stream in self._streams:
+            self._streams.remove(stream)
+        self._last_seen = asyncio.get_running_loop().time()
+
+    def close(self) -> None:
+        """End all streams: the server stops."""
+        self.closing = True
+        for stream in self._streams:
+            stream.end("shutdown")
+
+    @property
+    def streams(self) -> int:
+        """The number of open streams."""
+        return len(self._streams)
+
+    @property
+    def ticks(self) -> bool:
+        """True while there are viewers, and a little longer."""
+        return self._ticking is not None
+
+    async def read_now(self, expand: Mapping[str, int], panel: str | None) -> None:
+        """Read what a viewer has just expanded, without waiting for the next tick.
+
+        Cancellation: ends the reading.
+        """
+        missing = {key: limit for key, limit in expand.items() if key not in self.rows}
+        if missing:
+            await self._read_rows(self.feed.manager.overview(members=missing).members, missing)
+        if panel is not None:
+            self._read_panel(panel)
+
+    # -- ticking ----------------------------------------------------------------------------
+
+    def _enter(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Forget the ticking of another loop: it is over."""
+        if self._loop is not loop:
+            self._loop = loop
+            self._ticking = None
+            self._streams.clear()
+            self._polls.clear()
+            self.closing = False
+
+    async def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while self._streams or loop.time() - self._last_seen < LINGER:
+                held = await _watch_the_clock(loop)
+                if self.closing:
+                    return
+                wanted = self._wanted()
+                self.feed.tick(wanted, held=held)
+                await self._read_rows(self.feed.overview.members, wanted)
+                self._read_panels()
+                for stream in self._streams:
+                    stream.wake()
+        finally:
+            if self._ticking is asyncio.current_task():
+                self._ticking = None
+                self.rows.clear()
+                self.panels.clear()
+                self.feed.pause()
+
+    def _wanted(self) -> dict[str, int]:
+        """The rows that viewers have expanded, as many as one tick reads, each in its turn."""
+        union: dict[str, int] = {}
+        for stream in self._streams:
+            for key, limit in stream.expand.items():
+                union[key] = max(limit, union.get(key, 0))
+        self.rows = {key: rows for key, rows in self.rows.items() if key in union}
+        keys = sorted(union)
+        start = self._turn % max(1, len(keys))
+        wanted: dict[str, int] = {}
+        size = 0
+        for key in keys[start:] + keys[:start]:
+            if wanted and size + union[key] > ROWS_PER_TICK:
+                break
+            wanted[key] = union[key]
+            size += union[key]
+        self._turn = start + len(wanted)
+        return wanted
+
+    async def _read_rows(self, members: Mapping[str, Iterable[Any]], keys: Iterable[str]) -> None:
+        for key in keys:
+            tasks = list(members.get(key, ()))
+            rows: list[Row] = []
+            for start in range(0, len(tasks), ROWS_PER_STEP):
+                rows += self.feed.rows(tasks[start : start + ROWS_PER_STEP])
+                # The service's own work comes in between.
+                await asyncio.sleep(0)
+            self.rows[key] = rows
+
+    def _read_panels(self) -> None:
+        wanted = list(dict.fromkeys(stream.panel for stream in self._streams if stream.panel is not None))
+        self.panels = {uid: self.panels.get(uid) for uid in wanted}
+        for uid in wanted[:PANELS_PER_TICK]:
+            self._read_panel(uid)
+
+    def _read_panel(self, uid: str) -> None:
+        try:
+            task = self.feed.manager.get_task(uid)
+        except TaskNotFoundError:
+            self.panels[uid] = None
+        else:
+            self.panels[uid] = live_detail(self.feed, task)
+
+
+async def _watch_the_clock(loop: asyncio.AbstractEventLoop) -> float:
+    """Wait for the next tick; return the longest time for which the loop was held meanwhile."""
+    held = 0.0
+    for _ in range(BEATS):
+        due = loop.time() + INTERVAL / BEATS
+        await asyncio.sleep(INTERVAL / BEATS)
+        held = max(held, loop.time() - due)
+    return held

@@ -1,0 +1,173 @@
+"""Search: the tasks of a class, the oldest tasks, those that match some words, and the ended ones.
+
+It looks at many tasks, so it works in batches: the service's own work comes in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from otel_tasks.live.feed import VERSION
+from otel_tasks.live.params import BadRequest, Query
+from otel_tasks.live.rows import Row, ended_row, seconds, short_path
+
+if TYPE_CHECKING:
+    from otel_tasks import ManagedTask, TaskInfo, TaskNode
+    from otel_tasks.live.feed import Feed
+
+# Tasks whose names are compared in one step, and tasks that are looked at in one step.
+NAMES_PER_STEP = 1000
+LOOKS_PER_STEP = 100
+# Tasks that one search by line looks at.
+MAX_LOOKS = 2000
+# Ended tasks that are searched.
+MAX_ENDED = 10_000
+
+# A queued task is pending too.
+_STATUS = {"queued": "pending"}
+_FIRST = {"cancelling": 0, "pending": 1}
+
+
+async def listed(feed: Feed, query: Query) -> Row:
+    """Answer a query.
+
+    Cancellation: ends the search.
+    """
+    answer = await (_ended(feed, query) if query.ended else _live(feed, query))
+    overview = feed.overview
+    return {"v": VERSION, "now": seconds(overview.now), "epoch": seconds(overview.epoch), **answer}
+
+
+async def _live(feed: Feed, query: Query) -> Row:
+    root = feed.overview.groups[0].key
+    key = query.key or root
+    overview = feed.manager.overview(members={key: 10**9})
+    tasks = list(overview.members.get(key, ()))
+    found: list[ManagedTask[Any]] = []
+    for start in range(0, len(tasks), NAMES_PER_STEP):
+        batch = tasks[start : start + NAMES_PER_STEP]
+        found += [task for task in batch if _may_match(task, query, overview.now)]
+        await asyncio.sleep(0)
+    found, partial = await _looked_at(feed, found, query)
+    ordered = _ordered(found, query.sort)
+    start = _offset(query.after)
+    page = [task for task in ordered[start : start + query.limit] if not task.done()]
+    rows: list[Row] = []
+    for first in range(0, len(page), LOOKS_PER_STEP):
+        rows += feed.rows(page[first : first + LOOKS_PER_STEP])
+        await asyncio.sleep(0)
+    return {
+        "rows": rows,
+        "total": len(ordered),
+        "next": _next(start + query.limit, len(ordered)),
+        "partial": partial,
+    }
+
+
+def _may_match(task: ManagedTask[Any], query: Query, now: float) -> bool:
+    """True unless what is quickly known of a task rules it out."""
+    if task.done():
+        return False
+    if query.status is not None and str(task.status) != _STATUS.get(query.status, query.status):
+        return False
+    cause = task.cause
+    since = task.created_at
+    if query.status == "cancelling" and cause is not None and cause.at is not None:
+        since = cause.at
+    return now - since >= query.min_age and (query.group_id is None or _is_in(task, query.group_id))
+
+
+def _is_in(task: ManagedTask[Any], group_id: str) -> bool:
+    group = task.group
+    while True:
+        if group.id == group_id:
+            return True
+        if group.parent is None:
+            return False
+        group = group.parent
+
+
+async def _looked_at(
+    feed: Feed, tasks: list[ManagedTask[Any]], query: Query
+) -> tuple[list[ManagedTask[Any]], bool]:
+    """The tasks that match, by what only a look can tell too, and whether there were too many to look at."""
+    found: list[ManagedTask[Any]] = []
+    looks: list[ManagedTask[Any]] = []
+    for task in tasks:
+        named = _has_words(_names(task), query.words)
+        needs_look = not named or query.where is not None or query.status in ("queued", "pending")
+        (looks if needs_look else found).append(task)
+    for start in range(0, min(len(looks), MAX_LOOKS), LOOKS_PER_STEP):
+        batch = [task for task in looks[start : start + LOOKS_PER_STEP] if not task.done()]
+        nodes = feed.manager.describe(batch)
+        found += [task for task, node in zip(batch, nodes, strict=True) if _matches(task, node, query)]
+        await asyncio.sleep(0)
+    return found, len(looks) > MAX_LOOKS
+
+
+def _matches(task: ManagedTask[Any], node: TaskNode, query: Query) -> bool:
+    works = node.attempt or node
+    line = "" if works.where is None else f"{short_path(works.where.file)}:{works.where.line}"
+    status = "queued" if works.queued and node.cause is None else str(node.status)
+    return (
+        (query.status is None or status == query.status)
+        and (query.where is None or line == query.where)
+        and _has_words(f"{_names(task)} {line}".casefold(), query.words)
+    )
+
+
+def _names(task: ManagedTask[Any]) -> str:
+    return f"{task.id} {task.group.id} {task.trace_id or ''}".casefold()
+
+
+def _has_words(text: str, words: tuple[str, ...]) -> bool:
+    return all(word in text for word in words)
+
+
+def _ordered(tasks: list[ManagedTask[Any]], sort: str) -> list[ManagedTask[Any]]:
+    # Ties by id, so that the order is the same each time.
+    if sort == "name":
+        return sorted(tasks, key=lambda task: (task.name, task.created_at, task.id))
+    if sort == "status":
+        return sorted(tasks, key=lambda task: (_FIRST.get(str(task.status), 2), task.created_at, task.id))
+    tasks = sorted(tasks, key=lambda task: (task.created_at, task.id))
+    return tasks[::-1] if sort == "-age" else tasks
+
+
+async def _ended(feed: Feed, query: Query) -> Row:
+    if query.status is not None or query.where is not None:
+        raise BadRequest("status and where are for live tasks")
+    overview = feed.overview
+    found: list[TaskInfo] = []
+    infos = feed.manager.recent(MAX_ENDED)
+    for start in range(0, len(infos), NAMES_PER_STEP):
+        batch = infos[start : start + NAMES_PER_STEP]
+        found += [
+            info
+            for info in batch
+            if (query.group_id is None or info.group_id == query.group_id)
+            and (query.key is None or query.key in overview.keys_of(info))
+            and _has_words(f"{info.id} {info.group_id} {info.trace_id or ''}".casefold(), query.words)
+        ]
+        await asyncio.sleep(0)
+    start = _offset(query.after)
+    rows = [ended_row(info, None, overview, feed.shown) for info in found[start : start + query.limit]]
+    return {
+        "rows": rows,
+        "total": len(found),
+        "next": _next(start + query.limit, len(found)),
+        "partial": False,
+    }
+
+
+def _offset(after: str | None) -> int:
+    if after is None:
+        return 0
+    if not after.isdecimal() or len(after) > 9:
+        raise BadRequest("after must be the next of the page before")
+    return int(after)
+
+
+def _next(end: int, total: int) -> str | None:
+    return str(end) if end < total else None
