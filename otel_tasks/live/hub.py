@@ -5,8 +5,8 @@ Rules, each with a test of its own:
 1. Without a viewer there is no timer, no task, and no listener. The ticking stops ``LINGER`` seconds after
    the last stream or poll.
 2. The number of viewers, and of streams per viewer, is bounded; a viewer's newest streams win.
-3. One tick serves all viewers. The rows that they have expanded are read once for all of them, some per tick, and
-   never in one long step.
+3. One tick serves all viewers. The rows that they have expanded are read once for all of them, some per tick,
+   and never in one long step.
 """
 
 from __future__ import annotations
