@@ -117,7 +117,7 @@ async def main(*, serve: bool, svg: Path | None, port: int) -> None:
             save_svg(console, svg)
         print_next_steps(console, endpoint)
         if serve:
-            await serve_on(console, running)
+            await serve_on(console, running, endpoint)
     if endpoint:
         # Now, for the last spans are sent when the service stops.
         undelivered = running.undelivered
@@ -227,7 +227,7 @@ async def order_status(url: str, reference: str, calls: ClientSpans) -> str:
         return "unknown" if response.status_code == NOT_FOUND else str(response.json()["status"])
 
 
-async def serve_on(console: Console, running: Service) -> None:
+async def serve_on(console: Console, running: Service, endpoint: str) -> None:
     """Keep the service, and draw each new request, until Ctrl-C or SIGTERM: the end that was announced."""
     this_task = asyncio.current_task()
     assert this_task is not None
@@ -237,7 +237,7 @@ async def serve_on(console: Console, running: Service) -> None:
         print_serving(console, running.url)
         try:
             while running.process.returncode is None:
-                seen = await draw_new_traces(console, client, seen)
+                seen = await draw_new_traces(console, client, seen, endpoint)
                 await asyncio.sleep(LOOK_EVERY)
         except asyncio.CancelledError:
             # It ends well then, and `make` has nothing to complain of; a second one interrupts the end.
@@ -246,8 +246,13 @@ async def serve_on(console: Console, running: Service) -> None:
     raise SystemExit("the service has ended by itself")
 
 
-async def draw_new_traces(console: Console, client: httpx.AsyncClient, seen: set[str]) -> set[str]:
-    """Draw the requests that have ended since the last look; returns what is known now."""
+async def draw_new_traces(
+    console: Console, client: httpx.AsyncClient, seen: set[str], endpoint: str = ""
+) -> set[str]:
+    """Draw the requests that have ended since the last look; returns what is known now.
+
+    With an endpoint, to which the service sends its spans, there is a link to Jaeger below each.
+    """
     try:
         traces = await ended_traces(client)
     except httpx.TransportError:  # busy, or about to end: try again later
@@ -256,6 +261,8 @@ async def draw_new_traces(console: Console, client: httpx.AsyncClient, seen: set
     for trace in new[:TREES_PER_LOOK]:
         path = next(span.attributes.get("url.path", span.name) for span in trace if span.is_request)
         console.print(Group("", Text(str(path), "bold cyan"), trace_tree(trace)))
+        if endpoint:
+            console.print(Text(trace_link(endpoint, trace[0].trace_id, trace), "dim"), soft_wrap=True)
     if more := new[TREES_PER_LOOK:]:
         console.print(f"\nand {len(more)} more requests, see {client.base_url}/debug/spans")
     # Forget what the service has forgotten.

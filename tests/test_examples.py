@@ -463,6 +463,27 @@ def test_of_very_many_requests_a_few_are_drawn(monkeypatch: pytest.MonkeyPatch) 
     assert "and 3 more requests, see http://service/debug/spans" in shown
 
 
+def test_with_a_collector_each_drawn_request_has_a_link_to_jaeger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks for what cancelled the request's tasks; without a collector, there is no link."""
+    left = replace(request_span("t1"), attributes={"otel_tasks.request.outcome": "client_disconnect"})
+    left.attributes.update(request_span("t1").attributes)
+
+    async def ended_traces(client: httpx.AsyncClient) -> dict[str, list[Span]]:
+        return {"t1": [left]}
+
+    async def look(*endpoint: str) -> str:
+        console = Console(width=120, record=True, file=io.StringIO())
+        async with httpx.AsyncClient(base_url="http://service") as client:
+            await demo.draw_new_traces(console, client, set(), *endpoint)
+        return console.export_text()
+
+    monkeypatch.setattr(demo, "ended_traces", ended_traces)
+    monkeypatch.delenv("JAEGER_UI_URL", raising=False)
+    link = "http://localhost:16686/trace/t?uiFind=client_disconnect"
+    assert link in asyncio.run(look("http://localhost:4318"))
+    assert "16686" not in asyncio.run(look())
+
+
 def test_a_service_that_does_not_answer_is_retried() -> None:
     """A look that fails draws nothing and forgets nothing."""
 

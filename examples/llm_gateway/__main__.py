@@ -5,6 +5,8 @@
 Counts what the upstream generates for clients that are gone, and draws the trace of one hang-up. Ends with an
 error unless the middleware stopped each call and no usage record is missing.
 
+With OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4318, Jaeger gets the spans as well.
+
 Takes about fifteen seconds, needs no network but the loopback interface, and leaves no process behind.
 """
 

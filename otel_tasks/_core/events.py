@@ -48,7 +48,7 @@ class CancelCause:
         asked_by: The requester: the name of the managed task; for other code of a request its route
             (``DELETE /jobs/{job}``); elsewhere the name of the asyncio task. None if it was none of them.
         at: The time of the request, on the clock of ``TaskInfo``'s times; None if unknown.
-        origin: The span that was current at the request; a cancelled task's span links to it.
+        origin: The span that was current at the request; a cancelled task's span names it.
     """
 
     kind: CancelKind

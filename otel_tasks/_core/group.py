@@ -443,7 +443,7 @@ class TaskGroup(Creation):
         Args:
             reason: Recorded with the cause of each task.
 
-        Telemetry: the span of each task records the cause, and links to the current span.
+        Telemetry: the span of each task records the cause and names the current span.
 
         Example:
             >>> group.cancel("not needed anymore")

@@ -631,7 +631,7 @@ class TaskManager(Starting, Looking):
 
         Cancellation: cancelling the caller ends the wait; the task stays cancelled.
 
-        Telemetry: the task's span records the cause, and links to the current span.
+        Telemetry: the task's span records the cause and names the current span.
 
         Example:
             >>> await manager.cancel_task("import", reason="superseded")
@@ -679,7 +679,7 @@ class TaskManager(Starting, Looking):
 
         Cancellation: cancelling the caller ends the grace or the wait; the tasks are cancelled.
 
-        Telemetry: the span of each task records the cause, and links to the current span.
+        Telemetry: the span of each task records the cause and names the current span.
 
         Example:
             >>> await manager.cancel_group("ingest", reason="no longer wanted")
@@ -705,7 +705,7 @@ class TaskManager(Starting, Looking):
 
         Cancellation: cancelling the caller ends the grace or the wait; the tasks are cancelled.
 
-        Telemetry: the span of each task records the cause, and links to the current span.
+        Telemetry: the span of each task records the cause and names the current span.
 
         Example:
             >>> await manager.cancel_all_tasks(reason="reload")

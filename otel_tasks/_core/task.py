@@ -226,10 +226,11 @@ class ManagedTask(asyncio.Task[T]):
             False if the task has already ended. True means that cancellation is requested, not that the task
             has ended. A call from another thread schedules the request for the next turn of the loop.
 
-        Telemetry: an event ``otel_tasks.cancel_requested`` on its span, and a link to the span that is
-        current here. Neither if the request comes from a bare loop callback, because ``asyncio.timeout`` and
-        ``asyncio.TaskGroup`` inside the task cancel it for themselves that way; both if the callback is
-        recognized as a construct of another task, such as its timeout.
+        Telemetry: an event ``otel_tasks.cancel_requested`` on its span, which names the span that is current
+        here, by a link or, if that is its parent, by attributes. None of these if the request comes from a
+        bare loop callback, because ``asyncio.timeout`` and ``asyncio.TaskGroup`` inside the task cancel it
+        for themselves that way; all of them if the callback is recognized as a construct of another task,
+        such as its timeout.
         """
         if get_ident() != self._group._ledger.home.thread and _get_running_loop() is not self.get_loop():
             return _cancel_from_elsewhere(self, msg)
