@@ -4,14 +4,15 @@ Run it with ``uvicorn examples.fastapi_app:app``, or see it at work with ``make 
 
 Read it from the top: tracing is set up once and shared by everything that records spans (1); one line binds
 work to its request (2); a handler ends together with everything it starts (3); work that a closed tab must
-not interrupt is kept apart (4); and a long task belongs to no request, so any client can watch its progress
-(5).
+not interrupt is kept apart (4); a long task belongs to no request, so any client can watch its progress (5);
+and a page shows what runs, to those who may see it (6).
 """
 
 import asyncio
 import json
 import os
 import random
+import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -20,6 +21,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, HTTPException, Query, WebSocket
 from fastapi.responses import StreamingResponse
+from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -47,6 +49,7 @@ from otel_tasks.fastapi import (
     progress_events,
     uncancellable,
 )
+from otel_tasks.live import live_view
 
 # --- 1. Tracing ------------------------------------------------------------------------------------------
 
@@ -107,7 +110,7 @@ app = FastAPI(
     telemetry={
         "tracer_provider": tracer_provider,
         "operation_spans": False,
-        "exclude": lambda scope: scope["path"].startswith("/debug/"),
+        "exclude": lambda scope: scope["path"].startswith(("/debug/", "/tasks")),
     },
     # Shuts the manager down with the server: what runs then is cancelled with cause `shutdown`. The
     # lifespan inside it ends last, so that the spans of those tasks are sent too.
@@ -348,6 +351,29 @@ async def watch_export(
     async for event in progress_events(export, last_event_id=last_event_id):
         yield event
 
+
+# --- 6. The live view ------------------------------------------------------------------------------------
+
+password = os.environ.get("LIVE_VIEW_PASSWORD", "")
+
+
+def viewer(credentials: Annotated[HTTPBasicCredentials, Depends(HTTPBasic())]) -> str:
+    """The user of anyone who knows the password. A service would ask its own users for more."""
+    if not secrets.compare_digest(credentials.password.encode(), password.encode()):
+        raise HTTPException(401, "wrong password", {"WWW-Authenticate": "Basic"})
+    return credentials.username
+
+
+# Without a password, it answers only this machine: in a container, even its own host is another one.
+app.include_router(
+    live_view(
+        auth=Depends(viewer) if password else None,
+        insecure=not password,
+        manager=manager,
+        trace_url="http://localhost:16686/trace/{trace_id}",
+    ),
+    prefix="/tasks",
+)
 
 # --- For the demo; a service that is reachable from outside would not have these ------------------------
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from fastapi import HTTPException
+from fastapi.security import HTTPBasicCredentials
 from rich.console import Console
 
 from examples import demo, fastapi_app, server_process
@@ -309,6 +311,32 @@ def test_a_call_without_its_caller_has_no_root_either() -> None:
     assert [line.partition("█")[0].strip() for line in drawn(*tree)[1:]] == ["no root span", "└─ request"]
     tree[0] = replace(tree[0], parent_id=None)
     assert [line.partition("█")[0].strip() for line in drawn(*tree)[1:]] == ["request"]
+
+
+# --- the live view ---------------------------------------------------------------------------------------
+
+
+async def look_at_tasks(client: str) -> httpx.Response:
+    """Open the live view from an address."""
+    transport = httpx.ASGITransport(fastapi_app.app, client=(client, 50_000))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as http:
+        return await http.get("/tasks/")
+
+
+async def test_live_view_without_a_password_answers_this_machine_alone() -> None:
+    """`make demo` needs none; in a container, no client is local."""
+    assert (await look_at_tasks("127.0.0.1")).status_code == 200
+    assert (await look_at_tasks("172.18.0.1")).status_code == 403
+
+
+def test_password_of_the_live_view_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's name goes into the log; a wrong password makes the browser ask again."""
+    monkeypatch.setattr(fastapi_app, "password", "travel")
+    assert fastapi_app.viewer(HTTPBasicCredentials(username="ann", password="travel")) == "ann"
+    with pytest.raises(HTTPException) as refused:
+        fastapi_app.viewer(HTTPBasicCredentials(username="ann", password="trável"))
+    assert refused.value.status_code == 401
+    assert refused.value.headers == {"WWW-Authenticate": "Basic"}
 
 
 # --- the demo ------------------------------------------------------------------------------------------

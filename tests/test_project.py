@@ -214,6 +214,11 @@ def test_jaeger_links_traces_to_the_live_view() -> None:
 
     mounted = config["extensions"]["jaeger_query"]["ui"]["config_file"]
     assert f"./examples/jaeger/ui-config.json:{mounted}:ro" in compose_file()["services"]["jaeger"]["volumes"]
+    service = compose_file()["services"]["service"]
+    # Without a password, the live view would answer only clients inside of the container.
+    assert service["environment"]["LIVE_VIEW_PASSWORD"]
+    assert all(link["url"].startswith("http://localhost:8000/tasks/?q=") for link in links)
+    assert service["ports"] == ["127.0.0.1:8000:8000"]
     # The UI shows no link that has a parameter it does not know (computeTraceLink in jaeger-ui).
     known = {"traceID", "traceName", "duration", "startTime", "endTime"}
     for link in links:
