@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, overload
 
 from otel_tasks._core.checks import checked_name
-from otel_tasks._core.consumer import Drain, Handling, make_consumer
+from otel_tasks._core.consumer import Drain, make_consumer
 from otel_tasks._core.coroutines import check_factory, close_quietly, made_coroutine
 from otel_tasks._core.group import TaskGroup
+from otel_tasks._core.handling import Handling
 from otel_tasks._core.options import with_options_of
 from otel_tasks._core.periodic import Overlap, Periodic, start_periodic
 from otel_tasks._core.retry import check_retried, retried
