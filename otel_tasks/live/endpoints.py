@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final
 
@@ -39,7 +39,7 @@ ACTIONS: Final = frozenset({"cancel"})
 # Seconds that a cancel request waits for the task's end.
 CANCEL_WAIT = 2.0
 MAX_BODY = 8192
-_MEDIA_TYPES = {"page.html": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
+_MEDIA_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 
 
 def live_view(
@@ -120,9 +120,9 @@ def _router(view: _View, auth: Any, route_class: type[APIRoute]) -> APIRouter:
         router.add_api_route(path, endpoint, methods=[method], response_class=Response, response_model=None)
 
     add("", _redirect)
-    add("/", lambda request, user: _asset("page.html"))
-    add("/page.js", lambda request, user: _asset("page.js"))
-    add("/page.css", lambda request, user: _asset("page.css"))
+    add("/", partial(_asset, "page.html"))
+    for name in _assets():
+        add(f"/{name}", partial(_asset, name))
     add("/v1/snapshot", view.snapshot)
     add("/v1/events", view.events)
     add("/v1/tasks", view.tasks)
@@ -281,7 +281,7 @@ def _guarded(insecure: bool, hosts: Collection[str]) -> type[APIRoute]:
     class GuardedRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handle = super().get_route_handler()
-            is_page = not self.path.rstrip("/").endswith((".js", ".css")) and "/v1/" not in self.path
+            is_page = not self.path.rstrip("/").endswith((".js", ".css", ".svg")) and "/v1/" not in self.path
 
             async def guarded(request: Request) -> Response:
                 try:
@@ -341,8 +341,15 @@ async def _redirect(request: Request, user: Any) -> Response:
     return Response(status_code=307, headers={"Location": f"{last}/{search}"})
 
 
-async def _asset(name: str) -> Response:
-    return Response(_read(name), media_type=_MEDIA_TYPES[name])
+@cache
+def _assets() -> list[str]:
+    """The names of the page's scripts, style, and icon."""
+    names = sorted(each.name for each in (files("otel_tasks.live") / "assets").iterdir())
+    return [name for name in names if name.rpartition(".")[2] in _MEDIA_TYPES and name != "page.html"]
+
+
+async def _asset(name: str, request: Request, user: Any) -> Response:
+    return Response(_read(name), media_type=_MEDIA_TYPES[name.rpartition(".")[2]])
 
 
 @cache

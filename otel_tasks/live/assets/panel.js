@@ -1,0 +1,232 @@
+/** The panel next to the list: everything that is known of one task. It stays when the task ends or leaves the list. */
+
+import { $, GLYPHS, TONES, button, clean, duration, fine, make, mark, number, percent, put, short, wall, words } from "./text.js";
+import { get } from "./feed.js";
+import { doing, outcome } from "./rows.js";
+
+const CAUSES = {
+  client_disconnect: "Client disconnected",
+  explicit: "Cancelled on request",
+  timeout: "Timeout",
+  shutdown: "Shutdown",
+  sibling_failed: "Sibling failed",
+  scope_ended: "Scope ended",
+  replaced: "Replaced by a new task",
+  foreign: "Cancelled by other code",
+};
+const REFRESH = 2000; // ms
+
+async function copy(text, node) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const box = make("textarea", "unseen"); // no clipboard on plain HTTP
+    box.value = text;
+    document.body.append(box);
+    box.select();
+    document.execCommand("copy");
+    box.remove();
+    node.focus();
+  }
+  const before = node.textContent;
+  put(node, "copied");
+  setTimeout(() => put(node, before), 1200);
+}
+
+export class Panel {
+  constructor({ model, onShow, onList, onTimeline, onCancel, onClose, mayCancel }) {
+    Object.assign(this, { model, onShow, onList, onTimeline, onCancel, mayCancel });
+    this.node = $("panel");
+    this.id = null;
+    this.parts = new Map();
+    this.title = make("h2");
+    this.path = make("div", "path mono");
+    this.body = make("div");
+    this.cancel = button("Cancel…", () => this.details && onCancel(this.details.task), "danger");
+    this.cancel.append(make("kbd", "", "x"));
+    const shut = button("✕", onClose, "shut");
+    mark(shut, "aria-label", "Close the panel");
+    this.actions = make("div", "actions", this.cancel, button("Copy id", ({ currentTarget }) => copy(this.details?.task.task_id ?? this.id, currentTarget)));
+    this.node.append(shut, this.title, this.path, this.body, this.actions);
+  }
+
+  show(task) {
+    if (this.id === task.id && this.details) return;
+    this.id = task.id;
+    this.details = null;
+    this.missing = "";
+    this.node.hidden = false;
+    this.parts.clear();
+    this.body.replaceChildren();
+    this.#head(task);
+    put(this.path, "");
+    this.cancel.disabled = true;
+    return this.refresh();
+  }
+
+  hide() {
+    this.id = this.details = null;
+    this.node.hidden = true;
+  }
+
+  /** Fetches the task again, at most every two seconds. */
+  async refresh() {
+    const id = this.id;
+    if (!id || (this.asking === id && performance.now() - this.asked < 10 * REFRESH)) return;
+    this.asking = id;
+    this.asked = performance.now();
+    try {
+      const details = await get(`v1/tasks/${encodeURIComponent(id)}`);
+      if (this.id !== id) return;
+      this.details = details;
+      this.missing = "";
+    } catch (error) {
+      if (this.id !== id) return;
+      this.missing = error.status === 404 ? "This task has ended and is no longer remembered." : "";
+      if (error.status === 404 && this.details) this.details = { ...this.details, can: [] };
+    } finally {
+      if (this.asking === id) this.asking = null;
+    }
+    this.update();
+  }
+
+  /** Writes what has changed; each second at most, as ages do. */
+  update(fresh = this.mayCancel()) {
+    if (!this.id) return;
+    if (performance.now() - this.asked > REFRESH && !this.model.frozen && fresh !== null) this.refresh();
+    this.#part("missing", this.missing, () => this.missing && [make("p", "why", this.missing)]);
+    if (!this.details) return;
+    const { task, frames, waiters, cause_chain: chain, siblings, metadata, path, can } = this.details;
+    const ended = this.details.state === "ended";
+    this.#head(task);
+    put(this.path, clean(path.join(" / ")));
+    this.#part("facts", [task, waiters, Math.floor(this.model.now())], () => [this.#facts(task, waiters, ended)]);
+    this.#part("frames", [frames, ended], () => !ended && this.#frames(task, frames));
+    this.#part("chain", chain, () => chain.length && this.#chain(chain));
+    this.#part("siblings", siblings, () => this.#siblings(siblings, task));
+    this.#part("metadata", metadata, () => Object.keys(metadata ?? {}).length && this.#metadata(metadata));
+    this.cancel.hidden = !can.includes("cancel");
+    this.cancel.disabled = !fresh;
+    put(this.cancel.firstChild, task.status === "cancelling" ? "Cancel again…" : "Cancel…");
+  }
+
+  #head(task) {
+    const status = task.status ?? "ended";
+    if (this.title.dataset.of === `${task.id ?? task.n} ${status}`) return;
+    this.title.dataset.of = `${task.id ?? task.n} ${status}`;
+    this.title.replaceChildren(make("span", `s-${TONES[status]}`, GLYPHS[status]), " ", make("bdi", "", task.name ?? "…"));
+  }
+
+  /** A part of the panel, made anew only if its data has changed: a link in another part keeps its focus. */
+  #part(name, data, build) {
+    const state = JSON.stringify(data) ?? "";
+    let part = this.parts.get(name);
+    if (!part) {
+      part = { node: make("section") };
+      this.parts.set(name, part);
+      this.body.append(part.node);
+    }
+    if (part.state === state) return;
+    part.state = state;
+    const built = build() || [];
+    if (name === "facts" && part.node.contains(document.activeElement) && part.node.firstChild) return this.#renew(part.node.firstChild, built[0]);
+    part.node.replaceChildren(...built);
+  }
+
+  /** While the focus is on a link among the facts, only the texts are replaced. */
+  #renew(old, made) {
+    if (old.children.length !== made.children.length) return;
+    [...old.children].forEach((child, index) => {
+      if (!child.contains(document.activeElement)) child.replaceWith(made.children[index].cloneNode(true));
+    });
+  }
+
+  #facts(task, waiters, ended) {
+    const now = this.model.now();
+    const list = make("dl");
+    const add = (term, ...values) => list.append(make("dt", "", term), make("dd", "", ...values));
+    const status = ended ? outcome(task, now) : task.status === "running" ? "running" : doing(task, now) || task.status;
+    list.append(make("dt", "", "Status"), make("dd", `s-${TONES[task.status]}`, status));
+    add("Priority", task.priority);
+    add("Created", `${wall(task.created, this.model)}, ${duration(now - task.created)} ago`);
+    if (ended) add("Ended", `${wall(task.ended, this.model)}, after ${fine(task.ended - task.created)}`);
+    if (task.progress) add("Progress", ...this.#progress(task.progress, now));
+    if (task.attempt) add("Attempt", String(task.attempt));
+    if (task.awaits && !ended) add("Waits for", task.awaits);
+    if (waiters.length) add("Awaited by", ...waiters.flatMap((each, index) => [index ? ", " : "", this.#link(each)]));
+    if (task.trace_id) add("Trace", ...this.#trace(task));
+    return list;
+  }
+
+  #progress({ done, total, fraction, message, seconds_left: left, at }, now) {
+    const bar = make("progress");
+    bar.max = 1;
+    if (fraction !== null && fraction !== undefined) bar.value = fraction;
+    const says = total ? `${number(done)} of ${number(total)} (${percent(fraction)})` : number(done);
+    const eta = left === null || left === undefined ? "" : `, about ${duration(Math.max(0, left - (now - at)))} left`;
+    return [bar, make("div", "", says + eta), message ? make("div", "mute", message) : ""];
+  }
+
+  #trace(task) {
+    const parts = [make("span", "mono", `${task.trace_id.slice(0, 4)}…${task.trace_id.slice(-4)}`), " "];
+    if (/^https?:/.test(this.details.trace_url ?? "")) {
+      const link = make("a", "", "open");
+      Object.assign(link, { href: this.details.trace_url, target: "_blank", rel: "noopener noreferrer" });
+      parts.push(link, " ");
+    }
+    return [...parts, button("copy", ({ currentTarget }) => copy(task.trace_id, currentTarget), "small")];
+  }
+
+  #link({ id, name, task_id: taskId }) {
+    if (!(id ?? taskId)) return make("bdi", "", name);
+    const link = button(name, () => this.onShow({ id: id ?? taskId, name }), "link");
+    link.title = clean(taskId);
+    return link;
+  }
+
+  #frames(task, frames) {
+    if (!frames.length && !task.where) return null;
+    const rows = (frames.length ? frames : [task.where]).map((frame, index) => {
+      const row = make("div", frame.own === false ? "mute" : "", make(index ? "span" : "b", "", short(frame)), ` in ${frame.function}`);
+      row.title = clean(`${frame.file}:${frame.line}`);
+      return row;
+    });
+    const parts = [make("h3", "", "Waiting at"), make("div", "frames mono", ...rows)];
+    if (task.where) {
+      const place = `${task.where.file}:${task.where.line}`;
+      const more = button("Tasks at this line", () => this.onList(new URLSearchParams({ where: place }), `waiting at ${short(task.where)}`), "small");
+      more.append(make("kbd", "", "w"));
+      parts.push(more);
+    }
+    return parts;
+  }
+
+  #chain(chain) {
+    const steps = chain.map((step, index) => {
+      const since = index ? `+${fine(step.at - chain[index - 1].at)}` : wall(step.at, this.model, { hour: "2-digit", minute: "2-digit", second: "2-digit", fractionalSecondDigits: 3 });
+      if (step.step === "cause") {
+        const facts = [since, step.name, step.message].filter(Boolean).join(" · ");
+        return make("li", "", CAUSES[step.kind] ?? words(step.kind), " ", make("small", "", facts));
+      }
+      if (step.step === "group") return make("li", "", `Group ${clean(step.name)} `, make("small", "", since));
+      const end = step.ended === null || step.ended === undefined ? "not finished" : `ended ${fine(step.ended - step.at)} later`;
+      return make("li", "", "This task ", make("small", "", `${since} · ${end}`));
+    });
+    return [make("h3", "", "Why it is cancelled"), make("ol", "chain", ...steps)];
+  }
+
+  #siblings({ live, ended, rows, ended_rows: endedRows }, task) {
+    const total = ended.completed + ended.failed + ended.cancelled;
+    const kinds = ["completed", "failed", "cancelled"].filter((kind) => ended[kind]).map((kind) => `${ended[kind]} ${GLYPHS[kind]}`);
+    const says = `${number(live)} live, ${number(total)} ended${kinds.length ? ` (${kinds.join(", ")})` : ""}`;
+    const items = [...rows, ...endedRows].map((each) =>
+      make("li", "", make("span", `glyph s-${TONES[each.status]}`, GLYPHS[each.status]), this.#link(each)));
+    const time = button("Timeline", () => this.onTimeline({ group_id: task.group_id }, task.group_id), "small");
+    return [make("h3", "", "Siblings"), make("div", "", says), make("ul", "siblings", ...items), time];
+  }
+
+  #metadata(metadata) {
+    const entries = Object.entries(metadata).flatMap(([key, value]) => [make("dt", "", key), make("dd", "", value)]);
+    return [make("h3", "", "Metadata"), make("dl", "", ...entries)];
+  }
+}
