@@ -1,0 +1,1 @@
+"""A shop whose service is worth watching, and its live view."""
