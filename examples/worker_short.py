@@ -1,7 +1,4 @@
-"""A worker: jobs by priority, eight at a time, retries, a feed that never ends, and work every second.
-
-Run it with ``python examples/worker_short.py``. Ctrl-C ends it in order: jobs in the queue are finished first.
-"""
+"""A worker: jobs by priority, eight at a time, with retries, beside a feed and work every second."""
 
 import asyncio
 import itertools
@@ -17,6 +14,8 @@ manager = TaskManager("worker", grace=10.0)
 
 @dataclass
 class Job:
+    """One item of the queue."""
+
     id: int
     priority: TaskPriority
 

@@ -150,16 +150,16 @@ def test_compose_file_pins_its_images_and_stays_local() -> None:
     assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
 
 
-def test_example_image_is_pinned() -> None:
-    """The example's Dockerfile starts from an exact version of Python."""
-    assert re.match(
-        r"FROM python:\d+\.\d+\.\d+-",
-        (ROOT / "examples/Dockerfile").read_text("utf-8").split("\n\n")[0].splitlines()[-1],
-    )
+@pytest.mark.parametrize("dockerfile", ["examples/Dockerfile", "examples/worker/Dockerfile"])
+def test_example_image_is_pinned(dockerfile: str) -> None:
+    """Each stage starts from the same exact version of Python."""
+    stages = set(re.findall(r"^FROM (\S+)", (ROOT / dockerfile).read_text("utf-8"), re.MULTILINE))
+    (image,) = stages
+    assert re.match(r"python:\d+\.\d+\.\d+-", image)
 
 
 def test_plain_up_starts_jaeger_and_the_service_alone() -> None:
-    """The profile `spm` adds Prometheus, and the profile `services` the three services."""
+    """The profile `spm` adds Prometheus, `services` the three services, `worker` the worker."""
     profiles = {name: service.get("profiles", []) for name, service in compose_file()["services"].items()}
 
     assert profiles == {
@@ -168,6 +168,7 @@ def test_plain_up_starts_jaeger_and_the_service_alone() -> None:
         "gateway": ["services"],
         "pricing": ["services"],
         "suppliers": ["services"],
+        "worker": ["worker"],
         "prometheus": ["spm"],
     }
 
@@ -229,8 +230,8 @@ def test_jaeger_links_traces_to_the_live_view() -> None:
 
 @pytest.mark.parametrize(
     "profile",
-    [[], ["--profile", "spm"], ["--profile", "services"]],
-    ids=["default", "spm", "services"],
+    [[], ["--profile", "spm"], ["--profile", "services"], ["--profile", "worker"]],
+    ids=["default", "spm", "services", "worker"],
 )
 def test_compose_accepts_the_file(profile: list[str]) -> None:
     """docker-compose reads the compose file, with each of the profiles and without."""

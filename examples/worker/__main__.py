@@ -11,7 +11,7 @@ from examples.worker.spool import Spool
 from examples.worker.telemetry import set_up_telemetry
 from otel_tasks import TaskManager, run
 
-# deploy.yaml's terminationGracePeriodSeconds covers these two, and what run() adds.
+# The grace period of the container covers these, and what run() adds: see docs/howto/kubernetes.md.
 GRACE = 30.0
 SHUTDOWN_TIMEOUT = 5.0
 

@@ -38,12 +38,13 @@ async def serve_health(
             writer.write(await _answer(reader, checks, time_limit))
             async with asyncio.timeout(time_limit):
                 await writer.drain()
-                # The system resets a connection that is closed with unread data, and the response may be lost.
+                # Closing a connection with unread data resets it, and the response may be lost.
                 writer.write_eof()
                 while await reader.read(_MAX_HEAD):
                     pass
-        except (TimeoutError, EOFError, OSError):
-            # The client is slow, or has left: there is no one to answer.
+        except (TimeoutError, EOFError, OSError, asyncio.CancelledError):
+            # The client is slow or has left, or the worker ends: early releases of Python 3.11 and 3.12 log
+            # an error for a connection whose task ends cancelled.
             pass
         finally:
             writer.close()

@@ -21,10 +21,10 @@ class Job:
 
 
 class Spool:
-    """Jobs in four folders: `new`, `active`, `done`, and `dead`. Several producers may share it, one worker takes.
+    """Jobs in four folders: `new`, `active`, `done`, and `dead`. It has many producers, and one worker.
 
     A job moves by renaming its file, which is atomic: it is always in exactly one folder, whatever ends the
-    process. The calls block the event loop for microseconds, on a local disk.
+    process. The calls block the event loop, for microseconds on a local disk.
 
     Args:
         folder: Where the folders are, or will be.
@@ -66,7 +66,7 @@ class Spool:
 
     async def get(self) -> Job:
         """Wait for the oldest job and take it. No await follows the taking: a cancellation loses no job."""
-        while (job := self._take()) is None:
+        while (job := self._take()) is None:  # noqa: ASYNC110 -- other processes add the files
             await asyncio.sleep(self._poll)
         return job
 

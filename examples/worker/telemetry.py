@@ -13,7 +13,10 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 
 def set_up_telemetry() -> None:
-    """Send spans and metrics by OTLP over HTTP if `OTEL_EXPORTER_OTLP_ENDPOINT` is set; `run` flushes them."""
+    """Send spans and metrics by OTLP over HTTP if `OTEL_EXPORTER_OTLP_ENDPOINT` is set.
+
+    `otel_tasks.run` sends the last ones.
+    """
     if not os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
         return
     # OTEL_SERVICE_NAME has precedence.
