@@ -243,7 +243,7 @@ VISITS = {
             "client_disconnect', 'fetch-2 completed None', 'send_receipt completed None']",
         ],
     ),
-    ("docs/howto/run.md", "readyz"): (
+    ("docs/howto/worker.md", "readyz"): (
         """
         print((await visit("GET", "/readyz")).status)
         """,
