@@ -259,10 +259,13 @@ VISITS = {
 }
 
 BLOCKS = [(page, code) for page in [*PAGES, SKILL] if page not in ELSEWHERE for code in python_blocks(page)]
+# These need packages and servers of `make nightly`: see tests/nightly/test_workers.py.
+NIGHTLY = ["from aio_pika", "from cronsim", "from redis"]
 ALONE = [
     (page, code)
     for page, code in BLOCKS
     if not any(page == where and words in code for where, words in VISITS)
+    and not any(words in code for words in NIGHTLY)
 ]
 
 
@@ -290,6 +293,20 @@ def test_every_application_behaves_as_the_page_says(page: str, words: str) -> No
     (code,) = [code for code in python_blocks(page) if words in code]
     script, wanted = VISITS[page, words]
     assert run_block(code + CLIENT.format(script=script)).splitlines() == wanted
+
+
+@pytest.mark.parametrize("page", ["docs/howto/worker.md"])
+def test_output_below_a_block_is_what_it_prints(page: str) -> None:
+    """A `text` block that follows a Python block without a word between them is its output."""
+    pairs = re.findall(
+        r"^```python\n(.*?)^```\n\n```text\n(.*?)^```",
+        (ROOT / page).read_text("utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
+    assert pairs
+    # A pair may start at an earlier block: the code is what stands behind the last opening fence.
+    for code, output in pairs:
+        assert run_block(code.rpartition("```python\n")[2]) == output
 
 
 def test_every_application_is_visited() -> None:

@@ -65,7 +65,7 @@ def test_the_fastapi_block_answers_and_stops() -> None:
 
 def test_the_library_block_prints_its_comments() -> None:
     """Each comment beside a print shows what it prints."""
-    code = block('TaskManager("crawler"')
+    code = block("start_consumer")
     assert run_block(code).splitlines() == promised_output(code)
 
 
