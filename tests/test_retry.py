@@ -243,6 +243,82 @@ async def test_every_way_to_start_a_task_takes_a_policy() -> None:
     assert [len(work.began) for work in works] == [2] * 8
 
 
+async def test_tasks_of_a_group_take_its_policy() -> None:
+    """However a task enters the group; the group below it has no policy."""
+    async with TaskManager() as manager:
+        mail = manager.get_group("mail", retry=STEADY)
+        works = [Flaky(1) for _ in range(6)]
+        fetches = iter([work.fetch for work in works])
+        tasks = [
+            manager.create_task(next(fetches), group="mail"),
+            mail.create_task(next(fetches), timeout=60),
+            await manager.put_task(next(fetches), group=mail),
+            await manager.start_task("named", next(fetches), group="mail"),
+        ]
+        future = manager.create_task_threadsafe(next(fetches), group="mail")
+        decorated = managed_task(group="mail", manager=manager)(next(fetches))
+        assert await decorated() == await asyncio.wrap_future(future) == "done"
+        assert [await task for task in tasks] == ["done"] * 4
+        assert [len(work.began) for work in works] == [2] * 6
+        with pytest.raises(TypeError, match=r"^create_task\(\) takes a coroutine, got the function fetch"):
+            manager.create_task(works[0].fetch, group="mail.bulk")
+
+
+async def test_function_in_a_thread_takes_the_policy_of_its_group() -> None:
+    """It is called again."""
+    failures = [OSError(), OSError()]
+
+    def upload() -> str:
+        if failures:
+            raise failures.pop()
+        return "done"
+
+    async with TaskManager() as manager:
+        manager.get_group("mail", retry=STEADY)
+        assert await manager.run_in_thread(upload, group="mail") == "done"
+
+
+async def test_policy_of_the_call_comes_before_that_of_the_group() -> None:
+    """One attempt means none again."""
+    manager, work = TaskManager(), Flaky(1)
+    manager.get_group("mail", retry=STEADY)
+    task = manager.create_task(work.fetch, group="mail", retry=RetryPolicy(max_attempts=1))
+    with pytest.raises(ConnectionError):
+        await task
+    assert len(work.began) == 1
+
+
+async def test_coroutine_is_refused_by_a_group_that_retries() -> None:
+    """The message shows what to write; each way in closes the coroutine."""
+    manager = TaskManager()
+    mail = manager.get_group("mail", retry=STEADY)
+    line = r"^group 'mail' retries its tasks, and the coroutine rest runs only once: write {}rest\(...\), "
+    with pytest.raises(TypeError, match=line.format(r"create_task\(lambda: ")):
+        mail.create_task(rest())
+    with pytest.raises(TypeError, match=line.format(r"put_task\(lambda: ")):
+        await manager.put_task(rest(), group="mail")
+    with pytest.raises(TypeError, match=line.format(r"start_task\(name, lambda: ")):
+        await manager.start_task("rest", rest(), group="mail")
+    await manager.create_task(give(1))
+    future = manager.create_task_threadsafe(rest(), group="mail")
+    with pytest.raises(TypeError, match=line.format(r"create_task_threadsafe\(lambda: ")):
+        await asyncio.wrap_future(future)
+
+
+async def test_task_of_a_group_that_retries_creates_tasks_from_coroutines() -> None:
+    """They are part of its attempt: they run once, and again with its next one."""
+    manager, work = TaskManager(), Flaky(1)
+    manager.get_group("mail", retry=STEADY)
+
+    async def send() -> str:
+        return await create_task(work.fetch())
+
+    with pytest.raises(ConnectionError):
+        # Nobody awaits the first part but its task, whose attempt fails with it.
+        await manager.create_task(send, group="mail", retry=RetryPolicy(max_attempts=1))
+    assert await manager.create_task(send, group="mail") == "done"
+
+
 async def test_decorated_function_gets_its_arguments_again() -> None:
     """Each attempt of a decorated function gets the arguments of the call, as a method too."""
     calls: list[tuple[int, int]] = []

@@ -32,7 +32,7 @@ from otel_tasks._core.options import (
     with_options_of,
 )
 from otel_tasks._core.places import Limiter, Ticket, admit, full_limiter
-from otel_tasks._core.retry import retried
+from otel_tasks._core.retry import retried, retried_in_group
 from otel_tasks._core.running import run_when
 from otel_tasks._core.state import TaskPriority
 from otel_tasks._core.task import ManagedTask, extras_of
@@ -205,7 +205,7 @@ class Creation(Named):
         self,
         coro: Callable[[], Coroutine[Any, Any, T]],
         *,
-        retry: RetryPolicy,
+        retry: RetryPolicy | None = None,
         name: str | None = None,
         priority: TaskPriority | int = TaskPriority.NORMAL,
         **options: Unpack[TaskOptions],
@@ -297,10 +297,17 @@ class Creation(Named):
         if not options.keys() <= RetriedTaskOptions.__annotations__.keys():
             close_quietly(coro)
             check_options("create_task", options)
-        if "retry" in options and (policy := options.pop("retry")) is not None:
-            coro = retried(coro, policy)
+        if "retry" in options or self._ledger.options:
+            coro = self._retried(coro, options.pop("retry", None))
         group = self if self._refusal is None else self._open_group()
         return group._create(coro, name, priority, **options)
+
+    def _retried(self, work: Any, policy: RetryPolicy | None, function: str = "create_task") -> Any:
+        """Return ``work``, or the coroutine of all its attempts if the call or this group has a policy."""
+        own = self._ledger.options.get(self)
+        if policy is not None or own is None or own.retry is None:
+            return work if policy is None else retried(work, policy, function)
+        return retried_in_group(work, own.retry, function, self)
 
     def _enter(
         self,

@@ -179,12 +179,13 @@ def managed_task(
     def create(
         work: Callable[[], Coroutine[Any, Any, T]], metadata: Mapping[str, Any] | None
     ) -> ManagedTask[T]:
-        coro = work() if retry is None else retried(work, retry)
         if group is None and manager is None:
+            coro = work() if retry is None else retried(work, retry)
             return create_task(coro, name=name, priority=level, timeout=timeout, metadata=metadata)
         owner = current_manager() if manager is None else manager
-        return owner.create_task(
-            coro, name=name, group=group, priority=level, timeout=timeout, metadata=metadata
+        # A function, because the group may have a policy.
+        return owner._create_made(
+            work, retry, group, name=name, priority=level, timeout=timeout, metadata=metadata
         )
 
     def decorate(target: Callable[P, Coroutine[Any, Any, T]]) -> ManagedFunction[P, T]:

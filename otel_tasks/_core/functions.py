@@ -158,7 +158,7 @@ def create_task(
         raise
     if options:
         return where._create_with(coro, name, priority, options)
-    return where.create_task(coro, name=name, priority=priority)  # type: ignore[arg-type]  # a function is refused
+    return where.create_task(coro, name=name, priority=priority)
 
 
 @with_options_of(TaskGroup._create)

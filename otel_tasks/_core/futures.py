@@ -16,7 +16,6 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from otel_tasks._core.binding import worker_here
-from otel_tasks._core.coroutines import made_coroutine
 from otel_tasks._core.native import add_done_callback
 from otel_tasks._core.task import ManagedTask, cause_elsewhere, extras_of, request_cancel
 from otel_tasks.exceptions import WrongLoopError
@@ -31,14 +30,14 @@ T = TypeVar("T")
 def create_in_loop(
     loop: asyncio.AbstractEventLoop,
     work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
-    create: Callable[[Coroutine[Any, Any, T]], ManagedTask[T]],
+    create: Callable[[Any], ManagedTask[T]],
 ) -> TaskFuture[T]:
     """Create a task in ``loop``, in a copy of the calling thread's context.
 
     Args:
         loop: The manager's.
         work: The coroutine, or a function that creates it in the loop.
-        create: Creates the task; called in the loop.
+        create: Creates the task of ``work``; called in the loop.
 
     Returns:
         The task's future. A closed loop is reported by it, with a ``WrongLoopError``.
@@ -122,7 +121,7 @@ class _Creation(Generic[T]):
     def __init__(
         self,
         work: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
-        create: Callable[[Coroutine[Any, Any, T]], ManagedTask[T]],
+        create: Callable[[Any], ManagedTask[T]],
         future: TaskFuture[T],
     ) -> None:
         self._work = work
@@ -139,7 +138,7 @@ class _Creation(Generic[T]):
             self._refuse("its future was cancelled before the task was created")
             return
         try:
-            self._future.attach(self._create(made_coroutine(work, "create_task_threadsafe")))
+            self._future.attach(self._create(work))
         except BaseException as error:
             self._future.refuse(error)
             if isinstance(error, SystemExit | KeyboardInterrupt):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, TypeVarTuple, overload
 
 from otel_tasks._core.awaiters import hosts_of, with_awaiters
 from otel_tasks._core.checks import check_choice, check_count, check_flag, checked_name, checked_seconds
-from otel_tasks._core.coroutines import check_coroutine, close_quietly, function_name
+from otel_tasks._core.coroutines import check_coroutine, close_quietly, function_name, made_coroutine
 from otel_tasks._core.creation import Creation
 from otel_tasks._core.current import current_group_or_none, current_root, nearest_open, stand_in
 from otel_tasks._core.events import CancelCause
@@ -30,7 +30,7 @@ from otel_tasks._core.options import (
 )
 from otel_tasks._core.places import Limiter, checked_limiter
 from otel_tasks._core.progress import add_up
-from otel_tasks._core.retry import check_retried, retried
+from otel_tasks._core.retry import check_retried
 from otel_tasks._core.scope import OnError, Scope
 from otel_tasks._core.state import CancelKind, TaskPriority
 from otel_tasks._core.task import ManagedTask, cause_elsewhere, reported
@@ -224,16 +224,19 @@ class TaskGroup(Creation):
             name = options.get("name") or function_name(work)
             if retry is not None:
                 check_retried(work, retry, "create_task_threadsafe")
-                work = functools.partial(retried, work, retry, "create_task_threadsafe")
             loop = self._ledger.home.loop_for_others()
             if self._refusal is not None:
                 self._raise_closed(name)
         except BaseException:
             close_quietly(work)
             raise
-        return self._ledger.threads.create_in_loop(
-            loop, work, lambda coro: where(coro).create_task(coro, **options)
-        )
+
+        def create(work: Any) -> ManagedTask[Any]:
+            group, function = where(work), "create_task_threadsafe"
+            coro = made_coroutine(group._retried(work, retry, function), function)
+            return group.create_task(coro, **options)
+
+        return self._ledger.threads.create_in_loop(loop, work, create)
 
     @with_options_of(Creation._create)
     def run_in_thread(
@@ -284,7 +287,7 @@ class TaskGroup(Creation):
         """
         check_option_names("run_in_thread", options)
         make = functools.partial(self._ledger.threads.coroutine, function, args, abandon=abandon)
-        coro = make() if retry is None else retried(make, retry, "run_in_thread")
+        coro: Any = made_coroutine(self._retried(make, retry, "run_in_thread"), "run_in_thread")
         try:
             return self.create_task(coro, **options)
         except BaseException:
@@ -300,7 +303,7 @@ class TaskGroup(Creation):
         self,
         coro: Callable[[], Coroutine[Any, Any, T]],
         *,
-        retry: RetryPolicy,
+        retry: RetryPolicy | None = None,
         **options: Unpack[NamedTaskOptions],
     ) -> ManagedTask[T]: ...
     @with_options_of(Creation._create)
@@ -341,11 +344,10 @@ class TaskGroup(Creation):
         """
         try:
             check_option_names("put_task", options)
-            if retry is not None:
-                coro = retried(coro, retry, "put_task")
+            coro = self._retried(coro, retry, "put_task")
             check_coroutine(coro, "put_task")
             await self._room()
-            return self.create_task(coro, **options)  # type: ignore[arg-type]  # a function is refused
+            return self.create_task(coro, **options)
         except BaseException:
             close_quietly(coro)
             raise

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self, TextIO
 
+    from otel_tasks._core.backoff import RetryPolicy
     from otel_tasks._core.options import FromManager, Trace
     from otel_tasks._core.records import TaskEvent, TaskStats
     from otel_tasks._core.scope import OnError
@@ -241,6 +242,7 @@ class TaskManager(Starting, Looking):
         max_queue: int | None = None,
         timeout: float | None = None,
         trace: Trace | None = None,
+        retry: RetryPolicy | None = None,
     ) -> TaskGroup:
         """Return the label that ``group="x"`` names, created on first use; ``group("x")`` creates a block.
 
@@ -256,6 +258,10 @@ class TaskManager(Starting, Looking):
             timeout: Seconds, at least 0, for each task that sets no ``timeout`` itself; infinity there means
                 no limit. Services have no timeout.
             trace: Whether its tasks start new traces, as for ``create_task``.
+            retry: For each task that sets no ``retry`` itself; ``RetryPolicy(max_attempts=1)`` there means
+                none. Pass a function, as in ``create_task(lambda: send(mail), group="mail")``. A coroutine
+                runs only once, and is refused unless a task of the group creates it, as part of its own
+                attempt. Services, periodic work, and consumers do not use it.
 
         Returns:
             The labeled group, shared by all callers that use its name; never a block of the same name.
@@ -270,7 +276,7 @@ class TaskManager(Starting, Looking):
             >>> mail.create_task(send_mail(user))
         """
         options = GroupOptions(
-            max_concurrency=max_concurrency, max_queue=max_queue, timeout=timeout, trace=trace
+            max_concurrency=max_concurrency, max_queue=max_queue, timeout=timeout, trace=trace, retry=retry
         )
         return self._lookup.label_with(name, options)
 

@@ -31,10 +31,12 @@ class GroupOptions:
     max_queue: int | None = None
     timeout: float | None = None
     trace: Trace | None = None
+    retry: RetryPolicy | None = None
 
     def __post_init__(self) -> None:
         checked_seconds("timeout", self.timeout)
         starts_trace(self.trace)
+        check_retry(self.retry)
 
     def __str__(self) -> str:
         """The options that are set, as they are written in a call."""

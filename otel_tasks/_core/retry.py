@@ -18,12 +18,13 @@ import asyncio
 import logging
 import math
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from otel_tasks._core.backoff import Delays, check_retry
 from otel_tasks._core.cancellation import cancel_once, sleep_unless_set
 from otel_tasks._core.constructs import known_cause
 from otel_tasks._core.coroutines import OwnCoroutine, close_quietly, code_name, function_name, made_coroutine
+from otel_tasks._core.current import current_group_or_none
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.extras import extras_for
 from otel_tasks._core.log import log_fields, logger, text_of
@@ -42,6 +43,15 @@ if TYPE_CHECKING:
     from otel_tasks._core.extras import Extras
 
 T = TypeVar("T")
+
+
+class Group(Protocol):
+    """The part of a ``TaskGroup`` that an error names."""
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+        ...
 
 
 def retried(
@@ -87,6 +97,31 @@ def check_retried(work: object, policy: object, function: str) -> None:
             f"write {function}({_NAMED.get(function, '')}lambda: work(...), retry=...)"
         )
     check_retry(policy)
+
+
+def retried_in_group(work: Any, policy: RetryPolicy, function: str, group: Group) -> Any:
+    """Return the coroutine of all attempts of ``work``, by the policy of its group.
+
+    Args:
+        work: A coroutine, or a function that makes one; a coroutine that is refused is closed.
+        policy: The group's policy.
+        function: The name of the function that the caller called, for the message.
+        group: The group.
+
+    Raises:
+        TypeError: ``work`` is a coroutine, and runs only once.
+    """
+    if not asyncio.iscoroutine(work):
+        return retried(work, policy, function)
+    # A task of the group is retried as a whole: what it creates from a coroutine is part of its attempt.
+    if isinstance(work, Attempts) or current_group_or_none() is group:
+        return work
+    name = function_name(work)
+    close_quietly(work)
+    raise TypeError(
+        f"group {group.id!r} retries its tasks, and the coroutine {name} runs only once: "
+        f"write {function}({_NAMED.get(function, '')}lambda: {name}(...), group={group.id!r})"
+    )
 
 
 # The arguments before the function in a call with ``retry=``, for messages that show the call.

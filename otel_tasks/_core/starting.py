@@ -10,7 +10,7 @@ from otel_tasks._core.coroutines import check_factory, close_quietly, made_corou
 from otel_tasks._core.group import TaskGroup
 from otel_tasks._core.options import with_options_of
 from otel_tasks._core.periodic import Overlap, Periodic, start_periodic
-from otel_tasks._core.retry import check_retried, retried
+from otel_tasks._core.retry import check_retried
 from otel_tasks._core.service import DEFAULT_POLICY, check_repeatable, start_supervisor
 from otel_tasks._core.state import TaskPriority
 
@@ -57,6 +57,17 @@ class Starting:
         retry: RetryPolicy,
         name: str | None = None,
         group: str | TaskGroup | None = None,
+        priority: TaskPriority | int = TaskPriority.NORMAL,
+        **options: Unpack[TaskOptions],
+    ) -> ManagedTask[T]: ...
+    @overload
+    def create_task(
+        self,
+        coro: Callable[[], Coroutine[Any, Any, T]],
+        *,
+        group: str | TaskGroup,
+        retry: RetryPolicy | None = None,
+        name: str | None = None,
         priority: TaskPriority | int = TaskPriority.NORMAL,
         **options: Unpack[TaskOptions],
     ) -> ManagedTask[T]: ...
@@ -124,7 +135,18 @@ class Starting:
         where = self._root if group is None else self._lookup.group(group, coro)
         if options:
             return where._create_with(coro, name, priority, options)
-        return where.create_task(coro, name=name, priority=priority)  # type: ignore[arg-type]  # a function is refused
+        return where.create_task(coro, name=name, priority=priority)
+
+    def _create_made(
+        self,
+        work: Callable[[], Coroutine[Any, Any, T]],
+        retry: RetryPolicy | None,
+        group: str | TaskGroup | None,
+        **options: Unpack[NamedTaskOptions],
+    ) -> ManagedTask[T]:
+        """Create a task of a function that makes its coroutine, with the policy of the call or the group."""
+        where = self._root if group is None else self._lookup.group(group)
+        return where.create_task(made_coroutine(where._retried(work, retry)), **options)
 
     @with_options_of(TaskGroup._create)
     def create_task_threadsafe(
@@ -219,6 +241,15 @@ class Starting:
         *,
         retry: RetryPolicy,
         group: str | TaskGroup | None = None,
+        **options: Unpack[NamedTaskOptions],
+    ) -> ManagedTask[T]: ...
+    @overload
+    async def put_task(
+        self,
+        coro: Callable[[], Coroutine[Any, Any, T]],
+        *,
+        group: str | TaskGroup,
+        retry: RetryPolicy | None = None,
         **options: Unpack[NamedTaskOptions],
     ) -> ManagedTask[T]: ...
     @with_options_of(TaskGroup._create)
@@ -336,7 +367,7 @@ class Starting:
             if on_conflict == "return" and (taken := where._holder(name)) is not None:
                 close_quietly(factory)
                 return taken
-            coro = made_coroutine(factory) if retry is None else retried(factory, retry, "start_task")
+            coro = made_coroutine(where._retried(factory, retry, "start_task"))
             return where._open_group()._create(
                 coro,
                 name,

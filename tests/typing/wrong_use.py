@@ -39,7 +39,7 @@ async def refused(manager: TaskManager, group: TaskGroup, info: TaskInfo, event:
     create_task(count(1), priority="high")  # type: ignore[call-overload]  # a TaskPriority
     create_task(count(1), timeout="1s")  # type: ignore[call-overload]  # seconds
     create_task(count(1), on_conflict="ignore")  # type: ignore[call-overload]  # no such choice
-    group.create_task(count)  # type: ignore[call-overload]  # the function, not its coroutine
+    group.create_task(count)  # type: ignore[arg-type]  # the function, not its coroutine
     create_task(count(1), retry=RetryPolicy())  # type: ignore[call-overload]  # runs only once
     create_task(plain, retry=RetryPolicy())  # type: ignore[arg-type]  # makes no coroutine
     create_task(lambda: count(1), retry=3)  # type: ignore[call-overload]  # a policy
