@@ -670,3 +670,11 @@ async def test_label_does_not_hide_blocks_of_its_name() -> None:
         assert await manager.cancel_group("load") == 2
         await rest()
     assert task.cancelled()
+
+
+async def test_group_of_no_manager_is_refused() -> None:
+    """The message says what to pass."""
+    with pytest.raises(
+        TypeError, match=r"^manager must be a TaskManager, got 3: leave it out for the current"
+    ):
+        TaskGroup(manager=3)  # type: ignore[arg-type]  # that is the mistake

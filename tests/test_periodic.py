@@ -233,6 +233,26 @@ async def test_timeout_bounds_each_run_and_not_the_whole() -> None:
     await manager.shutdown(0)
 
 
+def test_jitter_counts_no_run_as_missed() -> None:
+    """A run that starts late by its jitter leaves the next one its own time, which is not in the past."""
+    times = Times(1.0, 1.0, 0.0)
+    times.begin(100.0)
+    for _ in range(500):
+        now = times.due + 0.2
+        assert times.check(now) == (True, 0)
+        assert times.due >= now - 1e-6
+
+
+async def test_trigger_of_periodic_work_that_is_being_cancelled_starts_nothing() -> None:
+    """The task still runs its cleanup, and says so."""
+    manager = TaskManager()
+    task = await manager.start_periodic("refresh", rest, every=60.0, overlap="wait")
+    await settle()
+    task.cancel()
+    assert manager.trigger("refresh") is False
+    await asyncio.wait([task])
+
+
 # -- triggers -------------------------------------------------------------------------------
 
 

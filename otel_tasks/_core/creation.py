@@ -32,7 +32,7 @@ from otel_tasks._core.options import (
     with_options_of,
 )
 from otel_tasks._core.places import Limiter, Ticket, admit, full_limiter
-from otel_tasks._core.retry import retried, retried_in_group
+from otel_tasks._core.retry import retried_in_group
 from otel_tasks._core.running import run_when
 from otel_tasks._core.state import TaskPriority
 from otel_tasks._core.task import ManagedTask, extras_of
@@ -305,9 +305,8 @@ class Creation(Named):
     def _retried(self, work: Any, policy: RetryPolicy | None, function: str = "create_task") -> Any:
         """Return ``work``, or the coroutine of all its attempts if the call or this group has a policy."""
         own = self._ledger.options.get(self)
-        if policy is not None or own is None or own.retry is None:
-            return work if policy is None else retried(work, policy, function)
-        return retried_in_group(work, own.retry, function, self)
+        default = None if own is None else own.retry
+        return retried_in_group(work, policy, default, function, self)
 
     def _enter(
         self,

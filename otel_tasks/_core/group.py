@@ -111,7 +111,7 @@ class TaskGroup(Creation):
         trace: Trace | None = None,
         manager: Manager | None = None,
     ) -> None:
-        root: TaskGroup = current_root() if manager is None else manager._root
+        root: TaskGroup = current_root() if manager is None else _root_of(manager)
         check_choice("on_error", on_error, OnError)
         label = "group" if name is None else checked_name("group", name, _NAME_IT)
         self._set_up(root._ledger, label, None)
@@ -602,3 +602,10 @@ def _hosts_of(task: ManagedTask[Any]) -> Iterator[asyncio.Future[Any]]:
         if group._scope is not None and group._scope.host is not None:
             yield group._scope.host
         group = group._parent
+
+
+def _root_of(manager: Manager) -> TaskGroup:
+    root = getattr(manager, "_root", None)
+    if not isinstance(root, TaskGroup):
+        raise TypeError(f"manager must be a TaskManager, got {manager!r}: leave it out for the current one")
+    return root

@@ -67,7 +67,7 @@ class TaskManager(Starting, Looking):
         trace: Whether tasks start new traces, as for ``create_task``; a task or a group can set it too.
         history: How many ended tasks to remember, at least 0. The counters do not depend on it.
         grace: Seconds in which tasks may finish at a shutdown before they are cancelled, at least 0; for
-            every shutdown that has no value of its own.
+            every shutdown that has no value of its own. Infinity means no limit; a server needs a limit.
         shutdown_timeout: Seconds for everything after that, at least 0. None means no limit.
         on_error: Called with the snapshot and the exception of each task that fails while nothing waits for
             it. Without it, the failure is logged at ERROR.

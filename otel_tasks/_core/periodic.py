@@ -162,7 +162,9 @@ class Periodic:
             del periodic, extras
 
     def trigger(self) -> bool:
-        """Run now, out of turn; return False if ``overlap`` skips that."""
+        """Run now, out of turn; return False if ``overlap`` skips that, or no run can start any more."""
+        if self._is_over or self._group.cancel_event.cause is not None:
+            return False
         if self._run is not None and self._overlap == "skip":
             self._count(skipped=1)
             return False
@@ -280,7 +282,7 @@ class Times:
     def begin(self, now: float) -> None:
         """Set the time of the first run."""
         self._first = now + self._start
-        self._plan(0)
+        self._plan(0, now)
 
     def check(self, now: float) -> tuple[bool, int]:
         """Return True if a run is due, and how many others have been missed: one run stands for all of them.
@@ -291,11 +293,15 @@ class Times:
             return False, 0
         number = self._number + 1
         # Computed from the first one, so that no delay adds up.
-        missed = max(0, math.floor((now - self._first) / self.every) + 1 - number)
-        self._plan(number + missed)
+        # A run is not missed while it may still start within its jitter.
+        missed = max(0, math.floor((now - self._first - self._jitter) / self.every) + 1 - number)
+        self._plan(number + missed, now)
         return True, missed
 
-    def _plan(self, number: int) -> None:
+    def _plan(self, number: int, now: float) -> None:
         self._number = number
-        late = self._jitter * random.random()  # noqa: S311 - it spreads load, and keeps no secret
-        self.due = self._first + number * self.every + late
+        regular = self._first + number * self.every
+        # Not in the past: the run before it has only just become due.
+        least = min(max(0.0, now - regular), self._jitter)
+        late = least + (self._jitter - least) * random.random()  # noqa: S311 - it spreads load, and keeps no secret
+        self.due = regular + late

@@ -99,20 +99,27 @@ def check_retried(work: object, policy: object, function: str) -> None:
     check_retry(policy)
 
 
-def retried_in_group(work: Any, policy: RetryPolicy, function: str, group: Group) -> Any:
-    """Return the coroutine of all attempts of ``work``, by the policy of its group.
+def retried_in_group(
+    work: Any, policy: RetryPolicy | None, default: RetryPolicy | None, function: str, group: Group
+) -> Any:
+    """Return ``work``, or the coroutine of all its attempts if the call or its group has a policy.
 
     Args:
         work: A coroutine, or a function that makes one; a coroutine that is refused is closed.
-        policy: The group's policy.
+        policy: The policy of the call.
+        default: That of the group.
         function: The name of the function that the caller called, for the message.
         group: The group.
 
     Raises:
-        TypeError: ``work`` is a coroutine, and runs only once.
+        TypeError: ``work`` is a coroutine, which runs only once, or it makes none.
     """
-    if not asyncio.iscoroutine(work):
+    if policy is not None:
         return retried(work, policy, function)
+    if default is None:
+        return work
+    if not asyncio.iscoroutine(work):
+        return retried(work, default, function)
     # A task of the group is retried as a whole: what it creates from a coroutine is part of its attempt.
     if isinstance(work, Attempts) or current_group_or_none() is group:
         return work

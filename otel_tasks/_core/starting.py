@@ -650,7 +650,7 @@ class Starting:
 
         Returns:
             True if a run starts, at once or as ``overlap`` says; False if ``"skip"`` drops it, because a run
-            is live.
+            is live, or if the periodic task is being cancelled.
 
         Raises:
             TaskNotFoundError: No live task has the name.
@@ -667,4 +667,4 @@ class Starting:
         if not isinstance(periodic, Periodic):
             raise TypeError(f"trigger() takes the name of periodic work, and {task.id!r} is another task")
         self._root._ledger.home.enter()
-        return periodic.trigger()
+        return not task.cancelling() and periodic.trigger()
