@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 LOST = "manager 'shop' was not shut down before its event loop ended, and lost "
 CUT = "WARNING the shutdown of manager 'shop' cancelled 1 task: 'poll'"
-HINT = ". Write 'async with manager:' in the main coroutine, or run the server with its lifespan"
+HINT = (
+    ". In a script, write otel_tasks.run(main(), manager=manager); on a server, write "
+    "lifespan=make_lifespan(manager=manager), or add the middleware, and leave the server's lifespan on"
+)
 
 
 @pytest.fixture
@@ -75,7 +78,8 @@ def test_global_manager_is_called_by_its_name(caplog: pytest.LogCaptureFixture) 
         global_task_manager.create_task(rest(), name="poll")
 
     run(main())
-    assert "Write 'async with global_task_manager:' in the main coroutine" in caplog.text
+    assert "write otel_tasks.run(main(), manager=global_task_manager);" in caplog.text
+    assert "write lifespan=make_lifespan(manager=global_task_manager)," in caplog.text
 
 
 def test_task_that_has_not_started_is_marked(manager: TaskManager, caplog: pytest.LogCaptureFixture) -> None:
@@ -99,7 +103,7 @@ def test_long_lists_are_cut(manager: TaskManager, caplog: pytest.LogCaptureFixtu
 
     run(main())
     [message] = caplog.messages
-    assert "'mail-9'; 3 more tasks. Write" in message
+    assert "'mail-9'; 3 more tasks. In a script" in message
     assert "'mail-10'" not in message
 
 

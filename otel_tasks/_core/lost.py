@@ -91,9 +91,11 @@ class LostWork:
         self._reported.update(task for task, _ in lost)
         logger.warning(
             "manager %r was not shut down before its event loop ended, and lost %s. "
-            "Write 'async with %s:' in the main coroutine, or run the server with its lifespan",
+            "In a script, write otel_tasks.run(main(), manager=%s); on a server, write "
+            "lifespan=make_lifespan(manager=%s), or add the middleware, and leave the server's lifespan on",
             self._ledger.name,
             _listed(lost),
+            self._ledger.in_code,
             self._ledger.in_code,
             extra=log_fields_of_all(task.id for task, _ in lost),
         )

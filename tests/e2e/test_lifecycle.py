@@ -90,8 +90,10 @@ def test_server_without_lifespan_names_the_lost_work(name: str, pool: Pool) -> N
     lines = [line for line in server.log().splitlines() if "otel_tasks" in line and "WARNING" in line]
     assert lines == [
         "WARNING otel_tasks: manager 'default' was not shut down before its event loop ended, and lost "
-        "group 'outbox': 'polite', 'sleeper'. Write 'async with global_task_manager:' in the main coroutine, "
-        "or run the server with its lifespan"
+        "group 'outbox': 'polite', 'sleeper'. In a script, write otel_tasks.run(main(), "
+        "manager=global_task_manager); on a server, write "
+        "lifespan=make_lifespan(manager=global_task_manager), or add the middleware, "
+        "and leave the server's lifespan on"
     ], server.log()
 
 
