@@ -19,13 +19,14 @@ Rules, each with a test of its own:
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from otel_tasks._asgi.connection import ClientDisconnected, Receive, Scope, Send
 from otel_tasks._asgi.finishing import finish
 from otel_tasks._asgi.lifespan import serve_lifespan
 from otel_tasks._asgi.request import Request, current_request, require_request
+from otel_tasks._asgi.server_stop import StopSign
 from otel_tasks._asgi.settings import Settings
 from otel_tasks._asgi.timeout import checked_timeout
 from otel_tasks._core.binding import current_binding
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ClientDisconnected",
     "TaskGroupMiddleware",
+    "call_on_server_stop",
     "request_group",
     "set_cancel_handler",
     "set_request_timeout",
@@ -236,6 +238,33 @@ def set_request_timeout(seconds: float | None) -> None:
     """
     checked = checked_timeout("request_timeout", seconds)
     require_request("set_request_timeout()").decide_time_limit(checked)
+
+
+def call_on_server_stop(callback: Callable[[], object]) -> ExitStack:
+    """Call a function in the running loop as soon as the server gets its signal to stop (SIGTERM, SIGINT).
+
+    Servers wait for open responses before the lifespan ends, so a response without an end of its own, such as
+    a stream of events, has to learn of the stop in time. The server's own handler is called too. In another
+    thread than the main one, and where the server gets no signal, ``callback`` is never called.
+
+    Args:
+        callback: Called once for each signal.
+
+    Returns:
+        A context manager that stops listening.
+
+    Raises:
+        RuntimeError: No event loop runs here.
+
+    Example:
+        >>> with call_on_server_stop(stopping.set):
+        ...     await stopping.wait()
+    """
+    sign = StopSign(asyncio.get_running_loop(), callback)
+    end = ExitStack()
+    end.callback(sign.leave)
+    sign.listen()
+    return end
 
 
 @asynccontextmanager

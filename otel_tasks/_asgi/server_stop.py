@@ -59,24 +59,25 @@ async def cut_requests_on_stop(grace: float | None) -> AsyncGenerator[None]:
         stop.end()
 
 
-class _ServerStop:
-    """The stop of the server that runs one loop, from its signal to the end of the lifespan."""
+class StopSign:
+    """The sign that the server of one loop stops: its signal, or for a worker of hypercorn, its event.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, grace: float) -> None:
+    Args:
+        loop: The running loop.
+        callback: Called in the loop at the sign, and again at each further signal.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
         self._loop = loop
-        self._grace = grace
-        self._reason = f"the server stops, and request_grace={grace:g} s are over"
+        self._callback = callback
         self._handlers: list[ChainedHandler] = []
-        # The next step: a look at hypercorn's event, the end of the grace, a look for new requests.
+        # The next look at hypercorn's event.
         self._timer: asyncio.TimerHandle | None = None
-        self._has_begun = self._has_ended = False
-        # When each request was cut short.
-        self._cut_at: dict[Request, float] = {}
         # A signal interrupts any code: its callbacks must not carry the trace of a request.
         self._context = quiet_context()
 
     def listen(self) -> None:
-        """Wait for the sign that the server stops."""
+        """Wait for the sign."""
         event = _hypercorns_event()
         if event is not None:
             self._poll(event)
@@ -84,17 +85,12 @@ class _ServerStop:
             for signum in _stop_signals():
                 self._chain(signum)
 
-    def end(self) -> None:
-        """Wait no longer: the lifespan is over."""
-        self._has_ended = True
+    def leave(self) -> None:
+        """Wait no longer."""
         for handler in self._handlers:
             handler.leave()
         if self._timer is not None:
             self._timer.cancel()
-        for sweeper in sweepers_of(self._loop):
-            sweeper.server_stops = False
-
-    # The sign.
 
     def _chain(self, signum: int) -> None:
         # Not on top of a default action: the signal would not end the process any more. Servers install
@@ -110,13 +106,42 @@ class _ServerStop:
     def _on_signal(self, _: FrameType | None) -> None:
         # RuntimeError: the loop is closed.
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._begin, context=self._context)
+            self._loop.call_soon_threadsafe(self._callback, context=self._context)
 
     def _poll(self, event: Any) -> None:
         if event.is_set():
-            self._begin()
+            self._callback()
         else:
-            self._call_later(_POLL, lambda: self._poll(event))
+            self._timer = self._loop.call_later(_POLL, self._poll, event, context=self._context)
+
+
+class _ServerStop:
+    """The stop of the server that runs one loop, from its signal to the end of the lifespan."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, grace: float) -> None:
+        self._loop = loop
+        self._grace = grace
+        self._reason = f"the server stops, and request_grace={grace:g} s are over"
+        self._sign = StopSign(loop, self._begin)
+        # The next step: the end of the grace, a look for new requests.
+        self._timer: asyncio.TimerHandle | None = None
+        self._has_begun = self._has_ended = False
+        # When each request was cut short.
+        self._cut_at: dict[Request, float] = {}
+        self._context = quiet_context()
+
+    def listen(self) -> None:
+        """Wait for the sign that the server stops."""
+        self._sign.listen()
+
+    def end(self) -> None:
+        """Wait no longer: the lifespan is over."""
+        self._has_ended = True
+        self._sign.leave()
+        if self._timer is not None:
+            self._timer.cancel()
+        for sweeper in sweepers_of(self._loop):
+            sweeper.server_stops = False
 
     # The stop.
 

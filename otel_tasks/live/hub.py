@@ -16,6 +16,7 @@ from contextvars import Context
 from typing import TYPE_CHECKING, Any, Protocol
 
 from otel_tasks import TaskNotFoundError
+from otel_tasks.asgi import call_on_server_stop
 from otel_tasks.live.detail import live_detail
 from otel_tasks.live.feed import INTERVAL, Feed
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 MAX_VIEWERS = 32
 STREAMS_PER_VIEWER = 2
 LINGER = 5.0
+# Seconds after the server's signal in which no viewer is admitted.
+STOPS_WITHIN = 30.0
 # Looks at the clock per tick: a step that holds the loop delays them.
 BEATS = 10
 # Rows of expanded classes that are read per tick, each in some 15 us, and in one step.
@@ -63,7 +66,6 @@ class Hub:
 
     def __init__(self, feed: Feed) -> None:
         self.feed = feed
-        self.closing = False
         # The tasks of expanded rows, and the panels, as of their last look.
         self.rows: dict[str, list[Row]] = {}
         self.panels: dict[str, Row | None] = {}
@@ -73,6 +75,8 @@ class Hub:
         self._ticking: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._last_seen = 0.0
+        # When the server got its signal; a process that goes on serves viewers again.
+        self._stopped_at: float | None = None
         # The row that is read first in the next tick.
         self._turn = 0
 
@@ -111,9 +115,15 @@ class Hub:
             self._streams.remove(stream)
         self._last_seen = asyncio.get_running_loop().time()
 
+    @property
+    def closing(self) -> bool:
+        """True while the server stops."""
+        now = asyncio.get_running_loop().time()
+        return self._stopped_at is not None and now - self._stopped_at < STOPS_WITHIN
+
     def close(self) -> None:
         """End all streams: the server stops."""
-        self.closing = True
+        self._stopped_at = asyncio.get_running_loop().time()
         for stream in self._streams:
             stream.end("shutdown")
 
@@ -147,10 +157,11 @@ class Hub:
             self._ticking = None
             self._streams.clear()
             self._polls.clear()
-            self.closing = False
+            self._stopped_at = None
 
     async def _tick(self) -> None:
         loop = asyncio.get_running_loop()
+        sign = call_on_server_stop(self.close)
         try:
             while self._streams or loop.time() - self._last_seen < LINGER:
                 held = await _watch_the_clock(loop)
@@ -163,6 +174,7 @@ class Hub:
                 for stream in self._streams:
                     stream.wake()
         finally:
+            sign.close()
             if self._ticking is asyncio.current_task():
                 self._ticking = None
                 self.rows.clear()
