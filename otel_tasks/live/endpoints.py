@@ -64,7 +64,8 @@ def live_view(
             the user in the log and in the cause of a cancellation: a string, or something with ``username``,
             ``name``, ``email``, ``sub``, or ``id``, as an attribute or a key.
         insecure: True builds a view without ``auth``, which answers only clients on this machine, under a
-            local name, without a proxy in between.
+            local name. Behind a proxy, use ``auth``: one on the same machine that adds no header looks like
+            a local client.
         hosts: Further names that such clients may use.
         manager: The manager to show. None: ``global_task_manager``.
         actions: The actions of viewers besides looking: ``{"cancel"}``, or nothing.
