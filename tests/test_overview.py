@@ -31,7 +31,7 @@ async def closed(manager: TaskManager) -> None:
 
 
 async def test_tasks_of_one_function_are_one_class() -> None:
-    """Numbers and ids in names do not matter, whoever chose them."""
+    """Numbers and ids in names do not matter."""
     async with TaskManager() as manager:
         for number in range(3):
             manager.create_task(rest())
