@@ -65,7 +65,8 @@ def test_tools_are_pinned_by_exact_version() -> None:
 def test_every_module_is_in_the_contracts() -> None:
     """The import rules of each folder are exhaustive, so that a new module cannot slip past them."""
     layers = [c for c in PYPROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "layers"]
-    folders = {path.parent for path in (ROOT / "otel_tasks").rglob("*.py")}
+    packages = ("otel_tasks", "otel_tasks_terminal")
+    folders = {path.parent for package in packages for path in (ROOT / package).rglob("*.py")}
 
     assert {c["containers"][0] for c in layers if c["exhaustive"]} == {
         ".".join(folder.relative_to(ROOT).parts) for folder in folders

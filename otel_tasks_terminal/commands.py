@@ -1,0 +1,191 @@
+"""The commands: each asks the feed, and prints the answer."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from otel_tasks_terminal import phrases, views
+from otel_tasks_terminal.client import Client, Pairs, usage
+from otel_tasks_terminal.errors import CommandError, ExitCode
+from otel_tasks_terminal.model import Model
+from otel_tasks_terminal.output import is_json, pen_of, print_json, print_lines
+from otel_tasks_terminal.text import clean, counted, number
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    Connect = Callable[[], Client]
+
+Row = dict[str, Any]
+
+# An argument that begins with a dash would be taken for an option.
+_SORTS = {"newest": "-age"}
+# The tasks that `tree --tasks` shows below one name.
+TASKS_PER_CLASS = 200
+
+
+def ls(options: argparse.Namespace, connect: Connect) -> int:
+    """List tasks."""
+    pairs = _filters(options)
+    answer = connect().listed(pairs, options.limit)
+    rows = answer["rows"]
+    if is_json(options):
+        print_json(answer)
+    elif options.quiet:
+        print_lines(clean(row["id"]) for row in rows if row.get("id"))
+    elif rows:
+        print_lines((views.ended_list if options.ended else views.live_list)(answer, pen_of(options)))
+    if not is_json(options):
+        _note_rest(answer, ended=options.ended, filtered=bool(pairs))
+    return ExitCode.OK
+
+
+def _filters(options: argparse.Namespace) -> Pairs:
+    if options.ended and (options.status or options.where or options.min_age):
+        raise usage("--status, --where, and --min-age are for live tasks, not for --ended")
+    values = {
+        "q": " ".join(options.words),
+        "status": options.status,
+        "min_age": None if options.min_age is None else f"{options.min_age:g}",
+        "where": options.where,
+        "group_id": options.group,
+        "key": options.key,
+        "state": "ended" if options.ended else None,
+        "sort": _SORTS.get(options.sort, options.sort),
+    }
+    return [(name, value) for name, value in values.items() if value]
+
+
+def _note_rest(answer: Row, *, ended: bool, filtered: bool) -> None:
+    """Say on stderr what the list does not: nothing found, or more than this."""
+    shown, total = len(answer["rows"]), answer.get("total") or 0
+    kind = "ended task" if ended else "live task"
+    if not shown:
+        print(f"no {kind}{' matches' if filtered else ''}", file=sys.stderr)
+    elif total > shown:
+        print(
+            f"{number(shown)} of {counted(total, kind)}: --limit, or a filter, shows others", file=sys.stderr
+        )
+    if answer.get("partial"):
+        print("not all tasks were searched by their line: add a word or --group", file=sys.stderr)
+
+
+def tree(options: argparse.Namespace, connect: Connect) -> int:
+    """Show groups, and the tasks in them by name."""
+    client = connect()
+    snapshot = client.get("snapshot")
+    if is_json(options):
+        print_json(snapshot)
+        return ExitCode.OK
+    model, pen = Model(), pen_of(options)
+    model.apply("snapshot", snapshot)
+    model.open_all()
+    if options.tasks:
+        _open_classes(model, client)
+    print_lines(views.head(model, pen))
+    print()
+    print_lines(views.tree(model.tree(options.sort), model, pen))
+    _note_more(model)
+    return ExitCode.OK
+
+
+def _open_classes(model: Model, client: Client) -> None:
+    for entry in model.tree():
+        if entry.kind == "class":
+            answer = client.listed([("key", entry.key)], TASKS_PER_CLASS)
+            model.take(entry.key, answer["rows"], (), answer.get("total") or 0, full=True)
+            model.opened[entry.key] = True
+
+
+def _note_more(model: Model) -> None:
+    for name, singular in (("groups", "group"), ("classes", "name of tasks")):
+        if count := model.more.get(name):
+            print(f"{counted(count, 'more ' + singular)} not shown", file=sys.stderr)
+
+
+def show(options: argparse.Namespace, connect: Connect) -> int:
+    """Show everything about one task."""
+    answer = connect().task(options.id)
+    if is_json(options):
+        print_json(answer)
+    else:
+        print_lines(views.detail(answer, pen_of(options)))
+    return ExitCode.OK
+
+
+# --- cancel ----------------------------------------------------------------------------------------
+
+
+def cancel(options: argparse.Namespace, connect: Connect) -> int:
+    """Cancel one task, once someone has confirmed it."""
+    if not options.yes and not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise usage("cancel asks before it acts, and there is no terminal to ask: add --yes")
+    client = connect()
+    found = client.task(options.id)
+    task = found["task"]
+    _check_unique(client, options.id, task)
+    if found.get("state") == "ended":
+        return _report(
+            options, {"v": 1, "result": "ended", "state": "ended", "task": task}, found.get("now", 0.0)
+        )
+    if not options.yes and not _confirmed(found):
+        print("nothing was cancelled", file=sys.stderr)
+        return ExitCode.NOTHING_DONE
+    # By its uid: another task may have the name by the time the answer is typed.
+    return _report(options, client.cancel(task["id"], options.reason), found.get("now", 0.0))
+
+
+def _check_unique(client: Client, wanted: str, task: Row) -> None:
+    """Refuse a name that several live tasks have: the service would choose one of them."""
+    if wanted in (task.get("id"), task.get("task_id")):
+        return
+    same = [
+        row
+        for row in client.listed([("q", wanted[:200])], 1000)["rows"]
+        if row.get("name") == task.get("name")
+    ]
+    if len(same) > 1:
+        ids = ", ".join(clean(row.get("id")) for row in same[:3])
+        more = ", ..." if len(same) > 3 else ""
+        raise CommandError(
+            ExitCode.NOTHING_DONE,
+            f"{counted(len(same), 'task')} have the name {clean(wanted)!r}: give the id of one ({ids}{more})",
+        )
+
+
+def _confirmed(found: Row) -> bool:
+    task = found["task"]
+    says = phrases.doing(task, found.get("now", 0.0))
+    print(f"cancel {clean(task.get('name'))}?", file=sys.stderr)
+    print(f"  id         {clean(task.get('task_id'), 200)}", file=sys.stderr)
+    if says:
+        print(f"  now        {says}", file=sys.stderr)
+    print(f"  also ends  {phrases.also_ended(found.get('children') or 0)}", file=sys.stderr)
+    print("[y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().casefold() in ("y", "yes")
+
+
+def _report(options: argparse.Namespace, answer: Row, now: float) -> int:
+    result, task = answer.get("result"), answer.get("task") or {}
+    name = clean(task.get("name", options.id))
+    if is_json(options):
+        print_json(answer)
+    elif result == "cancelled":
+        print(f"{name} was cancelled, and has ended")
+    elif result == "requested":
+        print(f"{name} still runs: it cleans up, or ignores the request")
+    else:
+        print(f"{name} had already ended: {phrases.outcome(task, now)}")
+    return ExitCode.STILL_RUNS if result == "requested" else ExitCode.OK
+
+
+# --- other modules ---------------------------------------------------------------------------------
+
+
+def watch(options: argparse.Namespace, connect: Connect) -> int:
+    """Show the overview, and keep it up to date."""
+    from otel_tasks_terminal.watch import watch
+
+    return watch(options, connect())
