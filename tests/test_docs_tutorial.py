@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -27,7 +28,10 @@ pytestmark = pytest.mark.e2e
 TEXT = (ROOT / "docs" / "tutorial.md").read_text("utf-8")
 FILES = re.findall(r'^```python title="([\w.]+)"\n(.*?)^```', TEXT, re.MULTILINE | re.DOTALL)
 PLAIN, BOUND = [code for name, code in FILES if name == "app.py"]
-OTHERS = {name: code for name, code in FILES if name != "app.py"}
+(WORKER,) = [code for name, code in FILES if name == "worker.py"]
+OTHERS = {name: code for name, code in FILES if name not in ("app.py", "worker.py")}
+# The trees that it shows: those of the two requests, and that of a mail.
+REQUESTS, MAIL = re.findall(r"^```text\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 # The lines that the reader adds to app.py for the trace.
 (ADDED,) = re.findall(r"^```python\n(import tracing\n.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 # The suppliers take seconds; the test has not the reader's patience.
@@ -140,8 +144,45 @@ def test_the_service_stops_and_the_tree_says_so(reader: Reader) -> None:
     assert (printed.count("trains has answered"), printed.count("hotels has answered")) == (2, 1)
     assert "Traceback" not in printed
 
-    (shown,) = re.findall(r"^```text\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-    assert trees(reader.run("show.py")) == trees(shown)
+    assert trees(reader.run("show.py")) == trees(REQUESTS)
+
+
+def test_the_worker_stops_in_order(reader: Reader) -> None:
+    """Step 6: the third mail is retried; Ctrl-C lets the running mails finish, and each has a trace."""
+    code = WORKER.replace("import random\n", "").replace("sleep(1.0)", "sleep(0.3)")
+    failing = "(next(tries, 1.0) if number == 2 else 1.0)"
+    for name, text in OTHERS.items():
+        reader.save(name, text)
+    reader.save("worker.py", "tries = iter([0.0])\n" + code.replace("random.random()", failing))
+    output = reader.directory / "output.txt"
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "worker.py"],
+            cwd=reader.directory,
+            env=reader.environment,
+            stdout=file,
+            stderr=file,
+            # A shell that runs the tests in the background ignores SIGINT, and the worker would inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    try:
+        reader.wait_until(lambda: "mail 2 sent" in output.read_text())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=DEADLINE) == 130
+    finally:
+        process.kill()
+        process.wait()
+    printed = output.read_text()
+    sent = [int(number) for number in re.findall(r"^INFO mail (\d+) sent$", printed, re.MULTILINE)]
+    assert sorted(sent) == list(range(len(sent)))
+    assert printed.count("WARNING task 'send_mail-3' failed in attempt 1 and is retried in") == 1
+    assert "INFO received SIGINT, shutting down\n" in printed
+    *_, last = printed.splitlines()
+    assert last == f"WARNING consumer 'mail' has stopped; left in the queue: {100 - len(sent)}"
+    drawn = trees(reader.run("show.py"))
+    (mail,) = trees(MAIL)
+    assert mail in drawn
+    assert sum(tree[1][0] == "send_mail" for tree in drawn) == len(sent)
 
 
 def trees(text: str) -> list[list[list[str]]]:

@@ -91,13 +91,16 @@ class Spool:
     def _take(self) -> Job | None:
         if not self._seen:
             self._seen = sorted((path.name for path in self._folders["new"].iterdir()), reverse=True)
-        if not self._seen:
-            return None
-        id = self._seen.pop()
-        taken = self._folders["new"] / id
-        active = self._folders["active"] / id
-        taken.rename(active)
-        return Job(id, read(active))
+        while self._seen:
+            id = self._seen.pop()
+            active = self._folders["active"] / id
+            try:
+                (self._folders["new"] / id).rename(active)
+            except FileNotFoundError:
+                # Someone has removed it since the last look.
+                continue
+            return Job(id, read(active))
+        return None
 
     def _move(self, job: Job, folder: str) -> None:
         (self._folders["active"] / job.id).rename(self._folders[folder] / job.id)
