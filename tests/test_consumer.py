@@ -31,7 +31,7 @@ from otel_tasks import (
     managed_task,
 )
 from otel_tasks.testing import SpanRecorder, VirtualClockLoop, assert_no_tasks_left, run
-from tests.helpers import ignore_cancels, now, rest, settle
+from tests.helpers import cancel_at_each_await, ignore_cancels, now, rest, settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -1432,6 +1432,90 @@ async def test_source_that_returns_nothing_to_await_fails_the_consumer() -> None
     consumer = await manager.start_consumer("jobs", wrong, handle, restart=RestartPolicy(max_failures=1))
     with pytest.raises(TypeError, match="the source of consumer 'jobs' returned 7, which cannot be awaited"):
         await consumer
+
+
+# -- in each turn of the loop ---------------------------------------------------------------
+
+
+class Wrapped(asyncio.Queue[int]):
+    """A queue whose ``get()`` goes through a task of its own, as a client's may."""
+
+    async def get(self) -> int:
+        return await asyncio.wait_for(super().get(), 5.0)
+
+
+@pytest.mark.parametrize("kind", [asyncio.Queue, Wrapped])
+@pytest.mark.parametrize("how", ["cancel", "twice", "group", "shutdown", "drain"])
+def test_stopping_in_any_turn_loses_no_item(kind: type[asyncio.Queue[int]], how: str) -> None:
+    """Before, while, and after an item arrives, is started, fails, and is acknowledged."""
+    for turns in range(25):
+        run(_stopped_after(turns, kind(), how))
+
+
+async def _stopped_after(turns: int, queue: asyncio.Queue[int], how: str) -> None:
+    manager, dead = TaskManager(on_error=lambda *_: None), list[int]()
+    done: list[int] = []
+
+    async def handle(item: int) -> None:
+        await asyncio.sleep(0)
+        if item == 1:
+            raise OSError
+        done.append(item)
+
+    async def bury(item: int, error: Exception) -> None:
+        await asyncio.sleep(0)
+        dead.append(item)
+
+    consumer = await manager.start_consumer(
+        "jobs", queue, handle, concurrency=1, prefetch=1, on_failure=bury, drain="all"
+    )
+    for number in range(turns):
+        if number % 4 == 0:
+            queue.put_nowait(number // 4)
+        await asyncio.sleep(0)
+    if how == "group":
+        await manager.cancel_group("jobs")
+    elif how in ("cancel", "twice"):
+        consumer.cancel()
+        await asyncio.sleep(0)
+        if how == "twice":
+            consumer.cancel()
+    await manager.shutdown(0.0 if how == "shutdown" else 10.0)
+    await settle()
+    counts, left = consumer_of(consumer), rest_of(queue)
+    assert (counts.in_hand, counts.done, counts.failed) == (0, len(done), len(dead))
+    assert len(done) + len(dead) + counts.cancelled + len(left) == (turns + 3) // 4
+    assert len({*done, *dead, *left}) == len(done) + len(dead) + len(left)
+    assert unfinished(queue) == len(left)
+    assert manager.stats().live == 0
+
+
+async def test_shutdown_in_the_turn_of_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    """The consumer has taken nothing, and says what is left in the queue."""
+    manager, queue = TaskManager(), filled(range(3))
+    consumer = await manager.start_consumer("jobs", queue, Work(), drain="all")
+    await manager.shutdown(10.0)
+    assert consumer.cancelled()
+    assert queue.qsize() == unfinished(queue) == 3
+    assert "consumer 'jobs' has stopped; left in the queue: 3" in caplog.text
+
+
+@pytest.mark.parametrize("on_conflict", ["error", "replace"])
+def test_cancelled_start_leaves_nothing_behind(on_conflict: Any) -> None:
+    """Wherever its caller is cancelled."""
+
+    async def scenario(manager: TaskManager) -> None:
+        queue = filled(range(3))
+        first = await manager.start_consumer("jobs", queue, Work())
+        await asyncio.sleep(0.5)
+        if on_conflict == "error":
+            first.cancel()
+            await asyncio.wait([first])
+        await manager.start_consumer("jobs", queue, Work(), on_conflict=on_conflict)
+        await queue.join()
+
+    with SpanRecorder() as spans:
+        assert cancel_at_each_await(scenario, spans) >= 2
 
 
 # -- whatever happens -----------------------------------------------------------------------

@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+from contextlib import suppress
 from contextvars import copy_context
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
@@ -244,13 +245,12 @@ class Consumer(Generic[Item]):
         for task in self._in_hand:
             extras_of(task).supervisor = attempt
         try:
-            await self._take_items()
+            with suppress(*QUEUE_ENDED):
+                await self._take_items()
         except asyncio.CancelledError:
             if not attempt.cancelling():
                 # The source's own: a failure, after which the service restarts.
                 raise
-        except QUEUE_ENDED:
-            pass
         while self._in_hand:
             await wait_until_done(list(self._in_hand))
         if attempt.cancelling():

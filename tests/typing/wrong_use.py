@@ -8,6 +8,8 @@ them says that the line is refused. Read by mypy and pyright in `tests/test_typi
 
 from __future__ import annotations
 
+import asyncio
+
 from otel_tasks import (
     CancelEvent,
     RetryPolicy,
@@ -50,6 +52,11 @@ async def refused(manager: TaskManager, group: TaskGroup, info: TaskInfo, event:
     manager.create_task(count(1), group=17)  # type: ignore[call-overload]  # a name or a group
     await manager.start_task("n", plain)  # type: ignore[arg-type]  # makes no coroutine
     await manager.start_service("n", count(1))  # type: ignore[arg-type]  # can be run only once
+    texts, numbers = asyncio.Queue[str](), asyncio.Queue[int]()
+    await manager.start_consumer("n", texts, count)  # type: ignore[misc]  # it takes a number
+    await manager.start_consumer("n", count, count)  # type: ignore[arg-type]  # a source takes no argument
+    await manager.start_consumer("n", numbers, plain)  # type: ignore[arg-type]  # makes no coroutine
+    await manager.start_consumer("n", numbers, count, drain="none")  # type: ignore[arg-type]  # no such choice
     await manager.start_task(lambda: count(1))  # type: ignore[call-arg, arg-type]  # the name comes first
     manager.group("load", on_error="raise")  # type: ignore[arg-type]  # no such choice
     managed_task(plain)  # type: ignore[arg-type]  # not a coroutine function
