@@ -936,11 +936,30 @@ async def test_item_that_does_not_stop_is_named(caplog: pytest.LogCaptureFixture
     await asyncio.sleep(1.0)
     report = await manager.shutdown(0, 10.0)
     assert "handle" in report.still_running
-    assert "consumer 'jobs' has stopped; not acknowledged: 1 ('handle')" in caplog.text
+    assert "consumer 'jobs' has stopped; still running: 1 ('handle')" in caplog.text
     assert (queue.qsize(), unfinished(queue)) == (0, 1)
     await asyncio.sleep(100.0)
     assert unfinished(queue) == 0
     assert fates(consumer) == {"done": 1}
+
+
+async def test_shutdown_without_any_time_hands_back_what_it_has_cancelled() -> None:
+    """What has not ended when it returns is handed back at its end."""
+    manager, queue = TaskManager(), filled([1, 2])
+
+    async def handle(item: int) -> None:
+        try:
+            await rest()
+        finally:
+            await asyncio.sleep(float(item))
+
+    await manager.start_consumer("jobs", queue, handle)
+    await asyncio.sleep(1.0)
+    await manager.shutdown(0, 0)
+    assert now() == 1001.0
+    await asyncio.sleep(5.0)
+    assert rest_of(queue) == [1, 2]
+    assert unfinished(queue) == 2
 
 
 async def test_shutdown_ends_a_backoff() -> None:

@@ -513,19 +513,18 @@ class Consumer(Generic[Item]):
 
     def report(self) -> None:
         """Log what the shutdown leaves behind."""
-        lost = [*self._lost, *(entry.name for entry in self._in_hand.values())]
-        left = self._source.size or 0
-        if not (lost or left or self._handed_back):
-            return
-        facts = [_listed("handed back", self._handed_back), _listed("not acknowledged", lost)]
-        if left:
+        running = [entry.name for entry in self._in_hand.values()]
+        fates = {"handed back": self._handed_back, "not acknowledged": self._lost, "still running": running}
+        facts = [_listed(fate, names) for fate, names in fates.items() if names]
+        if left := self._source.size:
             facts.append(f"left in the queue: {left}")
-        logger.warning(
-            "consumer %r has stopped; %s",
-            self._name,
-            "; ".join(filter(None, facts)),
-            extra=log_fields_of_all([*self._handed_back, *lost]),
-        )
+        if facts:
+            logger.warning(
+                "consumer %r has stopped; %s",
+                self._name,
+                "; ".join(facts),
+                extra=log_fields_of_all([*self._handed_back, *self._lost, *running]),
+            )
 
     def _keep_unfinished(self, task: ManagedTask[Any], entry: _Taken[Item]) -> None:
         if not task.cancelled():
@@ -590,7 +589,5 @@ def _check_on_failure(on_failure: object) -> None:
 
 
 def _listed(fate: str, names: list[str]) -> str:
-    if not names:
-        return ""
     more = f", and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     return f"{fate}: {len(names)} ({', '.join(map(repr, names[:_MAX_NAMED]))}{more})"
