@@ -915,6 +915,42 @@ async def test_source_whose_put_nowait_raises_is_logged(caplog: pytest.LogCaptur
     assert "not acknowledged: 1 ('work')" in caplog.text
 
 
+async def test_qsize_that_raises_does_not_break_a_shutdown(caplog: pytest.LogCaptureFixture) -> None:
+    """The queue counts as empty."""
+
+    class Broken(asyncio.Queue[int]):
+        def qsize(self) -> int:
+            raise OSError("no size")
+
+        def empty(self) -> bool:
+            return not vars(self)["_queue"]
+
+    manager, queue = TaskManager(), Broken()
+    await manager.start_consumer("jobs", queue, Work(), drain="queued")
+    await settle()
+    assert (await manager.shutdown(10.0)).clean
+    assert "qsize() of the source of consumer 'jobs' raised" in caplog.text
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_cancelled_consumer_leaves_the_room_to_the_next_producer(turns: int) -> None:
+    """Also if it is cancelled in the turn in which it gets the room."""
+    manager, queue = TaskManager(max_concurrency=1, max_queue=0), filled([1])
+    first = manager.create_task(rest())
+    consumer = await manager.start_consumer("jobs", queue, Work())
+    await settle()
+    producer = asyncio.create_task(manager.put_task(asyncio.sleep(1.0)))
+    await settle()
+    first.cancel()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    consumer.cancel()
+    await asyncio.wait([consumer, producer], timeout=10.0)
+    assert producer.done()
+    assert consumer_of(consumer).done + queue.qsize() == 1
+    await manager.shutdown(10.0)
+
+
 async def test_item_that_swallows_its_cancellation_is_done() -> None:
     """It has returned, so it is acknowledged and not handed back."""
     manager, queue = TaskManager(), filled([1])
@@ -1094,6 +1130,22 @@ async def test_failure_during_a_shutdown_still_reaches_on_failure() -> None:
     assert now() == 1003.0
     assert dead == [1]
     assert unfinished(queue) == 0
+
+
+async def test_on_failure_that_waits_for_a_place_is_not_dropped_by_a_shutdown() -> None:
+    """Its item has run already; a prefetched item is handed back."""
+    manager, queue, work = TaskManager(), filled([1, 2, 3]), Work(1.0, fails=[1])
+    dead: list[int] = []
+
+    async def bury(item: int, error: Exception) -> None:
+        dead.append(item)
+
+    consumer = await manager.start_consumer("jobs", queue, work, concurrency=1, prefetch=2, on_failure=bury)
+    await asyncio.sleep(1.5)
+    await manager.shutdown(10.0)
+    assert now() == 1002.0
+    assert (dead, work.done) == ([1], [2])
+    assert fates(consumer) == {"done": 1, "failed": 1, "handed_back": 1}
 
 
 async def test_on_failure_that_the_shutdown_cancels_hands_the_item_back() -> None:

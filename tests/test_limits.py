@@ -23,6 +23,7 @@ from otel_tasks import (
     ManagedTask,
     ManagerClosedError,
     QueueFullError,
+    RetryPolicy,
     TaskExistsError,
     TaskGroup,
     TaskManager,
@@ -944,6 +945,124 @@ async def test_waiting_producers_of_a_manager_that_is_shut_down(log: Log) -> Non
     assert all(map(is_closed, coros))
     assert (await stopping).completed == 1
     assert now() - begin == 3
+
+
+PRODUCERS = ["task", "nested", "service", "periodic", "block", "service with a block"]
+
+
+@pytest.mark.parametrize("kind", PRODUCERS)
+@pytest.mark.parametrize("policy", [None, RetryPolicy()])
+async def test_managed_producer_that_waits_for_room_is_cancelled_by_a_shutdown(
+    kind: str, policy: RetryPolicy | None, log: Log, spans: SpanRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ends at once, as cancelled, without an error; what it holds is closed."""
+    manager = TaskManager(max_concurrency=2, max_queue=0, tracer_provider=spans.provider)
+    held: list[Coroutine[Any, Any, Any]] = []
+
+    def make() -> Coroutine[Any, Any, Any]:
+        held.append(log.work("job", 3.0))
+        return held[-1]
+
+    async def produce(where: TaskManager | TaskGroup = manager) -> None:
+        while True:
+            # A function with retry=, of which put_task has the first coroutine.
+            await where.put_task(make if policy else make(), name="job", retry=policy)  # type: ignore[arg-type]  # either
+
+    async def produce_in_a_block() -> None:
+        async with manager.group("jobs", max_concurrency=1, max_queue=0, on_error="isolate") as group:
+            await produce(group)
+
+    async def outer() -> None:
+        await manager.create_task(produce(), name="inner")
+
+    begin = now()
+    if kind == "task":
+        await manager.start_task("producer", produce)
+    elif kind == "nested":
+        manager.max_concurrency = 3
+        await manager.start_task("producer", outer)
+    elif kind == "service":
+        await manager.start_service("producer", produce)
+    elif kind == "periodic":
+        await manager.start_periodic("producer", produce, every=60.0)
+    elif kind == "block":
+        await manager.start_task("producer", produce_in_a_block)
+    else:
+        await manager.start_service("producer", produce_in_a_block)
+    await asyncio.sleep(1.0)
+    producer = manager.get_task("producer")
+    report = await manager.shutdown(grace=10.0)
+    assert report.clean
+    assert now() - begin == 3.0
+    assert producer.cancelled()
+    # A task that awaits the producer sees its CancelledError.
+    assert kind_of(producer) is (CancelKind.FOREIGN if kind == "nested" else CancelKind.SHUTDOWN)
+    assert held
+    assert all(map(is_closed, held))
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+    assert not any(record.exc_info for record in caplog.records)
+    outcomes = {str((span.attributes or {})["otel_tasks.task.outcome"]) for span in spans.spans("producer")}
+    assert outcomes == {"cancelled"}
+
+
+async def test_put_task_during_a_shutdown_cancels_a_managed_producer(log: Log) -> None:
+    """Also if it comes with its item after the shutdown has begun; a plain task gets the error."""
+    manager = TaskManager()
+    manager.create_task(log.work("first", 3.0))
+
+    async def produce() -> None:
+        await asyncio.sleep(1.0)
+        await manager.put_task(log.work())
+
+    managed = manager.create_task(produce())
+    plain = asyncio.create_task(produce())
+    await asyncio.sleep(0.5)
+    await manager.shutdown(grace=10.0)
+    assert managed.cancelled()
+    assert kind_of(managed) is CancelKind.SHUTDOWN
+    with pytest.raises(ManagerClosedError):
+        await plain
+    assert log.begun == ["first"]
+
+
+async def test_put_task_after_a_shutdown_raises_in_a_managed_task_too(log: Log) -> None:
+    """A task that has shut the manager down itself is not cancelled by that."""
+    manager = TaskManager()
+
+    async def stop() -> str:
+        await manager.shutdown(0)
+        with pytest.raises(ManagerClosedError):
+            await manager.put_task(log.work())
+        return "stopped"
+
+    assert await manager.create_task(stop()) == "stopped"
+
+
+@pytest.mark.parametrize("start", ["start_task", "start_service", "start_periodic"])
+async def test_task_that_waits_to_replace_another_is_cancelled_by_a_shutdown(
+    start: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The wait is over with the shutdown, and nothing new starts."""
+    manager = TaskManager()
+
+    async def slow() -> None:
+        try:
+            await rest()
+        finally:
+            await asyncio.sleep(2.0)
+
+    async def replace() -> None:
+        options = {"every": 60.0} if start == "start_periodic" else {}
+        await getattr(manager, start)("work", rest, on_conflict="replace", **options)
+
+    await manager.start_task("work", slow)
+    await settle()
+    task = manager.create_task(replace())
+    await settle()
+    await manager.shutdown(grace=10.0)
+    assert task.cancelled()
+    assert kind_of(task) is CancelKind.SHUTDOWN
+    assert "ERROR" not in caplog.text
 
 
 async def test_put_task_with_bad_options() -> None:

@@ -20,30 +20,20 @@ Rules, each with a test of its own:
 from __future__ import annotations
 
 import asyncio
-import functools
 import math
 from contextlib import suppress
 from contextvars import copy_context
-from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
-from otel_tasks._core.backoff import check_retry
 from otel_tasks._core.cancellation import call_when_set
-from otel_tasks._core.checks import (
-    check_choice,
-    check_number,
-    checked_name,
-    checked_priority,
-    checked_seconds,
-)
-from otel_tasks._core.coroutines import OwnCoroutine, close_quietly, not_a_coroutine
-from otel_tasks._core.extras import checked_metadata, wanted_extras
+from otel_tasks._core.checks import check_choice, check_number, checked_name
+from otel_tasks._core.coroutines import close_quietly
+from otel_tasks._core.extras import wanted_extras
 from otel_tasks._core.info import ConsumerInfo
 from otel_tasks._core.log import log_fields, log_fields_of_all, logger, text_of
 from otel_tasks._core.native import add_done_callback, cancel_message, failure_of
 from otel_tasks._core.places import Limiter, full_limiter, would_wait
-from otel_tasks._core.retry import retried
-from otel_tasks._core.source import QUEUE_ENDED, Source, check_handler, check_source
+from otel_tasks._core.source import QUEUE_ENDED, Source, check_source
 from otel_tasks._core.state import CancelKind, TaskPriority
 from otel_tasks._core.task import extras_of, started_at
 from otel_tasks._core.telemetry.spans import link_next
@@ -53,9 +43,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
     from contextvars import Context
 
-    from otel_tasks._core.backoff import RetryPolicy
     from otel_tasks._core.events import CancelEvent
     from otel_tasks._core.group import TaskGroup
+    from otel_tasks._core.handling import Handling
     from otel_tasks._core.task import ManagedTask
 
 Item = TypeVar("Item")
@@ -104,77 +94,6 @@ def make_consumer(
             f"concurrency={concurrency}); leave max_concurrency out"
         )
     return Consumer(group, name, Source(source, name), handling, concurrency, prefetch, drain)
-
-
-class Handling(Generic[Item]):
-    """How a consumer handles an item: the function, and the options of the item's task.
-
-    Args:
-        handle: The handler.
-        retry: As for ``create_task``.
-        timeout: As for ``create_task``.
-        priority: The priority, or a function of the item.
-        metadata: The metadata, or a function of the item.
-        on_failure: Called with an item that has failed, and the exception.
-
-    Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: An argument is out of its range.
-    """
-
-    def __init__(
-        self,
-        handle: Callable[[Item], Coroutine[Any, Any, object]],
-        retry: RetryPolicy | None,
-        timeout: float | None,
-        priority: TaskPriority | int | Callable[[Item], TaskPriority | int],
-        metadata: Mapping[str, Any] | Callable[[Item], Mapping[str, Any]] | None,
-        on_failure: Callable[[Item, Exception], object] | None,
-    ) -> None:
-        check_handler(handle)
-        check_retry(retry)
-        checked_seconds("timeout", timeout)
-        if not callable(priority):
-            checked_priority(priority)
-        if metadata is not None and not callable(metadata):
-            checked_metadata(metadata)
-        _check_on_failure(on_failure)
-        self._handle = handle
-        self._retry = retry
-        self._priority = priority
-        self._metadata = metadata
-        self.timeout = timeout
-        self.on_failure = on_failure
-        self.name = _name_of(handle)
-
-    def of(self, item: Item) -> tuple[Coroutine[Any, Any, object], TaskPriority, Mapping[str, Any] | None]:
-        """Return coroutine, priority, and metadata for an item.
-
-        Raises:
-            Exception: What a function of the item raised, or an error about what it returned.
-        """
-        priority = checked_priority(self._priority(item) if callable(self._priority) else self._priority)
-        metadata = self._metadata(item) if callable(self._metadata) else self._metadata
-        return self._named(self._coroutine(item)), priority, metadata
-
-    def failing(self, error: Exception) -> Coroutine[Any, Any, object]:
-        """Return a coroutine with the handler's name that raises ``error``."""
-        return self._named(_raise(error))
-
-    def _coroutine(self, item: Item) -> Coroutine[Any, Any, object]:
-        if self._retry is not None:
-            make: Any = functools.partial(self._handle, item)
-            return retried(make, self._retry, "start_consumer")
-        coro = self._handle(item)
-        if not asyncio.iscoroutine(coro):
-            raise not_a_coroutine(cast("Any", self._handle), coro, "start_consumer")
-        return coro
-
-    def _named(self, coro: Coroutine[Any, Any, object]) -> Coroutine[Any, Any, object]:
-        # A decorated function, or an object with __call__, makes coroutines with other names.
-        if self.name is not None and isinstance(coro, CoroutineType | OwnCoroutine):
-            coro.__name__ = self.name
-        return coro
 
 
 class Consumer(Generic[Item]):
@@ -259,9 +178,11 @@ class Consumer(Generic[Item]):
     async def _take_items(self) -> None:
         places = self.group._ledger.places
         while True:
-            await places.wait_for_room(self)
-            # This consumer may wait long for an item: the room is for other producers too.
-            places.wake_producer()
+            try:
+                await places.wait_for_room(self)
+            finally:
+                # This consumer may wait long for an item, or ends: the room is for other producers too.
+                places.wake_producer()
             if self._is_over():
                 return
             try:
@@ -344,7 +265,7 @@ class Consumer(Generic[Item]):
         except Exception as error:
             task = self._create(self._handling.failing(error), TaskPriority.NORMAL)
         entry.name = task.id
-        self._watch(task, entry, receives_failure=self._handling.on_failure is not None)
+        self._watch(task, entry)
 
     def _create(
         self,
@@ -389,13 +310,14 @@ class Consumer(Generic[Item]):
         self._taken += 1
         return _Taken(self._taken, item, f"{self._handling.name or 'item'} (not started)")
 
-    def _watch(self, task: ManagedTask[Any], entry: _Taken[Item], *, receives_failure: bool) -> None:
+    def _watch(self, task: ManagedTask[Any], entry: _Taken[Item]) -> None:
         self._in_hand[task] = entry
         extras = extras_of(task)
         # A task that shuts its manager down is not waited for by its consumer then.
         extras.supervisor = self._attempt
-        extras.is_drained = self._drain != "running"
-        if receives_failure:
+        # The item of a task for on_failure has run already.
+        extras.is_drained = self._drain != "running" or entry.failure is not None
+        if self._handling.on_failure is not None:
             # As a waiter, which receives the failure: it is not reported then.
             task.add_done_callback(self._ended)
         else:
@@ -479,7 +401,7 @@ class Consumer(Generic[Item]):
         if task._span is not None:
             link_next(context, task._span, "failure_of")
         letter = self._create(coro, task.priority, context=context)
-        self._watch(letter, entry, receives_failure=True)
+        self._watch(letter, entry)
 
     def _report_on_failure(self, task: ManagedTask[Any], entry: _Taken[Item], broken: Exception) -> None:
         logger.error(
@@ -565,27 +487,6 @@ class _Taken(Generic[Item]):
         self.name = name
         # What its task has raised, once ``on_failure`` was called.
         self.failure: Exception | None = None
-
-
-async def _raise(error: Exception) -> NoReturn:
-    raise error
-
-
-def _name_of(handle: object) -> str | None:
-    """Return the name of the handler's tasks; None leaves it to the coroutine."""
-    while isinstance(handle, functools.partial):
-        handle = handle.func
-    name: str = getattr(handle, "__name__", type(handle).__name__)
-    return None if name == "<lambda>" else name
-
-
-def _check_on_failure(on_failure: object) -> None:
-    if on_failure is not None and not callable(on_failure):
-        close_quietly(on_failure)
-        raise TypeError(
-            f"on_failure must be a function of an item and an exception, got {on_failure!r}: "
-            "write on_failure=lambda item, error: ..."
-        )
 
 
 def _listed(fate: str, names: list[str]) -> str:

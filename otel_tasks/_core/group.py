@@ -33,7 +33,7 @@ from otel_tasks._core.progress import add_up
 from otel_tasks._core.retry import check_retried
 from otel_tasks._core.scope import OnError, Scope
 from otel_tasks._core.state import CancelKind, TaskPriority
-from otel_tasks._core.task import ManagedTask, cause_elsewhere, reported
+from otel_tasks._core.task import ManagedTask, cause_elsewhere, reported, request_cancel
 from otel_tasks._core.telemetry import GROUP_ID, GROUP_NAME, MANAGER_NAME, low_cardinality, start_group_span
 from otel_tasks._core.tree import renew
 from otel_tasks._core.waiting import wait_until_done
@@ -329,12 +329,14 @@ class TaskGroup(Creation):
 
         Raises:
             GroupClosedError: The group takes no new tasks, or stopped taking them during the wait.
-            ManagerClosedError: The manager is shut down, or was shut down during the wait.
+            ManagerClosedError: The manager is shut down, or was shut down during the wait, and the caller is
+                not one of its tasks.
             WrongLoopError: The manager has live tasks in another loop.
             TypeError: ``coro`` is not a coroutine, or an option has the wrong type.
             ValueError: An option is out of its range.
 
-        Cancellation: cancelling the caller during the wait closes ``coro``; no task is created.
+        Cancellation: cancelling the caller during the wait closes ``coro``; no task is created. A shutdown
+        cancels a managed task that calls this, without waiting for its grace: it will never have room.
 
         Telemetry: as for ``create_task``.
 
@@ -346,7 +348,9 @@ class TaskGroup(Creation):
             check_option_names("put_task", options)
             coro = self._retried(coro, retry, "put_task")
             check_coroutine(coro, "put_task")
+            self._end_producer()
             await self._room()
+            self._end_producer()
             return self.create_task(coro, **options)
         except BaseException:
             close_quietly(coro)
@@ -354,6 +358,21 @@ class TaskGroup(Creation):
         finally:
             # Room that this call did not use is for the next producer in line.
             self._ledger.places.wake_producer()
+
+    def _end_producer(self) -> None:
+        """Cancel the calling task if it is one of this manager's, and the manager is shutting down.
+
+        It would fail with ``ManagerClosedError``, which says nothing that the cancellation does not. Other
+        tasks get that error: nothing cancels them.
+        """
+        home = self._ledger.home
+        if not home.is_closing:
+            return
+        task = asyncio.current_task()
+        if isinstance(task, ManagedTask) and task._group._ledger is self._ledger:
+            cause = self._ledger.root.cancel_event.cause or CancelCause.make(CancelKind.SHUTDOWN)
+            request_cancel(task, cause)
+            raise asyncio.CancelledError(str(cause))
 
     @property
     def max_concurrency(self) -> int | None:

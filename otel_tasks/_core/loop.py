@@ -77,8 +77,9 @@ class Home:
         self.loop: asyncio.AbstractEventLoop | None = None
         # The thread in which that loop runs.
         self.thread: int | None = None
-        # True while the manager is shut down in that loop.
+        # True while the manager is shut down in that loop; and while the shutdown lasts.
         self.closed = False
+        self.is_closing = False
         self.shutdowns = Shutdowns()
         # The loop, while plain tasks may take the fast path: creation compares this one attribute instead of
         # four. Telemetry is checked separately. See `update_fast_path`.
@@ -176,10 +177,14 @@ class Home:
 
     def close(self, by: str, cause: CancelCause) -> None:
         """Accept no new tasks in this loop from now on."""
-        self.closed = True
+        self.closed = self.is_closing = True
         if self.loop is not None:
             self.shutdowns.add(self.loop, Shutdown(by, cause))
         self.update_fast_path()
+
+    def end_shutdown(self) -> None:
+        """Note that a shutdown is over; the manager stays closed."""
+        self.is_closing = False
 
     def reopen(self) -> None:
         """Accept new tasks in this loop again after a shutdown."""

@@ -103,7 +103,7 @@ class LostWork:
 
 def _starts_again(task: ManagedTask[Any]) -> bool:
     """True for a service and its attempts, unless it drains: it starts again with the application."""
-    return runs_forever(task) or (task._extras is not None and task._extras.supervises)
+    return runs_forever(task) or (task._extras is not None and task._extras.takes_no_place)
 
 
 def _described(task: ManagedTask[Any]) -> str:

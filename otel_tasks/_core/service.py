@@ -119,6 +119,7 @@ async def create_supervisor(
             )
         if on_conflict == "replace":
             await group._clear_name(name, f"replaced by a new {kind} {name!r}")
+            group._end_producer()
         where = group._open_group()
     except BaseException:
         close_quietly(coro)

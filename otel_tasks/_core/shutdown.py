@@ -184,6 +184,7 @@ async def shut_down(
             tasks = list(dict.fromkeys([*tasks, *_others([ledger.root], spared)]))
         await _cancel_by_priority(ledger, tasks, cause, bounds.timeout, spared)
     finally:
+        ledger.home.end_shutdown()
         for consumer in consumers:
             consumer.hand_back()
     for consumer in consumers:

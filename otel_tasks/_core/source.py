@@ -6,7 +6,8 @@ Rules, each with a test of its own:
    acknowledge items, ``put_nowait()`` to hand them back, ``get_nowait()`` and ``qsize()`` to drain it.
 2. An item that is handed back is put before the first take is acknowledged: the count of unfinished items
    never reaches zero in between, so ``queue.join()`` goes on waiting for the item.
-3. An error of ``task_done()`` or ``put_nowait()`` is logged, and does not end the consumer.
+3. An error of ``task_done()``, ``put_nowait()``, or ``qsize()`` is logged; it ends neither the consumer nor a
+   shutdown.
 """
 
 from __future__ import annotations
@@ -89,7 +90,11 @@ class Source:
     @property
     def size(self) -> int | None:
         """How many items are in the queue; None if the source does not tell."""
-        return None if self._qsize is None else self._qsize()
+        try:
+            return None if self._qsize is None else self._qsize()
+        except Exception:
+            logger.exception("qsize() of the source of consumer %r raised", self._consumer)
+            return None
 
     def acknowledge(self) -> None:
         """Report one item that was taken as finished."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, overload
 
 from otel_tasks._core.checks import checked_name
-from otel_tasks._core.consumer import Drain, Handling, make_consumer
+from otel_tasks._core.consumer import Drain, make_consumer
 from otel_tasks._core.coroutines import check_factory, close_quietly, made_coroutine
 from otel_tasks._core.group import TaskGroup
+from otel_tasks._core.handling import Handling
 from otel_tasks._core.options import with_options_of
 from otel_tasks._core.periodic import Overlap, Periodic, start_periodic
 from otel_tasks._core.retry import check_retried
@@ -277,12 +278,14 @@ class Starting:
 
         Raises:
             GroupClosedError: The group takes no new tasks, or stopped taking them during the wait.
-            ManagerClosedError: The manager is shut down, or was shut down during the wait.
+            ManagerClosedError: The manager is shut down, or was shut down during the wait, and the caller is
+                not one of its tasks.
             WrongLoopError: The manager has live tasks in another loop.
             TypeError: ``coro`` is not a coroutine, or an option has the wrong type.
             ValueError: An option is out of its range, or ``group`` belongs to another manager.
 
-        Cancellation: cancelling the caller during the wait closes ``coro``; no task is created.
+        Cancellation: cancelling the caller during the wait closes ``coro``; no task is created. A shutdown
+        cancels a managed task that calls this, without waiting for its grace: it will never have room.
 
         Telemetry: as for ``create_task``.
 
@@ -345,7 +348,8 @@ class Starting:
         It also raises what ``factory`` raises.
 
         Cancellation: cancelling the caller while it waits for the end of the task to replace starts no new
-        task; the old task stays cancelled.
+        task; the old task stays cancelled. A shutdown during that wait cancels a caller that is one of the
+        manager's tasks.
 
         Telemetry: as for ``create_task``.
 
@@ -363,6 +367,8 @@ class Starting:
             if on_conflict == "replace":
                 check_factory(factory)
                 await where._clear_name(name, f"replaced by a new task {name!r}")
+                # The manager may have been shut down during the wait.
+                where._end_producer()
             where._admit(name, on_conflict)
             if on_conflict == "return" and (taken := where._holder(name)) is not None:
                 close_quietly(factory)

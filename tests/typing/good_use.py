@@ -273,6 +273,34 @@ async def decorated(shop: Shop) -> None:
     assert_type(await Shop.buy(shop, "tea"), list[str])
 
 
+async def consumers(manager: TaskManager, queue: asyncio.Queue[int]) -> None:
+    """The handler, and the functions of an item, take what the source returns."""
+
+    async def handle(item: int) -> bool:
+        return item > 0
+
+    async def getone() -> int:
+        return 1
+
+    async def bury(item: int, error: Exception) -> None:
+        print(item, error)
+
+    assert_type(await manager.start_consumer("n", queue, handle), ManagedTask[None])
+    await manager.start_consumer("n", getone, lambda item: handle(item + 1), on_failure=bury)
+    await manager.start_consumer("n", asyncio.PriorityQueue[int](), handle, priority=2, metadata={"a": 1})
+    await manager.start_consumer(
+        "n",
+        queue,
+        handle,
+        drain="queued",
+        priority=lambda item: item % 4,
+        metadata=lambda item: {"job": item},
+        on_failure=lambda item, error: print(item + 1, error),
+    )
+    info = manager.get_task("n").info().consumer
+    assert_type(None if info is None else info.in_hand, int | None)
+
+
 def listening(manager: TaskManager) -> None:
     """Listeners and error handlers."""
 
