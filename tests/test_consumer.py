@@ -291,6 +291,20 @@ async def test_items_are_retried() -> None:
     await manager.shutdown(0)
 
 
+async def test_retries_of_the_group_are_those_of_an_item_without_any() -> None:
+    """As for any task in the group; those of the consumer come first."""
+    manager, work = TaskManager(on_error=lambda *_: None), Work(1.0, fails=[1, 2])
+    for name in ("a", "b"):
+        manager.get_group(name, retry=RetryPolicy(max_attempts=3, delay=1.0, jitter=0, on=OSError))
+    first, second = filled([1]), filled([2])
+    await manager.start_consumer("a", first, work)
+    await manager.start_consumer("b", second, work, retry=RetryPolicy(max_attempts=1))
+    await first.join()
+    await second.join()
+    assert work.started == [1, 2, 1, 1]
+    await manager.shutdown(0)
+
+
 async def test_source_can_be_a_function() -> None:
     """A coroutine function that returns the next item; there is nothing to acknowledge."""
     manager, work = TaskManager(), Work(0.5)

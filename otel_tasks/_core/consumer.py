@@ -259,8 +259,9 @@ class Consumer(Generic[Item]):
     def _start(self, item: Item) -> None:
         """Create the task of an item; an item for which that is not possible fails."""
         entry = self._entry(item)
+        options = self.group._ledger.options.get(self.group)
         try:
-            coro, priority, metadata = self._handling.of(item)
+            coro, priority, metadata = self._handling.of(item, None if options is None else options.retry)
             task = self._create(coro, priority, self._handling.timeout, metadata)
         except Exception as error:
             task = self._create(self._handling.failing(error), TaskPriority.NORMAL)

@@ -64,24 +64,30 @@ class Handling(Generic[Item]):
         self.on_failure = on_failure
         self.name = _name_of(handle)
 
-    def of(self, item: Item) -> tuple[Coroutine[Any, Any, object], TaskPriority, Mapping[str, Any] | None]:
+    def of(
+        self, item: Item, default: RetryPolicy | None
+    ) -> tuple[Coroutine[Any, Any, object], TaskPriority, Mapping[str, Any] | None]:
         """Return coroutine, priority, and metadata for an item.
+
+        Args:
+            item: The item.
+            default: When to retry if the consumer does not say.
 
         Raises:
             Exception: What a function of the item raised, or an error about what it returned.
         """
         priority = checked_priority(self._priority(item) if callable(self._priority) else self._priority)
         metadata = self._metadata(item) if callable(self._metadata) else self._metadata
-        return self._named(self._coroutine(item)), priority, metadata
+        return self._named(self._coroutine(item, self._retry or default)), priority, metadata
 
     def failing(self, error: Exception) -> Coroutine[Any, Any, object]:
         """Return a coroutine with the handler's name that raises ``error``."""
         return self._named(_raise(error))
 
-    def _coroutine(self, item: Item) -> Coroutine[Any, Any, object]:
-        if self._retry is not None:
+    def _coroutine(self, item: Item, retry: RetryPolicy | None) -> Coroutine[Any, Any, object]:
+        if retry is not None:
             make: Any = functools.partial(self._handle, item)
-            return retried(make, self._retry, "start_consumer")
+            return retried(make, retry, "start_consumer")
         coro = self._handle(item)
         if not asyncio.iscoroutine(coro):
             raise not_a_coroutine(cast("Any", self._handle), coro, "start_consumer")
