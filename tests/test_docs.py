@@ -452,7 +452,7 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_durations_of_the_kubernetes_page_fit_into_each_other() -> None:
     """The steps that run one after another end before the pod is killed."""
     text = (DOCS / "howto/kubernetes.md").read_text("utf-8")
-    (block,) = yaml_blocks(text)
+    block, _ = yaml_blocks(text)
     pod = block["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     lifespan = re.search(r"make_lifespan\(request_grace=([\d.]+), grace=([\d.]+), timeout=([\d.]+)\)", text)
