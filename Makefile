@@ -36,7 +36,7 @@ EAGER := $(if $(EAGER_PYTHON),$(BENCH)-eager)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-services demo-llm test test-newest nightly cover check format docs dist bench clean
+.PHONY: help demo demo-services demo-llm demo-live test test-newest nightly cover check format docs dist bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +49,9 @@ demo-services: $(READY) ## Run three services that call one another, and show on
 
 demo-llm: $(READY) ## Run an LLM gateway with and without the middleware, half of whose clients hang up
 	$(BIN)/python -m examples.llm_gateway
+
+demo-live: $(READY) ## Run a busy service and print the address of its live view (ARGS="--for 20": end by itself)
+	$(BIN)/python -m examples.live $(ARGS)
 
 test: $(READY) ## Run all tests
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)

@@ -55,7 +55,7 @@ def log_error(info: TaskInfo, error: BaseException) -> None:
 
 logger = logging.getLogger("shop")
 tracer_provider = set_up_tracing()
-manager = TaskManager("shop", tracer_provider=tracer_provider, on_error=log_error)
+manager = TaskManager("shop", tracer_provider=tracer_provider, on_error=log_error, history=10_000)
 database = Pool(24)
 # One connection, which each payment keeps for long.
 ledger = Pool(1)

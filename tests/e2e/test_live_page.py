@@ -354,6 +354,7 @@ def test_panel_leads_to_the_tasks_at_the_same_line(shop: Site, visit: Visits) ->
     shop.post("/shop/control/tasks", name="other", kind="report")
     page = visit()
     page.fill("#search", "load")
+    expect(page.locator("#note")).to_contain_text("3 of 4 live")
     page.locator(".row.task").first.click()
     expect(page.locator("#panel .frames")).to_be_visible()
     page.keyboard.press("w")

@@ -60,6 +60,13 @@ export class Feed {
     this.#reopenSoon();
   }
 
+  /** Starts anew, with a snapshot and all tasks of the rows that are shown. */
+  restart() {
+    this.#refresh();
+    this.#tell({ want: this.expand });
+    this.#reopenSoon();
+  }
+
   // --- which tab reads --------------------------------------------------------------------------
 
   #turn() {

@@ -4,6 +4,7 @@ import { CancelDialog } from "./cancel.js";
 import { Feed, get } from "./feed.js";
 import { Model } from "./model.js";
 import { Panel } from "./panel.js";
+import { Backlog } from "./pause.js";
 import { List } from "./rows.js";
 import { Summary } from "./summary.js";
 import { Timeline } from "./timeline.js";
@@ -12,7 +13,6 @@ import { $, button, clean, counted, duration, line, make, mark, number, put, sho
 const MAX_OPEN = 20; // expanded rows whose tasks the feed sends
 const MORE = [200, 400, 1000];
 const POLL = 2; // seconds between two questions for a list
-const MAX_HELD = 600; // events that a paused page keeps
 const SORTS = ["status", "age", "name", "count"];
 
 const model = new Model();
@@ -28,7 +28,7 @@ const view = {
 const expanded = new Map(); // key of an opened class -> number of tasks
 const found = { key: "", live: [], ended: [], total: 0 }; // the answer to a query
 let connection = { state: "connecting", seconds: 0 };
-let held = null; // the events since the pause
+let held = null; // while paused
 let ready = false;
 
 const say = (text) => $("say").replaceChildren(make("p", "", text));
@@ -37,8 +37,7 @@ const isFresh = () => connection.state === "live";
 // --- what is shown -------------------------------------------------------------------------------
 
 const list = new List({ onOpen: openTask, onToggle: toggle, onMore: showMore });
-const summary = new Summary({ onList: showList });
-summary.onChange = render;
+const summary = new Summary({ onList: showList, onChange: render });
 const timeline = new Timeline({ model, onOpen: (task) => openTask({ data: task }) });
 const panel = new Panel({
   model,
@@ -285,36 +284,26 @@ function askCancel(task) {
 // --- pause ---------------------------------------------------------------------------------------
 
 function pause(on = !held) {
-  held = on ? (held ?? []) : null;
+  const { events = [], lost = false } = held ?? {};
+  held = on ? (held ?? new Backlog()) : null;
   model.frozen = on ? model.now() : undefined;
   mark($("pause"), "aria-pressed", on);
   put($("pause").firstChild, on ? "Resume" : "Pause");
   if (!on) {
-    for (const [type, data] of backlog.splice(0)) model.apply(type, data);
+    for (const [type, data] of events) model.apply(type, data);
+    if (lost) feed.restart();
     ask(true);
   }
   showState();
   render();
 }
 
-const backlog = [];
-const changesIn = (type, data) =>
-  type === "snapshot" ? 1 : Object.values(data.set ?? {}).concat(Object.values(data.gone ?? {})).flat().length + (data.ended?.length ?? 0) + (data.ended_more ?? 0);
-
-function hold(type, data) {
-  // The tasks of a row that was opened during the pause are not a change.
-  if (type === "rows" && data.full && !model.members.has(data.key)) return model.apply(type, data);
-  if (type === "snapshot" || backlog.length >= MAX_HELD) backlog.length = 0;
-  if (backlog.length === 0 && type !== "snapshot" && held.lost) return feed.refresh();
-  backlog.push([type, data]);
-  held.push(changesIn(type, data));
-}
-
 // --- events --------------------------------------------------------------------------------------
 
 function onEvent(type, data) {
-  if (held && ready) {
-    hold(type, data);
+  // The tasks of a row that is opened during a pause are no change.
+  if (held && ready && !(type === "rows" && data.full && !model.members.has(data.key))) {
+    held.add(type, data);
     return showState();
   }
   model.apply(type, data);
@@ -336,17 +325,15 @@ function onState(state) {
 
 function showState() {
   const { state, seconds, message } = connection;
-  const changes = (held ?? []).reduce((sum, n) => sum + n, 0);
   let says = { live: `● live, ${model.about?.interval ?? 1} s`, connecting: "… connecting" }[state];
   if (state === "stale") says = ready ? `! stale for ${duration(seconds)}, reconnecting${message ? ` · ${message}` : ""}` : `! no connection · ${message}`;
-  else if (held) says = `❚❚ paused · ${number(changes)} change${changes === 1 ? "" : "s"} waiting`;
+  else if (held) says = `❚❚ paused · ${counted(held.changes, "change")} waiting`;
   put($("state"), clean(says));
   mark($("state"), "class", state === "stale" ? "stale" : held ? "paused" : state);
 }
 
 // --- keys ----------------------------------------------------------------------------------------
 
-const inTree = () => view.name === "tree" && !question();
 const KEYS = {
   j: ["next row", () => list.move(1)],
   k: ["previous row", () => list.move(-1)],

@@ -14,7 +14,8 @@ const CAUSES = {
   replaced: "Replaced by a new task",
   foreign: "Cancelled by other code",
 };
-const REFRESH = 2000; // ms
+const REFRESH = 2000; // ms between two questions for the task
+const PATIENCE = 20_000; // ms after which an answer is no longer waited for
 
 async function copy(text, node) {
   try {
@@ -35,7 +36,7 @@ async function copy(text, node) {
 
 export class Panel {
   constructor({ model, onShow, onList, onTimeline, onCancel, onClose, mayCancel }) {
-    Object.assign(this, { model, onShow, onList, onTimeline, onCancel, mayCancel });
+    Object.assign(this, { model, onShow, onList, onTimeline, mayCancel });
     this.node = $("panel");
     this.id = null;
     this.parts = new Map();
@@ -72,7 +73,7 @@ export class Panel {
   /** Fetches the task again, at most every two seconds. */
   async refresh() {
     const id = this.id;
-    if (!id || (this.asking === id && performance.now() - this.asked < 10 * REFRESH)) return;
+    if (!id || (this.asking === id && performance.now() - this.asked < PATIENCE)) return;
     this.asking = id;
     this.asked = performance.now();
     try {
@@ -90,10 +91,10 @@ export class Panel {
     this.update();
   }
 
-  /** Writes what has changed; each second at most, as ages do. */
+  /** Writes what has changed, and asks again. */
   update(fresh = this.mayCancel()) {
     if (!this.id) return;
-    if (performance.now() - this.asked > REFRESH && !this.model.frozen && fresh !== null) this.refresh();
+    if (fresh && !this.model.frozen && performance.now() - this.asked > REFRESH) this.refresh();
     this.#part("missing", this.missing, () => this.missing && [make("p", "why", this.missing)]);
     if (!this.details) return;
     const { task, frames, waiters, cause_chain: chain, siblings, metadata, path, can } = this.details;
@@ -186,8 +187,10 @@ export class Panel {
 
   #frames(task, frames) {
     if (!frames.length && !task.where) return null;
-    const rows = (frames.length ? frames : [task.where]).map((frame, index) => {
-      const row = make("div", frame.own === false ? "mute" : "", make(index ? "span" : "b", "", short(frame)), ` in ${frame.function}`);
+    const all = frames.length ? frames : [task.where];
+    const first = all.find((frame) => frame.own !== false);
+    const rows = all.map((frame) => {
+      const row = make("div", frame.own === false ? "mute" : "", make(frame === first ? "b" : "span", "", short(frame)), ` in ${frame.function}`);
       row.title = clean(`${frame.file}:${frame.line}`);
       return row;
     });

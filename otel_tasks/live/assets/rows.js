@@ -5,7 +5,7 @@
  * survive it. Rows out of sight cost no layout (`content-visibility` in page.css).
  */
 
-import { $, GLYPHS, TONES, because, clean, counted, draw, duration, line, make, mark, number, percent, put, short } from "./text.js";
+import { $, GLYPHS, TONES, because, clean, duration, line, mark, number, percent, put, short } from "./text.js";
 
 const AGES = Math.log(1e6); // the axis of ages is logarithmic: 0.1 s to 28 hours on 84 pixels
 const WIDTH = 84;
@@ -26,8 +26,8 @@ export function doing(task, now) {
   return waits(task);
 }
 
-function waits({ awaits, where, calls }) {
-  if (awaits) return `waits for ${awaits}`;
+function waits({ awaits, where, calls, group_id: group }) {
+  if (awaits) return `waits for ${awaits.startsWith(`${group}/`) ? awaits.slice(group.length + 1) : awaits}`;
   return where ? `at ${short(where)}${calls ? `, in ${calls}` : ""}` : "";
 }
 

@@ -15,13 +15,14 @@ const COUNTERS = [
   { name: "cancelled", glyph: "⊘", tone: "gone", column: 6, rate: true },
 ];
 
+/** What stands in bold, and what follows it. */
 const WARNINGS = {
-  cancelling: (warning) => [`cancelling for more than ${duration(warning.min_age)}`],
-  unstarted: (warning) => [`not started after ${duration(warning.min_age)}`],
-  waiting: (warning) => ["waiting at ", make("span", "mono", short(warning.where))],
-  blocked: (warning) => [`blocked the event loop for ${fine(warning.seconds)}`],
-  outlived: () => ["outlived the request that started them"],
-  ignored: () => ["completed although cancelled"],
+  cancelling: ({ count, min_age: age }) => [number(count), `cancelling for more than ${duration(age)}`],
+  unstarted: ({ count, min_age: age }) => [number(count), `not started after ${duration(age)}`],
+  waiting: ({ count, where, estimated }) => [`${estimated ? "about " : ""}${number(count)}`, "waiting at ", make("span", "mono", short(where))],
+  blocked: ({ count, seconds }) => ["event loop blocked", count > 1 ? `${number(count)} times, up to ${fine(seconds)}` : `for ${fine(seconds)}`],
+  outlived: ({ count }) => [number(count), "outlived the request that started them"],
+  ignored: ({ count }) => [number(count), "completed although cancelled"],
 };
 
 const perSecond = (rate) => number(rate < 10 ? Math.round(rate * 10) / 10 : Math.round(rate));
@@ -44,9 +45,9 @@ function spark(values, end) {
 }
 
 export class Summary {
-  /** `onList(query, label)` shows the tasks behind a warning. */
-  constructor({ onList }) {
-    this.onList = onList;
+  /** `onList(query, label)` shows the tasks behind a warning; `onChange()` when one is silenced. */
+  constructor({ onList, onChange }) {
+    Object.assign(this, { onList, onChange });
     this.silenced = new Set(recall());
     this.counters = COUNTERS.map((counter) => {
       const value = make("b", "num");
@@ -84,18 +85,18 @@ export class Summary {
     this.warned = state;
     const focused = document.activeElement.dataset?.warning;
     const nodes = shown.map((warning) => this.#warning(warning, model.now()));
-    if (hidden) nodes.push(button(`${counted(hidden, "warning")} silenced: show`, () => this.#silence(null, model), "plain"));
+    if (hidden) nodes.push(button(`${counted(hidden, "warning")} silenced: show`, () => this.#silence(null), "plain"));
     $("warnings").replaceChildren(...nodes);
     if (focused) $("warnings").querySelector(`[data-warning="${CSS.escape(focused)}"]`)?.focus();
   }
 
   #warning(warning, now) {
-    const says = (WARNINGS[warning.kind] ?? (() => [warning.kind]))(warning);
-    const text = make("span", "", make("b", "", `! ${warning.estimated ? "about " : ""}${number(warning.count)}`), " ", ...says);
+    const [bold, ...says] = (WARNINGS[warning.kind] ?? (({ count, kind }) => [number(count), kind]))(warning);
+    const text = make("span", "", make("b", "", `! ${bold}`), " ", ...says);
     if (warning.since !== null && warning.since !== undefined) text.append(make("small", "", ` ${this.#age(warning, now)}`));
     const open = make(warning.query ? "button" : "span", "open", text);
     if (warning.query) open.addEventListener("click", () => this.onList(warning.query, clean(says.map((each) => each.textContent ?? each).join(""))));
-    const hush = button("✕", () => this.#silence(warning.kind, this.model), "hush");
+    const hush = button("✕", () => this.#silence(warning.kind), "hush");
     hush.title = "silence this kind of warning in this browser";
     mark(hush, "aria-label", `Silence: ${text.textContent}`);
     open.dataset.warning = warning.key;
@@ -104,15 +105,14 @@ export class Summary {
 
   #age({ kind, since }, now) {
     const age = duration(now - since);
-    return kind === "blocked" ? `${age} ago` : kind === "ignored" ? `last ${age} ago` : `oldest ${age}`;
+    return kind === "blocked" ? `${age} ago` : `oldest ${age}`;
   }
 
   #silence(kind) {
     if (kind) this.silenced.add(kind);
     else this.silenced.clear();
     remember([...this.silenced]);
-    this.warned = null;
-    this.onChange?.();
+    this.onChange();
   }
 }
 

@@ -49,7 +49,7 @@ export const percent = (fraction) => `${Math.floor(100 * Math.min(1, Math.max(0,
 /** A duration in few characters: 0.4 s, 40 s, 12 m, 5 h, 3 d 4 h. */
 export function duration(seconds) {
   const s = Math.max(0, seconds);
-  if (s < 0.95) return `${s.toFixed(1)} s`;
+  if (s < 0.95) return s < 0.05 ? "0 s" : `${s.toFixed(1)} s`;
   if (s < 100) return `${Math.max(1, Math.floor(s))} s`;
   if (s < 6000) return `${Math.floor(s / 60)} m`;
   if (s < 172800) return `${Math.floor(s / 3600)} h`;

@@ -3,7 +3,7 @@
 import { $, GLYPHS, TONES, because, clean, draw, duration, fine, make, mark, put, wall } from "./text.js";
 import { keyOf } from "./model.js";
 
-const WINDOWS = [20, 60, 240, 1200, 3600, 14400, 86400, 345600]; // seconds; a quarter of each is a round number
+const WINDOWS = [20, 60, 120, 240, 600, 1200, 3600, 14400, 86400, 345600]; // seconds; a quarter of each is easy to read
 const MOST = 0.8; // the part of the bars whose start the window has to show
 
 const endOf = (task, now) => task.ended ?? now;
@@ -64,7 +64,7 @@ export class Timeline {
 
   #groups(tasks) {
     const groups = new Map();
-    const sorted = [...tasks].sort((a, b) => a.created - b.created || (keyOf(a) < keyOf(b) ? -1 : 1));
+    const sorted = [...tasks].sort((a, b) => a.created - b.created || a.task_id.localeCompare(b.task_id, "en", { numeric: true }));
     for (const task of sorted) {
       const group = task.group_id ?? "";
       if (!groups.has(group)) groups.set(group, []);
@@ -109,7 +109,7 @@ export class Timeline {
     put(label.firstChild, GLYPHS[task.status]);
     mark(label.firstChild, "class", `glyph s-${TONES[task.status]}`);
     put(label.children[1], clean(task.name));
-    put(label.lastChild, group ? ` ${clean(group)}` : "");
+    put(label.lastChild, clean(` ${group.slice(Math.max(0, group.lastIndexOf("#")))}`));
     put(time, task.ended === undefined ? duration(now - task.created) : fine(task.ended - task.created));
     picture.replaceChildren(...this.#parts(task, now));
     const cause = causeAt(task) === null ? "" : `, ${because(task.cause)} at ${wall(causeAt(task), this.model)}`;
@@ -128,7 +128,7 @@ export class Timeline {
       if (right > 0 && right > left) parts.push(draw("rect", { x: `${left.toFixed(2)}%`, width: `${Math.max(0.15, right - left).toFixed(2)}%`, y: 4, height: 10, class: name }));
     };
     piece(task.created, Math.min(started, end), "b-wait");
-    piece(started, cause ? Math.max(started, Math.min(cause, end)) : end, `b-${task.ended === undefined || cause ? "run" : TONES[task.status]}`);
+    piece(started, cause ? Math.max(started, Math.min(cause, end)) : end, `b-${task.ended === undefined ? "run" : TONES[task.status]}`);
     if (cause && end > cause) piece(Math.max(cause, task.created), end, "b-cancel");
     if (now - task.created > this.span && x(end) > 0) parts.push(draw("text", { x: 0, y: 13, class: "beyond" }, "‹"));
     if (task.ended === undefined) parts.push(draw("text", { x: "100%", dx: -3, y: 14, class: `open s-${TONES[task.status]}` }, "▸"));
