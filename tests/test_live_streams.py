@@ -403,3 +403,24 @@ async def test_stream_under_the_middleware(inside: str) -> None:
         assert len(of_kind(stream, "delta")) == 6
         assert {len(data["set"]["groups"]) for data in of_kind(stream, "delta")} == {0}
         await leave()
+
+
+async def test_feed_that_raises_is_logged_and_starts_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its streams end, and the next viewer is served."""
+    async with TaskManager() as manager:
+        client = client_of(manager)
+        with monkeypatch.context() as patch:
+            async with client.stream() as stream:
+                patch.setattr("otel_tasks.live.feed.Feed.rows", None)
+                await asyncio.sleep(1.1)
+                assert of_kind(stream, "bye") == [{"v": 1, "reason": "failed"}]
+                assert stream.complete
+        assert [record.getMessage() for record in caplog.records] == [
+            "the feed of the live view raised, and its streams end"
+        ]
+        async with client.stream() as stream:
+            await asyncio.sleep(1.1)
+        assert len(of_kind(stream, "delta")) == 1
+        await leave()

@@ -150,6 +150,7 @@ class Overview:
         members: For each key of ``members``, its oldest live tasks.
         folded_groups: How many rows of groups are part of another one.
         folded_classes: How many classes are part of another one.
+        keys_of_names: The key of the first row with each name; the root's name is ``root``.
     """
 
     manager: str
@@ -165,6 +166,7 @@ class Overview:
     members: Mapping[str, tuple[ManagedTask[Any], ...]]
     folded_groups: int
     folded_classes: int
+    keys_of_names: Mapping[str, str]
 
     def keys_of(self, task: ManagedTask[Any] | TaskInfo) -> tuple[str | None, str | None]:
         """The keys of the rows to which a task belongs: of its group, and of its class.
@@ -180,8 +182,7 @@ class Overview:
 
     def _keys_of_record(self, info: TaskInfo) -> tuple[str | None, str | None]:
         name = low_cardinality(info.group) if info.group != info.group_id else info.group
-        names = {row.name: row.key for row in reversed(self.groups[1:])} | {"root": self.groups[0].key}
-        group = names.get(name)
+        group = self.keys_of_names.get(name)
         return group, None if group is None else key_of("c", group, _class_name(info.name))
 
 
@@ -214,6 +215,8 @@ def overview_of(
         members={key: survey.members(key, limit) for key, limit in members.items()},
         folded_groups=len(survey.folded),
         folded_classes=folded,
+        # The first one last: it wins.
+        keys_of_names={row.name: row.key for row in reversed(rows)},
     )
 
 

@@ -16,6 +16,7 @@ from contextvars import Context
 from typing import TYPE_CHECKING, Any, Protocol
 
 from otel_tasks import TaskNotFoundError
+from otel_tasks._core.log import logger
 from otel_tasks.asgi import call_on_server_stop
 from otel_tasks.live.detail import live_detail
 from otel_tasks.live.feed import INTERVAL, Feed
@@ -173,6 +174,10 @@ class Hub:
                 self._read_panels()
                 for stream in self._streams:
                     stream.wake()
+        except Exception:
+            logger.exception("the feed of the live view raised, and its streams end")
+            for stream in self._streams:
+                stream.end("failed")
         finally:
             sign.close()
             if self._ticking is asyncio.current_task():

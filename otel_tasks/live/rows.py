@@ -127,6 +127,7 @@ def task_row(task: ManagedTask[Any], node: TaskNode, overview: Overview, shown: 
         # Whole seconds: they are measured again in each look, and a row that differs is sent again.
         "retry_at": None if works.retry_in is None else round(now + works.retry_in),
         "next_run": None if node.next_run_in is None else round(now + node.next_run_in),
+        "consumer": None if node.consumer is None else node.consumer.to_dict(),
         "trace_id": works.trace_id,
         "span_id": works.span_id,
     }
