@@ -218,6 +218,15 @@ VISITS = {
         """,
         ["slow cancelled client_disconnect", "slow completed None"],
     ),
+    ("docs/howto/debugging.md", "live_view"): (
+        """
+        print((await visit("GET", "/tasks/v1/snapshot")).status)
+        connection = FakeConnection(path="/tasks/v1/snapshot", headers={"x-token": "letmein"})
+        await connection.run(app)
+        print(connection.status, b'"kind":"snapshot"' in connection.body)
+        """,
+        ["401", "200 True"],
+    ),
     ("docs/howto/debugging.md", "debug_tasks"): (
         """
         task = global_task_manager.create_task(asyncio.sleep(60), name="mail")

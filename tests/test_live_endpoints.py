@@ -355,6 +355,22 @@ async def test_details_of_a_live_task() -> None:
         await manager.shutdown(grace=0.0, timeout=100)
 
 
+async def test_plain_task_that_waits_is_shown_without_id() -> None:
+    """A waiter that is no managed task has a name, and nothing to open."""
+
+    async def waiting(task: Any) -> None:
+        await task
+
+    async with TaskManager() as manager:
+        task = manager.create_task(rest())
+        waiter = asyncio.create_task(waiting(task), name="plain")
+        await settle()
+        detail = await client_of(manager).get(f"/v1/tasks/{task.uid}")
+        assert detail["waiters"] == [{"id": None, "name": "plain", "task_id": None}]
+        await manager.cancel_all_tasks()
+        await asyncio.wait([waiter])
+
+
 async def test_details_of_an_ended_task() -> None:
     """A task that is remembered has its cause chain with the time of its end."""
     async with TaskManager() as manager:

@@ -312,6 +312,16 @@ def test_paths_do_not_show_the_machine(path: str, short: str) -> None:
     assert short_path(path) == short
 
 
+def test_path_without_a_working_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a directory that is gone, a line has its file alone."""
+
+    def gone() -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr("os.getcwd", gone)
+    assert short_path("/srv/shop/pool.py") == "pool.py"
+
+
 async def test_trace_links_mark_what_was_cancelled() -> None:
     """The link has the trace id, and for a cancelled task the kind of its cause."""
     shown = Shown(trace_url="http://j/trace/{trace_id}?x=1")

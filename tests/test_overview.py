@@ -164,7 +164,15 @@ async def test_service_and_its_attempt_are_one() -> None:
         overview = manager.overview()
         assert classes(overview) == {("default", "feed"): 1, ("default", "sweep"): 1}
         assert [row.kind for row in overview.classes] == ["service", "service"]
-        assert overview.classes[0].only is manager.get_task("feed")
+        feed = manager.get_task("feed")
+        assert overview.classes[0].only is feed
+        feed.set_name("renamed")
+        manager.create_task(rest())
+        assert classes(manager.overview()) == {
+            ("default", "renamed"): 1,
+            ("default", "sweep"): 1,
+            ("default", "rest"): 1,
+        }
         await closed(manager)
 
 
@@ -245,7 +253,7 @@ async def test_details_show_the_chain_of_awaits_and_the_waiters() -> None:
         await inner()
 
     async def waiting(task: Any) -> None:
-        await asyncio.gather(task, asyncio.sleep(1))
+        await asyncio.gather(task, asyncio.gather(task, asyncio.sleep(1)))
 
     async with TaskManager() as manager:
         task = manager.create_task(outer(), group="mail")

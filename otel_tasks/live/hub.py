@@ -128,16 +128,6 @@ class Hub:
         for stream in self._streams:
             stream.end("shutdown")
 
-    @property
-    def streams(self) -> int:
-        """The number of open streams."""
-        return len(self._streams)
-
-    @property
-    def ticks(self) -> bool:
-        """True while there are viewers, and a little longer."""
-        return self._ticking is not None
-
     async def read_now(self, expand: Mapping[str, int], panel: str | None) -> None:
         """Read what a viewer has just expanded, without waiting for the next tick.
 

@@ -6,8 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from otel_tasks import TaskStatus
-
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
@@ -184,8 +182,3 @@ def reason_of(body: Any) -> str | None:
     if not isinstance(reason, str) or len(reason) > MAX_REASON:
         raise BadRequest(f"reason must be a text of at most {MAX_REASON} characters")
     return reason.strip() or None
-
-
-def status_of(status: TaskStatus, queued: bool) -> str:
-    """The status of a live task as the feed has it."""
-    return "queued" if queued and status is not TaskStatus.CANCELLING else str(status)

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from otel_tasks import CancelKind, TaskStatus
+from otel_tasks import CancelKind
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -212,11 +212,6 @@ def trace_link(trace_id: str | None, cause: CancelCause | None, shown: Shown) ->
     if cause is None:
         return url
     return f"{url}{'&' if '?' in url else '?'}uiFind={cause.kind}"
-
-
-def is_live(status: TaskStatus) -> bool:
-    """True for a task that has not ended."""
-    return not status.is_final
 
 
 def _counted(counted: Counted) -> Row:
