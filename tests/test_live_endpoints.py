@@ -167,10 +167,22 @@ async def test_view_in_a_mounted_application() -> None:
     async with TaskManager() as manager:
         outer = FastAPI()
         outer.mount("/v2", client_of(manager).app)
+        link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
         client = Client(outer, "/v2/tasks")
         assert (await client.get("/v1/snapshot"))["manager"] == "default"
-        assert (await client.send("")).headers["location"] == "tasks/"
+        assert (await client.send("", headers=link)).headers["location"] == "tasks/"
         await leave()
+
+
+async def test_prefix_may_be_anything() -> None:
+    """A link opens the page below `/v1/`, and still not the JSON."""
+    async with TaskManager() as manager:
+        app = FastAPI()
+        app.include_router(live_view(manager=manager, insecure=True), prefix="/api/v1/tasks.js")
+        client = Client(app, "/api/v1/tasks.js")
+        link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+        assert (await client.send("/", headers=link)).status == 200
+        assert (await client.send("/v1/tasks", headers=link)).status == 403
 
 
 def test_view_is_not_in_the_schema() -> None:

@@ -9,9 +9,10 @@ from functools import cache, partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final
 
-from fastapi import APIRouter, HTTPException, Request, params
+from fastapi import APIRouter, Request, params
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from otel_tasks import TaskManager, TaskNotFoundError, global_task_manager
@@ -95,7 +96,7 @@ def live_view(
         raise TypeError(f"manager must be a TaskManager, got {manager!r}")
     shown = Shown(errors=errors, metadata=tuple(metadata), trace_url=trace_url)
     view = _View(manager or global_task_manager, shown, frozenset(actions), can)
-    return _router(view, auth, _guarded(insecure, frozenset(host.lower() for host in hosts)))
+    return _router(view, auth, insecure, frozenset(host.lower() for host in hosts))
 
 
 def _check_auth(auth: object, insecure: bool) -> None:
@@ -108,14 +109,18 @@ def _check_auth(auth: object, insecure: bool) -> None:
         )
 
 
-def _router(view: _View, auth: Any, route_class: type[APIRoute]) -> APIRouter:
-    router = APIRouter(include_in_schema=False, route_class=route_class)
+def _router(view: _View, auth: Any, insecure: bool, hosts: Collection[str]) -> APIRouter:
+    # The endpoints that a link may open.
+    pages: set[Any] = set()
+    router = APIRouter(include_in_schema=False, route_class=_guarded(insecure, hosts, pages))
 
     def add(path: str, answer: Callable[[Request, Any], Awaitable[Response]], method: str = "GET") -> None:
         # The dependency's value is the user: one parameter for both.
         async def endpoint(request: Request, user: Any = auth) -> Response:
             return await answer(request, user)
 
+        if path in ("", "/"):
+            pages.add(endpoint)
         # FastAPI reads annotations in the module's names, and these are objects already.
         endpoint.__annotations__ = {"request": Request, "user": Any, "return": Response}
         router.add_api_route(path, endpoint, methods=[method], response_class=Response, response_model=None)
@@ -276,13 +281,14 @@ def user_name(user: Any) -> str | None:
     return None
 
 
-def _guarded(insecure: bool, hosts: Collection[str]) -> type[APIRoute]:
+def _guarded(insecure: bool, hosts: Collection[str], pages: Collection[Any]) -> type[APIRoute]:
     """A class of routes that checks requests first, and gives every answer the headers and the form."""
 
     class GuardedRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handle = super().get_route_handler()
-            is_page = not self.path.rstrip("/").endswith((".js", ".css", ".svg")) and "/v1/" not in self.path
+            # Not by the path: an application's prefix may contain anything.
+            is_page = self.endpoint in pages
 
             async def guarded(request: Request) -> Response:
                 try:
