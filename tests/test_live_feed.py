@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from typing import Any
 
 import pytest
 
 from otel_tasks import TaskGroup, TaskManager, current_task
+from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.live.feed import CANCELLING, ENDED, ENDED_PER_TICK, RING, Feed
 from otel_tasks.live.rows import Shown, short_path, text, trace_link
+from otel_tasks.testing import FakeConnection
 from tests.helpers import fail, give, ignore_cancels, rest, settle
 
 
@@ -389,6 +392,32 @@ async def test_many_tasks_at_one_line_are_a_warning() -> None:
         )
         assert found["key"] == f"waiting {found['where']['file']}:{found['where']['line']}"
         await manager.cancel_all_tasks()
+        assert warnings(feed) == {}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="a task does not show its context before")
+async def test_plain_tasks_that_outlive_their_requests_are_a_warning() -> None:
+    """They are noticed within 5 ticks, and are a warning 10 s later."""
+    plain: list[asyncio.Task[None]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        plain.append(asyncio.create_task(rest()))
+        plain.append(asyncio.create_task(rest()))
+        await send({"type": "http.response.start", "status": 204})
+        await send({"type": "http.response.body"})
+
+    async with TaskManager() as manager:
+        feed = feed_of(manager)
+        await FakeConnection().run(TaskGroupMiddleware(app, manager=manager))
+        assert manager.outliving_tasks() == sorted(plain, key=manager.outliving_tasks().index)
+        found: list[int] = []
+        for _ in range(18):
+            found.append(warnings(feed).get("outlived", {}).get("count", 0))
+            await asyncio.sleep(1)
+        assert (found[0], found[-1]) == (0, 2)
+        for task in plain:
+            task.cancel()
+        await asyncio.wait(plain)
         assert warnings(feed) == {}
 
 

@@ -229,6 +229,7 @@ async def test_overview_changes_nothing() -> None:
 def test_overview_of_a_new_manager() -> None:
     """Without a loop and without tasks there is a root and nothing else."""
     overview = TaskManager("new").overview()
+    assert TaskManager("new").outliving_tasks() == []
     assert [(row.name, row.tasks.count) for row in overview.groups] == [("new", 0)]
     assert overview.classes == ()
 
@@ -334,3 +335,13 @@ async def test_cancellation_names_the_person() -> None:
             "stuck",
             CancelKind.EXPLICIT,
         )
+
+
+async def test_tasks_outside_of_requests_outlive_none() -> None:
+    """Neither managed tasks nor plain ones without a request are listed."""
+    async with TaskManager() as manager:
+        manager.create_task(rest())
+        plain = asyncio.create_task(asyncio.sleep(1))
+        assert manager.outliving_tasks() == []
+        await plain
+        await closed(manager)

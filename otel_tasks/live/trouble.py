@@ -13,6 +13,7 @@ from otel_tasks import TaskStatus
 from otel_tasks.live.rows import Row, location, seconds, short_path
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Iterable, Iterator
 
     from otel_tasks import Location, ManagedTask, Overview, TaskManager, TaskNode
@@ -22,6 +23,7 @@ MAX_WARNINGS = 20
 CANCELLING = 30.0
 UNSTARTED = 10.0
 WAITING = 5.0
+OUTLIVED = 10.0
 HELD = 0.25
 # How long a blocked loop stays on the list.
 REMEMBERED = 60.0
@@ -30,6 +32,10 @@ MANY = 10
 # The oldest tasks are looked at, some in each tick: each costs some 15 us.
 LOOKED_AT = 500
 PER_TICK = 100
+# The search for plain tasks looks at every task of the loop: it is made in one of so many ticks, and not with
+# more live tasks than this.
+SEARCHED_EACH = 5
+SEARCHED_MOST = 10_000
 
 
 class Trouble:
@@ -41,6 +47,9 @@ class Trouble:
         self._queue: list[ManagedTask[Any]] = []
         self._places: dict[ManagedTask[Any], Location] = {}
         self._unstarted: set[ManagedTask[Any]] = set()
+        # The plain tasks that outlive their requests, and when each was first seen to.
+        self._outliving: dict[asyncio.Task[Any], float] = {}
+        self._ticks = 0
         # When the loop was held, and for how long.
         self._held: list[tuple[float, float]] = []
 
@@ -59,6 +68,7 @@ class Trouble:
         """
         self._root = overview.groups[0].key
         self._look(manager, overview)
+        self._search(manager, overview)
         now = overview.now
         if held >= HELD:
             self._held.append((now, held))
@@ -67,6 +77,7 @@ class Trouble:
             *_cancelling(overview),
             *self._blocked(),
             *self._not_started(now),
+            *self._outlived(now),
             *self._waiting(overview),
             *_ignored(overview),
         ]
@@ -85,6 +96,13 @@ class Trouble:
             self._note(task, node, overview.now)
         self._places = {task: at for task, at in self._places.items() if not task.done()}
         self._unstarted = {task for task in self._unstarted if task.status is TaskStatus.PENDING}
+
+    def _search(self, manager: TaskManager, overview: Overview) -> None:
+        """Look for plain tasks that outlive their requests."""
+        self._ticks += 1
+        if self._ticks % SEARCHED_EACH == 1 and overview.stats.live <= SEARCHED_MOST:
+            seen, now = self._outliving, overview.now
+            self._outliving = {task: seen.get(task, now) for task in manager.outliving_tasks()}
 
     def _note(self, task: ManagedTask[Any], node: TaskNode, now: float) -> None:
         works = node.attempt or node
@@ -106,6 +124,11 @@ class Trouble:
         if late:
             query = {"status": "pending", "min_age": f"{UNSTARTED:g}"}
             yield _warning("unstarted", len(late), min(late), UNSTARTED, query)
+
+    def _outlived(self, now: float) -> Iterator[Row]:
+        late = [at for task, at in self._outliving.items() if now - at >= OUTLIVED and not task.done()]
+        if late:
+            yield _warning("outlived", len(late), min(late), OUTLIVED, None)
 
     def _waiting(self, overview: Overview) -> Iterator[Row]:
         places = Counter(self._places.values())
