@@ -72,7 +72,6 @@ class Hub:
         self.panels: dict[str, Row | None] = {}
         self._streams: list[Viewer] = []
         self._polls: dict[str, float] = {}
-        self._expanded_by_polls: dict[str, int] = {}
         self._ticking: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._last_seen = 0.0
