@@ -28,6 +28,7 @@ from otel_tasks._core.waiting import wait_until_done
 from otel_tasks.asgi import (
     ClientDisconnected,
     TaskGroupMiddleware,
+    call_on_server_stop,
     request_group,
     set_cancel_handler,
     set_request_timeout,
@@ -49,6 +50,7 @@ __all__ = [
     "RequestTasks",
     "RequestTimeout",
     "TaskGroupMiddleware",
+    "call_on_server_stop",
     "cancel_handler_on_disconnect",
     "keep_handler_on_disconnect",
     "lifespan",
