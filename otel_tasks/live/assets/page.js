@@ -65,11 +65,13 @@ function render() {
   rendering = true;
   requestAnimationFrame(() => {
     rendering = false;
+    rendered = performance.now();
     renderNow();
   });
 }
 
 let rendering = false;
+let rendered = 0;
 
 function renderNow() {
   const timed = view.name === "timeline";
@@ -445,4 +447,5 @@ for (const [key, [does]] of Object.entries(KEYS)) {
 const feed = new Feed(onEvent, onState);
 if (view.name === "oldest") wantRows();
 if (url.get("task")) openTask({ data: { id: url.get("task"), name: "…" } });
-setInterval(() => !held && isFresh() && render(), 1000);
+// Ages grow between updates, too.
+setInterval(() => !held && isFresh() && performance.now() - rendered > 900 && render(), 500);

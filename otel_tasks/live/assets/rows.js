@@ -10,6 +10,7 @@ import { $, GLYPHS, TONES, because, clean, duration, line, mark, number, percent
 const AGES = Math.log(1e6); // the axis of ages is logarithmic: 0.1 s to 28 hours on 84 pixels
 const WIDTH = 84;
 const HEIGHT = 28; // of a row, as in page.css
+const MARGIN = 8; // rows
 
 const xOf = (age) => Math.round(Math.min(1, Math.max(0, Math.log(Math.max(age, 0.1) / 0.1) / AGES)) * (WIDTH - 2));
 
@@ -83,15 +84,15 @@ export class List {
     this.entries = kept;
     kept.forEach((entry, index) => {
       const row = this.rows.get(entry.key);
-      if (!row.entry || (index >= first && index <= last)) row.paint(entry, model);
+      if (!row.entry || entry.kind === "more" || (index >= first && index <= last)) row.paint(entry, model);
     });
     this.#markSelected();
   }
 
-  /** The rows in sight and a screen above and below; the others are written when they come into sight. */
+  /** The rows in sight, and a few around them; the others are written when they come into sight. */
   #inSight() {
     const { scrollTop, clientHeight } = this.scroller;
-    return [Math.floor((scrollTop - clientHeight) / HEIGHT), Math.ceil((scrollTop + 2 * clientHeight) / HEIGHT)];
+    return [Math.floor(scrollTop / HEIGHT) - MARGIN, Math.ceil((scrollTop + clientHeight) / HEIGHT) + MARGIN];
   }
 
   #catchUp() {

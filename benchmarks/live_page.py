@@ -1,0 +1,131 @@
+"""The page of the live view: script and layout time per update; 10,000 live tasks, of which a tenth changes.
+
+    python -m benchmarks.live_page    # a minute; needs chromium, and the environment of the tests
+
+Two classes of 1,000 tasks are opened, as many as a viewer may open; the other tasks are in closed rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from playwright.sync_api import sync_playwright
+
+from benchmarks.middleware import wait_for_port
+from otel_tasks import ManagedTask, TaskManager, global_task_manager
+from otel_tasks.fastapi import make_lifespan
+from otel_tasks.live import live_view
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from playwright.sync_api import CDPSession, Page
+
+PORT = 18_462
+GROUPS, TASKS_PER_GROUP = 10, 1_000
+# The part of the tasks that reports progress each second.
+CHANGES = 0.1
+SECONDS = 15
+METRICS = ("ScriptDuration", "LayoutDuration", "RecalcStyleDuration")
+
+
+async def _rest(forever: asyncio.Event) -> None:
+    await forever.wait()
+
+
+async def _report(tasks: list[ManagedTask[None]], manager: TaskManager) -> None:
+    count = int(len(tasks) * CHANGES / 10)
+    for number in itertools.count():
+        for task in tasks[number * count % len(tasks) :][:count]:
+            task.progress.update(done=number % 100, total=100)
+        await asyncio.sleep(0.1)
+
+
+@asynccontextmanager
+async def _work(app: FastAPI) -> AsyncIterator[None]:
+    forever = asyncio.Event()
+    manager = global_task_manager
+    tasks = [
+        manager.create_task(_rest(forever), name=f"work_{chr(97 + group)}", group=f"group {chr(97 + group)}")
+        for _ in range(TASKS_PER_GROUP)
+        for group in range(GROUPS)
+    ]
+    await manager.start_service("reports", lambda: _report(tasks, manager))
+    yield
+
+
+app = FastAPI(lifespan=make_lifespan(_work, grace=0.0))
+app.include_router(live_view(insecure=True), prefix="/tasks")
+
+
+def main() -> None:
+    """Measure, and print the figures."""
+    command = [sys.executable, "-m", "uvicorn", "benchmarks.live_page:app", "--port", str(PORT)]
+    quiet = ["--no-access-log", "--log-level", "warning"]
+    server = subprocess.Popen([*command, *quiet], cwd=Path(__file__).parents[1])
+    try:
+        wait_for_port(PORT)
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(
+                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+            )
+            page = browser.new_page(viewport={"width": 1440, "height": 900})
+            page.goto(f"http://127.0.0.1:{PORT}/tasks/")
+            page.wait_for_selector("#rows .row")
+            session = page.context.new_cdp_session(page)
+            session.send("Performance.enable")
+            print(f"closed rows: {_per_update(page, session)}")
+            for name in ("work_a", "work_b"):
+                _open_all(page, name)
+            page.keyboard.press("k")
+            focused = page.evaluate("document.activeElement.dataset.key")
+            print(f"2,000 tasks shown: {_per_update(page, session)}")
+            kept = page.evaluate("document.activeElement.dataset.key") == focused
+            print("the focus is", "kept" if kept else "lost")
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _open_all(page: Page, name: str) -> None:
+    """Open a class, and ask for more until 1,000 of its tasks are there."""
+    row = page.locator(f'.row.class:has(.label:text-is("{name}"))')
+    if not row.count():
+        group = name.replace("work_", "group ")
+        page.click(f'.row.group:has(.label:text-is("{group}"))')
+    row.click()
+    for shown in (200, 400):
+        more = page.locator(".row.more", has_text=f"{TASKS_PER_GROUP - shown} more")
+        more.wait_for(state="attached")
+        more.scroll_into_view_if_needed()
+        more.click()
+    page.evaluate("document.getElementById('list').scrollTop = 0")
+    page.wait_for_timeout(1500)
+
+
+def _per_update(page: Page, session: CDPSession) -> str:
+    """The milliseconds that an update takes, on average."""
+    page.wait_for_timeout(1000)
+    before = _metrics(session)
+    page.wait_for_timeout(SECONDS * 1000)
+    after = _metrics(session)
+    script, layout, style = [(after[name] - before[name]) / SECONDS * 1000 for name in METRICS]
+    return f"script {script:.1f} ms, layout {layout:.1f} ms, style {style:.1f} ms"
+
+
+def _metrics(session: CDPSession) -> dict[str, float]:
+    found = session.send("Performance.getMetrics")["metrics"]
+    return {each["name"]: each["value"] for each in found}
+
+
+if __name__ == "__main__":
+    main()
