@@ -13,6 +13,7 @@ import http.client
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
@@ -43,7 +44,7 @@ async def _rest(forever: asyncio.Event) -> None:
 
 
 async def _churn() -> None:
-    while True:
+    while not global_task_manager.closed:
         for _ in range(CHANGES // 20):
             global_task_manager.create_task(asyncio.sleep(0.01), name="quick", group="churn")
         await asyncio.sleep(0.05)
@@ -128,21 +129,25 @@ def _cpu_time() -> float:
 
 @contextmanager
 def _viewers(number: int) -> Iterator[None]:
-    """So many viewers, each a process that reads the stream and opens it again."""
-    code = "import benchmarks.live as live; live.view()"
-    viewers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(number)]
+    """So many viewers, in one process, which read their streams and open them again."""
+    code = f"import benchmarks.live as live; live.view({number})"
+    process = subprocess.Popen([sys.executable, "-c", code])
     try:
         time.sleep(3.0)
         yield
     finally:
-        for viewer in viewers:
-            viewer.kill()
-            viewer.wait()
+        process.kill()
+        process.wait()
 
 
-def view() -> None:
-    """Read streams until the process is killed."""
-    name = f"viewer-{time.monotonic_ns()}"
+def view(number: int) -> None:
+    """Read so many streams until the process is killed."""
+    for each in range(1, number):
+        threading.Thread(target=_read, args=(f"viewer-{each}",), daemon=True).start()
+    _read("viewer-0")
+
+
+def _read(name: str) -> None:
     while True:
         with closing(http.client.HTTPConnection("127.0.0.1", PORT)) as connection:
             connection.request("GET", f"/tasks/v1/events?viewer={name}&expand=oldest:50")
