@@ -6,6 +6,7 @@ import asyncio
 import functools
 import gc
 import logging
+import math
 import queue as thread_queues
 import sys
 import weakref
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opentelemetry import trace
 
 from otel_tasks import (
     CancelKind,
@@ -597,6 +599,56 @@ async def test_handler_that_acknowledges_itself_is_reported(caplog: pytest.LogCa
     await manager.shutdown(0)
 
 
+async def test_cancelled_error_of_an_item_is_a_failure() -> None:
+    """One that nothing requested, such as that of a client which cancels its own future."""
+    manager, queue = TaskManager(), filled([1])
+    dead: list[Any] = []
+
+    async def handle(item: int) -> None:
+        raise asyncio.CancelledError("the pool was closed")
+
+    consumer = await manager.start_consumer(
+        "jobs", queue, handle, on_failure=lambda item, error: dead.append((item, repr(error.__cause__)))
+    )
+    await settle()
+    assert dead == [(1, "CancelledError('the pool was closed')")]
+    assert fates(consumer) == {"failed": 1}
+    assert unfinished(queue) == 0
+    await manager.shutdown(0)
+
+
+async def test_cancelled_error_of_an_item_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """Without ``on_failure``, like any failure that nobody awaits: the item was not handled."""
+    manager, queue = TaskManager(), filled([1])
+
+    async def handle(item: int) -> None:
+        raise asyncio.CancelledError
+
+    consumer = await manager.start_consumer("jobs", queue, handle)
+    await settle()
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("ERROR", "task 'handle' failed and nobody awaits it")
+    ]
+    assert "ended with a CancelledError that no request caused" in caplog.text
+    assert fates(consumer) == {"failed": 1}
+    await manager.shutdown(0)
+
+
+async def test_on_failure_sees_the_span_of_its_item(spans: SpanRecorder) -> None:
+    """Its log records carry the trace of the item."""
+    manager = TaskManager(tracer_provider=spans.provider)
+    queue, work = filled([1]), Work(0.0, fails=[1])
+    seen: list[int] = []
+
+    def bury(item: int, error: Exception) -> None:
+        seen.append(trace.get_current_span().get_span_context().span_id)
+
+    await manager.start_consumer("jobs", queue, work, on_failure=bury)
+    await settle()
+    assert seen == [context_of(spans.span("work")).span_id]
+    await manager.shutdown(0)
+
+
 # -- the source -----------------------------------------------------------------------------
 
 
@@ -620,6 +672,21 @@ async def test_source_that_raises_restarts_the_consumer(caplog: pytest.LogCaptur
     await asyncio.sleep(10.0)
     assert work.done == [1, 2]
     assert fates(consumer) == {"done": 2}
+    await manager.shutdown(0)
+
+
+async def test_failure_of_the_source_is_logged_without_others(caplog: pytest.LogCaptureFixture) -> None:
+    """That the queue was empty before is not its context."""
+    manager = TaskManager()
+
+    async def getone() -> int:
+        await asyncio.sleep(1.0)
+        raise ConnectionError("broker away")
+
+    await manager.start_consumer("jobs", getone, Work(), restart=STEADY)
+    await asyncio.sleep(1.5)
+    assert "ConnectionError: broker away" in caplog.text
+    assert "another exception" not in caplog.text
     await manager.shutdown(0)
 
 
@@ -740,6 +807,28 @@ async def test_ended_consumer_is_freed() -> None:
     gc.collect()
     assert gone() is None
     assert not manager._ledger.consumers
+    await manager.shutdown(0)
+
+
+async def test_handled_item_is_freed() -> None:
+    """While the consumer waits for the next one, nothing holds the last one."""
+
+    class Item:
+        """An object that can be watched."""
+
+    manager, items = TaskManager(), [Item(), Item()]
+    gone = [weakref.ref(item) for item in items]
+    queue = filled(items)
+    items.clear()
+    await manager.start_consumer("jobs", queue, lambda item: asyncio.sleep(0), retry=RetryPolicy())
+    await queue.join()
+    await settle()
+    queue.put_nowait(Item())
+    await queue.join()
+    await settle()
+    gc.collect()
+    assert [link() for link in gone] == [None, None]
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, Item)]
     await manager.shutdown(0)
 
 
@@ -1218,6 +1307,102 @@ async def test_cancelled_shutdown_and_a_second_one(caplog: pytest.LogCaptureFixt
     assert caplog.text.count("has stopped") == 1
 
 
+async def test_what_is_left_behind_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Not again by a second shutdown, and not by a consumer that ended before the shutdown."""
+    manager, queue = TaskManager(), filled(range(3))
+    ended = await manager.start_consumer("ended", queue, Work(100.0))
+    await settle()
+    ended.cancel()
+    await manager.cancel_group("ended")
+    queue.put_nowait(1)
+    consumer = await manager.start_consumer("jobs", queue, Work(100.0))
+    await settle()
+    await manager.shutdown(0)
+    await manager.shutdown(0)
+    assert ended.done()
+    assert consumer.done()
+    assert [record.getMessage() for record in caplog.records if "has stopped" in record.getMessage()] == [
+        "consumer 'jobs' has stopped; handed back: 1 ('work-4'); left in the queue: 1"
+    ]
+
+
+async def test_draining_everything_includes_what_the_items_add() -> None:
+    """A crawler: the queue may be empty while a page is fetched whose links come next."""
+    manager, queue = TaskManager(), filled([3])
+    done: list[int] = []
+
+    async def crawl(depth: int) -> None:
+        await asyncio.sleep(1.0)
+        done.append(depth)
+        for _ in range(2 if depth else 0):
+            queue.put_nowait(depth - 1)
+
+    await manager.start_consumer("pages", queue, crawl, drain="all")
+    await asyncio.sleep(0.5)
+    await manager.shutdown(100.0)
+    assert now() == 1004.0
+    assert sorted(done) == [0] * 8 + [1] * 4 + [2, 2, 3]
+    assert unfinished(queue) == 0
+
+
+async def test_draining_a_chain_of_consumers() -> None:
+    """The second one waits for what the first one still adds, and both end when nothing is left."""
+    manager, second = TaskManager(), asyncio.Queue[int]()
+    work = Work(0.1)
+
+    async def handle(item: int) -> None:
+        await asyncio.sleep(1.0)
+        second.put_nowait(item)
+
+    await manager.start_consumer("first", filled(range(3)), handle, concurrency=1, drain="all")
+    await manager.start_consumer("second", second, work, drain="all")
+    await asyncio.sleep(0.5)
+    report = await manager.shutdown(100.0)
+    assert now() == 1003.1
+    assert report.clean
+    assert work.done == [0, 1, 2]
+
+
+async def test_draining_waits_for_a_producer_that_drains(caplog: pytest.LogCaptureFixture) -> None:
+    """A service with ``drains=True``, not one that runs forever; what comes after the grace is left."""
+    manager, queue, work = TaskManager(), asyncio.Queue[int](), Work(0.1)
+
+    async def produce() -> None:
+        for number in range(100):
+            await asyncio.sleep(1.0)
+            queue.put_nowait(number)
+
+    await manager.start_service("clock", rest)
+    await manager.start_service("producer", produce, drains=True)
+    consumer = await manager.start_consumer("jobs", queue, work, drain="all")
+    await asyncio.sleep(0.5)
+    await manager.shutdown(5.0)
+    assert now() == 1005.5
+    assert work.done == [0, 1, 2, 3, 4]
+    assert fates(consumer) == {"done": 5}
+    assert "has stopped" not in caplog.text
+
+
+async def test_draining_waits_for_nothing_that_waits_for_it() -> None:
+    """A task that awaits the consumer, and an item that awaits the shutdown."""
+    manager, queue = TaskManager(), filled([1])
+    reports: list[Any] = []
+
+    async def handle(item: int) -> None:
+        await asyncio.sleep(1.0)
+        reports.append(await manager.shutdown(math.inf))
+
+    consumer = await manager.start_consumer("jobs", queue, handle, drain="all")
+
+    async def watch() -> None:
+        await asyncio.wait([consumer])
+
+    watcher = manager.create_task(watch())
+    await asyncio.wait([watcher])
+    assert now() == 1001.0
+    assert reports[0].clean
+
+
 async def test_handler_may_shut_the_manager_down() -> None:
     """The consumer does not wait for the item that waits for the shutdown."""
     manager, queue = TaskManager(), filled([1, 2])
@@ -1282,6 +1467,29 @@ def test_system_exit_in_a_handler_leaves_the_item_unfinished() -> None:
     assert fates(consumer) == {"handed_back": 1}
     assert queue.qsize() == unfinished(queue) == 1
     loop.close()
+
+
+@pytest.mark.parametrize("where", ["on_failure", "priority"])
+def test_system_exit_in_an_option_leaves_the_item_unfinished(where: str) -> None:
+    """As in a handler."""
+    queue, work = filled([1]), Work(0.0, fails=[1])
+
+    def end(*_: Any) -> Any:
+        raise SystemExit(3)
+
+    async def main() -> None:
+        manager = TaskManager()
+        options: dict[str, Any] = {where: end}
+        await manager.start_consumer("jobs", queue, work, **options)
+        try:
+            await rest()
+        finally:
+            await manager.shutdown(0)
+
+    with pytest.raises(SystemExit):
+        run(main())
+    assert unfinished(queue) == 1
+    assert rest_of(queue) == [1]
 
 
 # -- cancelling -----------------------------------------------------------------------------

@@ -10,8 +10,9 @@ Rules, each with a test of its own:
 3. Each item that was taken is either finished and acknowledged, once, or handed back to its source. If it can
    be neither, the log names it.
 4. An item is finished if its task has returned or failed, or was cancelled by anything but a shutdown. A
-   failure is finished when ``on_failure`` is.
+   failure is finished when ``on_failure`` is. A CancelledError that nothing requested is a failure.
 5. From a shutdown on, only what ``drain`` asks for is taken. What the grace is too short for is handed back.
+   With ``"all"``, the consumer ends when the queue is empty and no task runs that may fill it.
 6. Stopping interrupts ``get()`` and loses no item: one that arrives in the same turn is handed back, or runs.
 7. Cancelling the consumer stops the taking; items in hand run to their end. A second cancellation ends that
    wait too. Cancelling the group also cancels the items.
@@ -22,9 +23,10 @@ from __future__ import annotations
 import asyncio
 import math
 from contextlib import suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
+from otel_tasks._core.awaiters import with_awaiters
 from otel_tasks._core.cancellation import call_when_set
 from otel_tasks._core.checks import check_choice, check_number, checked_name
 from otel_tasks._core.coroutines import close_quietly
@@ -33,15 +35,15 @@ from otel_tasks._core.info import ConsumerInfo
 from otel_tasks._core.log import log_fields, log_fields_of_all, logger, text_of
 from otel_tasks._core.native import add_done_callback, cancel_message, failure_of
 from otel_tasks._core.places import Limiter, full_limiter, would_wait
+from otel_tasks._core.service import failure_of_cancelled
 from otel_tasks._core.source import QUEUE_ENDED, Source, check_source
 from otel_tasks._core.state import CancelKind, TaskPriority
-from otel_tasks._core.task import extras_of, started_at
-from otel_tasks._core.telemetry.spans import link_next
+from otel_tasks._core.task import extras_of, runs_forever, started_at
+from otel_tasks._core.telemetry.spans import link_next, make_current
 from otel_tasks._core.waiting import wait_until_done
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
-    from contextvars import Context
+    from collections.abc import Callable, Coroutine, Mapping, Set
 
     from otel_tasks._core.events import CancelEvent
     from otel_tasks._core.group import TaskGroup
@@ -109,6 +111,7 @@ class Consumer(Generic[Item]):
         drain: What happens at a shutdown.
     """
 
+    _supervisor: ManagedTask[Any]
     # The attempt that takes items, and the event that stops it; set while one runs.
     _attempt: ManagedTask[Any]
     _event: CancelEvent
@@ -135,20 +138,32 @@ class Consumer(Generic[Item]):
         self._in_hand: dict[ManagedTask[Any], _Taken[Item]] = {}
         self._taken = 0
         self._counts = {"done": 0, "failed": 0, "cancelled": 0, "handed_back": 0}
-        # From a shutdown on, how many more items may be taken.
+        # From a shutdown on, how many more items may be taken, and which tasks wait for the shutdown.
         self._left: float | None = None
+        self._spared: Set[asyncio.Future[Any]] = frozenset()
         # The grace of the shutdown is over.
         self._is_cut = False
         # What the shutdown has cancelled, by its number; handed back all at once, in its order.
         self._unfinished: dict[int, _Taken[Item]] = {}
         self._hands_back_at_once = False
+        # What the next report names; it is due while a shutdown lasts.
+        self._owes_report = False
         self._handed_back: list[str] = []
         self._lost: list[str] = []
-        group._ledger.consumers.add(self)
 
     def info(self) -> ConsumerInfo:
         """Return a snapshot."""
         return ConsumerInfo(concurrency=self._limiter.limit or 0, in_hand=len(self._in_hand), **self._counts)
+
+    def started(self, supervisor: ManagedTask[Any]) -> None:
+        """Take part in shutdowns until the supervisor and the items in hand have ended."""
+        self._supervisor = supervisor
+        self.group._ledger.consumers.add(self)
+        add_done_callback(supervisor, self._forget_if_over, context=Context())
+
+    def _forget_if_over(self, _: object = None) -> None:
+        if self._supervisor.done() and not (self._in_hand or self._unfinished or self._owes_report):
+            self.group._ledger.consumers.discard(self)
 
     # -- an attempt of the service ------------------------------------------------------------
 
@@ -185,25 +200,53 @@ class Consumer(Generic[Item]):
                 places.wake_producer()
             if self._is_over():
                 return
-            try:
-                item = self._source.take_at_once(draining=self._left is not None)
-            except asyncio.QueueEmpty:
-                if self._left is not None:
-                    return
-                await self._wait_for_item()
+            if self._take_at_once():
                 continue
-            if self._left is not None:
-                self._left -= 1
-            self._start(item)
+            if self._left is not None and not (self._drain == "all" and self._producers()):
+                return
+            await self._wait_for_item()
+
+    def _take_at_once(self) -> bool:
+        """Take an item and start it; return False if that needs a wait.
+
+        A method, so that nothing of the last item is held while the consumer waits for the next one: neither
+        the item, nor the exception about an empty queue, which would be the context of an error of ``get()``.
+        """
+        try:
+            item = self._source.take_at_once(draining=self._left is not None)
+        except asyncio.QueueEmpty:
+            return False
+        if self._left is not None:
+            self._left -= 1
+        self._start(item)
+        return True
+
+    def _producers(self) -> list[ManagedTask[Any]]:
+        """The tasks that may still put items into a queue that is drained, and end.
+
+        Neither services that run forever, nor consumers: their items are tasks. Nor what waits for the
+        shutdown, or for this consumer.
+        """
+        spared = self._spared | with_awaiters(self._attempt)
+        return [
+            task
+            for task in self.group._ledger.root._every_live()
+            if not (task.done() or task in spared or runs_forever(task) or extras_of(task).takes_no_place)
+        ]
 
     async def _wait_for_item(self) -> None:
-        """Wait for the next item and start it; return without one if the consumer stops."""
+        """Wait for the next item and start it; return without one if none may come."""
         getter = self._source.start_get()
 
         def interrupt(_: object) -> None:
             getter.cancel()
 
-        stop_watching = call_when_set(self._event, interrupt)
+        if self._left is None:
+            stop_watching: Callable[[], object] = call_when_set(self._event, interrupt)
+        else:
+            last = asyncio.ensure_future(wait_until_done(self._producers()))
+            last.add_done_callback(interrupt)
+            stop_watching = last.cancel
         try:
             while not getter.done():
                 try:
@@ -265,6 +308,10 @@ class Consumer(Generic[Item]):
             task = self._create(coro, priority, self._handling.timeout, metadata)
         except Exception as error:
             task = self._create(self._handling.failing(error), TaskPriority.NORMAL)
+        except BaseException:
+            # The process ends with it.
+            self._unfinished[entry.number] = entry
+            raise
         entry.name = task.id
         self._watch(task, entry)
 
@@ -329,19 +376,32 @@ class Consumer(Generic[Item]):
         try:
             self._settle(task, entry)
         finally:
+            self._forget_if_over()
             self.group._ledger.places.wake_producer()
 
     def _settle(self, task: ManagedTask[Any], entry: _Taken[Item]) -> None:
         """Decide what becomes of an item whose task has ended."""
-        error = None if task.cancelled() else failure_of(task)
+        error = self._failure_of(task)
         if self._is_unfinished(task, error):
             self._keep_unfinished(task, entry)
-        elif task.cancelled():
+        elif error is None and task.cancelled():
             self._finish("cancelled")
         elif isinstance(error, Exception) and self._handling.on_failure is not None:
             self._settle_failure(task, entry, error)
         else:
+            if error is not None and task.cancelled():
+                self.group._ledger.ending.report_failure(task, error)
             self._finish("done" if error is None and entry.failure is None else "failed")
+
+    def _failure_of(self, task: ManagedTask[Any]) -> BaseException | None:
+        """Return what a task has raised; a CancelledError that nothing requested is a failure, too.
+
+        Otherwise an item would vanish without a trace when a client that it uses cancels a future.
+        """
+        if not task.cancelled():
+            return failure_of(task)
+        is_foreign = task.cause is not None and task.cause.kind is CancelKind.FOREIGN
+        return failure_of_cancelled("task", task) if is_foreign and self._event.cause is None else None
 
     def _is_unfinished(self, task: ManagedTask[Any], error: BaseException | None) -> bool:
         """True if a shutdown has cancelled the task, or if the process ends with what the task raised."""
@@ -360,8 +420,7 @@ class Consumer(Generic[Item]):
 
     def _settle_failure(self, task: ManagedTask[Any], entry: _Taken[Item], error: Exception) -> None:
         """Pass a failure to ``on_failure``, or log that of ``on_failure`` itself."""
-        # Marks it as retrieved.
-        task.exception()
+        _mark_retrieved(task)
         if entry.failure is not None:
             self._report_on_failure(task, entry, error)
             self._finish("failed")
@@ -387,12 +446,20 @@ class Consumer(Generic[Item]):
         self, task: ManagedTask[Any], entry: _Taken[Item], error: Exception
     ) -> Coroutine[Any, Any, object] | None:
         """Call ``on_failure``; return the coroutine of a coroutine function."""
-        on_failure = self._handling.on_failure
+        on_failure: Any = self._handling.on_failure
+        context = copy_context()
+        if task._span is not None:
+            # Its log records belong to the trace of the item, not to that of the consumer.
+            make_current(context, task._span)
         try:
-            made = None if on_failure is None else on_failure(entry.item, error)
+            made = context.run(on_failure, entry.item, error)
         except Exception as broken:
             self._report_on_failure(task, entry, broken)
             return None
+        except BaseException:
+            # The process ends with it.
+            self._keep_unfinished(task, entry)
+            raise
         return made if asyncio.iscoroutine(made) else None
 
     def _run_on_failure(
@@ -416,9 +483,11 @@ class Consumer(Generic[Item]):
 
     # -- a shutdown ---------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Take no more items than ``drain`` says: the manager shuts down."""
+    def close(self, spared: Set[asyncio.Future[Any]]) -> None:
+        """Take no more items than ``drain`` says: the manager shuts down, and ``spared`` wait for that."""
+        self._owes_report = True
         self._hands_back_at_once = False
+        self._spared = spared
         if self._left is None:
             size = self._source.size or 0
             self._left = {"running": 0, "queued": size, "all": math.inf}[self._drain]
@@ -435,7 +504,7 @@ class Consumer(Generic[Item]):
             self._return(self._unfinished.pop(number))
 
     def report(self) -> None:
-        """Log what the shutdown leaves behind."""
+        """Log what the shutdown leaves behind, once."""
         running = [entry.name for entry in self._in_hand.values()]
         fates = {"handed back": self._handed_back, "not acknowledged": self._lost, "still running": running}
         facts = [_listed(fate, names) for fate, names in fates.items() if names]
@@ -448,11 +517,11 @@ class Consumer(Generic[Item]):
                 "; ".join(facts),
                 extra=log_fields_of_all([*self._handed_back, *self._lost, *running]),
             )
+        self._handed_back, self._lost, self._owes_report = [], [], False
+        self._forget_if_over()
 
     def _keep_unfinished(self, task: ManagedTask[Any], entry: _Taken[Item]) -> None:
-        if not task.cancelled():
-            # Marks it as retrieved: it has been reported.
-            task.exception()
+        _mark_retrieved(task)
         has_started = started_at(task, task.status) is not None
         if self._hands_back_at_once or not (self._is_cut or has_started):
             # A prefetched item need not wait for the others: another consumer may take it now.
@@ -488,6 +557,12 @@ class _Taken(Generic[Item]):
         self.name = name
         # What its task has raised, once ``on_failure`` was called.
         self.failure: Exception | None = None
+
+
+def _mark_retrieved(task: ManagedTask[Any]) -> None:
+    """Keep asyncio from reporting the failure of a task."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _listed(fate: str, names: list[str]) -> str:

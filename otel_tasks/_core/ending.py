@@ -143,6 +143,10 @@ class Ending(Counters):
                 task._extras.close()
             task._group._lose(task)
 
+    def report_failure(self, task: ManagedTask[Any], error: BaseException) -> None:
+        """Report a failure that no code waits for, as that of ``task``, which has ended cancelled."""
+        self._report_unhandled(task, task.info(), error)
+
     def _on_special_end(self, task: ManagedTask[Any]) -> None:
         try:
             self._record(task)
@@ -249,8 +253,9 @@ class Ending(Counters):
             self._report_unhandled(task, info, error)
 
     def _report_unhandled(self, task: ManagedTask[Any], info: TaskInfo, error: BaseException) -> None:
-        # Marks the failure as retrieved; otherwise asyncio would report it a second time.
-        task.exception()
+        if not task.cancelled():
+            # Marks the failure as retrieved; otherwise asyncio would report it a second time.
+            task.exception()
         if isinstance(error, SystemExit | KeyboardInterrupt):
             # It propagates through the loop to the caller of run_forever() or asyncio.run().
             return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 if TYPE_CHECKING:
     import asyncio
     import concurrent.futures
-    from collections.abc import Callable, Collection, Coroutine, Iterable
+    from collections.abc import Callable, Collection, Coroutine, Iterable, Set
 
 T = TypeVar("T")
 
@@ -61,8 +61,8 @@ class Threads(Protocol):
 class Consumer(Protocol):
     """Takes items from a queue; ``consumer`` implements it. A shutdown calls its methods in this order."""
 
-    def close(self) -> None:
-        """Take no more items than its ``drain`` says."""
+    def close(self, spared: Set[Any]) -> None:
+        """Take no more items than its ``drain`` says; the tasks ``spared`` wait for the shutdown."""
         ...
 
     def cut(self) -> None:
@@ -94,6 +94,10 @@ class Ending(Protocol):
 
     def use_clock(self, clock: Callable[[], float]) -> None:
         """Read the time at which a task ends from this clock."""
+        ...
+
+    def report_failure(self, task: Any, error: BaseException) -> None:
+        """Report a failure that no code waits for."""
         ...
 
     def abandon(self, task: Any) -> None:

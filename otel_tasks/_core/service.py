@@ -398,11 +398,16 @@ def _failure_of_cancelled(service: ManagedTask[Any], attempt: ManagedTask[Any]) 
     if cause is not None and cause.kind is not CancelKind.FOREIGN:
         request_cancel(service, cause)
         return None
-    failure = RuntimeError(f"attempt {attempt.name!r} ended with a CancelledError that no request caused")
+    return failure_of_cancelled("attempt", attempt)
+
+
+def failure_of_cancelled(kind: str, task: ManagedTask[Any]) -> Exception:
+    """Return the failure of a task that ended with a CancelledError without a request."""
+    failure = RuntimeError(f"{kind} {task.name!r} ended with a CancelledError that no request caused")
     try:
-        attempt.result()
+        task.result()
     except asyncio.CancelledError as error:
-        # Its traceback shows what the attempt was waiting for.
+        # Its traceback shows what the task was waiting for.
         failure.__cause__ = error
     return failure
 

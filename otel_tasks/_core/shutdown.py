@@ -166,11 +166,10 @@ async def shut_down(
     spared = with_awaiters(caller)
     tasks = _others([ledger.root], spared)
     cause = CancelCause.make(CancelKind.SHUTDOWN, f"manager {ledger.name!r} is shutting down")
-    # A list, because the set is weak: until they have handed back what is cancelled.
     consumers = list(ledger.consumers)
     ledger.home.close(by, cause)
     for consumer in consumers:
-        consumer.close()
+        consumer.close(spared)
     ledger.root._signal_cancel(cause)
     _drop_queue(ledger, tasks, cause)
     try:

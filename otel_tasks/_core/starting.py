@@ -14,6 +14,7 @@ from otel_tasks._core.periodic import Overlap, Periodic, start_periodic
 from otel_tasks._core.retry import check_retried
 from otel_tasks._core.service import DEFAULT_POLICY, check_repeatable, start_supervisor
 from otel_tasks._core.state import TaskPriority
+from otel_tasks._core.task import extras_of
 
 if TYPE_CHECKING:
     import concurrent.futures
@@ -592,14 +593,16 @@ class Starting:
                 attempts gives up its place and stays in hand: at most ``concurrency + prefetch`` items are.
             drain: What the grace of a shutdown is for. ``"running"``: for the running items; those that wait
                 are handed back at once. ``"queued"``: also for the waiting ones, and for as many more as were
-                in the queue when the shutdown began. ``"all"``: for everything until the queue is empty.
+                in the queue when the shutdown began. ``"all"``: for everything, until the queue is empty and
+                no task of the manager runs that may fill it; services that run forever do not count.
             retry: As for ``create_task``, for each item. A shutdown ends the wait between two attempts.
             timeout: Seconds for each item, as for ``create_task``, at least 0. None means no limit.
             priority: That of each item, or a function that returns it for an item.
             metadata: That of each item, or a function that returns it for an item.
             on_failure: Called with the item and the exception when an item has failed for good. A coroutine
                 function runs in a task in the same group, and the item is finished when that has ended. If it
-                raises, that is logged. None: the failure is reported like any that nobody awaits.
+                raises, that is logged. None: the failure is reported like any that nobody awaits. A
+                ``CancelledError`` that no request caused is a failure, too.
             restart: What happens when ``source`` raises, as for ``start_service``. Items in hand go on.
             critical: As for ``start_service``.
             on_give_up: As for ``start_service``.
@@ -633,7 +636,7 @@ class Starting:
         """
         handling = Handling(handle, retry, timeout, priority, metadata, on_failure)
         consumer = make_consumer(self._lookup.label, name, source, handling, concurrency, prefetch, drain)
-        return await start_supervisor(
+        task = await start_supervisor(
             consumer.group,
             name,
             consumer.run,
@@ -646,6 +649,9 @@ class Starting:
             critical=critical,
             consumer=consumer,
         )
+        if extras_of(task).supervision is consumer:
+            consumer.started(task)
+        return task
 
     def trigger(self, name: str, *, group: str | TaskGroup | None = None) -> bool:
         """Run periodic work now, out of turn; the times of its other runs stay as they are.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 from otel_tasks._core.events import TREE_LOCK, CancelCause, CancelEvent
 from otel_tasks._core.log import logger
@@ -485,8 +485,8 @@ class Ledger:
         self.scopes: dict[int, TaskGroup] = {}
         # The innermost open scoped group of each host task: `async with` inside `async with` nests.
         self.hosts: dict[asyncio.Task[Any], TaskGroup] = {}
-        # Weak: their tasks hold them.
-        self.consumers: WeakSet[Consumer] = WeakSet()
+        # Those that have tasks, or whose shutdown lasts.
+        self.consumers: set[Consumer] = set()
         self.uids = Uids(self.home, self.history)
         # The next number of a scoped group. Atomic, because threads make groups too.
         self.next_number = itertools.count(1).__next__

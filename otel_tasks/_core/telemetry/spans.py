@@ -37,7 +37,7 @@ from otel_tasks._core.telemetry.conventions import (
 from otel_tasks._core.telemetry.errors import log_otel_error
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from otel_tasks._core.state import CancelKind
 
@@ -162,9 +162,18 @@ def link_next(context: contextvars.Context, predecessor: Span, relation: str) ->
     _set_in(context, _PREDECESSOR, None if identity is None else (identity, relation))
 
 
+def make_current(context: contextvars.Context, span: Span) -> None:
+    """Make a span, which may have ended, the current one of ``context``."""
+    _attach_in(context, lambda: trace.set_span_in_context(span))
+
+
 def _set_in(context: contextvars.Context, key: str, value: object) -> None:
+    _attach_in(context, lambda: otel_context.set_value(key, value))
+
+
+def _attach_in(context: contextvars.Context, make: Callable[[], otel_context.Context]) -> None:
     def attach() -> None:
-        otel_context.attach(otel_context.set_value(key, value))
+        otel_context.attach(make())
 
     try:
         context.run(attach)
