@@ -98,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
     _id_argument(command("show", commands.show, "show everything about one task"))
     _cancel_arguments(command("cancel", commands.cancel, "cancel one task"))
     _watch_arguments(command("watch", commands.watch, "show the overview, and keep it up to date"))
+    command("top", commands.top, "the same with keys to look around and to cancel; needs otel-tasks[top]")
     return main_parser
 
 

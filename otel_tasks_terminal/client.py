@@ -85,6 +85,12 @@ class Client:
         self._token = token
         self._timeout = timeout
         self._connection: http.client.HTTPConnection | None = None
+        # Kept apart: http.client lets go of it when a response says that it is the last one.
+        self._socket: socket.socket | None = None
+
+    def fresh(self, *, timeout: float | None = None) -> Client:
+        """Make another client of the same view, for another thread."""
+        return Client(self.address, self._token, timeout=timeout or self._timeout)
 
     def get(self, path: str, pairs: Iterable[tuple[str, str]] = ()) -> Answer:
         """Fetch JSON below ``v1/``.
@@ -139,6 +145,13 @@ class Client:
         finally:
             self.close()
 
+    def interrupt(self) -> None:
+        """End what another thread reads: its call fails at once."""
+        if self._socket is not None:
+            # Not connected any more: then nothing is read either.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Close the connection; the next request opens another one."""
         if self._connection is not None:
@@ -177,6 +190,7 @@ class Client:
             self._connection = self._connect()
         try:
             self._connection.request(method, f"{self.address.prefix}/v1/{path}", body, headers)
+            self._socket = self._connection.sock
             return self._connection.getresponse()
         except BaseException:
             self.close()

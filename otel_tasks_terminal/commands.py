@@ -189,3 +189,18 @@ def watch(options: argparse.Namespace, connect: Connect) -> int:
     from otel_tasks_terminal.watch import watch
 
     return watch(options, connect())
+
+
+def top(options: argparse.Namespace, connect: Connect) -> int:
+    """Run the screen; needs Textual, which only this command imports."""
+    try:
+        from otel_tasks_terminal.top import run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("textual", "rich"):
+            raise
+        raise usage(
+            "top needs Textual: pip install 'otel_tasks[top]'; otel-tasks watch works without"
+        ) from None
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise usage("top needs a terminal: otel-tasks tree and watch work without")
+    return run(connect(), ascii_only=getattr(options, "ascii", False))

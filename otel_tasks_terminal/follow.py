@@ -54,6 +54,8 @@ class Follower:
         self._viewer = f"terminal-{random.getrandbits(64):016x}"  # a name, not a secret
         self._after: str | None = None
         self._failures = 0
+        # Set by another thread, and read between two events.
+        self._over = False
 
     def updates(self) -> Generator[Event | Lost, None, None]:
         """Yield the events in their order, and a ``Lost`` for each attempt that fails.
@@ -74,6 +76,10 @@ class Follower:
                 yield Lost(str(error), pause)
             if pause:
                 self._sleep(pause)
+
+    def start_over(self) -> None:
+        """Let the next stream begin with a snapshot."""
+        self._over = True
 
     def _may_retry(self, error: CommandError) -> bool:
         if error.code is ExitCode.UNREACHABLE and self._patient:
@@ -96,6 +102,9 @@ class Follower:
             pairs.append(("after", self._after))
         for event in self._client.events(pairs):
             self._failures = 0
+            if self._over:
+                self._over, self._after = False, None
+                return 0.0
             if event.name == "bye":
                 return 0.0 if event.data.get("reason") == "lifetime" else 1.0
             if event.name == "delta" and event.data.get("base") != self._after:

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 Row = dict[str, Any]
-Kind = Literal["group", "class", "task", "ended", "more"]
+# A ghost is a task that has ended while it was selected.
+Kind = Literal["group", "class", "task", "ended", "ghost", "more"]
 
 SORTS = ("status", "age", "name", "count")
 # Groups and classes up to this number are shown opened.
@@ -53,6 +54,7 @@ class Model:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._skew = 0.0
+        self._frozen: float | None = None
         self.about: Row = {}
         self.stats: Row = {}
         self.more: Row = {}
@@ -67,6 +69,8 @@ class Model:
         self._members: dict[str, dict[str, Row]] = {}
         self._totals: dict[str, int] = {}
         self.opened: dict[str, bool] = {}
+        # The keys below a row, in the order in which they were shown last.
+        self._order: dict[str | None, list[str]] = {}
 
     # --- events -----------------------------------------------------------------------------------
 
@@ -144,7 +148,15 @@ class Model:
 
     def now(self) -> float:
         """Return the time on the server's clock."""
-        return self._clock() + self._skew
+        return self._clock() + self._skew if self._frozen is None else self._frozen
+
+    def freeze(self) -> None:
+        """Let ages stand still."""
+        self._frozen = self.now()
+
+    def thaw(self) -> None:
+        """Let ages go on."""
+        self._frozen = None
 
     @property
     def may_cancel(self) -> bool:
@@ -186,14 +198,26 @@ class Model:
         """Return the group or class with this key."""
         return self._groups.get(key) or self._classes.get(key)
 
-    def tree(self, sort: str = "status", *, finished: bool = False) -> list[Entry]:
+    def tree(self, sort: str = "status", *, finished: bool = False, hold: bool = False) -> list[Entry]:
         """Return the rows of the tree that are shown, from the top.
 
         Args:
             sort: One of ``SORTS``; ties are broken by key, so that equal rows never change places.
             finished: Whether the tasks that ended last are shown below their class.
+            hold: Whether the rows that were shown keep their places: someone is looking at them.
         """
-        return list(_Tree(self, sort, finished).entries(None, 0))
+        return list(_Tree(self, sort, finished, hold).entries(None, 0))
+
+    def arrange(
+        self, below: str | None, rows: Iterable[Row], order: Callable[[Row], Any], *, hold: bool
+    ) -> list[Row]:
+        """Sort the rows below another one; with ``hold``, those that were there stay where they were."""
+        arranged = sorted(rows, key=order)
+        if hold:
+            places = {key: index for index, key in enumerate(self._order.get(below, ()))}
+            arranged.sort(key=lambda row: places.get(_key(row), len(places)))
+        self._order[below] = [_key(row) for row in arranged]
+        return arranged
 
     def children(self, parent: str | None) -> list[Row]:
         """The groups below a group."""
@@ -223,18 +247,21 @@ class Model:
 class _Tree:
     """One pass over the rows."""
 
-    def __init__(self, model: Model, sort: str, finished: bool) -> None:
+    def __init__(self, model: Model, sort: str, finished: bool, hold: bool) -> None:
         self._model = model
         self._sort = sort
         self._finished = finished
+        self._hold = hold
+
+    def _rows(self, below: str | None, rows: Iterable[Row]) -> list[Row]:
+        return self._model.arrange(below, rows, lambda row: row_order(row, self._sort), hold=self._hold)
 
     def entries(self, parent: str | None, level: int) -> Iterable[Entry]:
-        for row in sorted(self._model.children(parent), key=lambda row: row_order(row, self._sort)):
+        for row in self._rows(parent, self._model.children(parent)):
             opened = self._model.is_open(row["key"])
             yield Entry(row["key"], "group", level, row, opened)
             if opened:
-                classes = sorted(self._model.classes(row["key"]), key=lambda row: row_order(row, self._sort))
-                for each in classes:
+                for each in self._rows(f"in {row['key']}", self._model.classes(row["key"])):
                     yield from self._class(each, level + 1)
                 yield from self.entries(row["key"], level + 1)
 
@@ -259,11 +286,17 @@ class _Tree:
             if opened
             else [row for row in self._model.tasks(key) if "cancel_requested" in row]
         )
-        for task in sorted(tasks, key=lambda task: task_order(task, self._sort)):
+        arranged = self._model.arrange(key, tasks, lambda task: task_order(task, self._sort), hold=self._hold)
+        for task in arranged:
             yield Entry(task["id"], "task", level, task)
         total = self._model.total(key)
         if opened and total > len(tasks):
             yield Entry(f"more {key}", "more", level, {"key": key, "shown": len(tasks), "total": total})
+
+
+def _key(row: Row) -> str:
+    key: str = row["key"] if "key" in row else row["id"]
+    return key
 
 
 def row_order(row: Row, sort: str) -> tuple[Any, ...]:

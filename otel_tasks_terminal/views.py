@@ -245,31 +245,30 @@ def _with_progress(task: Row, says: str) -> str:
 
 def detail(answer: Row, pen: Pen) -> Iterator[str]:
     """Everything about one task."""
+    return (pen.line(*parts) for parts in detail_parts(answer))
+
+
+def detail_parts(answer: Row) -> Iterator[list[Cell]]:
+    """The same, each line as texts with their tones."""
     task, now, epoch = answer.get("task", {}), answer.get("now", 0.0), answer.get("epoch", 0.0)
-    tone = tone_of(task)
-    yield pen.line(
-        (f"{SHAPES.get(str(task.get('status')), '?')} ", tone), (clean(task.get("name", "?")), "bold")
-    )
-    yield pen.line((" / ".join(clean(name) for name in answer.get("path", ())), "mute"))
-    yield ""
-    for term, value, tone_of_value in facts(answer):
-        yield pen.line((f"{term:<11}", "mute"), (value, tone_of_value))
+    shape = SHAPES.get(str(task.get("status")), "?")
+    yield [(f"{shape} ", tone_of(task)), (clean(task.get("name", "?")), "bold")]
+    yield [(" / ".join(clean(name) for name in answer.get("path", ())), "mute")]
+    yield []
+    for term, value, tone in facts(answer):
+        yield [(f"{term:<11}", "mute"), (value, tone)]
+    why = "Why it is cancelled" if answer.get("state") == "live" else "Why it was cancelled"
+    metadata = answer.get("metadata", {}).items()
     for heading, lines in (
         ("Waiting at", _frames(answer)),
-        (
-            "Why it is cancelled" if answer.get("state") == "live" else "Why it was cancelled",
-            _chain(answer, epoch),
-        ),
+        (why, _chain(answer, epoch)),
         ("Siblings", _siblings(answer, now)),
-        (
-            "Metadata",
-            [(f"{clean(key)}: {clean(value)}", None) for key, value in answer.get("metadata", {}).items()],
-        ),
+        ("Metadata", [(f"{clean(key)}: {clean(value)}", None) for key, value in metadata]),
     ):
         if lines:
-            yield ""
-            yield pen.line((heading, "bold"))
-            yield from (pen.line((f"  {text}", line_tone)) for text, line_tone in lines)
+            yield []
+            yield [(heading, "bold")]
+            yield from ([(f"  {text}", tone)] for text, tone in lines)
 
 
 Fact = tuple[str, str, str | None]

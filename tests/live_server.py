@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import queue
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
@@ -48,8 +49,16 @@ class View:
     streams: list[list[tuple[str, Row]]] = field(default_factory=list[list[tuple[str, Row]]])
     asked: list[Asked] = field(default_factory=list[Asked])
     url: str = ""
+    # With `push`, streams stay open, and each event goes to the one that is.
+    stays_open: bool = False
+    closing: threading.Event = field(default_factory=threading.Event)
+    pushed: queue.Queue[tuple[str, Row]] = field(default_factory=queue.Queue)
     # Called with each request, before it is answered.
     on_request: Callable[[Asked], None] = lambda asked: None
+
+    def push(self, name: str, data: Row) -> None:
+        """Send an event."""
+        self.pushed.put((name, data))
 
     def answer(self, asked: Asked) -> Said:
         """Answer a request that is not for a stream."""
@@ -72,6 +81,7 @@ def serving(view: View) -> Iterator[View]:
     try:
         yield view
     finally:
+        view.closing.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -110,8 +120,14 @@ def _handler(view: View) -> type[BaseHTTPRequestHandler]:
             self.send_header("Connection", "close")
             self.end_headers()
             for name, data in events:
-                self.wfile.write(f"event: {name}\ndata: {json.dumps(data)}\n\n".encode())
+                self._send(name, data)
+            while view.stays_open and not view.closing.is_set():
+                with suppress(queue.Empty):
+                    self._send(*view.pushed.get(timeout=0.05))
             self.close_connection = True
+
+        def _send(self, name: str, data: Row) -> None:
+            self.wfile.write(f"event: {name}\ndata: {json.dumps(data)}\n\n".encode())
 
         def _answer(self, said: Said) -> None:
             body = said.data if isinstance(said.data, bytes) else json.dumps(said.data).encode()

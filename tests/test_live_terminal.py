@@ -787,6 +787,19 @@ def test_the_script_is_installed() -> None:
     """`otel-tasks` is the script of the distribution."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert project["scripts"] == {"otel-tasks": "otel_tasks_terminal.cli:main"}
+    assert project["optional-dependencies"]["top"] == ["textual>=8.2"]
+
+
+def test_top_without_textual_says_how_to_get_it(
+    view: View, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the extra, the message has the line to type, and what works without."""
+    for name in [name for name in sys.modules if name.startswith("otel_tasks_terminal.top")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "textual", None)
+    monkeypatch.setitem(sys.modules, "textual.app", None)
+    assert main(["top"]) == ExitCode.USAGE
+    assert "pip install 'otel_tasks[top]'; otel-tasks watch works without" in capsys.readouterr().err
 
 
 def test_help_names_the_exit_codes_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:

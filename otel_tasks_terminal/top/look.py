@@ -1,0 +1,186 @@
+"""The look: colors for a dark and a light terminal, and rows as styled text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from otel_tasks_terminal import phrases, views
+from otel_tasks_terminal.pen import SHAPES, Cell, Pen
+from otel_tasks_terminal.text import clean, cut, duration, fit, number, percent, width
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from otel_tasks_terminal.model import Entry
+
+Row = dict[str, Any]
+
+# The colors of Okabe and Ito, lighter on dark and darker on light, so that small text is readable on both.
+DARK = {
+    "run": "#56b4e9",
+    "wait": "#9aa0a6",
+    "cancel": "#f0a533",
+    "ok": "#2fbf93",
+    "fail": "#ff7f6e",
+    "gone": "#c9a4e8",
+    "bold": "bold",
+    "mute": "#8b9096",
+}
+LIGHT = {
+    "run": "#0061a8",
+    "wait": "#5f6368",
+    "cancel": "#a35200",
+    "ok": "#00734f",
+    "fail": "#b3261e",
+    "gone": "#7b3fa0",
+    "bold": "bold",
+    "mute": "#6a6f75",
+}
+
+SPARKS = "▁▂▃▄▅▆▇█"
+COUNTS = 7
+AGES = 20
+PROGRESS = 12
+# Below this width, counts and progress leave their room to the names.
+NARROW = 84
+
+
+class Look:
+    """Makes styled text.
+
+    Args:
+        pen: Whether only ASCII may be written.
+        dark: Whether the background is dark.
+    """
+
+    def __init__(self, pen: Pen, *, dark: bool) -> None:
+        self._pen = pen
+        self._tones = DARK if dark else LIGHT
+
+    def text(self, parts: Iterable[Cell]) -> Text:
+        """Put texts with their tones together."""
+        made = Text(no_wrap=False, end="")
+        for text, tone in parts:
+            made.append(self._pen.plain(text), self._tones.get(tone or "", ""))
+        return made
+
+    def lines(self, lines: Iterable[Sequence[Cell]]) -> Text:
+        """Put lines below each other."""
+        return Text("\n", end="").join(self.text(parts) for parts in lines)
+
+    def spark(self, values: Sequence[float], cells: int) -> str:
+        """Draw the last values as a line of bars."""
+        if len(values) < 2:
+            return " " * cells
+        picked = values[-60:]
+        step = max(1, -(-len(picked) // cells))
+        means = [
+            sum(part) / len(part) for part in (picked[i : i + step] for i in range(0, len(picked), step))
+        ]
+        top = max(*means, 1.0)
+        line = "".join(SPARKS[min(7, int(8 * value / top))] for value in means)
+        return line.rjust(cells)
+
+    # --- rows -------------------------------------------------------------------------------------
+
+    def heading(self, cells: int) -> Text:
+        """The titles of the columns."""
+        names = max(10, cells - self._rest(cells))
+        counts = "".join(title.rjust(COUNTS) for title in ("COUNT", "WAIT", "RUN", "CANCEL"))
+        if cells < NARROW:
+            return self.text(
+                [(fit("NAME", max(10, cells - COUNTS - 9)) + "COUNT".rjust(COUNTS) + "      AGE", "mute")]
+            )
+        text = f"{fit('NAME', names)}{counts}  {fit('AGE p50 · p90 · max', AGES)}{fit('PROGRESS', PROGRESS)}"
+        return self.text([(text, "mute")])
+
+    def row(self, entry: Entry, now: float, cells: int) -> Text:
+        """One row of the list."""
+        if entry.kind == "more":
+            return self.text([(f"{_indent(entry)}… {_more(entry.row)}", "mute")])
+        if entry.kind in ("group", "class"):
+            return self._narrow(entry, now, cells) if cells < NARROW else self._counted(entry, now, cells)
+        return self._task(entry, now, cells)
+
+    def _narrow(self, entry: Entry, now: float, cells: int) -> Text:
+        row = entry.row
+        name = fit(_titled(entry), max(10, cells - COUNTS - 9))
+        oldest = row.get("oldest")
+        age = "" if oldest is None or not row.get("count") else duration(now - oldest)
+        tone = "cancel" if row.get("cancelling") else None
+        return self.text(
+            [(name, "bold"), (number(row.get("count") or 0).rjust(COUNTS), tone), (age.rjust(9), "mute")]
+        )
+
+    def _counted(self, entry: Entry, now: float, cells: int) -> Text:
+        row = entry.row
+        count, queued, cancelling = (row.get(key) or 0 for key in ("count", "queued", "cancelling"))
+        running = count - queued - cancelling
+        return self.text(
+            [
+                (
+                    fit(_titled(entry), max(10, cells - self._rest(cells))),
+                    "bold" if entry.kind == "group" else None,
+                ),
+                (number(count).rjust(COUNTS), None),
+                (number(queued).rjust(COUNTS), "wait" if queued else "mute"),
+                (number(running).rjust(COUNTS), None if running else "mute"),
+                (number(cancelling).rjust(COUNTS), "cancel" if cancelling else "mute"),
+                ("  " + fit(views.ages(row, now), AGES), None),
+                *self._progress(row.get("progress")),
+            ]
+        )
+
+    def _task(self, entry: Entry, now: float, cells: int) -> Text:
+        row, tone = entry.row, views.tone_of(entry.row)
+        ended = entry.kind == "ended"
+        says = "has ended" if entry.kind == "ghost" else _says(row, now, ended=ended)
+        room = max(10, cells - (9 if cells < NARROW else AGES + PROGRESS + 2))
+        shape = "·" if entry.kind == "ghost" else SHAPES.get(str(row.get("status")), "?")
+        head = f"{_indent(entry)}{shape} "
+        # The name goes first: one finds a task by it.
+        name = cut(views.named(row), max(8, room - width(head) - (12 if says else 0)))
+        group = f"  {clean(row['group_id'])}" if entry.level == 0 and row.get("group_id") else ""
+        left = room - width(head) - width(name)
+        parts: list[Cell] = [(head, tone), (name, "bold" if tone == "cancel" else None)]
+        parts.append(
+            (fit(cut(f"{group}  {says}", left), left), tone if tone in ("cancel", "fail") else "mute")
+        )
+        age = duration((row.get("ended", now) if ended else now) - row.get("created", now))
+        if cells < NARROW:
+            return self.text([*parts, (age.rjust(9), None)])
+        return self.text([*parts, ("  " + fit(age, AGES), None), *self._progress(row.get("progress"))])
+
+    def _progress(self, report: Row | None) -> list[Cell]:
+        total = (report or {}).get("total")
+        if not report or not total:
+            return [(" " * PROGRESS, None)]
+        fraction = min(1.0, max(0.0, (report.get("done") or 0) / total))
+        full = round(fraction * 6)
+        return [
+            ("█" * full, "run"),
+            ("░" * (6 - full), "mute"),
+            (percent(fraction).rjust(PROGRESS - 6), None),
+        ]
+
+    def _rest(self, cells: int) -> int:
+        return 4 * COUNTS + AGES + PROGRESS + 2 if cells >= NARROW else 0
+
+
+def _indent(entry: Entry) -> str:
+    return " " + "  " * entry.level
+
+
+def _titled(entry: Entry) -> str:
+    return f"{_indent(entry)}{'▾' if entry.open else '▸'} {views.title(entry)}"
+
+
+def _more(row: Row) -> str:
+    hint = "Enter shows more" if row["shown"] < 1000 else "/ finds them"
+    return f"{number(row['total'] - row['shown'])} more: {hint}"
+
+
+def _says(row: Row, now: float, *, ended: bool) -> str:
+    return phrases.outcome(row, now) if ended else phrases.doing(row, now)

@@ -1,0 +1,277 @@
+"""otel-tasks top: rows keep their places, a pause holds what comes, and the dialog cancels by id."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from otel_tasks_terminal.client import Address, Client
+from otel_tasks_terminal.errors import ExitCode
+from otel_tasks_terminal.top.app import Top
+from otel_tasks_terminal.top.dialogs import Cancel
+from tests import live_server
+from tests.live_server import (
+    SYNC_MAIL,
+    Said,
+    View,
+    counted,
+    delta,
+    details,
+    prepared,
+    rows,
+    serving,
+    snapshot,
+    task,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from textual.pilot import Pilot
+
+pytestmark = pytest.mark.real_clock
+
+DEADLINE = 30.0
+
+
+class Screen:
+    """The screen under test, and the view that it shows."""
+
+    def __init__(self, app: Top, pilot: Pilot[int], view: View) -> None:
+        self.app = app
+        self.pilot = pilot
+        self.view = view
+
+    async def until(self, look: Callable[[], object]) -> None:
+        """Wait until something is true."""
+        end = time.monotonic() + DEADLINE
+        while not look():
+            assert time.monotonic() < end, self.text()
+            await self.pilot.pause(0.01)
+
+    async def press(self, *keys: str) -> None:
+        """Press keys."""
+        await self.pilot.press(*keys)
+        await self.pilot.pause()
+
+    def row_keys(self) -> list[str]:
+        """The keys of the rows."""
+        return [entry.key for entry in self.app.rows.entries]
+
+    def selected(self) -> str | None:
+        """The key of the selected row."""
+        return None if self.app.rows.current is None else self.app.rows.current.key
+
+    def text(self) -> str:
+        """Everything on the screen."""
+        width, height = self.app.size
+        lines = self.app.screen._compositor.render_strips()
+        return "\n".join("".join(segment.text for segment in line)[:width] for line in lines[:height])
+
+
+@asynccontextmanager
+async def screen(view: View | None = None, size: tuple[int, int] = (120, 30)) -> AsyncIterator[Screen]:
+    """The screen, once it has shown its first rows."""
+    view = view or prepared()
+    view.stays_open = True
+    view.streams = [[("snapshot", snapshot())]] if not view.streams else view.streams
+    with serving(view):
+        app = Top(Client(Address.parse(view.url), timeout=5))
+        async with app.run_test(size=size, notifications=True) as pilot:
+            shown = Screen(app, pilot, view)
+            await shown.until(lambda: app.rows.entries)
+            yield shown
+            app.exit(0)
+
+
+async def test_first_screen() -> None:
+    """Counters, warnings, and the stuck task are in sight at once."""
+    async with screen() as shown:
+        await shown.until(lambda: "▶ 53 running" in shown.text())
+        text = shown.text()
+    assert "shop · api-7f · pid 812  ● live 1 s  can cancel" in text
+    assert "! 1 cancelling for more than 30 s" in text
+    assert "◐ sync_mail HIGH  cancelling 44 s · client disconnected" in text
+    assert "imports limit 50" in text
+
+
+async def test_selection_stays_with_its_row() -> None:
+    """Rows come and go around it: the selected one stays selected, and where it is on the screen."""
+    async with screen() as shown:
+        await shown.press("end")
+        assert shown.selected() == "c-user"
+        new = [counted(f"c-{n}", f"a{n}", 1, group="g2", kind="task", task=None) for n in range(40)]
+        shown.view.push("delta", delta(2, set={"groups": [], "classes": new, "cancelling": []}))
+        await shown.until(lambda: len(shown.row_keys()) > 40)
+        assert shown.selected() == "c-user"
+        assert "import_user" in shown.text()
+
+
+async def test_a_selected_task_that_ends_keeps_its_place() -> None:
+    """It says that it has ended, until the selection moves on."""
+    async with screen() as shown:
+        await shown.press("n")
+        assert shown.selected() == "uid-sync_mail"
+        gone = {"groups": [], "classes": ["c-sync_mail"], "cancelling": ["uid-sync_mail"]}
+        before = shown.row_keys()
+        shown.view.push("delta", delta(2, gone=gone))
+        await shown.until(lambda: "has ended" in shown.text())
+        assert shown.row_keys() == before
+        await shown.press("j")
+        shown.view.push("delta", delta(3))
+        await shown.until(lambda: "uid-sync_mail" not in shown.row_keys())
+
+
+async def test_rows_do_not_move_while_someone_looks() -> None:
+    """Where the order would change after a key, known rows keep it until the next sort."""
+    async with screen() as shown:
+        await shown.press("s", "s", "s", "j")
+        assert shown.row_keys()[1] == "g3"
+        larger = counted(
+            "g2", "GET /report/{id}", 900, parent="g1", kind="request", instances=1, cancelling=1
+        )
+        shown.view.push("delta", delta(2, set={"groups": [larger], "classes": [], "cancelling": []}))
+        await shown.until(lambda: "900" in shown.text())
+        assert shown.row_keys()[1] == "g3"
+
+
+async def test_a_class_opens_with_its_tasks() -> None:
+    """Its tasks come at once, and the next stream keeps them up to date."""
+    view = prepared()
+    view.answers["GET tasks"] = Said(rows(*live_server.PRICES))
+    async with screen(view) as shown:
+        await shown.press("n", "j", "l")
+        await shown.until(lambda: "uid-fetch_prices-1" in shown.row_keys())
+        view.streams = [[("delta", delta(3))]]
+        shown.view.push("delta", delta(2))
+        await shown.until(lambda: any(asked.query.get("expand") for asked in view.asked))
+        assert view.asked[-1].query["expand"] == ["c-prices:200"]
+        assert view.asked[-1].query["after"] == ["inst:2"]
+        await shown.press("h")
+        assert "uid-fetch_prices-1" not in shown.row_keys()
+        await shown.press("h")
+        assert shown.selected() == "g2"
+
+
+async def test_a_pause_holds_what_comes() -> None:
+    """The screen stands still, counts the changes, and then has all of them."""
+    async with screen() as shown:
+        await shown.press("space")
+        gone = {"groups": ["g3"], "classes": ["c-user"], "cancelling": []}
+        shown.view.push("delta", delta(2, gone=gone))
+        await shown.until(lambda: "paused · 2 changes waiting" in shown.text())
+        assert "g3" in shown.row_keys()
+        await shown.press("space")
+        assert "g3" not in shown.row_keys()
+
+
+async def test_the_panel_shows_the_task() -> None:
+    """Enter opens it beside the list, which stays where it is; Esc closes it."""
+    async with screen() as shown:
+        await shown.press("n", "enter")
+        await shown.until(lambda: "shop/pool.py:88 in Pool.acquire" in shown.text())
+        assert "sync_mail HIGH" in shown.text()
+        await shown.press("escape")
+        assert "Pool.acquire" not in shown.text()
+
+
+async def test_a_warning_opens_its_tasks() -> None:
+    """Its number lists them."""
+    async with screen() as shown:
+        await shown.press("1")
+        await shown.until(lambda: "uid-sync_mail" in shown.row_keys() and "g1" not in shown.row_keys())
+        query = next(asked.query for asked in shown.view.asked if asked.path == "tasks")
+        assert query["status"] == ["cancelling"]
+        assert query["min_age"] == ["30"]
+        await shown.press("escape")
+        assert shown.row_keys()[0] == "g1"
+
+
+async def test_cancel_needs_a_second_key_and_goes_by_id() -> None:
+    """The dialog names the task and what else ends; its target does not change with the list."""
+    async with screen() as shown:
+        await shown.press("n", "x")
+        await shown.until(lambda: "also ends  2 tasks in groups that it has opened" in shown.text())
+        assert [asked.method for asked in shown.view.asked].count("POST") == 0
+        gone = {"groups": [], "classes": ["c-sync_mail"], "cancelling": ["uid-sync_mail"]}
+        shown.view.push("delta", delta(2, gone=gone))
+        await shown.press("enter")
+        await shown.until(lambda: "The task was cancelled and has ended." in shown.text())
+        post = next(asked for asked in shown.view.asked if asked.method == "POST")
+        assert post.path == "tasks/uid-sync_mail/cancel"
+        assert post.body == {}
+
+
+async def test_cancel_that_is_not_allowed() -> None:
+    """The service decides: without its leave, the button stays off."""
+    view = prepared()
+    view.answers["GET tasks/uid-sync_mail"] = Said(details(can=[]))
+    async with screen(view) as shown:
+        await shown.press("n", "x")
+        await shown.until(lambda: "You may not cancel this task." in shown.text())
+        await shown.press("enter", "escape")
+        assert not isinstance(shown.app.screen, Cancel)
+        assert [asked.method for asked in view.asked].count("POST") == 0
+
+
+async def test_a_read_only_view_has_no_dialog() -> None:
+    """It says how it could cancel."""
+    view = prepared()
+    view.streams = [[("snapshot", snapshot(actions=[]))]]
+    async with screen(view) as shown:
+        assert "read-only" in shown.text()
+        await shown.press("n", "x")
+        await shown.until(lambda: "This view is read-only" in shown.text())
+
+
+async def test_a_lost_connection_is_seen() -> None:
+    """The rows stay, and the head says since when and why they are old."""
+    view = prepared()
+    async with screen(view) as shown:
+        view.answers["GET events"] = Said(b"", 502)
+        view.closing.set()
+        await shown.until(lambda: "! stale for" in shown.text())
+        assert "reconnecting" in shown.text()
+        assert "c-user" in shown.row_keys()
+        assert shown.app.screen.has_class("stale")
+        await shown.press("n", "x")
+        await shown.until(lambda: "The server does not answer" in shown.text())
+
+
+async def test_a_view_that_refuses_ends_the_screen() -> None:
+    """Nothing comes of waiting: the exit code is that of the other commands."""
+    view = View({"GET events": Said({"v": 1, "error": {"code": "unauthorized", "message": "no"}}, 401)})
+    with serving(view):
+        app = Top(Client(Address.parse(view.url)))
+        async with app.run_test() as pilot:
+            async with asyncio.timeout(DEADLINE):
+                while app.is_running:
+                    await pilot.pause(0.01)
+    assert app.return_code == ExitCode.REFUSED
+
+
+async def test_hostile_text_is_inert() -> None:
+    """Markup, escape sequences, and marks are neither read nor shown."""
+    evil = "[red]\x1b[2J\u202ex[/]"
+    view = prepared()
+    view.streams = [[("snapshot", snapshot(service=evil, cancelling=[{**SYNC_MAIL, "name": evil}]))]]
+    view.answers["GET tasks/uid-sync_mail"] = Said(details(task=task(evil), path=[evil]))
+    async with screen(view) as shown:
+        await shown.press("n", "l")
+        await shown.until(lambda: "default" in shown.text() and "Task id" in shown.text())
+        text = shown.text()
+    assert "[red]x[/]" in text
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+
+
+@pytest.mark.parametrize("size", [(40, 12), (20, 6), (300, 80)])
+async def test_any_size(size: tuple[int, int]) -> None:
+    """Small and large terminals show the list."""
+    async with screen(size=size) as shown:
+        await shown.press("n", "l", "question_mark", "escape", "x", "escape")
+        assert "default" in shown.text() or size[1] < 10
