@@ -8,7 +8,6 @@ import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual.app import App
-from textual.binding import Binding
 from textual.containers import Horizontal, VerticalScroll
 from textual.message import Message
 from textual.widgets import Input, Static
@@ -20,6 +19,7 @@ from otel_tasks_terminal.model import Entry, Model
 from otel_tasks_terminal.pen import Cell, Pen
 from otel_tasks_terminal.text import clean, counted, duration
 from otel_tasks_terminal.top.dialogs import Cancel, Help
+from otel_tasks_terminal.top.keys import KEYS, bindings
 from otel_tasks_terminal.top.look import Look
 from otel_tasks_terminal.top.reader import Arrived, Away, Reader, Refused
 from otel_tasks_terminal.top.rows import RowList
@@ -42,47 +42,10 @@ STALE = 5.0
 HOLD = 10.0
 # Seconds between two fetches of a list that no stream brings.
 REFRESH = 2.0
-# Events that a pause keeps; after more, everything is read anew.
+# Events that a pause keeps; after more, everything is read again.
 MAX_HELD = 300
 # Columns from which the panel fits beside the list.
 WIDE = 110
-
-KEYS = [
-    ("j", "down", "move('1')", "next row"),
-    ("k", "up", "move('-1')", "previous row"),
-    ("l", "right,enter", "open", "open the row, or the panel of the task"),
-    ("h", "left", "close", "close the row, or go to the row above"),
-    ("/", "slash", "filter", "filter by name, group, trace, or where it waits"),
-    ("n", "", "next", "next task in trouble; in a filtered list the next one"),
-    ("s", "", "sort", "sort by status, age, name, count"),
-    ("space", "", "pause", "pause, resume"),
-    ("w", "", "where", "all tasks that wait at the selected one's line"),
-    ("t", "", "turn", "tree, or flat list of the oldest"),
-    ("e", "", "ended", "the tasks that have ended"),
-    ("f", "", "finished", "show finished tasks in the tree"),
-    ("x", "", "cancel", "cancel the selected task"),
-    ("1-4", "", "", "the tasks behind a warning"),
-    ("Esc", "escape", "leave", "close the panel, the filter, the view"),
-    ("?", "question_mark", "help", "these keys"),
-    ("q", "ctrl+q", "leave_all", "quit"),
-]
-
-
-def _bindings() -> list[Any]:
-    made: list[Any] = [Binding("ctrl+c", "interrupt", show=False, priority=True, system=True)]
-    for key, other, action, says in KEYS:
-        names = ",".join(name for name in (key if len(key) == 1 and key.isalpha() else "", other) if name)
-        names = "space" if key == "space" else names
-        if action:
-            made.append(Binding(names, action, says, show=False))
-    for key, step in (
-        ("home", "'-1000000'"),
-        ("end", "'1000000'"),
-        ("pagedown", "'page'"),
-        ("pageup", "'-page'"),
-    ):
-        made.append(Binding(key, f"move({step})", show=False))
-    return made + [Binding(str(number), f"warning({number})", show=False) for number in range(1, 5)]
 
 
 class Found(Message):
@@ -110,7 +73,7 @@ class Top(App[int]):
     """
 
     ENABLE_COMMAND_PALETTE = False
-    BINDINGS: ClassVar[list[Any]] = _bindings()
+    BINDINGS: ClassVar[list[Any]] = bindings()
     CSS = """
     Summary { height: auto; padding: 0 1; }
     #filter { height: 1; border: none; padding: 0 1; display: none; }

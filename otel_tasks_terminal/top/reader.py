@@ -72,7 +72,7 @@ class Reader:
         self._thread.join(timeout=1.0)
 
     def start_over(self) -> None:
-        """Read everything anew with the next stream."""
+        """Let the next stream begin with everything."""
         self._follower.start_over()
 
     def _sleep(self, seconds: float) -> None:
