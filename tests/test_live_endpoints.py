@@ -12,6 +12,7 @@ from urllib.parse import quote
 import pytest
 from fastapi import Depends, FastAPI, Header, HTTPException
 from fastapi.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 
 from otel_tasks import TaskGroup, TaskManager, global_task_manager
 from otel_tasks.asgi import TaskGroupMiddleware
@@ -51,6 +52,14 @@ def test_wrong_options_are_refused() -> None:
         live_view(auth=admin)
     with pytest.raises(ValueError, match="'kill'"):
         live_view(insecure=True, actions={"kill"})
+    with pytest.raises(TypeError, match=r"auth=Depends"):
+        live_view(auth=Depends())
+    for option in ("hosts", "actions", "metadata"):
+        a_string: Any = {option: "cancel"}
+        with pytest.raises(TypeError, match=rf"{option} must be a collection of strings.*\{{'cancel'\}}"):
+            live_view(insecure=True, **a_string)
+    with pytest.raises(ValueError, match="hosts must be names"):
+        live_view(insecure=True, hosts={"https://tasks.internal"})
     not_a_manager: Any = "default"
     with pytest.raises(TypeError, match="TaskManager"):
         live_view(insecure=True, manager=not_a_manager)
@@ -67,6 +76,20 @@ async def test_everything_is_behind_the_dependency() -> None:
             assert (await client.send(path, headers=ADMIN)).status in (200, 307, 404)
         refused = await client.send("/v1/tasks/x/cancel", "POST", headers=TOKEN, body=b"{}")
         assert refused.status == 401
+        await leave()
+
+
+@pytest.mark.parametrize(("answer", "status"), [(False, 403), (Response(status_code=302), 302), (None, 200)])
+async def test_authentication_may_return_its_refusal(answer: object, status: int) -> None:
+    """False is a no, and a response is the answer: nobody gets in because a dependency did not raise."""
+    async with TaskManager() as manager:
+        client = client_of(manager, auth=Depends(lambda: answer), actions={"cancel"})
+        for path in ("/", "/page.js", "/v1/snapshot", "/v1/tasks"):
+            refused = await client.send(path)
+            assert refused.status == status
+            assert refused.headers["cache-control"] == "no-store"
+        cancel = await client.send("/v1/tasks/x/cancel", "POST", headers=TOKEN, body=b"{}")
+        assert cancel.status == (404 if status == 200 else status)
         await leave()
 
 
@@ -146,9 +169,9 @@ async def test_page_loads_only_from_its_own_origin() -> None:
 @pytest.mark.parametrize(
     ("path", "root_path", "location"),
     [
-        ("/tasks", "", "tasks/"),
-        ("/tasks?a=1", "", "tasks/?a=1"),
-        ("/api/tasks", "/api", "tasks/"),
+        ("/tasks", "", "./tasks/"),
+        ("/tasks?a=1", "", "./tasks/?a=1"),
+        ("/api/tasks", "/api", "./tasks/"),
     ],
 )
 async def test_missing_slash_is_added_relatively(path: str, root_path: str, location: str) -> None:
@@ -162,6 +185,18 @@ async def test_missing_slash_is_added_relatively(path: str, root_path: str, loca
         assert (connection.status, connection.headers["location"]) == (307, location)
 
 
+@pytest.mark.parametrize(
+    "name", ["https:evil.example", "a\r\nSet-Cookie: b=1", "\u20ac?x", "javascript:alert(1)"]
+)
+async def test_missing_slash_leads_to_no_other_site(name: str) -> None:
+    """A prefix may have a parameter, and its value is a client's: the answer stays below this place."""
+    async with TaskManager() as manager:
+        app = FastAPI()
+        app.include_router(live_view(manager=manager, insecure=True), prefix="/{tenant}")
+        connection = await Client(app, "").send(f"/{quote(name)}")
+        assert (connection.status, connection.headers["location"]) == (307, f"./{quote(name)}/")
+
+
 async def test_view_in_a_mounted_application() -> None:
     """A view below another application's prefix works, because it names no path of its own."""
     async with TaskManager() as manager:
@@ -170,7 +205,7 @@ async def test_view_in_a_mounted_application() -> None:
         link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
         client = Client(outer, "/v2/tasks")
         assert (await client.get("/v1/snapshot"))["manager"] == "default"
-        assert (await client.send("", headers=link)).headers["location"] == "tasks/"
+        assert (await client.send("", headers=link)).headers["location"] == "./tasks/"
         await leave()
 
 
@@ -433,6 +468,47 @@ async def test_cancellation_names_its_user(caplog: pytest.LogCaptureFixture) -> 
             "ada cancels task 'rest' in the live view: stuck since noon"
         ]
         assert (await client.cancel(task.uid, headers=ADMIN))["result"] == "ended"
+
+
+async def test_reason_forges_no_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Line breaks, escape sequences, and lone surrogates of a client reach neither the log nor the trace."""
+    async with TaskManager() as manager:
+        client = client_of(manager, auth=Depends(lambda: "ada\nroot"), actions={"cancel"})
+        task = manager.create_task(rest(), name="t")
+        await settle()
+        with caplog.at_level(logging.WARNING, "otel_tasks"):
+            answer = await client.cancel(task.uid, {"reason": "stuck\nERROR forged \x1b[2J\ud800"})
+        assert "ada root cancels task 't' in the live view: stuck ERROR forged  [2J" in caplog.messages
+        assert answer["task"]["cause"]["message"] == "stuck ERROR forged  [2J"
+        assert answer["task"]["cause"]["asked_by"] == "ada root"
+        await leave()
+
+
+async def test_cancellation_is_answered_without_a_history() -> None:
+    """A manager that remembers no ended task still says how the cancelled one ended."""
+    async with TaskManager(history=0) as manager:
+        client = client_of(manager, actions={"cancel"})
+        task = manager.create_task(rest(), name="t")
+        await settle()
+        answer = await client.cancel(task.uid)
+        assert (answer["result"], answer["state"], answer["task"]["id"]) == ("cancelled", "ended", task.uid)
+        await leave()
+
+
+async def test_metadata_that_cannot_show_itself_is_named() -> None:
+    """An object whose text raises ends no feed."""
+
+    class Broken:
+        def __str__(self) -> str:
+            raise RuntimeError("no")
+
+    async with TaskManager() as manager:
+        client = client_of(manager, metadata={"order"})
+        task = manager.create_task(rest(), name="t", metadata={"order": Broken()})
+        await settle()
+        detail = await client.get(f"/v1/tasks/{task.uid}")
+        assert detail["metadata"] == {"order": "<Broken without text: RuntimeError>"}
+        await leave()
 
 
 async def test_task_that_does_not_stop_is_reported() -> None:

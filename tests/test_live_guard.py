@@ -58,6 +58,13 @@ def test_without_authentication_only_this_machine_is_answered(client: str | None
         ("localhost.evil.example", "forbidden_host"),
         ("127.0.0.1.evil.example:80", "forbidden_host"),
         ("user@evil.example", "forbidden_host"),
+        ("evil.example@localhost", "forbidden_host"),
+        ("localhost/evil.example", "forbidden_host"),
+        ("localhost#evil.example", "forbidden_host"),
+        ("localhost:evil.example", "forbidden_host"),
+        ("localhost.", "forbidden_host"),
+        ("127.0.0.1.nip.io", "forbidden_host"),
+        ("0.0.0.0", "forbidden_host"),
         ("[::1", "forbidden_host"),
         ("", "forbidden_host"),
     ],
@@ -67,7 +74,19 @@ def test_without_authentication_only_local_names_are_answered(host: str, code: s
     assert refusal(headers={"host": host}, insecure=True) == code
 
 
-@pytest.mark.parametrize("header", ["x-forwarded-for", "forwarded", "x-real-ip", "via", "x-forwarded-host"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        "x-forwarded-for",
+        "forwarded",
+        "x-real-ip",
+        "via",
+        "x-forwarded-host",
+        "x-forwarded-proto",
+        "cf-connecting-ip",
+        "x-client-ip",
+    ],
+)
 def test_without_authentication_no_proxy_is_in_between(header: str) -> None:
     """Behind a proxy on this machine, every client looks local."""
     assert refusal(headers={**LOCAL, header: "127.0.0.1"}, insecure=True) == "forbidden_client"
@@ -116,6 +135,21 @@ def test_other_sites_read_nothing(site: str) -> None:
     assert refusal(headers={**headers, "sec-fetch-mode": "navigate"}) == "cross_site"
     assert refusal(headers={**headers, "sec-fetch-mode": "navigate"}, is_page=True) is None
     assert refusal(headers={**headers, "sec-fetch-mode": "cors"}, is_page=True) == "cross_site"
+
+
+def test_without_authentication_http_1_0_is_a_proxy() -> None:
+    """nginx's default: a local client, a local Host, and no header that tells of the client."""
+    caller = Caller("GET", LOCAL, "127.0.0.1", is_page=True, http_version="1.0")
+    with pytest.raises(Refused, match="authentication"):
+        check(caller, insecure=True, hosts=())
+    check(caller, insecure=False, hosts=())
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "http://localhost:9000", "null", ""])
+def test_other_origins_read_nothing_over_plain_http(origin: str) -> None:
+    """To a remote name without TLS, browsers send no Sec-Fetch-Site, but an Origin."""
+    assert refusal(headers={**LOCAL, "origin": origin}) == "cross_site"
+    assert refusal(headers={**LOCAL, "origin": "http://localhost:8000"}) is None
 
 
 @pytest.mark.parametrize("site", ["same-origin", "none"])

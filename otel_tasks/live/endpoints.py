@@ -8,6 +8,7 @@ from contextlib import suppress
 from functools import cache, partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
 
 from fastapi import APIRouter, Request, params
 from fastapi.exceptions import RequestValidationError
@@ -23,8 +24,8 @@ from otel_tasks.live.detail import ended_detail, live_detail
 from otel_tasks.live.feed import VERSION, Feed, encoded
 from otel_tasks.live.guard import Caller, Refused
 from otel_tasks.live.hub import LINGER, Hub, TooManyViewers
-from otel_tasks.live.params import QUERIED, WATCHED, BadRequest, Params, query, reason_of, watched
-from otel_tasks.live.rows import Row, Shown
+from otel_tasks.live.params import QUERIED, WATCHED, BadRequest, Params, printable, query, reason_of, watched
+from otel_tasks.live.rows import Row, Shown, ended_row
 from otel_tasks.live.search import listed
 from otel_tasks.live.sse import EventStream
 from otel_tasks.live.stream import RETRY_MS, Stream
@@ -32,7 +33,7 @@ from otel_tasks.live.stream import RETRY_MS, Stream
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Coroutine
 
-    from otel_tasks import ManagedTask
+    from otel_tasks import ManagedTask, TaskInfo
 
     Can = Callable[[Request, str, ManagedTask[Any]], bool | Awaitable[bool]]
 
@@ -61,9 +62,10 @@ def live_view(
     arguments, results, or local variables.
 
     Args:
-        auth: A dependency, ``Depends(admin)``, that refuses clients who may not look. What it returns names
-            the user in the log and in the cause of a cancellation: a string, or something with ``username``,
-            ``name``, ``email``, ``sub``, or ``id``, as an attribute or a key.
+        auth: A dependency, ``Depends(admin)``, that refuses clients who may not look: it raises, or returns
+            False or a response. Any other value that it returns names the user in the log and in the cause of
+            a cancellation: a string, or something with ``username``, ``name``, ``email``, ``sub``, or ``id``,
+            as an attribute or a key.
         insecure: True builds a view without ``auth``, which answers only clients on this machine, under a
             local name. Behind a proxy, use ``auth``: one on the same machine that adds no header looks like
             a local client.
@@ -80,8 +82,8 @@ def live_view(
         The router, for ``app.include_router(..., prefix="/tasks")``; it needs a prefix.
 
     Raises:
-        ValueError: There is neither ``auth`` nor ``insecure=True``, or an action is unknown.
-        TypeError: ``auth`` is not a dependency, or ``manager`` not a TaskManager.
+        ValueError: There is neither ``auth`` nor ``insecure=True``, or an action or a host is none.
+        TypeError: ``auth`` is not a dependency, ``manager`` not a TaskManager, or a collection a string.
 
     Telemetry: a cancellation links to the span of its request, and its cause names the user.
 
@@ -89,6 +91,10 @@ def live_view(
         >>> app.include_router(live_view(auth=Depends(admin)), prefix="/tasks")
     """
     _check_auth(auth, insecure)
+    _check_collections(hosts=hosts, actions=actions, metadata=metadata)
+    names = frozenset(map(guard.host_name, hosts))
+    if "" in names:
+        raise ValueError(f"hosts must be names, such as 'tasks.internal', got {sorted(hosts)}")
     unknown = set(actions) - ACTIONS
     if unknown:
         raise ValueError(f"actions may contain 'cancel', got {sorted(unknown)}")
@@ -96,11 +102,18 @@ def live_view(
         raise TypeError(f"manager must be a TaskManager, got {manager!r}")
     shown = Shown(errors=errors, metadata=tuple(metadata), trace_url=trace_url)
     view = _View(manager or global_task_manager, shown, frozenset(actions), can)
-    return _router(view, auth, insecure, frozenset(host.lower() for host in hosts))
+    return _router(view, auth, insecure, names)
+
+
+def _check_collections(**options: Collection[str]) -> None:
+    for option, value in options.items():
+        # Each of its characters would be one.
+        if isinstance(value, str):
+            raise TypeError(f"{option} must be a collection of strings, got {value!r}: write {{{value!r}}}")
 
 
 def _check_auth(auth: object, insecure: bool) -> None:
-    if auth is not None and not isinstance(auth, params.Depends):
+    if auth is not None and (not isinstance(auth, params.Depends) or auth.dependency is None):
         raise TypeError(f"auth must be a dependency, got {auth!r}: write live_view(auth=Depends(...))")
     if auth is None and not insecure:
         raise ValueError(
@@ -117,6 +130,11 @@ def _router(view: _View, auth: Any, insecure: bool, hosts: Collection[str]) -> A
     def add(path: str, answer: Callable[[Request, Any], Awaitable[Response]], method: str = "GET") -> None:
         # The dependency's value is the user: one parameter for both.
         async def endpoint(request: Request, user: Any = auth) -> Response:
+            if isinstance(user, Response):
+                # A redirect to a login that is returned instead of raised: it does not let anybody in.
+                return user
+            if user is False:
+                raise Refused(403, "unauthorized", "you may not look at this")
             return await answer(request, user)
 
         if path in ("", "/"):
@@ -218,7 +236,7 @@ class _View:
             return _json(encoded({"v": VERSION, "result": "ended", **self._state(uid)}))
         if not await self._may(request, "cancel", task):
             raise Refused(403, "not_allowed", "you may not cancel this task")
-        name = user_name(user) or f"a client at {_address(request)}"
+        name = printable(user_name(user) or f"a client at {_address(request)}")
         logger.warning(
             "%s cancels task %r in the live view%s",
             name,
@@ -228,7 +246,8 @@ class _View:
         )
         done = await self._manager.cancel_task(uid, reason, timeout=CANCEL_WAIT, asked_by=name)
         result = "cancelled" if done and task.cancelled() else "ended" if task.done() else "requested"
-        return _json(encoded({"v": VERSION, "result": result, **self._state(uid)}))
+        state = self._state(uid) if not task.done() else self._end(task.info())
+        return _json(encoded({"v": VERSION, "result": result, **state}))
 
     def _admit(self, viewer: str) -> None:
         if self.hub.closing:
@@ -262,6 +281,11 @@ class _View:
         if ended["task"].get("id") != uid:
             raise _not_found(uid)
         return {"state": "ended", "task": ended["task"]}
+
+    def _end(self, info: TaskInfo) -> Row:
+        """The state of a task that has ended just now; a manager may remember none."""
+        feed = self.hub.feed
+        return {"state": "ended", "task": ended_row(info, None, feed.overview, feed.shown)}
 
     def _ended(self, name: str) -> Row:
         info = self._manager.get_task_info(name)
@@ -313,7 +337,8 @@ def _guarded(insecure: bool, hosts: Collection[str], pages: Collection[Any]) -> 
 
 def _caller(request: Request, is_page: bool) -> Caller:
     client = None if request.client is None else request.client.host
-    return Caller(request.method, request.headers, client, is_page)
+    version = request.scope.get("http_version", "1.1")
+    return Caller(request.method, request.headers, client, is_page, version)
 
 
 def _address(request: Request) -> str:
@@ -342,10 +367,12 @@ def _polled(stream: Stream) -> str:
 
 
 async def _redirect(request: Request, user: Any) -> Response:
-    # Relative: whatever prefix a proxy has taken away stays.
-    last = request.url.path.rpartition("/")[2]
-    search = f"?{request.url.query}" if request.url.query else ""
-    return Response(status_code=307, headers={"Location": f"{last}/{search}"})
+    # Relative: whatever prefix a proxy has taken away stays. With "./", because a prefix may have a
+    # parameter: "https:evil.example" is a name in a path, and another site at the start of a reference.
+    last = quote(request.scope["path"].rpartition("/")[2])
+    query_string = request.scope["query_string"].decode("latin-1")
+    search = f"?{query_string}" if query_string else ""
+    return Response(status_code=307, headers={"Location": f"./{last}/{search}"})
 
 
 @cache

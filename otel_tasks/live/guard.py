@@ -13,10 +13,10 @@ Flower, Ray, Prefect, Sidekiq, and rq-dashboard each had a security advisory for
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -35,7 +35,22 @@ HEADERS = {
 }
 
 # What proxies add. Behind one on the same machine, every client looks local.
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+_FORWARDED = frozenset(
+    {
+        "forwarded",
+        "via",
+        "x-real-ip",
+        "x-client-ip",
+        "x-original-host",
+        "true-client-ip",
+        "cf-connecting-ip",
+        "cdn-loop",
+    }
+)
+_FORWARDED_PREFIX = "x-forwarded-"
+
+# A name or an address, and perhaps a port: nothing that another parser could read in another way.
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?", re.IGNORECASE)
 
 
 class Refused(Exception):
@@ -67,12 +82,14 @@ class Caller:
         headers: Its headers; names in lower case.
         client: The address of the client; None if it has none (a Unix socket).
         is_page: It asks for the page, which a link may open.
+        http_version: The version of HTTP.
     """
 
     method: str
     headers: Mapping[str, str]
     client: str | None
     is_page: bool
+    http_version: str = "1.1"
 
 
 def check(caller: Caller, *, insecure: bool, hosts: Collection[str]) -> None:
@@ -95,7 +112,7 @@ def check(caller: Caller, *, insecure: bool, hosts: Collection[str]) -> None:
 
 
 def _check_local(caller: Caller, hosts: Collection[str]) -> None:
-    if not _is_loopback(caller.client) or any(name in caller.headers for name in _FORWARDED):
+    if not _is_loopback(caller.client) or _is_forwarded(caller):
         raise Refused(
             403,
             "forbidden_client",
@@ -112,19 +129,24 @@ def _check_local(caller: Caller, hosts: Collection[str]) -> None:
 
 
 def _check_reader(caller: Caller) -> None:
-    site = caller.headers.get("sec-fetch-site", "same-origin")
-    if site in ("same-origin", "none"):
+    site = caller.headers.get("sec-fetch-site")
+    if site is None:
+        # Over plain HTTP, browsers send it to local names alone; a script of another site has an Origin then.
+        allowed = "origin" not in caller.headers or _is_own_origin(caller)
+    else:
+        allowed = site in ("same-origin", "none")
+    if allowed:
         return
     if not (caller.is_page and caller.headers.get("sec-fetch-mode") == "navigate"):
         raise Refused(403, "cross_site", "another site must not read this")
 
 
 def _check_writer(caller: Caller) -> None:
-    site, origin = caller.headers.get("sec-fetch-site"), caller.headers.get("origin")
+    site = caller.headers.get("sec-fetch-site")
     if site is not None:
         allowed = site == "same-origin"
-    elif origin is not None:
-        allowed = urlsplit(origin).netloc.lower() == caller.headers.get("host", "").lower() != ""
+    elif "origin" in caller.headers:
+        allowed = _is_own_origin(caller)
     else:
         # Not a browser. A token shows that the request was meant: `auth` decides what it is worth.
         scheme, _, token = caller.headers.get("authorization", "").partition(" ")
@@ -138,11 +160,25 @@ def _check_writer(caller: Caller) -> None:
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header, without the port."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
+    """The name in a Host header, without the port; empty if it is none."""
+    match = _HOST.fullmatch(host)
+    return "" if match is None else match[1].strip("[]").lower()
+
+
+def _is_own_origin(caller: Caller) -> bool:
+    _, _, origin = caller.headers["origin"].partition("://")
+    return origin.lower() == caller.headers.get("host", "").lower() != ""
+
+
+def _is_forwarded(caller: Caller) -> bool:
+    """True for a request that has come through a proxy, as far as it shows.
+
+    Before 1.29.7, nginx passes requests on with HTTP/1.0 and a local Host, and adds no header
+    (https://nginx.org/en/docs/http/ngx_http_proxy_module.html#proxy_http_version). No browser speaks it.
+    """
+    return caller.http_version == "1.0" or any(
+        name in _FORWARDED or name.startswith(_FORWARDED_PREFIX) for name in caller.headers
+    )
 
 
 def _is_loopback(client: str | None) -> bool:

@@ -172,6 +172,11 @@ def query(params: Params) -> Query:
     )
 
 
+def printable(value: str) -> str:
+    """A client's text on one line, without what logs, terminals, and exporters of traces choke on."""
+    return "".join(char if char.isprintable() else " " for char in value)
+
+
 def reason_of(body: Any) -> str | None:
     """The reason in the body of a cancel request."""
     if not isinstance(body, dict) or set(body) - {"reason"}:
@@ -181,4 +186,5 @@ def reason_of(body: Any) -> str | None:
         return None
     if not isinstance(reason, str) or len(reason) > MAX_REASON:
         raise BadRequest(f"reason must be a text of at most {MAX_REASON} characters")
-    return reason.strip() or None
+    # It goes into the log: a line break in it could forge a line.
+    return printable(reason).strip() or None

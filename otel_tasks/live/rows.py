@@ -119,7 +119,7 @@ def task_row(task: ManagedTask[Any], node: TaskNode, overview: Overview, shown: 
         "cancel_requested": None if node.cause is None else seconds(node.cause.at),
         "cause": cause_row(node.cause, shown),
         "where": location(works.where),
-        "calls": works.calls,
+        "calls": None if works.calls is None else text(works.calls),
         "awaits": None if works.awaits is None else text(works.awaits),
         "queue_position": works.queue_position,
         "progress": _progress(works.progress),
@@ -159,7 +159,7 @@ def ended_row(info: TaskInfo, number: int | None, overview: Overview, shown: Sho
         "started": seconds(info.started_at),
         "ended": seconds(info.ended_at),
         "cause": cause_row(info.cause, shown),
-        "error_type": info.error_type,
+        "error_type": None if info.error_type is None else text(info.error_type),
         "error": text(info.error) if shown.errors and info.error else None,
         "progress": _progress(info.progress),
         "trace_id": info.trace_id,
@@ -184,7 +184,7 @@ def location(where: Location | None) -> Row | None:
     """A line of code, with a path that does not show where the service is installed."""
     if where is None:
         return None
-    return {"file": short_path(where.file), "line": where.line, "function": where.function}
+    return {"file": short_path(where.file), "line": where.line, "function": text(where.function)}
 
 
 def short_path(path: str) -> str:
@@ -201,7 +201,15 @@ def short_path(path: str) -> str:
 
 def metadata_row(metadata: Mapping[str, Any], shown: Shown) -> dict[str, str]:
     """The metadata that the view shows, as text."""
-    return {key: text(str(metadata[key])) for key in shown.metadata if key in metadata}
+    return {key: text(_str(metadata[key])) for key in shown.metadata if key in metadata}
+
+
+def _str(value: object) -> str:
+    """A value as text. An object of the service that cannot show itself must not end the feed."""
+    try:
+        return str(value)
+    except Exception as error:
+        return f"<{type(value).__name__} without text: {type(error).__name__}>"
 
 
 def trace_link(trace_id: str | None, cause: CancelCause | None, shown: Shown) -> str | None:

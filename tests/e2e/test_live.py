@@ -209,7 +209,8 @@ http {{
     uwsgi_temp_path {directory}/u; scgi_temp_path {directory}/s;
     server {{
         listen 127.0.0.1:{port};
-        location /internal/ {{ proxy_pass http://127.0.0.1:{upstream}/; proxy_set_header Host $host; }}
+        location /internal/ {{ proxy_pass http://127.0.0.1:{upstream}/; proxy_http_version 1.1; }}
+        location /default/ {{ proxy_pass http://127.0.0.1:{upstream}/; proxy_http_version 1.0; }}
     }}
 }}
 """
@@ -233,7 +234,11 @@ def test_view_behind_nginx(pool: Pool, tmp_path: Path) -> None:
             connection.request("GET", "/internal/tasks")
             response = connection.getresponse()
             response.read()
-            assert (response.status, response.headers["location"]) == (307, "tasks/")
+            assert (response.status, response.headers["location"]) == (307, "./tasks/")
+            # As it came until 1.29.7: all clients look local, and the view has no authentication.
+            connection.request("GET", "/default/tasks/")
+            response = connection.getresponse()
+            assert (response.status, b"forbidden_client" in response.read()) == (403, True)
         one = Viewer(port, prefix="/internal/tasks")
         begun = time.monotonic()
         one.until("snapshot")
