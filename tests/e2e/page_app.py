@@ -6,9 +6,10 @@ import asyncio
 import itertools
 import os
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
 from otel_tasks import ManagedTask, TaskGroup, TaskManager, TaskPriority, current_task
 from otel_tasks.fastapi import RequestTasks, TaskGroupMiddleware, make_lifespan
@@ -32,6 +33,22 @@ class Pool:
 pool = Pool()
 
 
+class Login:
+    """A login that the tests end."""
+
+    def __init__(self) -> None:
+        self.ended = False
+
+    def __call__(self, user: Annotated[HTTPBasicCredentials, Depends(HTTPBasic())]) -> str:
+        """Let Ann in, until the test says otherwise."""
+        if user.username != "ann" or self.ended:
+            raise HTTPException(401, "log in again", {"WWW-Authenticate": "Basic"})
+        return user.username
+
+
+login = Login()
+
+
 def refuse(request: Request, action: str, task: ManagedTask[Any]) -> bool:
     """A viewer who may cancel only what is named so."""
     return task.name.startswith("mine")
@@ -43,6 +60,7 @@ app.include_router(
     live_view(insecure=True, manager=manager, actions={"cancel"}, errors=True), prefix="/tasks"
 )
 app.include_router(live_view(insecure=True, manager=manager), prefix="/read-only")
+app.include_router(live_view(auth=Depends(login), manager=manager, actions={"cancel"}), prefix="/with-login")
 app.include_router(
     live_view(insecure=True, manager=manager, actions={"cancel"}, can=refuse), prefix="/restricted"
 )
@@ -113,9 +131,16 @@ async def end() -> None:
     pool.free.clear()
 
 
+@app.post("/control/log-out")
+async def log_out() -> None:
+    """End the login of all viewers."""
+    login.ended = True
+
+
 @app.post("/control/reset")
 async def reset() -> None:
     """Leave no task."""
+    login.ended = False
     pool.free.set()
     await manager.cancel_all_tasks(timeout=5.0)
     manager.cleanup_completed_tasks()

@@ -695,6 +695,22 @@ def test_hostile_names_are_only_text(shop: Site, visit: Visits) -> None:
     expect(page.locator(".row.task")).to_have_count(1)
 
 
+def test_viewer_whose_login_ends_is_told_so(shop: Site, visit: Visits) -> None:
+    """Page, scripts, and stream use one login, whose name is in the cause; without it, the page says why."""
+    shop.post("/shop/control/tasks", name="load")
+    shop.post("/shop/control/tasks", name="sync_mail", kind="ignore")
+    login = {"username": "ann", "password": "replace me"}
+    page = visit("/shop/with-login/", http_credentials=login, complains=("status of 401",))
+    row(page, "load").click()
+    page.keyboard.press("x")
+    page.locator("#cancel button[value=go]").click()
+    page.locator("#cancel button[value=keep]").click()
+    expect(page.locator("#panel .chain")).to_contain_text("ann")
+    shop.post("/shop/control/log-out")
+    expect(page.locator("#state")).to_contain_text("log in again", timeout=60_000)
+    expect(page.locator("body")).to_have_class("stale")
+
+
 # --- addresses -------------------------------------------------------------------------------------------
 
 

@@ -8,17 +8,18 @@ const rankOf = (row) => (row.cancelling ? 0 : row.queued ? 1 : 2);
 const byText = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
 const byAge = (a, b) => (a.created ?? a.oldest ?? Infinity) - (b.created ?? b.oldest ?? Infinity);
 const byId = (a, b) => byText(a.id ?? a.key, b.id ?? b.key);
-const byName = (a, b) => byText(a.name, b.name);
+const byName = new Intl.Collator("en", { numeric: true }).compare; // load-9 before load-10
+const named = (a, b) => (a.name === b.name ? 0 : byName(a.name, b.name));
 
 /** Ties are broken by id, so that equal rows never change places. */
 const ROW_ORDER = {
-  status: (a, b) => rankOf(a) - rankOf(b) || byName(a, b) || byId(a, b),
-  age: (a, b) => byAge(a, b) || byId(a, b),
-  name: (a, b) => byName(a, b) || byId(a, b),
-  count: (a, b) => b.count - a.count || byName(a, b) || byId(a, b),
+  status: (a, b) => rankOf(a) - rankOf(b) || named(a, b) || byId(a, b),
+  age: (a, b) => byAge(a, b) || named(a, b) || byId(a, b),
+  name: (a, b) => named(a, b) || byId(a, b),
+  count: (a, b) => b.count - a.count || named(a, b) || byId(a, b),
 };
 export const TASK_ORDER = {
-  status: (a, b) => (RANK[a.status] ?? 2) - (RANK[b.status] ?? 2) || byAge(a, b) || byId(a, b),
+  status: (a, b) => (RANK[a.status] ?? 2) - (RANK[b.status] ?? 2) || ROW_ORDER.age(a, b),
   age: ROW_ORDER.age,
   name: ROW_ORDER.name,
   count: ROW_ORDER.age,
@@ -142,27 +143,21 @@ export class Model {
     const cancelling = new Map();
     for (const task of this.cancelling.values()) listed(cancelling, task.class).push(task);
     const rows = [];
+    const addTask = (task, level, kind = "task") => rows.push({ key: keyOf(task), kind, level, data: task, of: this.instanceOf(task) });
     const addClass = (each, level) => {
-      if (each.task) {
-        const known = this.members.get(each.key)?.tasks.get(each.task.id) ?? this.cancelling.get(each.task.id) ?? each.task;
-        rows.push({ key: known.id, kind: "task", level, data: known, of: this.instanceOf(known) });
-        if (!finished) return;
-      }
-      const open = each.task ? true : this.isOpen(each.key);
-      if (!each.task) rows.push({ key: each.key, kind: "class", level, data: each, open });
+      // A class of one task is shown as that task.
+      if (each.task && !finished) return addTask(this.cancelling.get(each.task.id) ?? each.task, level);
+      const open = this.isOpen(each.key);
+      rows.push({ key: each.key, kind: "class", level, data: each, open });
       const known = open && this.members.get(each.key);
-      const tasks = each.task ? [] : known ? [...known.tasks.values()] : (cancelling.get(each.key) ?? []);
-      for (const task of this.arrange(each.key, tasks, TASK_ORDER[sort], hold)) {
-        rows.push({ key: task.id, kind: "task", level: level + 1, data: task, of: this.instanceOf(task) });
-      }
+      // Tasks that are being cancelled are there even if the class is closed.
+      const tasks = known ? [...known.tasks.values()] : (cancelling.get(each.key) ?? []);
+      for (const task of this.arrange(each.key, tasks, TASK_ORDER[sort], hold)) addTask(task, level + 1);
       if (known && known.total > known.tasks.size) {
         rows.push({ key: `more ${each.key}`, kind: "more", level: level + 1, data: { key: each.key, shown: known.tasks.size, total: known.total } });
       }
-      if (open && finished) {
-        for (const task of this.ended) {
-          if (task.class === each.key) rows.push({ key: keyOf(task), kind: "ended", level: level + 1, data: task, of: this.instanceOf(task) });
-        }
-      }
+      if (!open || !finished) return;
+      for (const task of this.ended) if (task.class === each.key) addTask(task, level + 1, "ended");
     };
     const addGroup = (group, level) => {
       const open = this.isOpen(group.key);

@@ -80,7 +80,9 @@ function renderNow() {
   else {
     timeline.hide();
     const rows = entries();
-    $("list").classList.toggle("flat", Boolean(rows[0]?.flat));
+    const flat = Boolean(rows[0]?.flat);
+    $("list").classList.toggle("flat", flat);
+    put($("ages"), view.name === "ended" ? "TOOK" : flat ? "AGE" : "AGE p50 · p90 · oldest");
     list.show(rows, model);
     showEmpty(rows.length === 0 || (!question() && view.name === "tree" && model.stats.live === 0));
   }
@@ -280,7 +282,8 @@ function closePanel() {
 function askCancel(task) {
   if (!model.about.actions.includes("cancel")) return say("This view is read-only.");
   if (!isFresh()) return say("The data is stale: nothing can be cancelled.");
-  if (task?.id) dialog.open(task.id, task.name, isFresh);
+  if (!task?.id || task.ended !== undefined) return say("Select a live task first.");
+  dialog.open(task.id, task.name, isFresh);
 }
 
 // --- pause ---------------------------------------------------------------------------------------
@@ -349,7 +352,7 @@ const KEYS = {
   w: ["all tasks that wait at the selected one's line", sameLine],
   t: ["tree or flat list of the oldest", () => choose(view.name === "tree" && !view.list ? "oldest" : "tree")],
   g: ["timeline of the selected row", () => choose(view.name === "timeline" ? "tree" : "timeline")],
-  x: ["cancel the selected task", () => askCancel(panel.details?.task.id === panel.id && panel.id ? panel.details.task : taskOf(list.current))],
+  x: ["cancel the selected task", () => askCancel(panel.id ? panel.task : taskOf(list.current))],
   Escape: ["close the panel, the filter, the view", leave],
   "?": ["these keys", () => $("help").showModal()],
 };

@@ -54,6 +54,7 @@ export class Panel {
   show(task) {
     if (this.id === task.id && this.details) return;
     this.id = task.id;
+    this.task = task;
     this.details = null;
     this.missing = "";
     this.node.hidden = false;
@@ -80,6 +81,7 @@ export class Panel {
       const details = await get(`v1/tasks/${encodeURIComponent(id)}`);
       if (this.id !== id) return;
       this.details = details;
+      this.task = details.task;
       this.missing = "";
     } catch (error) {
       if (this.id !== id) return;
