@@ -167,7 +167,7 @@ def test_hundred_signals_lose_no_job_in_memory() -> None:
         endings = list(lanes.map(memory_rounds, seeds))
     total = sum(endings, Counter())
     print(total)
-    assert min(total["done"], total["dead"], total["left"]) > 0
+    assert min(total["done"], total["left"]) > 0
 
 
 def memory_rounds(seed: int) -> Counter[str]:
