@@ -873,7 +873,7 @@ async def test_running_items_get_the_grace_and_the_rest_stays(caplog: pytest.Log
             "consumer 'jobs' has stopped; handed back: 2 ('work-3', 'work-4'); left in the queue: 4",
         )
     ]
-    assert lines[0].__dict__["otel_tasks"] == {"task_ids": ["work-3", "work-4"]}
+    assert lines[0].__dict__["otel_tasks"] == {"task_ids": ["work-3", "work-4"], "task_uids": []}
 
 
 async def test_draining_the_queued_items() -> None:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 PAGE = "docs/logs.md"
 PACKAGE = Path(otel_tasks.__file__).parent
 FIELDS = ("task_id", "task_name", "task_group", "trace_id", "span_id")
+# Tests of their own have the other two: `test_logs_metadata.py`.
+ALL_FIELDS = {*FIELDS, "task_uid", "task_metadata"}
 
 logger = logging.getLogger("app.mail")
 
@@ -303,9 +305,11 @@ asyncio.run(main())
 
 def test_dict_config_makes_json_lines() -> None:
     """`dictConfig` puts it on a handler, and a formatter that prints all extra fields prints these."""
-    nothing = dict.fromkeys(FIELDS)
+    nothing = dict.fromkeys(ALL_FIELDS)
+    lines = [json.loads(line) for line in run_block(JSON_LOGS).splitlines()]
 
-    assert [json.loads(line) for line in run_block(JSON_LOGS).splitlines()] == [
+    assert re.fullmatch(r"[\w-]{22}", lines[1]["task_uid"])
+    assert lines == [
         {"message": "begin", **nothing},
         {
             "message": "sent",
@@ -314,6 +318,7 @@ def test_dict_config_makes_json_lines() -> None:
             "task_id": "mail",
             "task_name": "mail",
             "task_group": "root",
+            "task_uid": lines[1]["task_uid"],
         },
     ]
 
@@ -322,7 +327,7 @@ def test_fields_are_none_of_the_logging_instrumentation() -> None:
     """No field has a name that logging has itself, or that OpenTelemetry's instrumentation sets."""
     taken = {"otelTraceID", "otelSpanID", "otelTraceSampled", "otelServiceName", "taskName"}
 
-    assert not (taken | vars(logging.makeLogRecord({})).keys()) & {*FIELDS, "otel_tasks"}
+    assert not (taken | vars(logging.makeLogRecord({})).keys()) & {*ALL_FIELDS, "otel_tasks"}
 
 
 # -- what the library logs ----------------------------------------------------------------------
@@ -356,7 +361,7 @@ async def test_line_of_the_library_is_about_the_task_that_it_names(kept: Kept, s
             *(stubborn.info().trace_id, stubborn.info().span_id),
         ),
     }
-    assert kept.records[1].__dict__["otel_tasks"] == {"task_ids": ["stubborn"]}
+    assert kept.records[1].__dict__["otel_tasks"] == {"task_ids": ["stubborn"], "task_uids": [stubborn.uid]}
 
 
 async def test_record_factory_with_the_same_names_does_no_harm(kept: Kept) -> None:
@@ -429,8 +434,12 @@ def lines_of(tree: ast.AST) -> set[tuple[str, str, str]]:
             continue
         name, owner = node.func.attr, ast.unparse(node.func.value)
         if name == "log_once":
-            found.add(("ERROR", readable(node) + "; further ones are not logged", ""))
-        elif owner == "logger" and name in LEVELS and not isinstance(node.args[0], ast.BinOp):
+            about = "task" if any(keyword.arg == "task" for keyword in node.keywords) else ""
+            found.add(("ERROR", readable(node) + "; further ones are not logged", about))
+        elif owner.startswith("TaskLogger(") and name in LEVELS:
+            level = "ERROR" if name == "exception" else name.upper()
+            found.add((level, readable(node), "task"))
+        elif owner == "logger" and name in LEVELS:
             level = "ERROR" if name == "exception" else name.upper()
             found.add((level, readable(node), fields_of(node)))
     return found
@@ -447,5 +456,6 @@ def fields_of(call: ast.Call) -> str:
     """The value of `record.otel_tasks`."""
     for keyword in call.keywords:
         if keyword.arg == "extra":
-            return "task_ids" if ast.unparse(keyword.value).startswith("log_fields_of_all(") else "task"
+            assert ast.unparse(keyword.value).startswith("log_fields_of_all(")
+            return "task_ids"
     return ""

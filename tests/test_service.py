@@ -1132,7 +1132,7 @@ async def test_cancelled_attempt_is_linked_to_the_cause_of_the_service(spans: Sp
 
 
 async def test_log_names_the_trace_and_is_not_the_callers(
-    spans: SpanRecorder, caplog: pytest.LogCaptureFixture
+    spans: SpanRecorder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The warning has the attempt's trace id in it, and is not logged inside the span of the starter."""
     current: list[trace.Span] = []
@@ -1141,7 +1141,8 @@ async def test_log_names_the_trace_and_is_not_the_callers(
         current.append(trace.get_current_span())
         return True
 
-    caplog.handler.addFilter(note)
+    # Not with addFilter(): the handler is that of all tests.
+    monkeypatch.setattr(caplog.handler, "filters", [note])
     manager = TaskManager(tracer_provider=spans.provider)
     with spans.provider.get_tracer("test").start_as_current_span("request"):
         await manager.start_service("prices", Flaky(9), restart=RestartPolicy(max_failures=2))

@@ -153,13 +153,13 @@ async def _wait_for_end(request: Request, groups: list[RequestGroup]) -> None:
         # A block of uncancellable() has no bound.
         timeout = None if request.is_sheltering else max(0.0, deadline - loop.time())
         await wait_until_done(tasks, timeout)
-        live = [task.id for task in tasks if not task.done()]
+        live = [task for task in tasks if not task.done()]
         if live and loop.time() >= deadline and not request.is_sheltering:
             logger.warning(
                 "request %r is over, and after %s s its tasks still run: %s",
                 request.own_group().id,
                 _END_TIMEOUT,
-                ", ".join(map(repr, live)),
+                ", ".join(repr(task.id) for task in live),
                 extra=log_fields_of_all(live),
             )
             return

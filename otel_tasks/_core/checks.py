@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, get_args
 
 from otel_tasks._core.state import TaskPriority
@@ -130,6 +131,22 @@ def check_manager_numbers(history: object, max_threads: object, ageing: object) 
     check_count("max_threads", max_threads, 1)
     if not isinstance(ageing, int | float) or isinstance(ageing, bool) or not ageing > 0:
         raise ValueError(f"ageing must be more than 0 seconds, got {ageing!r}")
+
+
+def checked_keys(what: str, keys: object) -> tuple[str, ...]:
+    """Return keys of metadata, each once.
+
+    Raises:
+        TypeError: It is a string, or has a key that is none.
+    """
+    if isinstance(keys, str) or not isinstance(keys, Iterable):
+        hint = f": write {what}=({keys!r},)" if isinstance(keys, str) else ""
+        raise TypeError(f"{what} must be a collection of strings, got {keys!r}{hint}")
+    found = tuple(keys)
+    for key in found:
+        if not isinstance(key, str):
+            raise TypeError(f"{what} must contain only strings, got {key!r}: the keys of metadata=")
+    return tuple(dict.fromkeys(found))
 
 
 def check_flag(what: str, value: object) -> None:

@@ -32,7 +32,7 @@ from otel_tasks._core.checks import check_choice, check_number, checked_name
 from otel_tasks._core.coroutines import close_quietly
 from otel_tasks._core.extras import wanted_extras
 from otel_tasks._core.info import ConsumerInfo
-from otel_tasks._core.log import log_fields, log_fields_of_all, logger, text_of
+from otel_tasks._core.log import TaskLogger, log_fields_of_all, logger, text_of
 from otel_tasks._core.native import add_done_callback, cancel_message, failure_of
 from otel_tasks._core.places import Limiter, full_limiter, would_wait
 from otel_tasks._core.service import failure_of_cancelled
@@ -434,11 +434,10 @@ class Consumer(Generic[Item]):
         else:
             # The shutdown would not end a task that is created now.
             close_quietly(made)
-            logger.error(
-                "task %r failed while the shutdown cancelled it: no on_failure runs, the item is handed back",
-                task.id,
+            TaskLogger(task).error(
+                "task %s failed while the shutdown cancelled it: no on_failure runs, the item is handed back",
+                task,
                 exc_info=error,
-                extra=log_fields(task.info()),
             )
             self._keep_unfinished(task, entry)
 
@@ -472,13 +471,12 @@ class Consumer(Generic[Item]):
         self._watch(letter, entry)
 
     def _report_on_failure(self, task: ManagedTask[Any], entry: _Taken[Item], broken: Exception) -> None:
-        logger.error(
-            "on_failure of consumer %r raised for task %r, which had failed with %s",
+        TaskLogger(task).error(
+            "on_failure of consumer %r raised for task %s, which had failed with %s",
             self._name,
-            entry.name,
+            task if task.id == entry.name else repr(entry.name),
             text_of(entry.failure or broken, repr),
             exc_info=broken,
-            extra=log_fields(task.info()),
         )
 
     # -- a shutdown ---------------------------------------------------------------------------
@@ -515,7 +513,7 @@ class Consumer(Generic[Item]):
                 "consumer %r has stopped; %s",
                 self._name,
                 "; ".join(facts),
-                extra=log_fields_of_all([*self._handed_back, *self._lost, *running]),
+                extra=log_fields_of_all(self._in_hand, [*self._handed_back, *self._lost]),
             )
         self._handed_back, self._lost, self._owes_report = [], [], False
         self._forget_if_over()

@@ -188,7 +188,7 @@ class Creation(Named):
         self._enter(task, key, priority, created_at, span, extras)
         add_done_callback(task, ledger.on_done, context=ledger.context)
         if ledger.listeners.functions:
-            ledger.listeners.notify("created", task.info())
+            ledger.listeners.notify("created", task, task.info())
         return task
 
     @overload

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
-from otel_tasks._core.log import log_fields, logger
+from otel_tasks._core.log import TaskLogger
 from otel_tasks._core.native import add_done_callback, failure_of
 from otel_tasks._core.options import FROM_MANAGER
 
@@ -70,7 +70,7 @@ def _gave_up(
         try:
             on_give_up(info, error)
         except Exception:
-            logger.exception("on_give_up of service %r raised", info.id, extra=log_fields(info))
+            TaskLogger(service).exception("on_give_up of service %s raised", service)
     if critical:
         _end_application(service, info)
 
@@ -80,13 +80,12 @@ def _end_application(service: ManagedTask[Any], info: TaskInfo) -> None:
     manager = service._group._ledger.owner
     by = f"critical service {info.id!r}, which gave up"
     stop = _stops.get(loop)
-    logger.critical(
-        "critical service %r gave up (%s: %s): %s",
-        info.id,
+    TaskLogger(service).critical(
+        "critical service %s gave up (%s: %s): %s",
+        service,
         info.error_type,
         info.error,
         f"manager {manager.name!r} shuts down" if stop is None else "the application ends with exit code 1",
-        extra=log_fields(info),
     )
     if stop is not None:
         stop(by)

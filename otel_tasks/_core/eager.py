@@ -30,5 +30,5 @@ async def announced_first(work: Coroutine[Any, Any, T], listeners: Listeners) ->
     """Notify the listeners of an eager task right before its first step; before that there is no task."""
     # The task that is being created, and so a managed one: its class is not known here.
     task: Any = asyncio.current_task()
-    listeners.notify("created", task.info())
+    listeners.notify("created", task, task.info())
     return await work

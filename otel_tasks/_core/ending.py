@@ -10,7 +10,7 @@ from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks._core.factory import end_like
-from otel_tasks._core.log import log_fields, logger
+from otel_tasks._core.log import TaskLogger
 from otel_tasks._core.native import base_name, failure_of
 from otel_tasks._core.records import Counters, KeptResult, without_frames
 from otel_tasks._core.state import Outcome, TaskStatus
@@ -118,7 +118,7 @@ class Ending(Counters):
             try:
                 end_span(span, Outcome.ABANDONED, None, task._cause, ignored=ignored, now=self._clock())
             except Exception:
-                self._ledger.log_once("telemetry of task %r raised", task.id)
+                self._ledger.log_once("telemetry of task %s raised", task, task=task)
 
     def service_started(self, service_id: str) -> None:
         """Note that a service runs, so that it no longer counts as failed."""
@@ -168,11 +168,14 @@ class Ending(Counters):
             _close_unstarted(task, task._extras, status)
         info = task.info()
         self._remember_ended(task, info, error)
+        if ignored:
+            # After its record is made, which is to have the uid.
+            TaskLogger(task).warning("task %s ignored its cancellation (%s) and completed", task, task._cause)
         self._report_end(task, outcome_of(task, status), error, ignored=ignored)
         if error is not None and not task._group._child_failed(task, error):
             self._report_failure(task, info, error)
         if self._listeners:
-            self._ledger.listeners.notify("ended", info)
+            self._ledger.listeners.notify("ended", task, info)
 
     def _count(self, task: ManagedTask[Any], status: TaskStatus) -> bool:
         if status is TaskStatus.COMPLETED:
@@ -180,12 +183,6 @@ class Ending(Counters):
             ignored = task.cancel_ignored
             if ignored:
                 self.cancel_ignored += 1
-                logger.warning(
-                    "task %r ignored its cancellation (%s) and completed",
-                    task.id,
-                    task._cause,
-                    extra=log_fields(task.info()),
-                )
             return ignored
         if status is TaskStatus.FAILED:
             self.failed += 1
@@ -226,13 +223,13 @@ class Ending(Counters):
                     queued=queue_time(task),
                 )
             except Exception:
-                self._ledger.log_once("telemetry of task %r raised", task.id)
+                self._ledger.log_once("telemetry of task %s raised", task, task=task)
         if self._telemetry.metered():
             seconds = task._ended_at - task._created_at
             try:
                 self._telemetry.record(base_name(task), task._group.name, outcome, error, seconds, span)
             except Exception:
-                self._ledger.log_once("telemetry of task %r raised", task.id)
+                self._ledger.log_once("telemetry of task %s raised", task, task=task)
         return ids
 
     def _report_failure(self, task: ManagedTask[Any], info: TaskInfo, error: BaseException) -> None:
@@ -263,19 +260,16 @@ class Ending(Counters):
             try:
                 copy_context().run(self._on_error, info, error)
             except Exception:
-                logger.exception(
-                    "on_error of manager %r raised and is dropped", self._ledger.name, extra=log_fields(info)
-                )
+                TaskLogger(task).exception("on_error of manager %r raised and is dropped", self._ledger.name)
                 self._on_error = None
             else:
                 return
         trace_id = task.trace_id
-        logger.error(
-            "task %r failed and nobody awaits it%s",
-            task.id,
+        TaskLogger(task).error(
+            "task %s failed and nobody awaits it%s",
+            task,
             f" (trace {trace_id})" if trace_id else "",
             exc_info=error,
-            extra=log_fields(info),
         )
 
 

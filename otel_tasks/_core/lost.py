@@ -97,7 +97,7 @@ class LostWork:
             _listed(lost),
             self._ledger.in_code,
             self._ledger.in_code,
-            extra=log_fields_of_all(task.id for task, _ in lost),
+            extra=log_fields_of_all(task for task, _ in lost),
         )
 
 

@@ -7,7 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from otel_tasks._core.causes import passing
-from otel_tasks._core.checks import check_count, check_manager_numbers, checked_name, checked_seconds
+from otel_tasks._core.checks import (
+    check_count,
+    check_manager_numbers,
+    checked_keys,
+    checked_name,
+    checked_seconds,
+)
 from otel_tasks._core.eager import EAGER
 from otel_tasks._core.ending import Ending
 from otel_tasks._core.events import CancelCause
@@ -30,7 +36,7 @@ from otel_tasks._core.tree import Ledger
 from otel_tasks._core.watch import start_watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from contextlib import ExitStack
     from types import TracebackType
     from typing import Self, TextIO
@@ -71,11 +77,13 @@ class TaskManager(Starting, Looking):
         shutdown_timeout: Seconds for everything after that, at least 0. None means no limit.
         on_error: Called with the snapshot and the exception of each task that fails while nothing waits for
             it. Without it, the failure is logged at ERROR.
+        log_metadata: The keys of tasks' ``metadata`` that log lines about a task carry, as in
+            ``("job", "tenant")``. Values are shortened to 200 characters.
         tracer_provider: Creates the spans; None means the global provider, even if it is set up later.
         meter_provider: Receives the metrics; None means the global provider, even if it is set up later.
 
     Raises:
-        TypeError: ``name`` is not a string.
+        TypeError: ``name`` is not a string, or ``log_metadata`` not a collection of strings.
         ValueError: ``name`` is not valid, or a number is out of its range.
 
     Example:
@@ -97,6 +105,7 @@ class TaskManager(Starting, Looking):
         grace: float = 5.0,
         shutdown_timeout: float | None = 10.0,
         on_error: Callable[[TaskInfo, BaseException], object] | None = None,
+        log_metadata: Collection[str] = (),
         tracer_provider: TracerProvider | None = None,
         meter_provider: MeterProvider | None = None,
     ) -> None:
@@ -113,6 +122,7 @@ class TaskManager(Starting, Looking):
             eager_start and EAGER,
             threads,
         )
+        self.log_metadata = log_metadata
         ending = Ending(ledger, on_error)
         ledger.ending = ledger.counters = ending
         ledger.on_done = ending.on_done
@@ -164,6 +174,22 @@ class TaskManager(Starting, Looking):
     def max_threads(self, limit: int | None) -> None:
         check_count("max_threads", limit, 1)
         self._threads.limit = limit
+
+    @property
+    def log_metadata(self) -> tuple[str, ...]:
+        """The keys of tasks' ``metadata`` that log lines about a task carry; can be changed at any time.
+
+        Raises:
+            TypeError: The new value is not a collection of strings.
+
+        Example:
+            >>> global_task_manager.log_metadata = ("job", "tenant")
+        """
+        return self._ledger.log_metadata
+
+    @log_metadata.setter
+    def log_metadata(self, keys: Collection[str]) -> None:
+        self._ledger.log_metadata = checked_keys("log_metadata", keys)
 
     @property
     def abandoned_threads(self) -> tuple[str, ...]:

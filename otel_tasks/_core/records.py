@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.info import TaskInfo
-from otel_tasks._core.log import log_fields, logger
+from otel_tasks._core.log import TaskLogger
 from otel_tasks._core.names import Key, full_name
 from otel_tasks._core.state import TaskPriority, TaskStatus
 from otel_tasks._core.telemetry import SpanContext, low_cardinality
@@ -23,6 +23,8 @@ from otel_tasks._core.telemetry.context import ids_in_hex
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from otel_tasks._core.log import LoggedTask
 
 TaskEvent = Literal["created", "dequeued", "cancelling", "ended"]
 
@@ -133,7 +135,7 @@ class Listeners:
         self.functions.remove(listener)
         self._changed()
 
-    def notify(self, event: TaskEvent, info: TaskInfo) -> None:
+    def notify(self, event: TaskEvent, task: LoggedTask, info: TaskInfo) -> None:
         """Call the listeners; one that raises is logged and dropped."""
         for listener in list(self.functions):
             try:
@@ -142,7 +144,7 @@ class Listeners:
             except (Exception, CancelledError):
                 # A CancelledError too, which a listener gets from a future that it reads: nobody cancels this
                 # call.
-                logger.exception("listener %r raised and is dropped", listener, extra=log_fields(info))
+                TaskLogger(task).exception("listener %r raised and is dropped", listener)
                 if listener in self.functions:
                     self.remove(listener)
 

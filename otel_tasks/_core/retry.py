@@ -27,7 +27,7 @@ from otel_tasks._core.coroutines import OwnCoroutine, close_quietly, code_name, 
 from otel_tasks._core.current import current_group_or_none
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.extras import extras_for
-from otel_tasks._core.log import log_fields, logger, text_of
+from otel_tasks._core.log import TaskLogger, logger, text_of
 from otel_tasks._core.places import lift
 from otel_tasks._core.state import CancelKind, Outcome, TaskPriority
 from otel_tasks._core.suspension import awaiters
@@ -342,15 +342,14 @@ class Attempts(OwnCoroutine[T]):
             raise asyncio.CancelledError(str(cause)) from failure
 
     def _warn(self, failure: Exception, fate: str) -> None:
-        logger.warning(
-            "task %r failed in attempt %d and is %s: %s",
-            self._task.id,
+        TaskLogger(self._task).warning(
+            "task %s failed in attempt %d and is %s: %s",
+            self._task,
             self._number,
             fate,
             text_of(failure, repr),
             # A retry is expected. The failure of the last attempt has its traceback.
             exc_info=failure if logger.isEnabledFor(logging.DEBUG) else None,
-            extra=log_fields(self._task.info()),
         )
 
     def _end_span(self, error: BaseException | None) -> None:
@@ -365,7 +364,7 @@ class Attempts(OwnCoroutine[T]):
         try:
             end_span(span, self._outcome(error), error, cause, now=ledger.home.clock())
         except Exception:
-            ledger.log_once("telemetry of task %r raised", task.id)
+            ledger.log_once("telemetry of task %s raised", task, task=task)
 
     def _outcome(self, error: BaseException | None) -> Outcome:
         if error is None:

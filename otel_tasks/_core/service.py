@@ -31,7 +31,7 @@ from otel_tasks._core.checks import AttemptName, check_flag, checked_name
 from otel_tasks._core.coroutines import close_quietly, function_name, not_a_coroutine
 from otel_tasks._core.critical import check_on_give_up, watch_service
 from otel_tasks._core.events import CancelCause
-from otel_tasks._core.log import log_fields, logger, text_of
+from otel_tasks._core.log import TaskLogger, task_label, text_of
 from otel_tasks._core.native import asyncio_cancel, cancel_message, failure_of
 from otel_tasks._core.state import CancelKind, TaskStatus
 from otel_tasks._core.task import cause_at_end, extras_of, request_cancel
@@ -419,13 +419,12 @@ def _seconds_of(attempt: ManagedTask[Any]) -> float:
 
 
 def _warn(service: ManagedTask[Any], attempt: ManagedTask[Any], failure: Exception, fate: str) -> None:
-    logger.warning(
-        "service %r failed in %s and is %s",
-        service.id,
+    TaskLogger(attempt).warning(
+        "service %s failed in %s and is %s",
+        task_label(service),
         _label_of(attempt),
         fate,
         exc_info=failure,
-        extra=log_fields(attempt.info()),
     )
 
 

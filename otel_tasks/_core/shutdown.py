@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from otel_tasks._core.awaiters import with_awaiters
 from otel_tasks._core.checks import checked_seconds
 from otel_tasks._core.events import CancelCause
-from otel_tasks._core.log import log_fields, log_fields_of_all, logger
+from otel_tasks._core.log import TaskLogger, log_fields_of_all, logger
 from otel_tasks._core.native import asyncio_cancel
 from otel_tasks._core.options import FromManager
 from otel_tasks._core.state import CancelKind, TaskStatus
@@ -141,9 +141,9 @@ async def wait_for_end(tasks: list[ManagedTask[Any]], timeout: float | None) -> 
     Cancellation: ends the wait.
     """
     await wait_until_done(tasks, timeout)
-    live = [task.id for task in tasks if not task.done()]
+    live = [task for task in tasks if not task.done()]
     if live:
-        names = ", ".join(map(repr, live))
+        names = ", ".join(repr(task.id) for task in live)
         logger.warning(
             "cancelled and still running after %s s: %s", timeout, names, extra=log_fields_of_all(live)
         )
@@ -231,14 +231,9 @@ def _report(ledger: Ledger, tasks: Iterable[ManagedTask[Any]], cause: CancelCaus
     running = {info.id: task.stack() for task, info in infos if not task.done()}
     for task, info in infos:
         if info.id in running:
-            logger.error(
-                "task %r did not stop at shutdown; it is at\n%s",
-                info.id,
-                running[info.id],
-                extra=log_fields(info),
-            )
+            TaskLogger(task).error("task %s did not stop at shutdown; it is at\n%s", task, running[info.id])
             ledger.ending.abandon(task)
-    _report_cut(ledger, [info for task, info in infos if info.cause is cause and not _restarts(task, info)])
+    _report_cut(ledger, [each for each in infos if each[1].cause is cause and not _restarts(*each)])
     statuses = [info.status for _, info in infos]
     return ShutdownReport(
         completed=statuses.count(TaskStatus.COMPLETED),
@@ -253,11 +248,8 @@ def _report(ledger: Ledger, tasks: Iterable[ManagedTask[Any]], cause: CancelCaus
 def _abandoned_threads(ledger: Ledger) -> dict[str, str]:
     stacks = {worker: worker.stack() for worker in ledger.threads.abandoned()}
     for worker, stack in stacks.items():
-        logger.error(
-            "the thread of task %r has not returned at shutdown; it is at\n%s",
-            worker.id,
-            stack,
-            extra=log_fields(worker.task.info()),
+        TaskLogger(worker.task).error(
+            "the thread of task %s has not returned at shutdown; it is at\n%s", worker.task, stack
         )
     return {worker.id: stack for worker, stack in stacks.items()}
 
@@ -274,17 +266,17 @@ def _restarts(task: ManagedTask[Any], info: TaskInfo) -> bool:
     return runs_forever(task) or info.consumer is not None
 
 
-def _report_cut(ledger: Ledger, infos: Iterable[TaskInfo]) -> None:
+def _report_cut(ledger: Ledger, infos: Iterable[tuple[ManagedTask[Any], TaskInfo]]) -> None:
     """Log the work that a shutdown has cut short, not services: they start again with the application."""
-    cut = [info for info in infos if info.status is TaskStatus.CANCELLED]
+    cut = [(task, info) for task, info in infos if info.status is TaskStatus.CANCELLED]
     if not cut:
         return
-    names = [repr(info.id) + ("" if info.started_at is not None else " (not started)") for info in cut]
+    names = [repr(info.id) + ("" if info.started_at is not None else " (not started)") for _, info in cut]
     logger.warning(
         "the shutdown of manager %r cancelled %d %s: %s",
         ledger.name,
         len(cut),
         "task" if len(cut) == 1 else "tasks",
         ", ".join(names[:_MAX_NAMED]) + (", ..." if len(names) > _MAX_NAMED else ""),
-        extra=log_fields_of_all(info.id for info in cut),
+        extra=log_fields_of_all(task for task, _ in cut),
     )

@@ -97,7 +97,7 @@ def start_attempt_span(task: Any, number: int) -> Span | None:
     try:
         return start_span(tracer, name, attributes, parent=None, new_trace=False)
     except Exception:
-        ledger.log_once("starting a span for task %r raised", task.id)
+        ledger.log_once("starting a span for an attempt of task %s raised", task, task=task)
         return None
 
 
@@ -109,6 +109,6 @@ def report_dequeued(ledger: Any, task: Any, waited: float) -> None:
         if ledger.telemetry.metered():
             ledger.telemetry.record_queue(task._group.name, int(task._priority), waited)
     except Exception:
-        ledger.log_once("telemetry of task %r raised", task.id)
+        ledger.log_once("telemetry of task %s raised", task, task=task)
     if ledger.listeners.functions:
-        ledger.listeners.notify("dequeued", task.info())
+        ledger.listeners.notify("dequeued", task, task.info())

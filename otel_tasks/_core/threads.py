@@ -33,7 +33,7 @@ from otel_tasks._core.binding import worker_here
 from otel_tasks._core.clock import clock_of
 from otel_tasks._core.events import CancelEvent
 from otel_tasks._core.futures import create_in_loop
-from otel_tasks._core.log import log_fields, logger
+from otel_tasks._core.log import TaskLogger
 from otel_tasks._core.state import TaskStatus
 from otel_tasks._core.task import (
     ManagedTask,
@@ -363,21 +363,20 @@ class Worker(Generic[T]):
         self.abandoned = not self._returned
         # A thread without a place has returned, even if it has not told the loop yet.
         if self.abandoned and self in self._threads.workers:
-            logger.warning(
-                "the thread of task %r runs on after the task (%s); its cancel event is set",
-                self.id,
+            TaskLogger(self.task).warning(
+                "the thread of task %s runs on after the task (%s); its cancel event is set",
+                self.task,
                 self.event.cause,
-                extra=log_fields(self.task.info()),
             )
 
     def _log_late_end(self) -> None:
         """Log how an abandoned thread has ended: nothing else reports it."""
         error, self._error = self._error, None
-        extra = log_fields(self.task.info())
+        task = self.task
         if error is None or isinstance(error, _CANCELLED):
-            logger.info("the thread of task %r has returned", self.id, extra=extra)
+            TaskLogger(task).info("the thread of task %s has returned", task)
         else:
-            logger.error("the thread of task %r failed after the task", self.id, exc_info=error, extra=extra)
+            TaskLogger(task).error("the thread of task %s failed after the task", task, exc_info=error)
 
 
 class _WorkerThread(threading.Thread):

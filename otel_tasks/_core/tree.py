@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from otel_tasks._core.events import TREE_LOCK, CancelCause, CancelEvent
-from otel_tasks._core.log import logger
+from otel_tasks._core.log import TaskLogger, logger
 from otel_tasks._core.loop import Home, Shutdown
 from otel_tasks._core.records import Counters, History, Listeners, TaskStats
 from otel_tasks._core.task import ManagedTask, extras_of, request_cancel_all
@@ -472,6 +472,8 @@ class Ledger:
         self.history = History(history)
         self.places = places
         self.eager_start = eager_start
+        # The keys of metadata that log lines carry.
+        self.log_metadata: tuple[str, ...] = ()
         self.threads = threads
         self.home = Home(name, self)
         self.listeners = Listeners(self.home.update_fast_path)
@@ -590,10 +592,11 @@ class Ledger:
     def notify_cancelling(self, task: ManagedTask[Any]) -> None:
         """Notify the listeners of a cancel request."""
         if self.listeners.functions:
-            self.listeners.notify("cancelling", task.info())
+            self.listeners.notify("cancelling", task, task.info())
 
-    def log_once(self, message: str, *args: object) -> None:
+    def log_once(self, message: str, *args: object, task: ManagedTask[Any] | None = None) -> None:
         """Log the current exception, the first time only: a broken exporter must not fail tasks."""
         if not self._has_logged:
             self._has_logged = True
-            logger.exception(message + "; further ones are not logged", *args)
+            log = logger if task is None else TaskLogger(task)
+            log.exception(message + "; further ones are not logged", *args)

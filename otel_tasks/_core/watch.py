@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from otel_tasks._core.checks import checked_seconds
 from otel_tasks._core.frames import Stacks
 from otel_tasks._core.inspection import is_queued, place_of_task, request_of
-from otel_tasks._core.log import log_fields, log_fields_of_all, logger
+from otel_tasks._core.log import TaskLogger, log_fields_of_all, logger
 from otel_tasks._core.task import ManagedTask, has_started
 from otel_tasks._core.task_tree import duration
 from otel_tasks._core.watchdog import Watchdog
@@ -216,7 +216,7 @@ class _Check:
         for task in tasks[:_MAX_NAMED]:
             self._report_one(task, now)
         self._reported.update(tasks)
-        rest = [task.id for task in tasks[_MAX_NAMED:]]
+        rest = tasks[_MAX_NAMED:]
         if rest:
             self._report_rest(rest)
 
@@ -229,7 +229,7 @@ class _Check:
     def _report_one(self, task: ManagedTask[Any], now: float) -> None:
         raise NotImplementedError
 
-    def _report_rest(self, task_ids: list[str]) -> None:
+    def _report_rest(self, tasks: list[ManagedTask[Any]]) -> None:
         raise NotImplementedError
 
 
@@ -245,20 +245,19 @@ class _IgnoredCancels(_Check):
 
     def _report_one(self, task: ManagedTask[Any], now: float) -> None:
         cause = task.cause
-        logger.warning(
-            "task %r still runs %s after its cancellation was requested (%s)%s",
-            task.id,
+        TaskLogger(task).warning(
+            "task %s still runs %s after its cancellation was requested (%s)%s",
+            task,
             "some time" if cause is None or cause.at is None else duration(now - cause.at),
             cause,
             _clause(task, self._ledger),
-            extra=log_fields(task.info()),
         )
 
-    def _report_rest(self, task_ids: list[str]) -> None:
+    def _report_rest(self, tasks: list[ManagedTask[Any]]) -> None:
         logger.warning(
             "%d more tasks still run after their cancellation was requested",
-            len(task_ids),
-            extra=log_fields_of_all(task_ids),
+            len(tasks),
+            extra=log_fields_of_all(tasks),
         )
 
 
@@ -275,16 +274,15 @@ class _Unstarted(_Check):
     def _report_one(self, task: ManagedTask[Any], now: float) -> None:
         previous = () if task._extras is None else task._extras.previous
         names = ", ".join(repr(other.get_name()) for other in previous if not other.done())
-        logger.warning(
-            "task %r was created %s ago and has not started%s",
-            task.id,
+        TaskLogger(task).warning(
+            "task %s was created %s ago and has not started%s",
+            task,
             duration(now - task._created_at),
             f": it waits until {names} has ended" if names else "",
-            extra=log_fields(task.info()),
         )
 
-    def _report_rest(self, task_ids: list[str]) -> None:
-        logger.warning("%d more tasks have not started", len(task_ids), extra=log_fields_of_all(task_ids))
+    def _report_rest(self, tasks: list[ManagedTask[Any]]) -> None:
+        logger.warning("%d more tasks have not started", len(tasks), extra=log_fields_of_all(tasks))
 
 
 class _Strays:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from otel_tasks._core.frames import Stacks, place_of
-from otel_tasks._core.inspection import known_as, request_of
-from otel_tasks._core.log import log_fields, logger
+from otel_tasks._core.inspection import request_of
+from otel_tasks._core.log import TaskLogger, logger, task_label
 from otel_tasks._core.task import ManagedTask, own_coroutine
 from otel_tasks._core.task_tree import duration
 
@@ -119,12 +119,11 @@ class Watchdog(threading.Thread):
         if self._was_reported(task, frozenset(frame.f_code for frame in frames)):
             return None
         holder = "a callback" if task is None else _described(task)
-        logger.warning(
+        (TaskLogger(task) if isinstance(task, ManagedTask) else logger).warning(
             "%s has held the event loop for more than %s%s",
             holder,
             duration(self._held),
             place.clause(),
-            extra=log_fields(task.info()) if isinstance(task, ManagedTask) else None,
         )
         return holder
 
@@ -151,5 +150,7 @@ class Watchdog(threading.Thread):
 
 def _described(task: asyncio.Task[Any]) -> str:
     """Name a task, and the request of a plain task, such as that of a request's handler."""
-    request = None if isinstance(task, ManagedTask) else request_of(task)
-    return f"task {known_as(task)!r}" + ("" if request is None else f" of request {request.name!r}")
+    if isinstance(task, ManagedTask):
+        return f"task {task_label(task)}"
+    request = request_of(task)
+    return f"task {task.get_name()!r}" + ("" if request is None else f" of request {request.name!r}")

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from otel_tasks import TaskManager, TaskNotFoundError, global_task_manager
-from otel_tasks._core.log import log_fields, logger
+from otel_tasks._core.log import TaskLogger
 from otel_tasks.asgi import set_request_timeout
 from otel_tasks.live import guard
 from otel_tasks.live.detail import ended_detail, live_detail
@@ -237,12 +237,11 @@ class _View:
         if not await self._may(request, "cancel", task):
             raise Refused(403, "not_allowed", "you may not cancel this task")
         name = printable(user_name(user) or f"a client at {_address(request)}")
-        logger.warning(
-            "%s cancels task %r in the live view%s",
+        TaskLogger(task).warning(
+            "%s cancels task %s in the live view%s",
             name,
-            task.id,
+            task,
             "" if reason is None else f": {reason}",
-            extra=log_fields(task.info()),
         )
         done = await self._manager.cancel_task(uid, reason, timeout=CANCEL_WAIT, asked_by=name)
         result = "cancelled" if done and task.cancelled() else "ended" if task.done() else "requested"
