@@ -418,6 +418,46 @@ async def test_plain_task_that_waits_is_shown_without_id() -> None:
         await asyncio.wait([waiter])
 
 
+async def test_a_name_finds_the_only_task_that_has_it() -> None:
+    """A person writes what the tree shows; of several tasks with one name, the answer names an id."""
+    async with (
+        TaskManager() as manager,
+        TaskGroup("imports", manager=manager) as group,
+        TaskGroup("exports", manager=manager) as other,
+    ):
+        client = client_of(manager)
+        task = group.create_task(rest(), name="sync_mail")
+        await settle()
+        assert (await client.get("/v1/tasks/sync_mail"))["task"]["id"] == task.uid
+        await asyncio.sleep(1)
+        other.create_task(rest(), name="sync_mail")
+        refused = await client.get("/v1/tasks/sync_mail", 404)
+        assert refused["error"]["message"] == (
+            f"2 live tasks have the name 'sync_mail': use the id of one, such as {task.uid!r}, the oldest"
+        )
+        group.cancel()
+        other.cancel()
+        await leave()
+
+
+async def test_client_that_leaves_within_its_body_raises_nothing() -> None:
+    """The service's log has no traceback for a request that broke off."""
+    async with TaskManager() as manager:
+        client = client_of(manager, actions={"cancel"})
+        task = manager.create_task(rest(), name="t")
+        connection = client.connection(f"/v1/tasks/{task.uid}/cancel", "POST", headers=TOKEN)
+        begun: dict[str, Any] = {"type": "http.request", "body": b"{", "more_body": True}
+        messages = iter([begun, {"type": "http.disconnect"}])
+
+        async def receive() -> dict[str, Any]:
+            return next(messages)
+
+        await client.app(connection.scope, receive, connection.send)
+        assert connection.status == 400
+        assert not task.cancelling()
+        await leave()
+
+
 async def test_details_of_an_ended_task() -> None:
     """A task that is remembered has its cause chain with the time of its end."""
     async with TaskManager() as manager:

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request, params
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from otel_tasks import TaskManager, TaskNotFoundError, global_task_manager
@@ -26,7 +27,7 @@ from otel_tasks.live.guard import Caller, Refused
 from otel_tasks.live.hub import LINGER, Hub, TooManyViewers
 from otel_tasks.live.params import QUERIED, WATCHED, BadRequest, Params, printable, query, reason_of, watched
 from otel_tasks.live.rows import Row, Shown, ended_row
-from otel_tasks.live.search import listed
+from otel_tasks.live.search import listed, named
 from otel_tasks.live.sse import EventStream
 from otel_tasks.live.stream import RETRY_MS, Stream
 
@@ -215,9 +216,8 @@ class _View:
         Params(request.query_params.multi_items(), ())
         feed, name = self.hub.feed, request.path_params["task_id"]
         feed.look()
-        try:
-            task = self._manager.get_task(name)
-        except TaskNotFoundError:
+        task = await self._found(name)
+        if task is None:
             return _json(encoded({**feed.stamp(), **self._ended(name), "can": []}))
         allowed = [action for action in sorted(self._actions) if await self._may(request, action, task)]
         return _json(encoded({**feed.stamp(), **live_detail(feed, task), "can": allowed}))
@@ -263,6 +263,16 @@ class _View:
             return True
         allowed = self._can(request, action, task)
         return bool(await allowed) if inspect.isawaitable(allowed) else allowed is True
+
+    async def _found(self, name: str) -> ManagedTask[Any] | None:
+        """The live task with this uid or id, or the only one with this name."""
+        with suppress(TaskNotFoundError):
+            return self._manager.get_task(name)
+        found = await named(self.hub.feed, name)
+        if len(found) > 1:
+            message = f"{len(found)} live tasks have the name {name[:80]!r}: use the id of one, such as "
+            raise Refused(404, "not_found", f"{message}{found[0].uid!r}, the oldest")
+        return found[0] if found else None
 
     def _live(self, uid: str) -> ManagedTask[Any] | None:
         """The live task with this uid: never one that merely has this name."""
@@ -349,10 +359,13 @@ async def _body(request: Request) -> Any:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "not_json", "the content type must be application/json")
     body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_BODY:
-            raise BadRequest(f"the body has more than {MAX_BODY} bytes")
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > MAX_BODY:
+                raise BadRequest(f"the body has more than {MAX_BODY} bytes")
+    except ClientDisconnect:
+        raise BadRequest("the body ends early") from None
     try:
         return json.loads(body)
     except (ValueError, RecursionError):

@@ -65,6 +65,20 @@ async def _live(feed: Feed, query: Query) -> Row:
     }
 
 
+async def named(feed: Feed, name: str) -> list[ManagedTask[Any]]:
+    """The live tasks with this name, in whichever groups they are, oldest first.
+
+    Cancellation: ends the search.
+    """
+    root = feed.overview.groups[0].key
+    tasks = feed.manager.overview(members={root: 10**9}).members.get(root, ())
+    found: list[ManagedTask[Any]] = []
+    for start in range(0, len(tasks), NAMES_PER_STEP):
+        found += [task for task in tasks[start : start + NAMES_PER_STEP] if task.name == name]
+        await asyncio.sleep(0)
+    return _ordered([task for task in found if not task.done()], "age")
+
+
 def _may_match(task: ManagedTask[Any], query: Query, now: float) -> bool:
     """True unless what is quickly known of a task rules it out."""
     if task.done():

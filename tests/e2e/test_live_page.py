@@ -827,3 +827,7 @@ def test_narrow_window_keeps_the_names(shop: Site, visit: Visits) -> None:
     page.set_viewport_size({"width": 400, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     expect(row(page, "load")).to_be_visible()
+    shop.post("/shop/control/tasks", name="alone")
+    row(page, "alone").click()
+    expect(page.locator("#panel h2")).to_be_in_viewport()
+    expect(page.locator("#panel .actions")).to_be_in_viewport()

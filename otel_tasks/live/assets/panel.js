@@ -155,7 +155,8 @@ export class Panel {
     if (ended) add("Ended", `${wall(task.ended, this.model)}, after ${fine(task.ended - task.created)}`);
     if (task.progress) add("Progress", ...this.#progress(task.progress, now));
     if (task.attempt) add("Attempt", String(task.attempt));
-    if (task.awaits && !ended) add("Waits for", task.awaits);
+    // The path of a managed task; without one, it is the name of a plain asyncio task, which the manager does not know.
+    if (task.awaits && !ended) add("Waits for", task.awaits.includes("/") ? this.#link({ name: task.awaits, task_id: task.awaits }) : task.awaits);
     if (waiters.length) add("Awaited by", ...waiters.flatMap((each, index) => [index ? ", " : "", this.#link(each)]));
     if (task.trace_id) add("Trace", ...this.#trace(task));
     return list;
