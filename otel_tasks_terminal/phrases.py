@@ -25,7 +25,8 @@ def doing(task: Row, now: float) -> str:
     status = task.get("status")
     if status == "cancelling":
         since = f"cancelling {duration(now - (task.get('cancel_requested') or now))}"
-        return f"{since} · {because(task['cause'])}" if task.get("cause") else since
+        why = because(task["cause"]) if task.get("cause") else ""
+        return " · ".join(part for part in (since, why, _waits(task)) if part)
     if status == "queued":
         ahead = (task.get("queue_position") or 0) - 1
         return "waits for a slot" + (
@@ -41,8 +42,13 @@ def _running(task: Row, now: float) -> str:
         return f"attempt {clean(task.get('attempt'))} failed, next in {duration(task['retry_at'] - now)}"
     if task.get("next_run"):
         return f"next run in {duration(task['next_run'] - now)}"
+    return _waits(task)
+
+
+def _waits(task: Row) -> str:
     if task.get("awaits"):
-        return f"waits for {clean(task['awaits'])}"
+        # Of the same group: its name is enough.
+        return f"waits for {clean(str(task['awaits']).removeprefix(str(task.get('group_id')) + '/'))}"
     if task.get("where"):
         calls = task.get("calls")
         return f"at {clean(short_place(task['where']))}" + (f", in {clean(calls)}" if calls else "")

@@ -73,7 +73,7 @@ def test_ls_prints_a_line_for_each_task(view: View, capsys: pytest.CaptureFixtur
         "12 m",
         "sync_mail HIGH",
         "GET /report/{id}#4711",
-        "cancelling 44 s · client disconnected",
+        "cancelling 44 s · client disconnected · at pool.py:88",
         "uid-sync_mail",
     ]
     assert len(others) == 3

@@ -126,6 +126,21 @@ async def test_a_selected_task_that_ends_keeps_its_place() -> None:
         await shown.until(lambda: "uid-sync_mail" not in shown.row_keys())
 
 
+async def test_the_next_task_in_trouble_is_a_task() -> None:
+    """The key does not stop at a class whose cancelling tasks are in the list: Enter shows a panel."""
+    async with screen() as shown:
+        stuck = {**live_server.SYNC_MAIL, "id": "uid-chart", "name": "chart", "class": "c-chart"}
+        chart = counted("c-chart", "chart", 2, group="g2", kind="task", task=None, cancelling=1)
+        shown.view.push("delta", delta(2, set={"groups": [], "classes": [chart], "cancelling": [stuck]}))
+        await shown.until(lambda: "uid-chart" in shown.row_keys())
+        stops: list[str | None] = []
+        for _ in range(3):
+            await shown.press("n")
+            stops.append(shown.selected())
+        assert "uid-chart" in stops
+        assert "c-chart" not in stops
+
+
 async def test_rows_do_not_move_while_someone_looks() -> None:
     """Where the order would change after a key, known rows keep it until the next sort."""
     async with screen() as shown:

@@ -469,7 +469,8 @@ def _changes_in(event: Event) -> int:
 def _in_trouble(entry: Entry) -> bool:
     if entry.kind == "task":
         return entry.row.get("status") == "cancelling"
-    return entry.kind == "class" and bool(entry.row.get("cancelling")) and not entry.open
+    # The cancelling tasks of a closed class are in the list; a closed group hides its own.
+    return entry.kind == "group" and bool(entry.row.get("cancelling")) and not entry.open
 
 
 def run(client: Client, *, ascii_only: bool = False) -> int:
