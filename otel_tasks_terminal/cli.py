@@ -21,6 +21,7 @@ EPILOG = """\
 environment:
   OTEL_TASKS_URL    the address of the live view, the default of --url
   OTEL_TASKS_TOKEN  the bearer token, the default of --token
+  OTEL_TASKS_USER   name:password, for a view that wants these instead
   SSL_CERT_FILE     certificates to trust, for https://
   NO_COLOR          no colors
 
@@ -64,7 +65,10 @@ def client_of(options: argparse.Namespace) -> Client:
     token = getattr(options, "token", None) or os.environ.get("OTEL_TASKS_TOKEN") or None
     if token is not None and not re.fullmatch(r"[!-~]+", token):
         raise usage("the token has spaces or other characters that a header must not have")
-    return Client(Address.parse(url), token, timeout=getattr(options, "timeout", 10.0))
+    user = os.environ.get("OTEL_TASKS_USER") or None
+    if user is not None and ":" not in user:
+        raise usage("OTEL_TASKS_USER must be a name and a password: name:password")
+    return Client(Address.parse(url), token, user=user, timeout=getattr(options, "timeout", 10.0))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import json
@@ -53,15 +54,21 @@ class Address(NamedTuple):
         if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"[\x00-\x20\x7f]", url):
             raise usage(f"{clean(url)!r} is no address: write --url {DEFAULT_URL}")
         if parts.username is not None or parts.password is not None:
-            raise usage("an address must not have a user and a password: use OTEL_TASKS_TOKEN")
+            raise usage("an address must not have a user and a password: use OTEL_TASKS_USER=name:password")
         if parts.query or parts.fragment:
             raise usage(f"an address must not have a query or a fragment, such as {DEFAULT_URL}")
         prefix = quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~-._")
         return cls(parts.scheme, parts.hostname, port, prefix.removesuffix("/v1"))
 
-    def __str__(self) -> str:
+    @property
+    def origin(self) -> str:
+        """The address without its path, as http.client has it in ``Host``."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return clean(f"{self.scheme}://{host}{'' if self.port is None else f':{self.port}'}{self.prefix}")
+        default = {"http": 80, "https": 443}[self.scheme]
+        return f"{self.scheme}://{host}{'' if self.port in (None, default) else f':{self.port}'}"
+
+    def __str__(self) -> str:
+        return clean(f"{self.origin}{self.prefix}")
 
 
 class Event(NamedTuple):
@@ -77,12 +84,16 @@ class Client:
     Args:
         address: Where it is.
         token: Sent as a bearer token with each request; never shown.
+        user: A name and a password, ``ann:secret``, for a view that wants these instead.
         timeout: Seconds to wait for a connection, and for each part of an answer.
     """
 
-    def __init__(self, address: Address, token: str | None = None, *, timeout: float = 10.0) -> None:
+    def __init__(
+        self, address: Address, token: str | None = None, *, user: str | None = None, timeout: float = 10.0
+    ) -> None:
         self.address = address
         self._token = token
+        self._user = user
         self._timeout = timeout
         self._connection: http.client.HTTPConnection | None = None
         # Kept apart: http.client lets go of it when a response says that it is the last one.
@@ -90,7 +101,7 @@ class Client:
 
     def fresh(self, *, timeout: float | None = None) -> Client:
         """Make another client of the same view, for another thread."""
-        return Client(self.address, self._token, timeout=timeout or self._timeout)
+        return Client(self.address, self._token, user=self._user, timeout=timeout or self._timeout)
 
     def get(self, path: str, pairs: Iterable[tuple[str, str]] = ()) -> Answer:
         """Fetch JSON below ``v1/``.
@@ -163,12 +174,7 @@ class Client:
     def _sent(
         self, method: str, path: str, body: str | None = None, *, accept: str = "application/json"
     ) -> http.client.HTTPResponse:
-        headers = {"Accept": accept, "User-Agent": "otel-tasks"}
-        if body is not None:
-            # A view without authentication wants a token here, too: no page of another site can send one.
-            headers |= {"Content-Type": "application/json", "Authorization": "Bearer none"}
-        if self._token is not None:
-            headers["Authorization"] = f"Bearer {self._token}"
+        headers = self._headers(accept, writes=body is not None)
         reused = self._connection is not None
         try:
             return self._exchange(method, path, body, headers)
@@ -182,6 +188,24 @@ class Client:
             return self._exchange(method, path, body, headers)
         except _FAILURES as error:
             raise self._unreachable(error) from None
+
+    def _headers(self, accept: str, *, writes: bool) -> dict[str, str]:
+        headers = {"Accept": accept, "User-Agent": "otel-tasks"}
+        if writes:
+            headers["Content-Type"] = "application/json"
+        if self._token is not None:
+            headers["Authorization"] = f"Bearer {self._token}"
+        elif self._user is not None:
+            encoded = base64.b64encode(self._user.encode()).decode("ascii")
+            headers["Authorization"] = f"Basic {encoded}"
+            if writes:
+                # A browser sends a password to other sites' requests, too, so that the view wants to know the
+                # origin: here it is the address that the person has named.
+                headers["Origin"] = self.address.origin
+        elif writes:
+            # A view without authentication wants a token here, too: no page of another site can send one.
+            headers["Authorization"] = "Bearer none"
+        return headers
 
     def _exchange(
         self, method: str, path: str, body: str | None, headers: dict[str, str]
@@ -241,7 +265,7 @@ class Client:
         status, code = response.status, str(error.get("code"))
         says = clean(error.get("message", ""), 300)
         if status == 401:
-            return self._unauthorized(says)
+            return self._unauthorized(response.headers.get("WWW-Authenticate", ""), says)
         if status == 403:
             reason = says or "not allowed (403)"
             return CommandError(ExitCode.REFUSED, f"{self.address} refused: {reason}{_HINTS.get(code, '')}")
@@ -275,14 +299,19 @@ class Client:
             retry_after=seconds,
         )
 
-    def _unauthorized(self, says: str) -> CommandError:
+    def _unauthorized(self, scheme: str, says: str) -> CommandError:
         answer = f" ({says})" if says else ""
-        if self._token is None:
+        name = "OTEL_TASKS_TOKEN"
+        if scheme.lower().startswith("basic"):
+            name = "OTEL_TASKS_USER=name:password" if self._user is None else "OTEL_TASKS_USER"
+        given = self._user if name == "OTEL_TASKS_USER" else self._token
+        if given is None:
             return CommandError(
-                ExitCode.REFUSED, f"{self.address} wants to know who you are{answer}: set OTEL_TASKS_TOKEN"
+                ExitCode.REFUSED, f"{self.address} wants to know who you are{answer}: set {name}"
             )
+        what = "password" if given is self._user else "token"
         return CommandError(
-            ExitCode.REFUSED, f"{self.address} does not accept the token{answer}: check OTEL_TASKS_TOKEN"
+            ExitCode.REFUSED, f"{self.address} does not accept the {what}{answer}: check {name}"
         )
 
     def _redirected(self, response: http.client.HTTPResponse) -> CommandError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import json
 import re
 import socket
@@ -47,7 +48,7 @@ HOSTILE = "\x1b[2J\x1b]0;owned\x07pay\u202eload\x9b31m\r\n\x00" + "x" * 10_000
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No address and no token but those of the test."""
-    for name in ("OTEL_TASKS_URL", "OTEL_TASKS_TOKEN", "NO_COLOR"):
+    for name in ("OTEL_TASKS_URL", "OTEL_TASKS_TOKEN", "OTEL_TASKS_USER", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -229,6 +230,24 @@ def test_cancel_without_a_token_passes_the_guard(view: View) -> None:
     assert main(["cancel", "uid-sync_mail", "--yes"]) == 0
     assert view.asked[0].headers.get("authorization") is None
     assert view.asked[-1].headers["authorization"].startswith("Bearer ")
+
+
+def test_a_password_goes_with_the_origin(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A view with HTTP Basic gets name and password, and for a cancel the origin that its guard wants."""
+    monkeypatch.setenv("OTEL_TASKS_USER", "ann:s3cret:\N{SNOWMAN}")
+    assert main(["cancel", "uid-sync_mail", "--yes"]) == 0
+    get, post = view.asked
+    scheme, _, encoded = get.headers["authorization"].partition(" ")
+    assert (scheme, base64.b64decode(encoded).decode()) == ("Basic", "ann:s3cret:\N{SNOWMAN}")
+    assert "origin" not in get.headers
+    assert post.headers["origin"] == f"http://{post.headers['host']}"
+
+
+def test_a_view_that_wants_a_password_says_so(view: View, capsys: pytest.CaptureFixture[str]) -> None:
+    """The message names the variable of the scheme that the view wants."""
+    view.answers["GET tasks"] = Said(b"", 401, {"WWW-Authenticate": 'Basic realm="x"'})
+    assert main(["ls"]) == ExitCode.REFUSED
+    assert "set OTEL_TASKS_USER=name:password" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -445,9 +464,10 @@ def test_an_idle_connection_that_was_closed_is_opened_again(view: View) -> None:
         ("127.0.0.1:8000/tasks", "http://127.0.0.1:8000/tasks"),
         ("http://x/tasks/", "http://x/tasks"),
         ("https://x/a b", None),
-        ("http://[::1]:80/t", "http://[::1]:80/t"),
+        ("http://[::1]:81/t", "http://[::1]:81/t"),
         ("http://x/tasks/v1", "http://x/tasks"),
         ("HTTP://X", "http://x"),
+        ("http://x:80/t", "http://x/t"),
     ],
 )
 def test_addresses(url: str, shown: str | None) -> None:

@@ -82,10 +82,11 @@ class Top(App[int]):
     #main { height: 1fr; }
     RowList { width: 1fr; height: 1fr; scrollbar-size-vertical: 1; overflow-x: hidden; overflow-y: auto; }
     RowList > .rows--selected { background: $primary 30%; }
-    #panel { width: 48; height: 1fr; padding: 0 1; border-left: solid $primary 40%; display: none; }
+    #panel { width: 40%; min-width: 46; max-width: 70; height: 1fr; display: none; }
+    #panel { scrollbar-size-vertical: 1; padding: 0 1; border-left: solid $primary 40%; }
     #panel.shown { display: block; }
     .narrow #main { layout: vertical; }
-    .narrow #panel { width: 1fr; border-left: none; border-top: solid $primary 40%; }
+    .narrow #panel { width: 1fr; max-width: 100%; border-left: none; border-top: solid $primary 40%; }
     .stale RowList, .stale #panel { text-opacity: 50%; }
     ModalScreen { align: center middle; }
     .dialog { width: 76; max-width: 100%; height: auto; max-height: 100%; padding: 1 2; }
@@ -266,7 +267,9 @@ class Top(App[int]):
         """Draw the panel again: what it shows gets older each second."""
         if self._details is not None:
             lines = list(views.detail_parts({**self._details, "now": self.model.now()}))
-            self.screen_stack[0].query_one("#details", Static).update(self.look.lines(lines))
+            panel = self.screen_stack[0].query_one("#panel")
+            cells = panel.scrollable_content_region.width
+            panel.query_one("#details", Static).update(self.look.wrapped(lines, cells))
 
     def _show_error(self, error: CommandError) -> None:
         self._details = None
@@ -343,7 +346,10 @@ class Top(App[int]):
 
     def action_next(self) -> None:
         """Go to the next task in trouble."""
-        if not self.rows.next(lambda entry: self._view.question is not None or _in_trouble(entry)):
+        listed = self._view.question is not None
+        if not (
+            self.rows.next(lambda entry: listed or _in_trouble(entry)) or self.rows.next(_has_cancelling)
+        ):
             self.notify("no task is being cancelled")
 
     def action_filter(self) -> None:
@@ -471,6 +477,11 @@ def _in_trouble(entry: Entry) -> bool:
         return entry.row.get("status") == "cancelling"
     # The cancelling tasks of a closed class are in the list; a closed group hides its own.
     return entry.kind == "group" and bool(entry.row.get("cancelling")) and not entry.open
+
+
+def _has_cancelling(entry: Entry) -> bool:
+    # Only the oldest of the cancelling tasks are in the list; behind them, their class has the others.
+    return entry.kind == "class" and bool(entry.row.get("cancelling")) and not entry.open
 
 
 def run(client: Client, *, ascii_only: bool = False) -> int:

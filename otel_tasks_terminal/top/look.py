@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -11,7 +12,7 @@ from otel_tasks_terminal.pen import SHAPES, Cell, Pen
 from otel_tasks_terminal.text import clean, cut, duration, fit, number, percent, width
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from otel_tasks_terminal.model import Entry
 
@@ -39,12 +40,13 @@ LIGHT = {
     "mute": "#6a6f75",
 }
 
-SPARKS = "▁▂▃▄▅▆▇█"
+# Not up to the full block: a line that does not change would be a wall.
+SPARKS = "▁▂▃▄▅"
 COUNTS = 7
-AGES = 20
+AGES = 22
 PROGRESS = 12
 # Below this width, counts and progress leave their room to the names.
-NARROW = 84
+NARROW = 96
 
 
 class Look:
@@ -70,6 +72,10 @@ class Look:
         """Put lines below each other."""
         return Text("\n", end="").join(self.text(parts) for parts in lines)
 
+    def wrapped(self, lines: Iterable[Sequence[Cell]], cells: int) -> Text:
+        """Put lines below each other; what does not fit goes on below its beginning."""
+        return self.lines(piece for parts in lines for piece in _wrap(parts, max(20, cells)))
+
     def spark(self, values: Sequence[float], cells: int) -> str:
         """Draw the last values as a line of bars."""
         if len(values) < 2:
@@ -80,7 +86,7 @@ class Look:
             sum(part) / len(part) for part in (picked[i : i + step] for i in range(0, len(picked), step))
         ]
         top = max(*means, 1.0)
-        line = "".join(SPARKS[min(7, int(8 * value / top))] for value in means)
+        line = "".join(SPARKS[min(len(SPARKS) - 1, int(len(SPARKS) * value / top))] for value in means)
         return line.rjust(cells)
 
     # --- rows -------------------------------------------------------------------------------------
@@ -91,9 +97,9 @@ class Look:
         counts = "".join(title.rjust(COUNTS) for title in ("COUNT", "WAIT", "RUN", "CANCEL"))
         if cells < NARROW:
             return self.text(
-                [(fit("NAME", max(10, cells - COUNTS - 9)) + "COUNT".rjust(COUNTS) + "      AGE", "mute")]
+                [(fit(" NAME", max(10, cells - COUNTS - 9)) + "COUNT".rjust(COUNTS) + "      AGE", "mute")]
             )
-        text = f"{fit('NAME', names)}{counts}  {fit('AGE p50 · p90 · max', AGES)}{fit('PROGRESS', PROGRESS)}"
+        text = f"{fit(' NAME', names)}{counts}  {fit('AGE p50 · p90 · max', AGES)}{fit('PROGRESS', PROGRESS)}"
         return self.text([(text, "mute")])
 
     def row(self, entry: Entry, now: float, cells: int) -> Text:
@@ -111,7 +117,11 @@ class Look:
         age = "" if oldest is None or not row.get("count") else duration(now - oldest)
         tone = "cancel" if row.get("cancelling") else None
         return self.text(
-            [(name, "bold"), (number(row.get("count") or 0).rjust(COUNTS), tone), (age.rjust(9), "mute")]
+            [
+                (name, "bold" if entry.kind == "group" else None),
+                (number(row.get("count") or 0).rjust(COUNTS), tone),
+                (age.rjust(9), "mute"),
+            ]
         )
 
     def _counted(self, entry: Entry, now: float, cells: int) -> Text:
@@ -162,11 +172,23 @@ class Look:
         return [
             ("█" * full, "run"),
             ("░" * (6 - full), "mute"),
-            (percent(fraction).rjust(PROGRESS - 6), None),
+            (percent(fraction).rjust(PROGRESS - 7) + " ", None),
         ]
 
     def _rest(self, cells: int) -> int:
         return 4 * COUNTS + AGES + PROGRESS + 2 if cells >= NARROW else 0
+
+
+def _wrap(parts: Sequence[Cell], cells: int) -> Iterator[Sequence[Cell]]:
+    if sum(width(text) for text, _ in parts) <= cells:
+        yield parts
+        return
+    *head, (text, tone) = parts
+    taken = sum(width(text) for text, _ in head)
+    # A line without a term, such as a step of a chain, has its own indent.
+    hang = "" if head else "    "
+    for number_of, piece in enumerate(wrap(text, max(12, cells - taken), subsequent_indent=hang)):
+        yield [*head, (piece, tone)] if number_of == 0 else [(" " * taken, None), (piece, tone)]
 
 
 def _indent(entry: Entry) -> str:
