@@ -221,6 +221,16 @@ async def test_cancel_needs_a_second_key_and_goes_by_id() -> None:
         assert post.body == {}
 
 
+async def test_an_open_panel_decides_what_is_cancelled() -> None:
+    """The selection may have moved on: the task of the panel is meant, even before its details come."""
+    view = prepared()
+    view.answers["GET tasks"] = Said(rows(*live_server.PRICES))
+    view.answers["GET tasks/uid-fetch_prices-0"] = Said(details(task=live_server.PRICES[0]))
+    async with screen(view) as shown:
+        await shown.press("n", "l", "j", "x")
+        await shown.until(lambda: "Cancel sync_mail?" in shown.text())
+
+
 async def test_cancel_that_is_not_allowed() -> None:
     """The service decides: without its leave, the button stays off."""
     view = prepared()

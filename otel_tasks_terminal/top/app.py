@@ -104,6 +104,8 @@ class Top(App[int]):
         self._view = View(self.model)
         self._held: list[Event] | None = None
         self._changes = 0
+        # The task of the panel as its row had it, and everything about it once that has come.
+        self._opened: Row = {}
         self._details: Row | None = None
         # When the last event and the last key came, and the last list was asked for.
         self._heard = self._touched = self._asked = 0.0
@@ -278,7 +280,7 @@ class Top(App[int]):
         )
 
     def _show_panel(self, task: Row | None) -> None:
-        self._details = None
+        self._details, self._opened = None, task or {}
         panel = self.query_one("#panel")
         panel.set_class(task is not None, "shown")
         self._view.panel = None if task is None else str(task.get("id") or task.get("task_id"))
@@ -425,10 +427,7 @@ class Top(App[int]):
 
     def action_cancel(self) -> None:
         """Ask whether the selected task is to be cancelled."""
-        entry = self.rows.current
-        task = (self._details or {}).get("task") or (
-            entry.row if entry is not None and entry.kind == "task" else {}
-        )
+        task = self._target()
         if not self.model.may_cancel:
             self.notify("This view is read-only: live_view(actions={'cancel'}) lets it cancel.", markup=False)
         elif not self.fresh:
@@ -438,6 +437,13 @@ class Top(App[int]):
             self.push_screen(Cancel(self._client, task["id"], name, self.look, lambda: self.fresh))
         else:
             self.notify("Select a task to cancel it; rows of several tasks cannot be cancelled.")
+
+    def _target(self) -> Row:
+        """The task of an open panel, even if the selection has moved on; otherwise the selected one."""
+        if self._view.panel is not None:
+            return (self._details or {}).get("task") or self._opened
+        entry = self.rows.current
+        return entry.row if entry is not None and entry.kind == "task" else {}
 
     def action_leave(self) -> None:
         """Close what was opened last: the panel, the filter, the view."""
