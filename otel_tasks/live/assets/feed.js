@@ -60,7 +60,7 @@ export class Feed {
     this.#reopenSoon();
   }
 
-  /** Starts anew, with a snapshot and all tasks of the rows that are shown. */
+  /** Starts again, with a snapshot and all tasks of the rows that are shown. */
   restart() {
     this.#refresh();
     this.#tell({ want: this.expand });

@@ -120,7 +120,7 @@ export class Panel {
     this.title.replaceChildren(make("span", `s-${TONES[status]}`, GLYPHS[status]), " ", make("bdi", "", task.name ?? "…"));
   }
 
-  /** A part of the panel, made anew only if its data has changed: a link in another part keeps its focus. */
+  /** A part of the panel, replaced only if its data has changed: a link in another part keeps its focus. */
   #part(name, data, build) {
     const state = JSON.stringify(data) ?? "";
     let part = this.parts.get(name);

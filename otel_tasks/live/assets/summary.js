@@ -76,7 +76,7 @@ export class Summary {
     document.title = `${trouble ? `! ${trouble} · ` : ""}Tasks · ${clean(about.service ?? about.host)}`;
   }
 
-  /** Warnings are few, and made anew only if what they say has changed: a pointer above one must not miss it. */
+  /** Warnings are few, and replaced only if what they say has changed: a click must not miss one. */
   #warn(model) {
     const shown = model.warnings.filter(({ kind }) => !this.silenced.has(kind));
     const hidden = model.warnings.length - shown.length;
