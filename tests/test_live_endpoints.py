@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import sys
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -437,6 +438,32 @@ async def test_a_name_finds_the_only_task_that_has_it() -> None:
         )
         group.cancel()
         other.cancel()
+        await leave()
+
+
+async def test_an_unknown_task_names_the_process_that_does_not_know_it() -> None:
+    """With several workers, the page can tell a task that has ended from one of another process."""
+    async with TaskManager() as manager:
+        client = client_of(manager, actions={"cancel"})
+        instance = (await client.get("/v1/snapshot"))["instance"]
+        for method in ("GET", "POST"):
+            path = "/v1/tasks/x" if method == "GET" else "/v1/tasks/x/cancel"
+            refused = await client.send(path, method, headers=TOKEN, body=b"{}")
+            assert (refused.status, refused.headers["otel-tasks-instance"]) == (404, instance)
+        await leave()
+
+
+async def test_sums_beyond_all_floats_are_json() -> None:
+    """Two huge reports add up to infinity, which a browser cannot read."""
+    async with TaskManager() as manager:
+        client = client_of(manager)
+        for name in "ab":
+            task = manager.create_task(rest(), name=name)
+            task.progress.update(done=1.5e308, total=1.5e308)
+        await settle()
+        body = (await client.send("/v1/snapshot")).body
+        group = json.loads(body)["groups"][0]
+        assert group["progress"] == {"done": sys.float_info.max, "total": sys.float_info.max, "reporting": 2}
         await leave()
 
 

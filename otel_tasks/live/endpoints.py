@@ -288,7 +288,7 @@ class _View:
             return {"state": "live", "task": feed.rows([task])[0]}
         ended = self._ended(uid)
         if ended["task"].get("id") != uid:
-            raise _not_found(uid)
+            raise _not_found(uid, self.hub.feed)
         return {"state": "ended", "task": ended["task"]}
 
     def _end(self, info: TaskInfo) -> Row:
@@ -299,7 +299,7 @@ class _View:
     def _ended(self, name: str) -> Row:
         info = self._manager.get_task_info(name)
         if info is None:
-            raise _not_found(name)
+            raise _not_found(name, self.hub.feed)
         return ended_detail(self.hub.feed, info)
 
 
@@ -412,7 +412,11 @@ def _error(status: int, code: str, message: str, headers: Any = None) -> Respons
     return Response(encoded(data), status, headers, "application/json")
 
 
-def _not_found(name: str) -> Refused:
+def _not_found(name: str, feed: Feed) -> Refused:
+    # Which process says so: a server with several workers may have sent the request to another one.
     return Refused(
-        404, "not_found", f"no task has the id {name[:80]!r}: it was never started, or is forgotten"
+        404,
+        "not_found",
+        f"no task has the id {name[:80]!r}: it was never started, or is forgotten",
+        {"Otel-Tasks-Instance": feed.instance},
     )

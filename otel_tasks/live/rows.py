@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -233,8 +234,17 @@ def _counted(counted: Counted) -> Row:
         "oldest": seconds(counted.oldest),
         "progress": None
         if progress is None
-        else {"done": progress.done, "total": progress.total, "reporting": progress.reporting},
+        else {
+            "done": _bounded(progress.done),
+            "total": None if progress.total is None else _bounded(progress.total),
+            "reporting": progress.reporting,
+        },
     }
+
+
+def _bounded(number: float) -> float:
+    """A sum as a number of JSON: it has no infinity, and a browser refuses an answer with one as a whole."""
+    return min(number, sys.float_info.max)
 
 
 def _progress(progress: Progress | None) -> Row | None:

@@ -831,3 +831,16 @@ def test_narrow_window_keeps_the_names(shop: Site, visit: Visits) -> None:
     row(page, "alone").click()
     expect(page.locator("#panel h2")).to_be_in_viewport()
     expect(page.locator("#panel .actions")).to_be_in_viewport()
+
+
+def test_answer_of_another_process_is_not_taken_for_the_end_of_a_task(shop: Site, visit: Visits) -> None:
+    """With several workers, a request about a task may reach a process that does not know it."""
+    shop.post("/shop/control/tasks", name="alone")
+    page = visit(complains=("Failed to load resource",))
+    error = {"v": 1, "error": {"code": "not_found", "message": "no task has the id"}}
+    headers = {"Otel-Tasks-Instance": "another"}
+    page.route("**/v1/tasks/*", lambda route: route.fulfill(status=404, headers=headers, json=error))
+    row(page, "alone").click()
+    expect(page.locator("#panel")).to_contain_text("Another process of the service answered")
+    page.keyboard.press("x")
+    expect(page.locator("#panel")).not_to_contain_text("has ended")

@@ -14,11 +14,18 @@ const later = (seconds, act) => setTimeout(act, seconds * 1000);
 const sequence = (id) => Number(id.slice(id.lastIndexOf(":") + 1));
 const instanceOf = (id) => id.slice(0, id.lastIndexOf(":"));
 
+const MISDIRECTED = 421;
+let shown; // the instance that the page shows
+
 /** Fetches JSON; an error carries the server's message, and `status` and `code`. */
 export async function get(path, options) {
   const response = await fetch(path, { cache: "no-store", ...options });
   const data = await response.json().catch(() => null);
   if (response.ok && data) return data;
+  const answering = response.headers.get("Otel-Tasks-Instance");
+  if (shown && answering && answering !== shown) {
+    throw Object.assign(new Error("Another process of the service answered, which does not have this task. Try again."), { status: MISDIRECTED });
+  }
   const error = new Error(data?.error?.message ?? `the server answered ${response.status}`);
   throw Object.assign(error, { status: response.status, code: data?.error?.code, retry: Number(response.headers.get("Retry-After")) });
 }
@@ -218,7 +225,10 @@ export class Feed {
       if (!known) this.#refresh();
       return;
     }
-    if (type === "snapshot" || type === "delta") this.id = data.id;
+    if (type === "snapshot" || type === "delta") {
+      this.id = data.id;
+      shown = instanceOf(data.id);
+    }
     if (type === "resync") this.id = null;
     else this.onEvent(type, data);
     this.#watch();

@@ -85,7 +85,7 @@ export class Panel {
       this.missing = "";
     } catch (error) {
       if (this.id !== id) return;
-      this.missing = error.status === 404 ? "This task has ended and is no longer remembered." : "";
+      this.missing = error.status === 404 ? "This task has ended and is no longer remembered." : error.status === 421 ? error.message : "";
       if (error.status === 404 && this.details) this.details = { ...this.details, can: [] };
     } finally {
       if (this.asking === id) this.asking = null;
