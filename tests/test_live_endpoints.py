@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import re
 import sys
+import weakref
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -637,14 +639,32 @@ async def test_can_decides_on_the_server(is_async: bool) -> None:
         await manager.cancel_all_tasks()
 
 
-async def test_can_may_not_answer_with_a_truthy_object() -> None:
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_can_may_not_answer_with_a_truthy_object(is_async: bool) -> None:
     """A coroutine that was forgotten, or a response, is no permission."""
     async with TaskManager() as manager:
-        maybe: Any = lambda *_: "yes"  # noqa: E731 - it stands for a mistake
+        maybe: Any = lambda *_: give("yes") if is_async else "yes"  # noqa: E731 - it stands for a mistake
         client = client_of(manager, actions={"cancel"}, can=maybe)
         task = manager.create_task(rest())
         assert (await client.cancel(task.uid, status=403))["error"]["code"] == "not_allowed"
         await manager.cancel_all_tasks()
+
+
+async def test_view_keeps_no_task_alive() -> None:
+    """Neither a question nor a viewer that has left holds on to a task, its result, or its frames."""
+    async with TaskManager() as manager:
+        client = client_of(manager)
+        for path in ("/v1/tasks", "/v1/snapshot", "/v1/events?poll=1&expand=oldest"):
+            task = manager.create_task(rest(), name="only")
+            await settle()
+            await client.get(path)
+            await leave()
+            known = weakref.ref(task)
+            task.cancel()
+            await settle()
+            del task
+            gc.collect()
+            assert known() is None, path
 
 
 @pytest.mark.parametrize(

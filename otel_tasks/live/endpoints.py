@@ -262,7 +262,9 @@ class _View:
         if self._can is None:
             return True
         allowed = self._can(request, action, task)
-        return bool(await allowed) if inspect.isawaitable(allowed) else allowed is True
+        if inspect.isawaitable(allowed):
+            allowed = await allowed
+        return allowed is True
 
     async def _found(self, name: str) -> ManagedTask[Any] | None:
         """The live task with this uid or id, or the only one with this name."""

@@ -18,7 +18,7 @@ import json
 import os
 import socket
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
@@ -69,7 +69,7 @@ class Feed:
         self.shown = shown
         self.instance = token_hex(4)
         self.number = 0
-        self.overview = manager.overview()
+        self.look()
         self._started = self.overview.now
         self._actions = sorted(actions)
         self._trouble = Trouble()
@@ -110,8 +110,13 @@ class Feed:
         return {"v": VERSION, "now": seconds(self.overview.now), "epoch": seconds(self.overview.epoch)}
 
     def look(self) -> None:
-        """Take an overview now, if none is taken every second."""
-        self.overview = self.manager.overview()
+        """Take an overview now, if none is taken every second.
+
+        It keeps no task alive: it may stay until the next viewer comes.
+        """
+        overview = self.manager.overview()
+        classes = tuple(row if row.only is None else replace(row, only=None) for row in overview.classes)
+        self.overview = replace(overview, cancelling=(), classes=classes)
 
     def parsed(self, update_id: str) -> int | str:
         """The number in an id of this instance; otherwise the reason why it cannot be continued."""
@@ -165,7 +170,7 @@ class Feed:
         self._ended_total = None
         self._snapshot = None
         self._trouble = Trouble()
-        self.overview = self.manager.overview()
+        self.look()
         # A client that comes back with the last id gets no empty list of updates.
         self.number += 1
 
