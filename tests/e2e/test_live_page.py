@@ -348,6 +348,19 @@ def test_panel_shows_why_a_request_does_not_stop(shop: Site, visit: Visits) -> N
     assert top_of(page.locator("#list")) == top
 
 
+def test_panel_leads_to_the_task_that_it_waits_for(shop: Site, visit: Visits) -> None:
+    """A task that awaits another one links to it, by its path."""
+    with pytest.raises(httpx.TimeoutException):
+        httpx.get(f"{shop.url}/shop/report/7", timeout=0.5)
+    page = visit()
+    row(page, "render_chart").click()
+    page.locator("#panel dd button.link", has_text="sync_mail").first.click()
+    expect(page.locator("#panel h2")).to_have_text("◐ sync_mail")
+    page.keyboard.press("x")
+    page.locator("#cancel button[value=go]").click()
+    expect(page.locator("#cancel .answer")).to_contain_text("The cancellation is requested")
+
+
 def test_panel_leads_to_the_tasks_at_the_same_line(shop: Site, visit: Visits) -> None:
     """`w` lists all tasks that wait where the selected one waits."""
     shop.post("/shop/control/tasks", name="load", count=3)

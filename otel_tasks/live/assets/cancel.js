@@ -41,6 +41,7 @@ export class CancelDialog {
   }
 
   #describe({ task, path, children, can, state }) {
+    this.id = task.id ?? this.id; // a link may have named the task by its path
     const facts = [["Name", task.name], ["Id", task.task_id], ["Group", path.slice(0, -1).join(" / ")]];
     facts.push(["Also ends", children ? `${counted(children, "task")} in groups that it has opened` : "no other task"]);
     this.list.replaceChildren(...facts.flatMap(([term, value]) => [make("dt", "", term), make("dd", "", value)]));
