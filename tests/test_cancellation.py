@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from otel_tasks import CancelCause, CancelEvent, CancelKind
+from otel_tasks import CancelCause, CancelEvent, CancelKind, TaskManager, current_cancel_event
 from otel_tasks._core.cancellation import sleep_unless_set
 from otel_tasks._core.events import TREE_LOCK
+from otel_tasks.testing import run
 from tests.helpers import now, settle
 
 if TYPE_CHECKING:
@@ -271,3 +272,31 @@ async def test_delay_of_nothing_ends_in_the_next_turn() -> None:
     await sleep_unless_set(0, event)
     assert now() == start
     assert not event._waiters
+
+
+def test_event_of_a_group_moves_with_its_manager() -> None:
+    """A wait for it in the next loop works, also without a shutdown in between; so does a cancellation."""
+    manager = TaskManager()
+    group = manager.get_group("mail")
+    event = group.cancel_event
+
+    async def wait_for(seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                return await current_cancel_event().wait()
+        except TimeoutError:
+            return False
+
+    async def wait_twice() -> None:
+        assert await group.create_task(wait_for(1.0)) is False
+        assert await manager.create_task(wait_for(1.0)) is False
+
+    async def cancel() -> None:
+        waiting = asyncio.create_task(event.wait())
+        await asyncio.sleep(1.0)
+        group.cancel()
+        assert await waiting
+
+    for scenario in (wait_twice, wait_twice, cancel):
+        run(scenario())
+    assert group.cancel_event is not event

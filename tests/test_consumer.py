@@ -1448,6 +1448,29 @@ async def test_two_consumers_drain_one_queue() -> None:
     assert now() == 1002.0
 
 
+def test_end_of_a_loop_without_a_shutdown_hands_items_back(caplog: pytest.LogCaptureFixture) -> None:
+    """``asyncio.run()`` cancels them; they are not acknowledged, and the manager goes on in another loop."""
+    manager, queue, work = TaskManager(), filled(range(3)), Work(1.0)
+
+    async def end_early() -> None:
+        await manager.start_consumer("jobs", queue, Work(100.0), concurrency=1, prefetch=1)
+        await asyncio.sleep(1.0)
+
+    async def shut_down() -> None:
+        async with manager:
+            await manager.start_consumer("jobs", queue, work)
+            await asyncio.sleep(2.0)
+
+    run(end_early())
+    assert unfinished(queue) == queue.qsize() == 3
+    assert "was not shut down before its event loop ended, and lost group 'jobs': 'work'" in caplog.text
+    caplog.clear()
+    run(shut_down())
+    assert sorted(work.done) == [0, 1, 2]
+    assert unfinished(queue) == 0
+    assert caplog.text == ""
+
+
 def test_system_exit_in_a_handler_leaves_the_item_unfinished() -> None:
     """The process ends with it, so the item is handed back."""
     manager = TaskManager()

@@ -9,8 +9,9 @@ Rules, each with a test of its own:
    not that of the group: tasks that an item starts there and awaits would wait for its place.
 3. Each item that was taken is either finished and acknowledged, once, or handed back to its source. If it can
    be neither, the log names it.
-4. An item is finished if its task has returned or failed, or was cancelled by anything but a shutdown. A
-   failure is finished when ``on_failure`` is. A CancelledError that nothing requested is a failure.
+4. An item is finished if its task has returned or failed, or was cancelled by anything but a shutdown or the
+   end of a loop whose manager was not shut down. A failure is finished when ``on_failure`` is. A
+   CancelledError that nothing requested is a failure.
 5. From a shutdown on, only what ``drain`` asks for is taken. What the grace is too short for is handed back.
    With ``"all"``, the consumer ends when the queue is empty and no task runs that may fill it.
 6. Stopping interrupts ``get()`` and loses no item: one that arrives in the same turn is handed back, or runs.
@@ -384,6 +385,9 @@ class Consumer(Generic[Item]):
         error = self._failure_of(task)
         if self._is_unfinished(task, error):
             self._keep_unfinished(task, entry)
+        elif error is None and self.group._ledger.lost.has_lost(task):
+            # No shutdown follows.
+            self._return(entry)
         elif error is None and task.cancelled():
             self._finish("cancelled")
         elif isinstance(error, Exception) and self._handling.on_failure is not None:

@@ -205,6 +205,10 @@ class CancelEvent(asyncio.Event):
         Cancellation: of the caller ends the waiting.
         """
         if not self._value:
+            if self._loop is not None and self._loop.is_closed():
+                # Its waiters are gone, and the event of a group moves to the next loop with its manager.
+                self._loop = None
+                self._waiters.clear()
             # Bind it to the loop before the flag is read again: a thread that sets the event in between
             # then knows which loop to wake.
             self._get_loop()

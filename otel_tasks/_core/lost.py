@@ -61,6 +61,10 @@ class LostWork:
         # The loop runs once more after every task has been cancelled.
         loop.call_soon(self._report_if_over, loop, lost, context=Context())
 
+    def has_lost(self, task: ManagedTask[Any]) -> bool:
+        """True if the task was reported: its loop ended, and nothing else has cancelled it."""
+        return task in self._reported
+
     def report(self) -> None:
         """Report every live task: none of them can ever end."""
         self._report([(task, _described(task)) for task in self._live()])

@@ -26,6 +26,10 @@ class LossReport(Protocol):
         """Note that a task is being cancelled while its loop does not run."""
         ...
 
+    def has_lost(self, task: Any) -> bool:
+        """True if the task was reported."""
+        ...
+
     def report(self) -> None:
         """Report every live task."""
         ...
