@@ -1,76 +1,59 @@
-"""The service that the terminal looks at: imports that queue, tasks that wait, and one that does not stop."""
+"""An application with a live view, and work to look at; served by the tests of `test_live`."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import FastAPI
 
-from otel_tasks import TaskPriority, create_task, global_task_manager
-from otel_tasks.fastapi import TaskGroupMiddleware, make_lifespan
+from otel_tasks import TaskPriority, global_task_manager
+from otel_tasks.fastapi import RequestTasks, TaskGroupMiddleware, make_lifespan
 from otel_tasks.live import live_view
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
 
-TOKEN = "s3cret"
-HOSTILE = "<img onerror=x>[red]"
-
-
-def user(request: Request) -> str:
-    """Who looks."""
-    if request.headers.get("Authorization") != f"Bearer {TOKEN}":
-        raise HTTPException(401, "who are you?")
-    return "ada"
-
-
-async def import_user() -> None:
-    """Wait for long."""
-    await asyncio.sleep(3600)
+async def wait(seconds: float) -> None:
+    """Wait."""
+    await asyncio.sleep(seconds)
 
 
 async def sync_mail() -> None:
-    """Ignore being cancelled."""
+    """Ignore the cancellation for long."""
     while True:
         try:
             await asyncio.sleep(3600)
         except asyncio.CancelledError:
-            continue
+            await asyncio.sleep(0.5)
+            return
 
 
 @asynccontextmanager
 async def work(app: FastAPI) -> AsyncIterator[None]:
-    """Start what there is to see."""
-    manager = global_task_manager
-    manager.get_group("imports", max_concurrency=2)
-    for number in range(30):
-        manager.create_task(import_user(), name=f"import_user-{number}", group="imports")
-    stuck = manager.create_task(sync_mail(), name="sync_mail", group="mail", priority=TaskPriority.HIGH)
-    manager.create_task(import_user(), name=HOSTILE, group="mail")
-    manager.create_task(import_user(), name="render", group="mail")
-    await asyncio.sleep(0.05)
-    stuck.cancel("deploy")
+    """Start work that lasts."""
+    for _ in range(30):
+        global_task_manager.create_task(wait(3600), group="mail")
+    global_task_manager.create_task(sync_mail(), priority=TaskPriority.HIGH)
     yield
 
 
-app = FastAPI(lifespan=make_lifespan(work, grace=0, timeout=0.2))
-app.add_middleware(TaskGroupMiddleware)
+app = FastAPI(lifespan=make_lifespan(work, grace=0.0, timeout=2.0))
+app.add_middleware(TaskGroupMiddleware, request_timeout=5.0)
 
 
-@app.get("/report")
-async def report() -> None:
-    """Wait for prices until the client leaves."""
-    await create_task(import_user(), name="fetch_prices")
+@app.get("/state")
+async def state() -> dict[str, object]:
+    """The process, and the names of its asyncio tasks."""
+    names = [task.get_name() for task in asyncio.all_tasks()]
+    return {"pid": os.getpid(), "asyncio": names}
 
 
-def not_render(_request: Request, _action: str, task: object) -> bool:
-    """Allow everything but one task."""
-    return getattr(task, "name", "") != "render"
+app.include_router(live_view(insecure=True, actions={"cancel"}), prefix="/tasks")
 
 
-auth = Depends(user)
-app.include_router(live_view(auth=auth, actions={"cancel"}, can=not_render), prefix="/tasks")
-app.include_router(live_view(auth=auth), prefix="/read-only")
-app.include_router(live_view(insecure=True, actions={"cancel"}), prefix="/open")
+@app.get("/report/{number}")
+async def report(number: int, tasks: RequestTasks) -> str:
+    """Wait for a task of the request."""
+    await tasks.create_task(wait(30), name="fetch_prices")
+    return "done"

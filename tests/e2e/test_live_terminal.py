@@ -20,8 +20,8 @@ import pytest
 
 from tests.processes import free_port
 
-from .live_app import TOKEN
 from .servers import REPOSITORY, eventually
+from .terminal_app import TOKEN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +59,7 @@ class Service:
 
     def start(self) -> None:
         """Start it, and wait until it listens."""
-        command = [sys.executable, "-m", "uvicorn", "tests.e2e.live_app:app", "--port", str(self.port)]
+        command = [sys.executable, "-m", "uvicorn", "tests.e2e.terminal_app:app", "--port", str(self.port)]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [*command, "--no-access-log", "--timeout-graceful-shutdown", "1"],
@@ -141,7 +141,7 @@ def test_show_says_where_a_task_waits_and_why(service: Service) -> None:
     """Where it waits, and who asked it to stop."""
     code, out, _ = call(service, "show", "sync_mail")
     assert code == 0
-    assert "live_app.py" in out
+    assert "terminal_app.py" in out
     assert "cancelled on request: deploy" in out
     assert "this task · not finished" in out
     assert call(service, "show", "nothing")[0] == 1
