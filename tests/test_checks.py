@@ -25,6 +25,7 @@ REFUSED = {
     ),
     "a\nb": r"must not contain control characters, got 'a\nb': write 'a b'",
     "\x1b[2J": r"must not contain control characters, got '\x1b[2J': write ' [2J'",
+    "x\udcff": r"must not contain control characters, got 'x\udcff': write 'x '",
     "c1\x9b": r"must not contain control characters, got 'c1\x9b': write 'c1 '",
     LONG: f"must have at most 200 characters, got 201, '{LONG[:60]}...': shorten it",
     # The value is cut, however long.

@@ -362,6 +362,13 @@ async def test_error_description_is_cut_at_256(manager: TaskManager, spans: Span
     assert spans.span("work").status.description == "x" * 256
 
 
+async def test_text_that_is_not_unicode_costs_no_batch(manager: TaskManager, spans: SpanRecorder) -> None:
+    """The description of an error that names a file whose name is not UTF-8 can be encoded."""
+    await ended(manager.create_task(fail(FileNotFoundError("a\udcff.txt")), name="work"))
+
+    assert spans.span("work").status.description == "a?.txt"
+
+
 async def test_exception_without_text_still_ends_its_span(
     manager: TaskManager, spans: SpanRecorder, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,9 +10,11 @@ from typing import Any, get_args
 from otel_tasks._core.state import TaskPriority
 
 LONGEST_NAME = 200
-# Unicode's category Cc, the control characters: line ends and escape sequences can forge log lines.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-is_plain_name = re.compile(rf"[^#\x00-\x1f\x7f-\x9f]{{1,{LONGEST_NAME}}}").fullmatch
+# Unicode's categories Cc, the control characters, and Cs, the surrogates: line ends and escape sequences can
+# forge log lines, and a span with a surrogate in its name costs the OTLP exporter its whole batch.
+_REFUSED = r"\x00-\x1f\x7f-\x9f\ud800-\udfff"
+_CONTROL = re.compile(f"[{_REFUSED}]")
+is_plain_name = re.compile(f"[^#{_REFUSED}]{{1,{LONGEST_NAME}}}").fullmatch
 
 
 class AttemptName(str):

@@ -284,8 +284,9 @@ def _describe_error(
 ) -> None:
     raised = error if outcome is _ERROR else None
     attributes[ERROR_TYPE] = str(outcome) if raised is None else error_type(raised)
-    description = str(outcome) if error is None else text_of(error)
-    span.set_status(StatusCode.ERROR, description[:_DESCRIPTION_LIMIT])
+    description = str(outcome) if error is None else text_of(error)[:_DESCRIPTION_LIMIT]
+    # A lone surrogate, as in the name of a file that is not UTF-8, would cost the exporter its whole batch.
+    span.set_status(StatusCode.ERROR, description.encode("utf-8", "replace").decode())
 
 
 def _name_origin(span: Span, cause: Cause) -> None:
