@@ -23,12 +23,15 @@ from pathlib import Path
 # The modules that a bare `pip install otel-tasks` must import: all but the adapters for frameworks and tools.
 IMPORT_ALL = """
 import importlib, importlib.metadata, importlib.resources, pkgutil
-import otel_tasks
+import otel_tasks, otel_tasks_terminal
 
-for module in pkgutil.walk_packages(otel_tasks.__path__, "otel_tasks."):
-    if module.name.removeprefix("otel_tasks.") not in ("fastapi", "instrumentation", "pytest_plugin"):
-        importlib.import_module(module.name)
-for name in ("py.typed", "SKILL.md", "llms.txt"):
+# Besides those that need an extra, the one that runs when it is imported.
+LEFT_OUT = {"fastapi", "instrumentation", "live", "pytest_plugin", "top", "__main__"}
+for package in (otel_tasks, otel_tasks_terminal):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if not LEFT_OUT.intersection(module.name.split(".")):
+            importlib.import_module(module.name)
+for name in ("py.typed", "SKILL.md", "llms.txt", "live/assets/page.html"):
     assert importlib.resources.files(otel_tasks).joinpath(name).is_file(), name
 assert otel_tasks.__version__ == importlib.metadata.version("otel-tasks")
 print(otel_tasks.__version__)
@@ -80,11 +83,12 @@ def main() -> None:
 
 
 def unpack(sdist: Path, scratch: Path) -> Path:
-    """Unpack the sdist and take the package out of it."""
+    """Unpack the sdist and take the packages out of it."""
     with tarfile.open(sdist) as archive:
         archive.extractall(scratch, filter="data")
     (project,) = scratch.iterdir()
-    (project / "otel_tasks").rename(scratch / "not-to-be-imported")
+    for package in ("otel_tasks", "otel_tasks_terminal"):
+        (project / package).rename(scratch / f"{package}-not-to-be-imported")
     return project
 
 
@@ -104,6 +108,7 @@ def check(distribution: Path, project: Path, environment: Path) -> str:
     install(python, str(distribution))
     run(python, "-m", "pip", "check")
     version = run(python, "-I", "-W", "error", "-c", IMPORT_ALL).strip()
+    run(python, "-I", "-W", "error", "-m", "otel_tasks_terminal", "--help")
     blocks = [*python_blocks(project / "README.md"), *python_blocks(skill_of(python))]
     plain = [block for block in blocks if not needs_extras(block)]
     for block in plain:
@@ -116,6 +121,7 @@ def check(distribution: Path, project: Path, environment: Path) -> str:
         if block not in plain:
             asked = ASK_EVERY_ROUTE if "app = " in block else ""
             run(python, "-W", "error", "-c", block + asked, cwd=environment)
+    run(python, "-I", "-W", "error", "-c", "import otel_tasks.live; otel_tasks.live.live_view(insecure=True)")
     demo = run(python, str(project / "examples" / "demo.py"), cwd=environment)
     assert "cancelled" in demo, demo
     return f"{distribution.name}: {version} imports alone; {len(blocks)} examples and the demo run"
