@@ -150,7 +150,7 @@ async def ask_hotels(city: str, *, fail: str, slow: str) -> list[str]:
     """
     async with current_group().group("hotels", span=True) as group:
         harbour = group.create_task(ask("harbour", city, 0.30, fail=fail, slow=slow), name="harbour")
-        station = group.create_task(ask("station", city, 0.60, fail=fail, slow=slow), name="station")
+        station = group.create_task(ask("station", city, 0.90, fail=fail, slow=slow), name="station")
     return sorted(harbour.result() + station.result())
 
 
@@ -164,21 +164,21 @@ async def search(city: str, tasks: RequestTasks, fail: str = "", slow: str = "")
     offers = {
         # Ahead of the others where slots are scarce, and last to be cancelled in a shutdown.
         "flights": tasks.create_task(
-            ask("flights", city, 0.65, fail=fail, slow=slow),
+            ask("flights", city, 0.95, fail=fail, slow=slow),
             name="flights",
             priority=TaskPriority.HIGH,
-            timeout=1.0,
+            timeout=1.5,
         ),
-        "hotels": tasks.create_task(ask_hotels(city, fail=fail, slow=slow), name="hotels", timeout=1.0),
+        "hotels": tasks.create_task(ask_hotels(city, fail=fail, slow=slow), name="hotels", timeout=1.5),
         "trains": tasks.create_task(
-            ask("trains", city, 0.25, fail=fail, slow=slow), name="trains", timeout=1.0
+            ask("trains", city, 0.25, fail=fail, slow=slow), name="trains", timeout=1.5
         ),
         # Nice to have: it does not hold up the answer for long.
         "events": tasks.create_task(
-            ask("events", city, 0.60, fail=fail, slow=slow),
+            ask("events", city, 0.90, fail=fail, slow=slow),
             name="events",
             priority=TaskPriority.LOW,
-            timeout=0.8,
+            timeout=1.2,
         ),
     }
     results = await asyncio.gather(*offers.values(), return_exceptions=True)

@@ -55,11 +55,12 @@ def test_demo_ends_by_itself_and_shows_a_stuck_task() -> None:
             time.sleep(0.2)
         assert wanted <= seen
         assert "text/html" in client.get("").headers["content-type"]
-    # Not communicate(): it misses what the search for the address has read ahead.
-    assert process.stdout is not None
-    assert process.stderr is not None
-    assert "It ends after 15 s." in process.stdout.read()
-    assert (process.stderr.read(), process.wait(PATIENCE)) == ("", 0)
+    with process:
+        # Not communicate(): it misses what the search for the address has read ahead.
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert "It ends after 15 s." in process.stdout.read()
+        assert (process.stderr.read(), process.wait(PATIENCE)) == ("", 0)
     assert marked_processes(environment) == set()
 
 

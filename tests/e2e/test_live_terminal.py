@@ -123,16 +123,16 @@ def call(service: Service, *arguments: str, view: str = "tasks", **more: str) ->
 # --- scripts ---------------------------------------------------------------------------------------
 
 
-def test_tree_and_list_of_a_real_service(service: Service) -> None:
+def test_tree_and_list_of_a_real_service(own_service: Service) -> None:
     """The stuck task, the queue, and their lines are in sight; nothing hostile is."""
-    code, out, err = call(service, "tree")
+    code, out, err = call(own_service, "tree")
     assert (code, err) == (0, "")
     assert re.search(r"◐ sync_mail HIGH .*cancelling [\d.]+ s · cancelled on request: deploy", out)
     assert re.search(r"▸ import_user .30\s+30\s+28\s+2\s+0", out)
 
-    code, out, err = call(service, "ls", "--status", "queued", "--json")
+    code, out, err = call(own_service, "ls", "--status", "queued", "--json")
     assert (code, err, json.loads(out)["total"]) == (0, "", 28)
-    code, out, _ = call(service, "ls", "img")
+    code, out, _ = call(own_service, "ls", "img")
     assert code == 0
     assert "\x1b" not in out
 
