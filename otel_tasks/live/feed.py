@@ -138,12 +138,13 @@ class Feed:
         before, self._lists = self._lists, self._read_lists(overview)
         ended, more_ended = self._read_ended(overview)
         warnings = self._trouble.find(self.manager, overview, held)
-        sample = self._read_sample(overview)
+        stats = self._stats()
+        sample = self._read_sample(overview.now, stats)
         self.number += 1
         delta = {
             **self._head("delta"),
             "base": self.id_of(self.number - 1),
-            "stats": self._stats(),
+            "stats": stats,
             "sample": sample,
             "set": {
                 name: [row for key, row in rows.items() if before[name].get(key) != row]
@@ -226,10 +227,9 @@ class Feed:
             "closed": overview.closed,
         }
 
-    def _read_sample(self, overview: Overview) -> list[float]:
-        stats = self._stats()
+    def _read_sample(self, now: float, stats: Row) -> list[float]:
         names = ("running", "queued", "cancelling", "completed", "failed", "cancelled")
-        sample = [round(overview.now, 3), *(stats[name] for name in names)]
+        sample = [round(now, 3), *(stats[name] for name in names)]
         self._samples.append(sample)
         return sample
 

@@ -117,7 +117,7 @@ class Stream:
 
     def _details(self) -> Iterator[Event]:
         """The tasks of expanded rows that have changed, and the panel if it has."""
-        counts = self._totals()
+        counts = self._totals() if self.expand else {}
         for key in self.expand:
             rows = self.hub.rows.get(key)
             if rows is not None:
