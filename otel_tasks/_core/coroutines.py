@@ -54,6 +54,13 @@ def close_quietly(coro: object) -> None:
         coro.close()
 
 
+def name_of_refused(coro: Any) -> str:
+    """Close a coroutine that is refused, and return the name of its function, for the message."""
+    name = function_name(coro)
+    close_quietly(coro)
+    return name
+
+
 def function_name(coro: Any) -> str:
     """The name of the function that made a coroutine."""
     try:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import asyncio
 
     from otel_tasks._core.events import CancelCause
-    from otel_tasks._core.group import TaskGroup
     from otel_tasks._core.task import ManagedTask
     from otel_tasks._core.task_tree import TaskNode
     from otel_tasks._core.tree import Ledger
@@ -49,7 +48,7 @@ def details_of(ledger: Ledger, task: ManagedTask[Any]) -> TaskDetails:
     """Look at one live task."""
     stacks = Stacks()
     works = attempt_of(task) or task
-    groups = _groups_around(task)
+    groups = list(task._group._outward())[::-1]
     return TaskDetails(
         node=nodes_of(ledger, [task], stacks)[0],
         # The root is the manager.
@@ -59,15 +58,6 @@ def details_of(ledger: Ledger, task: ManagedTask[Any]) -> TaskDetails:
         cancelled_groups=tuple((group.id, group._cause) for group in groups if group._cause is not None),
         children=_children(ledger, task),
     )
-
-
-def _groups_around(task: ManagedTask[Any]) -> list[TaskGroup]:
-    groups: list[TaskGroup] = []
-    group: TaskGroup | None = task._group
-    while group is not None:
-        groups.append(group)
-        group = group._parent
-    return groups[::-1]
 
 
 def _children(ledger: Ledger, task: ManagedTask[Any]) -> int:

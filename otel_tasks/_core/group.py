@@ -146,6 +146,13 @@ class TaskGroup(Creation):
         """The group itself: a group can stand for the current group."""
         return self
 
+    def _outward(self) -> Iterator[TaskGroup]:
+        """This group and the groups around it, from the inside out."""
+        group: TaskGroup | None = self
+        while group is not None:
+            yield group
+            group = group._parent
+
     @property
     def _request(self) -> BoundRequest | None:
         group: TaskGroup | None = self
@@ -614,13 +621,11 @@ class TaskGroup(Creation):
 def _hosts_of(task: ManagedTask[Any]) -> Iterator[asyncio.Future[Any]]:
     if task._extras is not None and task._extras.supervisor is not None:
         yield task._extras.supervisor
-    group: TaskGroup | None = task._group
-    while group is not None:
+    for group in task._group._outward():
         if group._host is not None:
             yield group._host
         if group._scope is not None and group._scope.host is not None:
             yield group._scope.host
-        group = group._parent
 
 
 def _root_of(manager: Manager) -> TaskGroup:

@@ -22,7 +22,6 @@ from otel_tasks._core.log import log_fields_of_all, logger
 from otel_tasks._core.task import has_started, runs_forever
 
 if TYPE_CHECKING:
-    from otel_tasks._core.group import TaskGroup
     from otel_tasks._core.task import ManagedTask
     from otel_tasks._core.tree import Ledger
 
@@ -126,13 +125,8 @@ def _listed(lost: list[tuple[ManagedTask[Any], str]]) -> str:
 
 def _is_in_a_block(task: ManagedTask[Any]) -> bool:
     """True if a block or a request that has not ended waits for the task."""
-    group: TaskGroup | None = task.group
-    while group is not None:
-        host = group._host if group._scope is None else group._scope.host
-        if host is not None and not host.done():
-            return True
-        group = group.parent
-    return False
+    hosts = (group._host if group._scope is None else group._scope.host for group in task._group._outward())
+    return any(host is not None and not host.done() for host in hosts)
 
 
 # --- the end of the process --------------------------------------------------------------------------------

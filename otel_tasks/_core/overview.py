@@ -456,14 +456,10 @@ def _row_name(group: TaskGroup) -> str:
 
 
 def _key_of_group(group: TaskGroup) -> str:
-    # The names from the inside out, without the root's.
-    names: list[str] = []
-    while group._parent is not None:
-        names.append(_row_name(group))
-        group = group._parent
     key = ROOT_KEY
-    for name in reversed(names):
-        key = key_of("g", key, name)
+    # The root has its own key.
+    for around in reversed(list(group._outward())[:-1]):
+        key = key_of("g", key, _row_name(around))
     return key
 
 

@@ -70,10 +70,7 @@ class RequestGroup(TaskGroup):
         """Return True for a task of this group or of a group below it."""
         if not isinstance(task, ManagedTask):
             return False
-        group: TaskGroup | None = task._group
-        while group is not None and group is not self:
-            group = group._parent
-        return group is not None
+        return self in task._group._outward()
 
     def live_tasks(self) -> list[ManagedTask[Any]]:
         """Return the live tasks of this group and of the groups below it, each once."""

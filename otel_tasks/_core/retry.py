@@ -23,7 +23,14 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from otel_tasks._core.backoff import Delays, check_retry
 from otel_tasks._core.cancellation import cancel_once, sleep_unless_set
 from otel_tasks._core.constructs import known_cause
-from otel_tasks._core.coroutines import OwnCoroutine, close_quietly, code_name, function_name, made_coroutine
+from otel_tasks._core.coroutines import (
+    OwnCoroutine,
+    close_quietly,
+    code_name,
+    function_name,
+    made_coroutine,
+    name_of_refused,
+)
 from otel_tasks._core.current import current_group_or_none
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.extras import extras_for
@@ -85,8 +92,7 @@ def check_retried(work: object, policy: object, function: str) -> None:
     A coroutine is closed.
     """
     if asyncio.iscoroutine(work):
-        name = function_name(work)
-        close_quietly(work)
+        name = name_of_refused(work)
         raise TypeError(
             f"retry= runs the work again, and the coroutine {name} runs only once: "
             f"write {function}({_NAMED.get(function, '')}lambda: {name}(...), retry=...)"
@@ -123,8 +129,7 @@ def retried_in_group(
     # A task of the group is retried as a whole: what it creates from a coroutine is part of its attempt.
     if isinstance(work, Attempts) or current_group_or_none() is group:
         return work
-    name = function_name(work)
-    close_quietly(work)
+    name = name_of_refused(work)
     raise TypeError(
         f"group {group.id!r} retries its tasks, and the coroutine {name} runs only once: "
         f"write {function}({_NAMED.get(function, '')}lambda: {name}(...), group={group.id!r})"

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
 from otel_tasks._core.backoff import Delays, RestartPolicy
 from otel_tasks._core.cancellation import sleep_unless_set
 from otel_tasks._core.checks import AttemptName, check_flag, checked_name
-from otel_tasks._core.coroutines import close_quietly, function_name, not_a_coroutine
+from otel_tasks._core.coroutines import close_quietly, name_of_refused, not_a_coroutine
 from otel_tasks._core.critical import check_on_give_up, watch_service
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.log import TaskLogger, task_label, text_of
@@ -442,8 +442,7 @@ def check_repeatable(factory: object, caller: str, reason: str) -> None:
         reason: Why a coroutine is not enough, for the message.
     """
     if asyncio.iscoroutine(factory):
-        name = function_name(factory)
-        close_quietly(factory)
+        name = name_of_refused(factory)
         raise TypeError(
             f"{reason}, and the coroutine {name} runs only once: write {caller}(name, lambda: {name}(...))"
         )

@@ -16,7 +16,7 @@ import asyncio
 import inspect
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar
 
-from otel_tasks._core.coroutines import close_quietly, function_name
+from otel_tasks._core.coroutines import name_of_refused
 from otel_tasks._core.log import logger
 
 if TYPE_CHECKING:
@@ -135,8 +135,7 @@ def check_source(source: object, drain: str) -> None:
         ValueError: The source cannot be drained that way.
     """
     if asyncio.iscoroutine(source):
-        name = function_name(source)
-        close_quietly(source)
+        name = name_of_refused(source)
         raise TypeError(
             f"a consumer calls its source for each item, and the coroutine {name} returns only one: "
             f"write start_consumer(name, {name}, handle), or pass a queue"
@@ -168,8 +167,7 @@ def check_handler(handle: object) -> None:
     A coroutine is closed.
     """
     if asyncio.iscoroutine(handle):
-        name = function_name(handle)
-        close_quietly(handle)
+        name = name_of_refused(handle)
         raise TypeError(
             f"a consumer calls its handler for each item, and the coroutine {name} runs only once: "
             f"write start_consumer(name, source, {name})"
