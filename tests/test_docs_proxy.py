@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import shutil
 import socket
@@ -17,6 +16,7 @@ import httpx
 import pytest
 
 from tests.blocks import ENVIRONMENT, ROOT
+from tests.nginx import nginx_command
 from tests.processes import free_port
 
 if TYPE_CHECKING:
@@ -57,26 +57,6 @@ def show(event, info):
 
 manager.add_listener(show)
 """
-
-# Started by root, its workers would run as `nobody`, which may not read the test's directory.
-HTTP = """
-{user}
-daemon off;
-pid {directory}/nginx.pid;
-error_log {directory}/nginx.log;
-events {{}}
-http {{
-    access_log off;
-    client_body_temp_path {directory}/body;
-    proxy_temp_path {directory}/proxy;
-    fastcgi_temp_path {directory}/fastcgi;
-    uwsgi_temp_path {directory}/uwsgi;
-    scgi_temp_path {directory}/scgi;
-{servers}
-}}
-"""
-
-USER = "user root;" if os.geteuid() == 0 else ""
 
 
 @contextmanager
@@ -127,16 +107,13 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
 
 def nginx(tmp_path: Path, port: int, *changes: tuple[str, str]) -> tuple[list[str], int]:
     """The page's configuration with the app's port, a free one to listen at, and changes."""
-    if shutil.which("nginx") is None:
-        pytest.skip("nginx is not installed (Debian: nginx-light)")
     listening = free_port()
     servers = NGINX.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
     servers = servers.replace("listen 8080", f"listen 127.0.0.1:{listening}")
     for old, new in changes:
         assert old in servers
         servers = servers.replace(old, new)
-    (tmp_path / "nginx.conf").write_text(HTTP.format(user=USER, directory=tmp_path, servers=servers))
-    return ["nginx", "-c", str(tmp_path / "nginx.conf")], listening
+    return nginx_command(tmp_path, servers), listening
 
 
 def haproxy(tmp_path: Path, port: int, *changes: tuple[str, str]) -> tuple[list[str], int]:

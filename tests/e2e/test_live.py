@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.nginx import nginx_command
 from tests.processes import free_port
 
 from .servers import DEADLINE, Kind, Pool, Server, eventually
@@ -198,35 +198,21 @@ def test_reader_that_stops_reading_holds_nothing_up(pool: Pool) -> None:
         server.process.wait(DEADLINE)
 
 
-NGINX_PATH = shutil.which("nginx", path="/usr/local/bin:/usr/bin:/usr/sbin")
-NGINX = """
-daemon off; worker_processes 1; pid {directory}/pid; error_log stderr warn;
-events {{ worker_connections 64; }}
-http {{
-    access_log off;
-    client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxy;
-    fastcgi_temp_path {directory}/f;
-    uwsgi_temp_path {directory}/u; scgi_temp_path {directory}/s;
+SERVER = """
     server {{
         listen 127.0.0.1:{port};
         location /internal/ {{ proxy_pass http://127.0.0.1:{upstream}/; proxy_http_version 1.1; }}
         location /default/ {{ proxy_pass http://127.0.0.1:{upstream}/; proxy_http_version 1.0; }}
     }}
-}}
 """
 
 
-@pytest.mark.skipif(
-    shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/bin") is None, reason="no nginx"
-)
 def test_view_behind_nginx(pool: Pool, tmp_path: Path) -> None:
     """Below a prefix that the application does not know, each event comes at once."""
     server = started(pool, KINDS[0])
     port = free_port()
-    config = tmp_path / "nginx.conf"
-    config.write_text(NGINX.format(directory=tmp_path, port=port, upstream=server.port), "utf-8")
-    assert NGINX_PATH is not None
-    process = subprocess.Popen([NGINX_PATH, "-c", str(config)], stderr=subprocess.DEVNULL)
+    command = nginx_command(tmp_path, SERVER.format(port=port, upstream=server.port))
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         eventually(lambda: _listens(port), lambda: "nginx did not start")
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)

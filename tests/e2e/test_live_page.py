@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import time
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from tests.nginx import nginx_command
 from tests.processes import free_port
 
 from .browser import Site, Watched, browsing, watch
@@ -735,19 +734,7 @@ def test_page_works_below_a_prefix_and_without_its_slash(shop: Site, visit: Visi
     expect(page.locator(".row.task")).to_have_count(1)
 
 
-NGINX = """
-{user}
-daemon off;
-pid {directory}/nginx.pid;
-error_log {directory}/nginx.log;
-events {{}}
-http {{
-    access_log off;
-    client_body_temp_path {directory}/body;
-    proxy_temp_path {directory}/proxy;
-    fastcgi_temp_path {directory}/fastcgi;
-    uwsgi_temp_path {directory}/uwsgi;
-    scgi_temp_path {directory}/scgi;
+SERVER = """
     server {{
         listen 127.0.0.1:{port};
         location /inner/ {{
@@ -755,21 +742,15 @@ http {{
             proxy_http_version 1.1;
         }}
     }}
-}}
 """
 
 
 @contextmanager
 def nginx(directory: Path, upstream: str) -> Iterator[str]:
     """A proxy in front of the shop that changes the path; its address."""
-    if shutil.which("nginx") is None:
-        pytest.skip("nginx is not installed (Debian: nginx-light)")
     port = free_port()
-    user = "user root;" if os.geteuid() == 0 else ""
-    (directory / "nginx.conf").write_text(
-        NGINX.format(user=user, directory=directory, port=port, upstream=upstream)
-    )
-    process = subprocess.Popen(["nginx", "-c", str(directory / "nginx.conf")], stderr=subprocess.DEVNULL)
+    command = nginx_command(directory, SERVER.format(port=port, upstream=upstream))
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         with httpx.Client(transport=httpx.HTTPTransport(retries=5)) as client:
             client.get(f"http://127.0.0.1:{port}/")
