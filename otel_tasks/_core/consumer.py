@@ -557,7 +557,7 @@ class _Taken(Generic[Item]):
         self.number = number
         self.item = item
         self.name = name
-        # What its task has raised, once ``on_failure`` was called.
+        # The exception of its task, once ``on_failure`` was called.
         self.failure: Exception | None = None
 
 

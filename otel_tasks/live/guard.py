@@ -34,7 +34,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 
-# What proxies add. Behind one on the same machine, every client looks local.
+# Headers that proxies add. Behind a proxy on the same machine, every client looks local.
 _FORWARDED = frozenset(
     {
         "forwarded",
