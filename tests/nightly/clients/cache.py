@@ -47,7 +47,7 @@ class Redis:
         async with self.redis.pipeline(transaction=True) as pipe:
             await pipe.watch(token)
             await asyncio.sleep(seconds)
-            pipe.multi()
+            pipe.multi()  # type: ignore[no-untyped-call]  # redis-py leaves this one without types
             pipe.set(token, token, ex=60)
             pipe.echo(token)
             pipe.get(token)
@@ -58,8 +58,9 @@ class Redis:
         # The server answers after `seconds`, and the connection is busy until then.
         assert await self.redis.blpop([f"never-{token}"], timeout=seconds) is None
         await self.redis.rpush(f"list-{token}", token)
-        _, value = await self.redis.blpop([f"list-{token}"], timeout=5)
-        return str(value)
+        popped = await self.redis.blpop([f"list-{token}"], timeout=5)
+        assert popped is not None
+        return str(popped[1])
 
     async def lock(self, token: str, seconds: float) -> str:
         async with self.redis.lock(f"lock-{token[-1]}", timeout=5, sleep=0.002):
