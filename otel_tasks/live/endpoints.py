@@ -5,34 +5,31 @@ from __future__ import annotations
 import inspect
 import json
 from contextlib import suppress
-from functools import cache, partial
-from importlib.resources import files
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request, params
-from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from otel_tasks import TaskManager, TaskNotFoundError, global_task_manager
 from otel_tasks._core.log import TaskLogger
 from otel_tasks.asgi import set_request_timeout
-from otel_tasks.live import guard
+from otel_tasks.live import files, guard
 from otel_tasks.live.detail import ended_detail, live_detail
 from otel_tasks.live.feed import VERSION, Feed, encoded
-from otel_tasks.live.guard import Caller, Refused
+from otel_tasks.live.guard import Refused
 from otel_tasks.live.hub import LINGER, Hub, TooManyViewers
 from otel_tasks.live.params import QUERIED, WATCHED, BadRequest, Params, printable, query, reason_of, watched
+from otel_tasks.live.routes import guarded_routes
 from otel_tasks.live.rows import Row, Shown, ended_row
 from otel_tasks.live.search import listed, named
 from otel_tasks.live.sse import EventStream
 from otel_tasks.live.stream import RETRY_MS, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Coroutine
+    from collections.abc import Awaitable, Callable, Collection
 
     from otel_tasks import ManagedTask, TaskInfo
 
@@ -42,7 +39,8 @@ ACTIONS: Final = frozenset({"cancel"})
 # Seconds that a cancel request waits for the task's end.
 CANCEL_WAIT = 2.0
 MAX_BODY = 8192
-_MEDIA_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+READS: Final = ("GET", "HEAD")
+METHODS: Final = (*READS, "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 def live_view(
@@ -124,11 +122,12 @@ def _check_auth(auth: object, insecure: bool) -> None:
 
 
 def _router(view: _View, auth: Any, insecure: bool, hosts: Collection[str]) -> APIRouter:
-    # The endpoints that a link may open.
     pages: set[Any] = set()
-    router = APIRouter(include_in_schema=False, route_class=_guarded(insecure, hosts, pages))
+    fallbacks: set[Any] = set()
+    routes = guarded_routes(insecure=insecure, hosts=hosts, pages=pages, fallbacks=fallbacks)
+    router = APIRouter(include_in_schema=False, route_class=routes)
 
-    def add(path: str, answer: Callable[[Request, Any], Awaitable[Response]], method: str = "GET") -> None:
+    def add(path: str, answer: Callable[[Request, Any], Awaitable[Response]], *methods: str) -> Any:
         # The dependency's value is the user: one parameter for both.
         async def endpoint(request: Request, user: Any = auth) -> Response:
             if isinstance(user, Response):
@@ -138,21 +137,22 @@ def _router(view: _View, auth: Any, insecure: bool, hosts: Collection[str]) -> A
                 raise Refused(403, "unauthorized", "you may not look at this")
             return await answer(request, user)
 
-        if path in ("", "/"):
-            pages.add(endpoint)
         # FastAPI reads annotations in the module's names, and these are objects already.
         endpoint.__annotations__ = {"request": Request, "user": Any, "return": Response}
-        router.add_api_route(path, endpoint, methods=[method], response_class=Response, response_model=None)
+        names = list(methods or READS)
+        router.add_api_route(path, endpoint, methods=names, response_class=Response, response_model=None)
+        return endpoint
 
-    add("", _redirect)
-    add("/", partial(_asset, "page.html"))
-    for name in _assets():
-        add(f"/{name}", partial(_asset, name))
+    pages.add(add("", _redirect))
+    pages.add(add("/", partial(_file, files.PAGE)))
+    for name in files.parts():
+        add(f"/{name}", partial(_file, name))
     add("/v1/snapshot", view.snapshot)
     add("/v1/events", view.events)
     add("/v1/tasks", view.tasks)
     add("/v1/tasks/{task_id:path}/cancel", view.cancel, "POST")
     add("/v1/tasks/{task_id:path}", view.task)
+    fallbacks.add(add("/{path:path}", _nothing, *METHODS))
     return router
 
 
@@ -203,7 +203,7 @@ class _View:
         stream = Stream(self.hub, viewer, wanted.expand, wanted.names, wanted.panel, wanted.after)
         if wanted.poll:
             return _json(_polled(stream))
-        return EventStream(stream, guard.HEADERS)
+        return EventStream(stream)
 
     async def tasks(self, request: Request, user: Any) -> Response:
         """Answer with a list of tasks."""
@@ -316,42 +316,6 @@ def user_name(user: Any) -> str | None:
     return None
 
 
-def _guarded(insecure: bool, hosts: Collection[str], pages: Collection[Any]) -> type[APIRoute]:
-    """A class of routes that checks requests first, and gives every answer the headers and the form."""
-
-    class GuardedRoute(APIRoute):
-        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            handle = super().get_route_handler()
-            # Not by the path: an application's prefix may contain anything.
-            is_page = self.endpoint in pages
-
-            async def guarded(request: Request) -> Response:
-                try:
-                    guard.check(_caller(request, is_page), insecure=insecure, hosts=hosts)
-                    response = await handle(request)
-                except Refused as refusal:
-                    response = _error(refusal.status, refusal.code, refusal.message, refusal.headers)
-                except BadRequest as error:
-                    response = _error(400, "bad_request", str(error))
-                except RequestValidationError:
-                    # Of the dependency: the page sends what it wants.
-                    response = _error(401, "unauthorized", "the authentication is incomplete")
-                except HTTPException as error:
-                    response = _error(error.status_code, "unauthorized", str(error.detail), error.headers)
-                response.headers.update(guard.HEADERS)
-                return response
-
-            return guarded
-
-    return GuardedRoute
-
-
-def _caller(request: Request, is_page: bool) -> Caller:
-    client = None if request.client is None else request.client.host
-    version = request.scope.get("http_version", "1.1")
-    return Caller(request.method, request.headers, client, is_page, version)
-
-
 def _address(request: Request) -> str:
     return "unknown" if request.client is None else request.client.host
 
@@ -389,29 +353,16 @@ async def _redirect(request: Request, user: Any) -> Response:
     return Response(status_code=307, headers={"Location": f"./{last}/{search}"})
 
 
-@cache
-def _assets() -> list[str]:
-    """The names of the page's scripts, style, and icon."""
-    names = sorted(each.name for each in (files("otel_tasks.live") / "assets").iterdir())
-    return [name for name in names if name.rpartition(".")[2] in _MEDIA_TYPES and name != "page.html"]
+async def _file(name: str, request: Request, user: Any) -> Response:
+    return files.answer(name, ",".join(request.headers.getlist("accept-encoding")))
 
 
-async def _asset(name: str, request: Request, user: Any) -> Response:
-    return Response(_read(name), media_type=_MEDIA_TYPES[name.rpartition(".")[2]])
-
-
-@cache
-def _read(name: str) -> bytes:
-    return (files("otel_tasks.live") / "assets" / name).read_bytes()
+async def _nothing(request: Request, user: Any) -> Response:
+    raise Refused(404, "not_found", "the live view has nothing at this path")
 
 
 def _json(data: str) -> Response:
     return Response(data, media_type="application/json")
-
-
-def _error(status: int, code: str, message: str, headers: Any = None) -> Response:
-    data = {"v": VERSION, "error": {"code": code, "message": message}}
-    return Response(encoded(data), status, headers, "application/json")
 
 
 def _not_found(name: str, feed: Feed) -> Refused:

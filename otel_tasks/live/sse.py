@@ -10,9 +10,9 @@ from starlette.responses import Response
 from otel_tasks.live.stream import RETRY_MS, Event, Stream, framed, lifetime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import Message, Receive, Scope, Send
 
 # Seconds that one send may take: a client that reads nothing for so long is gone.
 STALLED = 30.0
@@ -23,32 +23,36 @@ class EventStream(Response):
 
     Args:
         stream: The stream, admitted and not yet added to its hub.
-        headers: The headers of the response.
     """
 
-    def __init__(self, stream: Stream, headers: Mapping[str, str]) -> None:
+    def __init__(self, stream: Stream) -> None:
         self.status_code = 200
         self.background = None
         self._stream = stream
         # Without a body: a response with one has a length.
-        self.init_headers(
-            {"Content-Type": "text/event-stream; charset=utf-8", "X-Accel-Buffering": "no", **headers}
-        )
+        self.init_headers({"Content-Type": "text/event-stream; charset=utf-8", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the stream ends.
+        """Send until the stream ends; for HEAD, the headers alone.
 
         Cancellation: ends the stream.
         """
+        start: Message = {
+            "type": "http.response.start",
+            "status": self.status_code,
+            "headers": self.raw_headers,
+        }
+        if scope["method"] == "HEAD":
+            await send(start)
+            await _sent(send, b"", more=False)
+            return
         stream = self._stream
         until = asyncio.get_running_loop().time() + lifetime()
         listener = asyncio.create_task(_until_disconnect(receive))
         listener.add_done_callback(lambda _: stream.end("gone"))
         stream.hub.add(stream)
         try:
-            await send(
-                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-            )
+            await send(start)
             first = f"retry: {RETRY_MS}\n\n".encode() + _joined(stream.begin())
             if await self._send_all(send, first, until):
                 await _sent(send, framed(stream.last("lifetime")), more=False)
