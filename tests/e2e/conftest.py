@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+# Fixtures are found by their names.
+from tests.rabbitmq import own_rabbitmq, rabbitmq
+
 from .servers import KINDS, Case, Kind, Pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+__all__ = ["own_rabbitmq", "rabbitmq"]
 
 _numbers = itertools.count(1)
 
