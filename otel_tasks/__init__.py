@@ -35,7 +35,7 @@ cancellation of their group, their own ``timeout``, and the shutdown of their ma
 
 from otel_tasks._core.backoff import RestartPolicy, RetryPolicy
 from otel_tasks._core.decorator import ManagedFunction, managed_task
-from otel_tasks._core.details import TaskDetails
+from otel_tasks._core.details import TaskDetails, TaskPlace
 from otel_tasks._core.frames import Location
 from otel_tasks._core.functions import (
     cancel_all_tasks,
@@ -126,6 +126,7 @@ __all__ = [
     "TaskManager",
     "TaskNode",
     "TaskNotFoundError",
+    "TaskPlace",
     "TaskPriority",
     "TaskProgress",
     "TaskStats",

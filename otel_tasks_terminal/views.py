@@ -296,11 +296,23 @@ def facts(answer: Row) -> Iterator[Fact]:
 
 def _others(answer: Row, task: Row) -> Iterator[Fact]:
     if task.get("awaits"):
-        yield "Waits for", clean(task["awaits"]), None
+        awaited = answer.get("awaited") or {}
+        says = clean(task["awaits"]) if awaited.get("id") else _other(awaited, task["awaits"])
+        yield "Waits for", says, None
     if answer.get("waiters"):
-        yield "Awaited by", ", ".join(clean(waiter.get("name")) for waiter in answer["waiters"]), None
+        yield "Awaited by", ", ".join(_other(waiter) for waiter in answer["waiters"]), None
     if answer.get("children"):
         yield "Children", phrases.also_ended(answer["children"]), None
+
+
+def _other(other: Row, name: str = "?") -> str:
+    """A task on the other end of an await; a plain asyncio task has no more than a number for a name."""
+    says = clean(other.get("name") or name)
+    if other.get("id") or not other.get("function"):
+        return says
+    where = other.get("where")
+    at = f", at {clean(place(where))} in {clean(where.get('function', '?'))}" if where else ""
+    return f"{says} (runs {clean(other['function'])}{at})"
 
 
 def _ids(answer: Row, task: Row) -> Iterator[Fact]:

@@ -405,20 +405,40 @@ async def test_details_of_a_live_task() -> None:
         await manager.shutdown(grace=0.0, timeout=100)
 
 
-async def test_plain_task_that_waits_is_shown_without_id() -> None:
-    """A waiter that is no managed task has a name, and nothing to open."""
+async def test_tasks_on_the_other_end_of_an_await_say_what_they_run() -> None:
+    """A plain asyncio task has no id, but a coroutine and a line; a managed one can be opened, too."""
 
-    async def waiting(task: Any) -> None:
+    async def ask(task: Any) -> None:
         await task
 
+    async def middle() -> None:
+        await plain
+
     async with TaskManager() as manager:
-        task = manager.create_task(rest())
-        waiter = asyncio.create_task(waiting(task), name="plain")
+        client = client_of(manager)
+        plain = asyncio.create_task(rest(), name="Task-18")
+        task = manager.create_task(middle())
+        asking = asyncio.create_task(ask(task), name="Task-19")
         await settle()
-        detail = await client_of(manager).get(f"/v1/tasks/{task.uid}")
-        assert detail["waiters"] == [{"id": None, "name": "plain", "task_id": None}]
+        detail = await client.get(f"/v1/tasks/{task.uid}")
+        assert detail["task"]["awaits"] == "Task-18 (rest)"
+        (waiter,), awaited = detail["waiters"], detail["awaited"]
+        assert [awaited[key] for key in ("id", "task_id", "name", "function")] == [
+            None,
+            None,
+            "Task-18",
+            "rest",
+        ]
+        assert awaited["where"]["file"] == "tests/helpers.py"
+        assert (waiter["name"], waiter["function"].rpartition(".")[2]) == ("Task-19", "ask")
+        assert (waiter["where"]["file"], waiter["id"]) == ("tests/test_live_endpoints.py", None)
+        outer = manager.create_task(ask(task), name="outer")
+        await settle()
+        detail = await client.get(f"/v1/tasks/{outer.uid}")
+        assert [detail["awaited"][key] for key in ("id", "task_id", "name")] == [task.uid, task.id, "middle"]
+        assert (await client.get(f"/v1/tasks/{task.uid}"))["waiters"][1]["id"] == outer.uid
         await manager.cancel_all_tasks()
-        await asyncio.wait([waiter])
+        await asyncio.wait([asking, plain])
 
 
 async def test_a_name_finds_the_only_task_that_has_it() -> None:

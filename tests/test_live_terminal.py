@@ -201,6 +201,20 @@ def test_show_tells_everything_about_a_task(view: View, capsys: pytest.CaptureFi
         assert expected in out
 
 
+def test_show_says_what_plain_tasks_run(view: View, capsys: pytest.CaptureFixture[str]) -> None:
+    """asyncio names them Task-18: the coroutine and its line say which code that is."""
+    where = {"file": "shop/app.py", "line": 31, "function": "get_report"}
+    plain = {"id": None, "task_id": None, "name": "Task-18", "function": "Cycle.run_asgi", "where": where}
+    task = {**SYNC_MAIL, "awaits": "Task-19 (fetch)"}
+    awaited = {**plain, "name": "Task-19", "function": "fetch", "where": None}
+    data = live_server.details(task=task, awaited=awaited, waiters=[plain])
+    view.answers["GET tasks/sync_mail"] = Said(data)
+    assert main(["show", "sync_mail"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Awaited by Task-18 (runs Cycle.run_asgi, at shop/app.py:31 in get_report)" in out
+    assert "Waits for Task-19 (runs fetch)" in out
+
+
 def test_an_id_is_one_part_of_the_path(view: View) -> None:
     """An id with slashes and spaces reaches the feed as one part."""
     main(["show", "GET /report/{id}#4711/sync mail"])

@@ -266,7 +266,8 @@ async def test_details_show_the_chain_of_awaits_and_the_waiters() -> None:
             ("inner", True),
             ("outer", True),
         ]
-        assert details.waiters == (waiter,)
+        assert [each.task for each in details.waiters] == [waiter]
+        assert details.awaited is None
         assert details.path == ("default", "mail", "outer")
         assert details.children == 0
         await closed(manager)

@@ -71,9 +71,14 @@ def function_name(coro: Any) -> str:
     return name
 
 
+def qualified_name(coro: object) -> str:
+    """The name of the function that made a coroutine, with its class."""
+    return getattr(coro, "__qualname__", None) or type(coro).__qualname__
+
+
 def code_name(coro: Coroutine[Any, Any, Any]) -> str:
     """Module and qualified name, as the semantic conventions define ``code.function.name``."""
-    qualified = getattr(coro, "__qualname__", None) or type(coro).__qualname__
+    qualified = qualified_name(coro)
     frame = getattr(coro, "cr_frame", None)
     module = None if frame is None else frame.f_globals.get("__name__")
     if module == _IN_THREAD:

@@ -19,6 +19,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks._core.binding import ThreadWorker, current_binding
+from otel_tasks._core.coroutines import qualified_name
 from otel_tasks._core.frames import Place, Stacks, place_of
 from otel_tasks._core.info import ConsumerInfo, PeriodicInfo
 from otel_tasks._core.task import ManagedTask, own_coroutine, reported
@@ -173,7 +174,7 @@ class _Survey:
             age=max(0.0, self._now - task._created_at),
             where=place.at,
             calls=place.calls,
-            awaits=_awaited_by(task),
+            awaits=_name_of_awaited(task),
             queued=is_queued(task),
             queue_position=self._queue_position(task),
             cause=cause,
@@ -294,10 +295,19 @@ def _supervision_of(task: ManagedTask[Any]) -> PeriodicInfo | ConsumerInfo | Non
     return None if supervision is None else supervision.info()
 
 
-def _awaited_by(task: ManagedTask[Any]) -> str | None:
+def task_awaited_by(task: ManagedTask[Any]) -> asyncio.Task[Any] | None:
+    """The task, managed or not, that a task awaits."""
     # asyncio's own attribute, 3.11 to 3.15.
     awaited: object = getattr(task, "_fut_waiter", None)
-    return known_as(awaited) if isinstance(awaited, asyncio.Task) else None
+    return awaited if isinstance(awaited, asyncio.Task) else None
+
+
+def _name_of_awaited(task: ManagedTask[Any]) -> str | None:
+    awaited = task_awaited_by(task)
+    if awaited is None or isinstance(awaited, ManagedTask):
+        return None if awaited is None else awaited.id
+    # `Task-18` alone says little.
+    return f"{awaited.get_name()} ({qualified_name(awaited.get_coro())})"
 
 
 def kind_of_task(task: ManagedTask[Any]) -> TaskKind:

@@ -43,7 +43,8 @@ class TaskNode:
         age: Seconds since it was created.
         where: The innermost line of your code, not of a library, that it has reached; None if unknown.
         calls: The function that this line calls, such as ``sleep`` or ``Queue.get``.
-        awaits: The id of the task that it awaits, or its asyncio name.
+        awaits: The id of the task that it awaits; of a plain asyncio task, the name and, in parentheses, the
+            coroutine.
         queued: It waits for a place under ``max_concurrency``.
         queue_position: Its position in that queue, 1 is next; None in no queue and in a very long one.
         cause: Why it is being cancelled; None if it is not.

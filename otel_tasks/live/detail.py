@@ -19,9 +19,7 @@ from otel_tasks.live.rows import (
 )
 
 if TYPE_CHECKING:
-    import asyncio
-
-    from otel_tasks import CancelCause, TaskDetails, TaskInfo
+    from otel_tasks import CancelCause, TaskDetails, TaskInfo, TaskPlace
     from otel_tasks.live.feed import Feed
 
 MAX_FRAMES = 30
@@ -39,7 +37,8 @@ def live_detail(feed: Feed, task: ManagedTask[Any]) -> Row:
         "task": task_row(task, details.node, feed.overview, feed.shown),
         "path": [text(name) for name in details.path],
         "frames": [{**(location(line) or {}), "own": own} for line, own in details.frames[:MAX_FRAMES]],
-        "waiters": [_waiter(waiter) for waiter in details.waiters[:MAX_WAITERS]],
+        "awaited": None if details.awaited is None else _other(details.awaited),
+        "waiters": [_other(waiter) for waiter in details.waiters[:MAX_WAITERS]],
         "cause_chain": _chain(feed, task.name, details.node.cause, details, None),
         "siblings": _siblings(feed, task.group.id, task),
         "children": details.children,
@@ -55,6 +54,7 @@ def ended_detail(feed: Feed, info: TaskInfo) -> Row:
         "task": ended_row(info, None, feed.overview, feed.shown),
         "path": [text(feed.manager.name), text(info.group_id), text(info.name)],
         "frames": [],
+        "awaited": None,
         "waiters": [],
         "cause_chain": _chain(feed, info.name, info.cause, None, info),
         "siblings": _siblings(feed, info.group_id, None, info),
@@ -64,10 +64,17 @@ def ended_detail(feed: Feed, info: TaskInfo) -> Row:
     }
 
 
-def _waiter(task: asyncio.Task[Any]) -> Row:
-    if isinstance(task, ManagedTask):
-        return {"id": task.uid, "name": text(task.name), "task_id": text(task.id)}
-    return {"id": None, "name": text(task.get_name()), "task_id": None}
+def _other(place: TaskPlace) -> Row:
+    """A task on the other end of an await."""
+    task = place.task
+    uid, task_id = (task.uid, text(task.id)) if isinstance(task, ManagedTask) else (None, None)
+    return {
+        "id": uid,
+        "name": text(task.get_name()),
+        "task_id": task_id,
+        "function": text(place.function),
+        "where": location(place.where),
+    }
 
 
 def _chain(

@@ -1,6 +1,6 @@
 /** The panel next to the list: everything that is known of one task. It stays when the task ends or leaves the list. */
 
-import { $, GLYPHS, TONES, button, clean, duration, fine, make, mark, number, percent, put, short, wall, words } from "./text.js";
+import { $, GLYPHS, TONES, button, clean, duration, fine, line, make, mark, number, percent, put, short, wall, words } from "./text.js";
 import { get } from "./feed.js";
 import { doing, outcome } from "./rows.js";
 
@@ -99,11 +99,11 @@ export class Panel {
     if (fresh && !this.model.frozen && performance.now() - this.asked > REFRESH) this.refresh();
     this.#part("missing", this.missing, () => this.missing && [make("p", "why", this.missing)]);
     if (!this.details) return;
-    const { task, frames, waiters, cause_chain: chain, siblings, metadata, path, can } = this.details;
+    const { task, frames, awaited, waiters, cause_chain: chain, siblings, metadata, path, can } = this.details;
     const ended = this.details.state === "ended";
     this.#head(task);
     put(this.path, clean(path.join(" / ")));
-    this.#part("facts", [task, waiters, Math.floor(this.model.now())], () => [this.#facts(task, waiters, ended)]);
+    this.#part("facts", [task, awaited, waiters, Math.floor(this.model.now())], () => [this.#facts(task, awaited, waiters, ended)]);
     this.#part("frames", [frames, ended], () => !ended && this.#frames(task, frames));
     this.#part("chain", chain, () => chain.length && this.#chain(chain));
     this.#part("siblings", siblings, () => this.#siblings(siblings, task));
@@ -144,7 +144,7 @@ export class Panel {
     });
   }
 
-  #facts(task, waiters, ended) {
+  #facts(task, awaited, waiters, ended) {
     const now = this.model.now();
     const list = make("dl");
     const add = (term, ...values) => list.append(make("dt", "", term), make("dd", "", ...values));
@@ -155,9 +155,8 @@ export class Panel {
     if (ended) add("Ended", `${wall(task.ended, this.model)}, after ${fine(task.ended - task.created)}`);
     if (task.progress) add("Progress", ...this.#progress(task.progress, now));
     if (task.attempt) add("Attempt", String(task.attempt));
-    // The path of a managed task; without one, it is the name of a plain asyncio task, which the manager does not know.
-    if (task.awaits && !ended) add("Waits for", task.awaits.includes("/") ? this.#link({ name: task.awaits, task_id: task.awaits }) : task.awaits);
-    if (waiters.length) add("Awaited by", ...waiters.flatMap((each, index) => [index ? ", " : "", this.#link(each)]));
+    if (awaited) add("Waits for", this.#other(awaited));
+    if (waiters.length) add("Awaited by", ...waiters.map((each) => this.#other(each)));
     if (task.trace_id) add("Trace", ...this.#trace(task));
     return list;
   }
@@ -181,8 +180,16 @@ export class Panel {
     return [...parts, button("copy", ({ currentTarget }) => copy(task.trace_id, currentTarget), "small")];
   }
 
+  /** A task on the other end of an await: a managed one can be opened, a plain one says what it runs and where it waits. */
+  #other(other) {
+    if (other.id) return make("div", "", this.#link(other));
+    const place = other.where ? `, at ${short(other.where)} in ${other.where.function}` : "";
+    const row = make("div", "", make("bdi", "", other.name), " ", make("bdi", "mute", `runs ${other.function}${place}`));
+    row.title = clean(other.where && line(other.where));
+    return row;
+  }
+
   #link({ id, name, task_id: taskId }) {
-    if (!(id ?? taskId)) return make("bdi", "", name);
     const link = button(name, () => this.onShow({ id: id ?? taskId, name }), "link");
     link.title = clean(taskId);
     return link;
