@@ -103,7 +103,19 @@ async def with_children() -> None:
             group.create_task(work(), name="part")
 
 
-KINDS = {"work": work, "fail": fail, "ignore": ignore, "report": report, "with_children": with_children}
+async def await_plainly() -> None:
+    """Wait for a task that the manager does not know."""
+    await asyncio.create_task(work(), name="Task-18")
+
+
+KINDS = {
+    "work": work,
+    "fail": fail,
+    "ignore": ignore,
+    "report": report,
+    "with_children": with_children,
+    "await_plainly": await_plainly,
+}
 
 
 @app.post("/control/tasks")

@@ -360,6 +360,17 @@ def test_panel_leads_to_the_task_that_it_waits_for(shop: Site, visit: Visits) ->
     expect(page.locator("#cancel .answer")).to_contain_text("The cancellation is requested")
 
 
+def test_panel_says_what_a_plain_task_runs(shop: Site, visit: Visits) -> None:
+    """Of a task that asyncio has named, the number says nothing: its coroutine and its line do."""
+    shop.post("/shop/control/tasks", name="load", kind="await_plainly")
+    page = visit()
+    expect(row(page, "load")).to_contain_text("waits for Task-18 (work)")
+    row(page, "load").click()
+    expect(page.locator("#panel dl")).to_contain_text(
+        re.compile(r"Waits for\s*Task-18 runs work, at page_app\.py:\d+ in Pool\.acquire")
+    )
+
+
 def test_panel_leads_to_the_tasks_at_the_same_line(shop: Site, visit: Visits) -> None:
     """`w` lists all tasks that wait where the selected one waits."""
     shop.post("/shop/control/tasks", name="load", count=3)
