@@ -203,4 +203,4 @@ def top(options: argparse.Namespace, connect: Connect) -> int:
         ) from None
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise usage("top needs a terminal: otel-tasks tree and watch work without")
-    return run(connect(), ascii_only=getattr(options, "ascii", False))
+    return run(connect(), ascii_only=pen_of(options).ascii)

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 Row = dict[str, Any]
-# A ghost is a task that has ended while it was selected.
-Kind = Literal["group", "class", "task", "ended", "ghost", "more"]
+# A ghost is a task that has ended while it was selected, and a band the heading of a group in a timeline.
+Kind = Literal["group", "class", "task", "ended", "ghost", "more", "band"]
 
 SORTS = ("status", "age", "name", "count")
 # Groups and classes up to this number are shown opened.
@@ -35,6 +35,7 @@ class Entry(NamedTuple):
         level: 0 for the root.
         row: What the feed says of it.
         open: Whether the rows below it are shown; None if it cannot have any.
+        instance: Of a task, which of the groups that share a row it belongs to: ``#4711``.
     """
 
     key: str
@@ -42,6 +43,7 @@ class Entry(NamedTuple):
     level: int
     row: Row
     open: bool | None = None
+    instance: str = ""
 
 
 class Model:
@@ -234,6 +236,11 @@ class Model:
             [row for row in self._cancelling.values() if row.get("class") == key] if known is None else known
         )
 
+    def instance_of(self, task: Row) -> str:
+        """Which of the groups that share a row a task belongs to, ``#4711``; empty if its group is alone."""
+        group = self._groups.get(str(task.get("group")), {})
+        return instance(task) if (group.get("instances") or 0) > 1 else ""
+
     def total(self, key: str) -> int:
         """How many tasks a row has, shown or not; 0 while they have not come."""
         return self._totals.get(key, 0) if key in self._members else 0
@@ -270,14 +277,14 @@ class _Tree:
         opened = self._model.is_open(key)
         if only is not None:
             task = self._model.newest(only)
-            yield Entry(task["id"], "task", level, task)
+            yield self._task(task, level)
         else:
             yield Entry(key, "class", level, row, opened)
             yield from self._tasks(key, opened, level + 1)
         if self._finished and (opened or only is not None):
             for ended in self._model.ended:
                 if ended.get("class") == key:
-                    yield Entry(ended_key(ended), "ended", level + 1, ended)
+                    yield self._task(ended, level + 1)
 
     def _tasks(self, key: str, opened: bool, level: int) -> Iterable[Entry]:
         # In a closed class, only tasks that are being cancelled are shown: they are what one looks for.
@@ -288,10 +295,13 @@ class _Tree:
         )
         arranged = self._model.arrange(key, tasks, lambda task: task_order(task, self._sort), hold=self._hold)
         for task in arranged:
-            yield Entry(task["id"], "task", level, task)
+            yield self._task(task, level)
         total = self._model.total(key)
         if opened and total > len(tasks):
             yield Entry(f"more {key}", "more", level, {"key": key, "shown": len(tasks), "total": total})
+
+    def _task(self, task: Row, level: int) -> Entry:
+        return task_entry(task, level, self._model.instance_of(task))
 
 
 def _key(row: Row) -> str:
@@ -322,6 +332,16 @@ def task_order(task: Row, sort: str) -> tuple[Any, ...]:
     return (created, uid)
 
 
-def ended_key(task: Row) -> str:
-    """The key of an ended task, whose id may be unknown."""
-    return f"ended {task.get('task_id')} {task.get('created')}"
+def task_entry(task: Row, level: int, instance: str = "") -> Entry:
+    """The row of a live or an ended task. An ended one is found by its path: its id may be unknown."""
+    if "ended" in task:
+        return Entry(
+            f"ended {task.get('task_id')} {task.get('created')}", "ended", level, task, None, instance
+        )
+    return Entry(task["id"], "task", level, task, None, instance)
+
+
+def instance(task: Row) -> str:
+    """The number of a task's group among those of the same name: ``#4711``; empty if it has none."""
+    _, mark, number = str(task.get("group_id", "")).rpartition("#")
+    return mark + number if mark else ""

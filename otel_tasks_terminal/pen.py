@@ -40,7 +40,10 @@ _SGR = {
     "bold": "1",
     "mute": "2",
 }
-_ASCII = str.maketrans("○▶◐✓✕⊘·…▸▾\N{MULTIPLICATION SIGN}│─▁▂▃▄▅▆▇█", "o>~+x--.+-x|-__..--==")
+_ASCII = str.maketrans(
+    "○▶◐✓✕⊘·…▸▾\N{MULTIPLICATION SIGN}│─▁▂▃▄▅▆▇█░●┄━╍◆\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}",
+    "o>~+x/-.+-x|-__..--==.o.=~*<",
+)
 
 
 class Pen(NamedTuple):
@@ -156,12 +159,24 @@ def _least(columns: Sequence[Column], sizes: list[int]) -> int:
 def pen_for(stream: TextIO, environ: Mapping[str, str] = os.environ, *, ascii_only: bool = False) -> Pen:
     """Return the pen for a stream: a terminal, a pipe, or a file."""
     encoding = (getattr(stream, "encoding", None) or "").lower().replace("-", "")
-    plain = ascii_only or not encoding.startswith("utf")
+    plain = ascii_only or not encoding.startswith("utf") or (stream.isatty() and _is_plain(environ))
     if not stream.isatty():
         return Pen(ascii=plain)
     # https://no-color.org: set to anything but the empty text.
     color = not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
     return Pen(terminal_size(stream, environ)[0], color=color, ascii=plain)
+
+
+def _is_plain(environ: Mapping[str, str]) -> bool:
+    """Whether the locale says that a terminal shows ASCII alone; one that is not set says nothing.
+
+    The encoding does not tell: in the locale C, Python writes UTF-8 and sets ``LC_CTYPE`` (PEP 538).
+    """
+    for name in ("LC_ALL", "LC_CTYPE", "LANG"):
+        value = environ.get(name, "")
+        if value and (name, value) != ("LC_CTYPE", "C.UTF-8"):
+            return value in ("C", "POSIX")
+    return False
 
 
 def terminal_size(stream: TextIO, environ: Mapping[str, str] = os.environ) -> tuple[int, int]:

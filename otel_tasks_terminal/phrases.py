@@ -85,17 +85,19 @@ def progress(row: Row) -> str:
 
 def warning(row: Row, now: float) -> str:
     """A warning, with its count and since when."""
-    kind = row.get("kind")
+    kind, count = row.get("kind"), row.get("count") or 0
+    if kind == "blocked":
+        often = f"{number(count)} times, up to" if count > 1 else "for"
+        return f"event loop blocked {often} {fine(row.get('seconds') or 0)}{_since(row, now)}"
     text = {
         "cancelling": f"cancelling for more than {duration(row.get('min_age') or 0)}",
         "unstarted": f"not started after {duration(row.get('min_age') or 0)}",
         "waiting": f"waiting at {clean(short_place(row.get('where') or '?'))}",
-        "blocked": f"blocked the event loop for {fine(row.get('seconds') or 0)}",
         "outlived": "outlived the request that started them",
         "ignored": "completed although cancelled",
     }.get(str(kind), clean(kind).replace("_", " "))
     about = "about " if row.get("estimated") else ""
-    return f"{about}{number(row.get('count') or 0)} {text}{_since(row, now)}"
+    return f"{about}{number(count)} {text}{_since(row, now)}"
 
 
 def _since(row: Row, now: float) -> str:

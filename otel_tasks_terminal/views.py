@@ -99,10 +99,11 @@ def tone_of(task: Row) -> str:
     return TONES.get(str(task.get("status")), "wait")
 
 
-def named(task: Row) -> str:
-    """A task's name, with its priority if that is not the usual one."""
-    name, priority = clean(task.get("name", "?")), clean(task.get("priority", "NORMAL"), 12)
-    return name if priority == "NORMAL" else f"{name} {priority}"
+def named(task: Row, instance: str = "") -> str:
+    """A task's name, the number of its group, and its priority if that is not the usual one."""
+    priority = clean(task.get("priority", "NORMAL"), 12)
+    parts = (clean(task.get("name", "?")), clean(instance), "" if priority == "NORMAL" else priority)
+    return " ".join(part for part in parts if part)
 
 
 # --- the overview ----------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def tree_cells(entry: Entry, now: float) -> list[Cell]:
     shape = SHAPES.get(str(row.get("status")), "?")
     counts: list[Cell] = [("", None)] * 4
     return [
-        (f"{indent}{shape} {named(row)}", tone),
+        (f"{indent}{shape} {named(row, entry.instance)}", tone),
         *counts,
         (duration(age), None),
         (_with_progress(row, says), tone),

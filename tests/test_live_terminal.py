@@ -171,6 +171,18 @@ def test_tree_shows_groups_and_names(view: View, capsys: pytest.CaptureFixture[s
     assert lines[9].rstrip().endswith("61 %")
 
 
+def test_tree_tells_the_tasks_of_several_requests_apart(
+    view: View, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where requests share a row, the number of each follows the name of its tasks."""
+    data = snapshot()
+    data["groups"][1]["instances"] = 2
+    view.answers["GET snapshot"] = Said(data)
+
+    assert main(["tree"]) == 0
+    assert "◐ sync_mail #4711 HIGH " in capsys.readouterr().out
+
+
 def test_tree_lists_the_tasks_of_each_name(view: View, capsys: pytest.CaptureFixture[str]) -> None:
     """With --tasks, the oldest tasks of each name follow, and how many more there are."""
     view.answers["GET tasks"] = Said(rows(*live_server.PRICES, total=190))
@@ -624,7 +636,11 @@ def test_what_a_task_does_in_words(row: dict[str, Any], expected: str) -> None:
         ),
         (
             {"kind": "blocked", "count": 1, "seconds": 1.4, "since": 4.0},
-            "1 blocked the event loop for 1.4 s · 2 s ago",
+            "event loop blocked for 1.4 s · 2 s ago",
+        ),
+        (
+            {"kind": "blocked", "count": 3, "seconds": 1.4, "since": 4.0},
+            "event loop blocked 3 times, up to 1.4 s · 2 s ago",
         ),
         ({"kind": "new_kind", "count": 3}, "3 new kind"),
         ({"kind": "unstarted", "count": 2, "min_age": 10.0}, "2 not started after 10 s"),

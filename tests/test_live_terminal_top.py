@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,6 +11,7 @@ from otel_tasks_terminal.errors import ExitCode
 from otel_tasks_terminal.top.app import Top
 from otel_tasks_terminal.top.dialogs import Cancel
 from tests import live_server
+from tests.live_screen import DEADLINE, screen
 from tests.live_server import (
     SYNC_MAIL,
     Said,
@@ -28,64 +26,7 @@ from tests.live_server import (
     task,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
-
-    from textual.pilot import Pilot
-
 pytestmark = pytest.mark.real_clock
-
-DEADLINE = 30.0
-
-
-class Screen:
-    """The screen under test, and the view that it shows."""
-
-    def __init__(self, app: Top, pilot: Pilot[int], view: View) -> None:
-        self.app = app
-        self.pilot = pilot
-        self.view = view
-
-    async def until(self, look: Callable[[], object]) -> None:
-        """Wait until something is true."""
-        end = time.monotonic() + DEADLINE
-        while not look():
-            assert time.monotonic() < end, self.text()
-            await self.pilot.pause(0.01)
-
-    async def press(self, *keys: str) -> None:
-        """Press keys."""
-        await self.pilot.press(*keys)
-        await self.pilot.pause()
-
-    def row_keys(self) -> list[str]:
-        """The keys of the rows."""
-        return [entry.key for entry in self.app.rows.entries]
-
-    def selected(self) -> str | None:
-        """The key of the selected row."""
-        return None if self.app.rows.current is None else self.app.rows.current.key
-
-    def text(self) -> str:
-        """Everything on the screen."""
-        width, height = self.app.size
-        lines = self.app.screen._compositor.render_strips()
-        return "\n".join("".join(segment.text for segment in line)[:width] for line in lines[:height])
-
-
-@asynccontextmanager
-async def screen(view: View | None = None, size: tuple[int, int] = (120, 30)) -> AsyncIterator[Screen]:
-    """The screen, once it has shown its first rows."""
-    view = view or prepared()
-    view.stays_open = True
-    view.streams = [[("snapshot", snapshot())]] if not view.streams else view.streams
-    with serving(view):
-        app = Top(Client(Address.parse(view.url), timeout=5))
-        async with app.run_test(size=size, notifications=True) as pilot:
-            shown = Screen(app, pilot, view)
-            await shown.until(lambda: app.rows.entries)
-            yield shown
-            app.exit(0)
 
 
 async def test_first_screen() -> None:
@@ -292,6 +233,58 @@ async def test_hostile_text_is_inert() -> None:
     assert "[red]x[/]" in text
     assert "\x1b" not in text
     assert "\u202e" not in text
+
+
+async def test_tasks_of_requests_that_share_a_row_are_told_apart() -> None:
+    """Each has the number of its request after its name, as on the page; others do not."""
+    view = prepared()
+    shared = counted("g2", "GET /report/{id}", 4, parent="g1", kind="request", instances=2, cancelling=1)
+    first = snapshot()
+    view.streams = [[("snapshot", {**first, "groups": [first["groups"][0], shared, first["groups"][2]]})]]
+    async with screen(view) as shown:
+        assert "◐ sync_mail #4711 HIGH  cancelling" in shown.text()
+        gone = {"groups": [], "classes": ["c-sync_mail"], "cancelling": ["uid-sync_mail"]}
+        ended = {**SYNC_MAIL, "status": "cancelled", "ended": live_server.NOW}
+        alone = {"groups": [first["groups"][1]], "classes": [], "cancelling": []}
+        await shown.press("f", "n", "k")
+        shown.view.push("delta", delta(2, gone=gone, set=alone, ended=[ended]))
+        await shown.until(lambda: "#4711" not in shown.text())
+
+
+async def test_a_panel_that_does_not_fit_is_scrolled_with_the_keyboard() -> None:
+    """Tab goes to it, where j and k scroll; the selected row stays."""
+    async with screen(size=(80, 24)) as shown:
+        await shown.press("n", "enter")
+        await shown.until(lambda: "Task id" in shown.text())
+        assert "Siblings" not in shown.text()
+        await shown.press("tab", *["j"] * 17)
+        await shown.until(lambda: "Siblings" in shown.text())
+        assert shown.selected() == "uid-sync_mail"
+        await shown.press("escape", "j")
+        assert shown.selected() == "c-prices"
+
+
+async def test_counters_are_whole_in_a_narrow_terminal() -> None:
+    """No word is cut at 80 columns."""
+    async with screen(size=(80, 24)) as shown:
+        await shown.until(lambda: "▶ 53 running" in shown.text())
+        for word in ("waiting", "cancelling", "completed", "failed", "cancelled"):
+            assert f" {word} " in shown.text(), word
+
+
+async def test_only_ascii_reaches_a_terminal_without_more() -> None:
+    """With --ascii, neither rows nor frames, buttons, bars, or messages have other characters."""
+    async with screen(size=(80, 24), ascii_only=True) as shown:
+        for keys in (
+            ["n", "l"],
+            ["exclamation_mark"],
+            ["escape", "question_mark"],
+            ["escape", "x"],
+            ["escape", "s"],
+        ):
+            await shown.press(*keys)
+            await shown.pilot.pause(0.1)
+            assert shown.text().isascii(), shown.text()
 
 
 @pytest.mark.parametrize("size", [(40, 12), (20, 6), (300, 80)])

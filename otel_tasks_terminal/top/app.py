@@ -8,8 +8,9 @@ import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual.app import App
-from textual.containers import Horizontal, VerticalScroll
+from textual.containers import Horizontal
 from textual.message import Message
+from textual.scrollbar import ScrollBar, ScrollBarRender
 from textual.widgets import Input, Static
 
 from otel_tasks_terminal import views
@@ -18,12 +19,15 @@ from otel_tasks_terminal.errors import CommandError, ExitCode
 from otel_tasks_terminal.model import Entry, Model
 from otel_tasks_terminal.pen import Cell, Pen
 from otel_tasks_terminal.text import clean, counted, duration
-from otel_tasks_terminal.top.dialogs import Cancel, Help
+from otel_tasks_terminal.top.dialogs import Cancel, Help, Warnings
 from otel_tasks_terminal.top.keys import KEYS, bindings
 from otel_tasks_terminal.top.look import Look
+from otel_tasks_terminal.top.panel import Panel
 from otel_tasks_terminal.top.reader import Arrived, Away, Reader, Refused
-from otel_tasks_terminal.top.rows import RowList
+from otel_tasks_terminal.top.rows import Painter, RowList
+from otel_tasks_terminal.top.silence import Silenced, state_file
 from otel_tasks_terminal.top.summary import Summary
+from otel_tasks_terminal.top.timeline import Bars
 from otel_tasks_terminal.top.view import View
 
 if TYPE_CHECKING:
@@ -64,12 +68,19 @@ class Found(Message):
         self.answer = answer
 
 
+class WholeCells(ScrollBarRender):
+    """A scroll bar without characters: its ends are not drawn in parts of a cell."""
+
+    VERTICAL_BARS: ClassVar[list[str]] = [" "]
+
+
 class Top(App[int]):
     """The live view in a terminal.
 
     Args:
         client: The connection to the live view.
         ascii_only: Whether only ASCII may be written.
+        silenced: The warnings that are not shown.
     """
 
     ENABLE_COMMAND_PALETTE = False
@@ -82,31 +93,41 @@ class Top(App[int]):
     #main { height: 1fr; }
     RowList { width: 1fr; height: 1fr; scrollbar-size-vertical: 1; overflow-x: hidden; overflow-y: auto; }
     RowList > .rows--selected { background: $primary 30%; }
+    Top:nocolor RowList > .rows--selected { text-style: reverse; }
     #panel { width: 40%; min-width: 46; max-width: 70; height: 1fr; display: none; }
     #panel { scrollbar-size-vertical: 1; padding: 0 1; border-left: solid $primary 40%; }
     #panel.shown { display: block; }
     .narrow #main { layout: vertical; }
-    .narrow #panel { width: 1fr; max-width: 100%; border-left: none; border-top: solid $primary 40%; }
+    .narrow RowList { height: 2fr; }
+    .narrow #panel { height: 3fr; width: 1fr; max-width: 100%; }
+    .narrow #panel { border-left: none; border-top: solid $primary 40%; }
     .stale RowList, .stale #panel { text-opacity: 50%; }
     ModalScreen { align: center middle; }
     .dialog { width: 76; max-width: 100%; height: auto; max-height: 100%; padding: 1 2; }
-    .dialog { background: $surface; border: round $primary; }
+    .dialog { background: $surface; border: round $primary; scrollbar-size-vertical: 1; }
     .dialog Input { margin: 1 0 0 0; }
     .dialog Button { margin: 1 0 0 0; }
+    .dialog OptionList { height: auto; max-height: 20; border: none; padding: 0; margin: 0 0 1 0; }
+    #panel:focus { background: $primary 10%; }
+    .ascii #panel { border-left: ascii $primary; }
+    .ascii .narrow #panel { border-left: none; border-top: ascii $primary; }
+    .ascii .dialog { border: ascii $primary; }
+    .ascii .dialog Button, .ascii .dialog Input { border: none; height: 1; }
+    .ascii Toast { border: none; }
     """
 
-    def __init__(self, client: Client, *, ascii_only: bool = False) -> None:
+    def __init__(self, client: Client, *, ascii_only: bool = False, silenced: Silenced | None = None) -> None:
         super().__init__()
         self._client = client
         self._pen = Pen(ascii=ascii_only)
+        self.set_class(ascii_only, "ascii")
+        ScrollBar.renderer = WholeCells if ascii_only else ScrollBarRender
         self._reader = Reader(client, self.post_message)
         self.model = Model()
-        self._view = View(self.model)
+        self._silenced = silenced or Silenced()
+        self._view = View(self.model, self._silenced)
         self._held: list[Event] | None = None
         self._changes = 0
-        # The task of the panel as its row had it, and everything about it once that has come.
-        self._opened: Row = {}
-        self._details: Row | None = None
         # When the last event and the last key came, and the last list was asked for.
         self._heard = self._touched = self._asked = 0.0
         self._trouble = ""
@@ -121,9 +142,8 @@ class Top(App[int]):
         )
         yield Static("", id="note")
         with Horizontal(id="main"):
-            yield RowList(lambda: self.look, self.model.now, id="rows")
-            with VerticalScroll(id="panel", can_focus=False):
-                yield Static("", id="details")
+            yield RowList(lambda: self.painter, self.model.now, id="rows")
+            yield Panel(lambda: self.look, self.model.now, id="panel")
 
     def on_mount(self) -> None:
         """Begin to read."""
@@ -141,12 +161,17 @@ class Top(App[int]):
 
     def on_resize(self, event: Resize) -> None:
         """Put the panel beside the list, or below it."""
-        self.screen.set_class(event.size.width < WIDE, "narrow")
+        self.screen_stack[0].set_class(event.size.width < WIDE, "narrow")
 
     @property
     def look(self) -> Look:
         """How text is drawn, on the background of the moment."""
         return Look(self._pen, dark=self.current_theme.dark)
+
+    @property
+    def painter(self) -> Painter:
+        """What draws the rows."""
+        return Bars(self.look, self._view.timeline.span) if self._view.name == "timeline" else self.look
 
     # --- events -----------------------------------------------------------------------------------
 
@@ -155,7 +180,7 @@ class Top(App[int]):
         self._heard, self._trouble = time.monotonic(), ""
         event = message.event
         if event.name == "task":
-            self._show_details(event.data)
+            self.panel.take(event.data)
         elif self._held is not None and self.model.about:
             self._hold_event(event, self._held)
         else:
@@ -211,7 +236,7 @@ class Top(App[int]):
         answer = message.answer
         if isinstance(answer, CommandError):
             if message.what == "task" and message.asked == self._view.panel:
-                self._show_error(answer)
+                self.panel.fail(answer)
             elif message.what == "list":
                 self.notify(clean(answer, 200), severity="warning", markup=False)
         elif message.what == "list":
@@ -219,7 +244,7 @@ class Top(App[int]):
                 self._view.listing = answer
         elif message.what == "task":
             if message.asked == self._view.panel:
-                self._show_details(answer)
+                self.panel.take(answer)
         elif self.model.is_open(message.what):
             total = answer.get("total") or 0
             self.model.take(message.what, answer.get("rows", ()), (), total, full=True)
@@ -231,7 +256,7 @@ class Top(App[int]):
             return
         if time.monotonic() - self._asked >= REFRESH or self._view.listing is None:
             self._asked = time.monotonic()
-            self._ask("list", question, lambda client: client.listed(list(question), 200))
+            self._ask("list", question, question.answer)
 
     # --- drawing ----------------------------------------------------------------------------------
 
@@ -242,11 +267,11 @@ class Top(App[int]):
         self._refresh_list()
         base = self.screen_stack[0]
         base.set_class(not self.fresh, "stale")
-        base.query_one(Summary).show(self.model, self.look, self._state())
+        base.query_one(Summary).show(self.model, self._view.warnings, self.look, self._state())
         entries = self._view.entries(hold=time.monotonic() - self._touched < HOLD)
         base.query_one(RowList).show(entries)
-        base.query_one("#note", Static).update(self.look.text([(self._view.note(entries), "mute")]))
-        self._draw_details()
+        base.query_one("#note", Static).update(self.look.text([(self._view.note(), "mute")]))
+        self.panel.draw()
         self._reader.wanted = self._view.wanted()
 
     def _state(self) -> list[Cell]:
@@ -261,31 +286,12 @@ class Top(App[int]):
             return [(f"paused · {counted(self._changes, 'change')} waiting", "cancel")]
         return [("● live 1 s", "ok")]
 
-    def _show_details(self, answer: Row) -> None:
-        self._details = answer
-        self._draw_details()
-
-    def _draw_details(self) -> None:
-        """Draw the panel again: what it shows gets older each second."""
-        if self._details is not None:
-            lines = list(views.detail_parts({**self._details, "now": self.model.now()}))
-            panel = self.screen_stack[0].query_one("#panel")
-            cells = panel.scrollable_content_region.width
-            panel.query_one("#details", Static).update(self.look.wrapped(lines, cells))
-
-    def _show_error(self, error: CommandError) -> None:
-        self._details = None
-        self.screen_stack[0].query_one("#details", Static).update(
-            self.look.text([(clean(error, 300), "fail")])
-        )
-
     def _show_panel(self, task: Row | None) -> None:
-        self._details, self._opened = None, task or {}
-        panel = self.query_one("#panel")
-        panel.set_class(task is not None, "shown")
         self._view.panel = None if task is None else str(task.get("id") or task.get("task_id"))
-        self.query_one("#details", Static).update("" if task is None else self.look.text([("…", "mute")]))
-        if self._view.panel is not None:
+        if task is None or self._view.panel is None:
+            self.panel.close()
+        else:
+            self.panel.open(task)
             path = task_path(self._view.panel)
             self._ask("task", self._view.panel, lambda client: client.get(path))
         self.render_all()
@@ -296,6 +302,11 @@ class Top(App[int]):
     def rows(self) -> RowList:
         """The list."""
         return self.query_one(RowList)
+
+    @property
+    def panel(self) -> Panel:
+        """The panel."""
+        return self.screen_stack[0].query_one(Panel)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Leave keys to a dialog while it is open; each key keeps the rows in their places."""
@@ -314,6 +325,8 @@ class Top(App[int]):
             self._open(entry)
 
     def _open(self, entry: Entry) -> None:
+        if entry.kind == "band":
+            return
         if entry.kind == "more":
             self._expand(entry.row["key"], self._view.more(entry.row["key"]))
         elif entry.open is None:
@@ -348,7 +361,7 @@ class Top(App[int]):
 
     def action_next(self) -> None:
         """Go to the next task in trouble."""
-        listed = self._view.question is not None
+        listed = self._view.question is not None and self._view.name != "timeline"
         if not (
             self.rows.next(lambda entry: listed or _in_trouble(entry)) or self.rows.next(_has_cancelling)
         ):
@@ -373,7 +386,7 @@ class Top(App[int]):
 
     def action_sort(self) -> None:
         """Sort by something else."""
-        self._touched = 0.0
+        self._touched = self._asked = 0.0
         self.notify(f"sorted by {self._view.next_sort()}", timeout=2)
         self.render_all()
 
@@ -392,7 +405,7 @@ class Top(App[int]):
     def action_where(self) -> None:
         """List all tasks that wait at the line of the selected one."""
         entry = self.rows.current
-        task = (self._details or {}).get("task") or (entry.row if entry is not None else {})
+        task = self.panel.row or (entry.row if entry is not None else {})
         where = views.where(task)
         if where is None:
             self.notify("It is not known where this waits: open a task first.")
@@ -405,9 +418,17 @@ class Top(App[int]):
         self._view.choose("tree" if self._view.name != "tree" or self._view.question else "oldest")
         self._look_at_another()
 
+    def action_timeline(self) -> None:
+        """Show the timeline of the selected row, or the tree."""
+        if self._view.name == "timeline":
+            self._view.choose("tree")
+        else:
+            self._view.show_timeline(self.rows.current)
+        self._look_at_another()
+
     def action_ended(self) -> None:
         """Show the tasks that have ended."""
-        self._view.show_list([("state", "ended")], "ended, newest first")
+        self._view.show_ended()
         self._look_at_another()
 
     def action_finished(self) -> None:
@@ -417,8 +438,17 @@ class Top(App[int]):
 
     def action_warning(self, number: int) -> None:
         """List the tasks behind a warning."""
-        if self._view.open_warning(number - 1):
+        for warning in self._view.warnings[number - 1 : number]:
+            self._list_warned(warning)
+
+    def action_warnings(self) -> None:
+        """Show all warnings, and silence kinds of them."""
+        self.push_screen(Warnings(self.model, self._silenced, self.look), self._list_warned)
+
+    def _list_warned(self, warning: Row | None) -> None:
+        if warning is not None and self._view.open_warning(warning):
             self._look_at_another()
+        self.render_all()
 
     def _look_at_another(self) -> None:
         self._asked = 0.0
@@ -441,7 +471,7 @@ class Top(App[int]):
     def _target(self) -> Row:
         """The task of an open panel, even if the selection has moved on; otherwise the selected one."""
         if self._view.panel is not None:
-            return (self._details or {}).get("task") or self._opened
+            return self.panel.row
         entry = self.rows.current
         return entry.row if entry is not None and entry.kind == "task" else {}
 
@@ -450,6 +480,7 @@ class Top(App[int]):
         box = self.query_one("#filter", Input)
         if self._view.panel is not None and not box.has_focus:
             self._show_panel(None)
+            self.rows.focus()
             return
         box.set_class(False, "shown")
         box.value = ""
@@ -492,6 +523,6 @@ def _has_cancelling(entry: Entry) -> bool:
 
 def run(client: Client, *, ascii_only: bool = False) -> int:
     """Run the screen until the reader leaves it; return the exit code."""
-    app = Top(client, ascii_only=ascii_only)
+    app = Top(client, ascii_only=ascii_only, silenced=Silenced(state_file()))
     result = app.run()
     return app.return_code or 0 if result is None else result

@@ -1,12 +1,12 @@
-"""The dialogs: the keys, and the cancel of one task, whose target is fixed by its id."""
+"""The dialogs: the keys, the warnings, and the cancel of one task, whose target is fixed by its id."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from textual.containers import Vertical
+from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
-from textual.widgets import Button, Input, Static
+from textual.widgets import Button, Input, OptionList, Static
 
 from otel_tasks_terminal import phrases
 from otel_tasks_terminal.errors import CommandError, ExitCode
@@ -15,10 +15,13 @@ from otel_tasks_terminal.text import clean
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from rich.text import Text
     from textual.app import ComposeResult
 
     from otel_tasks_terminal.client import Client
+    from otel_tasks_terminal.model import Model
     from otel_tasks_terminal.top.look import Look
+    from otel_tasks_terminal.top.silence import Silenced
 
 Row = dict[str, Any]
 
@@ -27,6 +30,20 @@ SAYS = {
     "requested": "The cancellation is requested. The task still runs: it cleans up, or ignores the request.",
     "ended": "The task had already ended. Nothing was cancelled.",
 }
+
+
+class Dialog(VerticalScroll, can_focus=False):
+    """A frame with a title. It scrolls where the terminal is lower than its content.
+
+    Args:
+        title: What it is.
+        hint: How to close it.
+    """
+
+    def __init__(self, title: str, hint: str) -> None:
+        super().__init__(classes="dialog")
+        self.border_title = title
+        self.border_subtitle = hint
 
 
 class Help(ModalScreen[None]):
@@ -42,10 +59,71 @@ class Help(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         """Lay the keys out."""
         lines = [[(f"{key:<8}", "bold"), (says, None)] for key, says in self._keys]
-        with Vertical(classes="dialog"):
-            yield Static(
-                self._look.lines([[("Keys", "bold")], [], *lines, [], [("Esc closes this", "mute")]])
-            )
+        with Dialog("Keys", "Esc closes this"):
+            yield Static(self._look.lines(lines))
+
+
+class Warnings(ModalScreen[Row | None]):
+    """Shows all warnings, and silences kinds of them; its result is the one whose tasks are to be listed.
+
+    Args:
+        model: What is known.
+        silenced: The silenced kinds.
+        look: How text is drawn.
+    """
+
+    BINDINGS: ClassVar[list[Any]] = [
+        ("escape,exclamation_mark,q", "dismiss", "Close"),
+        ("j", "move('down')", "Next"),
+        ("k", "move('up')", "Previous"),
+        ("space", "turn", "Silence"),
+    ]
+
+    def __init__(self, model: Model, silenced: Silenced, look: Look) -> None:
+        super().__init__()
+        self._model = model
+        self._silenced = silenced
+        self._look = look
+        # A kind without a warning now is there too: it can be shown again.
+        now = {str(warning.get("kind")) for warning in model.warnings}
+        self._rows = [*model.warnings, *({"kind": kind} for kind in sorted(silenced.kinds - now))]
+
+    def compose(self) -> ComposeResult:
+        """Lay the warnings out."""
+        keys = "space silences a kind, or shows it again; Enter lists its tasks" if self._rows else "none now"
+        with Dialog("Warnings", "Esc closes this"):
+            yield OptionList(*map(self._line, self._rows))
+            yield Static(self._look.text([(keys, "mute")]))
+
+    def _line(self, warning: Row) -> Text:
+        kind = str(warning.get("kind"))
+        hidden = kind in self._silenced.kinds
+        words = clean(kind).replace("_", " ")
+        text = phrases.warning(warning, self._model.now()) if "count" in warning else f"{words} · none now"
+        return self._look.text(
+            [(f"{'silenced' if hidden else '!':<9} ", "mute" if hidden else "cancel"), (text, None)]
+        )
+
+    def action_move(self, step: str) -> None:
+        """Go to another warning."""
+        rows = self.query_one(OptionList)
+        rows.action_cursor_down() if step == "down" else rows.action_cursor_up()
+
+    def action_turn(self) -> None:
+        """Silence the kind of the selected warning, or show it again."""
+        rows = self.query_one(OptionList)
+        if rows.highlighted is None:
+            return
+        try:
+            self._silenced.toggle(str(self._rows[rows.highlighted].get("kind")))
+        except OSError as error:
+            self.notify(f"kept until this screen closes: {clean(error)}", severity="warning", markup=False)
+        for index, row in enumerate(self._rows):
+            rows.replace_option_prompt_at_index(index, self._line(row))
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """List the tasks behind a warning."""
+        self.dismiss(self._rows[event.option_index])
 
 
 class Cancel(ModalScreen[None]):
@@ -71,13 +149,13 @@ class Cancel(ModalScreen[None]):
 
     def compose(self) -> ComposeResult:
         """Lay the question out; it can be answered once it is known what it is about."""
-        with Vertical(classes="dialog"):
+        with Dialog("Cancel a task", "Esc closes this"):
             yield Static(self._look.text([(f"Cancel {self._name_of_task}?", "bold")]))
             yield Static("", id="facts")
             yield Input(placeholder="reason, for the log and the trace", max_length=500, id="reason")
             yield Static("", id="answer")
             yield Button("Cancel this task", id="go", disabled=True, variant="error")
-            yield Button("Close (Esc)", id="keep")
+            yield Button("Close", id="keep")
 
     def on_mount(self) -> None:
         """Look up what the task is now."""

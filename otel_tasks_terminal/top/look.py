@@ -61,6 +61,11 @@ class Look:
         self._pen = pen
         self._tones = DARK if dark else LIGHT
 
+    @property
+    def ascii(self) -> bool:
+        """Whether only ASCII may be written."""
+        return self._pen.ascii
+
     def text(self, parts: Iterable[Cell]) -> Text:
         """Put texts with their tones together."""
         made = Text(no_wrap=False, end="")
@@ -151,7 +156,7 @@ class Look:
         shape = "·" if entry.kind == "ghost" else SHAPES.get(str(row.get("status")), "?")
         head = f"{_indent(entry)}{shape} "
         # The name goes first: one finds a task by it.
-        name = cut(views.named(row), max(8, room - width(head) - (12 if says else 0)))
+        name = cut(views.named(row, entry.instance), max(8, room - width(head) - (12 if says else 0)))
         group = f"  {clean(row['group_id'])}" if entry.level == 0 and row.get("group_id") else ""
         left = room - width(head) - width(name)
         parts: list[Cell] = [(head, tone), (name, "bold" if tone == "cancel" else None)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from rich.segment import Segment
 from rich.style import Style
@@ -14,17 +14,29 @@ from textual.strip import Strip
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from rich.text import Text
     from textual import events
 
     from otel_tasks_terminal.model import Entry
-    from otel_tasks_terminal.top.look import Look
+
+
+class Painter(Protocol):
+    """Draws the rows."""
+
+    def heading(self, cells: int) -> Text:
+        """Draw the line above them."""
+        ...
+
+    def row(self, entry: Entry, now: float, cells: int) -> Text:
+        """Draw a row."""
+        ...
 
 
 class RowList(ScrollView, can_focus=True, inherit_bindings=False):
     """Shows entries; one is selected, by its key.
 
     Args:
-        look: Returns how rows are drawn.
+        painter: Returns what draws the rows.
         now: Returns the time on the server's clock.
     """
 
@@ -37,12 +49,14 @@ class RowList(ScrollView, can_focus=True, inherit_bindings=False):
             super().__init__()
             self.entry = entry
 
-    def __init__(self, look: Callable[[], Look], now: Callable[[], float], **options: Any) -> None:
+    def __init__(self, painter: Callable[[], Painter], now: Callable[[], float], **options: Any) -> None:
         super().__init__(**options)
-        self._look = look
+        self._painter = painter
         self._now = now
         self._entries: list[Entry] = []
         self._selected: str | None = None
+        # The row that the reader has selected last: another view shows it selected, if it has it.
+        self._wanted: str | None = None
 
     # --- entries ----------------------------------------------------------------------------------
 
@@ -50,14 +64,16 @@ class RowList(ScrollView, can_focus=True, inherit_bindings=False):
         """Show these entries; the selected one stays where it is on the screen."""
         before = self._index()
         kept = self._with_selected(entries)
-        if self._selected is None and kept:
-            self._selected = kept[0].key
+        begins = self._selected is None and bool(kept)
         self._entries = kept
         # The heading is a line of its own, which does not scroll away.
         self.virtual_size = Size(0, len(kept) + 1)
         after = self._index()
         if before is not None and after is not None and after != before:
             self.scroll_to(y=self.scroll_offset.y + after - before, animate=False, force=True)
+        if begins:
+            keys = [entry.key for entry in kept]
+            self._go(keys.index(self._wanted) if self._wanted in keys else 0)
         self.refresh()
 
     def _with_selected(self, entries: list[Entry]) -> list[Entry]:
@@ -97,7 +113,10 @@ class RowList(ScrollView, can_focus=True, inherit_bindings=False):
         """Select a row, and bring it into sight."""
         if not self._entries:
             return
-        index = max(0, min(len(self._entries) - 1, index))
+        self._go(max(0, min(len(self._entries) - 1, index)))
+        self._wanted = self._selected
+
+    def _go(self, index: int) -> None:
         self._selected = self._entries[index].key
         self.scroll_to_region(Region(0, index, 1, 2), animate=False, force=True)
         self.refresh()
@@ -151,7 +170,7 @@ class RowList(ScrollView, can_focus=True, inherit_bindings=False):
         cells = self.scrollable_content_region.width
         base = self.rich_style
         if y == 0:
-            text = self._look().heading(cells)
+            text = self._painter().heading(cells)
             return self._strip(text, cells, base)
         index = y - 1 + self.scroll_offset.y
         if index >= len(self._entries):
@@ -159,7 +178,7 @@ class RowList(ScrollView, can_focus=True, inherit_bindings=False):
         entry = self._entries[index]
         chosen = entry.key == self._selected
         style = self.get_component_rich_style("rows--selected") if chosen else base
-        return self._strip(self._look().row(entry, self._now(), cells), cells, style)
+        return self._strip(self._painter().row(entry, self._now(), cells), cells, style)
 
     def _strip(self, text: Any, cells: int, style: Style) -> Strip:
         segments = [

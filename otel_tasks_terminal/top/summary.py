@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from textual.widgets import Static
 
@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from otel_tasks_terminal.model import Model
     from otel_tasks_terminal.top.look import Look
 
+Row = dict[str, Any]
+
 MAX_WARNINGS = 4
+# The cells of a counter with its word. A wide screen has all counters in one line, a narrow one has no words.
+WORDS = 18
+WIDE = 6 * WORDS
+NARROW = 60
 # A counter: its word, its status, its column in a sample, and its key in the stats, or None for a rate.
 COUNTERS = (
     ("running", "running", 1, "running"),
@@ -31,10 +37,20 @@ COUNTERS = (
 class Summary(Static):
     """Shows the head."""
 
-    def show(self, model: Model, look: Look, state: Sequence[Cell]) -> None:
-        """Draw it again."""
+    def show(self, model: Model, warnings: Sequence[Row], look: Look, state: Sequence[Cell]) -> None:
+        """Draw it again.
+
+        Args:
+            model: What is known.
+            warnings: Those of its warnings that are not silenced.
+            look: How text is drawn.
+            state: How fresh it is.
+        """
         cells = max(20, self.size.width or self.app.size.width)
-        self.update(look.lines(list(_lines(model, look, state, cells, small=self.app.size.height < 20))))
+        lines = [*_lines(model, look, state, cells, small=self.app.size.height < 20)]
+        if model.about:
+            lines += _warnings(warnings, len(model.warnings) - len(warnings), model.now())
+        self.update(look.lines(lines))
 
 
 def _lines(
@@ -49,22 +65,35 @@ def _lines(
         *state,
         (f"  {views.access(model)}", "mute"),
     ]
-    if small or cells < 72:
+    if small or cells < NARROW:
         yield [
             (f"{SHAPES[status]} {_value(model, column, key)}  ", TONES[status])
             for _, status, column, key in COUNTERS
         ]
+    elif cells < WIDE:
+        yield from _half(model, look, cells // 3)
     else:
         yield from _counters(model, look, min(20, cells // len(COUNTERS)))
-    now = model.now()
-    for index, warning in enumerate(model.warnings[:MAX_WARNINGS], 1):
-        opens = f"{index} " if warning.get("query") else "  "
-        yield [
-            (f"! {phrases.warning(warning, now)}  ", "cancel"),
-            (f"[{opens.strip()}]" if opens.strip() else "", "mute"),
-        ]
-    if len(model.warnings) > MAX_WARNINGS:
-        yield [(f"! {counted(len(model.warnings) - MAX_WARNINGS, 'more warning')}", "cancel")]
+
+
+def _warnings(shown: Sequence[Row], silenced: int, now: float) -> Iterator[Sequence[Cell]]:
+    for index, warning in enumerate(shown[:MAX_WARNINGS], 1):
+        opens = f"[{index}]" if warning.get("query") else ""
+        yield [(f"! {phrases.warning(warning, now)}  ", "cancel"), (opens, "mute")]
+    if len(shown) > MAX_WARNINGS:
+        yield [(f"! {counted(len(shown) - MAX_WARNINGS, 'more warning')}  ", "cancel"), ("[!]", "mute")]
+    if silenced:
+        yield [(f"{counted(silenced, 'warning')} silenced  [!]", "mute")]
+
+
+def _half(model: Model, look: Look, cells: int) -> Iterator[Sequence[Cell]]:
+    """Two lines of three counters, each with its minute beside it: no word is cut."""
+    for first in (0, 3):
+        parts: list[Cell] = []
+        for word, status, column, key in COUNTERS[first : first + 3]:
+            text = fit(f"{SHAPES[status]} {_value(model, column, key)} {word}", WORDS)
+            parts.append((f"{text} {look.spark(model.series(column), cells - WORDS - 2)} ", TONES[status]))
+        yield parts
 
 
 def _counters(model: Model, look: Look, cells: int) -> Iterator[Sequence[Cell]]:

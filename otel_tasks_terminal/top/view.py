@@ -1,19 +1,20 @@
-"""The view: which rows are in sight (the tree, the oldest tasks, a list), and what the feed must bring."""
+"""The view: which rows are in sight (tree, oldest tasks, list, timeline), and what the feed must bring."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl
 
 from otel_tasks_terminal import phrases
-from otel_tasks_terminal.model import SORTS, Entry, Model, ended_key, task_order
-from otel_tasks_terminal.text import clean, counted, number
+from otel_tasks_terminal.model import SORTS, Entry, Model, task_entry, task_order
+from otel_tasks_terminal.text import clean, number
+from otel_tasks_terminal.top.timeline import Timeline
 
 if TYPE_CHECKING:
-    from otel_tasks_terminal.client import Pairs
+    from otel_tasks_terminal.client import Client, Pairs
+    from otel_tasks_terminal.top.silence import Silenced
 
 Row = dict[str, Any]
-Question = tuple[tuple[str, str], ...]
 
 OLDEST = 50
 # How many tasks of an opened row are shown: at first, and with each "more".
@@ -21,6 +22,42 @@ STEPS = (200, 400, 1000)
 # What one stream may bring.
 MAX_EXPANDED = 20
 MAX_TASKS = 2000
+# How many tasks a list has, and how many live and ended ones a timeline.
+LISTED = 200
+BARS = 100
+
+
+class Question(NamedTuple):
+    """A list that the service makes.
+
+    Attributes:
+        pairs: Which tasks.
+        label: Their name, for people.
+        states: The live tasks, the ended ones, both, or the ended ones if none is live.
+        sort: Which of the live tasks come first.
+        limit: How many of each.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+    label: str
+    states: Literal["live", "ended", "both", "live, or ended"] = "live"
+    sort: str = "status"
+    limit: int = LISTED
+
+    def answer(self, client: Client) -> Row:
+        """Fetch the list.
+
+        Raises:
+            CommandError: There is no answer.
+        """
+        live: Row = {"rows": [], "total": 0}
+        ended = live
+        if self.states != "ended":
+            sort = "age" if self.sort == "count" else self.sort
+            live = client.listed([*self.pairs, ("sort", sort)], self.limit)
+        if self.states in ("ended", "both") or (self.states == "live, or ended" and not live["rows"]):
+            ended = client.listed([*self.pairs, ("state", "ended")], self.limit)
+        return {"live": live, "ended": ended, "rows": [*live["rows"], *ended["rows"]]}
 
 
 class View:
@@ -28,18 +65,23 @@ class View:
 
     Args:
         model: What is known.
+        silenced: The warnings that are not shown.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, silenced: Silenced) -> None:
         self._model = model
+        self._silenced = silenced
         self.name = "tree"
         self.words = ""
-        self.question: Question | None = None
+        # The answer to the question.
         self.listing: Row | None = None
         self.finished = False
         # The task of the panel, by its id.
         self.panel: str | None = None
-        self._label = ""
+        self.timeline = Timeline(model)
+        self._list: Question | None = None
+        # Whose timeline: as chosen last, or that of everything.
+        self._scope: Question | None = None
         self._sort = SORTS[0]
         # The opened classes, the last one at the end, and how many of their tasks are shown.
         self._limits: dict[str, int] = {}
@@ -47,28 +89,60 @@ class View:
     # --- choice -----------------------------------------------------------------------------------
 
     def choose(self, name: str) -> None:
-        """Look at the tree, or at the oldest tasks."""
-        self.name, self.words, self.question, self.listing = name, "", None, None
+        """Look at the tree, at the oldest tasks, or at a timeline."""
+        self.name, self.words, self._list, self.listing = name, "", None, None
 
     def search(self, words: str) -> None:
         """Look at the tasks with these words; without any, at the tree."""
         self.choose("tree")
         if words:
-            self.show_list([("q", words)], f"filter {clean(words)!r}")
+            self._show(Question((("q", words),), f"filter {clean(words)!r}", "live, or ended"))
             self.words = words
 
     def show_list(self, pairs: Pairs, label: str) -> None:
-        """Look at the tasks that a query finds."""
-        self.choose("tree")
-        self.question, self._label = tuple(pairs), label
+        """Look at the live tasks that a query finds."""
+        self._show(Question(tuple(pairs), label))
 
-    def open_warning(self, index: int) -> bool:
+    def show_ended(self) -> None:
+        """Look at the tasks that have ended."""
+        self._show(Question((), "ended, newest first", "ended"))
+
+    def show_timeline(self, entry: Entry | None) -> None:
+        """Look at the timeline of a group, of a class, or of the group that a task belongs to."""
+        if entry is not None:
+            row = entry.row
+            if entry.kind == "group" and row.get("parent") is None:
+                self._scope = None
+            elif entry.kind in ("group", "class"):
+                self._scope = _bars([("key", entry.key)], row.get("name"))
+            elif row.get("group_id"):
+                self._scope = _bars([("group_id", str(row["group_id"]))], row["group_id"])
+        self.choose("timeline")
+
+    def _show(self, question: Question) -> None:
+        self.choose("tree")
+        self._list = question
+
+    @property
+    def question(self) -> Question | None:
+        """The list that is in sight; None for the views that the stream feeds."""
+        question = self._list
+        if self.name == "timeline":
+            root = next(iter(self._model.children(None)), {})
+            question = self._scope or _bars([], root.get("name"))
+        return None if question is None else question._replace(sort=self._sort)
+
+    def open_warning(self, warning: Row) -> bool:
         """Look at the tasks behind a warning; return whether they can be listed."""
-        warnings = self._model.warnings[index : index + 1]
-        if not warnings or not warnings[0].get("query"):
+        if not warning.get("query"):
             return False
-        self.show_list(parse_qsl(warnings[0]["query"]), phrases.warning(warnings[0], self._model.now()))
+        self.show_list(parse_qsl(warning["query"]), phrases.warning(warning, self._model.now()))
         return True
+
+    @property
+    def warnings(self) -> list[Row]:
+        """The warnings that are shown."""
+        return self._silenced.rest(self._model.warnings)
 
     def next_sort(self) -> str:
         """Sort by the next criterion, and return it."""
@@ -119,8 +193,11 @@ class View:
 
     def entries(self, *, hold: bool) -> list[Entry]:
         """Return the rows."""
-        if self.question is not None:
-            return self._flat("list", (self.listing or {}).get("rows", []), hold=hold)
+        listed: list[Row] = (self.listing or {}).get("rows", [])
+        if self.name == "timeline":
+            return self.timeline.entries(listed)
+        if self._list is not None:
+            return self._flat("list", listed, hold=hold)
         if self.name == "oldest":
             return self._flat("oldest", self._model.members("oldest") or [], hold=hold)
         return self._model.tree(self._sort, finished=self.finished, hold=hold)
@@ -130,19 +207,13 @@ class View:
         live = [task for task in tasks if "ended" not in task]
         sort = "age" if name == "oldest" else self._sort
         arranged = self._model.arrange(name, live, lambda task: task_order(task, sort), hold=hold)
-        return [
-            *(Entry(task["id"], "task", 0, task) for task in arranged),
-            *(Entry(ended_key(task), "ended", 0, task) for task in ended),
-        ]
+        return [task_entry(task, 0) for task in (*arranged, *ended)]
 
-    def note(self, entries: list[Entry]) -> str:
+    def note(self) -> str:
         """What the list is, and what it leaves out."""
-        if self.question is not None:
-            if self.listing is None:
-                return f"{self._label} · …"
-            total = self.listing.get("total") or 0
-            shown = "" if total <= len(entries) else f", {number(len(entries))} shown"
-            return f"{self._label} · {counted(total, 'task')}{shown} · Esc: back"
+        question = self.question
+        if question is not None:
+            return f"{self._listed(question)} · Esc: back"
         if self.name == "oldest":
             return f"the {OLDEST} oldest tasks · t: tree"
         if not self._model.about:
@@ -155,3 +226,31 @@ class View:
         rest = f" · not shown: {', '.join(more)}" if more else ""
         empty = "nothing runs · " if not self._model.stats.get("live") else ""
         return f"{empty}sorted by {self._sort}{rest} · ?: keys"
+
+    def _listed(self, question: Question) -> str:
+        """What a list is, how many tasks it has, and how many of them are not shown."""
+        timed = self.name == "timeline"
+        label = f"timeline of {question.label}" if timed else question.label
+        if self.listing is None:
+            return f"{label} · …"
+        live, ended = self.listing["live"], self.listing["ended"]
+        if timed and not self.listing["rows"]:
+            return f"No task of {question.label} is live, and none is remembered."
+        parts = [_of(live, "live")] if question.states != "ended" else []
+        if ended["rows"] or question.states in ("ended", "both"):
+            parts.append(_of(ended, "ended"))
+        searched = ", not all were searched" if live.get("partial") else ""
+        return f"{label} · {', '.join(parts)}{searched}"
+
+
+def _bars(pairs: Pairs, label: object) -> Question:
+    return Question(tuple(pairs), clean(label or ""), "both", limit=BARS)
+
+
+def _of(answer: Row, state: str) -> str:
+    """How many tasks there are, and how many of them are shown: ``140 live``, ``100 of 340 live``."""
+    total, shown = answer.get("total") or 0, len(answer["rows"])
+    if not answer.get("next"):
+        # All of them. Some may have ended between the count and the rows.
+        return f"{number(shown)} {state}"
+    return f"{number(shown)} of {number(total)} {state}" if total > shown else f"{number(total)} {state}"
