@@ -101,6 +101,7 @@ REASONS = {
     CancelKind.SIBLING_FAILED: "Another task of its scoped group, or of an `asyncio.TaskGroup`, raised.",
     CancelKind.SCOPE_ENDED: "Its request or its block ended, or the block raised.",
     CancelKind.REPLACED: "A task of the same name replaced it.",
+    CancelKind.HOST_LOST: "The process that owned the work is gone, or another process runs it now.",
     CancelKind.FOREIGN: "It ended with a `CancelledError` that no cancel request caused.",
 }
 

@@ -914,3 +914,37 @@ async def test_wait_until_done_of_none_does_not_wait() -> None:
     """Without tasks it returns at once."""
     with pytest.raises(StopIteration):
         wait_until_done([]).send(None)
+
+
+# -- the deadline -----------------------------------------------------------------------------------
+
+
+async def test_a_task_knows_its_deadline_before_it_starts_and_while_it_runs() -> None:
+    """It is the loop's time at its creation plus its timeout, also for a task that waits for its place."""
+    manager = TaskManager(max_concurrency=1)
+    began = now()
+    running = manager.create_task(asyncio.sleep(2), timeout=30)
+    queued = manager.create_task(asyncio.sleep(1), timeout=10)
+    plain = manager.create_task(asyncio.sleep(1))
+    endless = manager.create_task(asyncio.sleep(1), timeout=float("inf"))
+    assert [task.deadline for task in (running, queued, plain, endless)] == [
+        began + 30,
+        began + 10,
+        None,
+        None,
+    ]
+    await asyncio.sleep(2.5)
+    assert [task.deadline for task in (running, queued)] == [began + 30, began + 10]
+    await manager.join()
+    assert queued.deadline == began + 10
+
+
+async def test_the_deadline_is_on_the_clock_of_the_loop() -> None:
+    """A task that has not started converts it, where the manager's clock is another one."""
+    manager = TaskManager()
+    task = manager.create_task(give(1), timeout=10)
+    home = manager._ledger.home
+    home.other_clock = lambda: now() + 5000
+    assert task.deadline == now() + 10 - 5000
+    home.other_clock = None
+    await task

@@ -17,9 +17,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks._core.binding import awaiting, bound_request, current_binding
+from otel_tasks._core.clock import clock_of, now
 from otel_tasks._core.constructs import Found, found_on_stack, is_timeout_of, known_cause
 from otel_tasks._core.events import CancelCause, own_name
 from otel_tasks._core.log import logger
@@ -57,6 +59,30 @@ def passing(cause: CancelCause | None) -> Generator[None]:
 def passed_down() -> CancelCause | None:
     """The cause of the cancellation that is on its way down."""
     return _passing.cause
+
+
+def chosen_cause(given: object, reason: str | None, asked_by: str | None = None) -> CancelCause:
+    """Return the cause that a caller has given, with a time, or make one of its reason here and now.
+
+    Raises:
+        TypeError: ``given`` is not a cause, or comes with a reason or a requester.
+    """
+    if given is None:
+        made = CancelCause.make(CancelKind.EXPLICIT, reason)
+        return made if asked_by is None else replace(made, asked_by=asked_by)
+    if not isinstance(given, CancelCause):
+        raise TypeError(
+            f"cause must be a CancelCause, got {given!r}: "
+            'pass the reason, as in cancel_task(name, "superseded"), to have one made'
+        )
+    if reason is not None or asked_by is not None:
+        raise TypeError("pass either cause, or reason and asked_by: a cause has a message and a requester")
+    return given if given.at is not None else replace(given, at=now())
+
+
+def cause_elsewhere(loop: asyncio.AbstractEventLoop, message: str | None) -> CancelCause:
+    """Make a cause in a thread, with the time of the clock of the loop that it is for."""
+    return replace(CancelCause.make(CancelKind.EXPLICIT, message), at=clock_of(loop)())
 
 
 def cause_of_cancel(task: asyncio.Task[Any], message: object, request: BoundRequest | None = None) -> Found:

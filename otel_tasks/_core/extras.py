@@ -45,6 +45,15 @@ class Supervision(Protocol):
         ...
 
 
+class Timed(Protocol):
+    """A task, as far as its deadline depends on it."""
+
+    @property
+    def created_at(self) -> float: ...
+
+    def get_loop(self) -> asyncio.AbstractEventLoop: ...
+
+
 class Queue(Protocol):
     """The group that counts a task as queued."""
 
@@ -150,6 +159,21 @@ class Extras:
         if self.place_again is not None:
             return not self.place_again.done()
         return self.place_granted is not None and not self.place_granted.done()
+
+    def deadline(self, task: Timed, clock: Callable[[], float] | None) -> float | None:
+        """Return the time of the loop at which the task's own timeout expires; None without one.
+
+        Args:
+            task: The task.
+            clock: The manager's clock; None means the loop's ``time()``.
+        """
+        if self.timeout is not None:
+            return self.timeout.when()
+        if self.seconds is None:
+            return None
+        # The wrapper that starts the timeout has not run yet.
+        drift = 0.0 if clock is None else task.get_loop().time() - clock()
+        return task.created_at + self.seconds + drift
 
     def count_for(
         self,

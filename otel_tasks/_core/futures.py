@@ -16,8 +16,9 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from otel_tasks._core.binding import worker_here
+from otel_tasks._core.causes import cause_elsewhere
 from otel_tasks._core.native import add_done_callback
-from otel_tasks._core.task import ManagedTask, cause_elsewhere, extras_of, request_cancel
+from otel_tasks._core.task import ManagedTask, extras_of, request_cancel
 from otel_tasks.exceptions import WrongLoopError
 
 if TYPE_CHECKING:

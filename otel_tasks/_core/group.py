@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, TypeVarTuple, overload
 
 from otel_tasks._core.awaiters import hosts_of, with_awaiters
+from otel_tasks._core.causes import cause_elsewhere
 from otel_tasks._core.checks import check_choice, check_count, check_flag, checked_name, checked_seconds
 from otel_tasks._core.coroutines import check_coroutine, close_quietly, function_name, made_coroutine
 from otel_tasks._core.creation import Creation
@@ -33,7 +34,7 @@ from otel_tasks._core.progress import add_up
 from otel_tasks._core.retry import check_retried
 from otel_tasks._core.scope import OnError, Scope
 from otel_tasks._core.state import CancelKind, TaskPriority
-from otel_tasks._core.task import ManagedTask, cause_elsewhere, reported, request_cancel
+from otel_tasks._core.task import ManagedTask, reported, request_cancel
 from otel_tasks._core.telemetry import GROUP_ID, GROUP_NAME, MANAGER_NAME, low_cardinality, start_group_span
 from otel_tasks._core.tree import renew
 from otel_tasks._core.waiting import wait_until_done

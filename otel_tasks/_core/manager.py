@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from otel_tasks._core.causes import passing
+from otel_tasks._core.causes import chosen_cause, passing
 from otel_tasks._core.checks import (
     check_count,
     check_manager_numbers,
@@ -16,7 +15,6 @@ from otel_tasks._core.checks import (
 )
 from otel_tasks._core.eager import EAGER
 from otel_tasks._core.ending import Ending
-from otel_tasks._core.events import CancelCause
 from otel_tasks._core.frames import Stacks, calling_line
 from otel_tasks._core.group import TaskGroup
 from otel_tasks._core.info import NO_RESULT, TaskInfo
@@ -29,7 +27,7 @@ from otel_tasks._core.places import Limiter, Places, checked_limiter
 from otel_tasks._core.shutdown import ShutdownBounds, ShutdownReport, cancel_groups, shut_down, wait_for_end
 from otel_tasks._core.signals import write_on_signal
 from otel_tasks._core.starting import Starting
-from otel_tasks._core.state import CancelKind, TaskStatus
+from otel_tasks._core.state import TaskStatus
 from otel_tasks._core.telemetry.providers import Telemetry
 from otel_tasks._core.threads import Threads
 from otel_tasks._core.tree import Ledger
@@ -42,6 +40,7 @@ if TYPE_CHECKING:
     from typing import Self, TextIO
 
     from otel_tasks._core.backoff import RetryPolicy
+    from otel_tasks._core.events import CancelCause
     from otel_tasks._core.options import FromManager, Trace
     from otel_tasks._core.records import TaskEvent, TaskStats
     from otel_tasks._core.scope import OnError
@@ -642,6 +641,7 @@ class TaskManager(Starting, Looking):
         group: str | TaskGroup | None = None,
         timeout: float | None = 10.0,
         asked_by: str | None = None,
+        cause: CancelCause | None = None,
     ) -> bool:
         """Cancel a task and wait until it has ended.
 
@@ -651,6 +651,8 @@ class TaskManager(Starting, Looking):
             group: Look in this group alone, as for ``get_task``.
             timeout: Seconds to wait for the task's end, at least 0. None means no limit.
             asked_by: The person who wants it, for the cause. None names the code that calls.
+            cause: A cause that was made elsewhere, such as in another process, instead of ``reason`` and
+                ``asked_by``. Without a time, it gets that of this call.
 
         Returns:
             True if the cancellation was requested and ended the task. False if no live task has this name,
@@ -658,7 +660,8 @@ class TaskManager(Starting, Looking):
 
         Raises:
             WrongLoopError: The manager has live tasks in another loop.
-            TypeError: ``name`` is not a string, or ``timeout`` is not a number.
+            TypeError: ``name`` is not a string, ``timeout`` is not a number, or ``cause`` is not a cause or
+                comes with a reason.
             ValueError: ``timeout`` is negative.
 
         Cancellation: cancelling the caller ends the wait; the task stays cancelled.
@@ -669,13 +672,13 @@ class TaskManager(Starting, Looking):
             >>> await manager.cancel_task("import", reason="superseded")
         """
         seconds = checked_seconds("timeout", timeout)
+        chosen = chosen_cause(cause, reason, asked_by)
         caller = self._caller()
         task = self._lookup.task(name, group)
         if task is None or task.done():
             return False
-        cause = CancelCause.make(CancelKind.EXPLICIT, reason)
-        with passing(cause if asked_by is None else replace(cause, asked_by=asked_by)):
-            task.cancel(reason)
+        with passing(chosen):
+            task.cancel(chosen.message)
         # A task that cancels itself ends at its next await. It must not be this one.
         return task is not caller and await wait_for_end([task], seconds) == 1
 
@@ -686,6 +689,7 @@ class TaskManager(Starting, Looking):
         *,
         grace: float = 0.0,
         timeout: float | None = 10.0,
+        cause: CancelCause | None = None,
     ) -> int:
         """Cancel all tasks of a group and of the groups below it, and wait for them together.
 
@@ -699,6 +703,7 @@ class TaskManager(Starting, Looking):
             reason: Recorded with the cause of each task.
             grace: Seconds between the cancel event and the cancellation, at least 0; 0 cancels immediately.
             timeout: Seconds to wait for the tasks' end after that, at least 0. None means no limit.
+            cause: A cause that was made elsewhere, instead of ``reason``, as for ``cancel_task``.
 
         Returns:
             How many tasks the cancellation ended. Tasks that still run after ``timeout`` are logged and stay
@@ -706,7 +711,8 @@ class TaskManager(Starting, Looking):
 
         Raises:
             WrongLoopError: The manager has live tasks in another loop.
-            TypeError: ``group`` is neither a name nor a group, or a duration is not a number.
+            TypeError: ``group`` is neither a name nor a group, a duration is not a number, or ``cause`` is
+                not a cause or comes with a reason.
             ValueError: ``group`` belongs to another manager, or a duration is negative.
 
         Cancellation: cancelling the caller ends the grace or the wait; the tasks are cancelled.
@@ -716,9 +722,8 @@ class TaskManager(Starting, Looking):
         Example:
             >>> await manager.cancel_group("ingest", reason="no longer wanted")
         """
-        return await cancel_groups(
-            self._ledger, self._caller(), self._lookup.groups(group), reason, grace, timeout
-        )
+        chosen = chosen_cause(cause, reason)
+        return await cancel_groups(self._caller(), self._lookup.groups(group), chosen, grace, timeout)
 
     async def cancel_all_tasks(
         self, reason: str | None = None, *, grace: float = 0.0, timeout: float | None = 10.0
@@ -742,7 +747,8 @@ class TaskManager(Starting, Looking):
         Example:
             >>> await manager.cancel_all_tasks(reason="reload")
         """
-        return await cancel_groups(self._ledger, self._caller(), [self._root], reason, grace, timeout)
+        chosen = chosen_cause(None, reason)
+        return await cancel_groups(self._caller(), [self._root], chosen, grace, timeout)
 
     async def shutdown(
         self,

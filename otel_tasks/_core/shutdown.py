@@ -88,20 +88,18 @@ class ShutdownBounds(NamedTuple):
 
 
 async def cancel_groups(
-    ledger: Ledger,
     caller: asyncio.Task[Any] | None,
     groups: list[TaskGroup],
-    reason: str | None,
+    cause: CancelCause,
     grace: float,
     timeout: float | None,
 ) -> int:
     """Cancel the tasks of ``groups`` and below them, and wait for them; see ``TaskManager.cancel_group``.
 
     Args:
-        ledger: The manager's ledger.
         caller: The calling task; it and the tasks that await it are spared.
         groups: The groups to cancel.
-        reason: Recorded with the cause.
+        cause: Recorded with each task.
         grace: Seconds between the cancel event and the cancellation.
         timeout: Seconds to wait for the tasks' end after that. None means no limit.
 
@@ -114,9 +112,8 @@ async def cancel_groups(
     seconds = checked_seconds("timeout", timeout)
     # A task that awaits the caller cannot end before it, and would pass the cancellation on to it.
     spared = with_awaiters(caller)
-    cause = CancelCause.make(CancelKind.EXPLICIT, reason)
     tasks = _others(groups, spared)
-    announced = [node for group in groups for node in group._signal_cancel(cause)]
+    announced = _signal(groups, cause)
     try:
         if patience != 0.0:
             await wait_until_done(tasks, patience)
@@ -124,12 +121,46 @@ async def cancel_groups(
         tasks = list(dict.fromkeys([*tasks, *_others(groups, spared)]))
     finally:
         # Also if the caller is cancelled during the grace: the cancel events are already set.
-        for group in groups:
-            group._cancel_tasks(cause, spared=spared)
-            if group._scope is not None and group._scope.host not in spared:
-                group._scope.cancel_body(cause)
-        renew(announced, cause)
+        _cancel_signalled(groups, announced, cause, spared)
     return await wait_for_end(tasks, seconds)
+
+
+def request_groups(
+    groups: list[TaskGroup], cause: CancelCause, caller: asyncio.Task[Any] | None, before: float
+) -> list[ManagedTask[Any]]:
+    """Request the cancellation of the tasks of ``groups`` and below them, and return them.
+
+    Args:
+        groups: The groups to cancel.
+        cause: Recorded with each task.
+        caller: The calling task; it and the tasks that await it are spared.
+        before: Spare the tasks that were created after this time, and leave the groups of these open.
+    """
+    spared = with_awaiters(caller)
+    tasks = _others(groups, spared)
+    older = [task for task in tasks if task._created_at <= before]
+    if len(older) < len(tasks):
+        request_cancel_all(older, cause)
+        return older
+    _cancel_signalled(groups, _signal(groups, cause), cause, spared)
+    return tasks
+
+
+def _signal(groups: list[TaskGroup], cause: CancelCause) -> list[TaskGroup]:
+    return [node for group in groups for node in group._signal_cancel(cause)]
+
+
+def _cancel_signalled(
+    groups: list[TaskGroup],
+    announced: list[TaskGroup],
+    cause: CancelCause,
+    spared: Collection[asyncio.Future[Any]],
+) -> None:
+    for group in groups:
+        group._cancel_tasks(cause, spared=spared)
+        if group._scope is not None and group._scope.host not in spared:
+            group._scope.cancel_body(cause)
+    renew(announced, cause)
 
 
 async def wait_for_end(tasks: list[ManagedTask[Any]], timeout: float | None) -> int:

@@ -114,6 +114,7 @@ class CancelKind(StrEnum):
     SIBLING_FAILED = "sibling_failed"
     SCOPE_ENDED = "scope_ended"
     REPLACED = "replaced"
+    HOST_LOST = "host_lost"
     FOREIGN = "foreign"
 
 

@@ -11,7 +11,6 @@ import asyncio
 import threading
 import traceback
 from asyncio import Future, _get_running_loop
-from dataclasses import replace
 from threading import get_ident
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,9 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from otel_tasks._core.awaiters import WAITING, may_retrieve, waits
 from otel_tasks._core.binding import intercepted, stopping
 from otel_tasks._core.cancellation import cancel_once
-from otel_tasks._core.causes import cause_of_cancel, passed_down, passing
+from otel_tasks._core.causes import cause_elsewhere, cause_of_cancel, passed_down, passing
 from otel_tasks._core.checks import checked_name
-from otel_tasks._core.clock import clock_of
 from otel_tasks._core.constructs import known_cause, name_of_timeout
 from otel_tasks._core.coroutines import OwnCoroutine
 from otel_tasks._core.current import set_managed_task
@@ -125,6 +123,18 @@ class ManagedTask(asyncio.Task[T]):
     def created_at(self) -> float:
         """The time of its creation, on the clock of ``TaskInfo``."""
         return self._created_at
+
+    @property
+    def deadline(self) -> float | None:
+        """The time at which its own ``timeout`` expires, on the clock of ``loop.time()``; None without one.
+
+        It does not include the timeouts of groups, of a request, and of ``asyncio.timeout()`` blocks.
+
+        Example:
+            >>> left = task.deadline - asyncio.get_running_loop().time()
+        """
+        clock = self._group._ledger.home.other_clock
+        return None if self._extras is None else self._extras.deadline(self, clock)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -398,11 +408,6 @@ def _cancel_from_elsewhere(task: ManagedTask[Any], message: object) -> bool:
         # The loop is closed: the task can neither be cancelled nor end.
         return False
     return True
-
-
-def cause_elsewhere(loop: asyncio.AbstractEventLoop, message: str | None) -> CancelCause:
-    """Make a cause in a thread, with the time of the clock of the loop that it is for."""
-    return replace(CancelCause.make(CancelKind.EXPLICIT, message), at=clock_of(loop)())
 
 
 # The variants for managed tasks of functions in modules that do not know them.

@@ -58,6 +58,15 @@ def ids_in_hex(span: SpanContext | None) -> tuple[str | None, str | None]:
         return None, None
 
 
+def span_from_hex(trace_id: str | None, span_id: str | None) -> SpanContext | None:
+    """Return the identity of a span of another process; None unless both ids are valid, in hex."""
+    try:
+        span = SpanContext(int(trace_id or "", 16), int(span_id or "", 16), is_remote=True)
+        return span if span.is_valid else None
+    except ValueError:
+        return None
+
+
 def quiet_context() -> contextvars.Context:
     """Create a context for work that no request caused: it has no foreign trace and starts no spans.
 
