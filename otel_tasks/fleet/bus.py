@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from otel_tasks.exceptions import OtelTasksError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Collection, Mapping
+    from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 
 # Seconds that the log keeps an entry.
 KEPT: Final = 3600.0
@@ -27,12 +27,21 @@ CALL_TIMEOUT: Final = 3.0
 # Seconds after which a lease or a claim that nobody renews expires, and between two renewals.
 LEASE: Final = 6.0
 RENEWED_EVERY: Final = 2.0
+# Seconds for which a finished execution is remembered.
+DONE_KEPT: Final = 30.0
+# Seconds after which an inbox that nothing is written to is gone, and the entries that it has at most.
+INBOX_KEPT: Final = 60.0
+INBOX_LIMIT: Final = 10_000
 # The position before all entries.
 START: Final = "0-0"
 
 
 class BusUnavailableError(OtelTasksError):
     """The server that joins the fleet cannot be reached, does not answer, or refuses to write."""
+
+
+class BusRefusedError(BusUnavailableError):
+    """The server answers, and refuses this process: a password, a permission, a certificate, its version."""
 
 
 class Entry(NamedTuple):
@@ -67,8 +76,22 @@ class Bus(Protocol):
         """The server, without a password, for messages."""
         ...
 
+    @property
+    def renew_blocks(self) -> bool:
+        """True if ``renew`` waits for the server, so that it needs a thread."""
+        ...
+
+    @property
+    def server_age(self) -> float:
+        """Seconds for which the server had been running at the last ``connect``; 0 if unknown."""
+        ...
+
     async def connect(self) -> None:
-        """Connect, or check that the server answers; called again after each failure."""
+        """Connect, or check that the server answers and can be written to; called again after each failure.
+
+        Raises:
+            BusRefusedError: To try again is useless until somebody has changed the settings.
+        """
         ...
 
     async def close(self) -> None:
@@ -79,6 +102,10 @@ class Bus(Protocol):
         """Append an entry to the log, drop what is older than ``KEPT``, and return the new entry's id."""
         ...
 
+    async def lost(self, ids: Sequence[str]) -> set[str]:
+        """Return those of these entries that the log no longer has: its server has lost data."""
+        ...
+
     async def send(self, inboxes: Mapping[str, Collection[bytes]]) -> None:
         """Append entries to the inboxes of these nodes, in one round trip."""
         ...
@@ -87,10 +114,12 @@ class Bus(Protocol):
         """Iterate over the log after a position, and over an inbox, in batches.
 
         An empty batch says once that everything written before the call has been read. From then on, it waits
-        for new entries, on a connection of its own.
+        for new entries, on a connection of its own. If the log ends before the position, because the server
+        has lost data, it is read from its start.
 
         Args:
-            inbox: The node whose inbox to read; entries that came before the call are read too.
+            inbox: The node whose inbox to read. The first call also reads what came before; each further one
+                goes on where the one before stopped.
             after: The position in the log; ``START`` for all that it has.
         """
         ...

@@ -19,6 +19,7 @@ from otel_tasks._core.telemetry.context import (
     ids_in_hex,
     quiet_context,
     span_context,
+    span_from_hex,
     span_ids,
 )
 from otel_tasks._core.telemetry.conventions import (
@@ -86,6 +87,7 @@ __all__ = [
     "route_in",
     "set_default_providers",
     "span_context",
+    "span_from_hex",
     "span_ids",
     "start_group_span",
     "start_span",

@@ -1,0 +1,440 @@
+"""The entries of the log and of the inboxes: JSON objects with a fixed, versioned schema.
+
+Rules, each with a test of its own:
+
+1. An entry carries names and reasons only, never arguments, results, or metadata. Nothing is unpickled.
+2. A reader trusts nothing: it checks the size, the version, the kind, and the type and length of each field.
+   What it cannot read is an ``UnreadableEntryError``, whatever the bytes are.
+3. A field that a reader does not know is ignored, and one that is missing has its default. So a field can be
+   added within a version; everything else needs a new one.
+4. Text for people is cut to ``TEXT_LIMIT``. A name is never cut, because it would name something else: one
+   that is longer than ``NAME_LIMIT`` is an error of the sender.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import MISSING, dataclass, fields
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args, get_origin, get_type_hints
+
+from otel_tasks import CancelCause, CancelKind
+from otel_tasks._core.clock import now
+from otel_tasks._core.telemetry import span_from_hex
+
+VERSION = 1
+# Bytes of an encoded entry.
+MAX_BYTES = 65536
+# Characters.
+NAME_LIMIT = 1024
+TEXT_LIMIT = 2000
+# Names in a list; a count beside it says how many there are.
+LIST_LIMIT = 100
+# A number that every JSON reader keeps exactly.
+_LARGEST = 2**53
+
+Name: TypeAlias = Annotated[str, "name"]
+Text: TypeAlias = Annotated[str, "text"]
+Names: TypeAlias = tuple[Name, ...]
+Data: TypeAlias = dict[str, Any]
+
+
+class UnreadableEntryError(ValueError):
+    """Bytes that are no entry of this version.
+
+    Attributes:
+        node: The sender, ``""`` if unknown.
+        kind: The kind of entry, ``""`` if unknown.
+    """
+
+    def __init__(self, reason: str, node: str = "", kind: str = "") -> None:
+        super().__init__(reason)
+        self.node = node
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetEntry:
+    """An entry of any kind.
+
+    Attributes:
+        node: The sender.
+    """
+
+    KIND: ClassVar[str] = ""
+
+    node: Name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CausedEntry(FleetEntry):
+    """An entry about a cancellation.
+
+    Attributes:
+        cause_kind: Why, as ``CancelKind`` writes it.
+        message: The requester's message.
+        asked_by: The requester.
+        trace_id: The span of the request, in hex.
+        span_id: The same.
+    """
+
+    cause_kind: Name = CancelKind.EXPLICIT.value
+    message: Text | None = None
+    asked_by: Text | None = None
+    trace_id: Name | None = None
+    span_id: Name | None = None
+
+    def to_cause(self) -> CancelCause:
+        """Return the cause; its time is now, because the sender's clock may be wrong."""
+        origin = span_from_hex(self.trace_id, self.span_id)
+        return CancelCause(_kind_of(self.cause_kind), self.message, self.asked_by, now(), origin)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelEntry(CausedEntry):
+    """In the log: cancel a task, a group, or the execution of a message, wherever it is.
+
+    Attributes:
+        target: What ``name`` is: the name of a task or of a group, or the id of a broker's message.
+        name: The name.
+        at: The sender's wall clock, to be shown and never compared.
+        request: The id that answers name; None if nobody waits for them.
+        timeout: Seconds for which each node waits for the tasks before it answers.
+    """
+
+    KIND = "cancel"
+
+    target: Literal["task", "group", "message"]
+    name: Name
+    at: float
+    request: Name | None = None
+    timeout: float | None = None
+
+    @classmethod
+    def from_cause(
+        cls,
+        cause: CancelCause,
+        *,
+        node: str,
+        target: Literal["task", "group", "message"],
+        name: str,
+        request: str | None = None,
+        timeout: float | None = None,
+    ) -> CancelEntry:
+        """Create the entry that carries a cause to the other nodes."""
+        return cls(
+            node=node,
+            target=target,
+            name=name,
+            at=time.time(),
+            request=request,
+            timeout=timeout,
+            **cause_fields(cause),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectEntry(FleetEntry):
+    """In the log: every node answers what it has.
+
+    Attributes:
+        request: The id that answers name.
+        what: ``"tasks"``, ``"tree"``, or another list.
+        name: Only tasks whose names match; None for all.
+        group: Only tasks of this group; None for all.
+        status: Only tasks with this status; None for all.
+        limit: At most so many rows of each node; None for no limit.
+        timeout: Seconds after which nobody waits for an answer.
+    """
+
+    KIND = "inspect"
+
+    request: Name
+    what: Name
+    name: Name | None = None
+    group: Name | None = None
+    status: Name | None = None
+    limit: int | None = None
+    timeout: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerEntry(FleetEntry):
+    """In an inbox: a part of the answer to an inspection.
+
+    Attributes:
+        request: The id of the request.
+        part: The number of this part, from 0.
+        last: True if no part follows.
+        data: The part.
+    """
+
+    KIND = "answer"
+
+    request: Name
+    part: int
+    last: bool
+    data: Data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelAnswer(FleetEntry):
+    """In an inbox: what a cancellation has done at one node.
+
+    Attributes:
+        request: The id of the request.
+        asked: How many tasks were asked.
+        ended: How many of them have ended.
+        still_running: The names of the first ones that have not.
+    """
+
+    KIND = "cancelled"
+
+    request: Name
+    asked: int
+    ended: int
+    still_running: Names = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndedEntry(CausedEntry):
+    """In an inbox: an execution for this node has ended; its result is in the broker's result backend.
+
+    Attributes:
+        task_id: The id of the broker's message.
+        outcome: How it ended, as ``Outcome`` writes it.
+        cancelled: True if the other fields say why it was cancelled.
+    """
+
+    KIND = "ended"
+
+    task_id: Name
+    outcome: Name
+    cancelled: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressEntry(FleetEntry):
+    """In an inbox: how far an execution for this node has come.
+
+    Attributes:
+        task_id: The id of the broker's message.
+        done: How much is done.
+        total: Of how much; None if unknown.
+        message: What it does now.
+    """
+
+    KIND = "progress"
+
+    task_id: Name
+    done: float
+    total: float | None = None
+    message: Text | None = None
+
+
+KINDS: dict[str, type[FleetEntry]] = {
+    kind.KIND: kind
+    for kind in (CancelEntry, InspectEntry, AnswerEntry, CancelAnswer, EndedEntry, ProgressEntry)
+}
+_ENVELOPE = ("v", "kind")
+
+
+def encode(entry: FleetEntry, **envelope: int | str | None) -> bytes:
+    """Return an entry as bytes.
+
+    Args:
+        entry: The entry.
+        envelope: What the sender adds for the reader's ``open_envelope``; None adds nothing.
+
+    Raises:
+        ValueError: A name is too long, or the whole entry is.
+    """
+    content: dict[str, Any] = {"v": VERSION, "kind": entry.KIND}
+    content |= {key: value for key, value in envelope.items() if value is not None}
+    for name, field in _SCHEMAS[type(entry)].items():
+        value = getattr(entry, name)
+        if value != field.default:
+            content[name] = field.to_json(name, value)
+    payload = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+    if len(payload) > MAX_BYTES:
+        raise ValueError(f"the {entry.KIND} entry has {len(payload)} bytes, at most {MAX_BYTES} are allowed")
+    return payload
+
+
+def decode(payload: bytes) -> FleetEntry:
+    """Return the entry that was encoded.
+
+    Raises:
+        UnreadableEntryError: It is too large, malformed, or of a later version or an unknown kind.
+    """
+    return open_envelope(payload)[0]
+
+
+def open_envelope(payload: bytes) -> tuple[FleetEntry, dict[str, Any]]:
+    """Return the entry that was encoded, and the whole object, with what the sender added.
+
+    Raises:
+        UnreadableEntryError: As ``decode``.
+    """
+    content = _load(payload)
+    node, kind = _word(content.get("node")), _word(content.get("kind"))
+    if content.get("v") != VERSION:
+        raise UnreadableEntryError(_version_reason(content.get("v")), node, kind)
+    entry_type = KINDS.get(kind)
+    if entry_type is None:
+        raise UnreadableEntryError("its kind is unknown", node, kind)
+    try:
+        values: dict[str, Any] = {
+            name: field.read(name, content) for name, field in _SCHEMAS[entry_type].items()
+        }
+    except ValueError as error:
+        raise UnreadableEntryError(str(error), node, kind) from None
+    return entry_type(**values), content
+
+
+def cause_fields(cause: CancelCause) -> dict[str, Any]:
+    """Return the fields of a ``CausedEntry`` for this cause."""
+    data = cause.to_dict()
+    return {"cause_kind": data.pop("kind"), **data}
+
+
+def _kind_of(kind: str) -> CancelKind:
+    """Return a kind; one that a later version has added is ``explicit``: no cancellation is lost for it."""
+    try:
+        return CancelKind(kind)
+    except ValueError:
+        return CancelKind.EXPLICIT
+
+
+# -- bytes --------------------------------------------------------------------------------------
+
+
+def _load(payload: bytes) -> dict[str, Any]:
+    if len(payload) > MAX_BYTES:
+        raise UnreadableEntryError(f"it has {len(payload)} bytes, more than {MAX_BYTES}")
+    try:
+        content = json.loads(payload, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        raise UnreadableEntryError("it is not JSON") from None
+    if not isinstance(content, dict):
+        raise UnreadableEntryError("it is not a JSON object")
+    return content
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _word(value: object) -> str:
+    """Return a text from an unchecked entry, for a log line."""
+    return value[:NAME_LIMIT] if isinstance(value, str) else ""
+
+
+def _version_reason(version: object) -> str:
+    if isinstance(version, int) and version > VERSION:
+        return f"its version is {version}, and this process reads version {VERSION}"
+    return "it has no version that exists"
+
+
+# -- fields -------------------------------------------------------------------------------------
+
+
+class _Field:
+    """The type, the bounds, and the default of one field."""
+
+    def __init__(self, hint: Any, default: object) -> None:
+        self.default = default
+        self._optional = get_origin(hint) is UnionType or NoneType in get_args(hint)
+        self._hint = next(arg for arg in get_args(hint) if arg is not NoneType) if self._optional else hint
+
+    def to_json(self, name: str, value: Any) -> object:
+        """Check and cut a value of this process's own."""
+        if isinstance(value, str):
+            if self._hint == Text:
+                return value[:TEXT_LIMIT]
+            return _bounded(name, value, NAME_LIMIT)
+        if isinstance(value, tuple):
+            return [_bounded(name, item, NAME_LIMIT) for item in value[:LIST_LIMIT]]
+        return value
+
+    def read(self, name: str, content: dict[str, Any]) -> object:
+        """Return the field's value in an entry.
+
+        Raises:
+            ValueError: It is missing, or has another type or length.
+        """
+        value = content.get(name, MISSING)
+        if value is MISSING and self.default is not MISSING:
+            return self.default
+        if value is None and self._optional:
+            return None
+        return _READERS[get_origin(self._hint) or self._hint](name, value, self._hint)
+
+
+def _bounded(name: str, value: str, limit: int) -> str:
+    if len(value) > limit:
+        raise ValueError(f"{name} has {len(value)} characters, at most {limit} are allowed")
+    return value
+
+
+def _read_str(name: str, value: object, hint: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is not text")
+    return _bounded(name, value, TEXT_LIMIT if hint == Text else NAME_LIMIT)
+
+
+def _read_int(name: str, value: object, hint: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > _LARGEST:
+        raise ValueError(f"{name} is not a whole number")
+    return value
+
+
+def _read_float(name: str, value: object, hint: Any) -> float:
+    # The comparison is False for NaN too.
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _LARGEST:
+        raise ValueError(f"{name} is not a number")
+    return float(value)
+
+
+def _read_bool(name: str, value: object, hint: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is neither true nor false")
+    return value
+
+
+def _read_choice(name: str, value: object, hint: Any) -> object:
+    if value not in get_args(hint):
+        raise ValueError(f"{name} is none of {', '.join(get_args(hint))}")
+    return value
+
+
+def _read_names(name: str, value: object, hint: Any) -> Names:
+    if not isinstance(value, list) or len(value) > LIST_LIMIT:
+        raise ValueError(f"{name} is not a list of at most {LIST_LIMIT} names")
+    return tuple(_read_str(name, item, Name) for item in value)
+
+
+def _read_data(name: str, value: object, hint: Any) -> Data:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is not an object")
+    return value
+
+
+_READERS: dict[Any, Any] = {
+    Annotated: _read_str,
+    int: _read_int,
+    float: _read_float,
+    bool: _read_bool,
+    Literal: _read_choice,
+    tuple: _read_names,
+    dict: _read_data,
+}
+
+
+def _schema(entry_type: type[FleetEntry]) -> dict[str, _Field]:
+    hints = get_type_hints(entry_type, include_extras=True)
+    return {field.name: _Field(hints[field.name], field.default) for field in fields(entry_type)}
+
+
+_SCHEMAS = {entry_type: _schema(entry_type) for entry_type in KINDS.values()}
