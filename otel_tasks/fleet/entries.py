@@ -19,8 +19,9 @@ from dataclasses import MISSING, dataclass, fields
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-from otel_tasks import CancelCause, CancelKind
 from otel_tasks._core.clock import now
+from otel_tasks._core.events import CancelCause
+from otel_tasks._core.state import CancelKind
 from otel_tasks._core.telemetry import span_from_hex
 
 VERSION = 1

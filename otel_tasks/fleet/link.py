@@ -78,7 +78,7 @@ class Link:
         self.synced = False
         self._inlet = _Inlet(node, lambda number, entry_id: self._outbox.written(number, entry_id))
         self._outbox = Outbox(bus, self._fail, self._inlet.published)
-        self._callbacks: list[Callable[[], None]] = []
+        self._on_state: list[Callable[[], None]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._started: asyncio.Future[None] | None = None
         self._attempt: asyncio.Timeout | None = None
@@ -101,7 +101,7 @@ class Link:
 
     def on_state(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` in the loop after ``is_up`` or ``judges`` has changed."""
-        self._callbacks.append(callback)
+        self._on_state.append(callback)
 
     # -- sending ----------------------------------------------------------------------------
 
@@ -308,7 +308,7 @@ class Link:
         if (self.is_up, self.judges) == (is_up, judges):
             return
         self.is_up, self.judges = is_up, judges
-        for callback in self._callbacks:
+        for callback in self._on_state:
             try:
                 callback()
             except Exception:
