@@ -300,6 +300,21 @@ async def test_failed_call_takes_the_link_down() -> None:
     assert len(calls) == 1
 
 
+async def test_time_of_the_bus_is_known_between_two_calls() -> None:
+    """The link compares the clocks when it comes up; from then on, the time of the bus costs no call."""
+
+    class AnHourAhead(MemoryBus):
+        async def time(self) -> float:
+            return await super().time() + 3600.0
+
+    node = Node("a", AnHourAhead("", "shop"))
+    assert node.link.bus_time() is None
+    await node.link.start(timeout=5.0)
+    await asyncio.sleep(10.0)
+    assert node.link.bus_time() == asyncio.get_running_loop().time() + 3600.0
+    await node.link.stop()
+
+
 async def test_late_failure_says_nothing_about_now() -> None:
     """The error of a call that began before the last reconnect leaves the link up."""
     failing: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The module whose coroutines have the qualified name, module included, of the function they call in a thread.
-_IN_THREAD = "otel_tasks._core.threads"
+# The modules whose coroutines have the qualified name, module included, of the function for which they stand.
+_FOR_OTHERS = ("otel_tasks._core.threads", "otel_tasks._core.visits", "otel_tasks.taskiq.remote")
 
 
 class OwnCoroutine(Coroutine[Any, Any, T]):
@@ -81,7 +81,7 @@ def code_name(coro: Coroutine[Any, Any, Any]) -> str:
     qualified = qualified_name(coro)
     frame = getattr(coro, "cr_frame", None)
     module = None if frame is None else frame.f_globals.get("__name__")
-    if module == _IN_THREAD:
+    if module in _FOR_OTHERS:
         return qualified
     return f"{module}.{qualified}" if module else qualified
 

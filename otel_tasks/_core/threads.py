@@ -27,7 +27,7 @@ import traceback
 from contextlib import suppress
 from contextvars import copy_context
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 from otel_tasks._core.binding import worker_here
 from otel_tasks._core.clock import clock_of
@@ -191,6 +191,22 @@ class Threads:
         return self._limit is None or len(self.workers) < self._limit
 
 
+class WorkingThread(Protocol):
+    """The thread that calls ``Worker.work``."""
+
+    # It has told the loop that it has returned.
+    is_back: bool
+
+    @property
+    def ident(self) -> int | None:
+        """Its identifier; None before it has started."""
+        ...
+
+    def start(self) -> None:
+        """Let it call ``Worker.work``."""
+        ...
+
+
 class Worker(Generic[T]):
     """One function in a thread, for the task that waits for it.
 
@@ -209,7 +225,7 @@ class Worker(Generic[T]):
         self._threads = threads
         self._function = function
         # Set at its start.
-        self._thread: _WorkerThread
+        self._thread: WorkingThread
         # The thread has returned, and has told the loop.
         self._returned = False
         self._waiter: asyncio.Future[None] | None = None
@@ -291,13 +307,16 @@ class Worker(Generic[T]):
             self._loop = asyncio.get_running_loop()
             context = copy_context()
             context.run(worker_here.set, self)
-            self._thread = _WorkerThread(self._threads, self, context)
+            self._thread = self._thread_in(context)
             self._thread.start()
         except BaseException:
             # It was cancelled while it waited, or just as it got its place; or the thread could not start.
             self._threads.release(self)
             extras_of(self.task).never_called = True
             raise
+
+    def _thread_in(self, context: Context) -> WorkingThread:
+        return _WorkerThread(self._threads, self, context)
 
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()

@@ -98,6 +98,10 @@ class Bus(Protocol):
         """End all connections; a second call does nothing."""
         ...
 
+    async def time(self) -> float:
+        """Return the time of the server's clock, in seconds."""
+        ...
+
     async def publish(self, payload: bytes) -> str:
         """Append an entry to the log, drop what is older than ``KEPT``, and return the new entry's id."""
         ...

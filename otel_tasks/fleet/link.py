@@ -89,6 +89,8 @@ class Link:
         # How often the link has been up: an error of a call that began before says nothing about now.
         self._ups = 0
         self._was_steady = False
+        # The server's clock less the loop's; None before the first connection.
+        self._clock_offset: float | None = None
 
     @property
     def position(self) -> str:
@@ -154,6 +156,27 @@ class Link:
             if ups == self._ups:
                 self._fail(error)
             raise
+
+    # -- time -------------------------------------------------------------------------------
+
+    def bus_time(self) -> float | None:
+        """Return the time of the bus's clock in seconds, as of the last ``sync_clock()``; None if unknown."""
+        if self._clock_offset is None:
+            return None
+        return asyncio.get_running_loop().time() + self._clock_offset
+
+    async def sync_clock(self) -> None:
+        """Compare the bus's clock with the loop's, which drift apart by seconds a day.
+
+        Raises:
+            BusUnavailableError: The bus fails.
+
+        Cancellation: ends the call.
+        """
+        loop = asyncio.get_running_loop()
+        before = loop.time()
+        time = await self.bus.time()
+        self._clock_offset = time - (before + loop.time()) / 2
 
     # -- start and stop ---------------------------------------------------------------------
 
@@ -239,6 +262,7 @@ class Link:
         try:
             async with asyncio.timeout(None) as self._attempt:
                 await self.bus.connect()
+                await self.sync_clock()
                 await self._follow()
         except TimeoutError:
             # A call has failed; `_fail` has ended this attempt.

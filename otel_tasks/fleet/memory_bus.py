@@ -93,6 +93,10 @@ class MemoryBus:
         """Leave the server, which goes with its loop."""
         self._connected = None
 
+    async def time(self) -> float:
+        """Return the time of the server's clock."""
+        return self._server.time()
+
     @property
     def _server(self) -> MemoryServer:
         if self._connected is None:
@@ -216,6 +220,10 @@ class MemoryServer:
         """Raise ``BusUnavailableError`` while it fails."""
         if self._failure is not None:
             raise BusUnavailableError(f"memory:// does not answer: {self._failure}")
+
+    def time(self) -> float:
+        """Return the time of its clock."""
+        return self._clock()
 
     # -- log and inboxes --------------------------------------------------------------------
 
