@@ -68,10 +68,13 @@ def outcome(task: Row, now: float) -> str:
 
 
 def because(cause: Row) -> str:
-    """Why something was cancelled."""
+    """Why something was cancelled, and by whom."""
     kind = str(cause.get("kind"))
     message = cause.get("message")
-    return CAUSES.get(kind, clean(kind).replace("_", " ")) + (f": {clean(message)}" if message else "")
+    says = CAUSES.get(kind, clean(kind).replace("_", " "))
+    if kind == "explicit" and cause.get("asked_by"):
+        says = f"requested by {clean(cause['asked_by'])}"
+    return says + (f": {clean(message)}" if message else "")
 
 
 def progress(row: Row) -> str:

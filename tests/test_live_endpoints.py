@@ -265,6 +265,8 @@ async def test_global_manager_is_the_default() -> None:
         "/v1/events?expand=oldest:x",
         "/v1/events?" + "&".join(f"expand=c{number:010}:1" for number in range(21)),
         "/v1/events?" + "&".join(f"expand=c{number:010}:1000" for number in range(3)),
+        "/v1/events?" + "&".join(f"task=t{number}" for number in range(11)),
+        "/v1/events?task=" + "x" * 201,
         f"/v1/events?after={'x' * 3000}&viewer={'y' * 3000}",
         "/v1/snapshot?x=1",
         "/v1/tasks/x?x=1",
@@ -328,6 +330,26 @@ async def test_lists_are_searched_sorted_and_paged() -> None:
         key = manager.overview().keys_of(locked)[1]
         assert await names(f"key={key}") == ["acquire"]
         await manager.shutdown(grace=0.0, timeout=100)
+        await leave()
+
+
+async def test_group_with_a_long_id_is_found_by_what_rows_show_of_it() -> None:
+    """Rows cut long ids, and their lists are asked for with what is left."""
+    async with TaskManager() as manager:
+        client = client_of(manager)
+        name = "imports of " + "very " * 30
+        task = manager.create_task(rest(), group=name.strip())
+        other = manager.create_task(rest(), group="imports")
+        await settle()
+        shown = (await client.get(f"/v1/tasks/{task.uid}"))["task"]["group_id"]
+        assert len(shown) == 121
+        queries = [f"&group_id={quote(group_id)}" for group_id in (shown, task.group.id)]
+        assert [(await client.get(f"/v1/tasks?state=live{query}"))["total"] for query in queries] == [1, 1]
+        task.cancel()
+        await settle()
+        assert [(await client.get(f"/v1/tasks?state=ended{query}"))["total"] for query in queries] == [1, 1]
+        assert not other.done()
+        await manager.cancel_all_tasks()
         await leave()
 
 

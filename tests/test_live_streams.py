@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -287,10 +288,48 @@ async def test_panel_is_sent_when_it_changes() -> None:
         first, second = of_kind(stream, "task")
         assert (first["task"]["id"], first["siblings"]["live"]) == (task.uid, 0)
         assert second["siblings"]["live"] == 1
-        async with client.stream("?task=unknown") as stream:
-            pass
-        assert of_kind(stream, "task") == []
         await manager.cancel_all_tasks()
+        await leave()
+
+
+async def test_panels_of_several_tabs_share_a_stream() -> None:
+    """Each task is followed to its end, and beyond: one that nobody remembers is said to be forgotten."""
+    async with TaskManager(history=1) as manager:
+        tasks = [manager.create_task(rest(), name=f"task-{number}") for number in range(2)]
+        await settle()
+        client = client_of(manager)
+        first, second = (task.uid for task in tasks)
+        async with client.stream(f"?task={first}&task={second}&task=unknown&task={first}") as stream:
+            await asyncio.sleep(1.1)
+            tasks[0].cancel()
+            await asyncio.sleep(1.1)
+            tasks[1].cancel()
+            await asyncio.sleep(1.1)
+        said = [(panel["task"]["id"], panel["state"]) for panel in of_kind(stream, "task")]
+        assert said[:3] == [(first, "live"), (second, "live"), ("unknown", "forgotten")]
+        assert [state for uid, state in said if uid == first] == ["live", "ended", "forgotten"]
+        assert said[-1] == (second, "ended")
+        await leave()
+
+
+async def test_many_panels_are_read_in_turn() -> None:
+    """A tick reads a bounded number of them, and comes to each in the end."""
+    async with TaskManager() as manager:
+        tasks = [manager.create_task(rest(), group=f"group {number}") for number in range(25)]
+        await settle()
+        client = client_of(manager)
+        uids = [task.uid for task in tasks]
+        queries = ["&".join(f"task={uid}" for uid in uids[start : start + 10]) for start in (0, 10, 20)]
+        async with AsyncExitStack() as stack:
+            streams = [
+                await stack.enter_async_context(client.stream(f"?viewer=v{number}&{query}"))
+                for number, query in enumerate(queries)
+            ]
+            for task in tasks:
+                task.cancel()
+            await asyncio.sleep(3.2)
+        ended = [p["task"]["id"] for s in streams for p in of_kind(s, "task") if p["state"] == "ended"]
+        assert sorted(ended) == sorted(uids)
         await leave()
 
 

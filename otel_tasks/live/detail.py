@@ -64,6 +64,12 @@ def ended_detail(feed: Feed, info: TaskInfo) -> Row:
     }
 
 
+def ended_or_forgotten(feed: Feed, uid: str) -> Row:
+    """A task that is live no more; of one that the manager has forgotten, the id alone."""
+    info = feed.manager.get_task_info(uid)
+    return {"state": "forgotten", "task": {"id": uid}} if info is None else ended_detail(feed, info)
+
+
 def _other(place: TaskPlace) -> Row:
     """A task on the other end of an await."""
     task = place.task

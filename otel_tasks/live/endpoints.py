@@ -199,8 +199,8 @@ class _View:
             set_request_timeout(None)
         viewer = wanted.viewer or _address(request)
         self._admit(viewer)
-        await self.hub.read_now(wanted.expand, wanted.panel)
-        stream = Stream(self.hub, viewer, wanted.expand, wanted.names, wanted.panel, wanted.after)
+        await self.hub.read_now(wanted.expand, wanted.panels)
+        stream = Stream(self.hub, viewer, wanted.expand, wanted.names, wanted.panels, wanted.after)
         if wanted.poll:
             return _json(_polled(stream))
         return EventStream(stream)

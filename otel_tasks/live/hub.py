@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from otel_tasks import TaskNotFoundError
 from otel_tasks._core.log import logger
 from otel_tasks.asgi import call_on_server_stop
-from otel_tasks.live.detail import live_detail
+from otel_tasks.live.detail import ended_or_forgotten, live_detail
 from otel_tasks.live.feed import INTERVAL, Feed
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Viewer(Protocol):
 
     viewer: str
     expand: dict[str, int]
-    panel: str | None
+    panels: tuple[str, ...]
 
     def wake(self) -> None:
         """There is something new."""
@@ -69,7 +69,7 @@ class Hub:
         self.feed = feed
         # The tasks of expanded rows, and the panels, as of their last look.
         self.rows: dict[str, list[Row]] = {}
-        self.panels: dict[str, Row | None] = {}
+        self.panels: dict[str, Row] = {}
         self._streams: list[Viewer] = []
         self._polls: dict[str, float] = {}
         self._ticking: asyncio.Task[None] | None = None
@@ -79,6 +79,8 @@ class Hub:
         self._stopped_at: float | None = None
         # The row that is read first in the next tick.
         self._turn = 0
+        # The panel that is read first in the next tick.
+        self._next_panel = 0
 
     # -- viewers ----------------------------------------------------------------------------
 
@@ -127,7 +129,7 @@ class Hub:
         for stream in self._streams:
             stream.end("shutdown")
 
-    async def read_now(self, expand: Mapping[str, int], panel: str | None) -> None:
+    async def read_now(self, expand: Mapping[str, int], panels: Iterable[str]) -> None:
         """Read what a viewer has just expanded, without waiting for the next tick.
 
         Cancellation: ends the reading.
@@ -135,8 +137,8 @@ class Hub:
         missing = {key: limit for key, limit in expand.items() if key not in self.rows}
         if missing:
             await self._read_rows(self.feed.manager.overview(members=missing).members, missing)
-        if panel is not None:
-            self._read_panel(panel)
+        for uid in panels:
+            self._read_panel(uid)
 
     # -- ticking ----------------------------------------------------------------------------
 
@@ -205,16 +207,18 @@ class Hub:
             self.rows[key] = rows
 
     def _read_panels(self) -> None:
-        wanted = list(dict.fromkeys(stream.panel for stream in self._streams if stream.panel is not None))
-        self.panels = {uid: self.panels.get(uid) for uid in wanted}
-        for uid in wanted[:PANELS_PER_TICK]:
+        wanted = list(dict.fromkeys(uid for stream in self._streams for uid in stream.panels))
+        self.panels = {uid: self.panels[uid] for uid in wanted if uid in self.panels}
+        start = self._next_panel % max(1, len(wanted))
+        for uid in (wanted[start:] + wanted[:start])[:PANELS_PER_TICK]:
             self._read_panel(uid)
+        self._next_panel = start + PANELS_PER_TICK
 
     def _read_panel(self, uid: str) -> None:
         try:
             task = self.feed.manager.get_task(uid)
         except TaskNotFoundError:
-            self.panels[uid] = None
+            self.panels[uid] = ended_or_forgotten(self.feed, uid)
         else:
             self.panels[uid] = live_detail(self.feed, task)
 

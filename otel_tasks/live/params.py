@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 MAX_QUERY_STRING = 4000
 MAX_TEXT = 200
 MAX_EXPAND = 20
+MAX_PANELS = 10
 MAX_ROWS = 1000
 MAX_ROWS_OF_STREAM = 2000
 DEFAULT_ROWS = 200
@@ -37,7 +38,7 @@ class Watched:
         after: The id of its last update.
         expand: How many tasks of which rows.
         names: What it calls some of these rows.
-        panel: The task that its panel shows.
+        panels: The tasks that its panels show, one for each of its tabs.
         poll: It wants the events until now, and no stream.
     """
 
@@ -45,7 +46,7 @@ class Watched:
     after: str | None
     expand: dict[str, int]
     names: dict[str, str]
-    panel: str | None
+    panels: tuple[str, ...]
     poll: bool
 
 
@@ -138,9 +139,14 @@ def watched(params: Params, last_event_id: str | None, root_key: str) -> Watched
         expand[key] = limit
     if sum(expand.values()) > MAX_ROWS_OF_STREAM:
         raise BadRequest(f"expand may ask for at most {MAX_ROWS_OF_STREAM} tasks in all")
+    panels = tuple(dict.fromkeys(filter(None, params.every("task"))))
+    if len(panels) > MAX_PANELS:
+        raise BadRequest(f"task may be given at most {MAX_PANELS} times")
+    if any(len(uid) > MAX_TEXT for uid in panels):
+        raise BadRequest(f"task has more than {MAX_TEXT} characters")
     after = params.text("after") or (last_event_id or "")[:MAX_TEXT] or None
     poll = params.choice("poll", ("0", "1")) == "1"
-    return Watched(viewer, after, expand, names, params.text("task"), poll)
+    return Watched(viewer, after, expand, names, panels, poll)
 
 
 def _expanded(value: str) -> tuple[str, int]:

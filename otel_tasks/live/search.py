@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from otel_tasks.live.feed import VERSION
 from otel_tasks.live.params import BadRequest, Query
-from otel_tasks.live.rows import Row, ended_row, seconds, short_path
+from otel_tasks.live.rows import Row, ended_row, seconds, short_path, text
 
 if TYPE_CHECKING:
     from otel_tasks import ManagedTask, TaskInfo, TaskNode
@@ -95,11 +95,16 @@ def _may_match(task: ManagedTask[Any], query: Query, now: float) -> bool:
 def _is_in(task: ManagedTask[Any], group_id: str) -> bool:
     group = task.group
     while True:
-        if group.id == group_id:
+        if _is_called(group.id, group_id):
             return True
         if group.parent is None:
             return False
         group = group.parent
+
+
+def _is_called(group_id: str, wanted: str) -> bool:
+    """True if this is the id of the group, whole or as rows show it."""
+    return group_id == wanted or text(group_id) == wanted
 
 
 async def _looked_at(
@@ -135,8 +140,8 @@ def _names(task: ManagedTask[Any]) -> str:
     return f"{task.id} {task.group.id} {task.trace_id or ''}".casefold()
 
 
-def _has_words(text: str, words: tuple[str, ...]) -> bool:
-    return all(word in text for word in words)
+def _has_words(names: str, words: tuple[str, ...]) -> bool:
+    return all(word in names for word in words)
 
 
 def _ordered(tasks: list[ManagedTask[Any]], sort: str) -> list[ManagedTask[Any]]:
@@ -160,7 +165,7 @@ async def _ended(feed: Feed, query: Query) -> Row:
         found += [
             info
             for info in batch
-            if (query.group_id is None or info.group_id == query.group_id)
+            if (query.group_id is None or _is_called(info.group_id, query.group_id))
             and (query.key is None or query.key in overview.keys_of(info))
             and _has_words(f"{info.id} {info.group_id} {info.trace_id or ''}".casefold(), query.words)
         ]

@@ -42,7 +42,7 @@ class Stream:
         viewer: The viewer's name.
         expand: How many tasks of which rows it wants.
         names: What the viewer calls some of these rows.
-        panel: The task that its panel shows.
+        panels: The tasks that its panels show.
         after: The id of the last update that it has; None for the first time.
     """
 
@@ -50,12 +50,12 @@ class Stream:
     viewer: str
     expand: dict[str, int]
     names: dict[str, str]
-    panel: str | None
+    panels: tuple[str, ...]
     after: str | None
     ended_by: str | None = None
     _position: int = 0
     _sent: dict[str, dict[str, Row]] = field(default_factory=dict)
-    _sent_panel: Row | None = None
+    _sent_panels: dict[str, Row] = field(default_factory=dict)
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
 
     def wake(self) -> None:
@@ -116,16 +116,16 @@ class Stream:
         return "bye", None, encoded({"v": VERSION, "reason": self.ended_by or reason})
 
     def _details(self) -> Iterator[Event]:
-        """The tasks of expanded rows that have changed, and the panel if it has."""
+        """The tasks of expanded rows that have changed, and the panels that have."""
         counts = self._totals() if self.expand else {}
         for key in self.expand:
             rows = self.hub.rows.get(key)
             if rows is not None:
                 yield from self._rows(key, rows[: self.expand[key]], counts.get(key, 0))
-        if self.panel is not None:
-            panel = self.hub.panels.get(self.panel)
-            if panel is not None and panel != self._sent_panel:
-                self._sent_panel = panel
+        for uid in self.panels:
+            panel = self.hub.panels.get(uid)
+            if panel is not None and panel != self._sent_panels.get(uid):
+                self._sent_panels[uid] = panel
                 yield "task", None, encoded({**self.hub.feed.stamp(), **panel})
 
     def _rows(self, key: str, rows: list[Row], total: int) -> Iterator[Event]:

@@ -57,7 +57,8 @@ def refuse(request: Request, action: str, task: ManagedTask[Any]) -> bool:
 app = FastAPI(lifespan=make_lifespan(manager=manager, grace=0.0, timeout=1.0))
 app.add_middleware(TaskGroupMiddleware, manager=manager)
 app.include_router(
-    live_view(insecure=True, manager=manager, actions={"cancel"}, errors=True), prefix="/tasks"
+    live_view(insecure=True, manager=manager, actions={"cancel"}, errors=True, metadata={"text"}),
+    prefix="/tasks",
 )
 app.include_router(live_view(insecure=True, manager=manager), prefix="/read-only")
 app.include_router(live_view(auth=Depends(login), manager=manager, actions={"cancel"}), prefix="/with-login")
@@ -127,6 +128,20 @@ async def create(
         manager.get_group(group or "").max_concurrency = limit
     for _ in range(count):
         manager.create_task(KINDS[kind](), name=name, group=group, priority=TaskPriority.NORMAL)
+
+
+@app.post("/control/texts")
+async def create_with_texts(text: str) -> None:
+    """Create a task that shows a text wherever one of the service may be."""
+
+    async def show() -> None:
+        task = current_task()
+        assert task is not None
+        task.progress.update(done=1, total=2, message=text)
+        await asyncio.create_task(work(), name=text)
+        raise ValueError(text)
+
+    manager.create_task(show(), name="show", metadata={"text": text})
 
 
 @app.post("/control/cancel")

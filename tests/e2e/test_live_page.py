@@ -174,7 +174,10 @@ def test_stuck_task_among_ten_thousand_is_on_the_first_screen(shop: Site, visit:
     expect(page.locator("#counts")).to_contain_text("◐ 1cancelling")
     stuck = row(page, "sync_mail")
     expect(stuck).to_contain_text(
-        re.compile(r"◐.*cancelling \d+(\.\d)? s · explicit: stuck since noon · at page_app\.py:\d+")
+        re.compile(
+            r"◐.*cancelling \d+(\.\d)? s · requested by POST .*/control/cancel: stuck since noon"
+            r" · at page_app\.py:\d+"
+        )
     )
     expect(stuck).to_be_in_viewport()
     assert page.locator("#rows .row").count() < 20
@@ -345,6 +348,42 @@ def test_panel_shows_why_a_request_does_not_stop(shop: Site, visit: Visits) -> N
     page.keyboard.press("Escape")
     expect(panel).to_be_hidden()
     assert top_of(page.locator("#list")) == top
+
+
+def test_panels_of_two_tabs_come_with_their_stream(shop: Site, visit: Visits) -> None:
+    """Each follows its task to the end, and asks for it no more than once."""
+    tabs = {}
+    for name, kind in (("first", "report"), ("second", "fail")):
+        shop.post("/shop/control/tasks", name=name, kind=kind)
+        tabs[name] = visit()
+    asked: list[str] = []
+    for name, page in tabs.items():
+        page.on("request", lambda request: asked.append(request.url))
+        row(page, name).click()
+        expect(page.locator("#panel")).to_contain_text("Waiting at")
+    progress = tabs["first"].locator("#panel dl")
+    expect(progress).to_contain_text("line ")
+    before = progress.locator(".mute").first.text_content()
+    expect(progress.locator(".mute").first).not_to_have_text(before or "")
+    shop.post("/shop/control/end")
+    expect(tabs["second"].locator("#panel")).to_contain_text("failed · ValueError: no such article")
+    expect(tabs["second"].locator("#panel .danger")).to_be_hidden()
+    assert sum(visit.streams(page) for page in tabs.values()) == 1
+    assert len([url for url in asked if "/v1/tasks/" in url]) == len(tabs)
+
+
+def test_panel_stands_still_during_a_pause(shop: Site, visit: Visits) -> None:
+    """What its task does meanwhile is there at the end of the pause."""
+    shop.post("/shop/control/tasks", name="load")
+    page = visit()
+    row(page, "load").click()
+    expect(page.locator("#panel")).to_contain_text("Waiting at")
+    page.keyboard.press(" ")
+    shop.post("/shop/control/end")
+    expect(page.locator("#state")).to_contain_text(re.compile(r"[1-9]\d* changes? waiting"))
+    expect(page.locator("#panel")).to_contain_text("Waiting at")
+    page.keyboard.press(" ")
+    expect(page.locator("#panel")).to_contain_text("completed")
 
 
 def test_panel_leads_to_the_task_that_it_waits_for(shop: Site, visit: Visits) -> None:
@@ -713,9 +752,40 @@ def test_hostile_names_are_only_text(shop: Site, visit: Visits) -> None:
     for each in page.locator(".row.task").all():
         each.click()
         expect(page.locator("#panel .path")).not_to_be_empty()
+        page.keyboard.press("x")
+        expect(page.locator("#cancel button[value=go]")).to_be_enabled()
+        page.keyboard.press("Escape")
+        page.keyboard.press("g")
+        expect(page.locator("#timeline .bar")).to_have_count(1)
+        page.keyboard.press("t")
+    assert page.locator("img").count() == 0
     assert "owned" not in page.title()
     page.fill("#search", HOSTILE[0])
     expect(page.locator(".row.task")).to_have_count(1)
+
+
+@pytest.mark.parametrize("text", [*HOSTILE[:4], "\x1b[2J\x1b[31mred\x07", "x" * 10_000])
+def test_hostile_texts_are_only_text(shop: Site, visit: Visits, text: str) -> None:
+    """Names of plain tasks, progress, reasons, metadata, and errors have no rules, and are as inert."""
+    shop.post("/shop/control/texts", text=text)
+    page = visit()
+    row(page, "show").click()
+    panel = page.locator("#panel")
+    expect(panel).to_contain_text(f"{text[:8]}".replace("\x1b", "\ufffd").replace("\u202e", "\ufffd"))
+    page.keyboard.press("x")
+    page.locator("#cancel input").fill(text)
+    page.locator("#cancel button[value=keep]").click()
+    shop.post("/shop/control/end")
+    expect(panel).to_contain_text("failed · ValueError")
+    page.click("button[value=ended]")
+    expect(row(page, "show").first).to_contain_text("ValueError")
+    shown = page.text_content("body") or ""
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", shown)
+    assert len(shown) < 20_000
+    assert page.locator("img").count() == 0
+    assert "owned" not in page.title()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert {each.evaluate("row => row.offsetHeight") for each in page.locator("#rows .row").all()} == {28}
 
 
 def test_viewer_whose_login_ends_is_told_so(shop: Site, visit: Visits) -> None:
@@ -786,6 +856,22 @@ def test_page_works_behind_a_proxy_that_changes_its_path(shop: Site, visit: Visi
         page.close()
 
 
+def test_page_works_below_a_root_path(visit: Visits, tmp_path: Path) -> None:
+    """The proxy takes the prefix away, and the server knows of it."""
+    site = Site("tests.e2e.page_app:outer", tmp_path)
+    site.start("--root-path", "/inner")
+    try:
+        site.post("/shop/control/tasks", name="load")
+        with nginx(tmp_path, site.url) as url:
+            page = visit(f"{url}/tasks?q=load")
+            assert page.url == f"{url}/tasks/?q=load"
+            row(page, "load").click()
+            expect(page.locator("#panel")).to_contain_text("Waiting at")
+            page.close()
+    finally:
+        site.stop()
+
+
 # --- colors ----------------------------------------------------------------------------------------------
 
 CONTRAST = """
@@ -845,7 +931,12 @@ def test_answer_of_another_process_is_not_taken_for_the_end_of_a_task(shop: Site
     error = {"v": 1, "error": {"code": "not_found", "message": "no task has the id"}}
     headers = {"Otel-Tasks-Instance": "another"}
     page.route("**/v1/tasks/*", lambda route: route.fulfill(status=404, headers=headers, json=error))
+    page.route("**/v1/events*task=*", lambda route: route.abort())
     row(page, "alone").click()
     expect(page.locator("#panel")).to_contain_text("Another process of the service answered")
     page.keyboard.press("x")
+    expect(page.locator("#cancel .answer")).to_contain_text("Another process of the service answered")
+    page.keyboard.press("Escape")
     expect(page.locator("#panel")).not_to_contain_text("has ended")
+    page.unroute("**/v1/events*task=*")
+    expect(page.locator("#panel")).to_contain_text("Waiting at")

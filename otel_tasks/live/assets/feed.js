@@ -9,6 +9,7 @@
 const SILENT = 5; // seconds without an event after which the data is stale
 const DEAD = 10; // seconds after which the stream is opened again: a half-open connection reports no error
 const MAX_EXPANDED = 20;
+const MAX_PANELS = 10;
 
 const later = (seconds, act) => setTimeout(act, seconds * 1000);
 const sequence = (id) => Number(id.slice(id.lastIndexOf(":") + 1));
@@ -47,8 +48,8 @@ export class Feed {
     this.id = null; // of the last event that was delivered
     this.tab = Math.random().toString(36).slice(2);
     this.viewer = viewerName();
-    this.expand = [];
-    this.others = new Map(); // what other tabs have expanded
+    this.wanted = { expand: [], task: null };
+    this.others = new Map(); // what other tabs want
     this.failures = 0;
     this.heard = performance.now();
     this.trouble = "";
@@ -59,18 +60,18 @@ export class Feed {
     this.#turn();
   }
 
-  /** Names the rows whose tasks the page shows. */
-  want(expand) {
-    if (String(expand) === String(this.expand)) return;
-    this.expand = expand;
-    this.#tell({ want: expand });
+  /** Names the rows whose tasks the page shows, and the task of its panel. */
+  want(expand, task) {
+    if (`${expand} ${task}` === `${this.wanted.expand} ${this.wanted.task}`) return;
+    this.wanted = { expand, task };
+    this.#tell({ want: this.wanted });
     this.#reopenSoon();
   }
 
   /** Starts again, with a snapshot and all tasks of the rows that are shown. */
   restart() {
     this.#refresh();
-    this.#tell({ want: this.expand });
+    this.#tell({ want: this.wanted });
     this.#reopenSoon();
   }
 
@@ -94,7 +95,7 @@ export class Feed {
     const name = `otel-tasks ${location.pathname}`;
     this.channel = new BroadcastChannel(name);
     this.channel.onmessage = ({ data }) => this.#hear(data);
-    this.#tell({ want: this.expand });
+    this.#tell({ want: this.wanted });
     navigator.locks
       .request(name, { signal: this.running.signal }, () => new Promise((release) => {
         this.release = release;
@@ -119,7 +120,7 @@ export class Feed {
 
   #hear({ tab, want, who, event, data }) {
     if (event) this.#take(event, data);
-    if (who) this.#tell({ want: this.expand });
+    if (who) this.#tell({ want: this.wanted });
     if (want === undefined) return;
     if (want) this.others.set(tab, want);
     else this.others.delete(tab);
@@ -131,8 +132,11 @@ export class Feed {
   #query(more) {
     const query = new URLSearchParams({ viewer: this.viewer, ...more });
     if (this.id) query.set("after", this.id);
-    const all = new Set([...this.expand, ...[...this.others.values()].flat()]);
-    for (const key of [...all].slice(0, MAX_EXPANDED)) query.append("expand", key);
+    const wanted = [this.wanted, ...this.others.values()];
+    const expanded = new Set(wanted.flatMap(({ expand }) => expand));
+    const tasks = new Set(wanted.map(({ task }) => task).filter(Boolean));
+    for (const key of [...expanded].slice(0, MAX_EXPANDED)) query.append("expand", key);
+    for (const id of [...tasks].slice(0, MAX_PANELS)) query.append("task", id);
     return `v1/events?${query}`;
   }
 
@@ -153,7 +157,7 @@ export class Feed {
     if (!this.release) return;
     const source = (this.source = new EventSource(this.#query()));
     this.opened = performance.now();
-    for (const type of ["snapshot", "delta", "rows", "resync", "bye"]) {
+    for (const type of ["snapshot", "delta", "rows", "task", "resync", "bye"]) {
       source.addEventListener(type, (event) => {
         if (this.source !== source) return;
         const data = JSON.parse(event.data);

@@ -180,13 +180,6 @@ export class Model {
       ...ended.map((task) => ({ key: keyOf(task), kind: "ended", level: 1, data: task, flat: true })),
     ];
   }
-
-  /** The names on the path of a group, without the manager's. */
-  pathOf(key) {
-    const names = [];
-    for (let group = this.groups.get(key); group?.parent; group = this.groups.get(group.parent)) names.unshift(group.name);
-    return names.join(" / ");
-  }
 }
 
 function listed(map, key) {

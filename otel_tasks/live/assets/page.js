@@ -46,6 +46,7 @@ const panel = new Panel({
   onTimeline: showTimeline,
   onCancel: (task) => askCancel(task),
   onClose: closePanel,
+  onLoad: want,
   mayCancel: isFresh,
 });
 const dialog = new CancelDialog({ onDone: () => panel.refresh() });
@@ -88,6 +89,7 @@ function renderNow() {
   }
   if (!held) summary.show(model);
   put($("note"), note());
+  for (const each of document.querySelectorAll(".pick")) each.hidden = !isOrdered();
   for (const each of $("views").children) mark(each, "aria-pressed", each.value === view.name && !view.list);
   $("scope").hidden = !(timed || view.list);
   put($("scope").firstChild, clean(timed ? scope().label : (view.list?.label ?? "")));
@@ -134,6 +136,9 @@ function remember() {
 }
 
 // --- lists that the server makes -----------------------------------------------------------------
+
+/** False for the views that have an order of their own. */
+const isOrdered = () => view.name === "tree" || (view.name === "oldest" && Boolean(question()));
 
 /** The query of the list that is shown, or null for the views that the stream feeds. */
 function question() {
@@ -209,7 +214,7 @@ function clearFilter() {
 
 function refreshView() {
   list.reset();
-  wantRows();
+  want();
   remember();
   render();
   ask(true);
@@ -217,10 +222,11 @@ function refreshView() {
 
 // --- rows that are opened ------------------------------------------------------------------------
 
-function wantRows() {
+/** Tells the feed what is shown. */
+function want() {
   const keys = [...expanded].map(([key, limit]) => (limit > MORE[0] ? `${key}:${limit}` : key));
   if (view.name === "oldest") keys.unshift("oldest:50");
-  feed.want(keys);
+  feed.want(keys, panel.watched);
 }
 
 async function toggle({ kind, key, open, data }, to = !open) {
@@ -231,7 +237,7 @@ async function toggle({ kind, key, open, data }, to = !open) {
     else {
       expanded.delete(key);
       model.members.delete(key);
-      wantRows();
+      want();
     }
   }
   render();
@@ -254,7 +260,7 @@ async function expand(key, limit) {
   } catch (error) {
     say(error.message);
   }
-  wantRows();
+  want();
   render();
 }
 
@@ -297,6 +303,7 @@ function pause(on = !held) {
   if (!on) {
     for (const [type, data] of events) model.apply(type, data);
     if (lost) feed.restart();
+    panel.refresh();
     ask(true);
   }
   showState();
@@ -306,6 +313,7 @@ function pause(on = !held) {
 // --- events --------------------------------------------------------------------------------------
 
 function onEvent(type, data) {
+  if (type === "task") return held || panel.take(data);
   // The tasks of a row that is opened during a pause are no change.
   if (held && ready && !(type === "rows" && data.full && !model.members.has(data.key))) {
     held.add(type, data);
@@ -323,7 +331,10 @@ function onState(state) {
   document.body.classList.toggle("stale", state.state === "stale");
   showState();
   if (turned && state.state === "stale") say("Connection lost: what is shown is old.");
-  if (turned && state.state === "live" && ready) say("Connected.");
+  if (turned && state.state === "live" && ready) {
+    say("Connected.");
+    panel.refresh();
+  }
   if (ready) panel.update(isFresh());
   if (!ready && state.message) put($("note"), state.message);
 }
@@ -347,7 +358,7 @@ const KEYS = {
   Enter: ["open the task's panel, or turn the row", () => (list.current?.open === undefined ? openCurrent() : toggle(list.current))],
   "/": ["filter", () => $("search").select()],
   n: ["next task that is being cancelled", () => list.find(isCancelling) || say("No task is being cancelled.")],
-  s: ["sort by status, age, name, count", () => sortBy(SORTS[(SORTS.indexOf(view.sort) + 1) % SORTS.length])],
+  s: ["sort by status, age, name, count", () => isOrdered() && sortBy(SORTS[(SORTS.indexOf(view.sort) + 1) % SORTS.length])],
   " ": ["pause, resume", () => pause()],
   w: ["all tasks that wait at the selected one's line", sameLine],
   t: ["tree or flat list of the oldest", () => choose(view.name === "tree" && !view.list ? "oldest" : "tree")],
@@ -448,7 +459,7 @@ for (const [key, [does]] of Object.entries(KEYS)) {
 }
 
 const feed = new Feed(onEvent, onState);
-if (view.name === "oldest") wantRows();
+if (view.name === "oldest") want();
 if (url.get("task")) openTask({ data: { id: url.get("task"), name: "…" } });
 // Ages grow between updates, too.
 setInterval(() => !held && isFresh() && performance.now() - rendered > 900 && render(), 500);

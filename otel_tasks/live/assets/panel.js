@@ -1,21 +1,10 @@
 /** The panel next to the list: everything that is known of one task. It stays when the task ends or leaves the list. */
 
-import { $, GLYPHS, TONES, button, clean, duration, fine, line, make, mark, number, percent, put, short, wall, words } from "./text.js";
+import { $, GLYPHS, TONES, button, causeOf, clean, duration, fine, line, make, mark, number, percent, put, short, wall } from "./text.js";
 import { get } from "./feed.js";
 import { doing, outcome } from "./rows.js";
 
-const CAUSES = {
-  client_disconnect: "Client disconnected",
-  explicit: "Cancelled on request",
-  timeout: "Timeout",
-  shutdown: "Shutdown",
-  sibling_failed: "Sibling failed",
-  scope_ended: "Scope ended",
-  replaced: "Replaced by a new task",
-  foreign: "Cancelled by other code",
-};
-const REFRESH = 2000; // ms between two questions for the task
-const PATIENCE = 20_000; // ms after which an answer is no longer waited for
+const capital = (text) => text[0].toUpperCase() + text.slice(1);
 
 async function copy(text, node) {
   try {
@@ -35,8 +24,9 @@ async function copy(text, node) {
 }
 
 export class Panel {
-  constructor({ model, onShow, onList, onTimeline, onCancel, onClose, mayCancel }) {
-    Object.assign(this, { model, onShow, onList, onTimeline, mayCancel });
+  /** `onLoad()` when the task is another one that the stream should send, `mayCancel()` is false while the page shows old data. */
+  constructor({ model, onShow, onList, onTimeline, onCancel, onClose, onLoad, mayCancel }) {
+    Object.assign(this, { model, onShow, onList, onTimeline, onLoad, mayCancel });
     this.node = $("panel");
     this.id = null;
     this.parts = new Map();
@@ -57,6 +47,7 @@ export class Panel {
     this.task = task;
     this.details = null;
     this.missing = "";
+    this.strange = false;
     this.node.hidden = false;
     this.parts.clear();
     this.body.replaceChildren();
@@ -69,34 +60,54 @@ export class Panel {
   hide() {
     this.id = this.details = null;
     this.node.hidden = true;
+    this.onLoad();
   }
 
-  /** Fetches the task again, at most every two seconds. */
+  /** The id of the task that the stream should send: that of a live task, also of one that another process does not know. */
+  get watched() {
+    if (!this.details) return this.strange ? this.id : null;
+    return this.details.state === "live" && !this.missing ? this.details.task.id : null;
+  }
+
+  /** Fetches the task; what changes afterwards comes with the stream. */
   async refresh() {
     const id = this.id;
-    if (!id || (this.asking === id && performance.now() - this.asked < PATIENCE)) return;
-    this.asking = id;
-    this.asked = performance.now();
+    if (!id) return;
     try {
       const details = await get(`v1/tasks/${encodeURIComponent(id)}`);
-      if (this.id !== id) return;
-      this.details = details;
-      this.task = details.task;
-      this.missing = "";
+      if (this.id === id) this.#load(details);
     } catch (error) {
       if (this.id !== id) return;
-      this.missing = error.status === 404 ? "This task has ended and is no longer remembered." : error.status === 421 ? error.message : "";
-      if (error.status === 404 && this.details) this.details = { ...this.details, can: [] };
-    } finally {
-      if (this.asking === id) this.asking = null;
+      this.strange = error.status === 421;
+      if (error.status === 404) this.#forget();
+      else this.missing = this.strange ? error.message : "";
     }
+    this.onLoad();
     this.update();
   }
 
-  /** Writes what has changed, and asks again. */
+  /** Takes the task from the stream, which does not know what this viewer may do. */
+  take(details) {
+    const { state, task } = details;
+    if (task.id !== (this.details?.task.id ?? this.id)) return;
+    if (state === "forgotten") this.#forget();
+    else this.#load({ ...details, can: state === "live" ? (this.details?.can ?? this.model.about?.actions ?? []) : [] });
+    this.onLoad();
+    this.update();
+  }
+
+  #load(details) {
+    Object.assign(this, { details, task: details.task, missing: "" });
+  }
+
+  #forget() {
+    this.missing = "This task has ended and is no longer remembered.";
+    if (this.details) this.details = { ...this.details, can: [] };
+  }
+
+  /** Writes what has changed. */
   update(fresh = this.mayCancel()) {
     if (!this.id) return;
-    if (fresh && !this.model.frozen && performance.now() - this.asked > REFRESH) this.refresh();
     this.#part("missing", this.missing, () => this.missing && [make("p", "why", this.missing)]);
     if (!this.details) return;
     const { task, frames, awaited, waiters, cause_chain: chain, siblings, metadata, path, can } = this.details;
@@ -148,8 +159,10 @@ export class Panel {
     const now = this.model.now();
     const list = make("dl");
     const add = (term, ...values) => list.append(make("dt", "", term), make("dd", "", ...values));
-    const status = ended ? outcome(task, now) : task.status === "running" ? "running" : doing(task, now) || task.status;
-    list.append(make("dt", "", "Status"), make("dd", `s-${TONES[task.status]}`, status));
+    // Where it waits, and why it is cancelled, have parts of their own.
+    const status = ended ? outcome(task, now) : task.status === "queued" ? doing(task, now) : task.status;
+    const since = task.status === "cancelling" ? ` ${duration(now - task.cancel_requested)}` : "";
+    list.append(make("dt", "", "Status"), make("dd", `s-${TONES[task.status]}`, status + since));
     add("Priority", task.priority);
     add("Created", `${wall(task.created, this.model)}, ${duration(now - task.created)} ago`);
     if (ended) add("Ended", `${wall(task.ended, this.model)}, after ${fine(task.ended - task.created)}`);
@@ -218,8 +231,9 @@ export class Panel {
     const steps = chain.map((step, index) => {
       const since = index ? `+${fine(step.at - chain[index - 1].at)}` : wall(step.at, this.model, { hour: "2-digit", minute: "2-digit", second: "2-digit", fractionalSecondDigits: 3 });
       if (step.step === "cause") {
-        const facts = [since, step.name, step.message].filter(Boolean).join(" · ");
-        return make("li", "", CAUSES[step.kind] ?? words(step.kind), " ", make("small", "", facts));
+        const says = capital(causeOf({ ...step, asked_by: step.name }));
+        const facts = [since, step.kind === "explicit" ? "" : step.name, step.message].filter(Boolean).join(" · ");
+        return make("li", "", says, " ", make("small", "", facts));
       }
       if (step.step === "group") return make("li", "", `Group ${clean(step.name)} `, make("small", "", since));
       const end = step.ended === null || step.ended === undefined ? "not finished" : `ended ${fine(step.ended - step.at)} later`;

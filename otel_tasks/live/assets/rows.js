@@ -24,6 +24,7 @@ export function doing(task, now) {
   if (task.status === "pending") return "not started yet";
   if (task.retry_at) return `attempt ${task.attempt} failed, next in ${duration(task.retry_at - now)}`;
   if (task.next_run) return `next run in ${duration(task.next_run - now)}`;
+  if (task.kind === "service" && !task.where) return "restarts soon";
   return waits(task);
 }
 

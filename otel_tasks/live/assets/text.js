@@ -68,5 +68,13 @@ export const wall = (time, { epoch }, options) => new Date((epoch + time) * 1000
 export const line = (where) => (typeof where === "string" ? where : `${where.file}:${where.line}`);
 export const short = (where) => line(where).replace(/^.*[/\\]/, "");
 
-export const words = (kind) => kind.replaceAll("_", " ");
-export const because = (cause) => [words(cause.kind), cause.message].filter(Boolean).join(": ");
+const CAUSES = {
+  client_disconnect: "client disconnected",
+  explicit: "cancelled on request",
+  replaced: "replaced by a new task",
+  foreign: "cancelled by other code",
+};
+
+/** Why something was cancelled, and by whom; the other requesters are groups around it, which stand above. */
+export const causeOf = ({ kind, asked_by: by }) => (kind === "explicit" && by ? `requested by ${by}` : (CAUSES[kind] ?? kind.replaceAll("_", " ")));
+export const because = (cause) => [causeOf(cause), cause.message].filter(Boolean).join(": ");
