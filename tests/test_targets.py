@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from otel_tasks import CancelCause, CancelKind, GroupClosedError, TaskManager, TaskStatus
-from otel_tasks._core.targets import Reached, cancel_grouped, cancel_named, wait_for_reached
+from otel_tasks import CancelCause, CancelKind, GroupClosedError, ManagedTask, TaskManager, TaskStatus
+from otel_tasks._core.targets import Reached, cancel_grouped, cancel_named, find_tasks, wait_for_reached
 from otel_tasks._core.telemetry.context import span_from_hex
 from tests.helpers import give, ignore_cancels, now, rest, settle
 
@@ -113,14 +113,17 @@ async def test_tasks_created_later_are_spared() -> None:
         old = manager.create_task(rest(), name="old", group="ingest")
         await asyncio.sleep(10)
         new = manager.create_task(rest(), name="new", group="ingest")
-        before = now() - 5
+        since = now() - 5
 
-        assert cancel_named(manager, "new", GIVEN, before=before) == []
-        assert cancel_grouped(manager, "ingest", GIVEN, before=before) == [old]
+        def spares(task: ManagedTask[Any]) -> bool:
+            return task.created_at > since
+
+        assert cancel_named(manager, "new", GIVEN, spares) == []
+        assert cancel_grouped(manager, "ingest", GIVEN, spares) == [old]
         await settle()
 
         assert (old.status, new.cause) == (TaskStatus.CANCELLED, None)
-        assert cancel_named(manager, "new", GIVEN, before=now()) == [new]
+        assert cancel_named(manager, "new", GIVEN) == [new]
 
 
 async def test_a_block_is_closed_as_by_cancel_group() -> None:
@@ -192,6 +195,36 @@ async def test_tasks_that_do_not_end_are_named(caplog: pytest.LogCaptureFixture)
 def test_without_a_loop_only_the_names_decide() -> None:
     """Between two loops, a manager has no tasks to cancel."""
     assert cancel_grouped(TaskManager(), "root", GIVEN) == []
+
+
+# -- lists ------------------------------------------------------------------------------------------
+
+
+async def test_tasks_are_listed_by_name_group_and_status() -> None:
+    """Live tasks come first, then remembered ones, newest first; what is past the limit is counted."""
+    manager = TaskManager()
+    async with manager:
+        for number in range(3):
+            await manager.create_task(give(number), name=f"old-{number}", group="tenant.acme")
+        manager.create_task(rest(), name="import-1", group="tenant.acme.mail")
+        await asyncio.sleep(1)
+        manager.create_task(rest(), name="import-2", group="tenant.bolt")
+        await settle()
+
+        def listed(
+            name: str | None = None, group: str | None = None, status: str | None = None, limit: int = 10
+        ) -> tuple[list[str], int]:
+            found = find_tasks(manager, name, group, status, limit)
+            return [info.name for info in found.infos], found.more
+
+        assert listed() == (["import-1", "import-2", "old-2", "old-1", "old-0"], 0)
+        assert listed("import-*") == (["import-1", "import-2"], 0)
+        assert listed(group="tenant.acme") == (["import-1", "old-2", "old-1", "old-0"], 0)
+        assert listed(group="root", status="completed") == (["old-2", "old-1", "old-0"], 0)
+        assert listed(limit=1) == (["import-1"], 4)
+        assert listed(limit=3) == (["import-1", "import-2", "old-2"], 2)
+        assert listed(group="unknown") == ([], 0)
+        await manager.cancel_all_tasks()
 
 
 # -- ids --------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from otel_tasks._core.tree import renew
 from otel_tasks._core.waiting import wait_until_done
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from typing import Any
 
     from otel_tasks._core.group import TaskGroup
@@ -126,7 +126,10 @@ async def cancel_groups(
 
 
 def request_groups(
-    groups: list[TaskGroup], cause: CancelCause, caller: asyncio.Task[Any] | None, before: float
+    groups: list[TaskGroup],
+    cause: CancelCause,
+    caller: asyncio.Task[Any] | None,
+    spares: Callable[[ManagedTask[Any]], bool] | None = None,
 ) -> list[ManagedTask[Any]]:
     """Request the cancellation of the tasks of ``groups`` and below them, and return them.
 
@@ -134,14 +137,14 @@ def request_groups(
         groups: The groups to cancel.
         cause: Recorded with each task.
         caller: The calling task; it and the tasks that await it are spared.
-        before: Spare the tasks that were created after this time, and leave the groups of these open.
+        spares: True for a task to leave alone; the groups of spared tasks stay open. None spares no task.
     """
     spared = with_awaiters(caller)
     tasks = _others(groups, spared)
-    older = [task for task in tasks if task._created_at <= before]
-    if len(older) < len(tasks):
-        request_cancel_all(older, cause)
-        return older
+    chosen = tasks if spares is None else [task for task in tasks if not spares(task)]
+    if len(chosen) < len(tasks):
+        request_cancel_all(chosen, cause)
+        return chosen
     _cancel_signalled(groups, _signal(groups, cause), cause, spared)
     return tasks
 

@@ -187,7 +187,8 @@ class CancelAnswer(FleetEntry):
         request: The id of the request.
         asked: How many tasks were asked.
         ended: How many of them have ended.
-        still_running: The names of the first ones that have not.
+        running: How many of them still run.
+        still_running: The names of the first ones of these.
     """
 
     KIND = "cancelled"
@@ -195,6 +196,7 @@ class CancelAnswer(FleetEntry):
     request: Name
     asked: int
     ended: int
+    running: int = 0
     still_running: Names = ()
 
 

@@ -1,0 +1,138 @@
+"""Cancellations: those of the last hour, for tasks that have not started yet, and the remote tasks that run.
+
+Rules, each with a test of its own:
+
+1. Positions order a cancellation and a task, not clocks: a cancellation applies to what was sent before it.
+   So the same task can be sent again after it was cancelled.
+2. A cancellation is kept for an hour, by the clock of the bus.
+3. A lookup takes no longer with ten thousand cancellations than with one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from otel_tasks._core.log import logger
+from otel_tasks.fleet.bus import KEPT, START, position_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from otel_tasks import ManagedTask
+    from otel_tasks.fleet.bus import Entry
+    from otel_tasks.fleet.entries import CancelEntry
+
+# Cancellations that are kept; the oldest of more is dropped. Each takes about 1 KB.
+LIMIT: Final = 50_000
+
+
+class _Kept(NamedTuple):
+    entry: CancelEntry
+    position: tuple[int, int]
+    # On the loop's clock.
+    until: float
+
+
+class Cancellations:
+    """The cancellations that one node has read, and the remote tasks that run in it."""
+
+    def __init__(self) -> None:
+        # In the order of the log. A newer cancellation of the same name takes the place of the older one.
+        self._kept: dict[tuple[str, str], _Kept] = {}
+        self._running: WeakValueDictionary[str, ManagedTask[Any]] = WeakValueDictionary()
+        self._sent_after: WeakKeyDictionary[ManagedTask[Any], tuple[int, int]] = WeakKeyDictionary()
+        self._was_full = False
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    # -- what has been cancelled ----------------------------------------------------------------
+
+    def record(self, entry: CancelEntry, at: Entry) -> None:
+        """Keep a cancellation that was read.
+
+        Args:
+            entry: The cancellation.
+            at: Its position and its age.
+        """
+        now = asyncio.get_running_loop().time()
+        key = (entry.target, entry.name)
+        self._kept.pop(key, None)
+        if at.age < KEPT:
+            self._kept[key] = _Kept(entry, position_of(at.id), now + KEPT - at.age)
+        self._forget(now)
+
+    def find(
+        self, task_id: str, name: str | None = None, group: str | None = None, sent_after: str | None = None
+    ) -> CancelEntry | None:
+        """Return a cancellation that applies to a remote task that is about to start; None if there is none.
+
+        Args:
+            task_id: The id of the broker's message.
+            name: The name of the task; None for none.
+            group: The label of its group; a cancellation of a group around it applies too. None for none.
+            sent_after: The position that the sender of the task had read; None for an unknown one.
+        """
+        if not self._kept:
+            return None
+        after = position_of(sent_after or START)
+        now = asyncio.get_running_loop().time()
+        for key in _keys(task_id, name, group):
+            kept = self._kept.get(key)
+            if kept is not None and kept.position > after and kept.until > now:
+                return kept.entry
+        return None
+
+    def _forget(self, now: float) -> None:
+        while self._kept:
+            key, oldest = next(iter(self._kept.items()))
+            if len(self._kept) > LIMIT:
+                self._log_full()
+            elif oldest.until > now:
+                return
+            del self._kept[key]
+
+    def _log_full(self) -> None:
+        if not self._was_full:
+            self._was_full = True
+            logger.warning(
+                "the fleet has more than %d cancellations per hour: older ones are forgotten, and do not "
+                "reach remote tasks that still wait; this is logged once",
+                LIMIT,
+            )
+
+    # -- what runs ------------------------------------------------------------------------------
+
+    def track(self, task_id: str, task: ManagedTask[Any], sent_after: str | None = None) -> None:
+        """Let a cancellation of a broker's message reach the task that executes it.
+
+        Args:
+            task_id: The id of the broker's message.
+            task: The task. Nothing has to be undone when it ends.
+            sent_after: As for ``find``. A cancellation before this position spares the task.
+        """
+        self._running[task_id] = task
+        if sent_after is not None:
+            self._sent_after[task] = position_of(sent_after)
+
+    def execution_of(self, task_id: str) -> ManagedTask[Any] | None:
+        """Return the live task that executes a broker's message; None if this node has none."""
+        task = self._running.get(task_id)
+        return None if task is None or task.done() else task
+
+    def sent_after(self, task: ManagedTask[Any]) -> tuple[int, int] | None:
+        """Return the position after which a remote task was sent; None for a task of this process."""
+        return self._sent_after.get(task)
+
+
+def _keys(task_id: str, name: str | None, group: str | None) -> Iterator[tuple[str, str]]:
+    """The targets that a remote task belongs to."""
+    yield "message", task_id
+    if name is not None:
+        yield "task", name
+    while group:
+        yield "group", group
+        group = group.rpartition(".")[0]
+    yield "group", "root"

@@ -1,0 +1,229 @@
+"""Cancelling: carries out the cancellations of other nodes here, and has its own ones carried out there.
+
+Rules, each with a test of its own:
+
+1. This process comes first: its own tasks are cancelled before anything is sent, and without the bus too.
+2. A node answers at once if it has nothing to cancel; else when its tasks have ended, or shortly before the
+   asking node stops waiting.
+3. A cancellation that took its time to come spares the tasks that started after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from otel_tasks._core.clock import now
+from otel_tasks._core.targets import (
+    Reached,
+    cancel_grouped,
+    cancel_named,
+    reached,
+    wait_for_reached,
+)
+from otel_tasks._core.task import request_cancel
+from otel_tasks._core.telemetry import quiet_context
+from otel_tasks.fleet.bus import BusUnavailableError, position_of
+from otel_tasks.fleet.entries import LIST_LIMIT, CancelAnswer, CancelEntry
+from otel_tasks.fleet.reports import CancelReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
+
+    from otel_tasks import CancelCause, ManagedTask, TaskManager
+    from otel_tasks.fleet.bus import Entry
+    from otel_tasks.fleet.cancellations import Cancellations
+    from otel_tasks.fleet.gathering import Gathering
+    from otel_tasks.fleet.link import Link
+
+    Target = Literal["task", "group"]
+
+# Seconds by which an age that the bus measures may be wrong.
+_SLACK: Final = 0.1
+# Seconds before the asking node stops waiting, at most, at which a node answers.
+_EARLIER: Final = 0.5
+
+
+class Canceller:
+    """The cancellations of one node, in both directions.
+
+    Args:
+        manager: The manager whose tasks are cancelled.
+        link: The link of this node.
+        cancellations: Where those that are read are kept.
+        gathering: The questions of this node.
+    """
+
+    def __init__(
+        self, manager: TaskManager, link: Link, cancellations: Cancellations, gathering: Gathering
+    ) -> None:
+        self._manager = manager
+        self._link = link
+        self._cancellations = cancellations
+        self._gathering = gathering
+        self._answering: set[asyncio.Task[None]] = set()
+        link.subscribe(CancelEntry, self._on_entry)
+
+    async def cancel(self, target: Target, name: str, cause: CancelCause, timeout: float) -> CancelReport:
+        """Cancel a task or a group in all processes, and wait for the tasks' end.
+
+        Args:
+            target: What ``name`` names.
+            name: The name.
+            cause: Why.
+            timeout: Seconds to wait; 0 asks for no answers.
+
+        Raises:
+            BusUnavailableError: It reached this process alone in this time.
+
+        Cancellation: ends the wait; the tasks stay cancelled, and the request stays sent.
+        """
+        tasks = self._reach(target, name, cause)
+        with self._gathering.question() as question:
+            entry = CancelEntry.from_cause(
+                replace(cause, asked_by=requester_at(cause.asked_by, self._link.node)),
+                node=self._link.node,
+                target=target,
+                name=name,
+                request=question.request if timeout else None,
+                timeout=timeout,
+            )
+            posted = self._link.post(entry)
+            if not timeout:
+                return _report(self._link.node, reached(tasks), {}, ())
+            answers = self._gathering.answers(question, posted, timeout)
+            local, error = await self._both(tasks, answers, timeout)
+            if error is not None:
+                raise BusUnavailableError(_partial(target, name, local, error)) from error
+            return _report(self._link.node, local, question.cancelled, question.silent)
+
+    async def stop(self) -> None:
+        """Answer now what still waits for its tasks.
+
+        Cancellation: ends the wait for that.
+        """
+        for task in self._answering:
+            task.cancel()
+        if self._answering:
+            await asyncio.wait(self._answering)
+
+    async def _both(
+        self, tasks: list[ManagedTask[Any]], answers: Coroutine[Any, Any, None], timeout: float
+    ) -> tuple[Reached, BusUnavailableError | None]:
+        """Wait for the tasks of this process and for the other nodes at the same time."""
+        caller = asyncio.current_task()
+        try:
+            if not tasks:
+                await answers
+                return Reached(), None
+            local, error = await asyncio.gather(
+                wait_for_reached(tasks, timeout, caller), answers, return_exceptions=True
+            )
+        except BusUnavailableError as unavailable:
+            return Reached(), unavailable
+        for outcome in (local, error):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, BusUnavailableError):
+                raise outcome
+        return reached(tasks), error
+
+    # -- here -----------------------------------------------------------------------------------
+
+    def _on_entry(self, entry: CancelEntry, at: Entry) -> None:
+        self._cancellations.record(entry, at)
+        tasks: list[ManagedTask[Any]] = []
+        if entry.target == "message":
+            # Also from this node, which may be the worker.
+            self._cancel_execution(entry, at)
+        elif entry.node != self._link.node:
+            tasks = self._reach(entry.target, entry.name, entry.to_cause(), at)
+        left = (entry.timeout or 0.0) - at.age
+        if entry.request is None or entry.node == self._link.node or left <= 0:
+            return
+        if not tasks:
+            self._answer(entry, Reached())
+            return
+        answering = asyncio.get_running_loop().create_task(
+            self._answer_later(entry, tasks, left),
+            name="otel_tasks.fleet.answer",
+            # No request and no span of this process caused it.
+            context=quiet_context(),
+        )
+        self._answering.add(answering)
+        answering.add_done_callback(self._answering.discard)
+
+    def _reach(
+        self, target: Target, name: str, cause: CancelCause, at: Entry | None = None
+    ) -> list[ManagedTask[Any]]:
+        spares = None if at is None else self._later_than(at)
+        if target == "task":
+            return cancel_named(self._manager, name, cause, spares)
+        return cancel_grouped(self._manager, name, cause, spares)
+
+    def _later_than(self, at: Entry) -> Callable[[ManagedTask[Any]], bool]:
+        """Return a function that tells whether a task was started after an entry was written."""
+        position = position_of(at.id)
+        # By durations alone: the clocks of two hosts may differ.
+        since = now() - at.age + _SLACK
+
+        def is_later(task: ManagedTask[Any]) -> bool:
+            sent_after = self._cancellations.sent_after(task)
+            return task.created_at > since if sent_after is None else sent_after >= position
+
+        return is_later
+
+    def _cancel_execution(self, entry: CancelEntry, at: Entry) -> None:
+        task = self._cancellations.execution_of(entry.name)
+        if task is not None and not self._later_than(at)(task):
+            request_cancel(task, entry.to_cause())
+
+    # -- answers --------------------------------------------------------------------------------
+
+    async def _answer_later(self, entry: CancelEntry, tasks: list[ManagedTask[Any]], left: float) -> None:
+        try:
+            await wait_for_reached(tasks, left - min(_EARLIER, left / 4))
+        finally:
+            # Also when the fleet stops: the other node would wait for nothing.
+            self._answer(entry, reached(tasks))
+
+    def _answer(self, entry: CancelEntry, done: Reached) -> None:
+        if entry.request is None:
+            return
+        answer = CancelAnswer(
+            node=self._link.node,
+            request=entry.request,
+            asked=done.asked,
+            ended=done.ended,
+            running=len(done.still_running),
+            still_running=done.still_running[:LIST_LIMIT],
+        )
+        self._link.post_to(entry.node, answer)
+
+
+def requester_at(asked_by: str | None, node: str) -> str:
+    """Name the requester and its node, for the causes of other processes."""
+    return f"{asked_by or 'code'} at {node}"
+
+
+def _report(
+    node: str, local: Reached, answers: Mapping[str, CancelAnswer], silent: tuple[str, ...]
+) -> CancelReport:
+    asked = {node: local.asked} | {other: answer.asked for other, answer in answers.items()}
+    running = {node: local.still_running[:LIST_LIMIT]}
+    running |= {other: answer.still_running for other, answer in answers.items()}
+    return CancelReport(
+        asked=sum(asked.values()),
+        ended=local.ended + sum(answer.ended for answer in answers.values()),
+        still_running=len(local.still_running) + sum(answer.running for answer in answers.values()),
+        silent=silent,
+        asked_on={node: count for node, count in asked.items() if count},
+        still_running_on={node: ids for node, ids in running.items() if ids},
+    )
+
+
+def _partial(target: str, name: str, local: Reached, error: BusUnavailableError) -> str:
+    tasks = "1 task" if local.asked == 1 else f"{local.asked} tasks"
+    return (
+        f"cancelling {target} {name!r} reached {tasks} of this process, of which {local.ended} ended, and "
+        f"perhaps no other process: {error}; the others carry it out when the bus is back"
+    )

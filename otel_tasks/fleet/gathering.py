@@ -1,0 +1,202 @@
+"""Gathering: asks all nodes, and collects their answers until each has answered or the time is up.
+
+Rules, each with a test of its own:
+
+1. Each node that the roster had after the question was sent is waited for, and no other one.
+2. While the roster may be incomplete, because the bus has just come back, late nodes are waited for too.
+3. Answers are bounded: those of a node that sends too much are dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+from typing import TYPE_CHECKING, Any, Final
+
+from otel_tasks.fleet.bus import BusUnavailableError
+from otel_tasks.fleet.entries import AnswerEntry, CancelAnswer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from otel_tasks.fleet.bus import Entry
+    from otel_tasks.fleet.entries import FleetEntry
+    from otel_tasks.fleet.link import Link
+
+    Roster = dict[str, tuple[bytes, float]]
+
+# Characters of a part of an answer, which is JSON in JSON: each may be escaped, and an entry has 64 KiB.
+PART: Final = 30_000
+# Parts of one node's answer to one question.
+MAX_PARTS: Final = 128
+
+
+class Question:
+    """A question to all nodes, and the answers so far.
+
+    Args:
+        request: Its id.
+
+    Attributes:
+        request: Its id.
+        cancelled: The answers to a cancellation, by node.
+        roster: The other nodes of the fleet, once they are known.
+        roster_at: When it was read, on the loop's clock.
+    """
+
+    def __init__(self, request: str) -> None:
+        self.request = request
+        self.cancelled: dict[str, CancelAnswer] = {}
+        self.roster: Roster | None = None
+        self.roster_at = 0.0
+        self._parts: dict[str, dict[int, str]] = {}
+        self._sizes: dict[str, int] = {}
+        self._changed = asyncio.Event()
+
+    def take(self, entry: AnswerEntry | CancelAnswer) -> None:
+        """Take an answer, or a part of one; each may come twice."""
+        if isinstance(entry, CancelAnswer):
+            self.cancelled[entry.node] = entry
+        elif 0 <= entry.part < MAX_PARTS:
+            text = entry.data.get("text")
+            self._parts.setdefault(entry.node, {})[entry.part] = text if isinstance(text, str) else ""
+            if entry.last:
+                self._sizes[entry.node] = entry.part + 1
+        self.wake()
+
+    def wake(self) -> None:
+        """Look again at what is waited for."""
+        self._changed.set()
+
+    async def changes(self) -> None:
+        """Wait for the next change.
+
+        Cancellation: ends the wait.
+        """
+        self._changed.clear()
+        await self._changed.wait()
+
+    @property
+    def answered(self) -> set[str]:
+        """The nodes whose answers are complete."""
+        complete = {node for node, size in self._sizes.items() if len(self._parts[node]) >= size}
+        return complete | self.cancelled.keys()
+
+    @property
+    def silent(self) -> tuple[str, ...]:
+        """The nodes of the roster that have not answered."""
+        return tuple(sorted((self.roster or {}).keys() - self.answered))
+
+    def data(self) -> dict[str, dict[str, Any]]:
+        """Return the answers to an inspection, by node; those that are no JSON objects are left out."""
+        found: dict[str, dict[str, Any]] = {}
+        for node in sorted(self.answered - self.cancelled.keys()):
+            parts = self._parts[node]
+            with contextlib.suppress(ValueError, RecursionError):
+                answer = json.loads("".join(parts[number] for number in sorted(parts)))
+                if isinstance(answer, dict):
+                    found[node] = answer
+        return found
+
+
+class Gathering:
+    """The open questions of one node.
+
+    Args:
+        link: The link of this node.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._open: dict[str, Question] = {}
+        self._stopped = False
+        link.subscribe(AnswerEntry, self._take)
+        link.subscribe(CancelAnswer, self._take)
+        link.on_state(self._wake_all)
+
+    def stop(self) -> None:
+        """Let the questions fail that still wait."""
+        self._stopped = True
+        self._wake_all()
+
+    @contextlib.contextmanager
+    def question(self) -> Generator[Question]:
+        """Open a question: its answers are collected in the block."""
+        question = Question(secrets.token_hex(6))
+        self._open[question.request] = question
+        try:
+            yield question
+        finally:
+            del self._open[question.request]
+
+    async def answers(self, question: Question, posted: asyncio.Future[str], timeout: float) -> None:
+        """Wait until all nodes have answered a question, or the time is up.
+
+        Args:
+            question: The question.
+            posted: Its position in the log, once it is published.
+            timeout: Seconds to wait, at least 0.
+
+        Raises:
+            BusUnavailableError: The question was not sent in this time, the nodes of the fleet are unknown,
+                or the fleet has stopped.
+
+        Cancellation: ends the wait; the question stays asked.
+        """
+        posted.add_done_callback(lambda _: question.wake())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._until(question, posted.done)
+                posted.result()
+                question.roster = await self._roster(question)
+                question.roster_at = asyncio.get_running_loop().time()
+                await self._until(question, lambda: not question.silent and self._link.judges)
+        if question.roster is None:
+            state = "it was sent" if _succeeded(posted) else "it was not sent"
+            raise BusUnavailableError(f"{self._link.bus.address} is not available, {state}")
+
+    async def _until(self, question: Question, is_met: Callable[[], bool]) -> None:
+        while not is_met():
+            if self._stopped:
+                raise BusUnavailableError("the fleet has stopped")
+            await question.changes()
+
+    async def _roster(self, question: Question) -> Roster:
+        while True:
+            await self._until(question, lambda: self._link.is_up)
+            with contextlib.suppress(BusUnavailableError):
+                roster = await self._link.call(self._link.bus.roster)
+                roster.pop(self._link.node, None)
+                return roster
+
+    def _take(self, entry: AnswerEntry | CancelAnswer, _: Entry) -> None:
+        question = self._open.get(entry.request)
+        if question is not None and entry.node != self._link.node:
+            question.take(entry)
+
+    def _wake_all(self) -> None:
+        for question in self._open.values():
+            question.wake()
+
+
+def parts_of(data: dict[str, Any], node: str, request: str) -> list[FleetEntry]:
+    """Return the entries that carry an answer; rows that are too much for it are counted instead."""
+    text = json.dumps(data, separators=(",", ":"))
+    while len(text) > PART * MAX_PARTS:
+        rows = data.get("rows", [])
+        kept = rows[: len(rows) // 2]
+        data = {"rows": kept, "more": data.get("more", 0) + len(rows) - len(kept)}
+        text = json.dumps(data, separators=(",", ":"))
+    parts = [text[start : start + PART] for start in range(0, len(text), PART)]
+    return [
+        AnswerEntry(
+            node=node, request=request, part=number, last=number == len(parts) - 1, data={"text": part}
+        )
+        for number, part in enumerate(parts)
+    ]
+
+
+def _succeeded(future: asyncio.Future[str]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None

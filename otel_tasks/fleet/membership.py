@@ -1,0 +1,85 @@
+"""Membership: one stay of a process in its fleet, from the start to the stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Final
+
+from otel_tasks.fleet.cancellations import Cancellations
+from otel_tasks.fleet.cancelling import Canceller
+from otel_tasks.fleet.gathering import Gathering
+from otel_tasks.fleet.inspection import Inspector
+from otel_tasks.fleet.keeper import Keeper
+from otel_tasks.fleet.link import Link
+from otel_tasks.fleet.nodes import Presence, new_name
+
+if TYPE_CHECKING:
+    from otel_tasks import TaskManager
+    from otel_tasks.fleet.bus import Bus
+
+# Seconds that a start waits for the bus; afterwards it goes on in the background.
+START_TIMEOUT: Final = 5.0
+# Seconds for the last calls of the bus when the fleet stops.
+STOP_TIMEOUT: Final = 2.0
+
+
+class Membership:
+    """What a started fleet consists of. It belongs to one process and one event loop.
+
+    Args:
+        bus: The bus.
+        manager: The manager whose tasks the fleet sees.
+
+    Attributes:
+        node: The name of this node.
+        link: Its link to the bus.
+        keeper: It renews the node's lease and claims.
+        cancellations: The cancellations of the last hour.
+        canceller: Its cancellations, in both directions.
+        inspector: What it shows and sees.
+    """
+
+    def __init__(self, bus: Bus, manager: TaskManager) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.pid = os.getpid()
+        self.node = new_name()
+        self.link = Link(bus, self.node)
+        self.keeper = Keeper(bus, self.node)
+        self.cancellations = Cancellations()
+        self._gathering = Gathering(self.link)
+        self._presence = Presence(self.link, manager)
+        self.canceller = Canceller(manager, self.link, self.cancellations, self._gathering)
+        self.inspector = Inspector(manager, self.link, self._gathering, self._presence)
+
+    async def start(self) -> None:
+        """Connect to the bus, read the cancellations of the last hour, and announce the node.
+
+        Raises:
+            BusRefusedError: The server refuses this process.
+
+        Cancellation: ends the stay.
+        """
+        await self.link.start(START_TIMEOUT)
+        try:
+            await self._presence.start()
+        except BaseException:
+            await self.link.stop(0.0)
+            raise
+
+    async def stop(self) -> None:
+        """Answer what other nodes still wait for, send what waits, and leave.
+
+        Cancellation: leaves without further waiting.
+        """
+        self._gathering.stop()
+        try:
+            await self.canceller.stop()
+            async with asyncio.timeout(STOP_TIMEOUT):
+                await self.keeper.stop()
+                await self._presence.stop()
+        except TimeoutError:
+            # The bus does not answer: the lease and the entry in the roster expire.
+            pass
+        finally:
+            await self.link.stop(STOP_TIMEOUT)
