@@ -443,7 +443,7 @@ def test_warning_opens_its_tasks_and_can_be_silenced(shop: Site, visit: Visits) 
 
 
 def test_timeline_shows_a_request_with_its_cause(shop: Site, visit: Visits) -> None:
-    """Bars of live and ended tasks on one axis; the hang-up is marked on each that it struck."""
+    """Bars of live tasks, then of ended ones, on one axis; the hang-up is marked on each that it struck."""
     with pytest.raises(httpx.TimeoutException):
         httpx.get(f"{shop.url}/shop/report/7", timeout=0.5)
     page = visit()
@@ -451,6 +451,8 @@ def test_timeline_shows_a_request_with_its_cause(shop: Site, visit: Visits) -> N
     page.keyboard.press("g")
     timeline = page.locator("#timeline")
     expect(timeline.locator(".bar")).to_have_count(5)
+    names = timeline.locator(".bar bdi:not(.mute)").all_text_contents()
+    assert set(names[:2]) == {"sync_mail", "render_chart"}
     expect(timeline.locator(".bar-group")).to_contain_text("⊘ client disconnect")
     expect(timeline.locator(".bar", has_text="sync_mail").locator(".open")).to_have_count(1)
     expect(timeline.locator(".struck")).to_have_count(5)

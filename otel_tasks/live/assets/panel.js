@@ -163,7 +163,7 @@ export class Panel {
     const status = ended ? outcome(task, now) : task.status === "queued" ? doing(task, now) : task.status;
     const since = task.status === "cancelling" ? ` ${duration(now - task.cancel_requested)}` : "";
     list.append(make("dt", "", "Status"), make("dd", `s-${TONES[task.status]}`, status + since));
-    add("Priority", task.priority);
+    if (task.priority !== "NORMAL") add("Priority", task.priority);
     add("Created", `${wall(task.created, this.model)}, ${duration(now - task.created)} ago`);
     if (ended) add("Ended", `${wall(task.ended, this.model)}, after ${fine(task.ended - task.created)}`);
     if (task.progress) add("Progress", ...this.#progress(task.progress, now));
@@ -232,7 +232,9 @@ export class Panel {
       const since = index ? `+${fine(step.at - chain[index - 1].at)}` : wall(step.at, this.model, { hour: "2-digit", minute: "2-digit", second: "2-digit", fractionalSecondDigits: 3 });
       if (step.step === "cause") {
         const says = capital(causeOf({ ...step, asked_by: step.name }));
-        const facts = [since, step.kind === "explicit" ? "" : step.name, step.message].filter(Boolean).join(" · ");
+        // A request that has cancelled its own group is named there.
+        const isNamed = step.kind === "explicit" || (chain[1].step === "group" && chain[1].name.startsWith(step.name));
+        const facts = [since, isNamed ? "" : step.name, step.message].filter(Boolean).join(" · ");
         return make("li", "", says, " ", make("small", "", facts));
       }
       if (step.step === "group") return make("li", "", `Group ${clean(step.name)} `, make("small", "", since));

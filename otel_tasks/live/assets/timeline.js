@@ -64,7 +64,8 @@ export class Timeline {
 
   #groups(tasks) {
     const groups = new Map();
-    const sorted = [...tasks].sort((a, b) => a.created - b.created || a.task_id.localeCompare(b.task_id, "en", { numeric: true }));
+    // What still runs is what people look for: it comes before what has ended.
+    const sorted = [...tasks].sort((a, b) => Boolean(a.ended) - Boolean(b.ended) || a.created - b.created || a.task_id.localeCompare(b.task_id, "en", { numeric: true }));
     for (const task of sorted) {
       const group = task.group_id ?? "";
       if (!groups.has(group)) groups.set(group, []);
