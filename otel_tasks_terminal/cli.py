@@ -29,12 +29,17 @@ exit codes:
   0  done                        4  refused: no or a wrong token, not allowed, read-only
   1  nothing done: no such task  5  not a live view, or a later version of it
   2  wrong arguments             6  cancel: requested, and the task still runs
-  3  no answer: try again later  130, 141, 143  Ctrl-C, closed pipe, SIGTERM
+  3  no answer: try again later  74  the output cannot be written
+                                 130, 141, 143  Ctrl-C, closed pipe, SIGTERM
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # `otel-tasks ls >&-`: what would be written is dropped, for as long as the process lives.
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # never closed
     try:
         try:
             return _run(argv)
@@ -48,8 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
         # `otel-tasks ls | head`: what is left in the buffer must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return ExitCode.BROKEN_PIPE
+    except OSError as error:
+        # A full disk. What the network does is a CommandError.
+        print(f"otel-tasks: cannot write the output: {error.strerror or error}", file=sys.stderr)
+        _drop_output()
+        return ExitCode.OUTPUT
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -74,7 +88,7 @@ def client_of(options: argparse.Namespace) -> Client:
 def parser() -> argparse.ArgumentParser:
     """Describe the arguments."""
     common = _common()
-    main_parser = argparse.ArgumentParser(
+    main_parser = _Parser(
         prog="otel-tasks",
         description="See what runs in a service that mounts live_view(), and cancel it.",
         epilog=EPILOG,
@@ -106,11 +120,9 @@ def parser() -> argparse.ArgumentParser:
     return main_parser
 
 
-def _common() -> argparse.ArgumentParser:
+def _common() -> _Parser:
     """The options that may stand before and after the command."""
-    common = argparse.ArgumentParser(
-        add_help=False, argument_default=argparse.SUPPRESS, formatter_class=_Formatter
-    )
+    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS, formatter_class=_Formatter)
     common.add_argument("--url", metavar="URL", help=f"the address of the live view (default: {DEFAULT_URL})")
     common.add_argument(
         "--token",
@@ -179,6 +191,15 @@ def _positive(text: str) -> int:
     if not re.fullmatch(r"\d{1,6}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
     return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments, as the other errors do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(
+            ExitCode.USAGE, f"{self.prog}: {message.removeprefix('argument ')}; see {self.prog} --help\n"
+        )
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

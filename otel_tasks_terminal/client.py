@@ -366,7 +366,6 @@ _CLOSED = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError
 _FAILURES = (OSError, http.client.HTTPException, ValueError)
 
 _HINTS = {
-    "read_only": "; live_view(actions={'cancel'}) allows it",
     "cross_site": "; set OTEL_TASKS_TOKEN",
     "forbidden_host": "; use the address of the loopback interface",
 }

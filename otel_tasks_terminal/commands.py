@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from otel_tasks_terminal import phrases, views
+from otel_tasks_terminal import details, phrases, views
 from otel_tasks_terminal.client import Client, Pairs, usage
 from otel_tasks_terminal.errors import CommandError, ExitCode
-from otel_tasks_terminal.model import Model
 from otel_tasks_terminal.output import is_json, pen_of, print_json, print_lines
 from otel_tasks_terminal.text import clean, counted, number
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
+
+    from otel_tasks_terminal.model import Model
 
     Connect = Callable[[], Client]
 
@@ -43,8 +44,8 @@ def ls(options: argparse.Namespace, connect: Connect) -> int:
 
 
 def _filters(options: argparse.Namespace) -> Pairs:
-    if options.ended and (options.status or options.where or options.min_age):
-        raise usage("--status, --where, and --min-age are for live tasks, not for --ended")
+    if options.ended and (options.status or options.where or options.min_age or options.sort):
+        raise usage("--status, --where, --min-age, and --sort are for live tasks, not for --ended")
     values = {
         "q": " ".join(options.words),
         "status": options.status,
@@ -64,7 +65,7 @@ def _note_rest(answer: Row, *, ended: bool, filtered: bool) -> None:
     kind = "ended task" if ended else "live task"
     if not shown:
         print(f"no {kind}{' matches' if filtered else ''}", file=sys.stderr)
-    elif total > shown:
+    elif answer.get("next"):
         print(
             f"{number(shown)} of {counted(total, kind)}: --limit, or a filter, shows others", file=sys.stderr
         )
@@ -74,6 +75,8 @@ def _note_rest(answer: Row, *, ended: bool, filtered: bool) -> None:
 
 def tree(options: argparse.Namespace, connect: Connect) -> int:
     """Show groups, and the tasks in them by name."""
+    from otel_tasks_terminal.model import Model  # the other commands start without
+
     client = connect()
     snapshot = client.get("snapshot")
     if is_json(options):
@@ -111,7 +114,7 @@ def show(options: argparse.Namespace, connect: Connect) -> int:
     if is_json(options):
         print_json(answer)
     else:
-        print_lines(views.detail(answer, pen_of(options)))
+        print_lines(details.lines(answer, pen_of(options)))
     return ExitCode.OK
 
 
@@ -164,7 +167,11 @@ def _confirmed(found: Row) -> bool:
         print(f"  now        {says}", file=sys.stderr)
     print(f"  also ends  {phrases.also_ended(found.get('children') or 0)}", file=sys.stderr)
     print("[y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().casefold() in ("y", "yes")
+    answer = sys.stdin.readline()
+    if not answer:
+        # Ctrl-D: the line of the question is not ended yet.
+        print(file=sys.stderr)
+    return answer.strip().casefold() in ("y", "yes")
 
 
 def _report(options: argparse.Namespace, answer: Row, now: float) -> int:

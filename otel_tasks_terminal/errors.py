@@ -15,6 +15,7 @@ class ExitCode(IntEnum):
     REFUSED = 4
     PROTOCOL = 5
     STILL_RUNS = 6
+    OUTPUT = 74
     INTERRUPTED = 130
     BROKEN_PIPE = 141
     TERMINATED = 143

@@ -106,7 +106,7 @@ def duration(seconds: float) -> str:
     """Return a duration in few characters: ``0.4 s``, ``40 s``, ``12 m``, ``5 h``, ``3 d 4 h``."""
     seconds = max(0.0, seconds)
     if seconds < 0.95:
-        return f"{seconds:.1f} s"
+        return "0 s" if seconds < 0.05 else f"{seconds:.1f} s"
     if seconds < 100:
         return f"{max(1, int(seconds))} s"
     if seconds < 100 * _MINUTE:

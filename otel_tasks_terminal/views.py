@@ -8,11 +8,11 @@ from otel_tasks_terminal import phrases
 from otel_tasks_terminal.pen import SHAPES, TONES, Cell, Column, Pen, table
 from otel_tasks_terminal.text import (
     clean,
-    clock,
     counted,
     cut,
     duration,
     fine,
+    fit,
     number,
     percent,
     place,
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 MAX_WARNINGS = 5
+# Below this width, the columns of counts leave their room to the names; two columns remain, of so many cells.
+NARROW = 96
+COUNT = 7
+AGE = 9
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 # --- a list of tasks -------------------------------------------------------------------------------
@@ -171,29 +175,87 @@ def counters(model: Model) -> str:
 
 
 def tree(entries: Iterable[Entry], model: Model, pen: Pen) -> Iterable[str]:
-    """The rows of the overview."""
+    """The rows of the overview; in a narrow terminal, what a task does follows its name."""
     now = model.now()
+    if pen.columns is not None and pen.columns < NARROW:
+        cells = pen.columns
+        lines = (narrow_heading(cells), *(narrow_cells(entry, now, cells) for entry in entries))
+        return (pen.line(*line).rstrip() for line in lines)
     return table(pen, TREE, [tree_cells(entry, now) for entry in entries])
+
+
+def narrow_heading(cells: int) -> list[Cell]:
+    """The titles of the columns of a narrow terminal."""
+    return [(fit("NAME", _names(cells)) + "COUNT".rjust(COUNT) + "AGE".rjust(AGE), "mute")]
+
+
+def narrow_cells(entry: Entry, now: float, cells: int) -> list[Cell]:
+    """One row of a narrow terminal."""
+    indent, row = "  " * entry.level, entry.row
+    if entry.kind == "more":
+        return [(_more(indent, row), "mute")]
+    if entry.kind in ("group", "class"):
+        oldest = row.get("oldest") if row.get("count") else None
+        mark = "▾" if entry.open else "▸"
+        return [
+            (fit(f"{indent}{mark} {title(entry)}", _names(cells)), "bold" if entry.kind == "group" else None),
+            (number(row.get("count") or 0).rjust(COUNT), "cancel" if row.get("cancelling") else None),
+            (("" if oldest is None else duration(now - oldest)).rjust(AGE), "mute"),
+        ]
+    return [*task_cells(entry, now, max(10, cells - AGE)), (task_age(row, now).rjust(AGE), None)]
+
+
+def task_cells(entry: Entry, now: float, cells: int) -> list[Cell]:
+    """A task and what it does, as wide as there is room."""
+    row, tone = entry.row, tone_of(entry.row)
+    says = _says(entry, now)
+    shape = "·" if entry.kind == "ghost" else SHAPES.get(str(row.get("status")), "?")
+    head = f"{'  ' * entry.level}{shape} "
+    # The name goes first: one finds a task by it.
+    name = cut(named(row, entry.instance), max(8, cells - width(head) - (12 if says else 0)))
+    group = f"  {clean(row['group_id'])}" if entry.level == 0 and row.get("group_id") else ""
+    left = cells - width(head) - width(name)
+    return [
+        (head, tone),
+        (name, "bold" if tone == "cancel" else None),
+        (fit(f"{group}  {says}", left), tone if tone in ("cancel", "fail") else "mute"),
+    ]
+
+
+def task_age(task: Row, now: float) -> str:
+    """How old a live task is, or how long an ended one took."""
+    return duration(task.get("ended", now) - task.get("created", now))
+
+
+def _names(cells: int) -> int:
+    return max(10, cells - COUNT - AGE)
+
+
+def _more(indent: str, row: Row) -> str:
+    return f"{indent}… {number(row['total'] - row['shown'])} more"
+
+
+def _says(entry: Entry, now: float) -> str:
+    if entry.kind == "ghost":
+        return "has ended"
+    return phrases.outcome(entry.row, now) if entry.kind == "ended" else phrases.doing(entry.row, now)
 
 
 def tree_cells(entry: Entry, now: float) -> list[Cell]:
     """The cells of one row."""
     indent, row = "  " * entry.level, entry.row
     if entry.kind == "more":
-        text = f"{indent}… {number(row['total'] - row['shown'])} more"
-        return [(text, "mute"), *[("", None)] * (len(TREE) - 1)]
+        return [(_more(indent, row), "mute"), *[("", None)] * (len(TREE) - 1)]
     if entry.kind in ("group", "class"):
         return _counted_cells(entry, indent, now)
-    tone, ended = tone_of(row), entry.kind == "ended"
-    age = row.get("ended", now) - row.get("created", now) if ended else now - row.get("created", now)
-    says = phrases.outcome(row, now) if ended else phrases.doing(row, now)
+    tone = tone_of(row)
     shape = SHAPES.get(str(row.get("status")), "?")
     counts: list[Cell] = [("", None)] * 4
     return [
         (f"{indent}{shape} {named(row, entry.instance)}", tone),
         *counts,
-        (duration(age), None),
-        (_with_progress(row, says), tone),
+        (task_age(row, now), None),
+        (_with_progress(row, _says(entry, now)), tone),
     ]
 
 
@@ -239,161 +301,6 @@ def _with_progress(task: Row, says: str) -> str:
     fraction = report.get("fraction")
     done = "" if fraction is None else percent(fraction)
     return " · ".join(part for part in (done, says) if part)
-
-
-# --- one task --------------------------------------------------------------------------------------
-
-
-def detail(answer: Row, pen: Pen) -> Iterator[str]:
-    """Everything about one task."""
-    return (pen.line(*parts) for parts in detail_parts(answer))
-
-
-def detail_parts(answer: Row) -> Iterator[list[Cell]]:
-    """The same, each line as texts with their tones."""
-    task, now, epoch = answer.get("task", {}), answer.get("now", 0.0), answer.get("epoch", 0.0)
-    shape = SHAPES.get(str(task.get("status")), "?")
-    yield [(f"{shape} ", tone_of(task)), (clean(task.get("name", "?")), "bold")]
-    yield [(" / ".join(clean(name) for name in answer.get("path", ())), "mute")]
-    yield []
-    for term, value, tone in facts(answer):
-        yield [(f"{term:<11}", "mute"), (value, tone)]
-    why = "Why it is cancelled" if answer.get("state") == "live" else "Why it was cancelled"
-    metadata = answer.get("metadata", {}).items()
-    for heading, lines in (
-        ("Waiting at", _frames(answer)),
-        (why, _chain(answer, epoch)),
-        ("Siblings", _siblings(answer, now)),
-        ("Metadata", [(f"{clean(key)}: {clean(value)}", None) for key, value in metadata]),
-    ):
-        if lines:
-            yield []
-            yield [(heading, "bold")]
-            yield from ([(f"  {text}", tone)] for text, tone in lines)
-
-
-Fact = tuple[str, str, str | None]
-
-
-def facts(answer: Row) -> Iterator[Fact]:
-    """What is known of a task in a few words each: a term, its value, and a tone."""
-    task, now, epoch = answer.get("task", {}), answer.get("now", 0.0), answer.get("epoch", 0.0)
-    created, ended = task.get("created", now), task.get("ended")
-    says = phrases.doing(task, now) if ended is None else phrases.outcome(task, now)
-    if task.get("status") == "running":
-        says = f"running · {says}" if says else "running"
-    yield "Status", says, tone_of(task)
-    yield "Priority", clean(task.get("priority", "NORMAL")), None
-    yield "Created", f"{clock(epoch + created)}, {duration(now - created)} ago", None
-    if ended is not None:
-        yield "Ended", f"{clock(epoch + ended)}, after {fine(ended - created)}", None
-    if task.get("progress"):
-        yield "Progress", _progress(task["progress"], now), None
-    if task.get("attempt"):
-        yield "Attempt", clean(task["attempt"]), None
-    yield from _others(answer, task)
-    yield from _ids(answer, task)
-
-
-def _others(answer: Row, task: Row) -> Iterator[Fact]:
-    if task.get("awaits"):
-        awaited = answer.get("awaited") or {}
-        says = clean(task["awaits"]) if awaited.get("id") else _other(awaited, task["awaits"])
-        yield "Waits for", says, None
-    if answer.get("waiters"):
-        yield "Awaited by", ", ".join(_other(waiter) for waiter in answer["waiters"]), None
-    if answer.get("children"):
-        yield "Children", phrases.also_ended(answer["children"]), None
-
-
-def _other(other: Row, name: str = "?") -> str:
-    """A task on the other end of an await; a plain asyncio task has no more than a number for a name."""
-    says = clean(other.get("name") or name)
-    if other.get("id") or not other.get("function"):
-        return says
-    where = other.get("where")
-    at = f", at {clean(place(where))} in {clean(where.get('function', '?'))}" if where else ""
-    return f"{says} (runs {clean(other['function'])}{at})"
-
-
-def _ids(answer: Row, task: Row) -> Iterator[Fact]:
-    yield "Task id", clean(task.get("task_id", "?"), 200), None
-    if task.get("id"):
-        yield "Id", clean(task["id"]), None
-    if task.get("trace_id"):
-        yield "Trace", clean(answer.get("trace_url") or task["trace_id"], 400), None
-
-
-def _progress(report: Row, now: float) -> str:
-    done, total, fraction = report.get("done") or 0, report.get("total"), report.get("fraction")
-    parts = [f"{number(done)} of {number(total)}" if total else number(done)]
-    if fraction is not None:
-        parts[0] += f" ({percent(fraction)})"
-    if report.get("seconds_left") is not None:
-        parts.append(f"about {duration(report['seconds_left'] - (now - report.get('at', now)))} left")
-    if report.get("message"):
-        parts.append(clean(report["message"]))
-    return ", ".join(parts)
-
-
-def _frames(answer: Row) -> list[Cell]:
-    frames = answer.get("frames") or [frame for frame in (answer.get("task", {}).get("where"),) if frame]
-    return [
-        (
-            f"{clean(place(frame))} in {clean(frame.get('function', '?'))}",
-            None if frame.get("own", True) else "mute",
-        )
-        for frame in frames
-    ]
-
-
-def _chain(answer: Row, epoch: float) -> list[Cell]:
-    steps = answer.get("cause_chain", ())
-    return [
-        (f"{_when(steps, index, epoch):<14}{_step(step)}", "cancel" if index == 0 else None)
-        for index, step in enumerate(steps)
-    ]
-
-
-def _when(steps: list[Row], index: int, epoch: float) -> str:
-    at = steps[index].get("at")
-    if at is None:
-        return ""
-    before = steps[index - 1].get("at") if index else None
-    return clock(epoch + at, milliseconds=True) if before is None else f"+{fine(max(0.0, at - before))}"
-
-
-def _step(step: Row) -> str:
-    if step.get("step") == "cause":
-        parts = (phrases.because({"kind": step.get("kind")}), step.get("name"), step.get("message"))
-        return " · ".join(clean(part) for part in parts if part)
-    if step.get("step") == "group":
-        return f"group {clean(step.get('name'))}"
-    ended, at = step.get("ended"), step.get("at")
-    end = "not finished" if ended is None else "ended" if at is None else f"ended {fine(ended - at)} later"
-    return f"this task · {end}"
-
-
-def _siblings(answer: Row, now: float) -> list[Cell]:
-    siblings = answer.get("siblings") or {}
-    ended = siblings.get("ended", {})
-    counts = [f"{number(count)} {SHAPES.get(name, '?')}" for name, count in ended.items() if count]
-    total = sum(ended.values())
-    if not total and not siblings.get("live"):
-        return []
-    summary = f"{number(siblings.get('live', 0))} live, {number(total)} ended" + (
-        f" ({', '.join(counts)})" if counts else ""
-    )
-    lines: list[Cell] = [(summary, None)]
-    for task in siblings.get("rows", ()):
-        lines.append((_sibling(task, phrases.doing(task, now)), tone_of(task)))
-    for task in siblings.get("ended_rows", ()):
-        lines.append((_sibling(task, phrases.outcome(task, now)), tone_of(task)))
-    return lines
-
-
-def _sibling(task: Row, says: str) -> str:
-    return f"{SHAPES.get(str(task.get('status')), '?')} {cut(clean(task.get('name', '?')), 40)}  {says}"
 
 
 def where(task: Row) -> str | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from otel_tasks_terminal import phrases, text
+from otel_tasks_terminal import phrases, text, views
 from otel_tasks_terminal.cli import main
 from otel_tasks_terminal.client import Address, Client
 from otel_tasks_terminal.errors import CommandError, ExitCode
@@ -112,7 +112,7 @@ def test_ls_follows_the_pages_and_lists_a_task_once(view: View, capsys: pytest.C
 
 def test_ls_says_on_stderr_what_it_does_not_show(view: View, capsys: pytest.CaptureFixture[str]) -> None:
     """A script reads rows alone: that there are more, or none, is said beside."""
-    view.answers["GET tasks"] = Said(rows(task("a"), total=9800))
+    view.answers["GET tasks"] = Said(rows(task("a"), total=9800, next="1"))
     assert main(["ls", "--limit", "1"]) == 0
     assert capsys.readouterr().err == "1 of 9,800 live tasks: --limit, or a filter, shows others\n"
 
@@ -181,6 +181,17 @@ def test_tree_tells_the_tasks_of_several_requests_apart(
 
     assert main(["tree"]) == 0
     assert "◐ sync_mail #4711 HIGH " in capsys.readouterr().out
+
+
+def test_a_narrow_tree_says_what_tasks_do() -> None:
+    """Below 96 columns, that follows the name, and the columns of counts leave their room to it."""
+    model = Model(lambda: NOW)
+    model.apply("snapshot", snapshot())
+    lines = list(views.tree(model.tree(), model, Pen(70)))
+    assert lines[0].split() == ["NAME", "COUNT", "AGE"]
+    assert lines[3] == "    ◐ sync_mail HIGH  cancelling 44 s · client disconnected …     12 m"
+    assert re.split(r"\s{2,}", lines[4].strip()) == ["▸ fetch_prices \N{MULTIPLICATION SIGN}3", "3", "12 m"]
+    assert {text.width(line) for line in lines} == {70}
 
 
 def test_tree_lists_the_tasks_of_each_name(view: View, capsys: pytest.CaptureFixture[str]) -> None:
@@ -338,7 +349,7 @@ def error(code: str, message: str, status: int, **headers: str) -> Said:
 REFUSALS = {
     "unauthorized": (error("unauthorized", "who are you?", 401), 4, "set OTEL_TASKS_TOKEN"),
     "forbidden": (Said({"detail": "Forbidden"}, 403), 4, "refused: not allowed (403)"),
-    "read-only": (error("read_only", "this view is read-only", 403), 4, "live_view(actions={'cancel'})"),
+    "read-only": (error("read_only", "this view is read-only: ...", 403), 4, "this view is read-only: ..."),
     "not found": (error("not_found", "no task has the id 'x'", 404), 1, "no task has the id 'x'"),
     "bad request": (error("bad_request", "key must be a key", 400), 2, "answers: key must be a key"),
     "too many": (error("too_many_viewers", "too many", 429, Retry_After="5"), 3, "try again in 5 s"),
@@ -400,6 +411,7 @@ def test_a_wrong_token_is_told_from_none(view: View, capsys: pytest.CaptureFixtu
         (["ls", "--url", "http://x/?a=1"], "must not have a query"),
         (["ls", "--token", "a b"], "the token has spaces"),
         (["ls", "--ended", "--status", "running"], "are for live tasks"),
+        (["ls", "--ended", "--sort", "name"], "are for live tasks"),
     ],
 )
 def test_wrong_arguments_name_the_right_ones(
@@ -422,11 +434,13 @@ def test_wrong_arguments_name_the_right_ones(
 def test_usage_errors_end_with_two(
     arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What the parser refuses ends with the same code."""
+    """What the parser refuses ends with the same code, and in one line."""
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == ExitCode.USAGE
-    assert says in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert line.endswith("--help")
 
 
 def test_a_server_that_is_gone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -572,7 +586,7 @@ def test_text_fits_into_cells(given: str, cells: int, expected: str) -> None:
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [
-        (0.04, "0.0 s"),
+        (0.04, "0 s"),
         (0.4, "0.4 s"),
         (44, "44 s"),
         (720, "12 m"),
@@ -615,7 +629,7 @@ def test_ascii_prints_ascii(view: View, capsys: pytest.CaptureFixture[str]) -> N
         ({"status": "running", "awaits": "render"}, "waits for render"),
         ({"status": "running", "where": {"file": "a/b.py", "line": 3}, "calls": "get"}, "at b.py:3, in get"),
         ({"status": "running"}, ""),
-        ({"status": "cancelling"}, "cancelling 0.0 s"),
+        ({"status": "cancelling"}, "cancelling 0 s"),
     ],
 )
 def test_what_a_task_does_in_words(row: dict[str, Any], expected: str) -> None:

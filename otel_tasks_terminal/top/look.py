@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from otel_tasks_terminal import phrases, views
-from otel_tasks_terminal.pen import SHAPES, Cell, Pen
-from otel_tasks_terminal.text import clean, cut, duration, fit, number, percent, width
+from otel_tasks_terminal import views
+from otel_tasks_terminal.text import fit, number, percent, width
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from otel_tasks_terminal.model import Entry
+    from otel_tasks_terminal.pen import Cell, Pen
 
 Row = dict[str, Any]
 
@@ -45,8 +45,6 @@ SPARKS = "▁▂▃▄▅"
 COUNTS = 7
 AGES = 22
 PROGRESS = 12
-# Below this width, counts and progress leave their room to the names.
-NARROW = 96
 
 
 class Look:
@@ -100,10 +98,8 @@ class Look:
         """The titles of the columns."""
         names = max(10, cells - self._rest(cells))
         counts = "".join(title.rjust(COUNTS) for title in ("COUNT", "WAIT", "RUN", "CANCEL"))
-        if cells < NARROW:
-            return self.text(
-                [(fit(" NAME", max(10, cells - COUNTS - 9)) + "COUNT".rjust(COUNTS) + "      AGE", "mute")]
-            )
+        if cells < views.NARROW:
+            return self.text([(" ", None), *views.narrow_heading(cells - 1)])
         text = f"{fit(' NAME', names)}{counts}  {fit('AGE p50 · p90 · max', AGES)}{fit('PROGRESS', PROGRESS)}"
         return self.text([(text, "mute")])
 
@@ -111,23 +107,9 @@ class Look:
         """One row of the list."""
         if entry.kind == "more":
             return self.text([(f"{_indent(entry)}… {_more(entry.row)}", "mute")])
-        if entry.kind in ("group", "class"):
-            return self._narrow(entry, now, cells) if cells < NARROW else self._counted(entry, now, cells)
-        return self._task(entry, now, cells)
-
-    def _narrow(self, entry: Entry, now: float, cells: int) -> Text:
-        row = entry.row
-        name = fit(_titled(entry), max(10, cells - COUNTS - 9))
-        oldest = row.get("oldest")
-        age = "" if oldest is None or not row.get("count") else duration(now - oldest)
-        tone = "cancel" if row.get("cancelling") else None
-        return self.text(
-            [
-                (name, "bold" if entry.kind == "group" else None),
-                (number(row.get("count") or 0).rjust(COUNTS), tone),
-                (age.rjust(9), "mute"),
-            ]
-        )
+        if cells < views.NARROW:
+            return self.text([(" ", None), *views.narrow_cells(entry, now, cells - 1)])
+        return (self._counted if entry.kind in ("group", "class") else self._task)(entry, now, cells)
 
     def _counted(self, entry: Entry, now: float, cells: int) -> Text:
         row = entry.row
@@ -149,24 +131,11 @@ class Look:
         )
 
     def _task(self, entry: Entry, now: float, cells: int) -> Text:
-        row, tone = entry.row, views.tone_of(entry.row)
-        ended = entry.kind == "ended"
-        says = "has ended" if entry.kind == "ghost" else _says(row, now, ended=ended)
-        room = max(10, cells - (9 if cells < NARROW else AGES + PROGRESS + 2))
-        shape = "·" if entry.kind == "ghost" else SHAPES.get(str(row.get("status")), "?")
-        head = f"{_indent(entry)}{shape} "
-        # The name goes first: one finds a task by it.
-        name = cut(views.named(row, entry.instance), max(8, room - width(head) - (12 if says else 0)))
-        group = f"  {clean(row['group_id'])}" if entry.level == 0 and row.get("group_id") else ""
-        left = room - width(head) - width(name)
-        parts: list[Cell] = [(head, tone), (name, "bold" if tone == "cancel" else None)]
-        parts.append(
-            (fit(cut(f"{group}  {says}", left), left), tone if tone in ("cancel", "fail") else "mute")
-        )
-        age = duration((row.get("ended", now) if ended else now) - row.get("created", now))
-        if cells < NARROW:
-            return self.text([*parts, (age.rjust(9), None)])
-        return self.text([*parts, ("  " + fit(age, AGES), None), *self._progress(row.get("progress"))])
+        row = entry.row
+        room = max(10, cells - AGES - PROGRESS - 3)
+        age = "  " + fit(views.task_age(row, now), AGES)
+        parts = views.task_cells(entry, now, room)
+        return self.text([(" ", None), *parts, (age, None), *self._progress(row.get("progress"))])
 
     def _progress(self, report: Row | None) -> list[Cell]:
         total = (report or {}).get("total")
@@ -181,7 +150,7 @@ class Look:
         ]
 
     def _rest(self, cells: int) -> int:
-        return 4 * COUNTS + AGES + PROGRESS + 2 if cells >= NARROW else 0
+        return 4 * COUNTS + AGES + PROGRESS + 2 if cells >= views.NARROW else 0
 
 
 def _wrap(parts: Sequence[Cell], cells: int) -> Iterator[Sequence[Cell]]:
@@ -207,7 +176,3 @@ def _titled(entry: Entry) -> str:
 def _more(row: Row) -> str:
     hint = "Enter shows more" if row["shown"] < 1000 else "/ finds them"
     return f"{number(row['total'] - row['shown'])} more: {hint}"
-
-
-def _says(row: Row, now: float, *, ended: bool) -> str:
-    return phrases.outcome(row, now) if ended else phrases.doing(row, now)

@@ -8,7 +8,7 @@ from textual.binding import Binding
 from textual.containers import VerticalScroll
 from textual.widgets import Static
 
-from otel_tasks_terminal import views
+from otel_tasks_terminal import details
 from otel_tasks_terminal.text import clean
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Panel(VerticalScroll):
     def draw(self) -> None:
         """Draw the answer again: what it says gets older each second."""
         if self._answer is not None:
-            self._write(list(views.detail_parts({**self._answer, "now": self._now()})))
+            self._write(list(details.parts({**self._answer, "now": self._now()})))
 
     def _write(self, lines: list[Any]) -> None:
         cells = self.scrollable_content_region.width

@@ -8,7 +8,7 @@ from textual.widgets import Static
 
 from otel_tasks_terminal import phrases, views
 from otel_tasks_terminal.pen import SHAPES, TONES, Cell
-from otel_tasks_terminal.text import counted, cut, fit, number
+from otel_tasks_terminal.text import counted, cut, fit, number, width
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -59,12 +59,11 @@ def _lines(
     if not model.about:
         yield [("Tasks  ", "bold"), *state]
         return
-    yield [
-        ("Tasks  ", "bold"),
-        (f"{views.identity(model)}  ", None),
-        *state,
-        (f"  {views.access(model)}", "mute"),
-    ]
+    head, tail = f"{views.identity(model)}  ", f"  {views.access(model)}"
+    # In one line: the rows below must not move when the connection is lost.
+    room = cells - width(f"Tasks  {head}{tail}")
+    cut_state = [(cut(text, max(20, room)), tone) for text, tone in state]
+    yield [("Tasks  ", "bold"), (head, None), *cut_state, (tail, "mute")]
     if small or cells < NARROW:
         yield [
             (f"{SHAPES[status]} {_value(model, column, key)}  ", TONES[status])

@@ -40,6 +40,8 @@ class Service:
 
     def __init__(self, directory: Path) -> None:
         self.port = free_port()
+        # Where `top` keeps what is silenced.
+        self._state = directory / "state"
         self._log = directory / "service.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -54,6 +56,7 @@ class Service:
             "PYTHONPATH": str(REPOSITORY),
             "PYTHONIOENCODING": "utf-8",
             "LC_ALL": "C.UTF-8",
+            "XDG_STATE_HOME": str(self._state),
         }
         return kept | mine | more
 
@@ -189,6 +192,24 @@ def test_a_reader_that_leaves(service: Service) -> None:
     assert result.stderr == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(("redirected", "expected"), [("> /dev/full", 74), (">&-", 0), ("2>&-", 0)])
+def test_output_that_cannot_be_written(service: Service, redirected: str, expected: int) -> None:
+    """A full disk is named in one line; what goes to a closed stdout or stderr is dropped."""
+    result = subprocess.run(
+        ["bash", "-c", f"{shlex.join(COMMAND)} ls {redirected}"],
+        env=service.environment(),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == expected
+    assert "Traceback" not in result.stderr
+    assert ("cannot write the output: No space left on device" in result.stderr) == (expected == 74)
+
+
 def test_watch_ends_with_its_count(service: Service) -> None:
     """A real stream: three updates, one a second, then the end."""
     code, out, err = call(service, "watch", "--count", "3", "--json")
@@ -293,6 +314,22 @@ def test_colors_only_where_they_are_wanted(service: Service, tmp_path: Path) -> 
             assert ("\x1b[38;5;" in tty.screen(colors=True)) is colored
 
 
+def test_the_locale_c_gets_ascii(service: Service, tmp_path: Path) -> None:
+    """Python writes UTF-8 there; the terminal need not understand it."""
+    with terminal(service, tmp_path, "tree", LC_ALL="", LANG="C") as tty:
+        screen = tty.wait_for("exit=0")
+        assert "~ sync_mail HIGH" in screen
+        assert screen.isascii()
+
+
+def test_a_narrow_terminal_says_what_tasks_do(service: Service, tmp_path: Path) -> None:
+    """At 80 columns, it follows the name of the task, and no column is cut to nothing."""
+    with terminal(service, tmp_path, "tree", columns=80) as tty:
+        screen = tty.wait_for("exit=0")
+        assert re.search(r"◐ sync_mail HIGH  cancelling .* s · cancelled on request: deploy", screen)
+        assert re.search(r"^NAME +COUNT +AGE$", screen, re.MULTILINE)
+
+
 def test_lines_fit_a_narrow_terminal(service: Service, tmp_path: Path) -> None:
     """No line wraps: each task has one line, on 40 columns too."""
     with terminal(service, tmp_path, "ls", "--limit", "5", columns=40) as tty:
@@ -333,7 +370,7 @@ def test_top_finds_and_cancels_a_task_with_the_keyboard(service: Service, tmp_pa
         tty.press("/")
         tty.wait_for("filter by name")
         tty.press(*"user-9", "Enter")
-        tty.wait_for(r"filter 'user-9' · 1 task ")
+        tty.wait_for(r"filter 'user-9' · 1 live ")
         tty.press("l")
         screen = tty.wait_for("waits for a slot")
         tty.wait_for(r"Task id +import_user-9")
@@ -361,9 +398,14 @@ def test_top_keys(service: Service, tmp_path: Path) -> None:
         tty.press("t", "n", "l")
         tty.wait_for(r"Why it is cancelled")
         tty.press("w")
-        tty.wait_for(r"waiting at .*:\d+ · \d+ tasks?")
+        tty.wait_for(r"waiting at .*:\d+ · \d+ live")
         tty.press("Escape", "Escape", "e")
         tty.wait_for("ended, newest first")
+        tty.press("Escape", "n", "g")
+        tty.wait_for(r"timeline of mail · \d+ live")
+        assert re.search(r"◐ sync_mail +.*╍▸", tty.screen())
+        tty.press("g")
+        tty.wait_for("sorted by status")
         tty.press("Escape", "s")
         tty.wait_for("sorted by age")
         tty.press("Space")
