@@ -1,0 +1,384 @@
+"""The bus on a Redis server, version 6.2 or newer, or on Valkey.
+
+A node has three connections: one blocks in XREAD, one is shared by all calls, and one belongs to the thread
+that renews. Every key begins with the namespace in braces, so that a cluster has them all on one node:
+
+    {shop}:cancel           stream: the log
+    {shop}:inbox:<node>     stream: what is for one node
+    {shop}:nodes, :seen     hash and sorted set: the roster
+    {shop}:lease:<node>     a key that expires
+    {shop}:claim:<task>     a key that expires: the owner and the message
+    {shop}:done:<task>:<message>    a key that expires
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import TYPE_CHECKING, Any
+
+import redis
+from redis.asyncio.connection import ConnectionPool as AsyncConnectionPool
+from redis.asyncio.connection import SSLConnection
+from redis.exceptions import NoScriptError, RedisError
+
+from otel_tasks.fleet.bus import (
+    CALL_TIMEOUT,
+    DONE_KEPT,
+    INBOX_KEPT,
+    INBOX_LIMIT,
+    KEPT,
+    LEASE,
+    START,
+    BusRefusedError,
+    BusUnavailableError,
+    Claim,
+    Entry,
+    position_of,
+)
+from otel_tasks.fleet.redis_channel import Channel, exchange, unavailable
+from otel_tasks.fleet.redis_scripts import (
+    ANNOUNCE,
+    CHECK,
+    CLAIM,
+    FINISH,
+    PUBLISH,
+    RELEASE,
+    RENEW,
+    ROSTER,
+    SOURCES,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+
+# Entries that are read at once.
+_BATCH = 1000
+# Seconds for which XREAD blocks, and seconds more until the server counts as unavailable. Together they are
+# shorter than LEASE - RENEWED_EVERY: no node overlooks a pause of the server in which a lease expires.
+_BLOCK = 1.0
+_PATIENCE = 1.5
+# Claims that one script renews.
+_RENEWED = 500
+
+
+class RedisBus:
+    """The connections of one node to a Redis server.
+
+    Args:
+        url: ``redis://``, ``rediss://``, or ``unix://``, with user, password, and redis-py's options.
+        namespace: The fleet.
+
+    Raises:
+        ValueError: The URL is malformed.
+    """
+
+    renew_blocks = True
+
+    def __init__(self, url: str, namespace: str) -> None:
+        self.server_age = 0.0
+        self._prefix = "{" + namespace + "}:"
+        self._pool, self._thread_pool = _pools(url)
+        self.address = _address(self._pool)
+        self._channel = Channel(self._make_connection, self.address)
+        self._thread_connection: Any = None
+        self._closed = False
+        # The message of each claim: a claim that has expired is taken again.
+        self._deliveries: dict[str, str] = {}
+        self._after: dict[str, str] = {}
+
+    def _make_connection(self) -> Any:
+        # Any: redis-py types neither this nor the methods of a connection.
+        make: Any = self._pool.make_connection
+        return make()
+
+    def _key(self, *parts: str) -> str:
+        return self._prefix + ":".join(parts)
+
+    async def connect(self) -> None:
+        """Check that the server is new enough, answers, and can be written to.
+
+        Cancellation: ends the check.
+        """
+        self._closed = False
+        self._channel.open()
+        check = CHECK(self._key("cancel"), self._key("check"), args=(int(KEPT),))
+        await self._channel.call(check)
+        self.server_age = 0.0
+        try:
+            (info,) = await self._channel.call(("INFO", "server"))
+        except BusRefusedError:
+            # The user may not ask. The server is then taken for a young one.
+            return
+        facts = dict(line.split(":", 1) for line in info.decode().splitlines() if ":" in line)
+        self.server_age = float(facts.get("uptime_in_seconds", 0))
+
+    async def close(self) -> None:
+        """End all connections.
+
+        Cancellation: may leave one open.
+        """
+        self._closed = True
+        if self._thread_connection is not None:
+            self._thread_connection.disconnect()
+        await self._channel.close()
+
+    async def time(self) -> float:
+        """Return the time of the server's clock.
+
+        Cancellation: ends the wait.
+        """
+        ((seconds, micros),) = await self._channel.call(("TIME",))
+        return int(seconds) + int(micros) / 1e6
+
+    async def publish(self, payload: bytes) -> str:
+        """Append an entry to the log.
+
+        Cancellation: ends the wait; the entry is appended anyway.
+        """
+        (entry_id,) = await self._channel.call(PUBLISH(self._key("cancel"), args=(payload, int(KEPT))))
+        return str(entry_id.decode())
+
+    async def lost(self, ids: Sequence[str]) -> set[str]:
+        """Return those of these entries that the log no longer has.
+
+        Cancellation: ends the wait.
+        """
+        log = self._key("cancel")
+        found = await self._channel.call(*(("XRANGE", log, entry_id, entry_id) for entry_id in ids))
+        return {entry_id for entry_id, entries in zip(ids, found, strict=True) if not entries}
+
+    async def send(self, inboxes: Mapping[str, Collection[bytes]]) -> None:
+        """Append entries to inboxes.
+
+        Cancellation: ends the wait; the entries are appended anyway.
+        """
+        commands: list[tuple[str | bytes | int, ...]] = []
+        for node, payloads in inboxes.items():
+            key = self._key("inbox", node)
+            commands += [("XADD", key, "MAXLEN", "~", INBOX_LIMIT, "*", "e", entry) for entry in payloads]
+            commands.append(("EXPIRE", key, int(INBOX_KEPT)))
+        await self._channel.call(*commands)
+
+    async def read(self, inbox: str, after: str) -> AsyncGenerator[list[Entry]]:
+        """Iterate over the log and an inbox, on a connection of its own.
+
+        Cancellation: ends the iteration, and the connection.
+        """
+        log, own = self._key("cancel"), self._key("inbox", inbox)
+        reading = _Reading(self._make_connection(), self.address)
+        try:
+            if position_of(await reading.last_of(log)) < position_of(after):
+                after = START
+            caught_up = False
+            while True:
+                streams = {log: after, own: self._after.get(inbox, START)}
+                batch = await reading.next(streams, own, block=_BLOCK if caught_up else None)
+                if batch or not caught_up:
+                    caught_up = caught_up or not batch
+                    yield batch
+                for entry in batch:
+                    if entry.inbox:
+                        self._after[inbox] = entry.id
+                    else:
+                        after = entry.id
+        finally:
+            await reading.close()
+
+    async def announce(self, node: str, description: bytes, ttl: float) -> None:
+        """Enter a node into the roster.
+
+        Cancellation: ends the wait.
+        """
+        keys = self._key("nodes"), self._key("seen")
+        await self._channel.call(ANNOUNCE(*keys, args=(node, description, math.ceil(ttl), int(KEPT))))
+
+    async def roster(self) -> dict[str, tuple[bytes, float]]:
+        """Return the nodes of the roster.
+
+        Cancellation: ends the wait.
+        """
+        (answer,) = await self._channel.call(ROSTER(self._key("nodes"), self._key("seen")))
+        now, live, rows = answer
+        described = dict(zip(rows[::2], rows[1::2], strict=True))
+        found: dict[str, tuple[bytes, float]] = {}
+        for node in live:
+            since, _, description = described.get(node, b"").partition(b" ")
+            if since:
+                found[node.decode()] = (description, (int(now) - int(since)) / 1000)
+        return found
+
+    async def leave(self, node: str) -> None:
+        """Remove a node, its lease, and its inbox.
+
+        Cancellation: ends the wait; the node is removed anyway.
+        """
+        await self._channel.call(
+            ("DEL", self._key("lease", node), self._key("inbox", node)),
+            ("HDEL", self._key("nodes"), node),
+            ("ZREM", self._key("seen"), node),
+        )
+
+    async def claim(self, key: str, owner: str, delivery: str) -> Claim:
+        """Claim an execution.
+
+        Cancellation: ends the wait; a claim that was taken expires.
+        """
+        keys = self._claim_keys(key, delivery)
+        (answer,) = await self._channel.call(CLAIM(*keys, args=(f"{owner} {delivery}", _ms(LEASE))))
+        claim = Claim(answer.decode())
+        if claim is Claim.TAKEN:
+            self._deliveries[key] = delivery
+        return claim
+
+    async def finish(self, key: str, owner: str, delivery: str) -> None:
+        """Turn a claim into a mark that the message was executed.
+
+        Cancellation: ends the wait; the mark is set anyway.
+        """
+        self._deliveries.pop(key, None)
+        await self._channel.call(FINISH(*self._claim_keys(key, delivery), args=(f"{owner} ", _ms(DONE_KEPT))))
+
+    async def release(self, key: str, owner: str) -> None:
+        """Drop a claim.
+
+        Cancellation: ends the wait; the claim is dropped anyway.
+        """
+        self._deliveries.pop(key, None)
+        await self._channel.call(RELEASE(self._key("claim", key), args=(f"{owner} ",)))
+
+    async def leases(self, nodes: Collection[str]) -> set[str]:
+        """Return the nodes whose lease is valid.
+
+        Cancellation: ends the wait.
+        """
+        names = list(nodes)
+        if not names:
+            return set()
+        (values,) = await self._channel.call(("MGET", *(self._key("lease", node) for node in names)))
+        return {node for node, value in zip(names, values, strict=True) if value is not None}
+
+    def renew(self, node: str, *, lease: bool, claims: Collection[str]) -> list[str]:
+        """Renew the lease and claims of a node; blocks for at most some times ``CALL_TIMEOUT``."""
+        held = [(key, self._deliveries[key]) for key in list(claims) if key in self._deliveries]
+        lost: list[str] = []
+        for start in range(0, max(1, len(held)), _RENEWED):
+            part = held[start : start + _RENEWED]
+            keys = [key for claim in part for key in self._claim_keys(*claim)]
+            deliveries = [delivery for _, delivery in part]
+            with_lease = int(lease and start == 0)
+            command = RENEW(
+                self._key("lease", node), *keys, args=(f"{node} ", _ms(LEASE), with_lease, *deliveries)
+            )
+            lost += [part[number - 1][0] for number in self._call_in_thread(command)]
+        return lost
+
+    def _claim_keys(self, key: str, delivery: str) -> tuple[str, str]:
+        return self._key("claim", key), self._key("done", key, delivery)
+
+    def _call_in_thread(self, command: tuple[str | bytes | int, ...]) -> Any:
+        if self._closed:
+            raise BusUnavailableError(f"the connection to {self.address} was closed")
+        if self._thread_connection is None:
+            self._thread_connection = self._thread_pool.make_connection()
+        connection = self._thread_connection
+        try:
+            connection.send_command(*command)
+            try:
+                return connection.read_response()
+            except NoScriptError:
+                connection.send_command("EVAL", SOURCES[str(command[1])], *command[2:])
+                return connection.read_response()
+        except (RedisError, OSError) as error:
+            connection.disconnect()
+            raise unavailable(self.address, error) from error
+
+
+class _Reading:
+    """The connection that blocks."""
+
+    def __init__(self, connection: Any, address: str) -> None:
+        self._connection = connection
+        self._address = address
+
+    async def last_of(self, log: str) -> str:
+        """Return the id of the last entry of the log."""
+        (entries,) = await self._call(CALL_TIMEOUT, ("XREVRANGE", log, "+", "-", "COUNT", 1))
+        return str(entries[0][0].decode()) if entries else START
+
+    async def next(self, streams: Mapping[str, str], inbox: str, block: float | None) -> list[Entry]:
+        """Return the next entries after these positions; with ``block``, wait for them."""
+        waits = () if block is None else ("BLOCK", _ms(block))
+        timeout = CALL_TIMEOUT if block is None else block + _PATIENCE
+        read = ("XREAD", "COUNT", _BATCH, *waits, "STREAMS", *streams.keys(), *streams.values())
+        answer, (seconds, micros) = await self._call(timeout, read, ("TIME",))
+        now = int(seconds) + int(micros) / 1e6
+        return [
+            _entry(entry, now, inbox=key.decode() == inbox)
+            for key, entries in answer or ()
+            for entry in entries
+        ]
+
+    async def close(self) -> None:
+        """End the connection."""
+        await self._connection.disconnect(nowait=True)
+
+    async def _call(self, timeout: float, *commands: tuple[str | bytes | int, ...]) -> list[Any]:
+        try:
+            async with asyncio.timeout(timeout):
+                if not self._connection.is_connected:
+                    await self._connection.connect()
+                answers = await exchange(self._connection, commands)
+        except (RedisError, OSError) as error:
+            raise unavailable(self._address, error) from error
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise unavailable(self._address, answer) from answer
+        return answers
+
+
+def _pools(url: str) -> tuple[AsyncConnectionPool, redis.ConnectionPool]:
+    """Return what makes connections of both kinds; neither is used as a pool."""
+    try:
+        pool = AsyncConnectionPool.from_url(url, protocol=2)
+        thread_pool = redis.ConnectionPool.from_url(url, protocol=2)
+        # Nothing here retries, and the answers are bytes, whatever the URL says.
+        fixed = {"decode_responses": False, "retry_on_timeout": False, "health_check_interval": 0}
+        pool.connection_kwargs |= fixed | {"socket_timeout": None, "socket_connect_timeout": CALL_TIMEOUT}
+        thread_pool.connection_kwargs |= fixed | {
+            "socket_timeout": CALL_TIMEOUT,
+            "socket_connect_timeout": CALL_TIMEOUT,
+        }
+        made: list[Any] = [pool, thread_pool]
+        for maker in made:
+            maker.make_connection()
+    except (ValueError, TypeError, RedisError):
+        # Not the error itself: it may quote a part of the password.
+        raise ValueError(
+            "the URL of the fleet is malformed: write redis://[user:password@]host[:port][/database], with "
+            "special characters of the password in percent-encoding, and only options that redis-py has"
+        ) from None
+    return pool, thread_pool
+
+
+def _address(pool: AsyncConnectionPool) -> str:
+    """Return the server's URL without user and password."""
+    options: dict[str, Any] = pool.connection_kwargs
+    if "path" in options:
+        return f"unix://{options['path']}"
+    scheme = "rediss" if issubclass(pool.connection_class, SSLConnection) else "redis"
+    host = options.get("host", "localhost")
+    host = f"[{host}]" if ":" in host else host
+    return f"{scheme}://{host}:{options.get('port', 6379)}/{options.get('db', 0)}"
+
+
+def _entry(raw: Any, now: float, *, inbox: bool) -> Entry:
+    entry_id, fields = raw
+    name = entry_id.decode()
+    # A foreign entry has other fields, or none; what is decoded later is then no entry.
+    payload = next((value for key, value in zip(fields[::2], fields[1::2], strict=True) if key == b"e"), b"")
+    return Entry(name, payload, inbox, max(0.0, now - position_of(name)[0] / 1000))
+
+
+def _ms(seconds: float) -> int:
+    return int(seconds * 1000)

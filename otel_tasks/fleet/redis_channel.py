@@ -1,0 +1,196 @@
+"""Connections to Redis: one that many calls share, and what an error of the client means for a fleet.
+
+The connections of redis-py are used directly, without its clients: those have pools and retries of their own,
+and hooks of instrumentations, which would make a span of each poll.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from redis import exceptions
+
+from otel_tasks._core.telemetry import quiet_context
+from otel_tasks.fleet.bus import CALL_TIMEOUT, BusRefusedError, BusUnavailableError
+from otel_tasks.fleet.redis_scripts import SOURCES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    Command = tuple[str | bytes | int, ...]
+
+# Commands in one round trip: enough to be fast, and few enough to be answered in time.
+_BATCH = 500
+
+_REASONS: dict[type[Exception], str] = {
+    exceptions.OutOfMemoryError: "is full, and refuses to write (maxmemory)",
+    exceptions.ReadOnlyError: "is a replica, and refuses to write: the URL must name the primary",
+    exceptions.BusyLoadingError: "is still loading its data",
+    exceptions.TimeoutError: "does not answer",
+    TimeoutError: "does not answer",
+}
+_REFUSALS = (
+    exceptions.AuthenticationError,
+    exceptions.AuthorizationError,
+    exceptions.NoPermissionError,
+    ssl.SSLError,
+)
+
+
+class Channel:
+    """A connection whose calls share round trips: those of one turn of the loop, and those made meanwhile.
+
+    Args:
+        make: Creates a connection that is not connected yet.
+        address: The server, for messages.
+    """
+
+    def __init__(self, make: Callable[[], Any], address: str) -> None:
+        self._make = make
+        self._address = address
+        self._connection: Any = None
+        self._pending: deque[_Call] = deque()
+        self._sending: asyncio.Task[None] | None = None
+        self._closed = False
+
+    def open(self) -> None:
+        """Allow calls again after ``close``."""
+        self._closed = False
+
+    async def call(self, *commands: Command) -> list[Any]:
+        """Execute commands in this order, and return their answers.
+
+        Raises:
+            BusUnavailableError: The server does not answer within ``CALL_TIMEOUT``, or answers with an error.
+
+        Cancellation: ends the wait; the commands are executed anyway.
+        """
+        if self._closed:
+            raise BusUnavailableError(f"the connection to {self._address} was closed")
+        loop = asyncio.get_running_loop()
+        call = _Call(commands, loop.create_future())
+        self._pending.append(call)
+        if self._sending is None:
+            self._sending = loop.create_task(
+                self._send(), name="otel_tasks.fleet.calls", context=quiet_context()
+            )
+        answers = await call.answers
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise unavailable(self._address, answer) from answer
+        return answers
+
+    async def close(self) -> None:
+        """End the connection, and fail the calls that wait."""
+        self._closed = True
+        sending = self._sending
+        if sending is not None:
+            sending.cancel()
+            await asyncio.wait([sending])
+        self._fail(self._pending, ConnectionError("the connection was closed"))
+        await self._disconnect()
+
+    async def _send(self) -> None:
+        try:
+            while self._pending:
+                await self._send_batch()
+        finally:
+            self._sending = None
+
+    async def _send_batch(self) -> None:
+        batch: list[_Call] = []
+        commands: list[Command] = []
+        while self._pending and len(commands) < _BATCH:
+            batch.append(self._pending.popleft())
+            commands += batch[-1].commands
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT):
+                answers = iter(await self._execute(commands))
+        except Exception as error:
+            # The calls behind this batch have waited as long.
+            self._fail(batch, error)
+            self._fail(self._pending, error)
+            await self._disconnect()
+        except asyncio.CancelledError:
+            self._fail(batch, ConnectionError("the connection was closed"))
+            raise
+        else:
+            for call in batch:
+                call.settle([next(answers) for _ in call.commands])
+
+    async def _execute(self, commands: Sequence[Command]) -> list[Any]:
+        if self._connection is None:
+            self._connection = self._make()
+            await self._connection.connect()
+        answers = await exchange(self._connection, commands)
+        unknown = [n for n, answer in enumerate(answers) if isinstance(answer, exceptions.NoScriptError)]
+        if unknown:
+            again = [("EVAL", SOURCES[str(commands[n][1])], *commands[n][2:]) for n in unknown]
+            for n, answer in zip(unknown, await exchange(self._connection, again), strict=True):
+                answers[n] = answer
+        return answers
+
+    @staticmethod
+    def _fail(calls: Iterable[_Call], error: Exception) -> None:
+        for call in list(calls):
+            call.settle([error])
+        if isinstance(calls, deque):
+            calls.clear()
+
+    async def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.disconnect(nowait=True)
+
+
+class _Call(NamedTuple):
+    """Commands, and the future of their answers, of which some may be exceptions."""
+
+    commands: tuple[Command, ...]
+    answers: asyncio.Future[list[Any]]
+
+    def settle(self, answers: list[Any]) -> None:
+        """Wake the caller, unless it was cancelled."""
+        if not self.answers.done():
+            self.answers.set_result(answers)
+
+
+async def exchange(connection: Any, commands: Iterable[Command]) -> list[Any]:
+    """Send commands in one round trip; return their answers, of which some may be exceptions.
+
+    Cancellation: leaves the connection unusable; disconnect it.
+    """
+    commands = list(commands)
+    await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+    answers: list[Any] = []
+    for _ in commands:
+        try:
+            answers.append(await connection.read_response(disconnect_on_error=False))
+        except exceptions.ResponseError as error:
+            answers.append(error)
+    return answers
+
+
+def unavailable(address: str, error: BaseException) -> BusUnavailableError:
+    """Return what an error of redis-py, or of the system, means for the fleet."""
+    for cause in _chain(error):
+        if isinstance(cause, _REFUSALS):
+            return BusRefusedError(f"{address} refuses this process: {cause}")
+    for kind, reason in _REASONS.items():
+        if isinstance(error, kind):
+            return BusUnavailableError(f"{address} {reason}")
+    if str(error).startswith("MOVED "):
+        return BusRefusedError(f"{address} is a node of a cluster, and another node has the keys: {error}")
+    if isinstance(error, exceptions.ResponseError):
+        return BusUnavailableError(f"{address} answers with an error: {error}")
+    return BusUnavailableError(f"{address} cannot be reached: {error}")
+
+
+def _chain(error: BaseException | None) -> Iterable[BaseException]:
+    # redis-py raises its own error while it handles that of TLS, without naming it as the cause.
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

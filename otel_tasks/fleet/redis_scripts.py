@@ -1,0 +1,137 @@
+"""The steps that Redis executes as one: scripts in Lua, which read the server's clock and no other.
+
+A script is called by its hash. A server that does not know it, as after a restart, gets its source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+_NOW = """
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local function text(number) return string.format('%.0f', number) end
+"""
+
+_OWNED = """
+local function is_owned(claim, owner) return claim and string.sub(claim, 1, #owner) == owner end
+"""
+
+
+# The source of each script, by its hash.
+SOURCES: Final[dict[str, str]] = {}
+
+
+class Script:
+    """A script, and its commands.
+
+    Args:
+        source: Its source.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        # The name that Redis gives to a script; it protects nothing.
+        self.sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+        SOURCES[self.sha] = source
+
+    def __call__(self, *keys: str, args: tuple[str | bytes | int, ...] = ()) -> tuple[str | bytes | int, ...]:
+        """Return the command that executes it."""
+        return ("EVALSHA", self.sha, len(keys), *keys, *args)
+
+
+# log, check; seconds kept. Frees what the log no longer needs, and fails unless the server can be written to.
+CHECK: Final = Script(
+    _NOW
+    + """
+redis.call('XTRIM', KEYS[1], 'MINID', '~', text(now - ARGV[1] * 1000))
+redis.call('SET', KEYS[2], '', 'PX', 1000)
+"""
+)
+
+# log; payload, seconds kept. Returns the id. A log that nobody writes to is gone after twice that time.
+PUBLISH: Final = Script(
+    _NOW
+    + """
+local kept = ARGV[2] * 1000
+local id = redis.call('XADD', KEYS[1], 'MINID', '~', text(now - kept), '*', 'e', ARGV[1])
+redis.call('PEXPIRE', KEYS[1], text(kept * 2))
+return id
+"""
+)
+
+# nodes, seen; node, description, seconds to live, seconds kept. Removes the nodes whose time is over.
+ANNOUNCE: Final = Script(
+    _NOW
+    + """
+local gone = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', text(now), 'LIMIT', 0, 100)
+if #gone > 0 then
+    redis.call('HDEL', KEYS[1], unpack(gone))
+    redis.call('ZREM', KEYS[2], unpack(gone))
+end
+redis.call('ZADD', KEYS[2], text(now + ARGV[3] * 1000), ARGV[1])
+redis.call('HSET', KEYS[1], ARGV[1], text(now) .. ' ' .. ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[4])
+redis.call('EXPIRE', KEYS[2], ARGV[4])
+"""
+)
+
+# nodes, seen. Returns the time, the live nodes, and all nodes with the times of their announcements.
+ROSTER: Final = Script(
+    _NOW
+    + """
+local live = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. text(now), '+inf')
+return {text(now), live, redis.call('HGETALL', KEYS[1])}
+"""
+)
+
+# claim, done; owner and delivery, milliseconds.
+CLAIM: Final = Script(
+    """
+if redis.call('EXISTS', KEYS[2]) == 1 then return 'done' end
+if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return 'taken' end
+return 'held'
+"""
+)
+
+# claim, done; owner, milliseconds. The mark first: a server that is full refuses it, and the claim stays.
+FINISH: Final = Script(
+    _OWNED
+    + """
+redis.call('SET', KEYS[2], '', 'PX', ARGV[2])
+if is_owned(redis.call('GET', KEYS[1]), ARGV[1]) then redis.call('DEL', KEYS[1]) end
+"""
+)
+
+# claim; owner.
+RELEASE: Final = Script(
+    _OWNED
+    + """
+if is_owned(redis.call('GET', KEYS[1]), ARGV[1]) then redis.call('DEL', KEYS[1]) end
+"""
+)
+
+# lease, then claim and done of each claim; owner, milliseconds, whether to renew the lease, the deliveries.
+# Returns the numbers of the claims that others hold. PEXPIRE works on a server that is full, and SET does
+# not: a lease that is valid can be renewed anyway.
+RENEW: Final = Script(
+    _OWNED
+    + """
+local lost = {}
+if ARGV[3] == '1' and redis.call('PEXPIRE', KEYS[1], ARGV[2]) == 0 then
+    redis.call('SET', KEYS[1], '', 'PX', ARGV[2])
+end
+for i = 2, #KEYS, 2 do
+    local claim = redis.call('GET', KEYS[i])
+    if is_owned(claim, ARGV[1]) then
+        redis.call('PEXPIRE', KEYS[i], ARGV[2])
+    elseif claim then
+        lost[#lost + 1] = i / 2
+    elseif redis.call('EXISTS', KEYS[i + 1]) == 0 then
+        redis.call('SET', KEYS[i], ARGV[1] .. ARGV[3 + i / 2], 'PX', ARGV[2])
+    end
+end
+return lost
+"""
+)

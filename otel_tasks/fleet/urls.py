@@ -1,0 +1,56 @@
+"""Which bus a URL means, and what may be a namespace."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from otel_tasks.fleet.memory_bus import MemoryBus
+
+if TYPE_CHECKING:
+    from otel_tasks.fleet.bus import Bus
+
+_SCHEMES = ("redis", "rediss", "unix", "memory")
+# A namespace is part of keys, between braces and colons.
+_is_namespace = re.compile(r"[A-Za-z0-9._-]{1,100}").fullmatch
+
+
+def open_bus(url: str, namespace: str) -> Bus:
+    """Create the bus that a URL names, without connecting.
+
+    Args:
+        url: ``redis://host:6379/0``, ``rediss://`` for TLS, ``unix:///path``, or ``memory://`` for the fleets
+            of one process. User and password are part of it.
+        namespace: The name of the fleet: 1 to 100 letters, digits, dots, hyphens, and underscores.
+
+    Raises:
+        ValueError: The URL or the namespace is malformed.
+        ImportError: The ``redis`` package is missing.
+    """
+    if not isinstance(namespace, str) or not _is_namespace(namespace):
+        raise ValueError(
+            "namespace must be 1 to 100 letters, digits, dots, hyphens, or underscores, as in "
+            f"namespace='shop', got {namespace!r}"
+        )
+    scheme, separator, name = url.partition("://") if isinstance(url, str) else ("", "", "")
+    if not separator or scheme not in _SCHEMES:
+        # Not the URL itself: it may hold a password.
+        raise ValueError(
+            "the URL of a fleet begins with redis://, rediss://, unix://, or memory://, as in "
+            "redis://127.0.0.1:6379/0; this one does not"
+        )
+    if scheme == "memory":
+        return MemoryBus(name, namespace)
+    return _open_redis(url, namespace)
+
+
+def _open_redis(url: str, namespace: str) -> Bus:
+    try:
+        from otel_tasks.fleet.redis_bus import RedisBus
+    except ImportError as error:
+        if error.name is not None and error.name.partition(".")[0] == "redis":
+            raise ImportError(
+                "a fleet on Redis needs the package redis: pip install 'otel-tasks[fleet]'", name="redis"
+            ) from None
+        raise
+    return RedisBus(url, namespace)
