@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from typing import Any
+from random import Random
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,8 +14,12 @@ from otel_tasks import TaskGroup, TaskManager, current_task
 from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.live.feed import CANCELLING, ENDED, ENDED_PER_TICK, RING, Feed
 from otel_tasks.live.rows import Shown, short_path, text, trace_link
+from otel_tasks.live.slices import at_once
 from otel_tasks.testing import FakeConnection
 from tests.helpers import fail, give, ignore_cancels, rest, settle
+
+if TYPE_CHECKING:
+    from otel_tasks import ManagedTask
 
 
 def feed_of(manager: TaskManager, **shown: Any) -> Feed:
@@ -22,9 +27,14 @@ def feed_of(manager: TaskManager, **shown: Any) -> Feed:
     return Feed(manager, Shown(**shown), ())
 
 
+def tick(feed: Feed, **options: Any) -> None:
+    """Tick in one step."""
+    at_once(feed.slices(**options))
+
+
 def snapshot(feed: Feed) -> dict[str, Any]:
     """The snapshot after one more tick."""
-    feed.tick()
+    tick(feed)
     data: dict[str, Any] = json.loads(feed.snapshot())
     return data
 
@@ -74,7 +84,7 @@ async def test_deltas_lead_from_one_snapshot_to_the_next() -> None:
                 await settle()
                 tasks[-1].cancel("step")
             await asyncio.sleep(1)
-            feed.tick()
+            tick(feed)
             state = applied(state, last_delta(feed))
             assert as_sets(state) == as_sets(json.loads(feed.snapshot()))
         await manager.shutdown(grace=0.0)
@@ -86,13 +96,85 @@ async def test_applying_a_delta_twice_is_harmless() -> None:
         feed = feed_of(manager)
         state = snapshot(feed)
         manager.create_task(rest())
-        feed.tick()
+        tick(feed)
         delta = last_delta(feed)
         once = applied(state, delta)
         again = applied({**once, "id": delta["base"]}, delta)
         assert [again[name] for name in ("groups", "classes")] == [
             once[name] for name in ("groups", "classes")
         ]
+        await manager.cancel_all_tasks()
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_what_happens_between_two_slices_is_in_the_next_tick(seed: int) -> None:
+    """Each update is one moment: the tasks that it shows as live and as ended are all that were created."""
+    random = Random(seed)
+
+    async def work() -> None:
+        if random.random() < 0.2:
+            raise ValueError
+        await rest()
+
+    async with TaskManager(on_error=lambda info, error: None) as manager:
+        feed = feed_of(manager)
+        state = snapshot(feed)
+        tasks: list[ManagedTask[Any]] = []
+        ended: set[str] = set()
+
+        async def change() -> None:
+            for _ in range(random.randrange(4)):
+                name = random.choice("abcdefgh")
+                tasks.append(manager.create_task(work(), name=name, group=f"g{random.choice('xyz')}"))
+                assert tasks[-1].uid
+            for _ in range(random.randrange(4)):
+                if tasks:
+                    tasks.pop(random.randrange(len(tasks))).cancel()
+            await settle()
+
+        for _ in range(8):
+            for _ in feed.slices():
+                await change()
+            delta = last_delta(feed)
+            state = applied(state, delta)
+            assert as_sets(state) == as_sets(json.loads(feed.snapshot()))
+            stats = state["stats"]
+            done = stats["completed"] + stats["failed"] + stats["cancelled"]
+            assert stats["created"] == stats["live"] + done
+            assert sum(row["count"] for row in state["classes"]) == stats["live"]
+            # None is lost, and none comes back.
+            ids = {row["id"] for row in delta["ended"]}
+            assert len(ids) == len(delta["ended"]) == done - len(ended)
+            assert ended.isdisjoint(ids)
+            ended |= ids
+            alone = {row["task"]["id"] for row in state["classes"] if row["task"] is not None}
+            assert alone.isdisjoint(ended)
+        await manager.cancel_all_tasks()
+
+
+async def test_broken_off_tick_is_as_if_it_had_not_begun() -> None:
+    """What had ended until then is in the next tick, and the last update stays what it was."""
+    async with TaskManager() as manager:
+        feed = feed_of(manager)
+        before = snapshot(feed)
+        await manager.create_task(give(1), name="once")
+        slices = feed.slices()
+        next(slices)
+        next(slices)
+        slices.close()
+        assert json.loads(feed.snapshot()) == before
+        tick(feed)
+        assert last_delta(feed)["base"] == before["id"]
+        assert [row["name"] for row in last_delta(feed)["ended"]] == ["once"]
+
+
+async def test_a_feed_without_a_tick_has_a_snapshot() -> None:
+    """It takes the first tick in one step."""
+    async with TaskManager() as manager:
+        feed = feed_of(manager)
+        manager.create_task(rest())
+        assert json.loads(feed.snapshot())["stats"]["live"] == 1
+        assert feed.number == 1
         await manager.cancel_all_tasks()
 
 
@@ -105,7 +187,7 @@ async def test_what_only_ages_is_not_sent_again() -> None:
         await settle()
         snapshot(feed)
         await asyncio.sleep(1)
-        feed.tick()
+        tick(feed)
         delta = last_delta(feed)
         assert delta["set"] == {"groups": [], "classes": [], "cancelling": []}
         assert delta["gone"] == {"groups": [], "classes": [], "cancelling": []}
@@ -119,7 +201,7 @@ async def test_ring_keeps_256_updates() -> None:
     async with TaskManager() as manager:
         feed = feed_of(manager)
         for _ in range(RING + 5):
-            feed.tick()
+            tick(feed)
         first = feed.number - RING
         assert len(feed.since(first) or ()) == RING
         assert feed.since(first - 1) is None
@@ -137,11 +219,11 @@ async def test_pause_makes_old_ids_useless() -> None:
     """After a pause there are no updates in between, so that the client gets a snapshot."""
     async with TaskManager() as manager:
         feed = feed_of(manager)
-        feed.tick()
+        tick(feed)
         number = feed.number
         feed.pause()
         assert feed.since(number) is None
-        feed.tick()
+        tick(feed)
         assert feed.since(number) is None
         assert len(json.loads(feed.snapshot())["samples"]) == 1
 
@@ -193,7 +275,7 @@ async def test_ended_tasks_are_listed_once() -> None:
         for _ in range(ENDED_PER_TICK + 10):
             manager.create_task(give(1))
         await manager.join()
-        feed.tick()
+        tick(feed)
         delta = last_delta(feed)
         assert len(delta["ended"]) == ENDED_PER_TICK
         assert delta["ended_more"] == 11
@@ -201,7 +283,7 @@ async def test_ended_tasks_are_listed_once() -> None:
         assert (broken["error_type"], "error" in broken) == ("ValueError", False)
         numbers = [row["n"] for row in delta["ended"]]
         assert numbers == sorted(numbers, reverse=True)
-        feed.tick()
+        tick(feed)
         assert (last_delta(feed)["ended"], last_delta(feed)["ended_more"]) == ([], 0)
         assert len(json.loads(feed.snapshot())["ended"]) == ENDED_PER_TICK + 1
 
@@ -210,12 +292,12 @@ async def test_ended_ring_is_bounded() -> None:
     """The snapshot has the last 256 ended tasks at most."""
     async with TaskManager() as manager:
         feed = feed_of(manager)
-        feed.tick()
+        tick(feed)
         for _ in range(8):
             for _ in range(ENDED_PER_TICK):
                 manager.create_task(give(1))
             await manager.join()
-            feed.tick()
+            tick(feed)
         assert len(json.loads(feed.snapshot())["ended"]) == ENDED
 
 
@@ -232,7 +314,7 @@ async def test_counters_and_samples() -> None:
         assert stats["limit"] == 2
         assert state["samples"] == [[state["now"], 2, 3, 0, 0, 0, 0]]
         for _ in range(70):
-            feed.tick()
+            tick(feed)
         assert len(json.loads(feed.snapshot())["samples"]) == 60
         await manager.cancel_all_tasks()
 
@@ -260,8 +342,8 @@ async def test_secrets_are_not_shown() -> None:
         await manager.start_task("result", lambda: give("hunter2"))
         for _ in range(4):
             await asyncio.sleep(0.3)
-            feed.tick()
-            open_feed.tick()
+            tick(feed)
+            tick(open_feed)
         seen = feed.snapshot() + "".join(update.delta for update in feed.since(0) or ())
         assert "hunter2" not in seen
         assert "hunter2" in open_feed.snapshot()
@@ -292,7 +374,7 @@ async def test_json_is_ascii_on_one_line() -> None:
         manager.create_task(report())
         await settle()
         feed = feed_of(manager)
-        feed.tick()
+        tick(feed)
         whole = feed.snapshot()
         assert whole.isascii()
         assert whole.isprintable()
@@ -342,7 +424,7 @@ async def test_trace_links_mark_what_was_cancelled() -> None:
 
 def warnings(feed: Feed, **options: Any) -> dict[str, dict[str, Any]]:
     """The warnings after one more tick, by kind."""
-    feed.tick(**options)
+    tick(feed, **options)
     return {row["kind"]: row for row in json.loads(feed.snapshot())["warnings"]}
 
 
@@ -379,11 +461,11 @@ async def test_many_tasks_at_one_line_are_a_warning() -> None:
         for _ in range(9):
             manager.create_task(acquire(lock))
         await asyncio.sleep(6)
-        feed.tick()
+        tick(feed)
         assert warnings(feed) == {}
         manager.create_task(acquire(lock))
         await asyncio.sleep(6)
-        feed.tick()
+        tick(feed)
         found = warnings(feed)["waiting"]
         assert (found["count"], found["where"]["function"], found["estimated"]) == (
             10,
@@ -443,7 +525,7 @@ async def test_tasks_that_never_start_are_a_warning() -> None:
         for _ in range(3):
             manager.create_task(rest())
         await asyncio.sleep(11)
-        feed.tick()
+        tick(feed)
         found = warnings(feed)
         assert found.keys() == {"unstarted"}
         assert (found["unstarted"]["count"], found["unstarted"]["query"]) == (1, "status=pending&min_age=10")

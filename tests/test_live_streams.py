@@ -16,6 +16,8 @@ from otel_tasks import TaskManager
 from otel_tasks.asgi import TaskGroupMiddleware, call_on_server_stop
 from otel_tasks.live import hub as hubs
 from otel_tasks.live import live_view
+from otel_tasks.live.feed import Feed
+from otel_tasks.live.slices import TASKS_PER_SLICE
 from tests.helpers import rest, settle
 from tests.live_client import Client, client_of, events, leave, of_kind
 
@@ -29,6 +31,14 @@ if TYPE_CHECKING:
 def ticking() -> bool:
     """Whether a feed of this loop ticks."""
     return any(task.get_name() == "otel_tasks.live" for task in asyncio.all_tasks())
+
+
+async def until_ticking() -> None:
+    """Wait until a feed has its task, which has not run yet."""
+    for _ in range(100):
+        if ticking():
+            return
+        await asyncio.sleep(0)
 
 
 async def test_stream_begins_with_a_snapshot_and_has_a_delta_per_tick() -> None:
@@ -210,6 +220,181 @@ async def test_viewers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert again.status == 200
         await leave()
         assert (await client.send("/v1/events?viewer=c&poll=1")).status == 200
+        await leave()
+
+
+# -- a tick in slices ---------------------------------------------------------------------------------------
+
+
+async def test_tick_pauses_after_each_slice() -> None:
+    """It takes one pause per slice, and more slices for more tasks; on this clock, slices take no time."""
+    durations: dict[int, float] = {}
+    for size in (0, 3000):
+        async with TaskManager() as manager:
+            for number in range(size):
+                manager.create_task(rest(), name=f"work_{'abc'[number % 3]}")
+            client = client_of(manager)
+            async with client.stream() as stream:
+                await asyncio.sleep(0.98)
+                for _ in range(300):
+                    await asyncio.sleep(hubs.PAUSE)
+                    if len(events(stream)) == 2:
+                        durations[size] = asyncio.get_running_loop().time() % 1
+                        break
+            await manager.cancel_all_tasks()
+            await leave()
+        # Virtual time goes on.
+        await asyncio.sleep(1 - asyncio.get_running_loop().time() % 1)
+    counted = 3000 / TASKS_PER_SLICE
+    assert durations[0] < 20 * hubs.PAUSE
+    assert counted * hubs.PAUSE < durations[3000] - durations[0] < 10 * counted * hubs.PAUSE
+
+
+@pytest.mark.parametrize("size", [0, 2000])
+async def test_server_that_stops_between_two_slices_ends_the_tick(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, without publishing it, and the streams say why."""
+    monkeypatch.setattr(hubs, "PAUSE", 0.1)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        async with TaskManager() as manager:
+            for _ in range(size):
+                manager.create_task(rest())
+            client = client_of(manager)
+            stream = client.connection("/v1/events")
+            serving = asyncio.create_task(stream.run(client.app))
+            await asyncio.sleep(1.15)
+            signal.raise_signal(signal.SIGTERM)
+            await asyncio.sleep(0.01)
+            assert serving.done()
+            assert not ticking()
+            assert [kind for kind, _, _ in events(stream)] == ["snapshot", "bye"]
+            await manager.cancel_all_tasks()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+async def test_last_viewer_that_leaves_between_two_slices_ends_the_feed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The tick is finished, and the feed ends with its linger."""
+    monkeypatch.setattr(hubs, "PAUSE", 0.1)
+    async with TaskManager() as manager:
+        client = client_of(manager)
+        async with client.stream():
+            await asyncio.sleep(1.15)
+        await asyncio.sleep(hubs.LINGER - 0.5)
+        assert ticking()
+        await asyncio.sleep(3)
+        assert not ticking()
+
+
+async def test_ticks_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes longer than the interval delays the next, and the deltas still build on one another."""
+    monkeypatch.setattr(hubs, "PAUSE", 0.3)
+    open_ticks: list[int] = []
+    slices = Feed.slices
+
+    def counted(feed: Feed, *args: Any, **options: Any) -> Any:
+        open_ticks.append(open_ticks[-1] + 1 if open_ticks else 1)
+        result = yield from slices(feed, *args, **options)
+        open_ticks.append(open_ticks[-1] - 1)
+        return result
+
+    monkeypatch.setattr(Feed, "slices", counted)
+    async with TaskManager() as manager:
+        client = client_of(manager)
+        async with client.stream() as stream:
+            await asyncio.sleep(10)
+        found = events(stream)
+        assert 2 <= len(found) < 10
+        assert [data["base"] for _, _, data in found[1:]] == [event_id for _, event_id, _ in found[:-1]]
+        assert max(open_ticks) == 1
+        await leave()
+
+
+async def test_viewers_that_come_together_share_the_first_tick() -> None:
+    """All of them wait for it, and none gets an empty snapshot."""
+    async with TaskManager() as manager:
+        for _ in range(1500):
+            manager.create_task(rest())
+        client = client_of(manager)
+        answers = await asyncio.gather(*(client.get("/v1/snapshot") for _ in range(5)))
+        assert [answer["stats"]["live"] for answer in answers] == [1500] * 5
+        assert len({answer["id"] for answer in answers}) == 1
+        await manager.cancel_all_tasks()
+        await leave()
+
+
+async def test_viewers_are_told_when_the_first_tick_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They get a 503 each, the exception is logged once, and the next viewer is served."""
+    async with TaskManager() as manager:
+        client = client_of(manager)
+        with monkeypatch.context() as patch:
+            patch.setattr("otel_tasks.live.feed.group_row", None)
+            answers = await asyncio.gather(*(client.send("/v1/snapshot") for _ in range(3)))
+        assert [answer.status for answer in answers] == [503] * 3
+        assert json.loads(answers[0].body)["error"]["code"] == "failed"
+        assert len(caplog.records) == 1
+        assert (await client.send("/v1/snapshot")).status == 200
+        await leave()
+
+
+async def test_feed_that_is_cancelled_before_it_starts_holds_nobody_up() -> None:
+    """A clean-up of the loop's tasks may cancel it at any time."""
+    async with TaskManager() as manager:
+        client = client_of(manager)
+        waiting = asyncio.create_task(client.send("/v1/snapshot"))
+        await until_ticking()
+        for task in asyncio.all_tasks():
+            if task.get_name() == "otel_tasks.live":
+                task.cancel()
+        assert (await waiting).status == 503
+        assert (await client.send("/v1/snapshot")).status == 200
+        await leave()
+
+
+async def test_server_that_stops_in_the_first_tick_refuses_its_viewers() -> None:
+    """With the reason, like those who come later."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        async with TaskManager() as manager:
+            for _ in range(2000):
+                manager.create_task(rest())
+            client = client_of(manager)
+            waiting = asyncio.create_task(client.send("/v1/snapshot"))
+            await until_ticking()
+            await asyncio.sleep(0)
+            signal.raise_signal(signal.SIGTERM)
+            answer = await waiting
+            assert (answer.status, json.loads(answer.body)["error"]["code"]) == (503, "shutting_down")
+            await manager.cancel_all_tasks()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+async def test_only_the_rows_that_are_shown_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warnings look at 500 tasks, and a viewer who shows two of them pays for two rows."""
+    read: list[int] = []
+    encoded_rows = Feed.encoded_rows
+
+    def counted(feed: Feed, tasks: Any) -> Any:
+        read.append(len(tasks))
+        return encoded_rows(feed, tasks)
+
+    monkeypatch.setattr(Feed, "encoded_rows", counted)
+    async with TaskManager() as manager:
+        for _ in range(800):
+            manager.create_task(rest())
+        client = client_of(manager)
+        async with client.stream("?expand=oldest:2"):
+            await asyncio.sleep(4.5)
+        # Also once per tick for the tasks that are being cancelled: none.
+        assert set(read) == {0, 2}
+        await manager.cancel_all_tasks()
         await leave()
 
 
@@ -452,7 +637,7 @@ async def test_feed_that_raises_is_logged_and_starts_again(
         client = client_of(manager)
         with monkeypatch.context() as patch:
             async with client.stream() as stream:
-                patch.setattr("otel_tasks.live.feed.Feed.rows", None)
+                patch.setattr("otel_tasks.live.feed.group_row", None)
                 await asyncio.sleep(1.1)
                 assert of_kind(stream, "bye") == [{"v": 1, "reason": "failed"}]
                 assert stream.complete

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks._core.checks import check_count
 from otel_tasks._core.details import TaskDetails, details_of
 from otel_tasks._core.frames import Stacks
 from otel_tasks._core.inspection import nodes_of, request_of
-from otel_tasks._core.overview import Overview, overview_of
+from otel_tasks._core.survey import survey_of
 from otel_tasks._core.task import ManagedTask
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Generator, Iterable, Iterator, Mapping
 
     from otel_tasks._core.info import TaskInfo
+    from otel_tasks._core.overview import Overview
     from otel_tasks._core.task_tree import TaskNode
     from otel_tasks._core.tree import Ledger
 
@@ -46,10 +48,48 @@ class Looking:
         Example:
             >>> [(row.name, row.tasks.count) for row in manager.overview().classes]
         """
+        slices = self.overview_slices(members=members, max_groups=max_groups, max_classes=max_classes)
+        while True:
+            try:
+                next(slices)
+            except StopIteration as end:
+                overview: Overview = end.value
+                return overview
+
+    def overview_slices(
+        self, *, members: Mapping[str, int] | None = None, max_groups: int = 200, max_classes: int = 500
+    ) -> Generator[None, None, Overview]:
+        """Take an overview in slices of about 0.3 ms, so that the event loop can run in between.
+
+        The overview shows the moment of the first slice. A task that ends between two slices is still
+        counted, and a task that starts is not.
+
+        Args:
+            members: As ``overview`` takes it.
+            max_groups: As ``overview`` takes it.
+            max_classes: As ``overview`` takes it.
+
+        Returns:
+            A generator that returns the overview. The first slice runs at the first ``next()``.
+
+        Raises:
+            ValueError: A bound is below 1.
+
+        Example:
+            >>> overview = yield from manager.overview_slices()
+        """
         check_count("max_groups", max_groups, 1)
         check_count("max_classes", max_classes, 1)
         ledger = self._ledger
-        return overview_of(ledger, members or {}, max_groups, max_classes, ledger.home.closed_here)
+        return survey_of(ledger, members or {}, max_groups, max_classes, ledger.home.closed_here)
+
+    def now(self) -> float:
+        """Return the time on the monotonic clock that ``TaskInfo`` and ``Overview`` use, in seconds.
+
+        Example:
+            >>> age = manager.now() - task.created_at
+        """
+        return self._ledger.home.clock()
 
     def describe(self, tasks: Iterable[ManagedTask[Any]]) -> list[TaskNode]:
         """Return live tasks as ``tree`` shows them, in this order: what they do, and where they wait.
@@ -88,9 +128,30 @@ class Looking:
         Example:
             >>> [info.name for info in manager.recent(10)]
         """
+        return list(self.iter_recent(limit, among=among))
+
+    def iter_recent(
+        self, limit: int | None = None, *, among: int | None = None, group_id: str | None = None
+    ) -> Iterator[TaskInfo]:
+        """Iterate over the tasks that ended last and are remembered now, newest first.
+
+        It makes each snapshot on demand, in about 4 us: the caller can stop early, or let the event loop
+        run in between.
+
+        Args:
+            limit: How many at most, at least 0. None: all.
+            among: As ``recent`` takes it.
+            group_id: The id of the group whose tasks are wanted. None: of all groups.
+
+        Raises:
+            ValueError: A number is negative.
+
+        Example:
+            >>> next(manager.iter_recent(group_id="mail"), None)
+        """
         check_count("limit", limit, 0)
         check_count("among", among, 0)
-        return self._ledger.history.newest(limit, among)
+        return self._ledger.history.newest(limit, among, group_id)
 
     def outliving_tasks(self) -> list[asyncio.Task[Any]]:
         """Return the plain asyncio tasks that outlive the request that started them (Python 3.12; else none).
@@ -102,7 +163,7 @@ class Looking:
             >>> [task.get_name() for task in manager.outliving_tasks()]
         """
         loop = self._ledger.home.loop
-        if loop is None:
+        if loop is None or sys.version_info < (3, 12):
             return []
         plain = [task for task in asyncio.all_tasks(loop) if not isinstance(task, ManagedTask)]
         return [task for task in plain if (request := request_of(task)) is not None and request.closed]

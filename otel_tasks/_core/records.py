@@ -10,7 +10,7 @@ from asyncio import CancelledError
 from collections import deque
 from contextvars import copy_context
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from otel_tasks._core.events import CancelCause
@@ -196,21 +196,26 @@ class History:
         entry = self._newest(task_id, group_id)
         return entry if isinstance(entry, KeptResult) else None
 
-    def newest(self, limit: int, among: int | None) -> list[TaskInfo]:
-        """Return the newest records, newest first; of failed and cancelled tasks, if there are more of those.
+    def newest(self, limit: int | None, among: int | None, group_id: str | None) -> Iterator[TaskInfo]:
+        """Iterate over the newest records, as they are now, newest first; make each snapshot on demand.
 
         Args:
-            limit: How many to return at most.
-            among: Choose from the newest so many; None: the newest of all, however they ended.
+            limit: How many at most; None: all.
+            among: Choose from the newest so many, and prefer failed and cancelled tasks; None: the newest.
+            group_id: Only those of this group; None: of all.
         """
-        entries = list(islice(reversed(self._entries), limit if among is None else among))
-        if len(entries) > limit:
+        found: Iterator[Brief | TaskInfo | KeptResult] = reversed(self._entries)
+        if group_id is not None:
+            found = (entry for entry in found if _group_id(entry) == group_id)
+        entries = list(islice(found, limit if among is None else among))
+        if limit is not None and len(entries) > limit:
             notable = [entry for entry in entries if _is_notable(entry)][:limit]
-            others = [entry for entry in entries if not _is_notable(entry)][: limit - len(notable)]
+            others = (entry for entry in entries if not _is_notable(entry))
             # In their order: the entries are compared by identity, because a result may not compare.
-            chosen = {id(entry) for entry in (*notable, *others)}
+            chosen = {id(entry) for entry in (*notable, *islice(others, limit - len(notable)))}
             entries = [entry for entry in entries if id(entry) in chosen]
-        return [self._info(entry) for entry in entries]
+        # The epoch of now: a record whose epoch differs keeps its own.
+        return map(_info, entries, repeat(self._epoch))
 
     def change_epoch(self, epoch: float) -> None:
         """Set the epoch of the clock for the next tasks; the records of ended tasks keep theirs."""
@@ -281,6 +286,12 @@ def _known_as(entry: Brief | TaskInfo | KeptResult) -> tuple[str, str, str | Non
         return entry.id, entry.name, entry.uid, entry.group_id
     name, (_, group_id, scoped) = full_name(entry[0], entry[1]), entry[2]
     return f"{group_id}/{name}" if scoped else name, name, None, group_id
+
+
+def _group_id(entry: Brief | TaskInfo | KeptResult) -> str:
+    if isinstance(entry, KeptResult):
+        entry = entry.info
+    return entry.group_id if isinstance(entry, TaskInfo) else entry[2][1]
 
 
 def _is_same_group(group_id: str, wanted: str, *, is_scoped: bool) -> bool:

@@ -142,6 +142,7 @@ async def create_supervisor(
         takes_place=False,
     )
     extras_of(task).takes_no_place = True
+    where._ledger.supervisors.add(task)
     return task
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from otel_tasks._core.events import TREE_LOCK, CancelCause, CancelEvent
 from otel_tasks._core.log import TaskLogger, logger
@@ -489,6 +489,8 @@ class Ledger:
         self.hosts: dict[asyncio.Task[Any], TaskGroup] = {}
         # Those that have tasks, or whose shutdown lasts.
         self.consumers: set[Consumer] = set()
+        # Services, and periodic work: each supervises other tasks.
+        self.supervisors: WeakSet[ManagedTask[Any]] = WeakSet()
         self.uids = Uids(self.home, self.history)
         # The next number of a scoped group. Atomic, because threads make groups too.
         self.next_number = itertools.count(1).__next__

@@ -17,8 +17,11 @@ from otel_tasks.live.rows import (
     text,
     trace_link,
 )
+from otel_tasks.live.slices import COUNTS_PER_SLICE, ROWS_PER_SLICE
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from otel_tasks import CancelCause, TaskDetails, TaskInfo, TaskPlace
     from otel_tasks.live.feed import Feed
 
@@ -29,26 +32,29 @@ MAX_SIBLINGS = 20
 SEARCHED = 1000
 
 
-def live_detail(feed: Feed, task: ManagedTask[Any]) -> Row:
-    """A live task."""
+def live_detail(feed: Feed, task: ManagedTask[Any]) -> Generator[None, None, Row]:
+    """A live task, in slices."""
     details = feed.manager.details(task)
+    row = task_row(task, details.node, feed.overview, feed.shown)
+    siblings = yield from _siblings(feed, task.group.id, task)
     return {
         "state": "live",
-        "task": task_row(task, details.node, feed.overview, feed.shown),
+        "task": row,
         "path": [text(name) for name in details.path],
         "frames": [{**(location(line) or {}), "own": own} for line, own in details.frames[:MAX_FRAMES]],
         "awaited": None if details.awaited is None else _other(details.awaited),
         "waiters": [_other(waiter) for waiter in details.waiters[:MAX_WAITERS]],
         "cause_chain": _chain(feed, task.name, details.node.cause, details, None),
-        "siblings": _siblings(feed, task.group.id, task),
+        "siblings": siblings,
         "children": details.children,
         "metadata": metadata_row(task.metadata, feed.shown) if feed.shown.metadata else {},
         "trace_url": trace_link(details.node.trace_id, details.node.cause, feed.shown),
     }
 
 
-def ended_detail(feed: Feed, info: TaskInfo) -> Row:
-    """A task that has ended, and that the manager remembers."""
+def ended_detail(feed: Feed, info: TaskInfo) -> Generator[None, None, Row]:
+    """A task that has ended, and that the manager remembers, in slices."""
+    siblings = yield from _siblings(feed, info.group_id, None, info)
     return {
         "state": "ended",
         "task": ended_row(info, None, feed.overview, feed.shown),
@@ -57,17 +63,19 @@ def ended_detail(feed: Feed, info: TaskInfo) -> Row:
         "awaited": None,
         "waiters": [],
         "cause_chain": _chain(feed, info.name, info.cause, None, info),
-        "siblings": _siblings(feed, info.group_id, None, info),
+        "siblings": siblings,
         "children": 0,
         "metadata": metadata_row(info.metadata, feed.shown),
         "trace_url": trace_link(info.trace_id, info.cause, feed.shown),
     }
 
 
-def ended_or_forgotten(feed: Feed, uid: str) -> Row:
-    """A task that is live no more; of one that the manager has forgotten, the id alone."""
+def ended_or_forgotten(feed: Feed, uid: str) -> Generator[None, None, Row]:
+    """A task that is live no more, in slices; of one that the manager has forgotten, the id alone."""
     info = feed.manager.get_task_info(uid)
-    return {"state": "forgotten", "task": {"id": uid}} if info is None else ended_detail(feed, info)
+    if info is None:
+        return {"state": "forgotten", "task": {"id": uid}}
+    return (yield from ended_detail(feed, info))
 
 
 def _other(place: TaskPlace) -> Row:
@@ -109,24 +117,29 @@ def _chain(
     return [*steps, {"step": "task", "name": text(name), "at": seconds(cause.at), "ended": end}]
 
 
-def _siblings(feed: Feed, group_id: str, task: ManagedTask[Any] | None, info: TaskInfo | None = None) -> Row:
+def _siblings(
+    feed: Feed, group_id: str, task: ManagedTask[Any] | None, info: TaskInfo | None = None
+) -> Generator[None, None, Row]:
     """The other tasks of the same group."""
     live = [] if task is None else [other for other in task.group.tasks if other is not task]
-    records = feed.manager.recent(SEARCHED)
-    ended = [
-        other
-        for other in records
-        if other.group_id == group_id and (info is None or not _is_same(other, info))
-    ]
+    infos = islice(feed.manager.iter_recent(group_id=group_id), SEARCHED)
     counts = {str(status): 0 for status in TaskStatus if status.is_final}
-    for other in ended:
-        counts[str(other.status)] += 1
-    return {
-        "live": len(live),
-        "ended": counts,
-        "rows": feed.rows(islice(live, MAX_SIBLINGS)),
-        "ended_rows": [ended_row(other, None, feed.overview, feed.shown) for other in ended[:MAX_SIBLINGS]],
-    }
+    ended: list[TaskInfo] = []
+    yield
+    while batch := list(islice(infos, COUNTS_PER_SLICE)):
+        others = [other for other in batch if info is None or not _is_same(other, info)]
+        for other in others:
+            counts[str(other.status)] += 1
+        ended += others[: MAX_SIBLINGS - len(ended)]
+        yield
+    overview = feed.overview
+    ended_rows = [ended_row(other, None, overview, feed.shown) for other in ended]
+    yield
+    rows: list[Row] = []
+    for start in range(0, MAX_SIBLINGS, ROWS_PER_SLICE):
+        rows += feed.rows(live[start : min(start + ROWS_PER_SLICE, MAX_SIBLINGS)])
+        yield
+    return {"live": len(live), "ended": counts, "rows": rows, "ended_rows": ended_rows}
 
 
 def _is_same(info: TaskInfo, other: TaskInfo) -> bool:

@@ -13,18 +13,19 @@ from fastapi import APIRouter, Request, params
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from otel_tasks import TaskManager, TaskNotFoundError, global_task_manager
+from otel_tasks import Overview, TaskManager, TaskNotFoundError, global_task_manager
 from otel_tasks._core.log import TaskLogger
 from otel_tasks.asgi import set_request_timeout
 from otel_tasks.live import files, guard
 from otel_tasks.live.detail import ended_detail, live_detail
-from otel_tasks.live.feed import VERSION, Feed, encoded
+from otel_tasks.live.feed import INTERVAL, VERSION, Feed, encoded
 from otel_tasks.live.guard import Refused
-from otel_tasks.live.hub import LINGER, Hub, TooManyViewers
+from otel_tasks.live.hub import LINGER, Hub, NotTicking, TooManyViewers
 from otel_tasks.live.params import QUERIED, WATCHED, BadRequest, Params, printable, query, reason_of, watched
 from otel_tasks.live.routes import guarded_routes
 from otel_tasks.live.rows import Row, Shown, ended_row
 from otel_tasks.live.search import listed, named
+from otel_tasks.live.slices import in_slices
 from otel_tasks.live.sse import EventStream
 from otel_tasks.live.stream import RETRY_MS, Stream
 
@@ -183,22 +184,21 @@ class _View:
     async def snapshot(self, request: Request, user: Any) -> Response:
         """Answer with the whole overview."""
         Params(request.query_params.multi_items(), ())
-        self._admit(_address(request))
+        await self._admit(_address(request))
         return _json(self.hub.feed.snapshot())
 
     async def events(self, request: Request, user: Any) -> Response:
         """Answer with a stream, or with what it would begin with."""
-        feed = self.hub.feed
         wanted = watched(
             Params(request.query_params.multi_items(), WATCHED),
             request.headers.get("last-event-id"),
-            feed.overview.groups[0].key,
+            Overview.ROOT,
         )
         # The middleware would cut it short; it ends by itself.
         with suppress(RuntimeError):
             set_request_timeout(None)
         viewer = wanted.viewer or _address(request)
-        self._admit(viewer)
+        await self._admit(viewer)
         await self.hub.read_now(wanted.expand, wanted.panels)
         stream = Stream(self.hub, viewer, wanted.expand, wanted.names, wanted.panels, wanted.after)
         if wanted.poll:
@@ -208,19 +208,19 @@ class _View:
     async def tasks(self, request: Request, user: Any) -> Response:
         """Answer with a list of tasks."""
         wanted = query(Params(request.query_params.multi_items(), QUERIED))
-        self.hub.feed.look()
         return _json(encoded(await listed(self.hub.feed, wanted)))
 
     async def task(self, request: Request, user: Any) -> Response:
         """Answer with everything about one task."""
         Params(request.query_params.multi_items(), ())
         feed, name = self.hub.feed, request.path_params["task_id"]
-        feed.look()
+        await self._look()
         task = await self._found(name)
         if task is None:
-            return _json(encoded({**feed.stamp(), **self._ended(name), "can": []}))
+            return _json(encoded({**feed.stamp(), **await self._ended(name), "can": []}))
         allowed = [action for action in sorted(self._actions) if await self._may(request, action, task)]
-        return _json(encoded({**feed.stamp(), **live_detail(feed, task), "can": allowed}))
+        detail = await in_slices(live_detail(feed, task))
+        return _json(encoded({**feed.stamp(), **detail, "can": allowed}))
 
     async def cancel(self, request: Request, user: Any) -> Response:
         """Cancel one task, and wait a little for its end."""
@@ -230,10 +230,10 @@ class _View:
             )
         reason = reason_of(await _body(request))
         uid = request.path_params["task_id"]
-        self.hub.feed.look()
+        await self._look()
         task = self._live(uid)
         if task is None:
-            return _json(encoded({"v": VERSION, "result": "ended", **self._state(uid)}))
+            return _json(encoded({"v": VERSION, "result": "ended", **await self._state(uid)}))
         if not await self._may(request, "cancel", task):
             raise Refused(403, "not_allowed", "you may not cancel this task")
         name = printable(user_name(user) or f"a client at {_address(request)}")
@@ -245,14 +245,24 @@ class _View:
         )
         done = await self._manager.cancel_task(uid, reason, timeout=CANCEL_WAIT, asked_by=name)
         result = "cancelled" if done and task.cancelled() else "ended" if task.done() else "requested"
-        state = self._state(uid) if not task.done() else self._end(task.info())
+        state = await self._state(uid) if not task.done() else self._end(task.info())
         return _json(encoded({"v": VERSION, "result": result, **state}))
 
-    def _admit(self, viewer: str) -> None:
+    async def _look(self) -> None:
+        """Take an overview, unless there is a recent one: rows have their keys from it."""
+        await in_slices(self.hub.feed.look(max_age=INTERVAL))
+
+    async def _admit(self, viewer: str) -> None:
+        stopping = Refused(503, "shutting_down", "the server stops", {"Retry-After": "5"})
         if self.hub.closing:
-            raise Refused(503, "shutting_down", "the server stops", {"Retry-After": "5"})
+            raise stopping
         try:
-            self.hub.admit(viewer)
+            await self.hub.admit(viewer)
+        except NotTicking:
+            if self.hub.closing:
+                raise stopping from None
+            message = "the feed has failed: see the log of the service"
+            raise Refused(503, "failed", message, {"Retry-After": "5"}) from None
         except TooManyViewers:
             raise Refused(
                 429, "too_many_viewers", "too many others are looking", {"Retry-After": f"{LINGER:g}"}
@@ -284,11 +294,11 @@ class _View:
             return None
         return task if task.uid == uid else None
 
-    def _state(self, uid: str) -> Row:
+    async def _state(self, uid: str) -> Row:
         feed, task = self.hub.feed, self._live(uid)
         if task is not None:
             return {"state": "live", "task": feed.rows([task])[0]}
-        ended = self._ended(uid)
+        ended = await self._ended(uid)
         if ended["task"].get("id") != uid:
             raise _not_found(uid, self.hub.feed)
         return {"state": "ended", "task": ended["task"]}
@@ -298,11 +308,11 @@ class _View:
         feed = self.hub.feed
         return {"state": "ended", "task": ended_row(info, None, feed.overview, feed.shown)}
 
-    def _ended(self, name: str) -> Row:
+    async def _ended(self, name: str) -> Row:
         info = self._manager.get_task_info(name)
         if info is None:
             raise _not_found(name, self.hub.feed)
-        return ended_detail(self.hub.feed, info)
+        return await in_slices(ended_detail(self.hub.feed, info))
 
 
 def user_name(user: Any) -> str | None:

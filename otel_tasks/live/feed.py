@@ -10,6 +10,8 @@ Rules, each with a test of its own:
    snapshot.
 3. An id contains the instance, because a number alone is wrong after a restart.
 4. Everything is bounded: rows, ended tasks, names.
+5. A tick shows one moment, that of its first slice, and is published in its last one: until then, the feed
+   shows the tick before. A task that ends in between is live in this tick, and has ended in the next.
 """
 
 from __future__ import annotations
@@ -18,18 +20,20 @@ import json
 import os
 import socket
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from itertools import islice
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks.live.rows import Row, Shown, class_row, ended_row, group_row, seconds, task_row
+from otel_tasks.live.slices import COUNTS_PER_SLICE, ROWS_PER_SLICE, at_once, smallest
 from otel_tasks.live.trouble import Trouble
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
-    from otel_tasks import ManagedTask, Overview, TaskManager
+    from otel_tasks import ManagedTask, Overview, TaskInfo, TaskManager
 
 # The version of the JSON.
 VERSION = 1
@@ -41,10 +45,12 @@ ENDED_PER_TICK = 50
 # Of more ends in one tick, only so many are looked at.
 ENDED_SEEN = 1000
 CANCELLING = 50
-# Classes of one task that are shown as the task: each costs some 15 us.
+# Classes of one task that are shown as the task: each costs some 20 us.
 ONLY = 100
 
-Lists = dict[str, dict[str, Row]]
+# Rows by their keys, each as JSON: it is made once for all viewers, and comparing it is cheap.
+Encoded = dict[str, str]
+Lists = dict[str, Encoded]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,42 @@ class Update:
 
     number: int
     delta: str
+
+
+@dataclass(slots=True)
+class _Ended:
+    """The tasks that ended since the last tick.
+
+    Attributes:
+        infos: Their records, newest first.
+        total: How many tasks have ended in all.
+        count: How many are new; None for the first tick, which shows those from before it.
+    """
+
+    infos: Iterator[TaskInfo]
+    total: int
+    count: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Published:
+    """What the last tick has published, but for the ended tasks and the samples, which are rings.
+
+    Attributes:
+        overview: Its overview, without tasks.
+        stats: The counters.
+        lists: The rows.
+        more: How many rows each list leaves out.
+        totals: How many live tasks each row stands for.
+        warnings: The warnings.
+    """
+
+    overview: Overview
+    stats: Row
+    lists: Lists = field(default_factory=lambda: {"groups": {}, "classes": {}, "cancelling": {}})
+    more: dict[str, int] = field(default_factory=dict)
+    totals: dict[str, int] = field(default_factory=dict)
+    warnings: list[Row] = field(default_factory=list)
 
 
 class Feed:
@@ -69,18 +111,16 @@ class Feed:
         self.shown = shown
         self.instance = token_hex(4)
         self.number = 0
-        self.look()
-        self._started = self.overview.now
+        self._started = manager.now()
         self._actions = sorted(actions)
+        self._overview: Overview | None = None
+        self._published: _Published | None = None
         self._trouble = Trouble()
         self._ring: deque[Update] = deque(maxlen=RING)
-        self._samples: deque[list[float]] = deque(maxlen=SAMPLES)
-        self._ended: deque[Row] = deque(maxlen=ENDED)
+        self._samples: deque[str] = deque(maxlen=SAMPLES)
+        self._ended: deque[str] = deque(maxlen=ENDED)
         self._ended_rows = 0
         self._ended_total: int | None = None
-        self._lists: Lists = {"groups": {}, "classes": {}, "cancelling": {}}
-        self._more = {"groups": 0, "classes": 0, "cancelling": 0}
-        self._warnings: list[Row] = []
         self._snapshot: str | None = None
 
     # -- reading it -------------------------------------------------------------------------
@@ -100,23 +140,44 @@ class Feed:
         return updates if number == self.number or (updates and updates[0].number == number + 1) else None
 
     def snapshot(self) -> str:
-        """The whole overview, as of the last tick, as JSON."""
+        """The whole overview, as of the last tick, as JSON; before the first, it ticks in one step."""
+        if self._published is None:
+            at_once(self.slices())
+            return self.snapshot()
         if self._snapshot is None:
-            self._snapshot = encoded(self._whole())
+            self._snapshot = self._whole(self._published)
         return self._snapshot
+
+    def total_of(self, key: str) -> int:
+        """How many live tasks a row stands for, as of the last tick."""
+        return 0 if self._published is None else self._published.totals.get(key, 0)
 
     def stamp(self) -> Row:
         """What each answer begins with: the version, and the clock."""
-        return {"v": VERSION, "now": seconds(self.overview.now), "epoch": seconds(self.overview.epoch)}
+        return _stamp(self.overview)
 
-    def look(self) -> None:
-        """Take an overview now, if none is taken every second.
+    @property
+    def overview(self) -> Overview:
+        """The last overview without its tasks, with the time of now: it gives rows their keys."""
+        if self._overview is None:
+            self._overview = _without_tasks(self.manager.overview())
+        return replace(self._overview, now=self.manager.now())
 
-        It keeps no task alive: it may stay until the next viewer comes.
+    def look(
+        self, members: Mapping[str, int] | None = None, *, max_age: float = 0.0
+    ) -> Generator[None, None, Overview]:
+        """Take an overview, unless there is one: a tick takes one too.
+
+        Args:
+            members: The keys of the rows whose tasks are wanted, and for each how many.
+            max_age: Seconds that the last overview may be old, if no tasks are wanted.
         """
-        overview = self.manager.overview()
-        classes = tuple(row if row.only is None else replace(row, only=None) for row in overview.classes)
-        self.overview = replace(overview, cancelling=(), classes=classes)
+        last = self._overview
+        if not members and last is not None and self.manager.now() - last.now < max_age:
+            return last
+        overview = yield from self.manager.overview_slices(members=members)
+        self._keep(overview)
+        return overview
 
     def parsed(self, update_id: str) -> int | str:
         """The number in an id of this instance; otherwise the reason why it cannot be continued."""
@@ -127,41 +188,41 @@ class Feed:
 
     # -- moving it on -----------------------------------------------------------------------
 
-    def tick(self, members: Mapping[str, int] | None = None, *, held: float = 0.0) -> None:
-        """Look at the manager, and record what has changed.
+    def slices(
+        self, members: Mapping[str, int] | None = None, *, held: float = 0.0
+    ) -> Generator[None, None, Mapping[str, Sequence[ManagedTask[Any]]]]:
+        """Look at the manager, and publish what has changed: one tick. The generator returns the tasks.
+
+        Only one tick may run at a time.
 
         Args:
-            members: The keys of the rows whose tasks are wanted next, and for each how many.
+            members: The keys of the rows whose tasks are wanted, and for each how many.
             held: The longest time for which something held the loop since the last tick.
         """
-        overview = self.overview = self.manager.overview(members={**(members or {}), **self._trouble.wants})
-        before, self._lists = self._lists, self._read_lists(overview)
-        ended, more_ended = self._read_ended(overview)
-        warnings = self._trouble.find(self.manager, overview, held)
-        stats = self._stats()
-        sample = self._read_sample(overview.now, stats)
-        self.number += 1
-        delta = {
-            **self._head("delta"),
-            "base": self.id_of(self.number - 1),
-            "stats": stats,
-            "sample": sample,
-            "set": {
-                name: [row for key, row in rows.items() if before[name].get(key) != row]
-                for name, rows in self._lists.items()
+        # The same moment as the first slice of the overview, which follows without a yield.
+        new = self._read_ended()
+        wanted = dict(members or {})
+        for key, limit in self._trouble.wants.items():
+            wanted[key] = max(limit, wanted.get(key, 0))
+        overview = yield from self.manager.overview_slices(members=wanted)
+        lists = yield from self._read_lists(overview)
+        warnings = yield from self._trouble.slices(self.manager, overview, held)
+        ended = yield from self._ended_rows_of(new, overview)
+        yield
+        published = _Published(
+            overview=_without_tasks(overview),
+            stats=_stats(overview),
+            lists=lists,
+            more={
+                "groups": overview.folded_groups,
+                "classes": overview.folded_classes,
+                "cancelling": max(0, len(overview.cancelling) - CANCELLING),
             },
-            "gone": {
-                name: [key for key in before[name] if key not in rows] for name, rows in self._lists.items()
-            },
-            "more": self._more,
-            "ended": ended,
-            "ended_more": more_ended,
-        }
-        if warnings != self._warnings:
-            delta["warnings"] = warnings
-        self._warnings = warnings
-        self._ring.append(Update(self.number, encoded(delta)))
-        self._snapshot = None
+            totals=_totals(overview),
+            warnings=warnings,
+        )
+        self._publish(published, new, ended)
+        return overview.members
 
     def pause(self) -> None:
         """Forget what only viewers need; the next tick starts from nothing, and old ids do not lead to it."""
@@ -171,109 +232,194 @@ class Feed:
         self._ended_total = None
         self._snapshot = None
         self._trouble = Trouble()
-        self.look()
         # A client that comes back with the last id gets no empty list of updates.
         self.number += 1
 
     def rows(self, tasks: Iterable[ManagedTask[Any]]) -> list[Row]:
         """The rows of live tasks; those that have ended are left out."""
         live = [task for task in tasks if not task.done()]
+        overview = self.overview
         nodes = self.manager.describe(live)
-        return [
-            task_row(task, node, self.overview, self.shown) for task, node in zip(live, nodes, strict=True)
-        ]
+        return [task_row(task, node, overview, self.shown) for task, node in zip(live, nodes, strict=True)]
 
-    # -- its parts --------------------------------------------------------------------------
+    def encoded_rows(self, tasks: Sequence[ManagedTask[Any]]) -> Generator[None, None, Encoded]:
+        """The rows of live tasks, by their ids, in slices."""
+        found: Encoded = {}
+        for start in range(0, len(tasks), ROWS_PER_SLICE):
+            found.update(
+                (row["id"], encoded(row)) for row in self.rows(tasks[start : start + ROWS_PER_SLICE])
+            )
+            yield
+        return found
 
-    def _head(self, kind: str) -> Row:
-        return {**self.stamp(), "kind": kind, "id": self.id}
+    # -- a tick's parts ---------------------------------------------------------------------
 
-    def _whole(self) -> Row:
-        return {
-            **self._head("snapshot"),
+    def _keep(self, overview: Overview) -> None:
+        """Keep an overview until the next one; it keeps no task alive."""
+        if self._overview is None or overview.now >= self._overview.now:
+            self._overview = _without_tasks(overview)
+
+    def _read_ended(self) -> _Ended:
+        """Find the tasks that ended since the last tick."""
+        stats = self.manager.stats()
+        total = stats.completed + stats.failed + stats.cancelled
+        if self._ended_total is None:
+            return _Ended(self.manager.iter_recent(ENDED), total, None)
+        count = total - self._ended_total
+        return _Ended(self.manager.iter_recent(ENDED_PER_TICK, among=min(count, ENDED_SEEN)), total, count)
+
+    def _read_lists(self, overview: Overview) -> Generator[None, None, Lists]:
+        # The ones that have been cancelling for longest.
+        longest = yield from smallest(overview.cancelling, CANCELLING, _requested_at)
+        cancelling = yield from self.encoded_rows(longest)
+        alone = [row.only for row in overview.classes if row.only is not None][:ONLY]
+        only: dict[int, Row] = {}
+        for start in range(0, len(alone), ROWS_PER_SLICE):
+            batch = [task for task in alone[start : start + ROWS_PER_SLICE] if not task.done()]
+            only.update((id(task), row) for task, row in zip(batch, self.rows(batch), strict=True))
+            yield
+        groups: Encoded = {}
+        for start in range(0, len(overview.groups), COUNTS_PER_SLICE):
+            found = overview.groups[start : start + COUNTS_PER_SLICE]
+            groups.update((row.key, encoded(group_row(row))) for row in found)
+            yield
+        classes: Encoded = {}
+        for start in range(0, len(overview.classes), COUNTS_PER_SLICE):
+            for row in overview.classes[start : start + COUNTS_PER_SLICE]:
+                classes[row.key] = encoded(class_row(row, only.get(id(row.only))))
+            yield
+        return {"groups": groups, "classes": classes, "cancelling": cancelling}
+
+    def _ended_rows_of(self, new: _Ended, overview: Overview) -> Generator[None, None, list[str]]:
+        """The rows of the tasks that ended since the last tick, oldest first."""
+        rows: list[Row] = []
+        while batch := list(islice(new.infos, COUNTS_PER_SLICE)):
+            rows += [ended_row(info, None, overview, self.shown) for info in batch]
+            yield
+        ended: list[str] = []
+        for number, row in enumerate(reversed(rows), self._ended_rows + 1):
+            ended.append(encoded({"n": number, **row}))
+            if len(ended) % COUNTS_PER_SLICE == 0:
+                yield
+        return ended
+
+    def _publish(self, published: _Published, new: _Ended, ended: list[str]) -> None:
+        """Record what has changed since the last tick."""
+        before = self._published or _Published(published.overview, {})
+        self.number += 1
+        sample = _sample(published)
+        lists = published.lists
+        changed = {
+            name: array(row for key, row in rows.items() if before.lists[name].get(key) != row)
+            for name, rows in lists.items()
+        }
+        gone = {name: [key for key in before.lists[name] if key not in rows] for name, rows in lists.items()}
+        delta = {
+            **self._head("delta", published),
+            "base": encoded(self.id_of(self.number - 1)),
+            "stats": encoded(published.stats),
+            "sample": sample,
+            "set": assembled(changed),
+            "gone": encoded(gone),
+            "more": encoded(published.more),
+            "ended": array(reversed(ended)),
+            "ended_more": encoded(0 if new.count is None else max(0, new.count - len(ended))),
+        }
+        if published.warnings != before.warnings:
+            delta["warnings"] = encoded(published.warnings)
+        self._keep(published.overview)
+        self._published = published
+        self._samples.append(sample)
+        self._ended.extend(ended)
+        self._ended_rows += len(ended)
+        self._ended_total = new.total
+        self._ring.append(Update(self.number, assembled(delta)))
+        self._snapshot = None
+
+    def _head(self, kind: str, published: _Published) -> Encoded:
+        head = {**_stamp(published.overview), "kind": kind, "id": self.id}
+        return {name: encoded(value) for name, value in head.items()}
+
+    def _whole(self, published: _Published) -> str:
+        facts: Row = {
             "instance": self.instance,
             "interval": INTERVAL,
             "service": os.environ.get("OTEL_SERVICE_NAME"),
-            "manager": self.overview.manager,
+            "manager": published.overview.manager,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": seconds(self._started),
             "version": version("otel-tasks"),
             "actions": self._actions,
             "trace_url": self.shown.trace_url,
-            "stats": self._stats(),
-            "samples": list(self._samples),
-            **{name: list(rows.values()) for name, rows in self._lists.items()},
-            "warnings": self._warnings,
-            "ended": list(reversed(self._ended)),
-            "more": self._more,
+            "stats": published.stats,
+            "warnings": published.warnings,
+            "more": published.more,
         }
+        return assembled(
+            {
+                **self._head("snapshot", published),
+                **{name: encoded(value) for name, value in facts.items()},
+                "samples": array(self._samples),
+                **{name: array(rows.values()) for name, rows in published.lists.items()},
+                "ended": array(reversed(self._ended)),
+            }
+        )
 
-    def _stats(self) -> Row:
-        overview = self.overview
-        stats, live = overview.stats, overview.groups[0].tasks
-        return {
-            "live": live.count,
-            "running": live.count - live.queued - live.cancelling,
-            "queued": live.queued,
-            "cancelling": live.cancelling,
-            "created": stats.created,
-            "completed": stats.completed,
-            "failed": stats.failed,
-            "cancelled": stats.cancelled,
-            "cancel_ignored": stats.cancel_ignored,
-            "groups": overview.open_groups,
-            "limit": overview.max_concurrency,
-            "closed": overview.closed,
-        }
 
-    def _read_sample(self, now: float, stats: Row) -> list[float]:
-        names = ("running", "queued", "cancelling", "completed", "failed", "cancelled")
-        sample = [round(now, 3), *(stats[name] for name in names)]
-        self._samples.append(sample)
-        return sample
-
-    def _read_lists(self, overview: Overview) -> Lists:
-        # The ones that have been cancelling for longest.
-        cancelling = sorted(overview.cancelling, key=_requested_at)
-        rows = self.rows(cancelling[:CANCELLING])
-        alone = [row.only for row in overview.classes if row.only is not None][:ONLY]
-        only = {row["id"]: row for row in self.rows(alone)}
-        ids = {id(task): only.get(task.uid) for task in alone}
-        self._more = {
-            "groups": overview.folded_groups,
-            "classes": overview.folded_classes,
-            "cancelling": max(0, len(cancelling) - CANCELLING),
-        }
-        return {
-            "groups": {row.key: group_row(row) for row in overview.groups},
-            "classes": {row.key: class_row(row, ids.get(id(row.only))) for row in overview.classes},
-            "cancelling": {row["id"]: row for row in rows},
-        }
-
-    def _read_ended(self, overview: Overview) -> tuple[list[Row], int]:
-        """The rows of the tasks that ended since the last tick, newest first, and how many are left out."""
-        stats = overview.stats
-        total = stats.completed + stats.failed + stats.cancelled
-        if self._ended_total is None:
-            # The first tick shows what was before.
-            infos = self.manager.recent(ENDED)
-            self._ended_total = total - len(infos)
-        else:
-            infos = self.manager.recent(ENDED_PER_TICK, among=min(total - self._ended_total, ENDED_SEEN))
-        left_out = total - self._ended_total - len(infos)
-        self._ended_total = total
-        rows: list[Row] = []
-        for info in reversed(infos):
-            self._ended_rows += 1
-            rows.append(ended_row(info, self._ended_rows, overview, self.shown))
-        self._ended.extend(rows)
-        return rows[::-1], max(0, left_out)
+_encoder = json.JSONEncoder(separators=(",", ":"))
 
 
 def encoded(data: object) -> str:
     """The data as one line of JSON, in ASCII: a lone surrogate in a name must not end a stream."""
-    return json.dumps(data, separators=(",", ":"))
+    return _encoder.encode(data)
+
+
+def assembled(values: Mapping[str, str]) -> str:
+    """An object of JSON; its values are JSON already, and its names need no escaping."""
+    return "{" + ",".join([f'"{name}":{value}' for name, value in values.items()]) + "}"
+
+
+def array(values: Iterable[str]) -> str:
+    """An array of JSON; its values are JSON already."""
+    return "[" + ",".join(values) + "]"
+
+
+def _stamp(overview: Overview) -> Row:
+    return {"v": VERSION, "now": seconds(overview.now), "epoch": seconds(overview.epoch)}
+
+
+def _stats(overview: Overview) -> Row:
+    stats, live = overview.stats, overview.groups[0].tasks
+    return {
+        "live": live.count,
+        "running": live.count - live.queued - live.cancelling,
+        "queued": live.queued,
+        "cancelling": live.cancelling,
+        "created": stats.created,
+        "completed": stats.completed,
+        "failed": stats.failed,
+        "cancelled": stats.cancelled,
+        "cancel_ignored": stats.cancel_ignored,
+        "groups": overview.open_groups,
+        "limit": overview.max_concurrency,
+        "closed": overview.closed,
+    }
+
+
+def _totals(overview: Overview) -> dict[str, int]:
+    groups = {row.key: row.tasks.count for row in overview.groups}
+    return groups | {row.key: row.tasks.count for row in overview.classes}
+
+
+def _sample(published: _Published) -> str:
+    names = ("running", "queued", "cancelling", "completed", "failed", "cancelled")
+    return encoded([round(published.overview.now, 3), *(published.stats[name] for name in names)])
+
+
+def _without_tasks(overview: Overview) -> Overview:
+    """An overview that keeps no task alive: it may stay until the next viewer comes."""
+    return replace(overview, cancelling=(), classes=(), members={})
 
 
 def _requested_at(task: ManagedTask[Any]) -> float:

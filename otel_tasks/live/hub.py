@@ -5,8 +5,10 @@ Rules, each with a test of its own:
 1. Without a viewer there is no timer, no task, and no listener. The ticking stops ``LINGER`` seconds after
    the last stream or poll.
 2. The number of viewers, and of streams per viewer, is bounded; a viewer's newest streams win.
-3. One tick serves all viewers. The rows that they have expanded are read once for all of them, some per tick,
-   and never in one long step.
+3. One tick serves all viewers. The rows that they have expanded are read once for all of them, some per tick.
+4. A tick never holds the loop for long: it pauses after each slice, and wakes one stream at a time. So its
+   share of the loop is bounded too, however many tasks there are. It ends before the next one starts, and
+   between two slices when the server stops.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from otel_tasks import TaskNotFoundError
 from otel_tasks._core.log import logger
 from otel_tasks.asgi import call_on_server_stop
 from otel_tasks.live.detail import ended_or_forgotten, live_detail
-from otel_tasks.live.feed import INTERVAL, Feed
+from otel_tasks.live.feed import INTERVAL, Encoded, Feed
+from otel_tasks.live.slices import in_slices, one_turn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
+    from otel_tasks import ManagedTask
     from otel_tasks.live.rows import Row
 
 MAX_VIEWERS = 32
@@ -33,9 +37,10 @@ LINGER = 5.0
 STOPS_WITHIN = 30.0
 # Looks at the clock per tick: a step that holds the loop delays them.
 BEATS = 10
-# Rows of expanded classes that are read per tick, each in some 15 us, and in one step.
+# Seconds between two slices of a tick, which holds the loop for about a tenth of that.
+PAUSE = 0.003
+# Rows of expanded classes that are read per tick, each in some 20 us.
 ROWS_PER_TICK = 500
-ROWS_PER_STEP = 100
 # Panels that are read per tick.
 PANELS_PER_TICK = 10
 
@@ -58,6 +63,10 @@ class TooManyViewers(Exception):
     """No further viewer is admitted now."""
 
 
+class NotTicking(Exception):
+    """The feed has raised, or the server stops: there is nothing to show."""
+
+
 class Hub:
     """The viewers of one feed.
 
@@ -68,13 +77,17 @@ class Hub:
     def __init__(self, feed: Feed) -> None:
         self.feed = feed
         # The tasks of expanded rows, and the panels, as of their last look.
-        self.rows: dict[str, list[Row]] = {}
+        self.rows: dict[str, Encoded] = {}
         self.panels: dict[str, Row] = {}
         self._streams: list[Viewer] = []
         self._polls: dict[str, float] = {}
         self._ticking: asyncio.Task[None] | None = None
+        # Set once the first tick is over.
+        self._has_ticked = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._last_seen = 0.0
+        # The longest time for which something held the loop since the last tick.
+        self._held = 0.0
         # When the server got its signal; a process that goes on serves viewers again.
         self._stopped_at: float | None = None
         # The row that is read first in the next tick.
@@ -84,11 +97,14 @@ class Hub:
 
     # -- viewers ----------------------------------------------------------------------------
 
-    def admit(self, viewer: str) -> None:
-        """Note that a viewer is there, and start ticking.
+    async def admit(self, viewer: str) -> None:
+        """Note that a viewer is there, start ticking, and wait for the first tick.
 
         Raises:
             TooManyViewers: There are too many others.
+            NotTicking: The first tick has failed, or the server stops.
+
+        Cancellation: ends the wait; the ticking goes on for a while.
         """
         loop = asyncio.get_running_loop()
         now = loop.time()
@@ -98,10 +114,16 @@ class Hub:
         if viewer not in known and len(known) >= MAX_VIEWERS:
             raise TooManyViewers
         self._polls[viewer] = self._last_seen = now
-        if self._ticking is None:
-            self.feed.tick()
+        if self._ticking is None or self._ticking.done():
+            has_ticked = self._has_ticked = asyncio.Event()
             # Not in the context of the request: its trace and its group are not those of the ticks.
             self._ticking = loop.create_task(self._tick(), name="otel_tasks.live", context=Context())
+            # Even if it is cancelled before its first step.
+            self._ticking.add_done_callback(lambda _: has_ticked.set(), context=Context())
+        ticking = self._ticking
+        await self._has_ticked.wait()
+        if self._ticking is not ticking or ticking.done():
+            raise NotTicking
 
     def add(self, stream: Viewer) -> None:
         """Add a stream of an admitted viewer; the oldest of too many is replaced."""
@@ -128,6 +150,8 @@ class Hub:
         self._stopped_at = asyncio.get_running_loop().time()
         for stream in self._streams:
             stream.end("shutdown")
+        if self._ticking is not None:
+            self._ticking.cancel()
 
     async def read_now(self, expand: Mapping[str, int], panels: Iterable[str]) -> None:
         """Read what a viewer has just expanded, without waiting for the next tick.
@@ -136,9 +160,10 @@ class Hub:
         """
         missing = {key: limit for key, limit in expand.items() if key not in self.rows}
         if missing:
-            await self._read_rows(self.feed.manager.overview(members=missing).members, missing)
+            overview = await in_slices(self.feed.look(missing))
+            await self._read_rows(overview.members, missing, one_turn)
         for uid in panels:
-            self._read_panel(uid)
+            await self._read_panel(uid, one_turn)
 
     # -- ticking ----------------------------------------------------------------------------
 
@@ -155,16 +180,15 @@ class Hub:
         loop = asyncio.get_running_loop()
         sign = call_on_server_stop(self.close)
         try:
+            started = loop.time()
+            # Viewers wait for it: it takes no pauses.
+            await in_slices(self.feed.slices())
+            self._has_ticked.set()
             while self._streams or loop.time() - self._last_seen < LINGER:
-                held = await _watch_the_clock(loop)
-                if self.closing:
-                    return
-                wanted = self._wanted()
-                self.feed.tick(wanted, held=held)
-                await self._read_rows(self.feed.overview.members, wanted)
-                self._read_panels()
-                for stream in self._streams:
-                    stream.wake()
+                while (left := started + INTERVAL - loop.time()) > 0:
+                    await self._sleep(min(left, INTERVAL / BEATS))
+                started = loop.time()
+                await self._move_on()
         except Exception:
             logger.exception("the feed of the live view raised, and its streams end")
             for stream in self._streams:
@@ -176,6 +200,27 @@ class Hub:
                 self.rows.clear()
                 self.panels.clear()
                 self.feed.pause()
+
+    async def _move_on(self) -> None:
+        """Tick once, and wake the streams one after another."""
+        wanted = self._wanted()
+        held, self._held = self._held, 0.0
+        members = await in_slices(self.feed.slices(wanted, held=held), self._rest)
+        await self._read_rows(members, wanted, self._rest)
+        await self._read_panels()
+        for stream in list(self._streams):
+            stream.wake()
+            await self._rest()
+
+    async def _rest(self) -> None:
+        await self._sleep(PAUSE)
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, and note for how long something holds the loop beyond that."""
+        loop = asyncio.get_running_loop()
+        due = loop.time() + seconds
+        await asyncio.sleep(seconds)
+        self._held = max(self._held, loop.time() - due)
 
     def _wanted(self) -> dict[str, int]:
         """The rows that viewers have expanded, as many as one tick reads, each in its turn."""
@@ -196,38 +241,28 @@ class Hub:
         self._turn = start + len(wanted)
         return wanted
 
-    async def _read_rows(self, members: Mapping[str, Iterable[Any]], keys: Iterable[str]) -> None:
-        for key in keys:
-            tasks = list(members.get(key, ()))
-            rows: list[Row] = []
-            for start in range(0, len(tasks), ROWS_PER_STEP):
-                rows += self.feed.rows(tasks[start : start + ROWS_PER_STEP])
-                # The service's own work comes in between.
-                await asyncio.sleep(0)
-            self.rows[key] = rows
+    async def _read_rows(
+        self,
+        members: Mapping[str, Sequence[ManagedTask[Any]]],
+        wanted: Mapping[str, int],
+        rest: Callable[[], Awaitable[object]],
+    ) -> None:
+        for key, limit in wanted.items():
+            tasks = members[key][:limit]
+            self.rows[key] = await in_slices(self.feed.encoded_rows(tasks), rest)
 
-    def _read_panels(self) -> None:
+    async def _read_panels(self) -> None:
         wanted = list(dict.fromkeys(uid for stream in self._streams for uid in stream.panels))
         self.panels = {uid: self.panels[uid] for uid in wanted if uid in self.panels}
         start = self._next_panel % max(1, len(wanted))
         for uid in (wanted[start:] + wanted[:start])[:PANELS_PER_TICK]:
-            self._read_panel(uid)
+            await self._read_panel(uid, self._rest)
         self._next_panel = start + PANELS_PER_TICK
 
-    def _read_panel(self, uid: str) -> None:
+    async def _read_panel(self, uid: str, rest: Callable[[], Awaitable[object]]) -> None:
         try:
             task = self.feed.manager.get_task(uid)
         except TaskNotFoundError:
-            self.panels[uid] = ended_or_forgotten(self.feed, uid)
+            self.panels[uid] = await in_slices(ended_or_forgotten(self.feed, uid), rest)
         else:
-            self.panels[uid] = live_detail(self.feed, task)
-
-
-async def _watch_the_clock(loop: asyncio.AbstractEventLoop) -> float:
-    """Wait for the next tick; return the longest time for which the loop was held meanwhile."""
-    held = 0.0
-    for _ in range(BEATS):
-        due = loop.time() + INTERVAL / BEATS
-        await asyncio.sleep(INTERVAL / BEATS)
-        held = max(held, loop.time() - due)
-    return held
+            self.panels[uid] = await in_slices(live_detail(self.feed, task), rest)

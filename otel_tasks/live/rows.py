@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks import CancelKind
@@ -190,12 +191,17 @@ def location(where: Location | None) -> Row | None:
 
 def short_path(path: str) -> str:
     """A path relative to the working directory, to the libraries, or to the standard library."""
-    path = _INSTALLED.sub("", path).removeprefix(_STANDARD_LIBRARY)
     try:
-        path = path.removeprefix(os.path.join(os.getcwd(), ""))
+        return _short_path(path, os.getcwd())
     except OSError:
         # The directory is gone.
         return os.path.basename(path)
+
+
+@lru_cache(maxsize=4096)
+def _short_path(path: str, working_directory: str) -> str:
+    path = _INSTALLED.sub("", path).removeprefix(_STANDARD_LIBRARY)
+    path = path.removeprefix(os.path.join(working_directory, ""))
     # Anything else: the file and its folder.
     return path if not os.path.isabs(path) else os.path.join(*path.replace("\\", "/").split("/")[-2:])
 

@@ -6,19 +6,24 @@ It looks at many tasks, so it works in batches: the service's own work comes in 
 from __future__ import annotations
 
 import asyncio
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from otel_tasks.live.feed import VERSION
+from otel_tasks import Overview
 from otel_tasks.live.params import BadRequest, Query
-from otel_tasks.live.rows import Row, ended_row, seconds, short_path, text
+from otel_tasks.live.rows import Row, ended_row, short_path, text
+from otel_tasks.live.slices import COUNTS_PER_SLICE, ROWS_PER_SLICE, in_slices
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from otel_tasks import ManagedTask, TaskInfo, TaskNode
     from otel_tasks.live.feed import Feed
 
-# Tasks whose names are compared in one step, and tasks that are looked at in one step.
-NAMES_PER_STEP = 1000
-LOOKS_PER_STEP = 100
+# Tasks whose names are read in one step.
+NAMES_PER_STEP = 400
+# As many tasks of a row as there are.
+EVERY = 10**9
 # Tasks that one search by line looks at.
 MAX_LOOKS = 2000
 # Ended tasks that are searched.
@@ -28,6 +33,14 @@ MAX_ENDED = 10_000
 _STATUS = {"queued": "pending"}
 _FIRST = {"cancelling": 0, "pending": 1}
 
+# Ties by id, so that the order is the same each time.
+_SORT_KEYS: dict[str, Callable[[ManagedTask[Any]], tuple[Any, ...]]] = {
+    "age": lambda task: (task.created_at, task.id),
+    "-age": lambda task: (task.created_at, task.id),
+    "name": lambda task: (task.name, task.created_at, task.id),
+    "status": lambda task: (_FIRST.get(str(task.status), 2), task.created_at, task.id),
+}
+
 
 async def listed(feed: Feed, query: Query) -> Row:
     """Answer a query.
@@ -35,27 +48,25 @@ async def listed(feed: Feed, query: Query) -> Row:
     Cancellation: ends the search.
     """
     answer = await (_ended(feed, query) if query.ended else _live(feed, query))
-    overview = feed.overview
-    return {"v": VERSION, "now": seconds(overview.now), "epoch": seconds(overview.epoch), **answer}
+    return {**feed.stamp(), **answer}
 
 
 async def _live(feed: Feed, query: Query) -> Row:
-    root = feed.overview.groups[0].key
-    key = query.key or root
-    overview = feed.manager.overview(members={key: 10**9})
-    tasks = list(overview.members.get(key, ()))
+    key = query.key or Overview.ROOT
+    overview = await in_slices(feed.look({key: EVERY}))
+    tasks = overview.members[key]
     found: list[ManagedTask[Any]] = []
     for start in range(0, len(tasks), NAMES_PER_STEP):
         batch = tasks[start : start + NAMES_PER_STEP]
         found += [task for task in batch if _may_match(task, query, overview.now)]
         await asyncio.sleep(0)
     found, partial = await _looked_at(feed, found, query)
-    ordered = _ordered(found, query.sort)
+    ordered = await _ordered(found, query.sort)
     start = _offset(query.after)
     page = [task for task in ordered[start : start + query.limit] if not task.done()]
     rows: list[Row] = []
-    for first in range(0, len(page), LOOKS_PER_STEP):
-        rows += feed.rows(page[first : first + LOOKS_PER_STEP])
+    for first in range(0, len(page), ROWS_PER_SLICE):
+        rows += feed.rows(page[first : first + ROWS_PER_SLICE])
         await asyncio.sleep(0)
     return {
         "rows": rows,
@@ -70,13 +81,13 @@ async def named(feed: Feed, name: str) -> list[ManagedTask[Any]]:
 
     Cancellation: ends the search.
     """
-    root = feed.overview.groups[0].key
-    tasks = feed.manager.overview(members={root: 10**9}).members.get(root, ())
+    overview = await in_slices(feed.look({Overview.ROOT: EVERY}))
+    tasks = overview.members[Overview.ROOT]
     found: list[ManagedTask[Any]] = []
     for start in range(0, len(tasks), NAMES_PER_STEP):
         found += [task for task in tasks[start : start + NAMES_PER_STEP] if task.name == name]
         await asyncio.sleep(0)
-    return _ordered([task for task in found if not task.done()], "age")
+    return await _ordered([task for task in found if not task.done()], "age")
 
 
 def _may_match(task: ManagedTask[Any], query: Query, now: float) -> bool:
@@ -113,12 +124,14 @@ async def _looked_at(
     """The tasks that match, by what only a look can tell too, and whether there were too many to look at."""
     found: list[ManagedTask[Any]] = []
     looks: list[ManagedTask[Any]] = []
-    for task in tasks:
+    for number, task in enumerate(tasks, 1):
         named = _has_words(_names(task), query.words)
         needs_look = not named or query.where is not None or query.status in ("queued", "pending")
         (looks if needs_look else found).append(task)
-    for start in range(0, min(len(looks), MAX_LOOKS), LOOKS_PER_STEP):
-        batch = [task for task in looks[start : start + LOOKS_PER_STEP] if not task.done()]
+        if number % NAMES_PER_STEP == 0:
+            await asyncio.sleep(0)
+    for start in range(0, min(len(looks), MAX_LOOKS), ROWS_PER_SLICE):
+        batch = [task for task in looks[start : start + ROWS_PER_SLICE] if not task.done()]
         nodes = feed.manager.describe(batch)
         found += [task for task, node in zip(batch, nodes, strict=True) if _matches(task, node, query)]
         await asyncio.sleep(0)
@@ -144,14 +157,16 @@ def _has_words(names: str, words: tuple[str, ...]) -> bool:
     return all(word in names for word in words)
 
 
-def _ordered(tasks: list[ManagedTask[Any]], sort: str) -> list[ManagedTask[Any]]:
-    # Ties by id, so that the order is the same each time.
-    if sort == "name":
-        return sorted(tasks, key=lambda task: (task.name, task.created_at, task.id))
-    if sort == "status":
-        return sorted(tasks, key=lambda task: (_FIRST.get(str(task.status), 2), task.created_at, task.id))
-    tasks = sorted(tasks, key=lambda task: (task.created_at, task.id))
-    return tasks[::-1] if sort == "-age" else tasks
+async def _ordered(tasks: list[ManagedTask[Any]], sort: str) -> list[ManagedTask[Any]]:
+    key = _SORT_KEYS[sort]
+    keyed: list[tuple[Any, int]] = []
+    # Most of the time goes into the keys. The number spares comparing tasks.
+    for number, task in enumerate(tasks, 1):
+        keyed.append((key(task), number))
+        if number % NAMES_PER_STEP == 0:
+            await asyncio.sleep(0)
+    ordered = [tasks[number - 1] for _, number in sorted(keyed)]
+    return ordered[::-1] if sort == "-age" else ordered
 
 
 async def _ended(feed: Feed, query: Query) -> Row:
@@ -159,9 +174,8 @@ async def _ended(feed: Feed, query: Query) -> Row:
         raise BadRequest("status and where are for live tasks")
     overview = feed.overview
     found: list[TaskInfo] = []
-    infos = feed.manager.recent(MAX_ENDED)
-    for start in range(0, len(infos), NAMES_PER_STEP):
-        batch = infos[start : start + NAMES_PER_STEP]
+    infos = islice(feed.manager.iter_recent(), MAX_ENDED)
+    while batch := list(islice(infos, COUNTS_PER_SLICE)):
         found += [
             info
             for info in batch

@@ -13,13 +13,15 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from otel_tasks.live.feed import VERSION, encoded
+from otel_tasks.live.feed import VERSION, array, assembled, encoded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from otel_tasks.live.feed import Encoded
     from otel_tasks.live.hub import Hub
     from otel_tasks.live.rows import Row
 
@@ -54,7 +56,7 @@ class Stream:
     after: str | None
     ended_by: str | None = None
     _position: int = 0
-    _sent: dict[str, dict[str, Row]] = field(default_factory=dict)
+    _sent: dict[str, Encoded] = field(default_factory=dict)
     _sent_panels: dict[str, Row] = field(default_factory=dict)
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -117,36 +119,31 @@ class Stream:
 
     def _details(self) -> Iterator[Event]:
         """The tasks of expanded rows that have changed, and the panels that have."""
-        counts = self._totals() if self.expand else {}
-        for key in self.expand:
+        for key, limit in self.expand.items():
             rows = self.hub.rows.get(key)
             if rows is not None:
-                yield from self._rows(key, rows[: self.expand[key]], counts.get(key, 0))
+                yield from self._rows(key, dict(islice(rows.items(), limit)))
         for uid in self.panels:
             panel = self.hub.panels.get(uid)
             if panel is not None and panel != self._sent_panels.get(uid):
                 self._sent_panels[uid] = panel
                 yield "task", None, encoded({**self.hub.feed.stamp(), **panel})
 
-    def _rows(self, key: str, rows: list[Row], total: int) -> Iterator[Event]:
+    def _rows(self, key: str, now: Encoded) -> Iterator[Event]:
         before = self._sent.get(key)
-        now = {row["id"]: row for row in rows}
         self._sent[key] = now
-        data = {
-            "v": VERSION,
-            "key": self.names.get(key, key),
-            "full": before is None,
-            "total": total,
-            "set": [row for uid, row in now.items() if before is None or before.get(uid) != row],
-            "gone": [uid for uid in before or () if uid not in now],
-        }
-        if before is None or data["set"] or data["gone"]:
-            yield "rows", None, encoded(data)
-
-    def _totals(self) -> dict[str, int]:
-        overview = self.hub.feed.overview
-        groups = {row.key: row.tasks.count for row in overview.groups}
-        return groups | {row.key: row.tasks.count for row in overview.classes}
+        changed = [row for uid, row in now.items() if before is None or before.get(uid) != row]
+        gone = [uid for uid in before or () if uid not in now]
+        if before is None or changed or gone:
+            data = {
+                "v": encoded(VERSION),
+                "key": encoded(self.names.get(key, key)),
+                "full": encoded(before is None),
+                "total": encoded(self.hub.feed.total_of(key)),
+                "set": array(changed),
+                "gone": encoded(gone),
+            }
+            yield "rows", None, assembled(data)
 
 
 def framed(event: Event) -> bytes:

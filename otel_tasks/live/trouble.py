@@ -5,16 +5,16 @@ Each kind has a minimum age, so that work that is merely busy raises nothing.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from otel_tasks import TaskStatus
 from otel_tasks.live.rows import Row, location, seconds, short_path
+from otel_tasks.live.slices import ROWS_PER_SLICE, TASKS_PER_SLICE
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Generator, Iterable, Iterator
 
     from otel_tasks import Location, ManagedTask, Overview, TaskManager, TaskNode
 
@@ -29,7 +29,7 @@ HELD = 0.25
 REMEMBERED = 60.0
 # As many tasks at one line are worth a warning.
 MANY = 10
-# The oldest tasks are looked at, some in each tick: each costs some 15 us.
+# The oldest tasks are looked at, some in each tick: each costs some 20 us.
 LOOKED_AT = 500
 PER_TICK = 100
 # The search for plain tasks looks at every task of the loop: it is made in one of so many ticks, and not with
@@ -58,8 +58,10 @@ class Trouble:
         """The rows whose tasks are wanted in the next overview."""
         return {} if self._root is None or self._queue else {self._root: LOOKED_AT}
 
-    def find(self, manager: TaskManager, overview: Overview, held: float) -> list[Row]:
-        """Return the warnings of this moment, the most urgent kinds first.
+    def slices(
+        self, manager: TaskManager, overview: Overview, held: float
+    ) -> Generator[None, None, list[Row]]:
+        """Find the warnings of this moment, the most urgent kinds first.
 
         Args:
             manager: The manager.
@@ -67,14 +69,15 @@ class Trouble:
             held: The longest time for which something held the loop since the last call.
         """
         self._root = overview.groups[0].key
-        self._look(manager, overview)
-        self._search(manager, overview)
+        yield from self._look(manager, overview)
+        yield from self._search(manager, overview)
+        cancelling = yield from _cancelling(overview)
         now = overview.now
         if held >= HELD:
             self._held.append((now, held))
         self._held = [(at, long) for at, long in self._held if now - at < REMEMBERED]
         found = [
-            *_cancelling(overview),
+            *cancelling,
             *self._blocked(),
             *self._not_started(now),
             *self._outlived(now),
@@ -83,26 +86,29 @@ class Trouble:
         ]
         return found[:MAX_WARNINGS]
 
-    def _look(self, manager: TaskManager, overview: Overview) -> None:
+    def _look(self, manager: TaskManager, overview: Overview) -> Generator[None, None, None]:
         """Look at the next tasks."""
         if not self._queue and self._root is not None:
-            self._queue = list(overview.members.get(self._root, ()))
+            self._queue = list(overview.members.get(self._root, ()))[:LOOKED_AT]
             # Those that have ended, or that are among the oldest no more, are forgotten.
             known = set(self._queue)
             self._places = {task: at for task, at in self._places.items() if task in known}
-        batch = [task for task in self._queue[:PER_TICK] if not task.done()]
-        self._queue = self._queue[PER_TICK:]
-        for task, node in zip(batch, manager.describe(batch), strict=True):
-            self._note(task, node, overview.now)
+        looked_at, self._queue = self._queue[:PER_TICK], self._queue[PER_TICK:]
+        for start in range(0, len(looked_at), ROWS_PER_SLICE):
+            batch = [task for task in looked_at[start : start + ROWS_PER_SLICE] if not task.done()]
+            for task, node in zip(batch, manager.describe(batch), strict=True):
+                self._note(task, node, overview.now)
+            yield
         self._places = {task: at for task, at in self._places.items() if not task.done()}
         self._unstarted = {task for task in self._unstarted if task.status is TaskStatus.PENDING}
 
-    def _search(self, manager: TaskManager, overview: Overview) -> None:
+    def _search(self, manager: TaskManager, overview: Overview) -> Generator[None, None, None]:
         """Look for plain tasks that outlive their requests."""
         self._ticks += 1
         if self._ticks % SEARCHED_EACH == 1 and overview.stats.live <= SEARCHED_MOST:
             seen, now = self._outliving, overview.now
             self._outliving = {task: seen.get(task, now) for task in manager.outliving_tasks()}
+            yield
 
     def _note(self, task: ManagedTask[Any], node: TaskNode, now: float) -> None:
         works = node.attempt or node
@@ -131,22 +137,29 @@ class Trouble:
             yield _warning("outlived", len(late), min(late), OUTLIVED, None)
 
     def _waiting(self, overview: Overview) -> Iterator[Row]:
-        places = Counter(self._places.values())
-        for place, count in places.most_common(5):
-            if count < MANY:
+        waiting: dict[Location, list[float]] = {}
+        for task, place in self._places.items():
+            waiting.setdefault(place, []).append(task.created_at)
+        for place, created in sorted(waiting.items(), key=lambda each: -len(each[1]))[:5]:
+            if len(created) < MANY:
                 return
             at = f"{short_path(place.file)}:{place.line}"
-            since = min(task.created_at for task, other in self._places.items() if other == place)
-            row = _warning("waiting", count, since, WAITING, {"where": at, "min_age": f"{WAITING:g}"})
+            query = {"where": at, "min_age": f"{WAITING:g}"}
+            row = _warning("waiting", len(created), min(created), WAITING, query)
             estimated = overview.groups[0].tasks.count > LOOKED_AT
             yield {**row, "key": f"waiting {at}", "where": location(place), "estimated": estimated}
 
 
-def _cancelling(overview: Overview) -> Iterator[Row]:
-    late = [at for at in _requests(overview.cancelling) if overview.now - at >= CANCELLING]
-    if late:
-        query = {"status": "cancelling", "min_age": f"{CANCELLING:g}"}
-        yield _warning("cancelling", len(late), min(late), CANCELLING, query)
+def _cancelling(overview: Overview) -> Generator[None, None, list[Row]]:
+    late: list[float] = []
+    for start in range(0, len(overview.cancelling), TASKS_PER_SLICE):
+        times = _requests(overview.cancelling[start : start + TASKS_PER_SLICE])
+        late += [at for at in times if overview.now - at >= CANCELLING]
+        yield
+    if not late:
+        return []
+    query = {"status": "cancelling", "min_age": f"{CANCELLING:g}"}
+    return [_warning("cancelling", len(late), min(late), CANCELLING, query)]
 
 
 def _requests(tasks: Iterable[ManagedTask[Any]]) -> Iterator[float]:
