@@ -1,0 +1,305 @@
+"""managed: makes the tasks of a Taskiq broker managed tasks, on the instance and without a class of its own.
+
+Taskiq's receiver executes ``broker.find_task(name).original_func``, between the ``pre_execute`` and the
+``post_execute`` of the broker's middlewares, all in one asyncio task, and then calls the ``ack`` that
+``broker.listen()`` has delivered. So four places are enough:
+
+- a middleware, which stamps what is sent and makes an ``Execution`` of what is received;
+- ``find_task``, whose function runs the user's one in that execution;
+- ``listen``, whose ``ack`` asks the execution;
+- startup and shutdown of the broker, in the middleware, which start and stop the fleet.
+
+Rejected: a receiver of our own, because it would be an option of the user's command line; and a subclass of
+the broker, because schedulers, result backends, and the user's code know the object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import functools
+import weakref
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from taskiq import AckableMessage, AsyncBroker, TaskiqMiddleware
+from taskiq.utils import maybe_awaitable
+
+from otel_tasks import CancelCause, CancelKind
+from otel_tasks._core.checks import checked_name
+from otel_tasks._core.options import FROM_MANAGER
+from otel_tasks.fleet import Fleet
+from otel_tasks.fleet.entries import CancelEntry
+from otel_tasks.taskiq.calls import Calls
+from otel_tasks.taskiq.errors import RemoteResultError
+from otel_tasks.taskiq.execution import Execution, current_execution
+from otel_tasks.taskiq.functions import covered_function
+from otel_tasks.taskiq.sending import stamp_message
+from otel_tasks.taskiq.stopping import SignalWatch
+from otel_tasks.taskiq.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable
+
+    from taskiq import AsyncTaskiqDecoratedTask, TaskiqMessage, TaskiqResult
+    from taskiq.abc.result_backend import AsyncResultBackend
+
+    from otel_tasks._core.options import FromManager
+    from otel_tasks.taskiq.priorities import BrokerPriorities
+
+B = TypeVar("B", bound=AsyncBroker)
+
+# Seconds in which executions end when the broker shuts down.
+_END_WITHIN = 2.0
+
+
+def managed(
+    broker: B,
+    fleet: Fleet,
+    *,
+    group: str = "taskiq",
+    priorities: BrokerPriorities | None = None,
+    grace: float | FromManager = FROM_MANAGER,
+) -> B:
+    """Make the tasks of a broker managed tasks of its workers, and let ``remote`` call them.
+
+    Call it where the broker is made, in the module that workers and services import. Tasks may be declared
+    before or after it. ``await broker.startup()`` starts the fleet in this process, and ``shutdown()`` stops
+    it; ``taskiq worker`` calls both.
+
+    Args:
+        broker: The broker. It stays the same object, with a middleware more.
+        fleet: The fleet through which cancellations, leases, and progress travel.
+        group: The label of tasks that bring no group.
+        priorities: The labels by which the broker orders its messages, for each priority: see
+            ``rabbitmq_priorities`` and ``stream_priorities``. None leaves their order to the broker.
+        grace: Seconds in which the tasks of a worker may finish after SIGTERM or SIGINT, before they are
+            cancelled. The default is that of the fleet's manager.
+
+    Returns:
+        The broker.
+
+    Raises:
+        TypeError: ``broker`` is not a broker of Taskiq, or ``fleet`` not a ``Fleet``.
+        ValueError: The broker is managed already, or ``group`` is not a valid name.
+
+    Example:
+        >>> fleet = Fleet("redis://127.0.0.1:6379/0", namespace="shop")
+        >>> broker = managed(AioPikaBroker("amqp://127.0.0.1"), fleet)
+    """
+    if not isinstance(broker, AsyncBroker):
+        raise TypeError(
+            f"managed() takes a broker of Taskiq, got {broker!r}: write managed(AioPikaBroker(url), fleet)"
+        )
+    if not isinstance(fleet, Fleet):
+        raise TypeError(
+            f'managed() takes a Fleet, got {fleet!r}: write managed(broker, Fleet(url, namespace="shop"))'
+        )
+    if managed_broker_of(broker) is not None:
+        raise ValueError("this broker is managed already: call managed() once, where the broker is made")
+    ManagedBroker(broker, fleet, checked_name("group", group), priorities, grace).cover()
+    return broker
+
+
+class ManagedBroker:
+    """What this package knows of one broker.
+
+    Args:
+        broker: The broker.
+        fleet: Its fleet.
+        group: The label of tasks that bring no group.
+        priorities: The labels of each priority.
+        grace: Seconds in which tasks may finish when the worker stops.
+
+    Attributes:
+        fleet: Its fleet.
+        priorities: The labels of each priority.
+        calls: The remote tasks for which this process waits.
+        worker: The executions of this process.
+        acknowledges: True once the broker has delivered a message that can be acknowledged.
+        is_started: True between startup and shutdown of the broker.
+    """
+
+    def __init__(
+        self,
+        broker: AsyncBroker,
+        fleet: Fleet,
+        group: str,
+        priorities: BrokerPriorities | None,
+        grace: float | FromManager,
+    ) -> None:
+        # Weak, because this object is the value of an entry whose key is the broker.
+        self._broker = weakref.ref(broker)
+        self.fleet = fleet
+        self.priorities = priorities or {}
+        self.worker = Worker(fleet, group)
+        self.calls = Calls(fleet, lambda: self.result_backend)
+        self.acknowledges = False
+        self.is_started = False
+        self._signals = SignalWatch(fleet, self.worker, grace)
+        self._middleware = FleetMiddleware(self)
+        self._find_task: Callable[[str], AsyncTaskiqDecoratedTask[Any, Any] | None] = broker.find_task
+        self._listen: Callable[[], AsyncGenerator[bytes | AckableMessage, None]] = broker.listen
+        self._covered: dict[str, tuple[object, AsyncTaskiqDecoratedTask[Any, Any]]] = {}
+
+    @property
+    def broker(self) -> AsyncBroker:
+        """The broker."""
+        broker = self._broker()
+        if broker is None:
+            raise RuntimeError("the broker is gone")
+        return broker
+
+    @property
+    def result_backend(self) -> AsyncResultBackend[Any]:
+        """The broker's current result backend."""
+        return self.broker.result_backend
+
+    def cover(self) -> None:
+        """Put the middleware and the two methods on the broker."""
+        broker = self.broker
+        broker.add_middlewares(self._middleware)
+        vars(broker)["find_task"] = self.find_task
+        vars(broker)["listen"] = self.listen
+        _managed[broker] = self
+
+    # -- the methods of the broker --------------------------------------------------------------
+
+    def find_task(self, task_name: str) -> AsyncTaskiqDecoratedTask[Any, Any] | None:
+        """Return the task of this name, with a function that runs the user's one as a managed task."""
+        task = self._find_task(task_name)
+        if task is None:
+            return None
+        known = self._covered.get(task_name)
+        if known is not None and known[0] is task.original_func:
+            return known[1]
+        covered = copy.copy(task)
+        covered.original_func = covered_function(task.original_func)
+        self._covered[task_name] = (task.original_func, covered)
+        return covered
+
+    async def listen(self) -> AsyncGenerator[bytes | AckableMessage, None]:
+        """Deliver the messages of the broker; the execution decides whether one is acknowledged."""
+        async with contextlib.aclosing(self._listen()) as messages:
+            async for message in messages:
+                if not isinstance(message, AckableMessage):
+                    yield message
+                    continue
+                self.acknowledges = True
+                ack = functools.partial(self._acknowledge, message.ack, message.data)
+                yield AckableMessage.model_construct(data=message.data, ack=ack)
+
+    async def _acknowledge(self, ack: Callable[[], Awaitable[None] | None], data: bytes) -> None:
+        execution = current_execution.get()
+        if execution is None:
+            # The receiver drops the message.
+            await self._refuse(data)
+        elif not await execution.may_acknowledge():
+            return
+        await maybe_awaitable(ack())
+
+    async def _refuse(self, data: bytes) -> None:
+        """Let a call fail whose task this worker does not have: nobody else would end it."""
+        try:
+            message = self.broker.formatter.loads(message=data)
+        except Exception:
+            # The receiver has logged it.
+            return
+        name = message.task_name
+        error = RemoteResultError(f"a worker has no task {name!r}: import its module there")
+        await Execution(self, message).refuse(error)
+
+    # -- its life -------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the fleet in this process, and with it what workers and services need.
+
+        Cancellation: the fleet is not started.
+        """
+        broker = self.broker
+        # The last one, so that the stamp has the span that another middleware has started. A new list:
+        # Taskiq is iterating over the old one.
+        broker.middlewares = [each for each in broker.middlewares if each is not self._middleware]
+        broker.middlewares.append(self._middleware)
+        await self.fleet.start()
+        self.calls.subscribe(self.fleet.link)
+        self.fleet.link.subscribe(CancelEntry, self._on_cancel)
+        self.fleet.link.on_state(self.worker.wake)
+        self.worker.stopping = None
+        self.is_started = True
+        if broker.is_worker_process:
+            self._signals.install()
+
+    async def stop(self) -> None:
+        """End the executions that still run, and stop the fleet in this process.
+
+        Cancellation: the fleet is stopped without waiting.
+        """
+        if not self.is_started:
+            return
+        self.is_started = False
+        try:
+            await self._signals.finish()
+            cause = CancelCause.make(CancelKind.SHUTDOWN, "the broker is shutting down")
+            await self.worker.end(cause, _END_WITHIN)
+            await self.calls.stop()
+        finally:
+            await self.fleet.stop()
+
+    def _on_cancel(self, *_: object) -> None:
+        self.worker.wake()
+
+
+class FleetMiddleware(TaskiqMiddleware):
+    """Stamps what a broker sends, and makes an execution of what it receives."""
+
+    def __init__(self, managed_broker: ManagedBroker) -> None:
+        super().__init__()
+        self._managed = managed_broker
+
+    async def startup(self) -> None:
+        """Start the fleet."""
+        await self._managed.start()
+
+    async def shutdown(self) -> None:
+        """Stop the fleet."""
+        await self._managed.stop()
+
+    def pre_send(self, message: TaskiqMessage) -> TaskiqMessage:
+        """Stamp a message."""
+        stamp_message(message, self._managed.fleet, self._managed.priorities)
+        return message
+
+    def pre_execute(self, message: TaskiqMessage) -> TaskiqMessage:
+        """Make the execution of a message that has been received."""
+        execution = Execution(self._managed, message)
+        current_execution.set(execution)
+        task = asyncio.current_task()
+        if task is not None:
+            task.add_done_callback(execution.handled)
+        return message
+
+    def post_execute(self, message: TaskiqMessage, result: TaskiqResult[Any]) -> None:
+        """Note the result."""
+        execution = _execution_of(message)
+        if execution is not None:
+            execution.executed(result)
+
+    def post_save(self, message: TaskiqMessage, result: TaskiqResult[Any]) -> None:
+        """Note that the result is saved."""
+        execution = _execution_of(message)
+        if execution is not None:
+            execution.saved()
+
+
+_managed: weakref.WeakKeyDictionary[AsyncBroker, ManagedBroker] = weakref.WeakKeyDictionary()
+
+
+def managed_broker_of(broker: AsyncBroker) -> ManagedBroker | None:
+    """Return what this package knows of a broker; None if it is not managed."""
+    return _managed.get(broker)
+
+
+def _execution_of(message: TaskiqMessage) -> Execution | None:
+    execution = current_execution.get()
+    return execution if execution is not None and execution.task_id == message.task_id else None

@@ -1,0 +1,140 @@
+"""Calls: the remote tasks for which this process waits.
+
+A worker tells this node when the result of a call is saved. In case it cannot, because the bus was down or
+the worker died in that moment, the result backend is asked as well, every few seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+from otel_tasks._core.telemetry import quiet_context
+from otel_tasks.fleet.entries import EndedEntry, ProgressEntry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from taskiq.abc.result_backend import AsyncResultBackend
+
+    from otel_tasks import ManagedTask
+    from otel_tasks.fleet import Fleet
+    from otel_tasks.fleet.bus import Entry
+    from otel_tasks.fleet.link import Link
+
+# Seconds between two questions to the result backend, and while the bus is down.
+_ASK_EVERY: Final = 5.0
+_ASK_EVERY_ALONE: Final = 1.0
+# Questions at a time.
+_AT_ONCE: Final = 20
+
+
+class Call:
+    """One remote task for which this process waits.
+
+    Args:
+        task_id: The id of the message.
+        host: This node.
+        shows: The local task that shows its progress.
+
+    Attributes:
+        ended: Done once its result is saved.
+    """
+
+    __slots__ = ("asked_at", "ended", "host", "shows", "task_id")
+
+    def __init__(self, task_id: str, host: str, shows: ManagedTask[Any] | None) -> None:
+        loop = asyncio.get_running_loop()
+        self.task_id = task_id
+        self.host = host
+        self.shows = shows
+        self.ended: asyncio.Future[None] = loop.create_future()
+        self.asked_at = loop.time()
+
+    def end(self) -> None:
+        """Note that its result is saved."""
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+
+class Calls:
+    """The open calls of one broker in this process.
+
+    Args:
+        fleet: The fleet.
+        backend: Returns the result backend.
+    """
+
+    def __init__(self, fleet: Fleet, backend: Callable[[], AsyncResultBackend[Any]]) -> None:
+        self._fleet = fleet
+        self._backend = backend
+        self._open: dict[str, Call] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._asking: asyncio.Task[None] | None = None
+
+    def subscribe(self, link: Link) -> None:
+        """Listen to a link that is about to start, or has started."""
+        link.subscribe(EndedEntry, self._on_ended)
+        link.subscribe(ProgressEntry, self._on_progress)
+
+    def open(self, task_id: str, shows: ManagedTask[Any] | None) -> Call:
+        """Wait for a remote task from now on."""
+        call = self._open[task_id] = Call(task_id, self._fleet.link.node, shows)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_ASK_EVERY_ALONE, self._turn)
+        return call
+
+    def close(self, call: Call) -> None:
+        """Wait no longer."""
+        if self._open.get(call.task_id) is call:
+            del self._open[call.task_id]
+
+    async def stop(self) -> None:
+        """Ask no more.
+
+        Cancellation: ends the wait for the last question.
+        """
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.wait([self._asking])
+
+    def _on_ended(self, entry: EndedEntry, _: Entry) -> None:
+        call = self._open.get(entry.task_id)
+        if call is not None:
+            call.end()
+
+    def _on_progress(self, entry: ProgressEntry, _: Entry) -> None:
+        call = self._open.get(entry.task_id)
+        if call is not None and call.shows is not None and not call.shows.done():
+            call.shows.progress.update(done=entry.done, total=entry.total, message=entry.message)
+
+    # -- asking the result backend --------------------------------------------------------------
+
+    def _turn(self) -> None:
+        self._timer = None
+        if not self._open:
+            return
+        loop = asyncio.get_running_loop()
+        every = _ASK_EVERY if self._fleet.link.is_up else _ASK_EVERY_ALONE
+        due = [call for call in self._open.values() if loop.time() - call.asked_at >= every]
+        if due and (self._asking is None or self._asking.done()):
+            self._asking = loop.create_task(self._ask(due), context=quiet_context())
+        self._timer = loop.call_later(_ASK_EVERY_ALONE, self._turn)
+
+    async def _ask(self, calls: list[Call]) -> None:
+        limit = asyncio.Semaphore(_AT_ONCE)
+        await asyncio.gather(*(self._ask_for(call, limit) for call in calls))
+
+    async def _ask_for(self, call: Call, limit: asyncio.Semaphore) -> None:
+        async with limit:
+            call.asked_at = asyncio.get_running_loop().time()
+            try:
+                is_ready = await self._backend().is_result_ready(call.task_id)
+            except Exception:
+                # It is asked again in a few seconds.
+                return
+            if is_ready:
+                call.end()

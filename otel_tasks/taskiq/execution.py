@@ -1,0 +1,440 @@
+"""Execution: one delivery of a message to a worker, from the check that it may run to the end of its claim.
+
+Rules, each with a test of its own:
+
+1. An execution starts only while this node can judge leases, and with the claim of its task: at most one node
+   executes a task at a time, whatever the broker delivers. A delivery whose claim another one holds waits.
+   It ends without running if the other one finishes. In one process, one delivery of a message waits; more
+   of them are left to the broker.
+2. A cancelled message, one whose deadline has passed, and one whose host is gone do not run. Each gets a
+   managed task that is cancelled before its first step, so that the trace shows the reason.
+3. The end of a managed task that was cancelled is final: its result is saved here, no middleware retries it,
+   and the message is acknowledged. The exceptions are a shutdown and a lost claim: another worker takes the
+   message.
+4. The claim ends after the result is saved. If the process dies in between, the message runs again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import traceback
+from contextvars import ContextVar, copy_context
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from taskiq.exceptions import NoResultError
+from taskiq.result import TaskiqResult
+
+from otel_tasks import CancelCause, CancelKind, ManagerClosedError
+from otel_tasks._core.binding import current_binding
+from otel_tasks._core.log import logger
+from otel_tasks._core.state import Outcome
+from otel_tasks._core.task import request_cancel, timed_out
+from otel_tasks._core.telemetry import current_span_context
+from otel_tasks._core.telemetry.propagation import extract
+from otel_tasks.fleet.bus import BusUnavailableError, Claim
+from otel_tasks.fleet.entries import EndedEntry, cause_fields
+from otel_tasks.taskiq.errors import ExecutionEndedError, ExecutionLeftError, RemoteCancelledError
+from otel_tasks.taskiq.labels import (
+    CAUSE,
+    TRACEBACK,
+    delivery_of,
+)
+from otel_tasks.taskiq.options import Options
+from otel_tasks.taskiq.worker import host_lost
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from contextvars import Context
+    from types import TracebackType
+
+    from taskiq.abc.result_backend import AsyncResultBackend
+    from taskiq.message import TaskiqMessage
+
+    from otel_tasks import ManagedTask
+    from otel_tasks.taskiq.worker import Worker
+
+# Seconds between two tries to get a claim that is held; they grow from the first to the last.
+_FIRST_PAUSE: Final = 0.05
+_LAST_PAUSE: Final = 1.0
+# Characters of a traceback that a result carries.
+_LONGEST_TRACEBACK: Final = 16_384
+# Seconds between two tries to save a result, and for which they go on.
+_SAVE_PAUSE: Final = 0.5
+_SAVE_FOR: Final = 20.0
+
+# The modules whose frames a traceback leaves out at its beginning.
+_NOT_SHOWN: Final = ("taskiq.", "otel_tasks.")
+
+# The execution whose message the receiver's task handles here.
+current_execution: ContextVar[Execution | None] = ContextVar("otel_tasks_execution", default=None)
+
+
+class Owner(Protocol):
+    """What an execution needs of its broker."""
+
+    @property
+    def worker(self) -> Worker:
+        """The executions of this process."""
+        ...
+
+    @property
+    def acknowledges(self) -> bool:
+        """True if the broker delivers a message again that is not acknowledged."""
+        ...
+
+    @property
+    def result_backend(self) -> AsyncResultBackend[Any]:
+        """Where results are saved."""
+        ...
+
+
+class Execution:
+    """One delivery of a message.
+
+    Args:
+        owner: The broker.
+        message: The message.
+
+    Attributes:
+        task_id: The id of the message.
+        loop: The event loop of the receiver.
+        host: The node that waits for the result; None if nobody does.
+        task: The managed task, once there is one.
+    """
+
+    def __init__(self, owner: Owner, message: TaskiqMessage) -> None:
+        self._owner = owner
+        self._worker = owner.worker
+        self._message = message
+        self._options = Options.of(message)
+        self._delivery = delivery_of(message.labels, self._options.stamp)
+        self.loop = asyncio.get_running_loop()
+        self._received_at = self.loop.time()
+        self.task_id = message.task_id
+        self.host = self._options.host
+        self.task: ManagedTask[Any] | None = None
+        self._deadline = self._options.deadline(self._worker)
+        self._is_claimed = False
+        self._is_lost = False
+        self._waits = False
+        # Another worker takes the message.
+        self._is_left = False
+        self._has_ended = False
+        self._is_acknowledged = False
+        # The result that the receiver saves; None if it has none, or once it is saved.
+        self._unsaved: TaskiqResult[Any] | None = None
+
+    async def run(self, make: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """Run the function of the message as a managed task, and return its result.
+
+        Args:
+            make: Calls the function; the task is named after its coroutine.
+
+        Raises:
+            ExecutionEndedError: There is no result for the receiver to save.
+            BaseException: What the function has raised.
+
+        Cancellation: cancels the managed task.
+        """
+        try:
+            cause = await self._admit()
+            task = self._start(make())
+            if cause is not None:
+                request_cancel(task, cause)
+            return await self._result_of(task)
+        except ExecutionLeftError:
+            self._is_left = True
+            self._settle(executed=False)
+            raise
+        finally:
+            self._has_ended = True
+            self._worker.discard(self)
+            if self._waits:
+                self._worker.end_to_wait((self.task_id, self._delivery))
+
+    def cancel(self, cause: CancelCause) -> None:
+        """Cancel the managed task, if it runs."""
+        if self.task is not None:
+            request_cancel(self.task, cause)
+
+    async def refuse(self, error: Exception) -> None:
+        """Save an error as the result of a message that cannot be executed, if somebody waits for it.
+
+        Cancellation: ends the attempts to save it.
+        """
+        if self.host is not None:
+            await self._save_again(self._failed(error, {}))
+            self._tell_host(Outcome.ERROR)
+
+    # -- what the receiver does around it -----------------------------------------------------
+
+    def executed(self, result: TaskiqResult[Any]) -> None:
+        """Note the result that the receiver is about to save, with the traceback of its error."""
+        error = result.error
+        if isinstance(error, NoResultError):
+            return
+        self._unsaved = result
+        if error is not None and self.host is not None:
+            text = "".join(traceback.format_exception(type(error), error, _traceback_of(error)))
+            result.labels[TRACEBACK] = text[-_LONGEST_TRACEBACK:]
+
+    def saved(self) -> None:
+        """Note that the receiver has saved the result: tell the host, and end the claim."""
+        result, self._unsaved = self._unsaved, None
+        is_error = result is not None and result.is_err
+        self._tell_host(Outcome.ERROR if is_error else Outcome.SUCCESS)
+        self._settle(executed=True)
+
+    async def may_acknowledge(self) -> bool:
+        """Return whether the receiver may acknowledge the message; called when it wants to.
+
+        Cancellation: ends the attempts to save the result.
+        """
+        if not self._has_ended:
+            # Before the function, or by the function itself.
+            self._is_acknowledged = True
+            return True
+        if self._is_left:
+            return False
+        if self._unsaved is not None:
+            await self._save_again(self._unsaved)
+        self._settle(executed=True)
+        return True
+
+    def handled(self, _: object) -> None:
+        """End the claim, if nothing has done so: the receiver is done with the message."""
+        # With acknowledgments, the receiver has failed before it acknowledged.
+        self._settle(executed=not self._owner.acknowledges)
+
+    # -- may it run? --------------------------------------------------------------------------
+
+    async def _admit(self) -> CancelCause | None:
+        """Wait until the execution has its claim; return the cause if it must not run."""
+        pause = _FIRST_PAUSE
+        while (cause := self._refusal()) is None and not self._is_claimed:
+            cause = await self._claim()
+            if cause is None and not self._is_claimed:
+                jitter = random.uniform(0.75, 1.25)  # noqa: S311 - no secret
+                await self._worker.changes(self._until_deadline(pause * jitter))
+                pause = min(pause * 2, _LAST_PAUSE)
+            elif cause is not None:
+                break
+        return cause
+
+    def _refusal(self) -> CancelCause | None:
+        stopping = self._worker.stopping
+        if stopping is not None:
+            return self._left_for(stopping)
+        options, stamp = self._options, self._options.stamp
+        known = stamp is not None and stamp.sent_after is not None
+        entry = self._worker.fleet.cancellations.find(
+            self.task_id,
+            options.name if known else None,
+            options.group if known else None,
+            stamp.sent_after if stamp is not None else None,
+        )
+        # Without a stamp, only a cancellation of this very message is surely meant for it.
+        if entry is not None and (known or entry.target == "message"):
+            return entry.to_cause()
+        if self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline:
+            return CancelCause.make(CancelKind.TIMEOUT, "the deadline passed before the task started")
+        return None
+
+    def _left_for(self, cause: CancelCause) -> CancelCause:
+        """Leave the message to another worker; return the cause if the broker will not deliver it again."""
+        if self._redelivers:
+            raise ExecutionLeftError
+        return cause
+
+    @property
+    def _redelivers(self) -> bool:
+        return self._owner.acknowledges and not self._is_acknowledged
+
+    async def _claim(self) -> CancelCause | None:
+        """Try to get the claim; return the cause if the host is gone.
+
+        Raises:
+            ExecutionEndedError: The message was executed.
+        """
+        fleet = self._worker.fleet
+        link = fleet.link
+        if not link.judges:
+            return None
+        try:
+            if self.host is not None and not await self._worker.is_alive(self.host):
+                return host_lost(self.host) if link.judges else None
+            claim = await link.call(lambda: link.bus.claim(self.task_id, link.node, self._delivery))
+        except BusUnavailableError:
+            return None
+        if claim is Claim.DONE:
+            raise ExecutionEndedError
+        if claim is Claim.HELD:
+            self._wait_for_claim()
+        if claim is Claim.TAKEN:
+            self._is_claimed = True
+            fleet.keeper.add_claim(self.task_id, self._on_lost)
+        return None
+
+    def _wait_for_claim(self) -> None:
+        """Go on waiting, unless another delivery of the message does so in this process.
+
+        Redis Streams deliver a message again and again while it runs, each time for a slot of the receiver.
+        """
+        if not self._waits:
+            self._waits = self._worker.begin_to_wait((self.task_id, self._delivery))
+            if not self._waits:
+                raise ExecutionLeftError
+
+    def _until_deadline(self, pause: float) -> float:
+        if self._deadline is None:
+            return pause
+        return max(0.0, min(pause, self._deadline - asyncio.get_running_loop().time()))
+
+    # -- the managed task ---------------------------------------------------------------------
+
+    def _start(self, coro: Coroutine[Any, Any, Any]) -> ManagedTask[Any]:
+        options = self._options
+        context, is_child = self._context()
+        timeout = self._deadline
+        if timeout is not None:
+            timeout = max(0.0, timeout - asyncio.get_running_loop().time())
+        try:
+            task = self._worker.fleet.manager.create_task(
+                coro,
+                name=options.name,
+                group=options.group or self._worker.group,
+                priority=options.priority,
+                timeout=timeout,
+                trace=None if is_child else "new",
+                context=context,
+            )
+        except ManagerClosedError:
+            # Its shutdown has not reached this worker yet, or was not caused by it.
+            cause = CancelCause.make(CancelKind.SHUTDOWN, "the manager of the worker is shut down")
+            self._left_for(cause)
+            raise
+        self.task = task
+        sent_after = None if options.stamp is None else options.stamp.sent_after
+        self._worker.fleet.cancellations.track(self.task_id, task, sent_after)
+        self._worker.add(self)
+        return task
+
+    def _context(self) -> tuple[Context, bool]:
+        """Return the context of the task, and whether its span is a child of the current one there."""
+        stamp = self._options.stamp
+        carrier = stamp.carrier if stamp is not None else {}
+        here = current_span_context()
+        context = extract(carrier)
+        sender = current_span_context(context)
+        if here is not None and sender is not None and here.trace_id == sender.trace_id:
+            # An instrumentation of Taskiq has started a span below the sender's, or it is this process.
+            context = copy_context()
+            is_child = True
+        else:
+            is_child = self.host is not None
+        # In one process, the message is handled in a context that was copied from the sender's.
+        context.run(current_binding.set, None)
+        return context, is_child
+
+    async def _result_of(self, task: ManagedTask[Any]) -> Any:
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if not task.done() or _is_being_cancelled():
+                raise
+        except TimeoutError:
+            if not timed_out(task):
+                raise
+        await self._end_cancelled(task)
+
+    async def _end_cancelled(self, task: ManagedTask[Any]) -> None:
+        cause = task.cause or CancelCause.make(CancelKind.EXPLICIT)
+        if self._is_lost:
+            raise ExecutionLeftError
+        if cause.kind is CancelKind.SHUTDOWN:
+            self._left_for(cause)
+        is_timeout = cause.kind is CancelKind.TIMEOUT
+        error: Exception = (
+            TimeoutError(cause.message or "") if is_timeout else RemoteCancelledError(str(cause))
+        )
+        await self._save_again(self._failed(error, {CAUSE: json.dumps(cause.to_dict())}))
+        self._tell_host(Outcome.TIMEOUT if is_timeout else Outcome.CANCELLED, cause)
+        raise ExecutionEndedError
+
+    # -- the end ------------------------------------------------------------------------------
+
+    def _failed(self, error: Exception, labels: dict[str, str]) -> TaskiqResult[Any]:
+        return TaskiqResult(
+            is_err=True,
+            return_value=None,
+            execution_time=round(self.loop.time() - self._received_at, 2),
+            error=error,
+            labels={**self._message.labels, **labels},
+        )
+
+    async def _save_again(self, result: TaskiqResult[Any]) -> None:
+        """Save a result that the receiver does not save, or could not save."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _SAVE_FOR
+        while True:
+            try:
+                await self._owner.result_backend.set_result(self.task_id, result)
+            except Exception:
+                if loop.time() >= until or self._worker.stopping is not None:
+                    logger.exception("the result of message %s could not be saved", self.task_id)
+                    self._tell_host(Outcome.ABANDONED)
+                    return
+                await asyncio.sleep(_SAVE_PAUSE)
+            else:
+                if result is self._unsaved:
+                    self.saved()
+                return
+
+    def _tell_host(self, outcome: Outcome, cause: CancelCause | None = None) -> None:
+        if self.host is None:
+            return
+        link = self._worker.fleet.link
+        fields: dict[str, Any] = {} if cause is None else cause_fields(cause)
+        entry = EndedEntry(
+            node=link.node,
+            task_id=self.task_id,
+            outcome=outcome.value,
+            cancelled=cause is not None,
+            **fields,
+        )
+        link.post_to(self.host, entry)
+
+    def _on_lost(self) -> None:
+        self._is_lost = True
+        self._is_claimed = False
+        self.cancel(CancelCause.make(CancelKind.HOST_LOST, "another worker executes this task now"))
+
+    def _settle(self, *, executed: bool) -> None:
+        """End the claim: with a mark that the message was executed, or so that it can be executed."""
+        if not self._is_claimed:
+            return
+        self._is_claimed = False
+        fleet = self._worker.fleet
+        fleet.keeper.drop_claim(self.task_id)
+        link = fleet.link
+        if executed:
+            self._worker.in_background(
+                link.call(lambda: link.bus.finish(self.task_id, link.node, self._delivery))
+            )
+        else:
+            self._worker.in_background(link.call(lambda: link.bus.release(self.task_id, link.node)))
+
+
+def _traceback_of(error: BaseException) -> TracebackType | None:
+    """Return the traceback of an error without the frames of the receiver and of this package."""
+    found = error.__traceback__
+    while found is not None and found.tb_frame.f_globals.get("__name__", "").startswith(_NOT_SHOWN):
+        found = found.tb_next
+    return found or error.__traceback__
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

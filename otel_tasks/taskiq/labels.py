@@ -1,0 +1,156 @@
+"""The labels of a message: the options that users set, and the stamp that travels with it.
+
+A stamp is one label with a JSON object. It is read leniently: a message from a process without a fleet has
+none, and one that cannot be read counts as none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from otel_tasks._core.checks import checked_name, checked_priority, checked_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from otel_tasks import TaskPriority
+
+NAME: Final = "otel_tasks.name"
+GROUP: Final = "otel_tasks.group"
+PRIORITY: Final = "otel_tasks.priority"
+TIMEOUT: Final = "otel_tasks.timeout"
+STAMP: Final = "otel_tasks.stamp"
+# In the labels of a result: the cause of a cancellation, and the traceback of an error.
+CAUSE: Final = "otel_tasks.cause"
+TRACEBACK: Final = "otel_tasks.traceback"
+
+# Characters of a stamp that are read.
+_LONGEST_STAMP = 16_384
+# Labels of Taskiq that count the copies of a message: a retry and a requeued message are new deliveries.
+_COPIES = ("_retries", "X-Taskiq-requeue")
+
+
+def labels(
+    *,
+    name: str | None = None,
+    group: str | None = None,
+    priority: TaskPriority | int | None = None,
+    timeout: float | None = None,
+) -> dict[str, Any]:
+    """Return the labels that set options of a task on the worker, for messages that ``remote`` does not send.
+
+    Args:
+        name: The task's name there, by which ``fleet.cancel_task`` finds it.
+        group: The labeled group that it joins there.
+        priority: Its priority there, and in the broker's queue if that has priorities.
+        timeout: Seconds from the sending of the message to the end of the task, at least 0. None means no
+            limit.
+
+    Returns:
+        Labels for ``@broker.task(...)`` or ``task.kicker().with_labels(...)``.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: A name is not valid, or an option is out of its range.
+
+    Example:
+        >>> @broker.task(**labels(group="reports", timeout=600))
+        ... async def report(month: int) -> None: ...
+    """
+    seconds = checked_seconds("timeout", timeout)
+    options = {
+        NAME: None if name is None else checked_name("task", name),
+        GROUP: None if group is None else checked_name("group", group),
+        PRIORITY: None if priority is None else int(checked_priority(priority)),
+        TIMEOUT: None if seconds is None or math.isinf(seconds) else float(seconds),
+    }
+    return {label: value for label, value in options.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What a sender writes into a message.
+
+    Attributes:
+        delivery: Names this sending of the message; a redelivery by the broker has the same.
+        sent_after: The newest position of the fleet's log that the sender knew; cancellations up to it are
+            older than the message. None if it knew none.
+        sent_at: The time of the sending, in seconds of the bus's clock; None if the sender did not know it.
+        host: The node that waits for the result; None if nobody does.
+        name: The name of the task; None leaves it to the function.
+        group: The label of its group; None leaves it to the worker.
+        priority: Its priority.
+        timeout: Seconds from the sending to its deadline.
+        carrier: The sender's span, as the propagators write it.
+    """
+
+    delivery: str
+    sent_after: str | None = None
+    sent_at: float | None = None
+    host: str | None = None
+    name: str | None = None
+    group: str | None = None
+    priority: int | None = None
+    timeout: float | None = None
+    carrier: Mapping[str, str] = field(default_factory=dict)
+
+    def dump(self) -> str:
+        """Return the text of the label."""
+        content = {key: value for key in _FIELDS if (value := getattr(self, key)) not in (None, {})}
+        return json.dumps(content, separators=(",", ":"))
+
+    def resent(self) -> Stamp:
+        """Return the stamp of a copy that is sent again, such as a retry.
+
+        Everything else stays: a cancellation of the first sending is one of the copy too.
+        """
+        return replace(self, delivery=new_delivery())
+
+
+def new_delivery() -> str:
+    """Return a new name for one sending of a message."""
+    return uuid.uuid4().hex[:12]
+
+
+def read_stamp(message_labels: Mapping[str, Any]) -> Stamp | None:
+    """Return the stamp of a message; None without one that can be read."""
+    text = message_labels.get(STAMP)
+    if not isinstance(text, str) or len(text) > _LONGEST_STAMP:
+        return None
+    try:
+        content = json.loads(text)
+        values = {key: content[key] for key in _FIELDS if key in content}
+    except (ValueError, TypeError, RecursionError):
+        return None
+    if not values.get("delivery") or not all(_fits(value, _FIELDS[key]) for key, value in values.items()):
+        return None
+    return Stamp(**values)
+
+
+def delivery_of(message_labels: Mapping[str, Any], stamp: Stamp | None) -> str:
+    """Return the name of this delivery of a message."""
+    copies = (str(message_labels.get(label, "")) for label in _COPIES)
+    return ".".join((stamp.delivery if stamp else "", *copies)).rstrip(".") or "0"
+
+
+_FIELDS: Final[dict[str, type | tuple[type, ...]]] = {
+    "delivery": str,
+    "sent_after": str,
+    "sent_at": (int, float),
+    "host": str,
+    "name": str,
+    "group": str,
+    "priority": int,
+    "timeout": (int, float),
+    "carrier": dict,
+}
+
+
+def _fits(value: object, kind: type | tuple[type, ...]) -> bool:
+    if isinstance(value, dict):
+        return kind is dict and all(isinstance(part, str) for pair in value.items() for part in pair)
+    return isinstance(value, kind) and not isinstance(value, bool)

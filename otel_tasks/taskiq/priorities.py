@@ -1,0 +1,64 @@
+"""Maps the priority of a task to the labels by which a broker orders its messages.
+
+RabbitMQ orders a queue by a number in each message, if the queue was declared with ``max_priority``: classic
+queues have up to 255 levels, quorum queues two (up to 4, and above). Redis Streams have no priorities: each
+level is a stream of its own, and a worker reads the streams in their order. Other brokers of Taskiq keep the
+order of sending.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+from otel_tasks import TaskPriority
+from otel_tasks._core.checks import check_count
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+BrokerPriorities: TypeAlias = "Mapping[TaskPriority, Mapping[str, str | int]]"
+
+
+def rabbitmq_priorities(max_priority: int = 9, *, label: str = "priority") -> BrokerPriorities:
+    """Return the labels for RabbitMQ: LOW is 0, CRITICAL is ``max_priority``, the others lie between.
+
+    Args:
+        max_priority: The ``max_priority`` of the queue, at least 1.
+        label: The broker's ``label_for_priority``.
+
+    Raises:
+        ValueError: ``max_priority`` is not a whole number of at least 1.
+
+    Example:
+        >>> broker = AioPikaBroker(url, task_queues=[Queue(type=QueueType.CLASSIC, max_priority=9)])
+        >>> managed(broker, fleet, priorities=rabbitmq_priorities(9))
+    """
+    check_count("max_priority", max_priority, 1)
+    highest = int(TaskPriority.CRITICAL)
+    return {level: {label: int(level) * max_priority // highest} for level in TaskPriority}
+
+
+def stream_priorities(streams: Mapping[TaskPriority, str], *, label: str = "queue_name") -> BrokerPriorities:
+    """Return the labels for Redis Streams: the stream of each level.
+
+    Args:
+        streams: The stream of each priority. A level without one takes the stream of the next lower level
+            that has one, or else of the lowest.
+        label: The label that names the stream.
+
+    Raises:
+        ValueError: ``streams`` is empty.
+
+    Example:
+        >>> broker = RedisStreamBroker(url, queue_name="urgent", additional_streams={"normal": ">"})
+        >>> streams = {TaskPriority.HIGH: "urgent", TaskPriority.NORMAL: "normal"}
+        >>> managed(broker, fleet, priorities=stream_priorities(streams))
+    """
+    if not streams:
+        raise ValueError('stream_priorities() needs a stream: write {TaskPriority.NORMAL: "tasks"}')
+    lowest = streams[min(streams)]
+    chosen: dict[TaskPriority, Mapping[str, str | int]] = {}
+    for level in TaskPriority:
+        lowest = streams.get(level, lowest)
+        chosen[level] = {label: lowest}
+    return chosen

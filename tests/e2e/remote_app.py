@@ -1,0 +1,159 @@
+"""Tasks of Taskiq for the tests of remote calls: imported by workers, and made by callers in their process.
+
+What happens is written to the file named by `E2E_JOURNAL`, one JSON line per event, with the process's id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from taskiq import AsyncBroker
+from taskiq_aio_pika import AioPikaBroker, Exchange, Queue, QueueType
+from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
+
+from otel_tasks import TaskManager, TaskPriority, current_cancel_event, current_task
+from otel_tasks.fleet import Fleet
+from otel_tasks.taskiq import managed, rabbitmq_priorities, remote, stream_priorities
+
+if TYPE_CHECKING:
+    from taskiq import AsyncTaskiqDecoratedTask
+
+TASKS = ("nothing", "sleep", "spin", "block", "fail", "ordered", "fan_out")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The servers and names of one test."""
+
+    redis: str
+    broker: str
+    namespace: str
+    journal: str
+
+    def environment(self) -> dict[str, str]:
+        """The variables that carry them to another process."""
+        return {f"E2E_{key.upper()}": value for key, value in vars(self).items()}
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        """Read them."""
+        return cls(*(os.environ[f"E2E_{key.upper()}"] for key in cls.__dataclass_fields__))
+
+
+class App:
+    """A fleet, a broker, and the tasks, as one process has them."""
+
+    def __init__(self, settings: Settings, manager: TaskManager | None = None) -> None:
+        self._journal = settings.journal
+        self.settings = settings
+        self.manager = manager or TaskManager()
+        self.fleet = Fleet(settings.redis, namespace=settings.namespace, manager=self.manager)
+        self.broker: AsyncBroker = _broker(settings, self.fleet)
+        self.tasks: dict[str, AsyncTaskiqDecoratedTask[..., Any]] = {
+            name: self.broker.task(task_name=f"shop:{name}")(self._function(name)) for name in TASKS
+        }
+
+    def call(self, name: str, *args: Any) -> Any:
+        """The coroutine of a remote call."""
+        return remote(self.tasks[name], *args)
+
+    def note(self, event: str, key: str, **details: Any) -> None:
+        """Write to the journal."""
+        line = json.dumps({"event": event, "key": key, "pid": os.getpid(), "at": time.time(), **details})
+        with open(self._journal, "a") as file:
+            file.write(line + "\n")
+
+    def _function(self, name: str) -> Any:
+        method = getattr(self, f"_{name}")
+        if name in ("spin",):
+
+            def plain(*args: Any) -> Any:
+                return method(*args)
+
+            plain.__name__ = name
+            return plain
+
+        async def function(*args: Any) -> Any:
+            return await method(*args)
+
+        function.__name__ = name
+        return function
+
+    async def _nothing(self, value: int = 0) -> int:
+        return value
+
+    async def _sleep(self, key: str, seconds: float) -> str:
+        self.note("started", key)
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            task = current_task()
+            cause = task.cause if task is not None else None
+            self.note("cancelled", key, cause=None if cause is None else cause.to_dict())
+            raise
+        self.note("finished", key)
+        return key
+
+    def _spin(self, key: str) -> None:
+        self.note("started", key)
+        event = current_cancel_event()
+        while not event.is_set():
+            time.sleep(0.01)
+        self.note("saw the event", key)
+
+    async def _block(self, key: str, seconds: float) -> str:
+        self.note("started", key)
+        time.sleep(seconds)  # noqa: ASYNC251 - the test is about a blocked loop
+        self.note("finished", key)
+        return key
+
+    async def _fail(self) -> None:
+        raise LookupError("no such page")
+
+    async def _ordered(self, key: str) -> None:
+        self.note("started", key)
+
+    async def _fan_out(self, key: str, seconds: float) -> list[str]:
+        self.note("started", key)
+        return [await self.call("sleep", f"{key}.inner", seconds)]
+
+
+def _broker(settings: Settings, fleet: Fleet) -> AsyncBroker:
+    name = settings.namespace
+    results: Any = RedisAsyncResultBackend(settings.redis, result_ex_time=600)
+    if settings.broker == "redis":
+        streams = {TaskPriority.NORMAL: f"{name}.normal", TaskPriority.HIGH: f"{name}.high"}
+        broker: AsyncBroker = RedisStreamBroker(
+            settings.redis,
+            queue_name=f"{name}.high",
+            additional_streams={f"{name}.normal": ">"},
+            consumer_group_name=name,
+            consumer_id="0",
+            # After this time, another worker takes the message of a lost one; a claim keeps it from running twice.
+            idle_timeout=2000,
+            xread_block=200,
+            unacknowledged_lock_timeout=5,
+        ).with_result_backend(results)
+        return managed(broker, fleet, priorities=stream_priorities(streams), grace=0.5)
+    broker = AioPikaBroker(
+        settings.broker,
+        exchange=Exchange(name=f"{name}.exchange"),
+        task_queues=[Queue(name=f"{name}.tasks", type=QueueType.CLASSIC, max_priority=9)],
+        dead_letter_queue=Queue(name=f"{name}.dead"),
+        qos=100,
+    ).with_result_backend(results)
+    return managed(broker, fleet, priorities=rabbitmq_priorities(9), grace=0.5)
+
+
+def __getattr__(name: str) -> Any:
+    """Make the broker that `taskiq worker tests.e2e.remote_app:broker` asks for."""
+    if name != "broker":
+        raise AttributeError(name)
+    app = globals()["app"] = App(Settings.from_environment())
+    globals()["broker"] = app.broker
+    return app.broker
