@@ -134,7 +134,7 @@ def _broker(settings: Settings, fleet: Fleet) -> AsyncBroker:
             additional_streams={f"{name}.normal": ">"},
             consumer_group_name=name,
             consumer_id="0",
-            # After this time, another worker takes the message of a lost one; a claim keeps it from running twice.
+            # Then another worker takes the message of a lost one; a claim keeps it from running twice.
             idle_timeout=2000,
             xread_block=200,
             unacknowledged_lock_timeout=5,
