@@ -148,7 +148,7 @@ class TaskGroupMiddleware:
         # In the scope itself, not in a copy: routing notes the route there, which names the group.
         scope[_MARK] = True
         request = Request(self.settings, scope, receive, send)
-        token = current_binding.set(request)
+        token = current_binding.set(request.binding)
         try:
             try:
                 await self.app(scope, request.receive, request.send)
@@ -163,8 +163,7 @@ class TaskGroupMiddleware:
                 # Tested; but Python 3.11's tracer sees nothing of a coroutine after a throw into sleep(0).
                 raise asyncio.CancelledError  # pragma: no cover
         finally:
-            if request.stop is not None:
-                request.stop.end()
+            request.release()
             current_binding.reset(token)
 
     async def _serve_part(self, scope: Scope, receive: Receive, send: Send) -> None:

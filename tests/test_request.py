@@ -6,13 +6,17 @@ import asyncio
 import contextvars
 import gc
 import logging
+import sys
+import threading
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from otel_tasks import TaskGroup, TaskManager, create_task, current_group
+from otel_tasks._asgi.naming import late_name
 from otel_tasks._asgi.request import require_request
+from otel_tasks._core.binding import current_binding
 from otel_tasks.asgi import TaskGroupMiddleware, request_group, uncancellable
 from otel_tasks.testing import FakeConnection, SpanRecorder
 from tests.hang_ups import LONG, app_of, hang_up_on, post
@@ -73,6 +77,57 @@ async def test_task_that_was_started_in_a_shield_and_outlives_its_request_belong
     await sessions[0]
     assert [group.parent for group in groups] == [None]
     assert groups[0].manager is manager
+
+
+async def test_context_that_outlives_a_request_does_not_keep_it_in_memory(manager: TaskManager) -> None:
+    """uvicorn's keep-alive timer has the context of a request for seconds; its connection is freed at once."""
+    contexts: list[contextvars.Context] = []
+
+    async def handler() -> None:
+        contexts.append(contextvars.copy_context())
+
+    connection = FakeConnection()
+    reference = weakref.ref(connection)
+    await connection.run(TaskGroupMiddleware(app_of(handler), manager=manager))
+    del connection
+    gc.collect()
+    assert reference() is None
+    assert contexts[0].run(current_group) is manager.get_group("root")
+
+
+async def test_context_names_a_request_that_is_over(manager: TaskManager) -> None:
+    """Its route is known, although its scope is not kept."""
+    bindings: list[Any] = []
+
+    async def handler() -> None:
+        bindings.append(current_binding.get())
+
+    connection = FakeConnection(path="/report/3")
+    connection.scope["path_template"] = "/report/{id}"
+    await connection.run(TaskGroupMiddleware(app_of(handler), manager=manager))
+    bound = bindings[0]
+    assert (bound.closed, bound.request, bound.manager) == (True, None, manager)
+    assert late_name(connection.scope)() == "GET /report/{id}"
+    if sys.version_info >= (3, 12):
+        assert bound.name == "GET /report/{id}"
+
+
+async def test_two_loops_in_two_threads_share_a_middleware(manager: TaskManager) -> None:
+    """Each request is watched in its own loop, also while a task of the other loop is current."""
+    found: list[bool] = []
+
+    async def handler() -> None:
+        found.append(require_request("test").sweeper.loop is asyncio.get_running_loop())
+        if threading.current_thread() is main:
+            thread = threading.Thread(target=lambda: asyncio.run(FakeConnection().run(middleware)))
+            thread.start()
+            thread.join()
+
+    main = threading.current_thread()
+    middleware = TaskGroupMiddleware(app_of(handler), manager=manager)
+    for _ in range(2):
+        await FakeConnection().run(middleware)
+    assert found == [True] * 4
 
 
 async def test_task_that_outlives_its_request_keeps_no_task_of_it(manager: TaskManager) -> None:

@@ -23,6 +23,7 @@ import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from itertools import takewhile
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import ref
 
@@ -485,6 +486,7 @@ class Sweeper:
             of ticks before it was added.
         watched: The older ones, each with a time on the loop's clock at which it was open already.
         server_stops: The server has received its signal.
+        thread: The thread in which the loop runs.
         timer: The next tick; None while nothing is in flight.
     """
 
@@ -500,6 +502,7 @@ class Sweeper:
         "interval",
         "loop",
         "server_stops",
+        "thread",
         "timer",
         "watched",
     )
@@ -511,6 +514,7 @@ class Sweeper:
         self.in_flight: dict[Connection, int] = {}
         self.watched: dict[Connection, float] = {}
         self.server_stops = False
+        self.thread = get_ident()
         self.timer: asyncio.TimerHandle | None = None
         self._ticks = 0
         self._ticked_at = 0.0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextvars import Context
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks._asgi.rule import SAFE_METHODS
 from otel_tasks._core.telemetry.request import route_in
 
 if TYPE_CHECKING:
-    from contextvars import Context
+    from collections.abc import Callable
 
     from otel_tasks._asgi.connection import Scope
 
@@ -28,6 +30,19 @@ def request_name(scope: Scope, context: Context) -> str:
     method = method if method in _KNOWN_METHODS else "HTTP"
     template = _route_template(scope) or route_in(context)
     return f"{method} {template}" if template else method
+
+
+def late_name(scope: Scope) -> Callable[[], str]:
+    """Return a function that names a request, and that does not keep the rest of its scope in memory."""
+    get = scope.get
+    facts = {
+        "type": scope["type"],
+        "method": get("method"),
+        "path_template": get("path_template"),
+        "route": get("route"),
+        "fastapi": get("fastapi"),
+    }
+    return partial(request_name, facts, Context())
 
 
 def _route_template(scope: Scope) -> str | None:

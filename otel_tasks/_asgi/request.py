@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 from asyncio import _get_running_loop
 from contextlib import contextmanager
 from contextvars import copy_context
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks._asgi.answer import disconnect_for, send_answer
 from otel_tasks._asgi.cleanup import GROUP_LOCK, Cleanup, is_in_cleanup
 from otel_tasks._asgi.connection import Connection, Message, Receive, Scope, Send, task_in
 from otel_tasks._asgi.departure import is_cancellation, is_departure, kind_of
-from otel_tasks._asgi.naming import request_name
+from otel_tasks._asgi.naming import late_name, request_name
 from otel_tasks._asgi.stop import Stop
 from otel_tasks._asgi.streams import close_iterated
-from otel_tasks._core.binding import bound_request
+from otel_tasks._core.binding import RequestBinding, bound_request
 from otel_tasks._core.causes import watch_cancels
 from otel_tasks._core.clock import now
 from otel_tasks._core.current import in_flight
@@ -47,6 +49,7 @@ class Request(Connection):
     """One request: its connection, its group, and the task in which its handler runs.
 
     Attributes:
+        binding: Stands for it in its contexts.
         cancel_handler: What this request decided for itself; None leaves it to the rules.
         cancels_before: How often the handler's task had been cancelled when the request opened.
         context: The context in which it opened. The server's span is current there, and not where the
@@ -63,6 +66,7 @@ class Request(Connection):
 
     __slots__ = (
         "_cleanup",
+        "binding",
         "cancel_handler",
         "cancels_before",
         "context",
@@ -81,13 +85,13 @@ class Request(Connection):
     _cleanup: Cleanup | None
 
     def __init__(self, settings: Settings, scope: Scope, receive: Receive, send: Send) -> None:
-        loop = asyncio.get_running_loop()
-        self.host = host = task_in(loop)
-        # Here, not in a method of Settings: that would cost 1 call more than the 17 of a request, and 9
-        # bytecode instructions of 285 (`python -m benchmarks.cost`). The same for Connection's part below.
         sweeper = settings.sweeper
-        if sweeper is None or sweeper.loop is not loop:
-            sweeper = settings.new_sweeper(loop)
+        # A loop runs in the thread where it ran before if it has a current task. On Python 3.11, this takes a
+        # quarter of the time of get_running_loop(), which calls getpid().
+        if sweeper is None or sweeper.thread != get_ident() or (host := task_in(sweeper.loop)) is None:
+            sweeper = settings.find_sweeper(asyncio.get_running_loop())
+            host = task_in(sweeper.loop)
+        self.host = host
         self.scope = scope
         self.sweeper = sweeper
         self._server_receive = receive
@@ -101,6 +105,7 @@ class Request(Connection):
         self.group = self.stop = self.cancel_handler = self.own_time_limit = self._cleanup = None
         self.settings = settings
         self.rules = settings.rules
+        self.binding = RequestBinding(self, settings.manager)
         self.context = copy_context()
         self.cancels_before = 0 if host is None else host.cancelling()
 
@@ -111,9 +116,8 @@ class Request(Connection):
         """The manager whose root is above its group."""
         return self.settings.manager
 
-    @property
     def task_group(self) -> TaskGroup:
-        """The group that new tasks join: its own, made on first use; the manager's root once it is over."""
+        """Return the group that new tasks join: its own, made on first use; later, the manager's root."""
         group = self.group
         return group if group is not None and not self.closed else self._late_group()
 
@@ -126,10 +130,6 @@ class Request(Connection):
         """Its method and its route."""
         return request_name(self.scope, self.context)
 
-    @property
-    def _request(self) -> Request:
-        return self
-
     def _late_group(self) -> TaskGroup:
         return self.manager.get_group("root") if self.over else self.own_group()
 
@@ -138,7 +138,7 @@ class Request(Connection):
             if self.group is not None:
                 return self.group
             group = RequestGroup.open(
-                self.manager, lambda: self.name, binding=self, host=self.host, span=self.settings.span
+                self.manager, lambda: self.name, binding=self.binding, host=self.host, span=self.settings.span
             )
             if self.host is not None and not self.closed:
                 watch_cancels(self.host, self)
@@ -165,6 +165,16 @@ class Request(Connection):
         finally:
             # Both parts share one group, which ends after both: for its end, the inner rule stays in force.
             self.rules = before._replace(on_exit=rules.on_exit)
+
+    def release(self) -> None:
+        """Let its contexts go, unless work that it leaves behind needs them."""
+        if self.stop is not None:
+            self.stop.end()
+        elif self.group is None:
+            if sys.version_info >= (3, 12):
+                # Tasks that outlive the request show their contexts, and so its name.
+                self.binding.late_name = late_name(self.scope)
+            self.binding.request = None
 
     # Its client leaves.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 from otel_tasks._asgi.connection import Sweeper
@@ -61,10 +62,12 @@ class Settings:
         """The option; None means that requests have no bound."""
         return self.timeout_rule.option
 
-    def new_sweeper(self, loop: asyncio.AbstractEventLoop) -> Sweeper:
-        """Make the sweeper of ``loop``; two loops that take turns make a new one at each turn."""
-        self.sweeper = Sweeper(loop, self.detect_after, self.buffer_limit)
-        return self.sweeper
+    def find_sweeper(self, loop: asyncio.AbstractEventLoop) -> Sweeper:
+        """Return the sweeper of the running loop; two loops that take turns make a new one at each turn."""
+        sweeper = self.sweeper
+        if sweeper is None or sweeper.loop is not loop or sweeper.thread != get_ident():
+            self.sweeper = sweeper = Sweeper(loop, self.detect_after, self.buffer_limit)
+        return sweeper
 
     def is_first_spared(self, route: str) -> bool:
         """Return True the first time that a handler of ``route`` runs on without its client."""

@@ -64,6 +64,10 @@ class BoundRequest(Protocol):
         """The cause for work that is cancelled because the server has cancelled the handler's task."""
         ...
 
+    def task_group(self) -> Any:
+        """The group that new tasks join."""
+        ...
+
     def stand_in(self, group: Any) -> Any:
         """The group that takes a task meant for the closed ``group``; ``group`` itself if none does."""
         ...
@@ -71,6 +75,46 @@ class BoundRequest(Protocol):
     def intercept(self, awaited: asyncio.Task[Any], message: object, callbacks: list[Callback]) -> bool:
         """Keep a cancellation of this request from ``awaited``; False if it is not the request's."""
         ...
+
+
+class RequestBinding:
+    """Binds contexts to a request until it is over.
+
+    A context may outlive its request by far, and must not keep it in memory: uvicorn starts its keep-alive
+    timer in the context of the request, and a connection pool the tasks that it starts on first use.
+
+    Attributes:
+        request: The request; None once it is over and has left no work behind.
+        late_name: Names it from then on.
+        manager: The manager whose root is above its group.
+    """
+
+    __slots__ = ("late_name", "manager", "request")
+
+    late_name: Callable[[], str]
+
+    def __init__(self, request: BoundRequest, manager: Any) -> None:
+        self.request: BoundRequest | None = request
+        self.manager = manager
+
+    @property
+    def name(self) -> str:
+        """The name of the request."""
+        return self.late_name() if self.request is None else self.request.name
+
+    @property
+    def closed(self) -> bool:
+        """True if the request has ended."""
+        return self.request is None or self.request.closed
+
+    @property
+    def task_group(self) -> Any:
+        """The group that new tasks join; the manager's root once the request is over."""
+        return self.manager.get_group("root") if self.request is None else self.request.task_group()
+
+    @property
+    def _request(self) -> BoundRequest | None:
+        return self.request
 
 
 class ThreadWorker(Protocol):
@@ -113,8 +157,15 @@ def bound_request() -> BoundRequest | None:
     return None if request is None or request.over else request
 
 
+def is_request_over() -> bool:
+    """True in code that outlives its request, such as a plain task that runs on after it."""
+    bound = current_binding.get()
+    request = None if bound is None else bound._request
+    return isinstance(bound, RequestBinding) if request is None else request.over
+
+
 def request_in(context: Context) -> BoundRequest | None:
-    """The request that ``context`` belongs to, even once it is over; None outside of a request."""
+    """The request of ``context``, even one that is over but has left work behind; None outside of one."""
     bound = context.get(current_binding)
     return None if bound is None else bound._request
 

@@ -14,10 +14,9 @@ from functools import partial
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
-from otel_tasks._core.binding import current_binding
+from otel_tasks._core.binding import current_binding, is_request_over
 from otel_tasks._core.checks import check_choice, checked_name, checked_priority
 from otel_tasks._core.coroutines import check_coroutine, close_quietly, function_name
-from otel_tasks._core.current import is_request_over
 from otel_tasks._core.eager import EAGER, announced_first, is_free
 from otel_tasks._core.extras import Extras, made_by, wanted_extras
 from otel_tasks._core.naming import Named, yield_to

@@ -137,13 +137,6 @@ def in_flight(is_wanted: Callable[[BaseException], bool]) -> bool:
     return False
 
 
-def is_request_over() -> bool:
-    """True in code that outlives its request, such as a plain task that runs on after it."""
-    bound = current_binding.get()
-    request = None if bound is None else bound._request
-    return request is not None and request.over
-
-
 @contextmanager
 def bound_to(here: Binding | None) -> Generator[None]:
     """Make ``here`` current in the block, unless the context already has a binding."""

@@ -18,7 +18,7 @@ import asyncio
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from otel_tasks._core.binding import ThreadWorker, current_binding
+from otel_tasks._core.binding import RequestBinding, ThreadWorker, current_binding
 from otel_tasks._core.coroutines import qualified_name
 from otel_tasks._core.frames import Place, Stacks, place_of
 from otel_tasks._core.info import ConsumerInfo, PeriodicInfo
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import FrameType
 
-    from otel_tasks._core.binding import BoundRequest
     from otel_tasks._core.group import TaskGroup
     from otel_tasks._core.places import Limiter, Ticket
     from otel_tasks._core.task_tree import GroupKind, TaskKind
@@ -96,13 +95,12 @@ def known_as(task: asyncio.Task[Any]) -> str:
     return task.id if isinstance(task, ManagedTask) else task.get_name()
 
 
-def request_of(task: asyncio.Task[Any]) -> BoundRequest | None:
+def request_of(task: asyncio.Task[Any]) -> RequestBinding | None:
     """The request in which a plain task was started; None for no request, and in Python 3.11."""
     get_context = getattr(task, "get_context", None)
     bound = None if get_context is None else get_context().get(current_binding)
-    request = None if bound is None else bound._request
     # A group that is bound, or what an ``uncancellable()`` binds, takes work out of its request.
-    return request if request is bound else None
+    return bound if isinstance(bound, RequestBinding) else None
 
 
 def is_queued(task: ManagedTask[Any]) -> bool:

@@ -32,7 +32,7 @@ from otel_tasks.exceptions import WrongThreadError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from otel_tasks._core.binding import BoundRequest
+    from otel_tasks._core.binding import RequestBinding
     from otel_tasks._core.tree import Ledger
 
 # Tasks per batch, which takes about a tenth of a millisecond.
@@ -311,7 +311,7 @@ class _Strays:
             if request is not None and request.closed:
                 self._check(task, request, now)
 
-    def _check(self, task: asyncio.Task[Any], request: BoundRequest, now: float) -> None:
+    def _check(self, task: asyncio.Task[Any], request: RequestBinding, now: float) -> None:
         seconds = now - self._since.setdefault(task, now)
         function = getattr(task.get_coro(), "__qualname__", "?")
         if seconds < self._bound or function in self._reported:
