@@ -80,7 +80,7 @@ async def test_task_that_was_started_in_a_shield_and_outlives_its_request_belong
 
 
 async def test_context_that_outlives_a_request_does_not_keep_it_in_memory(manager: TaskManager) -> None:
-    """uvicorn's keep-alive timer has the context of a request for seconds; its connection is freed at once."""
+    """uvicorn's keep-alive timer has the context of a request for seconds, but not its connection."""
     contexts: list[contextvars.Context] = []
 
     async def handler() -> None:

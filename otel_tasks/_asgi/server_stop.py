@@ -19,8 +19,8 @@ from collections import Counter
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from otel_tasks._asgi.connection import sweepers_of
 from otel_tasks._asgi.request import Request
+from otel_tasks._asgi.sweeper import sweepers_of
 from otel_tasks._core.log import logger
 from otel_tasks._core.signals import ChainedHandler, in_main_thread
 from otel_tasks._core.state import CancelKind

@@ -5,8 +5,8 @@ from __future__ import annotations
 from threading import get_ident
 from typing import TYPE_CHECKING
 
-from otel_tasks._asgi.connection import Sweeper
 from otel_tasks._asgi.rule import CancelHandler, OnExit, checked_rules
+from otel_tasks._asgi.sweeper import Sweeper
 from otel_tasks._asgi.timeout import RequestTimeoutOption, TimeoutRule
 from otel_tasks._core.checks import check_flag, checked_finite_seconds
 from otel_tasks._core.functions import global_task_manager
