@@ -22,7 +22,7 @@ import otel_tasks
 from docs import scenes, signatures
 from docs.architecture import architecture_picture
 from docs.picture import state_picture
-from otel_tasks import asgi, exceptions, fastapi, instrumentation, live, logs, testing
+from otel_tasks import asgi, exceptions, fastapi, fleet, instrumentation, live, logs, testing
 from otel_tasks._core.state import TRANSITIONS, CancelKind, Outcome, TaskPriority
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ SETTINGS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, set[str
     "create_task": (otel_tasks.TaskManager.create_task, otel_tasks.TaskGroup._create, {"coro"}),
     "watch": (otel_tasks.TaskManager.watch, None, set()),
     "live_view": (live.live_view, None, set()),
+    "Fleet": (fleet.Fleet, None, set()),
     "RetryPolicy": (otel_tasks.RetryPolicy, None, set()),
     "RestartPolicy": (otel_tasks.RestartPolicy, None, set()),
 }
@@ -304,7 +305,7 @@ def settings(name: str) -> str:
     parameters = {} if elsewhere is None else dict(inspect.signature(elsewhere).parameters)
     parameters |= inspect.signature(documented).parameters
     rows = [
-        [f"`{option}`", f"`{shown(parameters[option].default)}`", meaning]
+        [f"`{option}`", shown(parameters[option].default), meaning]
         for option, meaning in arguments(inspect.getdoc(documented) or "").items()
         if option not in left_out
     ]
@@ -312,8 +313,11 @@ def settings(name: str) -> str:
 
 
 def shown(default: object) -> str:
-    """A default as written in code."""
-    return f"{type(default).__name__}.{default.name}" if isinstance(default, TaskPriority) else repr(default)
+    """A default as written in code; none for what has to be given."""
+    if default is inspect.Parameter.empty:
+        return "required"
+    text = f"{type(default).__name__}.{default.name}" if isinstance(default, TaskPriority) else repr(default)
+    return f"`{text}`"
 
 
 def arguments(text: str) -> dict[str, str]:
@@ -390,7 +394,7 @@ def llms_txt(base: str = "", names: str = "") -> str:
 def installed_llms_txt() -> str:
     """The same for an installed package: with absolute links, and the module of each public name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    modules = (otel_tasks, fastapi, asgi, live, logs, testing, instrumentation)
+    modules = (otel_tasks, fastapi, asgi, live, fleet, logs, testing, instrumentation)
     names = [f"- `{module.__name__}`: {', '.join(sorted(module.__all__))}" for module in modules]
     return llms_txt(
         base=f"{project['urls']['Source']}/blob/main/docs/",

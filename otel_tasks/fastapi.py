@@ -6,7 +6,7 @@ The middleware and its functions come from ``otel_tasks.asgi``, which imports no
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncContextDecorator, asynccontextmanager
+from contextlib import AsyncContextDecorator, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from zlib import crc32
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from fastapi.sse import ServerSentEvent
 
     from otel_tasks._core.manager import TaskManager
+    from otel_tasks.fleet import Fleet
     from otel_tasks.progress import Progress, ProgressWatch
 
 __all__ = [
@@ -188,6 +189,7 @@ def make_lifespan(
     grace: float | FromManager = FROM_MANAGER,
     timeout: float | FromManager | None = FROM_MANAGER,
     request_grace: float | None = None,
+    fleet: Fleet | None = None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[State]]:
     """Make a lifespan that shuts a manager down with the server, inside a lifespan of your own.
 
@@ -196,7 +198,7 @@ def make_lifespan(
 
     Args:
         inner: The application's own lifespan; the value that it yields becomes the state.
-        manager: The manager to open and to shut down. None: ``global_task_manager``.
+        manager: The manager to open and to shut down. None: that of ``fleet``, or ``global_task_manager``.
         grace: Seconds in which tasks may finish before they are cancelled, at least 0 and finite: no server
             waits forever. By default, the manager's ``grace``.
         timeout: Seconds for everything after that, at least 0; None for no bound. By default, the manager's
@@ -209,13 +211,17 @@ def make_lifespan(
             them after ``--timeout-graceful-shutdown`` and logs an error. A shorter bound of the server's own
             wins: uvicorn and granian close WebSockets at the signal. It has no effect where the server gets
             no signal, as in a thread or a ``TestClient``.
+        fleet: A fleet to join while the application runs: before the manager is opened, until it is shut
+            down. None: the process is on its own.
 
     Returns:
         A lifespan for ``FastAPI(lifespan=...)``.
 
     Raises:
-        TypeError: ``inner`` is not a lifespan, ``manager`` not a TaskManager, or a duration not a number.
-        ValueError: A duration is negative, or ``grace`` or ``request_grace`` is infinite.
+        TypeError: ``inner`` is not a lifespan, ``manager`` not a TaskManager, ``fleet`` not a Fleet, or a
+            duration not a number.
+        ValueError: A duration is negative, ``grace`` or ``request_grace`` is infinite, or ``fleet`` has
+            another manager.
 
     Telemetry: the server span of a request that is cut short gets ``otel_tasks.request.outcome`` =
     ``shutdown``.
@@ -224,7 +230,7 @@ def make_lifespan(
         >>> app = FastAPI(lifespan=make_lifespan(open_database, grace=2.0, request_grace=5.0))
     """
     _check_inner(inner)
-    chosen = checked_manager(manager)
+    chosen = _manager_of(manager, fleet)
     if not isinstance(grace, FromManager):
         _check_grace(grace)
     if not isinstance(timeout, FromManager):
@@ -233,9 +239,28 @@ def make_lifespan(
         checked_finite_seconds("request_grace", request_grace)
 
     def run(app: FastAPI) -> AbstractAsyncContextManager[State]:
-        return _run(inner, chosen, grace, timeout, request_grace, app)
+        return _run(inner, chosen, grace, timeout, request_grace, app, fleet)
 
     return run
+
+
+def _manager_of(manager: TaskManager | None, fleet: object) -> TaskManager:
+    """Return the manager to shut down, after checking that the fleet has the same one."""
+    if fleet is None:
+        return checked_manager(manager)
+    # An application without a fleet does not load it.
+    from otel_tasks.fleet import Fleet
+
+    if not isinstance(fleet, Fleet):
+        raise TypeError(
+            f'fleet must be a Fleet, got {fleet!r}: write fleet=Fleet("redis://...", namespace="shop")'
+        )
+    if manager is not None and checked_manager(manager) is not fleet.manager:
+        raise ValueError(
+            f"the fleet has manager {fleet.manager.name!r}, and the lifespan {manager.name!r}: "
+            "leave manager out here, and write Fleet(..., manager=manager)"
+        )
+    return fleet.manager
 
 
 def _check_inner(inner: object) -> None:
@@ -275,15 +300,18 @@ async def _run(
     timeout: float | FromManager | None,
     request_grace: float | None,
     app: FastAPI,
+    fleet: Fleet | None = None,
 ) -> AsyncGenerator[Any]:
     opened = managed(manager, grace, timeout, _described(app))
     stoppable = cut_requests_on_stop(request_grace)
+    # Until the manager is shut down: its tasks may wait for other processes, and report to them.
+    member = nullcontext() if fleet is None else fleet
     if inner is None:
-        async with stoppable, opened:
+        async with stoppable, member, opened:
             yield None
         return
     # After `inner` has started: on top of the handlers of signals that it installs.
-    async with inner(app) as state, stoppable, opened:
+    async with inner(app) as state, stoppable, member, opened:
         yield state
 
 

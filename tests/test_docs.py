@@ -17,7 +17,7 @@ from benchmarks import chart, report
 from benchmarks.measure import Table
 from docs import generate, hooks, scenes
 from docs.picture import state_picture
-from otel_tasks import TaskStatus, asgi, fastapi, instrumentation, live, logs, testing
+from otel_tasks import TaskStatus, asgi, fastapi, fleet, instrumentation, live, logs, testing
 from otel_tasks._core.state import TRANSITIONS
 from otel_tasks._core.telemetry import conventions
 from tests.blocks import ROOT, promised_output, python_blocks, run_block
@@ -227,6 +227,23 @@ VISITS = {
         """,
         ["401", "200 True"],
     ),
+    ("docs/howto/fleet.md", "def stop_job"): (
+        """
+        async with app.router.lifespan_context(app):
+            print((await visit("POST", "/jobs/import-17")).status)
+            print(b'"import-17"' in (await visit("GET", "/jobs")).body)
+            print((await visit("DELETE", "/jobs/import-17")).body.decode()[:45])
+            print((await visit("DELETE", "/jobs/import-17")).body.decode()[:10])
+        print(endings())
+        """,
+        [
+            "202",
+            "True",
+            '{"asked":1,"ended":1,"still_running":0,"silen',
+            '{"asked":0',
+            "['import-17 cancelled explicit']",
+        ],
+    ),
     ("docs/howto/debugging.md", "debug_tasks"): (
         """
         task = global_task_manager.create_task(asyncio.sleep(60), name="mail")
@@ -386,7 +403,7 @@ def test_every_public_name_is_on_the_api_page() -> None:
     wanted |= {f"otel_tasks.asgi.{name}" for name in asgi.__all__}
     # A name that the adapter re-exports is listed with its own module.
     wanted |= {f"otel_tasks.fastapi.{name}" for name in fastapi.__all__ if name not in asgi.__all__}
-    for module in (testing, live, logs, instrumentation):
+    for module in (testing, live, fleet, logs, instrumentation):
         wanted |= {f"{module.__name__}.{name}" for name in module.__all__}
     assert sorted(shown) == sorted(set(shown))
     assert set(shown) == wanted

@@ -61,6 +61,7 @@ async def test_a_task_in_the_extracted_context_is_a_child(spans: SpanRecorder) -
 
     span = spans.span("render")
     assert span.parent is not None
+    assert span.context is not None
     assert (span.parent.span_id, span.context.trace_id) == (remote.span_id, remote.trace_id)
 
 

@@ -112,20 +112,19 @@ class Canceller:
         self, tasks: list[ManagedTask[Any]], answers: Coroutine[Any, Any, None], timeout: float
     ) -> tuple[Reached, BusUnavailableError | None]:
         """Wait for the tasks of this process and for the other nodes at the same time."""
-        caller = asyncio.current_task()
-        try:
-            if not tasks:
+        if not tasks:
+            try:
                 await answers
-                return Reached(), None
-            local, error = await asyncio.gather(
-                wait_for_reached(tasks, timeout, caller), answers, return_exceptions=True
-            )
-        except BusUnavailableError as unavailable:
-            return Reached(), unavailable
-        for outcome in (local, error):
-            if isinstance(outcome, BaseException) and not isinstance(outcome, BusUnavailableError):
-                raise outcome
-        return reached(tasks), error
+            except BusUnavailableError as unavailable:
+                return Reached(), unavailable
+            return Reached(), None
+        ending = wait_for_reached(tasks, timeout, asyncio.current_task())
+        local, error = await asyncio.gather(ending, answers, return_exceptions=True)
+        if isinstance(local, BaseException):
+            raise local
+        if error is None or isinstance(error, BusUnavailableError):
+            return local, error
+        raise error
 
     # -- here -----------------------------------------------------------------------------------
 
