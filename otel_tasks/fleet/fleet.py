@@ -14,10 +14,10 @@ from otel_tasks._core.lifetime import belongs_to
 from otel_tasks._core.manager import TaskManager
 from otel_tasks._core.state import TaskStatus
 from otel_tasks.exceptions import WrongLoopError
-from otel_tasks.fleet.buses import make_bus
 from otel_tasks.fleet.entries import NAME_LIMIT
 from otel_tasks.fleet.inspection import MAX_ROWS
 from otel_tasks.fleet.membership import Membership
+from otel_tasks.fleet.urls import open_bus
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -52,11 +52,12 @@ class Fleet:
     Args:
         url: The server: ``redis://``, ``rediss://``, or ``unix://``, as redis-py takes it, or ``memory://``
             for the fleets of one event loop, in tests and in development.
-        namespace: The name of the application, which keeps it apart from others on the same server.
+        namespace: The name of the application, which keeps it apart from others on the same server: letters,
+            digits, dots, hyphens, and underscores.
         manager: The manager whose tasks the fleet sees. None: ``global_task_manager``.
 
     Raises:
-        TypeError: An argument has the wrong type.
+        TypeError: ``manager`` is not a TaskManager.
         ValueError: The URL or the namespace is not valid.
         ImportError: The server is Redis, and its client is not installed.
 
@@ -72,7 +73,7 @@ class Fleet:
         self._namespace = namespace
         self._manager = global_task_manager if manager is None else manager
         # Checks the arguments now, where they were written.
-        self._bus: Bus | None = make_bus(url, namespace)
+        self._bus: Bus | None = open_bus(url, namespace)
         self._address = self._bus.address
         self._membership: Membership | None = None
         self._users = 0
@@ -163,7 +164,7 @@ class Fleet:
             async with self._lock():
                 if self._membership is None:
                     self._check_others(loop)
-                    bus, self._bus = self._bus or make_bus(self._url, self._namespace), None
+                    bus, self._bus = self._bus or open_bus(self._url, self._namespace), None
                     membership = Membership(bus, self._manager)
                     await membership.start()
                     self._membership = membership
@@ -185,10 +186,10 @@ class Fleet:
         if not self._users or not self.is_started:
             return
         self._users -= 1
-        async with self._lock():
-            if self._users == 0 and self._membership is not None:
-                membership, self._membership = self._membership, None
-                await membership.stop()
+        if not self._users and self._membership is not None:
+            # At once: a start that comes meanwhile makes a new node.
+            membership, self._membership = self._membership, None
+            await membership.stop()
 
     async def __aenter__(self) -> Self:
         """Join the fleet.

@@ -73,13 +73,15 @@ class Membership:
         Cancellation: leaves without further waiting.
         """
         self._gathering.stop()
+        flush = 0.0
         try:
             await self.canceller.stop()
             async with asyncio.timeout(STOP_TIMEOUT):
                 await self.keeper.stop()
                 await self._presence.stop()
+            flush = STOP_TIMEOUT
         except TimeoutError:
             # The bus does not answer: the lease and the entry in the roster expire.
             pass
         finally:
-            await self.link.stop(STOP_TIMEOUT)
+            await self.link.stop(flush)
