@@ -139,7 +139,9 @@ def _when(steps: list[Row], index: int, epoch: float) -> str:
 
 def _step(step: Row) -> str:
     if step.get("step") == "cause":
-        parts = (phrases.because({"kind": step.get("kind")}), step.get("name"), step.get("message"))
+        kind, name = step.get("kind"), step.get("name")
+        says = phrases.because({"kind": kind, "asked_by": name})
+        parts = (says, None if kind == "explicit" else name, step.get("message"))
         return " · ".join(clean(part) for part in parts if part)
     if step.get("step") == "group":
         return f"group {clean(step.get('name'))}"
