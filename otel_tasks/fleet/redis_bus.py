@@ -39,7 +39,6 @@ from otel_tasks.fleet.bus import (
 from otel_tasks.fleet.redis_channel import Channel, exchange, unavailable
 from otel_tasks.fleet.redis_scripts import (
     ANNOUNCE,
-    CHECK,
     CLAIM,
     FINISH,
     PUBLISH,
@@ -47,6 +46,7 @@ from otel_tasks.fleet.redis_scripts import (
     RENEW,
     ROSTER,
     SOURCES,
+    TRIM,
 )
 
 if TYPE_CHECKING:
@@ -102,8 +102,10 @@ class RedisBus:
         """
         self._closed = False
         self._channel.open()
-        check = CHECK(self._key("cancel"), self._key("check"), args=(int(KEPT),))
-        await self._channel.call(check)
+        await self._channel.call(
+            TRIM(self._key("cancel"), args=(int(KEPT),)),
+            ("SET", self._key("check"), "", "PX", 1000),
+        )
         self.server_age = 0.0
         try:
             (info,) = await self._channel.call(("INFO", "server"))

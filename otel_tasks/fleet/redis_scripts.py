@@ -41,12 +41,11 @@ class Script:
         return ("EVALSHA", self.sha, len(keys), *keys, *args)
 
 
-# log, check; seconds kept. Frees what the log no longer needs, and fails unless the server can be written to.
-CHECK: Final = Script(
+# log; seconds kept. Frees what the log no longer needs: a server that is full regains that.
+TRIM: Final = Script(
     _NOW
     + """
 redis.call('XTRIM', KEYS[1], 'MINID', '~', text(now - ARGV[1] * 1000))
-redis.call('SET', KEYS[2], '', 'PX', 1000)
 """
 )
 
@@ -113,14 +112,18 @@ if is_owned(redis.call('GET', KEYS[1]), ARGV[1]) then redis.call('DEL', KEYS[1])
 )
 
 # lease, then claim and done of each claim; owner, milliseconds, whether to renew the lease, the deliveries.
-# Returns the numbers of the claims that others hold. PEXPIRE works on a server that is full, and SET does
-# not: a lease that is valid can be renewed anyway.
+# Returns the numbers of the claims that others hold. On a server that is full, PEXPIRE works, and SET fails
+# if it is the first write of a script: a valid lease can be renewed, and a new one is refused.
 RENEW: Final = Script(
     _OWNED
     + """
 local lost = {}
-if ARGV[3] == '1' and redis.call('PEXPIRE', KEYS[1], ARGV[2]) == 0 then
-    redis.call('SET', KEYS[1], '', 'PX', ARGV[2])
+if ARGV[3] == '1' then
+    if redis.call('EXISTS', KEYS[1]) == 1 then
+        redis.call('PEXPIRE', KEYS[1], ARGV[2])
+    else
+        redis.call('SET', KEYS[1], '', 'PX', ARGV[2])
+    end
 end
 for i = 2, #KEYS, 2 do
     local claim = redis.call('GET', KEYS[i])
