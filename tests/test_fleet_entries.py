@@ -93,7 +93,7 @@ def test_sender_may_add_an_envelope() -> None:
         (raw(kind="dance"), "its kind is unknown"),
         (raw(kind=["cancel"]), "its kind is unknown"),
         (raw(kind=...), "its kind is unknown"),
-        (raw(node=...), "node is not text"),
+        (raw(node=...), "node is missing"),
         (raw(node=3), "node is not text"),
         (raw(name=None), "name is not text"),
         (raw(name="x" * (NAME_LIMIT + 1)), "name has 1025 characters, at most 1024 are allowed"),

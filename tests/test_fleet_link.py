@@ -236,7 +236,8 @@ async def test_clock_that_went_back_moves_the_position() -> None:
     async with started("a", "b") as (a, b):
         # A server of a later time was here before.
         a.link._inlet.resume_after = b.link._inlet.resume_after = "9999999999-0"
-        a.link._inlet.position = b.link._inlet.position = "9999999999-0"
+        a.link._inlet.published("9999999999-0")
+        b.link._inlet.published("9999999999-0")
         memory_server(namespace="shop").fail()
         await asyncio.sleep(1.0)
         memory_server(namespace="shop").restore(lose_data=True)

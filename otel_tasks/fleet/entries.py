@@ -16,13 +16,26 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import MISSING, dataclass, fields
-from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeAlias,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from otel_tasks._core.clock import now
 from otel_tasks._core.events import CancelCause
 from otel_tasks._core.state import CancelKind
 from otel_tasks._core.telemetry import span_from_hex
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 VERSION = 1
 # Bytes of an encoded entry.
@@ -255,7 +268,7 @@ def encode(entry: FleetEntry, **envelope: int | str | None) -> bytes:
     """
     content: dict[str, Any] = {"v": VERSION, "kind": entry.KIND}
     content |= {key: value for key, value in envelope.items() if value is not None}
-    for name, field in _SCHEMAS[type(entry)].items():
+    for name, field in _SCHEMAS[type(entry)].fields.items():
         value = getattr(entry, name)
         if value != field.default:
             content[name] = field.to_json(name, value)
@@ -288,9 +301,7 @@ def open_envelope(payload: bytes) -> tuple[FleetEntry, dict[str, Any]]:
     if entry_type is None:
         raise UnreadableEntryError("its kind is unknown", node, kind)
     try:
-        values: dict[str, Any] = {
-            name: field.read(name, content) for name, field in _SCHEMAS[entry_type].items()
-        }
+        values = _SCHEMAS[entry_type].read(content)
     except ValueError as error:
         raise UnreadableEntryError(str(error), node, kind) from None
     return entry_type(**values), content
@@ -317,7 +328,7 @@ def _load(payload: bytes) -> dict[str, Any]:
     if len(payload) > MAX_BYTES:
         raise UnreadableEntryError(f"it has {len(payload)} bytes, more than {MAX_BYTES}")
     try:
-        content = json.loads(payload, parse_constant=_refuse_constant)
+        content = _decode_json(payload.decode())
     except (ValueError, RecursionError):
         raise UnreadableEntryError("it is not JSON") from None
     if not isinstance(content, dict):
@@ -327,6 +338,10 @@ def _load(payload: bytes) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
+
+
+# json.loads() would make a decoder for each call.
+_decode_json = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
 def _word(value: object) -> str:
@@ -342,37 +357,57 @@ def _version_reason(version: object) -> str:
 
 # -- fields -------------------------------------------------------------------------------------
 
+# Checks a value, and returns it.
+_Reader: TypeAlias = "Callable[[Any], object]"
+
 
 class _Field:
     """The type, the bounds, and the default of one field."""
 
-    def __init__(self, hint: Any, default: object) -> None:
+    __slots__ = ("default", "is_optional", "is_text", "read")
+
+    def __init__(self, name: str, hint: Any, default: object) -> None:
         self.default = default
-        self._optional = get_origin(hint) is UnionType or NoneType in get_args(hint)
-        self._hint = next(arg for arg in get_args(hint) if arg is not NoneType) if self._optional else hint
+        self.is_optional = NoneType in get_args(hint)
+        if self.is_optional:
+            (hint,) = (arg for arg in get_args(hint) if arg is not NoneType)
+        self.is_text = hint == Text
+        self.read: _Reader = _READERS[get_origin(hint) or hint](name, hint)
 
     def to_json(self, name: str, value: Any) -> object:
         """Check and cut a value of this process's own."""
         if isinstance(value, str):
-            if self._hint == Text:
-                return value[:TEXT_LIMIT]
-            return _bounded(name, value, NAME_LIMIT)
+            return value[:TEXT_LIMIT] if self.is_text else _bounded(name, value, NAME_LIMIT)
         if isinstance(value, tuple):
             return [_bounded(name, item, NAME_LIMIT) for item in value[:LIST_LIMIT]]
         return value
 
-    def read(self, name: str, content: dict[str, Any]) -> object:
-        """Return the field's value in an entry.
+
+class _Schema:
+    """The fields of one kind of entry."""
+
+    def __init__(self, entry_type: type[FleetEntry]) -> None:
+        hints = get_type_hints(entry_type, include_extras=True)
+        self.fields = {
+            field.name: _Field(field.name, hints[field.name], field.default) for field in fields(entry_type)
+        }
+        self._required = [name for name, field in self.fields.items() if field.default is MISSING]
+
+    def read(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields that an entry has.
 
         Raises:
-            ValueError: It is missing, or has another type or length.
+            ValueError: A required one is missing, or one has another type or length.
         """
-        value = content.get(name, MISSING)
-        if value is MISSING and self.default is not MISSING:
-            return self.default
-        if value is None and self._optional:
-            return None
-        return _READERS[get_origin(self._hint) or self._hint](name, value, self._hint)
+        values: dict[str, Any] = {}
+        for name, value in content.items():
+            field = self.fields.get(name)
+            if field is not None:
+                values[name] = None if value is None and field.is_optional else field.read(value)
+        for name in self._required:
+            if name not in values:
+                raise ValueError(f"{name} is missing")
+        return values
 
 
 def _bounded(name: str, value: str, limit: int) -> str:
@@ -381,63 +416,83 @@ def _bounded(name: str, value: str, limit: int) -> str:
     return value
 
 
-def _read_str(name: str, value: object, hint: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is not text")
-    return _bounded(name, value, TEXT_LIMIT if hint == Text else NAME_LIMIT)
+def _reads_str(name: str, hint: Any) -> _Reader:
+    limit = TEXT_LIMIT if hint == Text else NAME_LIMIT
+
+    def read(value: Any) -> str:
+        if type(value) is not str:
+            raise ValueError(f"{name} is not text")
+        return value if len(value) <= limit else _bounded(name, value, limit)
+
+    return read
 
 
-def _read_int(name: str, value: object, hint: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > _LARGEST:
-        raise ValueError(f"{name} is not a whole number")
-    return value
+def _reads_int(name: str, hint: Any) -> _Reader:
+    def read(value: Any) -> int:
+        if type(value) is not int or abs(value) > _LARGEST:
+            raise ValueError(f"{name} is not a whole number")
+        return value
+
+    return read
 
 
-def _read_float(name: str, value: object, hint: Any) -> float:
-    # The comparison is False for NaN too.
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _LARGEST:
-        raise ValueError(f"{name} is not a number")
-    return float(value)
+def _reads_float(name: str, hint: Any) -> _Reader:
+    def read(value: Any) -> float:
+        # The comparison is False for NaN too.
+        if type(value) not in (int, float) or not abs(value) <= _LARGEST:
+            raise ValueError(f"{name} is not a number")
+        return float(value)
+
+    return read
 
 
-def _read_bool(name: str, value: object, hint: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is neither true nor false")
-    return value
+def _reads_bool(name: str, hint: Any) -> _Reader:
+    def read(value: Any) -> bool:
+        if type(value) is not bool:
+            raise ValueError(f"{name} is neither true nor false")
+        return value
+
+    return read
 
 
-def _read_choice(name: str, value: object, hint: Any) -> object:
-    if value not in get_args(hint):
-        raise ValueError(f"{name} is none of {', '.join(get_args(hint))}")
-    return value
+def _reads_choice(name: str, hint: Any) -> _Reader:
+    choices = get_args(hint)
+
+    def read(value: Any) -> object:
+        if value not in choices:
+            raise ValueError(f"{name} is none of {', '.join(choices)}")
+        return value
+
+    return read
 
 
-def _read_names(name: str, value: object, hint: Any) -> Names:
-    if not isinstance(value, list) or len(value) > LIST_LIMIT:
-        raise ValueError(f"{name} is not a list of at most {LIST_LIMIT} names")
-    return tuple(_read_str(name, item, Name) for item in value)
+def _reads_names(name: str, hint: Any) -> _Reader:
+    read_name = _reads_str(name, Name)
+
+    def read(value: Any) -> tuple[object, ...]:
+        if type(value) is not list or len(value) > LIST_LIMIT:
+            raise ValueError(f"{name} is not a list of at most {LIST_LIMIT} names")
+        return tuple(map(read_name, value))
+
+    return read
 
 
-def _read_data(name: str, value: object, hint: Any) -> Data:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is not an object")
-    return value
+def _reads_data(name: str, hint: Any) -> _Reader:
+    def read(value: Any) -> Data:
+        if type(value) is not dict:
+            raise ValueError(f"{name} is not an object")
+        return value
+
+    return read
 
 
-_READERS: dict[Any, Any] = {
-    Annotated: _read_str,
-    int: _read_int,
-    float: _read_float,
-    bool: _read_bool,
-    Literal: _read_choice,
-    tuple: _read_names,
-    dict: _read_data,
+_READERS: dict[Any, Callable[[str, Any], _Reader]] = {
+    Annotated: _reads_str,
+    int: _reads_int,
+    float: _reads_float,
+    bool: _reads_bool,
+    Literal: _reads_choice,
+    tuple: _reads_names,
+    dict: _reads_data,
 }
-
-
-def _schema(entry_type: type[FleetEntry]) -> dict[str, _Field]:
-    hints = get_type_hints(entry_type, include_extras=True)
-    return {field.name: _Field(hints[field.name], field.default) for field in fields(entry_type)}
-
-
-_SCHEMAS = {entry_type: _schema(entry_type) for entry_type in KINDS.values()}
+_SCHEMAS = {entry_type: _Schema(entry_type) for entry_type in KINDS.values()}

@@ -353,6 +353,7 @@ class _Inlet:
         self._handlers: dict[type[FleetEntry], list[Callable[[Any, Entry], None]]] = {}
         self.resume_after = START
         self.position = START
+        self._at = position_of(START)
         # The sender and the number of entries that were read. Its order is that of their reading.
         self._seen: dict[tuple[str, int], None] = {}
         self._skipped: set[tuple[str, str]] = set()
@@ -363,8 +364,9 @@ class _Inlet:
 
     def published(self, entry_id: str) -> None:
         """Record the position of an entry of this node."""
-        if position_of(entry_id) > position_of(self.position):
-            self.position = entry_id
+        at = position_of(entry_id)
+        if at > self._at:
+            self.position, self._at = entry_id, at
 
     def take(self, batch: list[Entry]) -> None:
         """Hand a batch to the handlers."""
@@ -381,12 +383,11 @@ class _Inlet:
 
     def _move_to(self, entry: Entry) -> None:
         self.resume_after = entry.id
-        server_time = position_of(entry.id)[0] + entry.age * 1000
-        if server_time < position_of(self.position)[0] - _CLOCK_SLACK:
-            # The server has lost its data, and its clock went back: all new positions are smaller.
-            self.position = entry.id
-        else:
-            self.published(entry.id)
+        at = position_of(entry.id)
+        # A server that has lost its data, and whose clock went back, has smaller positions from now on.
+        went_back = at[0] + entry.age * 1000 < self._at[0] - _CLOCK_SLACK
+        if at > self._at or went_back:
+            self.position, self._at = entry.id, at
 
     def _is_new(self, node: str, number: object, entry_id: str) -> bool:
         if type(number) is not int:
@@ -421,10 +422,12 @@ class _Inlet:
 
 def _original(entry: Entry, was: object) -> Entry:
     """Return an entry that its sender has sent again, with the position and the age that it had at first."""
+    if was is None:
+        return entry
     try:
         first, now = position_of(str(was)), position_of(entry.id)
     except ValueError:
         return entry
-    if was is None or first >= now:
+    if first >= now:
         return entry
     return entry._replace(id=str(was), age=entry.age + (now[0] - first[0]) / 1000)

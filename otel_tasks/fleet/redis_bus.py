@@ -39,6 +39,7 @@ from otel_tasks.fleet.bus import (
 from otel_tasks.fleet.redis_channel import Channel, exchange, unavailable
 from otel_tasks.fleet.redis_scripts import (
     ANNOUNCE,
+    CATCH_UP,
     CLAIM,
     FINISH,
     PUBLISH,
@@ -170,8 +171,9 @@ class RedisBus:
         log, own = self._key("cancel"), self._key("inbox", inbox)
         reading = _Reading(self._make_connection(), self.address)
         try:
-            if position_of(await reading.last_of(log)) < position_of(after):
-                after = START
+            async for batch in self._catch_up(log, after):
+                yield batch
+                after = batch[-1].id
             caught_up = False
             while True:
                 streams = {log: after, own: self._after.get(inbox, START)}
@@ -186,6 +188,21 @@ class RedisBus:
                         after = entry.id
         finally:
             await reading.close()
+
+    async def _catch_up(self, log: str, after: str) -> AsyncGenerator[list[Entry]]:
+        """Iterate over the log after a position, up to now."""
+        (entries,) = await self._channel.call(("XREVRANGE", log, "+", "-", "COUNT", 1))
+        if not entries:
+            return
+        if position_of(entries[0][0].decode()) < position_of(after):
+            after = START
+        while True:
+            (((seconds, micros), text),) = await self._channel.call(CATCH_UP(log, args=(after, _BATCH)))
+            if not text:
+                return
+            batch = _unpacked(text, int(seconds) + int(micros) / 1e6)
+            yield batch
+            after = batch[-1].id
 
     async def announce(self, node: str, description: bytes, ttl: float) -> None:
         """Enter a node into the roster.
@@ -303,11 +320,6 @@ class _Reading:
         self._connection = connection
         self._address = address
 
-    async def last_of(self, log: str) -> str:
-        """Return the id of the last entry of the log."""
-        (entries,) = await self._call(CALL_TIMEOUT, ("XREVRANGE", log, "+", "-", "COUNT", 1))
-        return str(entries[0][0].decode()) if entries else START
-
     async def next(self, streams: Mapping[str, str], inbox: str, block: float | None) -> list[Entry]:
         """Return the next entries after these positions; with ``block``, wait for them."""
         waits = () if block is None else ("BLOCK", _ms(block))
@@ -379,7 +391,23 @@ def _entry(raw: Any, now: float, *, inbox: bool) -> Entry:
     name = entry_id.decode()
     # A foreign entry has other fields, or none; what is decoded later is then no entry.
     payload = next((value for key, value in zip(fields[::2], fields[1::2], strict=True) if key == b"e"), b"")
-    return Entry(name, payload, inbox, max(0.0, now - position_of(name)[0] / 1000))
+    return Entry(name, payload, inbox, _age(name, now))
+
+
+def _unpacked(text: bytes, now: float) -> list[Entry]:
+    """Return the entries of an answer of ``CATCH_UP``."""
+    found: list[Entry] = []
+    end = 0
+    while end < len(text):
+        begin = text.index(b"\n", end) + 1
+        name, _, size = text[end:begin].decode().partition(" ")
+        end = begin + int(size)
+        found.append(Entry(name, text[begin:end], False, _age(name, now)))
+    return found
+
+
+def _age(entry_id: str, now: float) -> float:
+    return max(0.0, now - int(entry_id.partition("-")[0]) / 1000)
 
 
 def _ms(seconds: float) -> int:
