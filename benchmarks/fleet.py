@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 from benchmarks.middleware import wait_for_port
 from otel_tasks import TaskManager
 from otel_tasks.fleet import Fleet
-from otel_tasks.fleet.buses import make_bus
 from otel_tasks.fleet.entries import CancelEntry
 from otel_tasks.fleet.link import Link
+from otel_tasks.fleet.urls import open_bus
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -126,7 +126,7 @@ def _receive(pipe: Connection) -> None:
             if cancel.name == "last":
                 done.set()
 
-        link = Link(make_bus(URL, "delivery"), "receiver")
+        link = Link(open_bus(URL, "delivery"), "receiver")
         link.subscribe(CancelEntry, take)
         await link.start(10.0)
         pipe.send(None)
@@ -138,7 +138,7 @@ def _receive(pipe: Connection) -> None:
 
 
 async def _send_paced() -> None:
-    link = Link(make_bus(URL, "delivery"), "sender")
+    link = Link(open_bus(URL, "delivery"), "sender")
     await link.start(10.0)
     for n in range(DELIVERIES):
         link.post(_cancel("last" if n == DELIVERIES - 1 else f"job-{n}"))
@@ -159,7 +159,7 @@ def _print_replay() -> None:
 
 
 async def _fill(namespace: str) -> float:
-    link = Link(make_bus(URL, namespace), "sender")
+    link = Link(open_bus(URL, namespace), "sender")
     await link.start(10.0)
     begin = time.perf_counter()
     await asyncio.gather(*(link.post(_cancel(f"job-{n}")) for n in range(CANCELS)))
@@ -170,7 +170,7 @@ async def _fill(namespace: str) -> float:
 
 async def _replay() -> float:
     seen: list[str] = []
-    link = Link(make_bus(URL, "replay"), "reader")
+    link = Link(open_bus(URL, "replay"), "reader")
     link.subscribe(CancelEntry, lambda cancel, entry: seen.append(cancel.name))
     begin = time.perf_counter()
     await link.start(10.0)

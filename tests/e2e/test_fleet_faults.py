@@ -16,9 +16,9 @@ from unittest import mock
 import pytest
 
 from otel_tasks.fleet.bus import BusRefusedError, BusUnavailableError, Claim, Entry, position_of
-from otel_tasks.fleet.urls import open_bus
 from otel_tasks.fleet.entries import CancelEntry
 from otel_tasks.fleet.link import HOLD_OFF, Link
+from otel_tasks.fleet.urls import open_bus
 from tests.redis_server import own_redis, redis_in, redis_server, running
 
 if TYPE_CHECKING:
