@@ -22,7 +22,7 @@ from otel_tasks.live.feed import INTERVAL, VERSION, Feed, encoded
 from otel_tasks.live.guard import Refused
 from otel_tasks.live.hub import LINGER, Hub, NotTicking, TooManyViewers
 from otel_tasks.live.params import QUERIED, WATCHED, BadRequest, Params, printable, query, reason_of, watched
-from otel_tasks.live.routes import guarded_routes
+from otel_tasks.live.routes import REST, guarded_routes
 from otel_tasks.live.rows import Row, Shown, ended_row
 from otel_tasks.live.search import listed, named
 from otel_tasks.live.slices import in_slices
@@ -153,7 +153,7 @@ def _router(view: _View, auth: Any, insecure: bool, hosts: Collection[str]) -> A
     add("/v1/tasks", view.tasks)
     add("/v1/tasks/{task_id:path}/cancel", view.cancel, "POST")
     add("/v1/tasks/{task_id:path}", view.task)
-    fallbacks.add(add("/{path:path}", _nothing, *METHODS))
+    fallbacks.add(add(REST, _nothing, *METHODS))
     return router
 
 

@@ -11,11 +11,12 @@ Rules, each with a test of its own:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -30,6 +31,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine
 
     from starlette.types import Message, Receive, Scope, Send
+
+
+class _Rest(Convertor[str]):
+    """Whatever is left of a path: Starlette's own ``path`` stops at a line break."""
+
+    regex = r"[\s\S]*"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("otel_tasks_rest", _Rest())
+REST: Final = "/{path:otel_tasks_rest}"
 
 
 def guarded_routes(

@@ -382,7 +382,8 @@ def test_panel_stands_still_during_a_pause(shop: Site, visit: Visits) -> None:
     shop.post("/shop/control/end")
     expect(page.locator("#state")).to_contain_text(re.compile(r"[1-9]\d* changes? waiting"))
     expect(page.locator("#panel")).to_contain_text("Waiting at")
-    page.keyboard.press(" ")
+    with page.expect_request("**/v1/tasks/*"):
+        page.keyboard.press(" ")
     expect(page.locator("#panel")).to_contain_text("completed")
 
 
@@ -406,7 +407,7 @@ def test_panel_says_what_a_plain_task_runs(shop: Site, visit: Visits) -> None:
     expect(row(page, "load")).to_contain_text("waits for Task-18 (work)")
     row(page, "load").click()
     expect(page.locator("#panel dl")).to_contain_text(
-        re.compile(r"Waits for\s*Task-18 runs work, at page_app\.py:\d+ in Pool\.acquire")
+        re.compile(r"Waits for\s*Task-18 work · at page_app\.py:\d+ in Pool\.acquire")
     )
 
 
@@ -639,14 +640,16 @@ def test_page_continues_after_a_restart_of_the_server(shop: Site, visit: Visits)
 
 
 def test_thirty_seconds_of_silence_look_stale_and_end(shop: Site, visit: Visits) -> None:
-    """A server that says nothing on an open connection cannot be cancelled at, and is found again."""
+    """A server that says nothing on an open connection cannot be cancelled at, and is asked on a new one."""
     shop.post("/shop/control/tasks", name="load")
     page = visit(complains=("Failed to load resource", "ERR_"))
     page.clock.install()
-    row(page, "load").click()
+    with page.expect_request("**/v1/events?*task=*"):
+        row(page, "load").click()
     expect(page.locator("#panel .danger")).to_be_enabled()
     shop.suspend()
-    page.clock.fast_forward(30_000)
+    with page.expect_request(lambda request: request.resource_type == "eventsource"):
+        page.clock.fast_forward(30_000)
     expect(page.locator("#state")).to_contain_text("stale for 3")
     expect(page.locator("#panel .danger")).to_be_disabled()
     page.keyboard.press("x")

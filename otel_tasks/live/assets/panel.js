@@ -196,8 +196,8 @@ export class Panel {
   /** A task on the other end of an await: a managed one can be opened, a plain one says what it runs and where it waits. */
   #other(other) {
     if (other.id) return make("div", "", this.#link(other));
-    const place = other.where ? `, at ${short(other.where)} in ${other.where.function}` : "";
-    const row = make("div", "", make("bdi", "", other.name), " ", make("bdi", "mute", `runs ${other.function}${place}`));
+    const place = other.where ? ` · at ${short(other.where)} in ${other.where.function}` : "";
+    const row = make("div", "", make("bdi", "", other.name), " ", make("small", "mute", make("bdi", "", `${other.function}${place}`)));
     row.title = clean(other.where && line(other.where));
     return row;
   }
