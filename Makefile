@@ -36,7 +36,7 @@ EAGER := $(if $(EAGER_PYTHON),$(BENCH)-eager)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-services demo-llm demo-live test test-newest nightly cover check format docs dist bench clean
+.PHONY: help demo demo-services demo-llm demo-live demo-fleet test test-newest nightly cover check format docs dist bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,9 @@ demo-llm: $(READY) ## Run an LLM gateway with and without the middleware, half o
 
 demo-live: $(READY) ## Run a busy service and print the address of its live view (ARGS="--for 20": end by itself)
 	$(BIN)/python -m examples.live $(ARGS)
+
+demo-fleet: $(READY) ## Run two replicas and two workers over Redis and RabbitMQ, and kill one of each
+	$(BIN)/python -m examples.fleet
 
 test: $(READY) ## Run all tests
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)

@@ -35,6 +35,8 @@ ELSEWHERE = {
     "docs/tutorial.md",
     "docs/logs.md",
     "docs/howto/zero-code.md",
+    "docs/howto/many-processes.md",
+    "docs/howto/which-broker.md",
 }
 
 # Appended to a block that makes an `app`: a client that hangs up after `leaves` (virtual) seconds, or stays.
@@ -478,7 +480,7 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_durations_of_the_kubernetes_page_fit_into_each_other() -> None:
     """The steps that run one after another end before the pod is killed."""
     text = (DOCS / "howto/kubernetes.md").read_text("utf-8")
-    block, _ = yaml_blocks(text)
+    block, *_ = yaml_blocks(text)
     pod = block["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     lifespan = re.search(r"make_lifespan\(request_grace=([\d.]+), grace=([\d.]+), timeout=([\d.]+)\)", text)
@@ -487,6 +489,18 @@ def test_durations_of_the_kubernetes_page_fit_into_each_other() -> None:
     total = before + sum(map(float, lifespan.groups()))
     assert total == 35
     assert total + 10 == pod["terminationGracePeriodSeconds"]
+
+
+def test_durations_of_a_worker_of_a_fleet_fit_into_each_other() -> None:
+    """What its table adds up ends before the pod is killed."""
+    text = (DOCS / "howto/kubernetes.md").read_text("utf-8")
+    pod = yaml_blocks(text)[-1]["spec"]["template"]["spec"]
+    *steps, kill = map(
+        int, re.findall(r"^\| (\d+) s \|", text.partition("## A worker of a fleet")[2], re.MULTILINE)
+    )
+    assert sum(steps) == 40
+    assert kill == pod["terminationGracePeriodSeconds"] == 50
+    assert "--shutdown-timeout 10" in " ".join(pod["containers"][0]["command"])
 
 
 def test_collector_configuration_names_existing_attributes() -> None:

@@ -145,9 +145,9 @@ def test_compose_file_pins_its_images_and_stays_local() -> None:
     services = compose_file()["services"]
 
     images = {name: service["image"] for name, service in services.items() if "image" in service}
-    assert set(images) == {"jaeger", "prometheus"}
-    assert [image for image in images.values() if not re.search(r":v?\d+\.\d+\.\d+$", image)] == []
-    ports = [port for service in services.values() for port in service["ports"]]
+    assert set(images) == {"jaeger", "prometheus", "rabbitmq", "redis"}
+    assert [image for image in images.values() if not re.search(r":v?\d+\.\d+\.\d+(-alpine)?$", image)] == []
+    ports = [port for service in services.values() for port in service.get("ports", [])]
     assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
 
 
@@ -160,7 +160,7 @@ def test_example_image_is_pinned(dockerfile: str) -> None:
 
 
 def test_plain_up_starts_jaeger_and_the_service_alone() -> None:
-    """The profile `spm` adds Prometheus, `services` the three services, `worker` the worker."""
+    """The profile `spm` adds Prometheus; each other one adds an example with the same name."""
     profiles = {name: service.get("profiles", []) for name, service in compose_file()["services"].items()}
 
     assert profiles == {
@@ -171,6 +171,11 @@ def test_plain_up_starts_jaeger_and_the_service_alone() -> None:
         "suppliers": ["services"],
         "worker": ["worker"],
         "prometheus": ["spm"],
+        "api-a": ["fleet"],
+        "api-b": ["fleet"],
+        "fleet-worker": ["fleet"],
+        "redis": ["fleet"],
+        "rabbitmq": ["fleet"],
     }
 
 

@@ -11,7 +11,7 @@ import aio_pika
 import pytest
 
 if TYPE_CHECKING:
-    from tests.rabbitmq import RabbitMQ
+    from examples.rabbitmq_server import RabbitMQ
 
 pytestmark = [pytest.mark.e2e, pytest.mark.real_clock]
 

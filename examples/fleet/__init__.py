@@ -1,0 +1,1 @@
+"""Two replicas of an API, two workers, and what joins them."""
