@@ -64,7 +64,9 @@ def main() -> int:
         return 0
     tables = [Table.from_dict(table) for table in results["tables"]]
     report.write(ROOT, tables, results["machine"])
-    (ROOT / "docs" / "images" / "benchmarks.svg").write_text(chart.draw(tables), encoding="utf-8")
+    images = ROOT / "docs" / "images"
+    (images / "benchmarks.svg").write_text(chart.draw(tables), encoding="utf-8")
+    (images / "middleware.svg").write_text(chart.draw_middleware(tables), encoding="utf-8")
     return 0
 
 

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.middleware.base import BaseHTTPMiddleware
 
-from benchmarks.names import ANYIO, BASE_HTTP, NONE, OURS, RULE, WATCHER
+from benchmarks.names import ANYIO, BASE_HTTP, NONE, OURS, POLLING, RULE, WATCHER
 from otel_tasks.asgi import TaskGroupMiddleware
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, MutableMapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 
     from starlette.requests import Request
     from starlette.responses import Response
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
     Receive = Callable[[], Awaitable[Message]]
     Send = Callable[[Message], Awaitable[None]]
     App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+
+CHUNKS = 200
+# Seconds that a request of /wait takes: long enough to be watched.
+WAIT = 0.2
 
 
 async def raw(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -61,6 +67,18 @@ def fastapi_app() -> FastAPI:
     @app.post("/orders")
     async def order(order: Order) -> Order:
         return order
+
+    @app.get("/stream")
+    async def stream() -> StreamingResponse:
+        async def chunks() -> AsyncIterator[bytes]:
+            for _ in range(CHUNKS):
+                yield b"chunk"
+
+        return StreamingResponse(chunks())
+
+    @app.get("/wait")
+    async def wait() -> None:
+        await asyncio.sleep(WAIT)
 
     return app
 
@@ -139,6 +157,31 @@ class DoNothing(BaseHTTPMiddleware):
         return await call_next(request)
 
 
+class Polling(BaseHTTPMiddleware):
+    """A task beside the handler polls the request, and cancels the handler when its client has left.
+
+    A first look at once would take the body from the application.
+    """
+
+    async def dispatch(
+        self, request: Request, call_next: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
+        """Serve a request, beside its poller."""
+        handler = asyncio.ensure_future(call_next(request))
+        poller = asyncio.create_task(self.poll(request, handler))
+        try:
+            return await handler
+        finally:
+            poller.cancel()
+
+    async def poll(self, request: Request, handler: asyncio.Future[Response]) -> None:
+        """Look ten times a second."""
+        await asyncio.sleep(0.1)
+        while not await request.is_disconnected():  # noqa: ASYNC110  # this is what is measured
+            await asyncio.sleep(0.1)
+        handler.cancel()
+
+
 def _probed() -> App:
     from benchmarks.disconnect import Probed
 
@@ -158,6 +201,7 @@ MIDDLEWARE: dict[str, Any] = {
     WATCHER: Watcher,
     ANYIO: AnyioGroup,
     BASE_HTTP: DoNothing,
+    POLLING: Polling,
 }
 APPS: dict[str, Any] = {
     "raw": lambda: raw,

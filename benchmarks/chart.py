@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks import goals
 from benchmarks.goals import added, ratio, worst
-from benchmarks.names import BARE, NONE
+from benchmarks.names import BARE, BASE_HTTP, NONE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 WIDTH, MARGIN, GAP = 960, 24, 32
 PANEL = (WIDTH - 2 * MARGIN - GAP) / 2
-LABEL, VALUE = 186, 64
+LABEL, VALUE = 202, 64
 BAR, STEP = 14, 22
 OURS, PEER, GOAL, INK, FAINT = "#2f6fdf", "#b9c0ca", "#d0463b", "#1f2430", "#697180"
 
@@ -58,22 +58,33 @@ class Panel:
 
 def draw(tables: list[Table]) -> str:
     """Draw what was measured; a panel whose table is missing is left out."""
+    return _drawn("What it costs", PANELS, tables)
+
+
+def draw_middleware(tables: list[Table]) -> str:
+    """Draw what each middleware adds to a request."""
+    return _drawn("What it adds to a request", REQUEST_PANELS, tables)
+
+
+def _drawn(
+    title: str, makers: tuple[Callable[[dict[str, Table]], Panel | None], ...], tables: list[Table]
+) -> str:
     known = {table.id: table for table in tables}
-    panels = [panel for panel in (_make(known) for _make in PANELS) if panel is not None]
+    panels = [panel for panel in (make(known) for make in makers) if panel is not None]
     body, y = [], 62.0
     for left, right in zip(panels[::2], [*panels[1::2], None], strict=False):
         body.append(_panel(left, MARGIN, y))
         if right is not None:
             body.append(_panel(right, MARGIN + PANEL + GAP, y))
         y += max(left.height, 0 if right is None else right.height) + 18
-    return _document(y, "\n".join(body))
+    return _document(title, y, "\n".join(body))
 
 
-def _document(height: float, body: str) -> str:
+def _document(title: str, height: float, body: str) -> str:
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" \
 font-family="system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif" font-size="12">
 <rect width="{WIDTH}" height="{height:.0f}" rx="8" fill="#ffffff"/>
-<text x="{MARGIN}" y="30" font-size="17" font-weight="600" fill="{INK}">What it costs</text>
+<text x="{MARGIN}" y="30" font-size="17" font-weight="600" fill="{INK}">{escape(title)}</text>
 <text x="{MARGIN}" y="48" fill="{FAINT}">Shorter is better. </text>
 <rect x="{MARGIN + 106}" y="38" width="12" height="12" rx="2" fill="{OURS}"/>
 <text x="{MARGIN + 123}" y="48" fill="{FAINT}">otel_tasks</text>
@@ -123,11 +134,11 @@ def _mark(panel: Panel, x: float, top: float) -> str:
     )
 
 
-def _bars(table: Table, figure: Callable[[Row], float], without: str = "") -> list[Bar]:
+def _bars(table: Table, figure: Callable[[Row], float], *without: str) -> list[Bar]:
     bars = [
         Bar(row.name.removeprefix("asyncio: "), max(0.0, figure(row)), row.name.startswith("otel_tasks"))
         for row in table.rows
-        if row.name != without
+        if row.name not in without
     ]
     return sorted(bars, key=lambda bar: bar.value)
 
@@ -150,14 +161,19 @@ def _memory(known: dict[str, Table]) -> Panel | None:
     )
 
 
-def _request(known: dict[str, Table]) -> Panel | None:
-    table = known.get("middleware-fastapi-get")
-    if table is None:
-        return None
-    base = table.row(NONE)
-    limit = None if base is None else base.value.median * (1 / goals.FASTAPI.limit - 1)
-    unit = f"CPU µs more than without any middleware ({base.value.median:.0f} µs)" if base else "CPU µs more"
-    return Panel("A FastAPI request", unit, "{:.1f}", limit, _bars(table, added, NONE))
+def _request(
+    title: str, table_id: str, goal: Goal | None = None
+) -> Callable[[dict[str, Table]], Panel | None]:
+    def make(known: dict[str, Table]) -> Panel | None:
+        table = known.get(table_id)
+        base = None if table is None else table.row(NONE)
+        if table is None or base is None:
+            return None
+        limit = None if goal is None else base.value.median * (1 / goal.limit - 1)
+        unit = f"CPU µs more than without any middleware ({base.value.median:,.0f} µs)"
+        return Panel(title, unit, "{:,.1f}", limit, _bars(table, added, NONE, BASE_HTTP))
+
+    return make
 
 
 def _disconnect(known: dict[str, Table]) -> Panel | None:
@@ -183,7 +199,7 @@ PANELS = (
     ),
     _memory,
     _ratios("A task with a span", "CPU time; hand-written span = 1; batch export", "span-batch", goals.SPAN),
-    _request,
+    _request("A FastAPI request", "middleware-fastapi-get", goals.FASTAPI),
     _ratios(
         "Cancel 100,000 sleeping tasks",
         "CPU time; a bare loop of cancel() = 1",
@@ -191,4 +207,10 @@ PANELS = (
         goals.CANCEL,
     ),
     _disconnect,
+)
+REQUEST_PANELS = (
+    _request("A GET", "middleware-fastapi-get", goals.FASTAPI),
+    _request("A POST with a body", "middleware-fastapi-post"),
+    _request("A stream of 200 chunks", "middleware-fastapi-stream"),
+    _request("A GET that waits, 1,000 in flight", "middleware-in-flight"),
 )

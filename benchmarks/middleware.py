@@ -16,12 +16,14 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from benchmarks import apps
 from benchmarks.apps import make_app
 from benchmarks.measure import Effort, Table, cpu_clock, tabulate, take_turns
 from benchmarks.names import NONE, SIDES
@@ -31,7 +33,10 @@ if TYPE_CHECKING:
 
     from benchmarks.measure import Side
 
-COUNT = 500
+COUNT = 200
+IN_FLIGHT = 1_000
+# How often a server that waits for its end looks (uvicorn).
+TICK = 0.1
 BODY = b'{"item": "lamp", "count": 2}'
 GET = b"GET /hello/you HTTP/1.1\r\nhost: localhost\r\n\r\n"
 POST = (
@@ -40,40 +45,105 @@ POST = (
     + b"\r\n\r\n"
     + BODY
 )
+STREAM = b"GET /stream HTTP/1.1\r\nhost: localhost\r\n\r\n"
+WAIT = b"GET /wait HTTP/1.1\r\nhost: localhost\r\n\r\n"
+
+
+class Kind(NamedTuple):
+    """What is requested, and how often in each turn."""
+
+    title: str
+    app: str
+    request: bytes
+    times: int = COUNT
+
+
 KINDS = {
-    "raw": ("raw ASGI application that does not suspend", "raw", GET),
-    "raw-suspending": ("raw ASGI application that suspends once", "raw-suspending", GET),
-    "fastapi-get": ("FastAPI, GET", "fastapi", GET),
-    "fastapi-post": ("FastAPI, POST with a body", "fastapi", POST),
+    "raw": Kind("raw ASGI application that does not suspend", "raw", GET),
+    "raw-suspending": Kind("raw ASGI application that suspends once", "raw-suspending", GET),
+    "fastapi-get": Kind("FastAPI, GET", "fastapi", GET),
+    "fastapi-post": Kind("FastAPI, POST with a body", "fastapi", POST),
+    "fastapi-stream": Kind("FastAPI, a stream of 200 chunks", "fastapi", STREAM, COUNT // 10),
 }
 
 
 def run(effort: Effort) -> list[Table]:
     """Measure CPU time for each kind of application, then throughput."""
-    tables = [asyncio.run(_measure(kind, effort.less(0.16))) for kind in KINDS]
+    part = replace(effort, seconds=effort.seconds * 0.14)
+    tables = [asyncio.run(_measure(kind, part)) for kind in KINDS]
+    tables.append(asyncio.run(_measure_in_flight(part)))
     if shutil.which("wrk") is not None:
-        tables.append(_throughput(effort.less(0.36)))
+        tables.append(_throughput(effort.less(0.16)))
     return tables
 
 
 async def _measure(kind: str, effort: Effort) -> Table:
-    what, app, request = KINDS[kind]
-    sides = {side: _requests(make_app(app, side), request) for side in SIDES}
-    table = Table(f"middleware-{kind}", f"A request: {what}", "µs per request", NONE, 0)
-    return tabulate(table, await take_turns(sides, effort))
+    what = KINDS[kind]
+    sides = {side: _one_by_one(make_app(what.app, side), what) for side in SIDES}
+    table = Table(f"middleware-{kind}", f"A request: {what.title}", "µs per request", NONE, 0)
+    return tabulate(table, await _take_turns(sides, effort))
 
 
-def _requests(app: Any, request: bytes) -> Side:
+async def _measure_in_flight(effort: Effort) -> Table:
+    sides = {side: _at_once(make_app("fastapi", side)) for side in SIDES}
+    table = Table(
+        "middleware-in-flight",
+        f"A request: FastAPI, GET that waits for {1000 * apps.WAIT:.0f} ms, {IN_FLIGHT:,} in flight",
+        "µs per request",
+        NONE,
+        0,
+    )
+    return tabulate(table, await _take_turns(sides, effort))
+
+
+async def _take_turns(sides: dict[str, Side], effort: Effort) -> dict[str, list[float]]:
+    """Measure beside the timer of uvicorn's main loop.
+
+    As in production, it is the first one in the loop's queue, which keeps cancelled timers behind it, such as
+    uvicorn's for idle connections, with their contexts. Without it, they are freed at once.
+    """
+    ticks = asyncio.create_task(_tick())
+    try:
+        return await take_turns(sides, effort)
+    finally:
+        ticks.cancel()
+
+
+async def _tick() -> None:
+    while True:  # noqa: ASYNC110  # as uvicorn does
+        await asyncio.sleep(TICK)
+
+
+def _one_by_one(app: Any, kind: Kind) -> Side:
     async def side() -> float:
-        protocol = _connected(app)
+        protocol = _connected(_config(app))
         begin = cpu_clock()
-        for _ in range(COUNT):
-            protocol.data_received(request)
+        for _ in range(kind.times):
+            protocol.data_received(kind.request)
             while not protocol.cycle.response_complete:  # noqa: ASYNC110  # to be told would cost more
                 await asyncio.sleep(0)
-        took = (cpu_clock() - begin) / COUNT
+        took = (cpu_clock() - begin) / kind.times
         protocol.connection_lost(None)
         # The application needs a moment to notice that.
+        await asyncio.sleep(0.01)
+        return took
+
+    return side
+
+
+def _at_once(app: Any) -> Side:
+    async def side() -> float:
+        config = _config(app)
+        protocols = [_connected(config) for _ in range(IN_FLIGHT)]
+        begin = cpu_clock()
+        for protocol in protocols:
+            protocol.data_received(WAIT)
+        for protocol in protocols:
+            while not protocol.cycle.response_complete:  # noqa: ASYNC110  # to be told would cost more
+                await asyncio.sleep(0.01)
+        took = (cpu_clock() - begin) / IN_FLIGHT
+        for protocol in protocols:
+            protocol.connection_lost(None)
         await asyncio.sleep(0.01)
         return took
 
@@ -104,9 +174,13 @@ class Nowhere(asyncio.Transport):
         """Nothing is read."""
 
 
-def _connected(app: Any) -> Any:
+def _config(app: Any) -> Config:
     config = Config(app=app, http=HttpToolsProtocol, lifespan="off", access_log=False, log_config=None)
     config.load()
+    return config
+
+
+def _connected(config: Config) -> Any:
     protocol = HttpToolsProtocol(config=config, server_state=ServerState(), app_state={})
     protocol.connection_made(Nowhere())
     return protocol

@@ -22,4 +22,5 @@ RULE = "otel_tasks, POST too"
 WATCHER = "a watcher task per request"
 ANYIO = "an anyio task group per request"
 BASE_HTTP = "BaseHTTPMiddleware that does nothing"
-SIDES = (NONE, OURS, WATCHER, ANYIO, BASE_HTTP)
+POLLING = "BaseHTTPMiddleware that polls"
+SIDES = (NONE, OURS, WATCHER, ANYIO, BASE_HTTP, POLLING)

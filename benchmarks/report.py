@@ -27,6 +27,8 @@ REQUESTS = {
     "raw ASGI": "middleware-raw",
     "FastAPI GET": "middleware-fastapi-get",
     "FastAPI POST": "middleware-fastapi-post",
+    "stream of 200": "middleware-fastapi-stream",
+    "1,000 in flight": "middleware-in-flight",
 }
 DISCONNECTS = {
     "otel_tasks, idle": "disconnect-ours-idle",
@@ -46,7 +48,8 @@ def write(root: Path, tables: list[Table], machine: dict[str, Any]) -> None:
         _side_by_side("CPU time per request, µs", REQUESTS, tables, lambda row: _number(row.value.median)),
         _side_by_side("disconnect to last task's end, ms: median, p99", DISCONNECTS, tables, _median_and_p99),
     ]
-    in_docs = [f"{picture}(images/benchmarks.svg)", goals, *summary]
+    requests = "![Bars: what each middleware adds to a request]"
+    in_docs = [f"{picture}(images/benchmarks.svg)", goals, f"{requests}(images/middleware.svg)", *summary]
     _between(root / "docs" / "performance.md", "\n\n".join(in_docs))
     _between(root / "docs" / "figures.md", "\n\n".join([where, *map(_table, tables)]))
 

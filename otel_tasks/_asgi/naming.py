@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # A client may send any word as a method; only these appear in names.
 _KNOWN_METHODS = SAFE_METHODS | {"WS", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "TRACE"}
 
+# The span of a request that is over is not asked for its route.
+_WITHOUT_SPAN = Context()
+
 
 def request_name(scope: Scope, context: Context) -> str:
     """Name a request after its route, or after its method alone until routing has matched.
@@ -42,7 +45,7 @@ def late_name(scope: Scope) -> Callable[[], str]:
         "route": get("route"),
         "fastapi": get("fastapi"),
     }
-    return partial(request_name, facts, Context())
+    return partial(request_name, facts, _WITHOUT_SPAN)
 
 
 def _route_template(scope: Scope) -> str | None:
