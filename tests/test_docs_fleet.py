@@ -71,9 +71,7 @@ def test_handler_uses_workers_and_a_hang_up_reaches_them() -> None:
     """A request gets its pages from the workers; one whose client leaves cancels them there."""
     module = dedent(
         f"""
-        import logging, sys, types
-        # Taskiq logs a warning for each task that saves its result itself.
-        logging.getLogger("taskiq").setLevel("ERROR")
+        import sys, types
         tasks = sys.modules["tasks"] = types.ModuleType("tasks")
         exec({in_memory(TASKS)!r}, tasks.__dict__)
         """

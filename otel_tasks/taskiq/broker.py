@@ -19,10 +19,12 @@ import asyncio
 import contextlib
 import copy
 import functools
+import logging
 import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from taskiq import AckableMessage, AsyncBroker, TaskiqMiddleware
+from taskiq.receiver import Receiver
 from taskiq.utils import maybe_awaitable
 
 from otel_tasks import CancelCause, CancelKind
@@ -31,7 +33,7 @@ from otel_tasks._core.options import FROM_MANAGER
 from otel_tasks.fleet import Fleet
 from otel_tasks.fleet.entries import CancelEntry
 from otel_tasks.taskiq.calls import Calls
-from otel_tasks.taskiq.errors import RemoteResultError
+from otel_tasks.taskiq.errors import RemoteResultError, is_not_about_an_end
 from otel_tasks.taskiq.execution import Execution, current_execution
 from otel_tasks.taskiq.functions import covered_function
 from otel_tasks.taskiq.sending import stamp_message
@@ -156,12 +158,14 @@ class ManagedBroker:
         return self.broker.result_backend
 
     def cover(self) -> None:
-        """Put the middleware and the two methods on the broker."""
+        """Put the middleware and the two methods on the broker, and a filter on the receiver's logger."""
         broker = self.broker
         broker.add_middlewares(self._middleware)
         vars(broker)["find_task"] = self.find_task
         vars(broker)["listen"] = self.listen
         _managed[broker] = self
+        # A filter that is there already is not added again.
+        logging.getLogger(Receiver.__module__).addFilter(is_not_about_an_end)
 
     # -- the methods of the broker --------------------------------------------------------------
 

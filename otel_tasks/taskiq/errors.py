@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING
+
 from taskiq.exceptions import NoResultError
 
 from otel_tasks.exceptions import OtelTasksError
+
+if TYPE_CHECKING:
+    from logging import LogRecord
 
 
 class RemoteCancelledError(OtelTasksError):
@@ -29,3 +35,11 @@ class ExecutionLeftError(ExecutionEndedError):
     """Ends an execution that another worker takes over: its message is not acknowledged."""
 
     __template__ = "another worker executes this message"
+
+
+def is_not_about_an_end(record: LogRecord) -> bool:
+    """Filter Taskiq's warning that a task has skipped setting its result: the execution has saved it.
+
+    Otherwise, a client that hangs up would leave a warning for each of its tasks.
+    """
+    return not isinstance(sys.exc_info()[1], ExecutionEndedError)
