@@ -22,7 +22,7 @@ import otel_tasks
 from docs import scenes, signatures
 from docs.architecture import architecture_picture
 from docs.picture import state_picture
-from otel_tasks import asgi, exceptions, fastapi, fleet, instrumentation, live, logs, testing
+from otel_tasks import asgi, exceptions, fastapi, fleet, instrumentation, live, logs, taskiq, testing
 from otel_tasks._core.state import TRANSITIONS, CancelKind, Outcome, TaskPriority
 
 if TYPE_CHECKING:
@@ -394,7 +394,7 @@ def llms_txt(base: str = "", names: str = "") -> str:
 def installed_llms_txt() -> str:
     """The same for an installed package: with absolute links, and the module of each public name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    modules = (otel_tasks, fastapi, asgi, live, fleet, logs, testing, instrumentation)
+    modules = (otel_tasks, fastapi, asgi, live, fleet, taskiq, logs, testing, instrumentation)
     names = [f"- `{module.__name__}`: {', '.join(sorted(module.__all__))}" for module in modules]
     return llms_txt(
         base=f"{project['urls']['Source']}/blob/main/docs/",

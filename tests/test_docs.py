@@ -17,7 +17,7 @@ from benchmarks import chart, report
 from benchmarks.measure import Table
 from docs import generate, hooks, scenes
 from docs.picture import state_picture
-from otel_tasks import TaskStatus, asgi, fastapi, fleet, instrumentation, live, logs, testing
+from otel_tasks import TaskStatus, asgi, fastapi, fleet, instrumentation, live, logs, taskiq, testing
 from otel_tasks._core.state import TRANSITIONS
 from otel_tasks._core.telemetry import conventions
 from tests.blocks import ROOT, promised_output, python_blocks, run_block
@@ -405,7 +405,7 @@ def test_every_public_name_is_on_the_api_page() -> None:
     wanted |= {f"otel_tasks.asgi.{name}" for name in asgi.__all__}
     # A name that the adapter re-exports is listed with its own module.
     wanted |= {f"otel_tasks.fastapi.{name}" for name in fastapi.__all__ if name not in asgi.__all__}
-    for module in (testing, live, fleet, logs, instrumentation):
+    for module in (testing, live, fleet, taskiq, logs, instrumentation):
         wanted |= {f"{module.__name__}.{name}" for name in module.__all__}
     assert sorted(shown) == sorted(set(shown))
     assert set(shown) == wanted

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import json
 from collections.abc import AsyncIterator  # noqa: TC003 - Taskiq reads the annotations of dependencies
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -304,6 +304,27 @@ async def test_cancel_right_after_the_sending_is_not_lost() -> None:
         await asyncio.sleep(30)
         assert worker.live() == []
         assert not api.broker.queue.delivered
+
+
+async def test_cancel_that_the_client_of_the_broker_swallows_is_not_lost() -> None:
+    """A call whose cancellation is swallowed while the message is sent ends cancelled, and its task too."""
+    async with api_and_worker() as (api, worker):
+        worker.task(forever_of(worker))
+        kick = api.broker.kick
+
+        async def swallow(message: Any) -> None:
+            await kick(message)
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(10)
+
+        vars(api.broker)["kick"] = swallow
+        task = api.manager.create_task(remote(api.task(forever_of(api))))
+        await asyncio.sleep(1)
+        task.cancel("enough")
+        await asyncio.wait([task], timeout=1)
+        await asyncio.sleep(1)
+        assert task.cancelled()
+        assert worker.log == ["started", "explicit: enough"]
 
 
 async def test_cancel_on_the_worker_ends_the_call_as_cancelled() -> None:

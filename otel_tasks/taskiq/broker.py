@@ -38,6 +38,7 @@ from otel_tasks.taskiq.execution import Execution, current_execution
 from otel_tasks.taskiq.functions import covered_function
 from otel_tasks.taskiq.sending import stamp_message
 from otel_tasks.taskiq.stopping import SignalWatch
+from otel_tasks.taskiq.streams import Redelivery, redelivery_for
 from otel_tasks.taskiq.worker import Worker
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class ManagedBroker:
         self.acknowledges = False
         self.is_started = False
         self._signals = SignalWatch(fleet, self.worker, grace)
+        self._redelivery: Redelivery | None = None
         self._middleware = FleetMiddleware(self)
         self._find_task: Callable[[str], AsyncTaskiqDecoratedTask[Any, Any] | None] = broker.find_task
         self._listen: Callable[[], AsyncGenerator[bytes | AckableMessage, None]] = broker.listen
@@ -233,6 +235,9 @@ class ManagedBroker:
         self.is_started = True
         if broker.is_worker_process:
             self._signals.install()
+            self._redelivery = redelivery_for(broker)
+            if self._redelivery is not None:
+                self._redelivery.start()
 
     async def stop(self) -> None:
         """End the executions that still run, and stop the fleet in this process.
@@ -243,6 +248,8 @@ class ManagedBroker:
             return
         self.is_started = False
         try:
+            if self._redelivery is not None:
+                await self._redelivery.stop()
             await self._signals.finish()
             cause = CancelCause.make(CancelKind.SHUTDOWN, "the broker is shutting down")
             await self.worker.end(cause, _END_WITHIN)

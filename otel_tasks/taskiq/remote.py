@@ -113,9 +113,8 @@ async def _call(
     try:
         await keeper.hold_lease()
         try:
-            sent = await _send(
-                managed_broker, kicker.with_task_id(task_id), _sending(call, task, name), args, kwargs
-            )
+            sending = _sending(call, task, name if is_whole else None)
+            sent = await _send(managed_broker, kicker.with_task_id(task_id), sending, args, kwargs)
             await call.ended
             result = await _read(sent)
         finally:
@@ -145,20 +144,28 @@ async def _send(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> AsyncTaskiqTask[Any]:
+    task = asyncio.current_task()
+    before = 0 if task is None else task.cancelling()
     token = current_sending.set(sending)
     try:
-        return await kicker.kiq(*args, **kwargs)
+        sent = await kicker.kiq(*args, **kwargs)
     finally:
         current_sending.reset(token)
+    if task is not None and task.cancelling() > before:
+        # The client of the broker has swallowed the cancellation (seen with redis-py 8.1 under load).
+        raise asyncio.CancelledError
+    return sent
 
 
-def _sending(call: Call, task: ManagedTask[Any] | None, name: str) -> Sending:
+def _sending(call: Call, task: ManagedTask[Any] | None, function: str | None) -> Sending:
+    """Return what a local task hands on; its name only if it consists of the call to ``function``."""
     host = call.host
     if task is None:
         return Sending(call.task_id, host, None, None, None, None)
     deadline = task.deadline
     timeout = None if deadline is None else max(0.0, deadline - asyncio.get_running_loop().time())
-    return Sending(call.task_id, host, _given_name(task, name), _group_name(task), task.priority, timeout)
+    name = None if function is None else _given_name(task, function)
+    return Sending(call.task_id, host, name, _group_name(task), task.priority, timeout)
 
 
 def _given_name(task: ManagedTask[Any], function: str) -> str | None:

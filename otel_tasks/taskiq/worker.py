@@ -21,6 +21,7 @@ from otel_tasks.fleet.entries import ProgressEntry
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Coroutine
+    from contextvars import Context
 
     from otel_tasks import ManagedTask
     from otel_tasks.fleet import Fleet
@@ -72,6 +73,8 @@ class Worker:
         self._alive_until: dict[str, float] = {}
         self._waiting: set[tuple[str, str]] = set()
         self._background: set[asyncio.Task[None]] = set()
+        # One context for all calls in the background: to make one costs as much as the call.
+        self._quiet: Context | None = None
 
     def add(self, execution: Running) -> None:
         """Watch an execution that has started."""
@@ -123,7 +126,9 @@ class Worker:
 
     def in_background(self, work: Coroutine[Any, Any, object]) -> None:
         """Run a call of the bus that nobody waits for; a failure of the bus is as if it had not been made."""
-        task = asyncio.get_running_loop().create_task(_forgiven(work), context=quiet_context())
+        if self._quiet is None:
+            self._quiet = quiet_context()
+        task = asyncio.get_running_loop().create_task(_forgiven(work), context=self._quiet)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 

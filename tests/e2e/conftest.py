@@ -9,13 +9,14 @@ import pytest
 
 # Fixtures are found by their names.
 from tests.rabbitmq import own_rabbitmq, rabbitmq
+from tests.redis_server import own_redis, redis_server
 
 from .servers import KINDS, Case, Kind, Pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["own_rabbitmq", "rabbitmq"]
+__all__ = ["own_rabbitmq", "own_redis", "rabbitmq", "redis_server"]
 
 _numbers = itertools.count(1)
 

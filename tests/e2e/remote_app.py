@@ -9,18 +9,29 @@ import asyncio
 import json
 import os
 import time
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastapi import FastAPI
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from taskiq import AsyncBroker
 from taskiq_aio_pika import AioPikaBroker, Exchange, Queue, QueueType
 from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 
 from otel_tasks import TaskManager, TaskPriority, current_cancel_event, current_task
+from otel_tasks.asgi import request_group
+from otel_tasks.fastapi import TaskGroupMiddleware
 from otel_tasks.fleet import Fleet
 from otel_tasks.taskiq import managed, rabbitmq_priorities, remote, stream_priorities
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from taskiq import AsyncTaskiqDecoratedTask
 
 TASKS = ("nothing", "sleep", "spin", "block", "fail", "ordered", "fan_out")
@@ -150,10 +161,71 @@ def _broker(settings: Settings, fleet: Fleet) -> AsyncBroker:
     return managed(broker, fleet, priorities=rabbitmq_priorities(9), grace=0.5)
 
 
+def trace_to_receiver() -> None:
+    """Export spans to the receiver of the test, if there is one."""
+    if "OTEL_EXPORTER_OTLP_ENDPOINT" not in os.environ:
+        return
+    provider = TracerProvider(resource=Resource.create())
+    provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(provider)
+
+
+def api() -> FastAPI:
+    """The service of `uvicorn --factory tests.e2e.remote_app:api`: a request whose work is two calls deep."""
+    trace_to_receiver()
+    app = App(Settings.from_environment())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await app.broker.startup()
+        yield
+        await app.manager.shutdown()
+        await app.broker.shutdown()
+
+    service = FastAPI(lifespan=lifespan)
+    service.add_middleware(TaskGroupMiddleware, manager=app.manager)
+
+    @service.get("/book/{key}")
+    async def book(key: str, seconds: float) -> list[str]:
+        task = request_group().create_task(app.call("fan_out", key, seconds), name="book")
+        pages: list[str] = await task
+        return pages
+
+    return service
+
+
 def __getattr__(name: str) -> Any:
     """Make the broker that `taskiq worker tests.e2e.remote_app:broker` asks for."""
     if name != "broker":
         raise AttributeError(name)
+    trace_to_receiver()
     app = globals()["app"] = App(Settings.from_environment())
     globals()["broker"] = app.broker
     return app.broker
+
+
+async def _call_forever(name: str, *args: str) -> None:
+    """Call a task in a process that a test ends in the middle; the last argument is a number of seconds."""
+    app = App(Settings.from_environment())
+    await app.broker.startup()
+    await run_call(app, name, *args[:-1], float(args[-1]))
+
+
+async def run_call(app: App, name: str, *args: Any) -> None:
+    """Call a task in the manager of an app, and note how that ended."""
+    app.note("called", str(args[0]))
+    try:
+        await app.manager.create_task(app.call(name, *args))
+    except asyncio.CancelledError:
+        app.note("call cancelled", str(args[0]))
+        raise
+    finally:
+        await app.broker.shutdown()
+
+
+if __name__ == "__main__":
+    import sys
+
+    import otel_tasks
+
+    otel_tasks.run(_call_forever(*sys.argv[1:]))
