@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
     from examples.otlp_receiver import Received
+    from examples.rabbitmq_server import RabbitMQ
+    from examples.redis_server import Redis
     from examples.trace_tree import Span
-    from tests.rabbitmq import RabbitMQ
-    from tests.redis_server import Redis
 
 pytestmark = [pytest.mark.e2e, pytest.mark.real_clock]
 
