@@ -120,9 +120,12 @@ def _frames(answer: Row) -> list[Cell]:
 
 def _chain(answer: Row, epoch: float) -> list[Cell]:
     steps = answer.get("cause_chain", ())
+    times = [_when(steps, index, epoch) for index in range(len(steps))]
+    # A time of another day has its date.
+    cells = max(map(len, times), default=0) + 2
     return [
-        (f"{_when(steps, index, epoch):<14}{_step(step)}", "cancel" if index == 0 else None)
-        for index, step in enumerate(steps)
+        (f"{at:<{cells}}{_step(step)}", None if index else "cancel")
+        for index, (at, step) in enumerate(zip(times, steps, strict=True))
     ]
 
 
@@ -136,7 +139,9 @@ def _when(steps: list[Row], index: int, epoch: float) -> str:
 
 def _step(step: Row) -> str:
     if step.get("step") == "cause":
-        parts = (phrases.because({"kind": step.get("kind")}), step.get("name"), step.get("message"))
+        kind, name = step.get("kind"), step.get("name")
+        says = phrases.because({"kind": kind, "asked_by": name})
+        parts = (says, None if kind == "explicit" else name, step.get("message"))
         return " · ".join(clean(part) for part in parts if part)
     if step.get("step") == "group":
         return f"group {clean(step.get('name'))}"
@@ -164,4 +169,6 @@ def _siblings(answer: Row, now: float) -> list[Cell]:
 
 
 def _sibling(task: Row, says: str) -> str:
-    return f"{SHAPES.get(str(task.get('status')), '?')} {cut(clean(task.get('name', '?')), 40)}  {says}"
+    return (
+        f"{SHAPES.get(str(task.get('status')), '?')} {cut(clean(task.get('name', '?')), 40)}  {says}".rstrip()
+    )

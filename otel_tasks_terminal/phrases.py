@@ -42,6 +42,8 @@ def _running(task: Row, now: float) -> str:
         return f"attempt {clean(task.get('attempt'))} failed, next in {duration(task['retry_at'] - now)}"
     if task.get("next_run"):
         return f"next run in {duration(task['next_run'] - now)}"
+    if task.get("kind") == "service" and not task.get("where"):
+        return "restarts soon"
     return _waits(task)
 
 

@@ -1,6 +1,6 @@
-"""Takes the picture of `otel-tasks top` for the docs, from the live example.
+"""Takes the pictures of `otel-tasks top` for the docs, from the live example.
 
-python -m tests.terminal_picture    # writes docs/images/live-top.svg; takes a minute
+python -m tests.terminal_picture    # writes docs/images/live-top.svg and live-top-timeline.svg, in a minute
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from otel_tasks_terminal.top.app import Top
 from tests.blocks import ROOT
 from tests.processes import free_port
 
-PICTURE = ROOT / "docs" / "images" / "live-top.svg"
+IMAGES = ROOT / "docs" / "images"
 # Seconds until a task has been cancelling long enough for a warning, and the counters have a history.
 LOAD = 45.0
 SIZE = (140, 36)
 
 
-async def take(url: str) -> str:
-    """Look around for a while, open the task that does not stop, and return the picture."""
+async def take(url: str) -> dict[str, str]:
+    """Look around for a while, open the task that does not stop, then its timeline; return the pictures."""
     app = Top(Client(Address.parse(url)))
     async with app.run_test(size=SIZE) as pilot:
         end = time.monotonic() + LOAD
@@ -32,9 +32,13 @@ async def take(url: str) -> str:
             await pilot.pause(0.5)
         await pilot.press("n", "l")
         await pilot.pause(3.0)
-        picture = app.export_screenshot(title="otel-tasks top")
+        panel = app.export_screenshot(title="otel-tasks top")
+        # The timeline of its group, which has the tasks of several requests.
+        await pilot.press("escape", "home", "j", "g")
+        await pilot.pause(3.0)
+        timeline = app.export_screenshot(title="otel-tasks top: timeline")
         app.exit(0)
-    return without_fonts(picture)
+    return {"live-top.svg": without_fonts(panel), "live-top-timeline.svg": without_fonts(timeline)}
 
 
 def without_fonts(picture: str) -> str:
@@ -47,7 +51,7 @@ def without_fonts(picture: str) -> str:
 
 
 def main() -> None:
-    """Serve the example, take the picture, and end the example."""
+    """Serve the example, take the pictures, and end the example."""
     port = free_port()
     command = [sys.executable, "-m", "examples.live", "--port", str(port)]
     example = subprocess.Popen(command, cwd=ROOT)
@@ -60,7 +64,8 @@ def main() -> None:
                     break
             except OSError:
                 continue
-        PICTURE.write_text(asyncio.run(take(url)), "utf-8")
+        for name, picture in asyncio.run(take(url)).items():
+            (IMAGES / name).write_text(picture, "utf-8")
     finally:
         example.terminate()
         example.wait(30)

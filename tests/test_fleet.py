@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from otel_tasks import CancelKind, TaskManager, TaskStatus, WrongLoopError
-from otel_tasks.fleet import BusUnavailableError, CancelReport, Fleet
+from otel_tasks.fleet import BusUnavailableError, CancelReport, Fleet, outbox
 from otel_tasks.fleet.entries import CancelEntry
 from otel_tasks.fleet.memory_bus import memory_server
 from otel_tasks.testing import run
@@ -327,9 +327,8 @@ async def test_without_the_bus_the_own_process_is_cancelled_and_the_others_follo
             await here.cancel_task("import", timeout=4.0)
 
         assert str(caught.value) == (
-            "cancelling task 'import' reached 1 task of this process, of which 1 ended, and perhaps no other "
-            "process: memory:// is not available, it was not sent; the others carry it out when the bus is "
-            "back"
+            "cancelling task 'import' reached 1 task of this process, of which 1 ended: "
+            "memory:// is not available; the others get it when the bus is back"
         )
         assert now() - began == 4.0
         assert (mine.cancelled(), theirs.cause) == (True, None)
@@ -340,6 +339,28 @@ async def test_without_the_bus_the_own_process_is_cancelled_and_the_others_follo
         assert theirs.cause is not None
         assert theirs.cause.asked_by is not None
         assert here.node in theirs.cause.asked_by
+
+
+async def test_a_cancellation_whose_fleet_is_unknown_says_that_it_was_sent() -> None:
+    """The bus took it, and failed before it gave the roster."""
+    async with joined(2) as (here, there):
+        theirs = there.manager.create_task(rest(), name="import")
+        await settle()
+        server = memory_server(namespace="shop")
+        here.link.subscribe(CancelEntry, lambda *_: server.fail())
+        with pytest.raises(BusUnavailableError, match=r"0 tasks .*; the others get it, and have not"):
+            await here.cancel_task("import", timeout=1.0)
+        server.restore()
+        await asyncio.wait([theirs], timeout=10)
+        assert theirs.cancelled()
+
+
+async def test_a_cancellation_that_is_lost_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many wait for the bus already."""
+    monkeypatch.setattr(outbox, "OUTBOX_LIMIT", 0)
+    async with joined(1) as (here,):
+        with pytest.raises(BusUnavailableError, match="the others do not get it"):
+            await here.cancel_task("import", timeout=1.0)
 
 
 async def test_a_cancellation_waits_for_the_bus_within_its_timeout() -> None:
@@ -536,6 +557,10 @@ async def test_wrong_arguments_are_refused() -> None:
             await fleet.tree(limit=0)
         with pytest.raises(ValueError, match="limit must be at most 2000, got 2001"):
             await fleet.tasks(limit=2001)
+        with pytest.raises(TypeError, match="reason must be text, got 7"):
+            await fleet.cancel_task("import", 7)  # type: ignore[arg-type]  # that is the test
+        with pytest.raises(TypeError, match="asked_by must be text, got 7"):
+            await fleet.cancel_group("import", asked_by=7)  # type: ignore[arg-type]  # that is the test
         with pytest.raises(TypeError, match="cause must be a CancelCause"):
             await fleet.cancel_task("import", cause="x")  # type: ignore[arg-type]  # that is the test
 

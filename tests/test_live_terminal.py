@@ -216,12 +216,15 @@ def test_show_tells_everything_about_a_task(view: View, capsys: pytest.CaptureFi
         "Awaited by render_chart",
         "shop/pool.py:88 in Pool.acquire",
         "client disconnected · GET /report/{id}",
-        "+0.1 ms       group GET /report/{id}#4711",
         "this task · not finished",
         "3 live, 4 ended (1 ✓, 3 ⊘)",
         "user: ada",
     ):
         assert expected in out
+    # The steps stand below each other, also where the first has a date.
+    steps = re.findall(r"^  (\S.*  )(?:client|group|this)", out, re.MULTILINE)
+    assert len(steps) == 3
+    assert len({len(step) for step in steps}) == 1
 
 
 def test_show_says_what_plain_tasks_run(view: View, capsys: pytest.CaptureFixture[str]) -> None:

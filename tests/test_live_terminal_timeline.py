@@ -72,6 +72,15 @@ def test_a_request_has_its_tasks_together_in_the_order_of_their_start() -> None:
     assert names == ["old", "new", "/b#2", "load-9", "load-10"]
 
 
+def test_live_tasks_come_before_ended_ones() -> None:
+    """What still runs is what people look for."""
+    ended = [
+        {**ENDED, "name": f"e{n}", "created": NOW - 50.0 - n, "group_id": f"GET /a#{n}"} for n in range(2)
+    ]
+    names = [line.split()[1] for line in bars(*ended, task("b", 5.0))[1:]]
+    assert names == ["b", "e1", "e0"]
+
+
 def test_a_bar_shorter_than_a_cell_is_still_seen() -> None:
     """It takes one."""
     short = {**ENDED, "created": NOW - 10.001, "started": NOW - 10.001, "ended": NOW - 10.0}
@@ -82,7 +91,7 @@ def test_a_bar_that_ended_before_the_axis_is_empty() -> None:
     """Its row stays."""
     young = [task(f"b{n}", 5.0) for n in range(20)]
     gone = {**ENDED, "created": NOW - 900.0, "started": NOW - 900.0, "ended": NOW - 800.0}
-    assert set(bars(gone, *young)[1][36:97]) == {" "}
+    assert set(bars(gone, *young)[-1][36:97]) == {" "}
 
 
 def test_the_axis_keeps_its_length_for_a_while() -> None:
@@ -125,6 +134,15 @@ async def test_g_shows_the_timeline_of_the_selected_row_and_g_the_tree() -> None
         assert shown.view.asked[-1].query["group_id"] == ["GET /report/{id}#4711"]
         await shown.press("escape")
         await shown.until(lambda: shown.selected() == "uid-sync_mail")
+
+
+async def test_s_leaves_a_view_with_an_order_of_its_own() -> None:
+    """It says so; the tree is sorted as before."""
+    async with screen() as shown:
+        await shown.press("g", "s")
+        await shown.until(lambda: "This view has an order of its own." in shown.text())
+        await shown.press("escape")
+        await shown.until(lambda: "sorted by status" in shown.text())
 
 
 async def test_the_timeline_of_the_root_has_everything() -> None:

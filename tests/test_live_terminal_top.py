@@ -125,6 +125,24 @@ async def test_a_pause_holds_what_comes() -> None:
         assert "g3" not in shown.row_keys()
 
 
+async def test_a_pause_holds_the_panel_too() -> None:
+    """It stands still, and is asked for again when the pause ends."""
+    view = prepared()
+    async with screen(view) as shown:
+        await shown.press("n", "enter")
+        await shown.until(lambda: "Task id" in shown.text())
+        await shown.press("space")
+        later = details(task={**SYNC_MAIL, "priority": "LOW"})
+        view.streams = [[]]
+        shown.view.push("task", later)
+        shown.view.push("delta", delta(2))
+        await shown.until(lambda: "paused" in shown.text())
+        assert "Priority   HIGH" in shown.text()
+        view.answers["GET tasks/uid-sync_mail"] = Said(later)
+        await shown.press("space")
+        await shown.until(lambda: "Priority   LOW" in shown.text())
+
+
 async def test_the_panel_shows_the_task() -> None:
     """Enter opens it beside the list, which stays where it is; Esc closes it."""
     async with screen() as shown:
@@ -133,6 +151,22 @@ async def test_the_panel_shows_the_task() -> None:
         assert "sync_mail HIGH" in shown.text()
         await shown.press("escape")
         assert "Pool.acquire" not in shown.text()
+
+
+async def test_the_panel_of_a_task_that_is_forgotten_keeps_what_was_known() -> None:
+    """It says so above, whether the stream or a request brings the news."""
+    view = prepared()
+    async with screen(view) as shown:
+        await shown.press("n", "enter")
+        await shown.until(lambda: "Task id" in shown.text())
+        view.streams = [[]]
+        shown.view.push("task", {"v": 1, "state": "forgotten", "task": {"id": "uid-sync_mail"}})
+        await shown.until(lambda: "This task has ended and is no longer" in shown.text())
+        assert "shop/pool.py:88 in Pool.acquire" in shown.text()
+        await shown.press("escape")
+        del view.answers["GET tasks/uid-sync_mail"]
+        await shown.press("enter")
+        await shown.until(lambda: "This task has ended and is no longer" in shown.text())
 
 
 async def test_a_warning_opens_its_tasks() -> None:

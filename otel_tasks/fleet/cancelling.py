@@ -95,7 +95,8 @@ class Canceller:
             answers = self._gathering.answers(question, posted, timeout)
             local, error = await self._both(tasks, answers, timeout)
             if error is not None:
-                raise BusUnavailableError(_partial(target, name, local, error)) from error
+                what = f"cancelling {target} {name!r}"
+                raise BusUnavailableError(_partial(what, local, error, posted)) from error
             return _report(self._link.node, local, question.cancelled, question.silent)
 
     async def stop(self) -> None:
@@ -220,9 +221,12 @@ def _report(
     )
 
 
-def _partial(target: str, name: str, local: Reached, error: BusUnavailableError) -> str:
+def _partial(what: str, local: Reached, error: BusUnavailableError, posted: asyncio.Future[str]) -> str:
     tasks = "1 task" if local.asked == 1 else f"{local.asked} tasks"
-    return (
-        f"cancelling {target} {name!r} reached {tasks} of this process, of which {local.ended} ended, and "
-        f"perhaps no other process: {error}; the others carry it out when the bus is back"
-    )
+    if not posted.done():
+        rest = "the others get it when the bus is back"
+    elif posted.cancelled() or posted.exception() is not None:
+        rest = "the others do not get it"
+    else:
+        rest = "the others get it, and have not answered"
+    return f"{what} reached {tasks} of this process, of which {local.ended} ended: {error}; {rest}"

@@ -306,7 +306,7 @@ class Fleet:
             >>> report = await fleet.cancel_task("import-17", "stopped by the user")
             >>> report.ended
         """
-        chosen = chosen_cause(cause, reason, asked_by)
+        chosen = _checked_cause(cause, reason, asked_by)
         seconds = checked_finite_seconds("timeout", timeout)
         here = self._here()
         return await here.canceller.cancel("task", _checked_name("task", name), chosen, seconds)
@@ -351,7 +351,7 @@ class Fleet:
             >>> report = await fleet.cancel_group("tenant.acme", "the tenant has left")
             >>> report.asked, report.ended, report.still_running, report.silent
         """
-        chosen = chosen_cause(cause, reason, asked_by)
+        chosen = _checked_cause(cause, reason, asked_by)
         seconds = checked_finite_seconds("timeout", timeout)
         here = self._here()
         return await here.canceller.cancel("group", _checked_name("group", group), chosen, seconds)
@@ -446,6 +446,15 @@ class Fleet:
         """
         seconds = checked_finite_seconds("timeout", timeout, above_zero=True)
         return await self._here().inspector.nodes(seconds)
+
+
+def _checked_cause(cause: CancelCause | None, reason: str | None, asked_by: str | None) -> CancelCause:
+    chosen = chosen_cause(cause, reason, asked_by)
+    for what, text in (("reason", chosen.message), ("asked_by", chosen.asked_by)):
+        # The other processes would refuse it.
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"{what} must be text, got {text!r}")
+    return chosen
 
 
 def _checked_name(what: str, name: object) -> str:

@@ -154,8 +154,7 @@ class Gathering:
                 question.roster_at = asyncio.get_running_loop().time()
                 await self._until(question, lambda: not question.silent and self._link.judges)
         if question.roster is None:
-            state = "it was sent" if _succeeded(posted) else "it was not sent"
-            raise BusUnavailableError(f"{self._link.bus.address} is not available, {state}")
+            raise BusUnavailableError(f"{self._link.bus.address} is not available")
 
     async def _until(self, question: Question, is_met: Callable[[], bool]) -> None:
         while not is_met():
@@ -196,7 +195,3 @@ def parts_of(data: dict[str, Any], node: str, request: str) -> list[FleetEntry]:
         )
         for number, part in enumerate(parts)
     ]
-
-
-def _succeeded(future: asyncio.Future[str]) -> bool:
-    return future.done() and not future.cancelled() and future.exception() is None

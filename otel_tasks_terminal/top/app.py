@@ -180,7 +180,9 @@ class Top(App[int]):
         self._heard, self._trouble = time.monotonic(), ""
         event = message.event
         if event.name == "task":
-            self.panel.take(event.data)
+            # A pause asks for the panel's task when it ends: an old state of it is of no use.
+            if self._held is None:
+                self.panel.take(event.data)
         elif self._held is not None and self.model.about:
             self._hold_event(event, self._held)
         else:
@@ -292,9 +294,13 @@ class Top(App[int]):
             self.panel.close()
         else:
             self.panel.open(task)
+            self._ask_task()
+        self.render_all()
+
+    def _ask_task(self) -> None:
+        if self._view.panel is not None:
             path = task_path(self._view.panel)
             self._ask("task", self._view.panel, lambda client: client.get(path))
-        self.render_all()
 
     # --- keys -------------------------------------------------------------------------------------
 
@@ -386,6 +392,9 @@ class Top(App[int]):
 
     def action_sort(self) -> None:
         """Sort by something else."""
+        if not self._view.is_ordered:
+            self.notify("This view has an order of its own.", timeout=2)
+            return
         self._touched = self._asked = 0.0
         self.notify(f"sorted by {self._view.next_sort()}", timeout=2)
         self.render_all()
@@ -400,6 +409,7 @@ class Top(App[int]):
             self.model.thaw()
             for event in held:
                 self.model.apply(event.name, event.data)
+            self._ask_task()
         self.render_all()
 
     def action_where(self) -> None:

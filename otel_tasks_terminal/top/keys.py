@@ -12,7 +12,7 @@ KEYS = [
     ("l", "right,enter", "open", "open the row, or the panel of the task"),
     ("h", "left", "close", "close the row, or go to the row above"),
     ("/", "slash", "filter", "filter by name, group, trace, or where it waits"),
-    ("n", "", "next", "next task in trouble; in a filtered list the next one"),
+    ("n", "", "next", "next task that is being cancelled; in a list the next one"),
     ("s", "", "sort", "sort by status, age, name, count"),
     ("space", "", "pause", "pause, resume"),
     ("w", "", "where", "all tasks that wait at the selected one's line"),

@@ -9,6 +9,7 @@ from textual.containers import VerticalScroll
 from textual.widgets import Static
 
 from otel_tasks_terminal import details
+from otel_tasks_terminal.errors import ExitCode
 from otel_tasks_terminal.text import clean
 
 if TYPE_CHECKING:
@@ -17,9 +18,12 @@ if TYPE_CHECKING:
     from textual.app import ComposeResult
 
     from otel_tasks_terminal.errors import CommandError
+    from otel_tasks_terminal.pen import Cell
     from otel_tasks_terminal.top.look import Look
 
 Row = dict[str, Any]
+
+FORGOTTEN = "This task has ended and is no longer remembered."
 
 
 class Panel(VerticalScroll):
@@ -42,6 +46,8 @@ class Panel(VerticalScroll):
         # The task as its row had it, and everything about it once that has come.
         self._opened: Row = {}
         self._answer: Row | None = None
+        # Why there is nothing newer.
+        self._trouble = ""
 
     def compose(self) -> ComposeResult:
         """Lay it out."""
@@ -58,31 +64,37 @@ class Panel(VerticalScroll):
 
     def open(self, task: Row) -> None:
         """Show a task, of which everything is to come."""
-        self._opened, self._answer = task, None
+        self._opened, self._answer, self._trouble = task, None, ""
         self.set_class(True, "shown")
         self.scroll_home(animate=False)
         self._write([[("…", "mute")]])
 
     def close(self) -> None:
         """Show nothing."""
-        self._opened, self._answer = {}, None
+        self._opened, self._answer, self._trouble = {}, None, ""
         self.set_class(False, "shown")
 
     def take(self, answer: Row) -> None:
-        """Show everything about the task."""
-        self._answer = answer
+        """Show everything about the task; of a forgotten one, what was known last."""
+        if answer.get("state") == "forgotten":
+            self._trouble = FORGOTTEN
+        else:
+            self._answer, self._trouble = answer, ""
         self.draw()
 
     def fail(self, error: CommandError) -> None:
-        """Show why there is nothing to show."""
-        self._answer = None
-        self._write([[(clean(error, 300), "fail")]])
+        """Show why there is nothing newer."""
+        self._trouble = FORGOTTEN if error.code is ExitCode.NOTHING_DONE else clean(error, 300)
+        self.draw()
 
     def draw(self) -> None:
         """Draw the answer again: what it says gets older each second."""
+        lines: list[list[Cell]] = [[(self._trouble, "fail")], []] if self._trouble else []
         if self._answer is not None:
-            self._write(list(details.parts({**self._answer, "now": self._now()})))
+            lines += details.parts({**self._answer, "now": self._now()})
+        if lines:
+            self._write(lines)
 
-    def _write(self, lines: list[Any]) -> None:
+    def _write(self, lines: list[list[Cell]]) -> None:
         cells = self.scrollable_content_region.width
         self.query_one("#details", Static).update(self._look().wrapped(lines, cells))

@@ -48,7 +48,7 @@ class Timeline:
         self.span = float(WINDOWS[1])
 
     def entries(self, tasks: list[Row]) -> list[Entry]:
-        """Return the rows: the tasks of a request together, the oldest first."""
+        """Return the rows: the tasks of a request together, those with live tasks first."""
         self._choose_span(tasks)
         rows: list[Entry] = []
         for group, members in _groups(tasks).items():
@@ -76,11 +76,14 @@ class Timeline:
 
 def _groups(tasks: Iterable[Row]) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {}
-    for task in sorted(
-        tasks, key=lambda task: (task.get("created", 0.0), _natural(str(task.get("task_id"))))
-    ):
+    for task in sorted(tasks, key=_order):
         groups.setdefault(str(task.get("group_id", "")), []).append(task)
     return groups
+
+
+def _order(task: Row) -> tuple[Any, ...]:
+    # What still runs is what people look for: it comes before what has ended.
+    return "ended" in task, task.get("created", 0.0), _natural(str(task.get("task_id")))
 
 
 def _natural(text: str) -> list[tuple[int, str]]:

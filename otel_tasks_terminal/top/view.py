@@ -144,6 +144,11 @@ class View:
         """The warnings that are shown."""
         return self._silenced.rest(self._model.warnings)
 
+    @property
+    def is_ordered(self) -> bool:
+        """Whether the rows can be sorted: the oldest, ended tasks, and a timeline have their own order."""
+        return self.name == "tree" and (self._list is None or self._list.states != "ended")
+
     def next_sort(self) -> str:
         """Sort by the next criterion, and return it."""
         self._sort = SORTS[(SORTS.index(self._sort) + 1) % len(SORTS)]

@@ -170,7 +170,7 @@ def test_a_restart_of_redis_in_between_loses_no_cancellation(
         own_redis.kill()
 
         answer = b.cancel("import-17", timeout=1.0)
-        assert "reached 1 task of this process" in answer["error"]
+        assert "reached 1 task of this process, of which 1 ended" in answer["error"]
         assert f"127.0.0.1:{own_redis.port}" in answer["error"]
         assert (b.status("import-17"), a.status("import-17")) == ("cancelled", "running")
 
