@@ -29,14 +29,19 @@ class Looking:
     _ledger: Ledger
 
     def overview(
-        self, *, members: Mapping[str, int] | None = None, max_groups: int = 200, max_classes: int = 500
+        self,
+        *,
+        members: Mapping[str, int | None] | None = None,
+        max_groups: int = 200,
+        max_classes: int = 500,
     ) -> Overview:
         """Sum up what runs by name: groups, classes of tasks, how many there are, and how old.
 
         It takes about 0.2 us for each live task. Call it in the thread of the event loop.
 
         Args:
-            members: The keys of rows whose tasks are wanted, and for each how many, oldest first.
+            members: The keys of rows whose tasks are wanted, and for each how many, oldest first. None: all,
+                in no order.
             max_groups: How many rows of groups to make at most, at least 1; the tasks of further groups are
                 counted in one row.
             max_classes: How many classes to make at most, at least 1; the smallest ones of a group are
@@ -57,7 +62,11 @@ class Looking:
                 return overview
 
     def overview_slices(
-        self, *, members: Mapping[str, int] | None = None, max_groups: int = 200, max_classes: int = 500
+        self,
+        *,
+        members: Mapping[str, int | None] | None = None,
+        max_groups: int = 200,
+        max_classes: int = 500,
     ) -> Generator[None, None, Overview]:
         """Take an overview in slices of about 0.3 ms, so that the event loop can run in between.
 

@@ -62,13 +62,13 @@ Tasks = list["ManagedTask[Any]"]
 
 
 def survey_of(
-    ledger: Ledger, members: Mapping[str, int], max_groups: int, max_classes: int, closed: bool
+    ledger: Ledger, members: Mapping[str, int | None], max_groups: int, max_classes: int, closed: bool
 ) -> Generator[None, None, Overview]:
     """Take an overview in slices; the generator returns it.
 
     Args:
         ledger: The manager's records.
-        members: How many tasks to return for each key.
+        members: How many tasks to return for each key; None: all, in no order.
         max_groups: How many rows of groups to make at most, at least 1, and one for the rest.
         max_classes: How many classes to make at most, at least 1, and one for the rest of each group.
         closed: The manager is shut down here.
@@ -361,15 +361,16 @@ class _Survey:
                 yield
         return tuple(rows)
 
-    def members(self, key: str, limit: int) -> Generator[None, None, tuple[ManagedTask[Any], ...]]:
+    def members(self, key: str, limit: int | None) -> Generator[None, None, tuple[ManagedTask[Any], ...]]:
         """The oldest tasks of a row of groups, or of a class; none if there is no such row."""
         row = self.rows.get(key)
         every = self._root.every_class() if row is None else row.every_class()
         classes = [each for each in every if row is not None or each.key == key]
-        if limit < sum(len(each.tasks) for each in classes):
+        if limit is not None and limit < sum(len(each.tasks) for each in classes):
             return (yield from self._oldest(classes, limit))
+        found = [task for each in classes for task in each.tasks]
         # A stable sort: among equals, the order in which the tables have them.
-        return tuple(sorted((task for each in classes for task in each.tasks), key=_created_at))
+        return tuple(found if limit is None else sorted(found, key=_created_at))
 
     def _oldest(
         self, classes: list[_Class], limit: int

@@ -208,7 +208,7 @@ class _View:
     async def tasks(self, request: Request, user: Any) -> Response:
         """Answer with a list of tasks."""
         wanted = query(Params(request.query_params.multi_items(), QUERIED))
-        return _json(encoded(await listed(self.hub.feed, wanted)))
+        return _json(await listed(self.hub.feed, wanted))
 
     async def task(self, request: Request, user: Any) -> Response:
         """Answer with everything about one task."""

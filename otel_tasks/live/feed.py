@@ -164,12 +164,13 @@ class Feed:
         return replace(self._overview, now=self.manager.now())
 
     def look(
-        self, members: Mapping[str, int] | None = None, *, max_age: float = 0.0
+        self, members: Mapping[str, int | None] | None = None, *, max_age: float = 0.0
     ) -> Generator[None, None, Overview]:
         """Take an overview, unless there is one: a tick takes one too.
 
         Args:
-            members: The keys of the rows whose tasks are wanted, and for each how many.
+            members: The keys of the rows whose tasks are wanted, and for each how many. None: all, in no
+                order.
             max_age: Seconds that the last overview may be old, if no tasks are wanted.
         """
         last = self._overview

@@ -6,24 +6,24 @@ It looks at many tasks, so it works in batches: the service's own work comes in 
 from __future__ import annotations
 
 import asyncio
+import heapq
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks import Overview
+from otel_tasks.live.feed import Encoded, array, assembled, encoded
 from otel_tasks.live.params import BadRequest, Query
-from otel_tasks.live.rows import Row, ended_row, short_path, text
+from otel_tasks.live.rows import ended_row, short_path, text
 from otel_tasks.live.slices import COUNTS_PER_SLICE, ROWS_PER_SLICE, in_slices
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from otel_tasks import ManagedTask, TaskInfo, TaskNode
     from otel_tasks.live.feed import Feed
 
 # Tasks whose names are read in one step.
-NAMES_PER_STEP = 400
-# As many tasks of a row as there are.
-EVERY = 10**9
+NAMES_PER_STEP = 100
 # Tasks that one search by line looks at.
 MAX_LOOKS = 2000
 # Ended tasks that are searched.
@@ -42,18 +42,19 @@ _SORT_KEYS: dict[str, Callable[[ManagedTask[Any]], tuple[Any, ...]]] = {
 }
 
 
-async def listed(feed: Feed, query: Query) -> Row:
-    """Answer a query.
+async def listed(feed: Feed, query: Query) -> str:
+    """Answer a query, with JSON.
 
     Cancellation: ends the search.
     """
     answer = await (_ended(feed, query) if query.ended else _live(feed, query))
-    return {**feed.stamp(), **answer}
+    stamp = {name: encoded(value) for name, value in feed.stamp().items()}
+    return assembled({**stamp, **answer})
 
 
-async def _live(feed: Feed, query: Query) -> Row:
+async def _live(feed: Feed, query: Query) -> Encoded:
     key = query.key or Overview.ROOT
-    overview = await in_slices(feed.look({key: EVERY}))
+    overview = await in_slices(feed.look({key: None}))
     tasks = overview.members[key]
     found: list[ManagedTask[Any]] = []
     for start in range(0, len(tasks), NAMES_PER_STEP):
@@ -61,19 +62,10 @@ async def _live(feed: Feed, query: Query) -> Row:
         found += [task for task in batch if _may_match(task, query, overview.now)]
         await asyncio.sleep(0)
     found, partial = await _looked_at(feed, found, query)
-    ordered = await _ordered(found, query.sort)
     start = _offset(query.after)
-    page = [task for task in ordered[start : start + query.limit] if not task.done()]
-    rows: list[Row] = []
-    for first in range(0, len(page), ROWS_PER_SLICE):
-        rows += feed.rows(page[first : first + ROWS_PER_SLICE])
-        await asyncio.sleep(0)
-    return {
-        "rows": rows,
-        "total": len(ordered),
-        "next": _next(start + query.limit, len(ordered)),
-        "partial": partial,
-    }
+    page = await _ordered(found, query.sort, start + query.limit)
+    rows = await in_slices(feed.encoded_rows(page[start:]))
+    return _answer(rows.values(), len(found), start + query.limit, partial=partial)
 
 
 async def named(feed: Feed, name: str) -> list[ManagedTask[Any]]:
@@ -81,13 +73,13 @@ async def named(feed: Feed, name: str) -> list[ManagedTask[Any]]:
 
     Cancellation: ends the search.
     """
-    overview = await in_slices(feed.look({Overview.ROOT: EVERY}))
+    overview = await in_slices(feed.look({Overview.ROOT: None}))
     tasks = overview.members[Overview.ROOT]
     found: list[ManagedTask[Any]] = []
     for start in range(0, len(tasks), NAMES_PER_STEP):
         found += [task for task in tasks[start : start + NAMES_PER_STEP] if task.name == name]
         await asyncio.sleep(0)
-    return await _ordered([task for task in found if not task.done()], "age")
+    return await _ordered([task for task in found if not task.done()], "age", len(found))
 
 
 def _may_match(task: ManagedTask[Any], query: Query, now: float) -> bool:
@@ -130,8 +122,9 @@ async def _looked_at(
         (looks if needs_look else found).append(task)
         if number % NAMES_PER_STEP == 0:
             await asyncio.sleep(0)
-    for start in range(0, min(len(looks), MAX_LOOKS), ROWS_PER_SLICE):
-        batch = [task for task in looks[start : start + ROWS_PER_SLICE] if not task.done()]
+    oldest = await _ordered(looks, "age", MAX_LOOKS)
+    for start in range(0, len(oldest), ROWS_PER_SLICE):
+        batch = [task for task in oldest[start : start + ROWS_PER_SLICE] if not task.done()]
         nodes = feed.manager.describe(batch)
         found += [task for task, node in zip(batch, nodes, strict=True) if _matches(task, node, query)]
         await asyncio.sleep(0)
@@ -157,19 +150,24 @@ def _has_words(names: str, words: tuple[str, ...]) -> bool:
     return all(word in names for word in words)
 
 
-async def _ordered(tasks: list[ManagedTask[Any]], sort: str) -> list[ManagedTask[Any]]:
-    key = _SORT_KEYS[sort]
-    keyed: list[tuple[Any, int]] = []
-    # Most of the time goes into the keys. The number spares comparing tasks.
-    for number, task in enumerate(tasks, 1):
-        keyed.append((key(task), number))
-        if number % NAMES_PER_STEP == 0:
-            await asyncio.sleep(0)
-    ordered = [tasks[number - 1] for _, number in sorted(keyed)]
-    return ordered[::-1] if sort == "-age" else ordered
+async def _ordered(tasks: list[ManagedTask[Any]], sort: str, limit: int) -> list[ManagedTask[Any]]:
+    """The first ``limit`` tasks in this order: batches are sorted, and merged as far as that."""
+    key, descending = _SORT_KEYS[sort], sort == "-age"
+    batches: list[list[tuple[Any, int]]] = []
+    for start in range(0, len(tasks), NAMES_PER_STEP):
+        batch = enumerate(tasks[start : start + NAMES_PER_STEP], start)
+        # With the number, no tasks are compared.
+        batches.append(sorted(((key(task), number) for number, task in batch), reverse=descending))
+        await asyncio.sleep(0)
+    merged = islice(heapq.merge(*batches, reverse=descending), limit)
+    ordered: list[ManagedTask[Any]] = []
+    while found := [tasks[number] for _, number in islice(merged, NAMES_PER_STEP)]:
+        ordered += found
+        await asyncio.sleep(0)
+    return ordered
 
 
-async def _ended(feed: Feed, query: Query) -> Row:
+async def _ended(feed: Feed, query: Query) -> Encoded:
     if query.status is not None or query.where is not None:
         raise BadRequest("status and where are for live tasks")
     overview = feed.overview
@@ -185,12 +183,20 @@ async def _ended(feed: Feed, query: Query) -> Row:
         ]
         await asyncio.sleep(0)
     start = _offset(query.after)
-    rows = [ended_row(info, None, overview, feed.shown) for info in found[start : start + query.limit]]
+    page = iter(found[start : start + query.limit])
+    rows: list[str] = []
+    while batch := list(islice(page, COUNTS_PER_SLICE)):
+        rows += [encoded(ended_row(info, None, overview, feed.shown)) for info in batch]
+        await asyncio.sleep(0)
+    return _answer(rows, len(found), start + query.limit, partial=False)
+
+
+def _answer(rows: Iterable[str], total: int, end: int, *, partial: bool) -> Encoded:
     return {
-        "rows": rows,
-        "total": len(found),
-        "next": _next(start + query.limit, len(found)),
-        "partial": False,
+        "rows": array(rows),
+        "total": encoded(total),
+        "next": encoded(str(end) if end < total else None),
+        "partial": encoded(partial),
     }
 
 
@@ -200,7 +206,3 @@ def _offset(after: str | None) -> int:
     if not after.isdecimal() or len(after) > 9:
         raise BadRequest("after must be the next of the page before")
     return int(after)
-
-
-def _next(end: int, total: int) -> str | None:
-    return str(end) if end < total else None
