@@ -189,4 +189,33 @@ EVENT = Goal(
     "event reaches 100k descendants, each", "-", ("cancel-events",), (WIDE, DEEP), value, 0.2, "{:.2f} µs"
 )
 
-GOALS = (SPAWN, EAGER, SPAN, MEMORY, CANCEL, SCALE, FASTAPI, RAW, DISCONNECT, STREAMS, EVENT)
+LIVE_LATENCY = Goal(
+    "live view, 10,000 tasks, 1,000 changes a second, 5 viewers: the service's own p99",
+    "no viewer",
+    ("live-latency",),
+    ("5 viewers: p99",),
+    ratio,
+    1.05,
+    RATIO,
+)
+LIVE_CPU = Goal(
+    "the same: what the first viewer takes of a core",
+    "no viewer",
+    ("live-cpu",),
+    ("1 viewer",),
+    added,
+    2.0,
+    "{:+.2f} %",
+)
+LIVE_START = Goal(
+    "`otel-tasks ls`: start to first line, best quarter",
+    "-",
+    ("live-ls",),
+    ("otel-tasks ls",),
+    least,
+    150,
+    "{:.0f} ms",
+)
+
+TASK_GOALS = (SPAWN, EAGER, SPAN, MEMORY, CANCEL, SCALE)
+GOALS = (*TASK_GOALS, FASTAPI, RAW, DISCONNECT, STREAMS, EVENT, LIVE_LATENCY, LIVE_CPU, LIVE_START)

@@ -1,61 +1,75 @@
-"""The live view: what a viewer costs a service with 10,000 live tasks and 1,000 changes a second.
+"""The live view: what viewers cost a service with 10,000 live tasks and 1,000 changes a second.
 
-    python -m benchmarks.live    # about a minute
-
-Server and clients are processes of their own. The latency of the service's own route is measured with and
-without viewers, in turns.
+Three equal servers run side by side: without a viewer, with one, and with five, who all have the 50 oldest
+tasks in sight. They take turns at each request to the service's own route, so that whatever else the machine
+does meets all of them. Servers and viewers are processes of their own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import http.client
+import itertools
+import os
+import random
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from contextlib import asynccontextmanager, closing, contextmanager
+from collections import defaultdict
+from contextlib import ExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
+from benchmarks.measure import Effort, Row, Spread, Table, tabulate
 from benchmarks.middleware import wait_for_port
 from otel_tasks import TaskManager, global_task_manager
 from otel_tasks.fastapi import TaskGroupMiddleware, make_lifespan
 from otel_tasks.live import live_view
+from otel_tasks.live.feed import Feed
+from otel_tasks.live.rows import Shown
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
 PORT = 18_461
-TASKS, GROUPS = 10_000, 20
+TASKS, GROUPS = int(os.environ.get("BENCHMARK_TASKS", "10000")), 20
+# For the start of `otel-tasks`, which depends on the tasks that it lists.
+FEW_TASKS = 50
 # Ends per second.
 CHANGES = 1000
-VIEWERS = 5
-SECONDS = 8.0
-REQUESTS = 400
-ROUNDS = 5
+NO_VIEWER, ONE, FIVE = "no viewer", "1 viewer", "5 viewers"
+VIEWERS = {NO_VIEWER: 0, ONE: 1, FIVE: 5}
+# Requests to each server in one round, and seconds between two.
+REQUESTS, GAP = 400, 0.002
+PERCENTILES = {"p50": 0.5, "p99": 0.99}
+TICKS = 40
+STARTS = 11
 
 
 async def _rest(forever: asyncio.Event) -> None:
     await forever.wait()
 
 
-async def _churn() -> None:
-    while not global_task_manager.closed:
+async def _churn(manager: TaskManager) -> None:
+    while not manager.closed:
         for _ in range(CHANGES // 20):
-            global_task_manager.create_task(asyncio.sleep(0.01), name="quick", group="churn")
+            manager.create_task(asyncio.sleep(0.01), name="quick", group="churn")
         await asyncio.sleep(0.05)
+
+
+async def _start(manager: TaskManager, forever: asyncio.Event) -> None:
+    for number in range(TASKS):
+        manager.create_task(_rest(forever), group=f"group{chr(97 + number % GROUPS)}")
+    await manager.start_service("churn", lambda: _churn(manager))
 
 
 @asynccontextmanager
 async def _work(app: FastAPI) -> AsyncIterator[None]:
-    forever = asyncio.Event()
-    for number in range(TASKS):
-        global_task_manager.create_task(_rest(forever), group=f"group{chr(97 + number % GROUPS)}")
-    await global_task_manager.start_service("churn", _churn)
+    await _start(global_task_manager, asyncio.Event())
     yield
 
 
@@ -76,123 +90,203 @@ async def cpu() -> float:
     return time.process_time()
 
 
-def main() -> None:
-    """Measure, and print the figures."""
-    print(f"overview of {TASKS:,} tasks: {asyncio.run(_overview()) * 1000:.1f} ms")
-    command = [sys.executable, "-m", "uvicorn", "benchmarks.live:app", "--port", str(PORT)]
-    quiet = ["--no-access-log", "--log-level", "warning"]
-    server = subprocess.Popen([*command, *quiet], cwd=Path(__file__).parents[1])
-    try:
-        wait_for_port(PORT)
-        alone = _cpu()
-        with _viewers(1):
-            one = _cpu()
-        with _viewers(VIEWERS):
-            five = _cpu()
-        print(f"CPU of the service: {alone:.2%} of a core; the first viewer adds {one - alone:.2%}")
-        print(f"{VIEWERS} viewers add {five - alone:.2%}, {(five - alone) / VIEWERS:.2%} each")
-        print(f"a delta has {_bytes_per_delta():,.0f} bytes")
-        print(_slowdown())
-    finally:
-        server.terminate()
-        server.wait(30)
+def run(effort: Effort) -> list[Table]:
+    """Measure the servers' latency and CPU time, a tick's slices, and the start of ``otel-tasks``."""
+    with ExitStack() as stack:
+        for port in _PORTS.values():
+            stack.callback(_stop, _serve(port, TASKS))
+        stack.callback(_stop, _serve(SMALL_PORT, FEW_TASKS))
+        for port in (*_PORTS.values(), SMALL_PORT):
+            wait_for_port(port)
+        for name, port in _PORTS.items():
+            if VIEWERS[name]:
+                code = f"import benchmarks.live as live; live.view({VIEWERS[name]}, {port})"
+                stack.callback(_stop, _spawn(sys.executable, "-c", code))
+        time.sleep(4.0)
+        latencies, shares = _take_rounds(effort)
+        starts = _starts(STARTS if not effort.quick else 3)
+        sizes = [size / 1000 for size in _sizes(10 if not effort.quick else 2)]
+    return [
+        _latency_table(latencies),
+        tabulate(
+            Table("live-cpu", f"CPU time of a service with {TASKS:,} tasks", "% of a core", NO_VIEWER, 0),
+            shares,
+            100.0,
+        ),
+        asyncio.run(_slices(TICKS if not effort.quick else 3)),
+        _plain("live-bytes", "Sent to each viewer per second", "kB", {"changes of the overview": sizes}),
+        _plain("live-ls", f"From the start of a process to its first line, {FEW_TASKS} tasks", "ms", starts),
+    ]
 
 
-async def _overview() -> float:
+_PORTS = {name: PORT + number for number, name in enumerate(VIEWERS)}
+SMALL_PORT = PORT + 5
+
+
+def _serve(port: int, tasks: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "uvicorn", "benchmarks.live:app", "--port", str(port)]
+    quiet = ["--no-access-log", "--log-level", "critical"]
+    environment = {**os.environ, "BENCHMARK_TASKS": str(tasks)}
+    return subprocess.Popen([*command, *quiet], cwd=Path(__file__).parents[1], env=environment)
+
+
+def _spawn(*command: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, cwd=Path(__file__).parents[1])
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    process.wait(30)
+
+
+def _take_rounds(effort: Effort) -> tuple[dict[str, list[list[float]]], dict[str, list[float]]]:
+    """For each server, the latencies of each round, ascending, and its share of a core."""
+    latencies: dict[str, list[list[float]]] = {name: [] for name in _PORTS}
+    shares: dict[str, list[float]] = {name: [] for name in _PORTS}
+    until = time.monotonic() + effort.seconds
+    # The first round warms up.
+    for number in range(effort.rounds + 1):
+        before = {name: (_cpu_time(port), time.monotonic()) for name, port in _PORTS.items()}
+        found = _latencies()
+        for name, port in _PORTS.items():
+            cpu, start = before[name]
+            share = (_cpu_time(port) - cpu) / (time.monotonic() - start)
+            if number:
+                latencies[name].append(sorted(found[name]))
+                shares[name].append(share)
+        if number >= 2 and time.monotonic() > until:
+            break
+    return latencies, shares
+
+
+def _latencies() -> dict[str, list[float]]:
+    """The seconds of one round's requests to each server."""
+    times: dict[str, list[float]] = defaultdict(list)
+    with ExitStack() as stack:
+        connections = {
+            name: stack.enter_context(closing(http.client.HTTPConnection("127.0.0.1", port)))
+            for name, port in _PORTS.items()
+        }
+        order = list(connections)
+        for _ in range(REQUESTS):
+            random.shuffle(order)
+            for name in order:
+                time.sleep(GAP)
+                start = time.perf_counter()
+                connections[name].request("GET", "/hello")
+                connections[name].getresponse().read()
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _latency_table(latencies: dict[str, list[list[float]]]) -> Table:
+    table = Table(
+        "live-latency",
+        f"Latency of the service's own route, {TASKS:,} live tasks, {CHANGES:,} changes a second",
+        "ms",
+        f"{NO_VIEWER}: p99",
+        len(latencies[NO_VIEWER]),
+        note="The servers take turns at each request.",
+    )
+    for part, share in PERCENTILES.items():
+        figures = {
+            name: [times[int(len(times) * share)] for times in rounds] for name, rounds in latencies.items()
+        }
+        for name, values in figures.items():
+            pairs = zip(values, figures[NO_VIEWER], strict=True)
+            ratio = None if name == NO_VIEWER else Spread.of([value / other for value, other in pairs])
+            value = Spread.of([value * 1000 for value in values])
+            table.rows.append(Row(f"{name}: {part}", value, ratio))
+    return table
+
+
+def _plain(table_id: str, title: str, unit: str, figures: dict[str, list[float]]) -> Table:
+    """A table without a yardstick."""
+    table = Table(table_id, title, unit, "", min(map(len, figures.values())), high="quartiles")
+    table.rows = [Row(name, Spread.of(values)) for name, values in figures.items()]
+    return table
+
+
+async def _slices(ticks: int) -> Table:
+    """The CPU time of the slices of one tick after another, with the 50 oldest tasks in sight."""
+    figures: dict[str, list[float]] = defaultdict(list)
     async with TaskManager() as manager:
         forever = asyncio.Event()
-        for number in range(TASKS):
-            manager.create_task(_rest(forever), group=f"group{chr(97 + number % GROUPS)}")
-        await asyncio.sleep(0)
-        times: list[float] = []
-        for _ in range(50):
-            start = time.process_time()
-            manager.overview()
-            times.append(time.process_time() - start)
+        await _start(manager, forever)
+        await asyncio.sleep(0.5)
+        feed = Feed(manager, Shown(), ())
+        root = manager.overview().ROOT
+        for _ in range(ticks + 1):
+            await asyncio.sleep(0.2)
+            times: list[float] = []
+            slices = feed.slices({root: 50})
+            for _ in itertools.count():
+                start = time.thread_time()
+                ended = next(slices, slices)
+                times.append((time.thread_time() - start) * 1000)
+                if ended is slices:
+                    break
+                await asyncio.sleep(0)
+            figures["one slice, median"].append(statistics.median(times))
+            figures["the longest slice"].append(max(times))
+            figures["all slices of a tick"].append(sum(times))
         forever.set()
-        return statistics.median(times)
+        await manager.shutdown(grace=0.0)
+    warm = {name: values[1:] for name, values in figures.items()}
+    return _plain("live-slices", f"One tick with {TASKS:,} live tasks, CPU time", "ms", warm)
 
 
-def _cpu() -> float:
-    """The part of a core that the server needs."""
-    time.sleep(2.0)
-    before, start = _cpu_time(), time.monotonic()
-    time.sleep(SECONDS)
-    return (_cpu_time() - before) / (time.monotonic() - start)
-
-
-def _cpu_time() -> float:
-    with closing(http.client.HTTPConnection("127.0.0.1", PORT)) as connection:
+def _cpu_time(port: int) -> float:
+    with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
         connection.request("GET", "/cpu")
         return float(connection.getresponse().read())
 
 
-@contextmanager
-def _viewers(number: int) -> Iterator[None]:
-    """So many viewers, in one process, which read their streams and open them again."""
-    code = f"import benchmarks.live as live; live.view({number})"
-    process = subprocess.Popen([sys.executable, "-c", code])
-    try:
-        time.sleep(3.0)
-        yield
-    finally:
-        process.kill()
-        process.wait()
-
-
-def view(number: int) -> None:
+def view(number: int, port: int) -> None:
     """Read so many streams until the process is killed."""
     for each in range(1, number):
-        threading.Thread(target=_read, args=(f"viewer-{each}",), daemon=True).start()
-    _read("viewer-0")
+        threading.Thread(target=_read, args=(f"viewer-{each}", port), daemon=True).start()
+    _read("viewer-0", port)
 
 
-def _read(name: str) -> None:
+def _read(name: str, port: int) -> None:
     while True:
-        with closing(http.client.HTTPConnection("127.0.0.1", PORT)) as connection:
+        with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
             connection.request("GET", f"/tasks/v1/events?viewer={name}&expand=oldest:50")
             response = connection.getresponse()
             while response.readline():
                 pass
 
 
-def _bytes_per_delta() -> float:
-    with closing(http.client.HTTPConnection("127.0.0.1", PORT)) as connection:
+def _sizes(count: int) -> list[float]:
+    """The bytes of some deltas."""
+    with closing(http.client.HTTPConnection("127.0.0.1", _PORTS[ONE])) as connection:
         connection.request("GET", "/tasks/v1/events?viewer=bytes")
         response = connection.getresponse()
-        sizes: list[int] = []
-        while len(sizes) < 5:
+        sizes: list[float] = []
+        while len(sizes) < count:
             line = response.readline()
             if b'"kind":"delta"' in line:
                 sizes.append(len(line))
-        return statistics.mean(sizes)
+        return sizes
 
 
-def _slowdown() -> str:
-    """The latency of the service's own route with viewers, compared with that without."""
-    ratios: dict[str, list[float]] = {"p50": [], "p99": []}
-    for _ in range(ROUNDS):
-        alone = _latencies()
-        with _viewers(VIEWERS):
-            watched = _latencies()
-        for name, part in (("p50", 0.5), ("p99", 0.99)):
-            ratios[name].append(watched[int(REQUESTS * part)] / alone[int(REQUESTS * part)])
-    text = ", ".join(f"{name} {statistics.median(values):.2f}" for name, values in ratios.items())
-    return f"latency with {VIEWERS} viewers, compared with none: {text}"
-
-
-def _latencies() -> list[float]:
-    """The seconds of some requests, one each 10 ms, ascending."""
-    times: list[float] = []
-    with closing(http.client.HTTPConnection("127.0.0.1", PORT)) as connection:
-        for _ in range(REQUESTS):
-            time.sleep(0.01)
+def _starts(count: int) -> dict[str, list[float]]:
+    """The milliseconds until a process has printed its first line."""
+    url = f"http://127.0.0.1:{SMALL_PORT}/tasks"
+    program = str(Path(sys.executable).with_name("otel-tasks"))
+    commands = {
+        "python, a bare print": [sys.executable, "-c", "print(1)"],
+        "otel-tasks ls": [program, "ls", "--url", url],
+    }
+    times: dict[str, list[float]] = defaultdict(list)
+    for _ in range(count):
+        for name, command in commands.items():
             start = time.perf_counter()
-            connection.request("GET", "/hello")
-            connection.getresponse().read()
-            times.append(time.perf_counter() - start)
-    return sorted(times)
-
-
-if __name__ == "__main__":
-    main()
+            with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+                line = process.stdout.readline() if process.stdout is not None else b""
+                times[name].append((time.perf_counter() - start) * 1000)
+                process.communicate()
+            if not line or process.returncode:
+                raise RuntimeError(f"{command} printed nothing, and ended with {process.returncode}")
+    return times

@@ -1,8 +1,7 @@
 """The page of the live view: script and layout time per update; 10,000 live tasks, of which a tenth changes.
 
-    python -m benchmarks.live_page    # a minute; needs chromium, and the environment of the tests
-
-Two classes of 1,000 tasks are opened, as many as a viewer may open; the other tasks are in closed rows.
+It needs chromium. Two classes of 1,000 tasks are opened, as many as a viewer may open; the other tasks are in
+closed rows.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from playwright.sync_api import sync_playwright
 
+from benchmarks.measure import Effort, Row, Spread, Table
 from benchmarks.middleware import wait_for_port
 from otel_tasks import ManagedTask, TaskManager, global_task_manager
 from otel_tasks.fastapi import make_lifespan
@@ -33,7 +33,8 @@ PORT = 18_462
 GROUPS, TASKS_PER_GROUP = 10, 1_000
 # The part of the tasks that reports progress each second.
 CHANGES = 0.1
-SECONDS = 15
+# Updates.
+COUNT = 15
 METRICS = ("ScriptDuration", "LayoutDuration", "RecalcStyleDuration")
 
 
@@ -66,34 +67,36 @@ app = FastAPI(lifespan=make_lifespan(_work, grace=0.0))
 app.include_router(live_view(insecure=True), prefix="/tasks")
 
 
-def main() -> None:
-    """Measure, and print the figures."""
+def run(effort: Effort) -> list[Table]:
+    """Measure closed rows, and 2,000 open ones."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        print("\nlive_page: needs chromium: not measured.")
+        return []
+    count = 3 if effort.quick else COUNT
     command = [sys.executable, "-m", "uvicorn", "benchmarks.live_page:app", "--port", str(PORT)]
     quiet = ["--no-access-log", "--log-level", "warning"]
     server = subprocess.Popen([*command, *quiet], cwd=Path(__file__).parents[1])
+    title = "The page, per update: 10,000 tasks, of which a tenth changes"
+    table = Table("live-page", title, "ms", "", count, high="quartiles")
     try:
         wait_for_port(PORT)
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(
-                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-            )
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1440, "height": 900})
             page.goto(f"http://127.0.0.1:{PORT}/tasks/")
             page.wait_for_selector("#rows .row")
             session = page.context.new_cdp_session(page)
             session.send("Performance.enable")
-            print(f"closed rows: {_per_update(page, session)}")
+            table.rows += _per_update(page, session, "closed rows", count)
             for name in ("work_a", "work_b"):
                 _open_all(page, name)
-            page.keyboard.press("k")
-            focused = page.evaluate("document.activeElement.dataset.key")
-            print(f"2,000 tasks shown: {_per_update(page, session)}")
-            kept = page.evaluate("document.activeElement.dataset.key") == focused
-            print("the focus is", "kept" if kept else "lost")
+            table.rows += _per_update(page, session, "2,000 tasks shown", count)
             browser.close()
     finally:
         server.terminate()
         server.wait(30)
+    return [table]
 
 
 def _open_all(page: Page, name: str) -> None:
@@ -112,20 +115,25 @@ def _open_all(page: Page, name: str) -> None:
     page.wait_for_timeout(1500)
 
 
-def _per_update(page: Page, session: CDPSession) -> str:
-    """The milliseconds that an update takes, on average."""
+def _per_update(page: Page, session: CDPSession, what: str, count: int) -> list[Row]:
+    """The milliseconds of script and of layout in some seconds, each with one update."""
     page.wait_for_timeout(1000)
+    script: list[float] = []
+    layout: list[float] = []
     before = _metrics(session)
-    page.wait_for_timeout(SECONDS * 1000)
-    after = _metrics(session)
-    script, layout, style = [(after[name] - before[name]) / SECONDS * 1000 for name in METRICS]
-    return f"script {script:.1f} ms, layout {layout:.1f} ms, style {style:.1f} ms"
+    for _ in range(count):
+        page.wait_for_timeout(1000)
+        after = _metrics(session)
+        used = {name: (after[name] - before[name]) * 1000 for name in METRICS}
+        script.append(used["ScriptDuration"])
+        layout.append(used["LayoutDuration"] + used["RecalcStyleDuration"])
+        before = after
+    return [
+        Row(f"{what}: script", Spread.of(script)),
+        Row(f"{what}: style and layout", Spread.of(layout)),
+    ]
 
 
 def _metrics(session: CDPSession) -> dict[str, float]:
     found = session.send("Performance.getMetrics")["metrics"]
     return {each["name"]: each["value"] for each in found}
-
-
-if __name__ == "__main__":
-    main()

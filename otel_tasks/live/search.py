@@ -114,11 +114,13 @@ async def _looked_at(
     feed: Feed, tasks: list[ManagedTask[Any]], query: Query
 ) -> tuple[list[ManagedTask[Any]], bool]:
     """The tasks that match, by what only a look can tell too, and whether there were too many to look at."""
+    every_needs_look = query.where is not None or query.status in ("queued", "pending")
+    if not query.words and not every_needs_look:
+        return tasks, False
     found: list[ManagedTask[Any]] = []
     looks: list[ManagedTask[Any]] = []
     for number, task in enumerate(tasks, 1):
-        named = _has_words(_names(task), query.words)
-        needs_look = not named or query.where is not None or query.status in ("queued", "pending")
+        needs_look = every_needs_look or not _has_words(_names(task), query.words)
         (looks if needs_look else found).append(task)
         if number % NAMES_PER_STEP == 0:
             await asyncio.sleep(0)
