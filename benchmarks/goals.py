@@ -190,7 +190,7 @@ EVENT = Goal(
 )
 
 LIVE_LATENCY = Goal(
-    "live view, 10,000 tasks, 1,000 changes a second, 5 viewers: the service's own p99",
+    "live view of 10,000 tasks, 5 viewers: the service's own p99",
     "no viewer",
     ("live-latency",),
     ("5 viewers: p99",),
@@ -199,7 +199,7 @@ LIVE_LATENCY = Goal(
     RATIO,
 )
 LIVE_CPU = Goal(
-    "the same: what the first viewer takes of a core",
+    "the same, first viewer: CPU, of a core",
     "no viewer",
     ("live-cpu",),
     ("1 viewer",),
@@ -208,7 +208,7 @@ LIVE_CPU = Goal(
     "{:+.2f} %",
 )
 LIVE_START = Goal(
-    "`otel-tasks ls`: start to first line, best quarter",
+    "`otel-tasks ls`: to its first line",
     "-",
     ("live-ls",),
     ("otel-tasks ls",),

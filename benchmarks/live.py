@@ -35,7 +35,7 @@ from otel_tasks.live.rows import Shown
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-PORT = 18_461
+PORT = 18_471
 TASKS, GROUPS = int(os.environ.get("BENCHMARK_TASKS", "10000")), 20
 # For the start of `otel-tasks`, which depends on the tasks that it lists.
 FEW_TASKS = 50

@@ -30,12 +30,6 @@ REQUESTS = {
     "stream of 200": "middleware-fastapi-stream",
     "1,000 in flight": "middleware-in-flight",
 }
-DISCONNECTS = {
-    "otel_tasks, idle": "disconnect-ours-idle",
-    "otel_tasks, busy": "disconnect-ours-busy",
-    "watcher tasks, idle": "disconnect-watcher-idle",
-    "watcher tasks, busy": "disconnect-watcher-busy",
-}
 
 
 def write(root: Path, tables: list[Table], machine: dict[str, Any]) -> None:
@@ -46,7 +40,6 @@ def write(root: Path, tables: list[Table], machine: dict[str, Any]) -> None:
     summary = [
         _side_by_side("CPU time per task, `asyncio.TaskGroup` = 1", TASKS, tables, _multiple),
         _side_by_side("CPU time per request, µs", REQUESTS, tables, lambda row: _number(row.value.median)),
-        _side_by_side("disconnect to last task's end, ms: median, p99", DISCONNECTS, tables, _median_and_p99),
     ]
     requests = "![Bars: what each middleware adds to a request]"
     in_docs = [f"{picture}(images/benchmarks.svg)", goals, f"{requests}(images/middleware.svg)", *summary]
@@ -99,10 +92,6 @@ def _side_by_side(
 
 def _multiple(row: Row) -> str:
     return "1" if row.ratio is None else f"{row.ratio.median:.2f}"
-
-
-def _median_and_p99(row: Row) -> str:
-    return f"{_number(row.value.median)}, {_number(row.value.high)}"
 
 
 def _cells(table: Table) -> list[list[str]]:
