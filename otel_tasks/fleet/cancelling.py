@@ -222,11 +222,14 @@ def _report(
 
 
 def _partial(what: str, local: Reached, error: BusUnavailableError, posted: asyncio.Future[str]) -> str:
-    tasks = "1 task" if local.asked == 1 else f"{local.asked} tasks"
+    here = "found no task in this process"
+    if local.asked:
+        tasks = "1 task" if local.asked == 1 else f"{local.asked} tasks"
+        here = f"reached {tasks} of this process, of which {local.ended} ended"
     if not posted.done():
         rest = "the others get it when the bus is back"
     elif posted.cancelled() or posted.exception() is not None:
         rest = "the others do not get it"
     else:
         rest = "the others get it, and have not answered"
-    return f"{what} reached {tasks} of this process, of which {local.ended} ended: {error}; {rest}"
+    return f"{what} {here}: {error}; {rest}"
