@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from otel_tasks import CancelKind, TaskManager, TaskStatus, WrongLoopError
+from otel_tasks import CancelKind, TaskManager, TaskStatus, WrongLoopError, create_task
+from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.fleet import BusUnavailableError, CancelReport, Fleet, outbox
 from otel_tasks.fleet.entries import CancelEntry
 from otel_tasks.fleet.memory_bus import memory_server
-from otel_tasks.testing import run
+from otel_tasks.testing import FakeConnection, run
 from tests.helpers import cancel_at_each_await, fail, give, ignore_cancels, now, rest, settle
 
 if TYPE_CHECKING:
@@ -93,6 +94,30 @@ async def test_a_group_is_cancelled_with_the_groups_below_it() -> None:
         await settle()
         assert (await here.cancel_group("pages")).ended == 1
         await asyncio.wait([running])
+
+
+@pytest.mark.parametrize("by", ["name", "id"])
+async def test_the_tasks_of_a_request_are_cancelled(by: str) -> None:
+    """Its group is found by the name of its route, or by its id, as `tree()` shows them."""
+    async with joined(2) as (here, there):
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await asyncio.wait([create_task(rest(), name="fetch")])
+            await send({"type": "http.response.start", "status": 204, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+        connection = FakeConnection(path="/report")
+        serving = asyncio.create_task(connection.run(TaskGroupMiddleware(app, manager=there.manager)))
+        await asyncio.sleep(1)
+        tree = await here.tree()
+        (group,) = tree.nodes[there.node]["root"]["groups"]
+        assert group["name"] == "GET"
+
+        report = await here.cancel_group(group[by])
+
+        assert (report.asked, report.ended) == (1, 1)
+        await serving
+        assert connection.status == 204
 
 
 async def test_nothing_matches_and_every_node_answers_at_once() -> None:
