@@ -13,7 +13,6 @@ that renews. Every key begins with the namespace in braces, so that a cluster ha
 
 from __future__ import annotations
 
-import asyncio
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +35,7 @@ from otel_tasks.fleet.bus import (
     Entry,
     position_of,
 )
-from otel_tasks.fleet.redis_channel import Channel, exchange, unavailable
+from otel_tasks.fleet.redis_channel import Channel, answered_within, exchange, unavailable
 from otel_tasks.fleet.redis_scripts import (
     ANNOUNCE,
     CATCH_UP,
@@ -339,7 +338,7 @@ class _Reading:
 
     async def _call(self, timeout: float, *commands: tuple[str | bytes | int, ...]) -> list[Any]:
         try:
-            async with asyncio.timeout(timeout):
+            async with answered_within(timeout):
                 if not self._connection.is_connected:
                     await self._connection.connect()
                 answers = await exchange(self._connection, commands)

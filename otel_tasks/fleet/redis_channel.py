@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redis import exceptions
@@ -18,19 +19,19 @@ from otel_tasks.fleet.bus import CALL_TIMEOUT, BusRefusedError, BusUnavailableEr
 from otel_tasks.fleet.redis_scripts import SOURCES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
     Command = tuple[str | bytes | int, ...]
 
 # Commands in one round trip: enough to be fast, and few enough to be answered in time.
 _BATCH = 500
+# Seconds by which a timer is late if the event loop was held.
+_LATE = 1.0
 
 _REASONS: dict[type[Exception], str] = {
     exceptions.OutOfMemoryError: "is full, and refuses to write (maxmemory)",
     exceptions.ReadOnlyError: "is a replica, and refuses to write: the URL must name the primary",
     exceptions.BusyLoadingError: "is still loading its data",
-    exceptions.TimeoutError: "does not answer",
-    TimeoutError: "does not answer",
 }
 _REFUSALS = (
     exceptions.AuthenticationError,
@@ -107,7 +108,7 @@ class Channel:
             batch.append(self._pending.popleft())
             commands += batch[-1].commands
         try:
-            async with asyncio.timeout(CALL_TIMEOUT):
+            async with answered_within(CALL_TIMEOUT):
                 answers = iter(await self._execute(commands))
         except Exception as error:
             # The calls behind this batch have waited as long.
@@ -174,11 +175,36 @@ async def exchange(connection: Any, commands: Iterable[Command]) -> list[Any]:
     return answers
 
 
+@asynccontextmanager
+async def answered_within(seconds: float) -> AsyncGenerator[None]:
+    """Limit the time of a block; if it ends late, the loop was held, and the server is perhaps not to blame.
+
+    Raises:
+        TimeoutError: The time is over.
+
+    Cancellation: ends the block.
+    """
+    loop = asyncio.get_running_loop()
+    due = loop.time() + seconds
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        late = loop.time() - due
+        if late < _LATE:
+            raise
+        raise TimeoutError(f"the event loop of this process was held for {late:.1f} s") from None
+
+
 def unavailable(address: str, error: BaseException) -> BusUnavailableError:
     """Return what an error of redis-py, or of the system, means for the fleet."""
     for cause in _chain(error):
         if isinstance(cause, _REFUSALS):
             return BusRefusedError(f"{address} refuses this process: {cause}")
+    if isinstance(error, TimeoutError | exceptions.TimeoutError):
+        # redis-py's own text says no more than that.
+        held = f": {error}" if isinstance(error, TimeoutError) and str(error) else ""
+        return BusUnavailableError(f"{address} does not answer{held}")
     for kind, reason in _REASONS.items():
         if isinstance(error, kind):
             return BusUnavailableError(f"{address} {reason}")

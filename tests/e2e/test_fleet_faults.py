@@ -162,6 +162,20 @@ async def test_pause_of_ten_seconds(own_redis: Redis) -> None:
     assert noticed < 8.0
 
 
+async def test_held_loop(redis_server: Redis, key: str, caplog: pytest.LogCaptureFixture) -> None:
+    """If the loop is held for longer than the server may take, the log does not blame the server alone."""
+    a = Node(redis_server.url, "a", key)
+    await a.link.start(PATIENCE)
+    time.sleep(4.5)  # noqa: ASYNC251 - it has to hold the loop
+    await until(lambda: state_lines(caplog))
+    await a.post("x")
+    await until(lambda: a.names == ["x"] and a.link.is_up)
+    await a.link.stop()
+
+    (line,) = state_lines(caplog)
+    assert "does not answer: the event loop of this process was held for" in line
+
+
 async def test_full_server(own_redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
     """A server that refuses to write is down; valid leases are renewed anyway; afterwards all arrives."""
     admin = own_redis.client()
