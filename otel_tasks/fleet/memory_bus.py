@@ -193,7 +193,8 @@ class MemoryServer:
         self._inboxes: dict[str, tuple[float, list[Record]]] = {}
         self._roster: dict[str, tuple[float, float, bytes]] = {}
         self._newest = position_of(START)
-        self._waiting: set[asyncio.Future[None]] = set()
+        # In the order in which they began to wait, so that a test sees one order of events.
+        self._waiting: dict[asyncio.Future[None], None] = {}
         self._failure: str | None = None
 
     # -- faults -----------------------------------------------------------------------------
@@ -270,11 +271,11 @@ class MemoryServer:
         Cancellation: ends the wait.
         """
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.add(future)
+        self._waiting[future] = None
         try:
             await future
         finally:
-            self._waiting.discard(future)
+            del self._waiting[future]
 
     def _next_position(self) -> tuple[int, int]:
         time, number = self._newest

@@ -7,9 +7,11 @@ import contextlib
 import itertools
 import logging
 import random
+import shlex
 import shutil
 import subprocess
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -23,7 +25,6 @@ from tests.redis_server import own_redis, redis_in, redis_server, running
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
-    from pathlib import Path
 
     from tests.redis_server import Redis
 
@@ -33,6 +34,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.real_clock]
 
 # Seconds in which a state is reached on a machine that does other things too.
 PATIENCE = 60.0
+ROOT = Path(__file__).parents[2]
 
 
 class Node:
@@ -315,6 +317,50 @@ async def test_password_of_the_url(tmp_path: Path) -> None:
         node = Node(f"redis://reader:s3cret%231@127.0.0.1:{server.port}/0", "b")
         with pytest.raises(BusRefusedError, match="no permissions"):
             await node.link.start(PATIENCE)
+
+
+async def test_user_of_the_documentation(tmp_path: Path) -> None:
+    """The permissions that the reference page names are enough for all that a bus does."""
+    page = (ROOT / "docs/reference/fleet.md").read_text("utf-8")
+    (user,) = [line for line in page.splitlines() if line.startswith("user fleet on")]
+    for server in running(redis_in(tmp_path / "redis", ["user default off", user])):
+        bus = open_bus(f"redis://fleet:password@127.0.0.1:{server.port}/0", "shop")
+        await bus.connect()
+        assert bus.server_age > 0 or await bus.time() > 0
+        ids = [await bus.publish(b"x")]
+        await bus.send({"a": [b"y"]})
+        reader = bus.read("a", "0-0")
+        assert [entry.payload for entry in await anext(reader)] == [b"x"]
+        assert [entry.payload for entry in await anext(reader)] == [b"y"]
+        await reader.aclose()
+        assert await bus.lost(ids) == set()
+        await bus.announce("a", b"", 30.0)
+        assert list(await bus.roster()) == ["a"]
+        assert await bus.claim("t", "a", "d") is Claim.TAKEN
+        assert await bus.claim("u", "a", "d") is Claim.TAKEN
+        assert bus.renew("a", lease=True, claims=["t", "u"]) == []
+        assert await bus.leases(["a"]) == {"a"}
+        await bus.finish("t", "a", "d")
+        await bus.release("u", "a")
+        await bus.leave("a")
+        await bus.close()
+
+
+async def test_cancellation_of_another_program(own_redis: Redis) -> None:
+    """The command of the reference page cancels a group."""
+    page = (ROOT / "docs/reference/fleet.md").read_text("utf-8")
+    (command,) = [line for line in page.splitlines() if line.startswith("redis-cli XADD")]
+    taken: list[CancelEntry] = []
+    async with started(own_redis.url, "a") as (a,):
+        a.link.subscribe(CancelEntry, lambda cancel, entry: taken.append(cancel))
+        with own_redis.client() as client:
+            execute: Any = client.execute_command
+            execute(*shlex.split(command)[1:])
+        await until(lambda: taken)
+
+    assert [(cancel.target, cancel.name, cancel.node) for cancel in taken] == [
+        ("group", "tenant.acme", "cron")
+    ]
 
 
 async def test_password_that_changes(own_redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
