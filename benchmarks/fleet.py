@@ -51,7 +51,7 @@ def main() -> int:
     if shutil.which("redis-server") is None:
         print("redis-server is not installed (Debian: redis-server)", file=sys.stderr)
         return 1
-    with _server():
+    with redis():
         _print_delivery()
         _print_replay()
         _print_throughput()
@@ -61,7 +61,8 @@ def main() -> int:
 
 
 @contextmanager
-def _server() -> Iterator[None]:
+def redis() -> Iterator[None]:
+    """Run a Redis of the benchmark's own."""
     with tempfile.TemporaryDirectory() as directory:
         command = [
             "redis-server",
