@@ -511,6 +511,39 @@ async def test_lease_ends_with_the_last_call() -> None:
         assert not server.leases({api.fleet.node})
 
 
+async def test_calls_fail_when_the_broker_is_shut_down() -> None:
+    """A call that still waits when its broker is shut down fails, and its task on the worker is cancelled."""
+    queue = SharedQueue()
+    api, worker = Node(queue), Node(queue)
+    worker.task(forever_of(worker))
+    async with working(worker.broker):
+        await api.broker.startup()
+        await api.broker.startup()
+        call = asyncio.create_task(remote(api.task(forever_of(api))))
+        await asyncio.sleep(1)
+        await api.broker.shutdown()
+        with pytest.raises(RemoteResultError, match="was shut down"):
+            await call
+        await asyncio.sleep(1)
+        assert not api.fleet.is_started
+        assert worker.log == ["started", "explicit: the call failed: RemoteResultError"]
+
+
+async def test_broker_that_is_not_started_runs_functions_as_before() -> None:
+    """Without startup(), as in many tests with InMemoryBroker, the functions of tasks run unmanaged."""
+    broker = managed(InMemoryBroker(await_inplace=True), Fleet("memory://", namespace="shop"))
+
+    @broker.task
+    async def work() -> str | None:
+        task = current_task()
+        return None if task is None else task.name
+
+    sent = await work.kiq()
+    result = await sent.wait_result()
+    assert (result.is_err, result.return_value) == (False, None)
+    broker.executor.shutdown()
+
+
 # -- the worker stops -----------------------------------------------------------------------------
 
 

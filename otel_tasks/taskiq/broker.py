@@ -222,6 +222,8 @@ class ManagedBroker:
 
         Cancellation: the fleet is not started.
         """
+        if self.is_started and self.fleet.is_started:
+            return
         broker = self.broker
         # The last one, so that the stamp has the span that another middleware has started. A new list:
         # Taskiq is iterating over the old one.
@@ -282,7 +284,10 @@ class FleetMiddleware(TaskiqMiddleware):
         return message
 
     def pre_execute(self, message: TaskiqMessage) -> TaskiqMessage:
-        """Make the execution of a message that has been received."""
+        """Make the execution of a message that has been received; without a started fleet, it has none."""
+        if not self._managed.fleet.is_started:
+            current_execution.set(None)
+            return message
         execution = Execution(self._managed, message)
         current_execution.set(execution)
         task = asyncio.current_task()

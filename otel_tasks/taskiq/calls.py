@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from otel_tasks._core.telemetry import quiet_context
 from otel_tasks.fleet.entries import EndedEntry, ProgressEntry
+from otel_tasks.taskiq.errors import RemoteResultError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,6 +57,18 @@ class Call:
         if not self.ended.done():
             self.ended.set_result(None)
 
+    def fail(self, error: Exception) -> None:
+        """Let the call raise ``error``."""
+        if not self.ended.done():
+            self.ended.set_exception(error)
+            # asyncio would log it for a call that is still being sent.
+            self.ended.exception()
+
+    @property
+    def has_ended(self) -> bool:
+        """True once its result is saved."""
+        return self.ended.done() and not self.ended.cancelled() and self.ended.exception() is None
+
 
 class Calls:
     """The open calls of one broker in this process.
@@ -90,10 +103,14 @@ class Calls:
             del self._open[call.task_id]
 
     async def stop(self) -> None:
-        """Ask no more.
+        """Ask no more, and let the open calls fail.
 
         Cancellation: ends the wait for the last question.
         """
+        for call in self._open.values():
+            call.fail(RemoteResultError("the broker was shut down while the call waited for its result"))
+        # They publish their cancellation now.
+        await asyncio.sleep(0)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

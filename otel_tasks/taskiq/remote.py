@@ -120,7 +120,7 @@ async def _call(
         finally:
             keeper.drop_lease()
     except BaseException as error:
-        if not call.ended.done() or call.ended.cancelled():
+        if not call.has_ended:
             _cancel(managed_broker, call, error)
         raise
     finally:
@@ -229,12 +229,12 @@ def _raise(result: TaskiqResult[Any]) -> NoReturn:
 
 def _cancel(managed_broker: ManagedBroker, call: Call, error: BaseException) -> None:
     """Publish the cancellation of a call that ends before its result; the link sends it when it can."""
-    link = managed_broker.fleet.link
     cause = _cause_of(error)
-    entry = CancelEntry.from_cause(cause, node=link.node, target="message", name=call.task_id)
-    # Without a running loop, as when a forgotten coroutine is closed, nothing is left that could send it.
+    entry = CancelEntry.from_cause(cause, node=call.host, target="message", name=call.task_id)
+    # Without a running loop, as when a forgotten coroutine is closed, or after the end of the fleet, nothing
+    # is left that could send it.
     with contextlib.suppress(RuntimeError):
-        link.post(entry)
+        managed_broker.fleet.link.post(entry)
 
 
 def _cause_of(error: BaseException) -> CancelCause:
