@@ -146,6 +146,25 @@ def test_clock_put_onto_the_class_is_the_loops_own(
         assert clock.clock_of(loops[0])() == 5.0
 
 
+def test_choice_leaves_the_attributes_of_a_loop_fast(loops: list[asyncio.AbstractEventLoop]) -> None:
+    """The choice does not look at a loop's dictionary: Python 3.11 then reads all its attributes slowly."""
+    looked_up = []
+
+    class Watched(asyncio.SelectorEventLoop):
+        def __getattribute__(self, name: str) -> Any:
+            looked_up.append(name)
+            return super().__getattribute__(name)
+
+    loops.append(loop := Watched())
+    looked_up.clear()
+
+    clock.clock_of(loop)
+    clock.reads_loop_time(loop)
+
+    assert "time" in looked_up
+    assert "__dict__" not in looked_up
+
+
 def test_clock_is_chosen_once_for_a_loop(loops: list[asyncio.AbstractEventLoop]) -> None:
     """A time() replaced after the first timestamp changes nothing: two clocks would not agree."""
     loops.append(asyncio.SelectorEventLoop())

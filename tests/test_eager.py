@@ -92,6 +92,7 @@ async def test_it_is_ignored_where_python_has_none(manager: TaskManager, monkeyp
     """Before 3.12 the option is taken, and the task runs from the next turn on."""
     if sys.version_info >= (3, 12):
         monkeypatch.setattr("otel_tasks._core.creation.EAGER", False)
+        monkeypatch.setattr("otel_tasks._core.creation.EAGERLY", None)
     steps: list[str] = []
     tasks = [manager.create_task(note(steps)), manager.create_task(note(steps), eager_start=True)]
     assert steps == []

@@ -46,7 +46,7 @@ COMPLEX_FUNCTIONS = {
     # The slow path of creation: to split it once more would cost a task with a timeout another 2 %.
     "_core/creation:Creation._build": 25,
     # The fast path: one condition with nine parts decides whether a task takes it.
-    "_core/creation:Creation.create_task": 25,
+    "_core/creation:Creation._create_task": 25,
 }
 
 # --- tests -------------------------------------------------------------------------------------------------

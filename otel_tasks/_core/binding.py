@@ -142,6 +142,8 @@ class ThreadWorker(Protocol):
 # Set where the current task does not determine the group: in a request's handler, and in tasks that a request
 # has started in another group.
 current_binding: ContextVar[Binding | None] = ContextVar("otel_tasks_group", default=None)
+# Its value here. Bound once: Python 3.11 looks up the method of an imported object slowly, at each call.
+binding_here = current_binding.get
 
 # The worker whose function runs here. Set only in the context of its thread.
 worker_here: ContextVar[ThreadWorker | None] = ContextVar("otel_tasks_worker", default=None)

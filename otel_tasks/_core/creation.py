@@ -14,10 +14,10 @@ from functools import partial
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
-from otel_tasks._core.binding import current_binding, is_request_over
+from otel_tasks._core.binding import binding_here, current_binding, is_request_over
 from otel_tasks._core.checks import check_choice, checked_name, checked_priority
 from otel_tasks._core.coroutines import check_coroutine, close_quietly, function_name
-from otel_tasks._core.eager import EAGER, announced_first, is_free
+from otel_tasks._core.eager import EAGER, EAGERLY, announced_first, is_free
 from otel_tasks._core.extras import Extras, made_by, wanted_extras
 from otel_tasks._core.naming import Named, yield_to
 from otel_tasks._core.native import add_done_callback, base_name, init_task
@@ -36,7 +36,6 @@ from otel_tasks._core.running import run_when
 from otel_tasks._core.state import TaskPriority
 from otel_tasks._core.task import ManagedTask, extras_of
 from otel_tasks._core.task_spans import report_dequeued, start_task_span
-from otel_tasks._core.telemetry import trace as otel_trace
 from otel_tasks.exceptions import QueueFullError
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ class Creation(Named):
             if self._ledger.options:
                 timeout, trace = self._with_defaults(timeout, trace)
             new_trace = None if trace is None else starts_trace(trace)
-            if current_binding.get() is not None and is_request_over():
+            if binding_here() is not None and is_request_over():
                 new_trace = True
             if type(priority) is not TaskPriority:
                 priority = checked_priority(priority)
@@ -224,13 +223,22 @@ class Creation(Named):
             GroupClosedError: The group takes no new tasks; ``coro`` is closed.
             QueueFullError: No place is free and no more tasks may wait; ``coro`` is closed.
         """
+        return self._create_task(coro, name, priority, options)
+
+    def _create_task(
+        self, coro: Any, name: str | None, priority: TaskPriority | int, options: Any
+    ) -> ManagedTask[Any]:
+        """Create a task, on the fast path if it is a plain one."""
+        if options and options != EAGERLY:
+            return self._create_with(coro, name, priority, options)
         ledger = self._ledger
         home = ledger.home
         names = self._names
-        bound = current_binding.get()
+        clock = home.clock
+        bound = binding_here()
+        loop: Any
         if (
-            options
-            or (loop := _get_running_loop()) is not home.fast_path_loop
+            (loop := _get_running_loop()) is not home.fast_path_loop
             or home.factories._task_factory is not None
             or type(coro) is not CoroutineType
             or (priority is not _NORMAL and type(priority) is not TaskPriority)
@@ -245,32 +253,31 @@ class Creation(Named):
         if name is None:
             name = coro.__name__
             counts = self._counts
-            if name in counts:
-                key: Key = counts[name]
-                counts[name] += 1
+            numbered = counts.get(name)
+            if numbered is None:
+                key: Key = self._first_key(name)
             else:
-                key = self._first_key(name)
+                key = numbered
+                counts[name] = numbered + 1
         else:
             key = name
         span = context = None
-        # Reading the provider first saves two calls without tracing, 2 % of a task. In this order, because a
-        # later OpenTelemetry may not have the attribute.
-        if not ledger.telemetry.is_global or otel_trace._TRACER_PROVIDER is not None:
-            tracer = ledger.telemetry.tracer()
-            if tracer is not None:
-                context = copy_context()
-                span = context.run(start_task_span, self, tracer, name, key, coro, priority, None)
-        if ledger.eager_start:
-            return self._create_eagerly(coro, name, key, priority, span, context)
+        # Reading the provider first saves two calls without tracing, 2 % of a task.
+        if ledger.telemetry.tracing._TRACER_PROVIDER is not None:
+            context, span = self._traced(name, key, coro, priority)
+        eager = options or ledger.eager_start
         # Built directly: create_task() of the loop would make a task of another class.
-        if context is None:
+        if eager:
+            # Its first step runs below, when the task is in the tables.
+            task = ManagedTask.__new__(ManagedTask)
+        elif context is None:
             task = ManagedTask(coro, loop=loop, name=name)
         else:
             task = ManagedTask(coro, loop=loop, name=name, context=context)
         task._group = self  # type: ignore[assignment]  # every Creation is a TaskGroup
         task._key = key
         task._priority = priority
-        task._created_at = home.clock()
+        task._created_at = clock()
         task._span = span
         task._cause = None
         task._extras = None
@@ -282,15 +289,24 @@ class Creation(Named):
                 self._live[key] = task
             if not self._linked and self._parent is not None:
                 self._parent._link(self)  # type: ignore[arg-type]  # every Creation is a TaskGroup
-        add_done_callback(task, ledger.on_done, context=ledger.context)
+        if eager:
+            run_first_step(task, coro, loop, name, context)
+        else:
+            add_done_callback(task, ledger.on_done, context=ledger.context)
         return task
 
+    def _traced(
+        self, base: str, key: Key, coro: Coroutine[Any, Any, Any], priority: TaskPriority
+    ) -> tuple[Context | None, Span | None]:
+        """Return the context and the span of a plain task; both None without an SDK."""
+        tracer = self._ledger.telemetry.tracer()
+        if tracer is None:
+            return None, None
+        context = copy_context()
+        return context, context.run(start_task_span, self, tracer, base, key, coro, priority, None)
+
     def _create_with(
-        self,
-        coro: Any,
-        name: str | None,
-        priority: TaskPriority | int,
-        options: Any,
+        self, coro: Any, name: str | None, priority: TaskPriority | int, options: Any
     ) -> ManagedTask[Any]:
         """Create a task on the slow path, with options that may include an unknown one."""
         if not options.keys() <= RetriedTaskOptions.__annotations__.keys():
@@ -332,22 +348,6 @@ class Creation(Named):
         if not self._linked and self._parent is not None:
             self._parent._link(cast("TaskGroup", self))
 
-    def _create_eagerly(
-        self,
-        coro: Coroutine[Any, Any, T],
-        base: str,
-        key: Key,
-        priority: TaskPriority,
-        span: Span | None,
-        context: Context | None,
-    ) -> ManagedTask[T]:
-        """Create a plain task and run its first step (Python 3.12 and later)."""
-        ledger = self._ledger
-        task: ManagedTask[T] = ManagedTask.__new__(ManagedTask)
-        self._enter(task, key, priority, ledger.home.clock(), span, None)
-        run_first_step(task, coro, ledger.home.fast_path_loop, base, context)
-        return task
-
     def _loop_for(self, coro: object, name: str | None) -> asyncio.AbstractEventLoop:
         """Check that the group can create a task of ``coro`` here, and return the loop for it."""
         check_coroutine(coro)
@@ -364,7 +364,7 @@ class Creation(Named):
 
         A context that the user has passed is copied too: it may serve more than this task.
         """
-        bound = current_binding.get() if context is None else context.get(current_binding)
+        bound = binding_here() if context is None else context.get(current_binding)
         is_stranger = bound is not None and bound is not (self._binding or self)
         if not is_stranger and not traced:
             return context

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 EAGER = sys.version_info >= (3, 12)
+# The options of a plain task that starts eagerly; equal to no options where Python cannot do it.
+EAGERLY = {"eager_start": True} if EAGER else None
 
 
 def is_free(context: Context) -> bool:

@@ -23,7 +23,7 @@ from otel_tasks._core.task import (
     queue_time,
     settle_cause,
 )
-from otel_tasks._core.telemetry import end_span, metrics_internal, note_cancel_requested
+from otel_tasks._core.telemetry import end_span, note_cancel_requested
 from otel_tasks.exceptions import WrongLoopError
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ class Ending(Counters):
         self.failed_services: dict[str, None] = {}
 
     def on_done(self, task: ManagedTask[Any]) -> None:
-        task._ended_at = ended_at = self._clock()
+        # Read first: Python 3.11 is slow at calling an attribute that is not a method.
+        clock, remember = self._clock, self._remember
+        task._ended_at = ended_at = clock()
         cause = task._cause
         if (
             task._extras is not None
@@ -84,24 +86,18 @@ class Ending(Counters):
                 self.count_cancelled(label[0], cause)
             ids = None
             # Reading the provider first saves calls, as in `create_task`.
-            if (
-                not self._telemetry.is_global
-                or metrics_internal._METER_PROVIDER is not None
-                or task._span is not None
-            ):
+            if task._span is not None or self._telemetry.metering._METER_PROVIDER is not None:
                 ids = self._report_end(task, _SUCCESS if cause is None else _CANCELLED)
-            self._remember(
-                (base_name(task), key, label, task._priority, task._created_at, ended_at, cause, ids)
-            )
+            remember((base_name(task), key, label, task._priority, task._created_at, ended_at, cause, ids))
         finally:
             # `Node._remove`, inlined: the call takes 5 % of a task's instructions.
             # The entry may be that of another task: a name is free as soon as its task is done.
-            names = group._names
-            if names.get(key) is task:
-                del names[key]
-            if not group._is_one_table and group._live.get(key) is task:
-                del group._live[key]
-            if not group._live:
+            live = group._live
+            if live.get(key) is task:
+                del live[key]
+            if not group._is_one_table and group._names.get(key) is task:
+                del group._names[key]
+            if not live:
                 group._emptied()
 
     def use_clock(self, clock: Callable[[], float]) -> None:

@@ -156,9 +156,7 @@ def create_task(
     except BaseException:
         close_quietly(coro)
         raise
-    if options:
-        return where._create_with(coro, name, priority, options)
-    return where.create_task(coro, name=name, priority=priority)
+    return where._create_task(coro, name, priority, options)
 
 
 @with_options_of(TaskGroup._create)

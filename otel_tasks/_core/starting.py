@@ -135,9 +135,7 @@ class Starting:
             >>> task = manager.create_task(send_mail(user), group="mail")
         """
         where = self._root if group is None else self._lookup.group(group, coro)
-        if options:
-            return where._create_with(coro, name, priority, options)
-        return where.create_task(coro, name=name, priority=priority)
+        return where._create_task(coro, name, priority, options)
 
     def _create_made(
         self,

@@ -9,9 +9,7 @@ error is logged once and the report is dropped. A function that may raise says s
 error; every other function logs it itself (``errors.log_otel_error``).
 """
 
-from opentelemetry import trace
 from opentelemetry.metrics import MeterProvider
-from opentelemetry.metrics import _internal as metrics_internal
 from opentelemetry.trace import Span, SpanContext, Tracer, TracerProvider
 
 from otel_tasks._core.telemetry.context import (
@@ -77,7 +75,6 @@ __all__ = [
     "ids_in_hex",
     "link_next",
     "low_cardinality",
-    "metrics_internal",
     "note_cancel_requested",
     "note_disconnect",
     "note_retry",
@@ -91,5 +88,4 @@ __all__ = [
     "span_ids",
     "start_group_span",
     "start_span",
-    "trace",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakSet, ref
 
@@ -40,6 +41,10 @@ _READABLE = hasattr(trace, "_TRACER_PROVIDER")
 _METERS_READABLE = hasattr(metrics_internal, "_METER_PROVIDER")
 # The placeholder of metrics has no public name at all.
 _METER_PLACEHOLDER: object = getattr(metrics_internal, "_PROXY_METER_PROVIDER", None)
+
+
+# Stands for one of OpenTelemetry's modules in a manager that does not report to the global provider.
+_OWN = SimpleNamespace(_TRACER_PROVIDER=True, _METER_PROVIDER=True)
 
 
 class Providers(NamedTuple):
@@ -113,9 +118,10 @@ class Telemetry:
         meter = _default.meter if self._own.meter is None else self._own.meter
         self._injected = tracer is not None
         self._follows_meters = meter is None and _METERS_READABLE
-        # True: it reports where OpenTelemetry's two globals say, and nowhere while they are None. The caller
-        # reads them without a call, because a call at each end of a task takes 2% of it.
-        self.is_global = _READABLE and _METERS_READABLE and tracer is None and meter is None
+        # Where `_TRACER_PROVIDER` and `_METER_PROVIDER` are None while nothing would be recorded: the caller
+        # reads them without a call, which would take 2% of a task.
+        self.tracing: Any = trace if _READABLE and tracer is None else _OWN
+        self.metering: Any = metrics_internal if self._follows_meters else _OWN
         self._use_tracer_provider(tracer)
         source = self._live_source()
         if source is not None:
