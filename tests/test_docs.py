@@ -246,6 +246,13 @@ VISITS = {
             "['import-17 cancelled explicit']",
         ],
     ),
+    ("docs/reference/taskiq.md", "def book"): (
+        """
+        async with app.router.lifespan_context(app):
+            print((await visit("GET", "/book/7")).body.decode()[:28])
+        """,
+        ['["page 0","page 1","page 2",'],
+    ),
     ("docs/howto/debugging.md", "debug_tasks"): (
         """
         task = global_task_manager.create_task(asyncio.sleep(60), name="mail")

@@ -722,6 +722,26 @@ async def test_plain_function_runs_in_the_receivers_thread() -> None:
     await broker.shutdown()
 
 
+@pytest.mark.real_clock
+async def test_plain_function_that_returns_a_coroutine_is_awaited() -> None:
+    """A decorator that makes a plain function of a coroutine function does not change the result."""
+    manager = TaskManager()
+    broker = managed(InMemoryBroker(), Fleet("memory://", namespace="shop", manager=manager))
+
+    async def work() -> str:
+        task = current_task()
+        assert task is not None
+        return task.name
+
+    @broker.task
+    def decorated() -> Any:
+        return work()
+
+    await broker.startup()
+    assert await remote(decorated) == "decorated"
+    await broker.shutdown()
+
+
 # -- traces ---------------------------------------------------------------------------------------
 
 

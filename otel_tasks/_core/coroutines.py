@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # The modules whose coroutines have the qualified name, module included, of the function for which they stand.
-_FOR_OTHERS = ("otel_tasks._core.threads", "otel_tasks._core.visits", "otel_tasks.taskiq.remote")
+_FOR_OTHERS = ("otel_tasks._core.threads", "otel_tasks.taskiq.functions", "otel_tasks.taskiq.remote")
 
 
 class OwnCoroutine(Coroutine[Any, Any, T]):

@@ -55,13 +55,19 @@ class _PlainFunction:
         execution = current_execution.get()
         if execution is None:
             return self._function(*args, **kwargs)
-        visit = Visit(functools.partial(self._function, *args, **kwargs))
-        made = execution.run(lambda: _renamed(visit.as_task(), *self._names))
+        visit = Visit(lambda: [self._function(*args, **kwargs)])
+        made = execution.run(lambda: _renamed(_result_of(visit), *self._names))
         ended = asyncio.run_coroutine_threadsafe(made, execution.loop)
         # Also if it ends before its task runs: the thread must not wait for that.
         ended.add_done_callback(lambda _: visit.dismiss())
         visit.work()
         return ended.result()
+
+
+async def _result_of(visit: Visit[list[Any]]) -> Any:
+    (result,) = await visit.as_task()
+    # A decorator may have made a plain function of a coroutine function.
+    return await result if inspect.isawaitable(result) else result
 
 
 def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:

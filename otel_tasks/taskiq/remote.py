@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeAlias, TypeVar, cast, overload
 
 from taskiq.decor import AsyncTaskiqDecoratedTask
 from taskiq.exceptions import ResultGetError
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
+RemoteTask: TypeAlias = AsyncTaskiqDecoratedTask[P, T] | AsyncKicker[P, T]
+
 # Seconds between two tries to read a result that is saved, and how often.
 _READ_PAUSE = 0.5
 _READ_TRIES = 20
@@ -45,23 +47,14 @@ _READ_TRIES = 20
 
 @overload
 def remote(
-    task: AsyncTaskiqDecoratedTask[P, CoroutineType[Any, Any, T]]
-    | AsyncKicker[P, CoroutineType[Any, Any, T]],
-    /,
-    *args: P.args,
-    **kwargs: P.kwargs,
+    task: RemoteTask[P, CoroutineType[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs
 ) -> Coroutine[Any, Any, T]: ...
 @overload
 def remote(
-    task: AsyncTaskiqDecoratedTask[P, Coroutine[Any, Any, T]] | AsyncKicker[P, Coroutine[Any, Any, T]],
-    /,
-    *args: P.args,
-    **kwargs: P.kwargs,
+    task: RemoteTask[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs
 ) -> Coroutine[Any, Any, T]: ...
 @overload
-def remote(
-    task: AsyncTaskiqDecoratedTask[P, T] | AsyncKicker[P, T], /, *args: P.args, **kwargs: P.kwargs
-) -> Coroutine[Any, Any, T]: ...
+def remote(task: RemoteTask[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]: ...
 def remote(task: Any, /, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
     """Create a coroutine that runs a task on a worker and returns its result.
 
