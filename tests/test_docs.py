@@ -262,6 +262,13 @@ VISITS = {
         """,
         ["True"],
     ),
+    ("docs/reference/taskiq.md", "RequestTasks"): (
+        """
+        async with app.router.lifespan_context(app):
+            print((await visit("GET", "/book/7")).body[:8])
+        """,
+        ["b'[\"page 0'"],
+    ),
     (SKILL, "async def offers"): (
         """
         print((await visit("GET", "/offers")).body)
@@ -451,7 +458,7 @@ def test_api_page_is_readable_without_the_site() -> None:
     assert 'CLIENT_DISCONNECT = "client_disconnect"' in stubs["CancelKind"]
     bare = [name for name, stub in sections if '"""' not in stub]
     assert bare == []
-    assert [line for stub in stubs.values() for line in stub.splitlines() if len(line) > 110] == []
+    assert [line for stub in stubs.values() for line in stub.splitlines() if len(line) > 115] == []
 
 
 def test_site_shows_docstrings_in_place_of_signatures() -> None:
