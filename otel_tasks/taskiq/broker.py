@@ -19,12 +19,11 @@ import asyncio
 import contextlib
 import copy
 import functools
-import logging
 import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from taskiq import AckableMessage, AsyncBroker, TaskiqMiddleware
-from taskiq.receiver import Receiver
+from taskiq.receiver.receiver import logger as receiver_log
 from taskiq.utils import maybe_awaitable
 
 from otel_tasks import CancelCause, CancelKind
@@ -167,7 +166,7 @@ class ManagedBroker:
         vars(broker)["listen"] = self.listen
         _managed[broker] = self
         # A filter that is there already is not added again.
-        logging.getLogger(Receiver.__module__).addFilter(is_not_about_an_end)
+        receiver_log.addFilter(is_not_about_an_end)
 
     # -- the methods of the broker --------------------------------------------------------------
 
