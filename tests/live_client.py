@@ -91,7 +91,7 @@ def of_kind(connection: FakeConnection, kind: str) -> list[Any]:
     return [data for name, _, data in events(connection) if name == kind]
 
 
-def client_of(manager: TaskManager, **options: Any) -> Client:
+def client_of(manager: TaskManager | None, **options: Any) -> Client:
     """A client of an application that shows one manager."""
     app = FastAPI(openapi_url=None)
     options.setdefault("insecure", "auth" not in options)

@@ -65,22 +65,30 @@ class Canceller:
         self._answering: set[asyncio.Task[None]] = set()
         link.subscribe(CancelEntry, self._on_entry)
 
-    async def cancel(self, target: Target, name: str, cause: CancelCause, timeout: float) -> CancelReport:
-        """Cancel a task or a group in all processes, and wait for the tasks' end.
+    async def cancel(
+        self, target: Target, name: str, cause: CancelCause, timeout: float, to: str | None = None
+    ) -> CancelReport:
+        """Cancel a task or a group in all processes, or in one, and wait for the tasks' end.
 
         Args:
             target: What ``name`` names.
             name: The name.
             cause: Why.
             timeout: Seconds to wait; 0 asks for no answers.
+            to: The only other node that it concerns; None for all.
 
         Raises:
             BusUnavailableError: It reached this process alone in this time.
 
         Cancellation: ends the wait; the tasks stay cancelled, and the request stays sent.
         """
-        tasks = self._reach(target, name, cause)
-        with self._gathering.question() as question:
+        is_here = to in (None, self._link.node)
+        tasks = self._reach(target, name, cause) if is_here else []
+        if to is not None and is_here:
+            return _report(
+                self._link.node, await wait_for_reached(tasks, timeout, asyncio.current_task()), {}, ()
+            )
+        with self._gathering.question(to) as question:
             entry = CancelEntry.from_cause(
                 replace(cause, asked_by=requester_at(cause.asked_by, self._link.node)),
                 node=self._link.node,
@@ -88,6 +96,7 @@ class Canceller:
                 name=name,
                 request=question.request if timeout else None,
                 timeout=timeout,
+                to=to,
             )
             posted = self._link.post(entry)
             if not timeout:
@@ -130,6 +139,8 @@ class Canceller:
     # -- here -----------------------------------------------------------------------------------
 
     def _on_entry(self, entry: CancelEntry, at: Entry) -> None:
+        if entry.to not in (None, self._link.node):
+            return
         self._cancellations.record(entry, at)
         tasks: list[ManagedTask[Any]] = []
         if entry.target == "message":

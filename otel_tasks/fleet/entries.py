@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 VERSION = 1
+# The inspection that asks for what a live view shows.
+VIEW = "view"
 # Bytes of an encoded entry.
 MAX_BYTES = 65536
 # Characters.
@@ -115,6 +117,7 @@ class CancelEntry(CausedEntry):
         at: The sender's wall clock, to be shown and never compared.
         request: The id that answers name; None if nobody waits for them.
         timeout: Seconds for which each node waits for the tasks before it answers.
+        to: The only node that it concerns; None for all.
     """
 
     KIND = "cancel"
@@ -124,6 +127,7 @@ class CancelEntry(CausedEntry):
     at: float
     request: Name | None = None
     timeout: float | None = None
+    to: Name | None = None
 
     @classmethod
     def from_cause(
@@ -135,6 +139,7 @@ class CancelEntry(CausedEntry):
         name: str,
         request: str | None = None,
         timeout: float | None = None,
+        to: str | None = None,
     ) -> CancelEntry:
         """Create the entry that carries a cause to the other nodes."""
         return cls(
@@ -144,22 +149,24 @@ class CancelEntry(CausedEntry):
             at=time.time(),
             request=request,
             timeout=timeout,
+            to=to,
             **cause_fields(cause),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InspectEntry(FleetEntry):
-    """In the log: every node answers what it has.
+    """In the log: every node answers what it has. In an inbox: one node does.
 
     Attributes:
         request: The id that answers name.
-        what: ``"tasks"``, ``"tree"``, or another list.
+        what: ``"tasks"``, ``"tree"``, or another list; ``"view"`` for what a live view shows.
         name: Only tasks whose names match; None for all.
         group: Only tasks of this group; None for all.
         status: Only tasks with this status; None for all.
         limit: At most so many rows of each node; None for no limit.
         timeout: Seconds after which nobody waits for an answer.
+        data: Which part of a view.
     """
 
     KIND = "inspect"
@@ -171,6 +178,7 @@ class InspectEntry(FleetEntry):
     status: Name | None = None
     limit: int | None = None
     timeout: float | None = None
+    data: Data | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

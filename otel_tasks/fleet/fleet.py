@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from otel_tasks.fleet.link import Link
     from otel_tasks.fleet.nodes import Node
     from otel_tasks.fleet.reports import CancelReport, FleetTree, TaskRows
+    from otel_tasks.fleet.views import Views
 
 # The fleets of each manager.
 _fleets: WeakKeyDictionary[TaskManager, WeakSet[Fleet]] = WeakKeyDictionary()
@@ -121,6 +122,15 @@ class Fleet:
             RuntimeError: The fleet is not started.
         """
         return self._started().keeper
+
+    @property
+    def views(self) -> Views:
+        """What live views show of the processes.
+
+        Raises:
+            RuntimeError: The fleet is not started.
+        """
+        return self._started().views
 
     @property
     def cancellations(self) -> Cancellations:
@@ -270,6 +280,7 @@ class Fleet:
         timeout: float = 5.0,
         asked_by: str | None = None,
         cause: CancelCause | None = None,
+        node: str | None = None,
     ) -> CancelReport:
         """Cancel the task of this name in whichever process it runs, and wait until it has ended.
 
@@ -284,6 +295,7 @@ class Fleet:
                 answers.
             asked_by: The person who wants it, for the cause. None names the code that calls.
             cause: A cause that was made elsewhere, instead of ``reason`` and ``asked_by``.
+            node: The only process in which it is cancelled, by its name in the fleet. None: all processes.
 
         Returns:
             How many tasks were asked, how many ended, and which processes did not answer. If no process has
@@ -295,7 +307,7 @@ class Fleet:
             RuntimeError: The fleet is not started.
             WrongLoopError: The fleet is started in another event loop.
             TypeError: An argument has the wrong type.
-            ValueError: ``name`` is empty or too long, or ``timeout`` is negative or not finite.
+            ValueError: ``name`` or ``node`` is empty or too long, or ``timeout`` is negative or not finite.
 
         Cancellation: cancelling the caller ends the wait; the tasks are cancelled in all processes.
 
@@ -308,8 +320,9 @@ class Fleet:
         """
         chosen = _checked_cause(cause, reason, asked_by)
         seconds = checked_finite_seconds("timeout", timeout)
+        to = None if node is None else _checked_name("node", node)
         here = self._here()
-        return await here.canceller.cancel("task", _checked_name("task", name), chosen, seconds)
+        return await here.canceller.cancel("task", _checked_name("task", name), chosen, seconds, to)
 
     async def cancel_group(
         self,

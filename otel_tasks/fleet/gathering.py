@@ -38,6 +38,7 @@ class Question:
 
     Args:
         request: Its id.
+        to: The only node that is asked; None for all.
 
     Attributes:
         request: Its id.
@@ -46,8 +47,9 @@ class Question:
         roster_at: When it was read, on the loop's clock.
     """
 
-    def __init__(self, request: str) -> None:
+    def __init__(self, request: str, to: str | None = None) -> None:
         self.request = request
+        self._to = to
         self.cancelled: dict[str, CancelAnswer] = {}
         self.roster: Roster | None = None
         self.roster_at = 0.0
@@ -86,8 +88,9 @@ class Question:
 
     @property
     def silent(self) -> tuple[str, ...]:
-        """The nodes of the roster that have not answered."""
-        return tuple(sorted((self.roster or {}).keys() - self.answered))
+        """The nodes that were asked and have not answered."""
+        asked = {self._to} if self._to is not None else set(self.roster or {})
+        return tuple(sorted(asked - self.answered))
 
     def data(self) -> dict[str, dict[str, Any]]:
         """Return the answers to an inspection, by node; those that are no JSON objects are left out."""
@@ -122,9 +125,9 @@ class Gathering:
         self._wake_all()
 
     @contextlib.contextmanager
-    def question(self) -> Generator[Question]:
-        """Open a question: its answers are collected in the block."""
-        question = Question(secrets.token_hex(6))
+    def question(self, to: str | None = None) -> Generator[Question]:
+        """Open a question to all nodes, or to one: its answers are collected in the block."""
+        question = Question(secrets.token_hex(6), to)
         self._open[question.request] = question
         try:
             yield question
@@ -155,6 +158,16 @@ class Gathering:
                 await self._until(question, lambda: not question.silent and self._link.judges)
         if question.roster is None:
             raise BusUnavailableError(f"{self._link.bus.address} is not available")
+
+    async def answer(self, question: Question, node: str, timeout: float) -> dict[str, Any] | None:
+        """Return what one node answers; None if it does not in this time, or if that is no JSON object.
+
+        Cancellation: ends the wait.
+        """
+        with contextlib.suppress(TimeoutError, BusUnavailableError):
+            async with asyncio.timeout(timeout):
+                await self._until(question, lambda: node in question.answered)
+        return question.data().get(node)
 
     async def _until(self, question: Question, is_met: Callable[[], bool]) -> None:
         while not is_met():
@@ -188,6 +201,11 @@ def parts_of(data: dict[str, Any], node: str, request: str) -> list[FleetEntry]:
         kept = rows[: len(rows) // 2]
         data = {"rows": kept, "more": data.get("more", 0) + len(rows) - len(kept)}
         text = json.dumps(data, separators=(",", ":"))
+    return text_parts(text, node, request)
+
+
+def text_parts(text: str, node: str, request: str) -> list[FleetEntry]:
+    """Return the entries that carry an answer that is JSON already."""
     parts = [text[start : start + PART] for start in range(0, len(text), PART)]
     return [
         AnswerEntry(

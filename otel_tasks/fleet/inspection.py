@@ -14,7 +14,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
 from otel_tasks._core.targets import find_tasks
-from otel_tasks.fleet.entries import InspectEntry
+from otel_tasks.fleet.entries import VIEW, InspectEntry
 from otel_tasks.fleet.gathering import parts_of
 from otel_tasks.fleet.nodes import Node, read_description
 from otel_tasks.fleet.reports import FleetTree, TaskRows
@@ -113,6 +113,8 @@ class Inspector:
 
     def _on_entry(self, entry: InspectEntry, at: Entry) -> None:
         # After that, nobody waits. A node that starts reads the questions of the last hour.
+        if entry.what == VIEW:
+            return
         if entry.node != self._link.node and at.age < (entry.timeout or 0.0):
             for part in parts_of(self._shown(entry), self._link.node, entry.request):
                 self._link.post_to(entry.node, part)

@@ -13,6 +13,7 @@ from otel_tasks.fleet.inspection import Inspector
 from otel_tasks.fleet.keeper import Keeper
 from otel_tasks.fleet.link import Link
 from otel_tasks.fleet.nodes import Presence, new_name
+from otel_tasks.fleet.views import Views
 
 if TYPE_CHECKING:
     from otel_tasks import TaskManager
@@ -38,6 +39,7 @@ class Membership:
         cancellations: The cancellations of the last hour.
         canceller: Its cancellations, in both directions.
         inspector: What it shows and sees.
+        views: What live views show of it, and of the other nodes.
     """
 
     def __init__(self, bus: Bus, manager: TaskManager) -> None:
@@ -51,6 +53,7 @@ class Membership:
         self._presence = Presence(self.link, manager)
         self.canceller = Canceller(manager, self.link, self.cancellations, self._gathering)
         self.inspector = Inspector(manager, self.link, self._gathering, self._presence)
+        self.views = Views(manager, self.link, self._gathering)
 
     async def start(self) -> None:
         """Connect to the bus, read the cancellations of the last hour, and announce the node.
@@ -76,6 +79,7 @@ class Membership:
         flush = 0.0
         try:
             await self.canceller.stop()
+            await self.views.stop()
             async with asyncio.timeout(STOP_TIMEOUT):
                 await self.keeper.stop()
                 await self._presence.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
@@ -14,27 +15,38 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from otel_tasks import Overview, TaskManager, TaskNotFoundError, global_task_manager
-from otel_tasks._core.log import TaskLogger
+from otel_tasks._core.log import TaskLogger, logger
 from otel_tasks.asgi import set_request_timeout
+from otel_tasks.fleet import Fleet
 from otel_tasks.live import files, guard
 from otel_tasks.live.detail import ended_detail, live_detail
+from otel_tasks.live.elsewhere import (
+    RemoteTask,
+    cancelled_there,
+    found_there,
+    listed_everywhere,
+    state_of,
+)
 from otel_tasks.live.feed import INTERVAL, VERSION, Feed, encoded
 from otel_tasks.live.guard import Refused
 from otel_tasks.live.hub import LINGER, Hub, NotTicking, TooManyViewers
+from otel_tasks.live.marks import is_marked
+from otel_tasks.live.others import Others
 from otel_tasks.live.params import QUERIED, WATCHED, BadRequest, Params, printable, query, reason_of, watched
 from otel_tasks.live.routes import REST, guarded_routes
 from otel_tasks.live.rows import Row, Shown, ended_row
 from otel_tasks.live.search import listed, named
 from otel_tasks.live.slices import in_slices
 from otel_tasks.live.sse import EventStream
-from otel_tasks.live.stream import RETRY_MS, Stream
+from otel_tasks.live.stream import Stream, polled
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
 
     from otel_tasks import ManagedTask, TaskInfo
 
-    Can = Callable[[Request, str, ManagedTask[Any]], bool | Awaitable[bool]]
+    # With a fleet, the task may be a RemoteTask.
+    Can = Callable[[Request, str, Any], bool | Awaitable[bool]]
 
 ACTIONS: Final = frozenset({"cancel"})
 # Seconds that a cancel request waits for the task's end.
@@ -50,6 +62,7 @@ def live_view(
     insecure: bool = False,
     hosts: Collection[str] = (),
     manager: TaskManager | None = None,
+    fleet: Fleet | None = None,
     actions: Collection[str] = (),
     can: Can | None = None,
     trace_url: str | None = None,
@@ -70,10 +83,12 @@ def live_view(
             local name. Behind a proxy, use ``auth``: one on the same machine that adds no header looks like
             a local client.
         hosts: Further names that such clients may use.
-        manager: The manager to show. None: ``global_task_manager``.
+        manager: The manager to show. None: that of the fleet, or ``global_task_manager``.
+        fleet: Show all processes of this fleet. None shows this process.
         actions: The actions of viewers besides looking: ``{"cancel"}``, or nothing.
         can: Called as ``can(request, action, task)`` before each action, and to offer it; returns whether
-            this client may. It may be a coroutine function. None allows what ``actions`` has.
+            this client may. It may be a coroutine function. None allows what ``actions`` has. A task of
+            another process is a ``RemoteTask``.
         trace_url: The link to a trace, with ``{trace_id}`` in it. None shows no links.
         errors: Show the texts of exceptions, which may contain secrets; their types are always shown.
         metadata: The keys of tasks' metadata to show.
@@ -82,8 +97,10 @@ def live_view(
         The router, for ``app.include_router(..., prefix="/tasks")``; it needs a prefix.
 
     Raises:
-        ValueError: There is neither ``auth`` nor ``insecure=True``, or an action or a host is none.
-        TypeError: ``auth`` is not a dependency, ``manager`` not a TaskManager, or a collection a string.
+        ValueError: There is neither ``auth`` nor ``insecure=True``, an action or a host is none, or the
+            fleet has another manager.
+        TypeError: ``auth`` is not a dependency, ``manager`` not a TaskManager, ``fleet`` not a Fleet, or a
+            collection a string.
 
     Telemetry: a cancellation links to the span of its request, and its cause names the user.
 
@@ -100,8 +117,10 @@ def live_view(
         raise ValueError(f"actions may contain 'cancel', got {sorted(unknown)}")
     if manager is not None and not isinstance(manager, TaskManager):
         raise TypeError(f"manager must be a TaskManager, got {manager!r}")
+    if fleet is not None:
+        manager = _manager_of(fleet, manager)
     shown = Shown(errors=errors, metadata=tuple(metadata), trace_url=trace_url)
-    view = _View(manager or global_task_manager, shown, frozenset(actions), can)
+    view = _View(manager or global_task_manager, shown, frozenset(actions), can, fleet)
     return _router(view, auth, insecure, names)
 
 
@@ -110,6 +129,14 @@ def _check_collections(**options: Collection[str]) -> None:
         # Each of its characters would be one.
         if isinstance(value, str):
             raise TypeError(f"{option} must be a collection of strings, got {value!r}: write {{{value!r}}}")
+
+
+def _manager_of(fleet: object, manager: TaskManager | None) -> TaskManager:
+    if not isinstance(fleet, Fleet):
+        raise TypeError(f"fleet must be a Fleet, got {fleet!r}")
+    if manager is not None and manager is not fleet.manager:
+        raise ValueError(f"manager must be that of the fleet, {fleet.manager.name!r}: leave it out")
+    return fleet.manager
 
 
 def _check_auth(auth: object, insecure: bool) -> None:
@@ -165,9 +192,19 @@ class _View:
         shown: What the view shows of a task.
         actions: The actions of viewers.
         can: Decides on each action.
+        fleet: The fleet to show; None without one.
     """
 
-    def __init__(self, manager: TaskManager, shown: Shown, actions: Collection[str], can: Can | None) -> None:
+    def __init__(
+        self,
+        manager: TaskManager,
+        shown: Shown,
+        actions: Collection[str],
+        can: Can | None,
+        fleet: Fleet | None = None,
+    ) -> None:
+        self._fleet = fleet
+        self._others: Others | None = None
         self._manager = manager
         self._shown = shown
         self._actions = actions
@@ -177,9 +214,21 @@ class _View:
     @property
     def hub(self) -> Hub:
         """The viewers; made by the first, because a server may fork after the view is built."""
-        if self._hub is None:
-            self._hub = Hub(Feed(self._manager, self._shown, self._actions))
+        others = None if self._fleet is None else self._others_of(self._fleet)
+        node = None if others is None else others.node
+        # A fleet that starts again makes another node.
+        if self._hub is None or self._hub.feed.shown.node != node:
+            shown = replace(self._shown, node=node)
+            self._hub = Hub(Feed(self._manager, shown, self._actions, others), others)
         return self._hub
+
+    def _others_of(self, fleet: Fleet) -> Others:
+        if not fleet.is_started:
+            message = "this process has not joined its fleet"
+            raise Refused(503, "not_started", message, {"Retry-After": "5"})
+        if self._others is None or self._others.node != fleet.node:
+            self._others = Others(fleet.views, fleet.node, self._manager.now)
+        return self._others
 
     async def snapshot(self, request: Request, user: Any) -> Response:
         """Answer with the whole overview."""
@@ -202,23 +251,32 @@ class _View:
         await self.hub.read_now(wanted.expand, wanted.panels)
         stream = Stream(self.hub, viewer, wanted.expand, wanted.names, wanted.panels, wanted.after)
         if wanted.poll:
-            return _json(_polled(stream))
+            return _json(polled(stream))
         return EventStream(stream)
 
     async def tasks(self, request: Request, user: Any) -> Response:
         """Answer with a list of tasks."""
-        wanted = query(Params(request.query_params.multi_items(), QUERIED))
-        return _json(await listed(self.hub.feed, wanted))
+        pairs = request.query_params.multi_items()
+        if self._fleet is None:
+            return _json(await listed(self.hub.feed, query(Params(pairs, QUERIED))))
+        params = Params(pairs, (*QUERIED, "node"))
+        wanted, others = query(params), await self._found_others(self._fleet)
+        node = params.text("node")
+        return _json(await listed_everywhere(others, self.hub.feed, wanted, pairs, node))
 
     async def task(self, request: Request, user: Any) -> Response:
         """Answer with everything about one task."""
         Params(request.query_params.multi_items(), ())
         feed, name = self.hub.feed, request.path_params["task_id"]
+        if self._fleet is not None and is_marked(name):
+            details, there = await self._there(self._fleet, name)
+            allowed = [] if there is None else await self._allowed(request, there)
+            return _json(encoded({**feed.stamp(), **details, "can": allowed}))
         await self._look()
         task = await self._found(name)
         if task is None:
             return _json(encoded({**feed.stamp(), **await self._ended(name), "can": []}))
-        allowed = [action for action in sorted(self._actions) if await self._may(request, action, task)]
+        allowed = await self._allowed(request, task)
         detail = await in_slices(live_detail(feed, task))
         return _json(encoded({**feed.stamp(), **detail, "can": allowed}))
 
@@ -230,13 +288,15 @@ class _View:
             )
         reason = reason_of(await _body(request))
         uid = request.path_params["task_id"]
+        if self._fleet is not None and is_marked(uid):
+            return await self._cancel_there(self._fleet, request, user, reason)
         await self._look()
         task = self._live(uid)
         if task is None:
             return _json(encoded({"v": VERSION, "result": "ended", **await self._state(uid)}))
         if not await self._may(request, "cancel", task):
             raise Refused(403, "not_allowed", "you may not cancel this task")
-        name = printable(user_name(user) or f"a client at {_address(request)}")
+        name = _asker(request, user)
         TaskLogger(task).warning(
             "%s cancels task %s in the live view%s",
             name,
@@ -247,6 +307,39 @@ class _View:
         result = "cancelled" if done and task.cancelled() else "ended" if task.done() else "requested"
         state = await self._state(uid) if not task.done() else self._end(task.info())
         return _json(encoded({"v": VERSION, "result": result, **state}))
+
+    async def _cancel_there(self, fleet: Fleet, request: Request, user: Any, reason: str | None) -> Response:
+        """Cancel one task of another node, through the bus."""
+        name = request.path_params["task_id"]
+        details, task = await self._there(fleet, name)
+        if task is None:
+            return _json(encoded({"v": VERSION, "result": "ended", **state_of(details)}))
+        if not await self._may(request, "cancel", task):
+            raise Refused(403, "not_allowed", "you may not cancel this task")
+        asker = _asker(request, user)
+        logger.warning(
+            "%s cancels task %s of node %s in the live view%s",
+            asker,
+            task.id,
+            task.node,
+            "" if reason is None else f": {reason}",
+        )
+        result = await cancelled_there(fleet, task, reason, asker, CANCEL_WAIT)
+        after, _ = await self._there(fleet, name)
+        return _json(encoded({"v": VERSION, "result": result, **state_of(after)}))
+
+    async def _there(self, fleet: Fleet, name: str) -> tuple[Row, RemoteTask | None]:
+        """The details of a task of another node, and the task if it is live."""
+        return await found_there(await self._found_others(fleet), self.hub.feed, name)
+
+    async def _found_others(self, fleet: Fleet) -> Others:
+        """The other nodes, also if nobody looks at them."""
+        others = self._others_of(fleet)
+        await others.find(max_age=INTERVAL)
+        return others
+
+    async def _allowed(self, request: Request, task: ManagedTask[Any] | RemoteTask) -> list[str]:
+        return [action for action in sorted(self._actions) if await self._may(request, action, task)]
 
     async def _look(self) -> None:
         """Take an overview, unless there is a recent one: rows have their keys from it."""
@@ -268,7 +361,7 @@ class _View:
                 429, "too_many_viewers", "too many others are looking", {"Retry-After": f"{LINGER:g}"}
             ) from None
 
-    async def _may(self, request: Request, action: str, task: ManagedTask[Any]) -> bool:
+    async def _may(self, request: Request, action: str, task: ManagedTask[Any] | RemoteTask) -> bool:
         if self._can is None:
             return True
         allowed = self._can(request, action, task)
@@ -326,6 +419,10 @@ def user_name(user: Any) -> str | None:
     return None
 
 
+def _asker(request: Request, user: Any) -> str:
+    return printable(user_name(user) or f"a client at {_address(request)}")
+
+
 def _address(request: Request) -> str:
     return "unknown" if request.client is None else request.client.host
 
@@ -346,12 +443,6 @@ async def _body(request: Request) -> Any:
         return json.loads(body)
     except (ValueError, RecursionError):
         raise BadRequest("the body is not JSON") from None
-
-
-def _polled(stream: Stream) -> str:
-    events = [f'{{"event":{encoded(kind)},"data":{data}}}' for kind, _, data in stream.begin()]
-    head = encoded({"v": VERSION, "id": stream.hub.feed.id, "retry": RETRY_MS})
-    return f'{head[:-1]},"events":[{",".join(events)}]}}'
 
 
 async def _redirect(request: Request, user: Any) -> Response:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import islice
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from otel_tasks.live.rows import Row, Shown, class_row, ended_row, group_row, seconds, task_row
 from otel_tasks.live.slices import COUNTS_PER_SLICE, ROWS_PER_SLICE, at_once, smallest
@@ -51,6 +51,43 @@ ONLY = 100
 # Rows by their keys, each as JSON: it is made once for all viewers, and comparing it is cheap.
 Encoded = dict[str, str]
 Lists = dict[str, Encoded]
+
+
+@dataclass(slots=True)
+class Gathered:
+    """What the other nodes of a fleet add to an overview.
+
+    Attributes:
+        lists: Their rows.
+        ended_counts: How many of their tasks have ended since they were first seen.
+        totals: How many live tasks each row stands for.
+        stats: The counters of each.
+        more: How many rows each leaves out.
+        warnings: Their warnings.
+        ended: Their tasks that have ended since the last tick.
+        nodes: The nodes.
+        left_out: How many nodes are not looked at.
+    """
+
+    lists: Lists
+    ended_counts: dict[str, int]
+    totals: dict[str, int] = field(default_factory=dict)
+    stats: list[Row] = field(default_factory=list)
+    more: list[Row] = field(default_factory=list)
+    warnings: list[Row] = field(default_factory=list)
+    ended: list[Row] = field(default_factory=list)
+    nodes: list[Row] = field(default_factory=list)
+    left_out: int = 0
+
+
+class Elsewhere(Protocol):
+    """The other nodes of a fleet, as the feed sees them."""
+
+    def gathered(self) -> Gathered:
+        """What they add to the overview of this one; ended tasks once."""
+
+    def clear(self) -> None:
+        """Forget everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +124,8 @@ class _Published:
         more: How many rows each list leaves out.
         totals: How many live tasks each row stands for.
         warnings: The warnings.
+        nodes: The nodes of the fleet.
+        ended_elsewhere: How many tasks have ended in other nodes.
     """
 
     overview: Overview
@@ -95,6 +134,8 @@ class _Published:
     more: dict[str, int] = field(default_factory=dict)
     totals: dict[str, int] = field(default_factory=dict)
     warnings: list[Row] = field(default_factory=list)
+    nodes: list[Row] = field(default_factory=list)
+    ended_elsewhere: Mapping[str, int] = field(default_factory=dict)
 
 
 class Feed:
@@ -104,11 +145,21 @@ class Feed:
         manager: The manager to show.
         shown: What the view shows of a task.
         actions: What the view may do.
+        elsewhere: The other nodes of a fleet; None without one.
     """
 
-    def __init__(self, manager: TaskManager, shown: Shown, actions: Iterable[str]) -> None:
+    def __init__(
+        self,
+        manager: TaskManager,
+        shown: Shown,
+        actions: Iterable[str],
+        elsewhere: Elsewhere | None = None,
+    ) -> None:
         self.manager = manager
         self.shown = shown
+        self._elsewhere = elsewhere
+        # Each row of a fleet names its node.
+        self._node: Row = {} if shown.node is None else {"node": shown.node}
         self.instance = token_hex(4)
         self.number = 0
         self._started = manager.now()
@@ -208,7 +259,9 @@ class Feed:
         overview = yield from self.manager.overview_slices(members=wanted)
         lists = yield from self._read_lists(overview)
         warnings = yield from self._trouble.slices(self.manager, overview, held)
-        ended = yield from self._ended_rows_of(new, overview)
+        gathered = None if self._elsewhere is None else self._elsewhere.gathered()
+        others = [] if gathered is None else gathered.ended
+        ended = yield from self._ended_rows_of(new, overview, others)
         yield
         published = _Published(
             overview=_without_tasks(overview),
@@ -222,6 +275,8 @@ class Feed:
             totals=_totals(overview),
             warnings=warnings,
         )
+        if gathered is not None:
+            published = _joined(published, gathered, self._own_node(overview))
         self._publish(published, new, ended)
         return overview.members
 
@@ -233,6 +288,8 @@ class Feed:
         self._ended_total = None
         self._snapshot = None
         self._trouble = Trouble()
+        if self._elsewhere is not None:
+            self._elsewhere.clear()
         # A client that comes back with the last id gets no empty list of updates.
         self.number += 1
 
@@ -282,21 +339,35 @@ class Feed:
         groups: Encoded = {}
         for start in range(0, len(overview.groups), COUNTS_PER_SLICE):
             found = overview.groups[start : start + COUNTS_PER_SLICE]
-            groups.update((row.key, encoded(group_row(row))) for row in found)
+            groups.update((row.key, encoded({**group_row(row), **self._node})) for row in found)
             yield
         classes: Encoded = {}
         for start in range(0, len(overview.classes), COUNTS_PER_SLICE):
             for row in overview.classes[start : start + COUNTS_PER_SLICE]:
-                classes[row.key] = encoded(class_row(row, only.get(id(row.only))))
+                classes[row.key] = encoded({**class_row(row, only.get(id(row.only))), **self._node})
             yield
         return {"groups": groups, "classes": classes, "cancelling": cancelling}
 
-    def _ended_rows_of(self, new: _Ended, overview: Overview) -> Generator[None, None, list[str]]:
+    def _own_node(self, overview: Overview) -> Row:
+        return {
+            **self._node,
+            "key": overview.groups[0].key,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "version": version("otel-tasks"),
+            "silent_since": None,
+        }
+
+    def _ended_rows_of(
+        self, new: _Ended, overview: Overview, others: Iterable[Row]
+    ) -> Generator[None, None, list[str]]:
         """The rows of the tasks that ended since the last tick, oldest first."""
         rows: list[Row] = []
         while batch := list(islice(new.infos, COUNTS_PER_SLICE)):
             rows += [ended_row(info, None, overview, self.shown) for info in batch]
             yield
+        if others:
+            rows = sorted([*rows, *others], key=lambda row: -row["ended"])[:ENDED]
         ended: list[str] = []
         for number, row in enumerate(reversed(rows), self._ended_rows + 1):
             ended.append(encoded({"n": number, **row}))
@@ -328,6 +399,8 @@ class Feed:
         }
         if published.warnings != before.warnings:
             delta["warnings"] = encoded(published.warnings)
+        if published.nodes != before.nodes:
+            delta["nodes"] = encoded(published.nodes)
         self._keep(published.overview)
         self._published = published
         self._samples.append(sample)
@@ -356,6 +429,8 @@ class Feed:
             "stats": published.stats,
             "warnings": published.warnings,
             "more": published.more,
+            **self._node,
+            **({"nodes": published.nodes} if published.nodes else {}),
         }
         return assembled(
             {
@@ -415,7 +490,35 @@ def _totals(overview: Overview) -> dict[str, int]:
 
 def _sample(published: _Published) -> str:
     names = ("running", "queued", "cancelling", "completed", "failed", "cancelled")
-    return encoded([round(published.overview.now, 3), *(published.stats[name] for name in names)])
+    stats = {**published.stats, **published.ended_elsewhere}
+    return encoded([round(published.overview.now, 3), *(stats[name] for name in names)])
+
+
+# What no sum is made of.
+_OWN = frozenset({"limit", "closed"})
+
+
+def _joined(published: _Published, gathered: Gathered, own: Row) -> _Published:
+    """What a node has published, with what the other nodes add to it."""
+    stats, more, totals = dict(published.stats), dict(published.more), dict(published.totals)
+    for counts, others in ((stats, gathered.stats), (more, gathered.more)):
+        for other in others:
+            for name in counts.keys() & other.keys() - _OWN:
+                counts[name] += other[name]
+    for key, total in gathered.totals.items():
+        totals[key] = totals.get(key, 0) + total
+    return replace(
+        published,
+        stats={**stats, "limit": None},
+        lists={name: {**rows, **gathered.lists[name]} for name, rows in published.lists.items()},
+        more={**more, "nodes": gathered.left_out},
+        totals=totals,
+        warnings=[*published.warnings, *gathered.warnings],
+        nodes=[own, *gathered.nodes],
+        ended_elsewhere={
+            name: published.stats[name] + count for name, count in gathered.ended_counts.items()
+        },
+    )
 
 
 def _without_tasks(overview: Overview) -> Overview:

@@ -17,11 +17,12 @@ import asyncio
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, Protocol
 
-from otel_tasks import TaskNotFoundError
+from otel_tasks import Overview, TaskNotFoundError
 from otel_tasks._core.log import logger
 from otel_tasks.asgi import call_on_server_stop
 from otel_tasks.live.detail import ended_or_forgotten, live_detail
 from otel_tasks.live.feed import INTERVAL, Encoded, Feed
+from otel_tasks.live.marks import is_marked
 from otel_tasks.live.slices import in_slices, one_turn
 
 if TYPE_CHECKING:
@@ -59,6 +60,25 @@ class Viewer(Protocol):
         """End it."""
 
 
+class Others(Protocol):
+    """The other nodes of a fleet, as the hub sees them."""
+
+    async def look(self, expand: Mapping[str, int], panels: Iterable[str]) -> None:
+        """Find the nodes, and ask them."""
+
+    async def ask(self, expand: Mapping[str, int], panels: Iterable[str]) -> None:
+        """Ask the known ones for what has changed, and wait a moment for their answers."""
+
+    def rows(self, key: str) -> Encoded:
+        """The tasks of an expanded row of another node."""
+
+    def oldest(self, own: Encoded, limit: int) -> Encoded:
+        """The oldest tasks of all nodes."""
+
+    def panel(self, uid: str) -> Row:
+        """A task of another node."""
+
+
 class TooManyViewers(Exception):
     """No further viewer is admitted now."""
 
@@ -72,10 +92,12 @@ class Hub:
 
     Args:
         feed: The feed.
+        others: The other nodes of a fleet, which the feed shows too; None without one.
     """
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, feed: Feed, others: Others | None = None) -> None:
         self.feed = feed
+        self._others = others
         # The tasks of expanded rows, and the panels, as of their last look.
         self.rows: dict[str, Encoded] = {}
         self.panels: dict[str, Row] = {}
@@ -159,8 +181,11 @@ class Hub:
         Cancellation: ends the reading.
         """
         missing = {key: limit for key, limit in expand.items() if key not in self.rows}
+        panels = tuple(panels)
+        if self._others is not None and (missing or any(map(is_marked, panels))):
+            await self._others.ask(missing, panels)
         if missing:
-            overview = await in_slices(self.feed.look(missing))
+            overview = await in_slices(self.feed.look(_own(missing)))
             await self._read_rows(overview.members, missing, one_turn)
         for uid in panels:
             await self._read_panel(uid, one_turn)
@@ -181,6 +206,8 @@ class Hub:
         sign = call_on_server_stop(self.close)
         try:
             started = loop.time()
+            if self._others is not None:
+                await self._others.look({}, ())
             # Viewers wait for it: it takes no pauses.
             await in_slices(self.feed.slices())
             self._has_ticked.set()
@@ -205,7 +232,9 @@ class Hub:
         """Tick once, and wake the streams one after another."""
         wanted = self._wanted()
         held, self._held = self._held, 0.0
-        members = await in_slices(self.feed.slices(wanted, held=held), self._rest)
+        if self._others is not None:
+            await self._others.look(wanted, {uid for stream in self._streams for uid in stream.panels})
+        members = await in_slices(self.feed.slices(_own(wanted), held=held), self._rest)
         await self._read_rows(members, wanted, self._rest)
         await self._read_panels()
         for stream in list(self._streams):
@@ -248,8 +277,14 @@ class Hub:
         rest: Callable[[], Awaitable[object]],
     ) -> None:
         for key, limit in wanted.items():
+            if self._others is not None and is_marked(key):
+                self.rows[key] = self._others.rows(key)
+                continue
             tasks = members[key][:limit]
-            self.rows[key] = await in_slices(self.feed.encoded_rows(tasks), rest)
+            rows = await in_slices(self.feed.encoded_rows(tasks), rest)
+            if self._others is not None and key == Overview.ROOT:
+                rows = self._others.oldest(rows, limit)
+            self.rows[key] = rows
 
     async def _read_panels(self) -> None:
         wanted = list(dict.fromkeys(uid for stream in self._streams for uid in stream.panels))
@@ -260,9 +295,17 @@ class Hub:
         self._next_panel = start + PANELS_PER_TICK
 
     async def _read_panel(self, uid: str, rest: Callable[[], Awaitable[object]]) -> None:
+        if self._others is not None and is_marked(uid):
+            self.panels[uid] = self._others.panel(uid)
+            return
         try:
             task = self.feed.manager.get_task(uid)
         except TaskNotFoundError:
             self.panels[uid] = await in_slices(ended_or_forgotten(self.feed, uid), rest)
         else:
             self.panels[uid] = await in_slices(live_detail(self.feed, task), rest)
+
+
+def _own(wanted: Mapping[str, int]) -> dict[str, int]:
+    """The rows of this process."""
+    return {key: limit for key, limit in wanted.items() if not is_marked(key)}

@@ -20,7 +20,8 @@ DEFAULT_OLDEST = 50
 MAX_REASON = 500
 
 _VIEWER = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_KEY = re.compile(r"[gc][0-9a-f]{10}")
+# That of another node of a fleet has a mark.
+_KEY = re.compile(r"(?:[0-9a-f]{8}~)?[gc][0-9a-f]{10}")
 SORTS = ("age", "-age", "name", "status")
 STATUSES = ("pending", "queued", "running", "cancelling")
 

@@ -46,11 +46,13 @@ class Shown:
         errors: The texts of exceptions.
         metadata: The keys of metadata.
         trace_url: The link to a trace, with ``{trace_id}`` in it; None for no link.
+        node: The node of a fleet that shows it; None without a fleet.
     """
 
     errors: bool = False
     metadata: Collection[str] = ()
     trace_url: str | None = None
+    node: str | None = None
 
 
 def text(value: str) -> str:
@@ -132,6 +134,7 @@ def task_row(task: ManagedTask[Any], node: TaskNode, overview: Overview, shown: 
         "consumer": None if node.consumer is None else node.consumer.to_dict(),
         "trace_id": works.trace_id,
         "span_id": works.span_id,
+        "node": shown.node,
     }
     return {key: value for key, value in row.items() if value is not None}
 
@@ -166,6 +169,7 @@ def ended_row(info: TaskInfo, number: int | None, overview: Overview, shown: Sho
         "progress": _progress(info.progress),
         "trace_id": info.trace_id,
         "span_id": info.span_id,
+        "node": shown.node,
     }
     return {key: value for key, value in row.items() if value is not None}
 
@@ -219,14 +223,14 @@ def _str(value: object) -> str:
         return f"<{type(value).__name__} without text: {type(error).__name__}>"
 
 
-def trace_link(trace_id: str | None, cause: CancelCause | None, shown: Shown) -> str | None:
+def trace_link(trace_id: str | None, cause_kind: str | None, shown: Shown) -> str | None:
     """The link to a task's trace; of a cancelled task, Jaeger marks the spans with its cause."""
     if shown.trace_url is None or trace_id is None:
         return None
     url = shown.trace_url.replace("{trace_id}", trace_id)
-    if cause is None:
+    if cause_kind is None:
         return url
-    return f"{url}{'&' if '?' in url else '?'}uiFind={cause.kind}"
+    return f"{url}{'&' if '?' in url else '?'}uiFind={cause_kind}"
 
 
 def _counted(counted: Counted) -> Row:

@@ -62,7 +62,7 @@ async def _live(feed: Feed, query: Query) -> Encoded:
         found += [task for task in batch if _may_match(task, query, overview.now)]
         await asyncio.sleep(0)
     found, partial = await _looked_at(feed, found, query)
-    start = _offset(query.after)
+    start = offset(query.after)
     page = await _ordered(found, query.sort, start + query.limit)
     rows = await in_slices(feed.encoded_rows(page[start:]))
     return _answer(rows.values(), len(found), start + query.limit, partial=partial)
@@ -184,7 +184,7 @@ async def _ended(feed: Feed, query: Query) -> Encoded:
             and _has_words(f"{info.id} {info.group_id} {info.trace_id or ''}".casefold(), query.words)
         ]
         await asyncio.sleep(0)
-    start = _offset(query.after)
+    start = offset(query.after)
     page = iter(found[start : start + query.limit])
     rows: list[str] = []
     while batch := list(islice(page, COUNTS_PER_SLICE)):
@@ -202,7 +202,8 @@ def _answer(rows: Iterable[str], total: int, end: int, *, partial: bool) -> Enco
     }
 
 
-def _offset(after: str | None) -> int:
+def offset(after: str | None) -> int:
+    """The number of the first row of a page."""
     if after is None:
         return 0
     if not after.isdecimal() or len(after) > 9:

@@ -146,6 +146,13 @@ class Stream:
             yield "rows", None, assembled(data)
 
 
+def polled(stream: Stream) -> str:
+    """The first events of a stream as JSON, for a client that polls."""
+    events = [f'{{"event":{encoded(kind)},"data":{data}}}' for kind, _, data in stream.begin()]
+    head = encoded({"v": VERSION, "id": stream.hub.feed.id, "retry": RETRY_MS})
+    return f'{head[:-1]},"events":[{",".join(events)}]}}'
+
+
 def framed(event: Event) -> bytes:
     """An event as the protocol has it."""
     kind, event_id, data = event

@@ -45,6 +45,7 @@ export class Model {
     this.ended = [];
     this.samples = [];
     this.more = {};
+    this.nodes = new Map(); // name -> node, with a fleet
   }
 
   // --- events -----------------------------------------------------------------------------------
@@ -66,6 +67,7 @@ export class Model {
     for (const each of data.classes) this.classes.set(each.key, each);
     for (const task of data.cancelling) this.cancelling.set(task.id, task);
     ({ stats: this.stats, samples: this.samples, warnings: this.warnings, ended: this.ended, more: this.more } = data);
+    this.#meet(data.nodes ?? []);
   }
 
   #change(data) {
@@ -78,7 +80,27 @@ export class Model {
       for (const entry of data.set[list] ?? []) this[list].set(entry.key ?? entry.id, entry);
     }
     if (data.warnings) this.warnings = data.warnings;
+    if (data.nodes) this.#meet(data.nodes);
     if (data.ended?.length) this.ended = [...data.ended, ...this.ended].slice(0, ENDED);
+  }
+
+  #meet(nodes) {
+    this.nodes = new Map(nodes.map((node) => [node.node, node]));
+  }
+
+  /** True for a row of a node that does not answer. */
+  isSilent({ node }) {
+    return (this.nodes.get(node)?.silent_since ?? null) !== null;
+  }
+
+  /** The rows of the chosen node, or all. A node without rows has one that says so. */
+  #roots(only) {
+    const roots = [...this.groups.values()].filter((group) => group.parent === null);
+    const known = new Set(roots.map((root) => root.node));
+    for (const { node } of this.nodes.values()) {
+      if (!known.has(node)) roots.push({ key: `node ${node}`, parent: null, name: "", node, kind: "root", instances: 1, count: 0, queued: 0, cancelling: 0, p50: null, p90: null, oldest: null, limit: null, progress: null });
+    }
+    return only ? roots.filter((root) => root.node === only) : roots;
   }
 
   /** Takes the tasks of an expanded row: all of them, or those that changed. */
@@ -135,7 +157,7 @@ export class Model {
     return task.group_id.slice(task.group_id.lastIndexOf("#"));
   }
 
-  tree({ sort, hold, finished }) {
+  tree({ sort, hold, finished, node = "" }) {
     const children = new Map();
     for (const group of this.groups.values()) listed(children, group.parent).push(group);
     const inside = new Map();
@@ -167,7 +189,7 @@ export class Model {
       for (const each of this.arrange(`in ${group.key}`, inside.get(group.key) ?? [], order, hold)) addClass(each, level + 1);
       for (const each of this.arrange(group.key, children.get(group.key) ?? [], order, hold)) addGroup(each, level + 1);
     };
-    for (const root of this.arrange(null, children.get(null) ?? [], ROW_ORDER[sort], hold)) addGroup(root, 1);
+    for (const root of this.arrange(null, this.#roots(node), ROW_ORDER[sort], hold)) addGroup(root, 1);
     return rows;
   }
 

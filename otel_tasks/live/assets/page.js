@@ -8,7 +8,7 @@ import { Backlog } from "./pause.js";
 import { List } from "./rows.js";
 import { Summary } from "./summary.js";
 import { Timeline } from "./timeline.js";
-import { $, button, clean, counted, duration, line, make, mark, number, put, short } from "./text.js";
+import { $, button, clean, counted, duration, line, make, mark, nodeName, number, put, short } from "./text.js";
 
 const MAX_OPEN = 20; // expanded rows whose tasks the feed sends
 const MORE = [200, 400, 1000];
@@ -21,6 +21,7 @@ const view = {
   name: ["oldest", "timeline", "ended"].includes(url.get("view")) ? url.get("view") : "tree",
   q: url.get("q") ?? "",
   list: null, // { query, label }: the tasks behind a warning or at a line
+  node: url.get("node") ?? "", // of a fleet; "" shows all
   scope: null, // { query, label }: whose timeline
   sort: "status",
   finished: false,
@@ -55,9 +56,10 @@ function entries() {
   const hold = list.watched;
   const { sort, finished } = view;
   if (question()) return model.list(found.key, [...found.live, ...found.ended], { sort, hold });
-  if (view.name === "oldest") return model.list("oldest", [...(model.members.get("oldest")?.tasks.values() ?? [])], { sort: "age", hold });
-  if (view.name === "ended") return model.list("ended", model.ended, { sort, hold });
-  return model.tree({ sort, hold, finished });
+  const here = (task) => !view.node || task.node === view.node;
+  if (view.name === "oldest") return model.list("oldest", [...(model.members.get("oldest")?.tasks.values() ?? [])].filter(here), { sort: "age", hold });
+  if (view.name === "ended") return model.list("ended", model.ended.filter(here), { sort, hold });
+  return model.tree({ sort, hold, finished, node: view.node });
 }
 
 /** Renders before the next frame, once, whatever has changed until then. */
@@ -89,7 +91,8 @@ function renderNow() {
   }
   if (!held) summary.show(model);
   put($("note"), note());
-  for (const each of document.querySelectorAll(".pick")) each.hidden = !isOrdered();
+  for (const each of document.querySelectorAll(".sorts")) each.hidden = !isOrdered();
+  offerNodes();
   for (const each of $("views").children) mark(each, "aria-pressed", each.value === view.name && !view.list);
   $("scope").hidden = !(timed || view.list);
   put($("scope").firstChild, clean(timed ? scope().label : (view.list?.label ?? "")));
@@ -102,6 +105,33 @@ function note() {
   if (view.name === "ended") return `the last ${number(model.ended.length)} that ended`;
   const left = (model.more.groups ?? 0) + (model.more.classes ?? 0);
   return `${number(model.stats.live)} live · ${counted(model.stats.groups, "group")} open${left ? ` · ${counted(left, "smaller row")} not shown: filter to see them` : ""}`;
+}
+
+/** The choice of nodes, with a fleet. It changes only if the nodes do: an open list keeps its place. */
+function offerNodes() {
+  const choice = $("nodes").lastElementChild;
+  const names = [...model.nodes.keys()];
+  if (view.node && !names.includes(view.node)) names.push(view.node);
+  $("nodes").hidden = model.nodes.size === 0;
+  const state = JSON.stringify([names, names.map((node) => model.isSilent({ node }))]);
+  if (choice.dataset.state !== state) {
+    choice.dataset.state = state;
+    const option = (value, text) => Object.assign(make("option", "", text), { value });
+    choice.replaceChildren(option("", `all ${number(names.length)}`), ...names.map((node) => option(node, `${nodeName(node)}${model.isSilent({ node }) ? " · silent" : ""}`)));
+  }
+  if (choice.value !== view.node) choice.value = view.node;
+}
+
+function chooseNode(node) {
+  view.node = node;
+  say(node ? `node ${nodeName(node)}` : "all nodes");
+  refreshView();
+}
+
+function nextNode() {
+  if (!model.nodes.size) return say("This view shows one process.");
+  const names = ["", ...model.nodes.keys()];
+  chooseNode(names[(names.indexOf(view.node) + 1) % names.length]);
 }
 
 function showEmpty(empty) {
@@ -131,6 +161,7 @@ function remember() {
   const query = new URLSearchParams();
   if (view.q) query.set("q", view.q);
   if (view.name !== "tree") query.set("view", view.name);
+  if (view.node) query.set("node", view.node);
   if (panel.id) query.set("task", panel.id);
   history.replaceState(null, "", query.size ? `?${query}` : location.pathname);
 }
@@ -142,15 +173,18 @@ const isOrdered = () => view.name === "tree" || (view.name === "oldest" && Boole
 
 /** The query of the list that is shown, or null for the views that the stream feeds. */
 function question() {
-  if (view.name === "timeline") return scope().query;
-  if (view.list) return view.list.query;
-  return view.q && new URLSearchParams({ q: view.q });
+  const query = view.name === "timeline" ? scope().query : view.list ? view.list.query : view.q && new URLSearchParams({ q: view.q });
+  if (!query || !view.node || query.has("node")) return query;
+  const chosen = new URLSearchParams(query);
+  chosen.set("node", view.node);
+  return chosen;
 }
 
 /** Whose timeline: as chosen, or of the selected row, or of everything. */
 function scope() {
   if (view.scope) return view.scope;
   const root = [...model.groups.values()].find((group) => group.parent === null);
+  if (model.nodes.size) return { query: new URLSearchParams(), label: view.node ? nodeName(view.node) : "all nodes" };
   return { query: new URLSearchParams({ key: root?.key ?? "" }), label: root?.name ?? "" };
 }
 
@@ -288,6 +322,7 @@ function closePanel() {
 function askCancel(task) {
   if (!model.about.actions.includes("cancel")) return say("This view is read-only.");
   if (!isFresh()) return say("The data is stale: nothing can be cancelled.");
+  if (task && model.isSilent(task)) return say("The task's node does not answer: nothing can be cancelled there.");
   if (!task?.id || task.ended !== undefined) return say("Select a live task first.");
   dialog.open(task.id, task.name, isFresh);
 }
@@ -363,6 +398,7 @@ const KEYS = {
   w: ["all tasks that wait at the selected one's line", sameLine],
   t: ["tree or flat list of the oldest", () => choose(view.name === "tree" && !view.list ? "oldest" : "tree")],
   g: ["timeline of the selected row", () => choose(view.name === "timeline" ? "tree" : "timeline")],
+  m: ["with a fleet: all nodes, or the next one", nextNode],
   x: ["cancel the selected task", () => askCancel(panel.id ? panel.task : taskOf(list.current))],
   Escape: ["close the panel, the filter, the view", leave],
   "?": ["these keys", () => $("help").showModal()],
@@ -430,6 +466,7 @@ document.addEventListener("keydown", onKey);
 $("pause").addEventListener("click", () => ready && pause());
 $("keys").addEventListener("click", () => $("help").showModal());
 $("sort").addEventListener("change", ({ target }) => sortBy(target.value));
+$("nodes").lastElementChild.addEventListener("change", ({ target }) => chooseNode(target.value));
 $("finished").addEventListener("change", ({ target }) => {
   view.finished = target.checked;
   refreshView();

@@ -1,6 +1,6 @@
 /** The panel next to the list: everything that is known of one task. It stays when the task ends or leaves the list. */
 
-import { $, GLYPHS, TONES, button, causeOf, clean, duration, fine, line, make, mark, number, percent, put, short, wall } from "./text.js";
+import { $, GLYPHS, TONES, button, causeOf, clean, duration, fine, line, make, mark, nodeName, number, percent, put, short, wall } from "./text.js";
 import { get } from "./feed.js";
 import { doing, outcome } from "./rows.js";
 
@@ -120,7 +120,7 @@ export class Panel {
     this.#part("siblings", siblings, () => this.#siblings(siblings, task));
     this.#part("metadata", metadata, () => Object.keys(metadata ?? {}).length && this.#metadata(metadata));
     this.cancel.hidden = !can.includes("cancel");
-    this.cancel.disabled = !fresh;
+    this.cancel.disabled = !fresh || this.model.isSilent(task);
     put(this.cancel.firstChild, task.status === "cancelling" ? "Cancel again…" : "Cancel…");
   }
 
@@ -163,6 +163,7 @@ export class Panel {
     const status = ended ? outcome(task, now) : task.status === "queued" ? doing(task, now) : task.status;
     const since = task.status === "cancelling" ? ` ${duration(now - task.cancel_requested)}` : "";
     list.append(make("dt", "", "Status"), make("dd", `s-${TONES[task.status]}`, status + since));
+    if (task.node) add("Node", make("span", "mono", nodeName(task.node)), this.model.isSilent(task) ? " · silent" : "");
     if (task.priority !== "NORMAL") add("Priority", task.priority);
     add("Created", `${wall(task.created, this.model)}, ${duration(now - task.created)} ago`);
     if (ended) add("Ended", `${wall(task.ended, this.model)}, after ${fine(task.ended - task.created)}`);

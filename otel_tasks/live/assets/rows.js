@@ -5,7 +5,7 @@
  * survive it. Rows out of sight cost no layout (`content-visibility` in page.css).
  */
 
-import { $, GLYPHS, TONES, because, clean, duration, line, mark, number, percent, put, short } from "./text.js";
+import { $, GLYPHS, TONES, because, clean, duration, line, mark, nodeName, number, percent, put, short } from "./text.js";
 
 const AGES = Math.log(1e6); // the axis of ages is logarithmic: 0.1 s to 28 hours on 84 pixels
 const WIDTH = 84;
@@ -198,8 +198,8 @@ class Row {
     this.node = node;
     node.dataset.key = key;
     const [name, count, waiting, running, cancelling, age, progress] = node.children;
-    const [tri, glyph, label, mult, prio, why] = name.children;
-    Object.assign(this, { tri, glyph, label, mult, prio, why, counts: [count, waiting, running, cancelling], age, progress });
+    const [tri, glyph, label, mult, host, prio, why] = name.children;
+    Object.assign(this, { tri, glyph, label, mult, host, prio, why, counts: [count, waiting, running, cancelling], age, progress });
   }
 
   paint(entry, model) {
@@ -213,6 +213,23 @@ class Row {
       put(this.tri, entry.open === undefined ? "" : entry.open ? "▾" : "▸");
     }
     this[entry.kind](entry.data, model, fresh);
+    if (model.nodes.size) this.#placed(entry, model);
+  }
+
+  /** With a fleet: which node it is on, and whether that is silent. */
+  #placed({ kind, data, flat }, model) {
+    const root = kind === "group" && data.parent === null;
+    const silent = model.isSilent(data);
+    mark(this.node, "class", `row ${kind}${root ? " root" : ""}${silent ? " silent" : ""}`);
+    put(this.host, data.node && !root && (flat || kind === "task" || kind === "ended") ? nodeName(data.node) : "");
+    if (!root) return;
+    const known = model.nodes.get(data.node);
+    put(this.label, nodeName(data.node));
+    mark(this.label, "title", clean(data.node));
+    const facts = [clean(data.name)];
+    if (known?.version !== model.about.version) facts.push(`version ${clean(known?.version)}`);
+    if (silent) facts.push(`silent for ${duration(model.now() - known.silent_since)}`);
+    put(this.mult, facts.filter(Boolean).join(" · "));
   }
 
   group(group, model, fresh) {

@@ -60,7 +60,9 @@ export class Summary {
 
   show(model) {
     const { about, samples, stats } = model;
-    put($("host"), clean([about.service, about.host, `pid ${about.pid}`].filter(Boolean).join(" · ")));
+    const silent = [...model.nodes.values()].filter((node) => model.isSilent(node)).length;
+    const nodes = model.nodes.size && `${counted(model.nodes.size, "node")}${silent ? `, ${number(silent)} silent` : ""}`;
+    put($("host"), clean([about.service, nodes, about.host, `pid ${about.pid}`].filter(Boolean).join(" · ")));
     put($("may"), stats.closed ? "shut down" : about.actions.includes("cancel") ? "can cancel" : "read-only");
     $("may").hidden = false;
     const end = samples.length ? samples.at(-1)[TIME] : 0;

@@ -41,6 +41,9 @@ export function button(text, act, name = "") {
   return node;
 }
 
+/** A node as people call it: its host and its process. */
+export const nodeName = (node) => clean(node).split("/").slice(0, 2).join("/");
+
 const grouped = new Intl.NumberFormat("en-US");
 export const number = (n) => grouped.format(n);
 export const counted = (n, what) => `${number(n)} ${what}${n === 1 ? "" : "s"}`;

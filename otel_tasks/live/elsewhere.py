@@ -1,0 +1,174 @@
+"""Elsewhere: answers of the endpoints that are about tasks of other nodes of a fleet."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from otel_tasks.fleet import BusUnavailableError
+from otel_tasks.live.guard import Refused
+from otel_tasks.live.marks import is_named
+from otel_tasks.live.params import MAX_ROWS
+from otel_tasks.live.rows import Row, trace_link
+from otel_tasks.live.search import listed, next_page, offset
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from otel_tasks.fleet import Fleet
+    from otel_tasks.live.feed import Feed
+    from otel_tasks.live.others import Others
+    from otel_tasks.live.params import Query
+
+_FIRST: Final = {"cancelling": 0, "queued": 1, "pending": 1}
+_ORDERS: Final[dict[str, Callable[[Row], tuple[Any, ...]]]] = {
+    "age": lambda row: (row["created"], row["task_id"]),
+    "-age": lambda row: (-row["created"], row["task_id"]),
+    "name": lambda row: (row["name"], row["created"], row["task_id"]),
+    "status": lambda row: (_FIRST.get(row["status"], 2), row["created"], row["task_id"]),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteTask:
+    """A task of another process of the fleet, as ``can`` gets it. Its metadata stays in that process.
+
+    Attributes:
+        node: The process, by its name in the fleet.
+        uid: Its uid there.
+        id: Its id there.
+        name: Its name.
+        group_id: The id of its group.
+        priority: The name of its priority.
+        status: Its status.
+
+    Example:
+        >>> def can(request, action, task):
+        ...     return task.name.startswith("import")
+    """
+
+    node: str
+    uid: str
+    id: str
+    name: str
+    group_id: str
+    priority: str
+    status: str
+
+
+async def found_there(others: Others, feed: Feed, name: str) -> tuple[Row, RemoteTask | None]:
+    """The details of a task of another node, and the task itself if it is live.
+
+    Raises:
+        Refused: No node has this task, or its node does not answer.
+
+    Cancellation: ends the wait.
+    """
+    asked = others.asked(name)
+    if asked is None:
+        raise _not_found(f"no node of the fleet has the task {name[:80]!r}", feed)
+    other, uid = asked
+    details = await others.answer(other, "task", [["task", uid]])
+    if details is None:
+        raise Refused(503, "silent", f"node {other.node} does not answer", {"Retry-After": "5"})
+    if details.get("state") not in ("live", "ended"):
+        raise _not_found(f"node {other.node} has no task with the id {uid[:80]!r}, or has forgotten it", feed)
+    task = details["task"]
+    details["trace_url"] = _trace_link(task, feed)
+    if details["state"] == "ended":
+        return details, None
+    return details, RemoteTask(
+        node=other.node,
+        uid=uid,
+        id=task["task_id"],
+        name=task["name"],
+        group_id=task["group_id"],
+        priority=task["priority"],
+        status=task["status"],
+    )
+
+
+def state_of(details: Row) -> Row:
+    """What the answer to a cancellation says of its task."""
+    return {"state": details["state"], "task": details["task"]}
+
+
+async def listed_everywhere(
+    others: Others, feed: Feed, wanted: Query, pairs: Sequence[tuple[str, str]], node: str | None
+) -> Row:
+    """Answer a query with the tasks of all nodes, or of some.
+
+    Args:
+        others: The other nodes.
+        feed: The feed of this node.
+        wanted: The query.
+        pairs: The same as parameters.
+        node: The name, the host, or the host and process of the nodes that are asked; None for all.
+
+    Cancellation: ends the search.
+    """
+    start = offset(wanted.after)
+    end = min(MAX_ROWS, start + wanted.limit)
+    asked = others.named(node)
+    is_here = node is None or is_named(feed.shown.node or "", node)
+    skipped = {"node", "after", "limit"}
+    found_in = None if wanted.key is None else others.asked(wanted.key)
+    if found_in is not None:
+        asked, is_here = ([found_in[0]] if found_in[0] in asked else []), False
+        skipped.add("key")
+    elif wanted.key is not None:
+        asked = []
+    params = [[name, value] for name, value in pairs if name not in skipped]
+    params += [["limit", str(end)], *([["key", found_in[1]]] if found_in is not None else [])]
+    answers = await asyncio.gather(
+        *([listed(feed, replace(wanted, after=None, limit=end))] if is_here else []),
+        *(others.answer(other, "tasks", params) for other in asked),
+    )
+    mute = [other.node for other, answer in zip(asked, answers[is_here:], strict=True) if answer is None]
+    answered = [answer for answer in answers if answer is not None and "rows" in answer]
+    rows = [row for answer in answered for row in answer["rows"]]
+    rows.sort(key=_ORDERS["age" if wanted.sort not in _ORDERS else wanted.sort])
+    if wanted.ended:
+        rows.sort(key=lambda row: -row["ended"])
+    total = sum(answer["total"] for answer in answered)
+    return {
+        **feed.stamp(),
+        "rows": rows[start:end],
+        "total": total,
+        # Beyond that, each node has its own pages.
+        "next": next_page(start + wanted.limit, min(total, MAX_ROWS)),
+        "partial": total > MAX_ROWS or any(answer["partial"] for answer in answered),
+        "silent": mute,
+    }
+
+
+async def cancelled_there(
+    fleet: Fleet, task: RemoteTask, reason: str | None, asked_by: str, timeout: float
+) -> str:
+    """Cancel a task of another node: ``"cancelled"``, ``"requested"``, or ``"ended"``.
+
+    Raises:
+        Refused: The node does not answer, or the bus does not; the task is cancelled when they do.
+
+    Cancellation: ends the wait; the cancellation stays sent.
+    """
+    try:
+        report = await fleet.cancel_task(task.uid, reason, timeout=timeout, asked_by=asked_by, node=task.node)
+    except BusUnavailableError as error:
+        raise Refused(504, "silent", str(error)) from None
+    if report.silent:
+        message = f"node {task.node} does not answer; it cancels the task as soon as it reads this"
+        raise Refused(504, "silent", message)
+    if report.still_running:
+        return "requested"
+    return "cancelled" if report.ended else "ended"
+
+
+def _not_found(message: str, feed: Feed) -> Refused:
+    return Refused(404, "not_found", message, {"Otel-Tasks-Instance": feed.instance})
+
+
+def _trace_link(task: Row, feed: Feed) -> str | None:
+    cause = task.get("cause")
+    return trace_link(task.get("trace_id"), None if cause is None else cause["kind"], feed.shown)

@@ -1,0 +1,430 @@
+"""Others: what the other nodes of a fleet have sent to this node's view, as rows of this view.
+
+Rules, each with a test of its own:
+
+1. Ids and keys of another node begin with its mark, times are moved to this node's clock, and each row names
+   its node.
+2. Each node is asked once per tick, and not again before it has answered. A tick waits for the answers only
+   for a moment: what comes later is shown with the next one.
+3. A node that does not answer is silent. It stays with its last rows for ``KEPT`` seconds, and without them
+   as long as the roster has it. Without the bus, all others are silent.
+4. A node may send anything: what does not have the form of the reference is dropped, and logged once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol
+from urllib.parse import urlencode
+
+from otel_tasks import Overview
+from otel_tasks._core.log import logger
+from otel_tasks._core.telemetry import quiet_context
+from otel_tasks.live.feed import Encoded, Gathered, Lists, encoded
+from otel_tasks.live.marks import is_named, mark_of, marked, unmarked
+from otel_tasks.live.rows import Row, seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    Pairs = list[list[str]]
+
+# Seconds without an answer after which a node is silent, and after which its rows go.
+SILENT: Final = 3.0
+KEPT: Final = 30.0
+# Seconds that a question waits for its answer, and that a tick waits for all of them.
+PATIENCE: Final = 2.5
+MOMENT: Final = 0.25
+# Nodes that are asked.
+MAX_NODES: Final = 100
+# Seconds by which the offset between two clocks may be wrong before it is measured again.
+DRIFT: Final = 0.5
+
+_NAMES = frozenset({"id", "key", "parent", "group", "class"})
+_TIMES = frozenset({"created", "started", "ended", "cancel_requested", "at", "p50", "p90", "oldest", "since"})
+# These are in whole seconds, so that they are the same in each look.
+_ROUGH_TIMES = frozenset({"retry_at", "next_run"})
+_COUNTS = ("completed", "failed", "cancelled")
+
+
+class KnownNode(Protocol):
+    """What the fleet knows of a node."""
+
+    @property
+    def node(self) -> str:
+        """Its name."""
+
+    @property
+    def host(self) -> str:
+        """Its host."""
+
+    @property
+    def pid(self) -> int:
+        """The id of its process."""
+
+    @property
+    def version(self) -> str:
+        """Its version of this package."""
+
+
+class Nodes(Protocol):
+    """The fleet, as a view sees it."""
+
+    async def others(self) -> Mapping[str, KnownNode] | None:
+        """Return the other nodes; None if the bus does not answer."""
+
+    async def ask(self, node: str, data: dict[str, Any], timeout: float) -> Row | None:
+        """Ask one of them."""
+
+
+@dataclass(eq=False)
+class Other:
+    """Another node: what it has sent.
+
+    Attributes:
+        about: What the fleet knows of it.
+        mark: What its ids and keys begin with.
+        seen: When it answered last, on this node's clock.
+        after: The id of its last update.
+        lists: Its rows.
+        sizes: How many live tasks its groups and classes stand for, by key.
+        head: The other parts of its overview.
+        rows: The tasks of expanded rows, by key and id.
+        panels: The tasks of panels, by id.
+        ended: The ended tasks that the feed has not taken yet.
+    """
+
+    about: KnownNode
+    mark: str
+    seen: float
+    after: str | None = None
+    offset: float | None = None
+    asking: asyncio.Task[None] | None = None
+    lists: Lists = field(default_factory=lambda: {"groups": {}, "classes": {}, "cancelling": {}})
+    sizes: dict[str, int] = field(default_factory=dict)
+    head: Row = field(default_factory=dict)
+    rows: dict[str, dict[str, Row]] = field(default_factory=dict)
+    panels: dict[str, Row] = field(default_factory=dict)
+    ended: list[Row] = field(default_factory=list)
+    last_ended: int = 0
+    root: str | None = None
+
+    @property
+    def node(self) -> str:
+        """Its name."""
+        return self.about.node
+
+    def forget(self) -> None:
+        """Drop its rows."""
+        self.after = None
+        self.lists = {"groups": {}, "classes": {}, "cancelling": {}}
+        self.sizes, self.head, self.rows, self.panels, self.root = {}, {}, {}, {}, None
+
+    def moved(self, value: Any, name: str = "") -> Any:
+        """Return data of this node as data of the view."""
+        if isinstance(value, dict):
+            row = {key: each if key == "metadata" else self.moved(each, key) for key, each in value.items()}
+            return {**row, "node": self.node} if "group_id" in row or "key" in row else row
+        if isinstance(value, list):
+            return [self.moved(each) for each in value]
+        if name in _NAMES and isinstance(value, str):
+            return marked(self.mark, value)
+        if name in _TIMES and isinstance(value, int | float):
+            return seconds(value + (self.offset or 0.0))
+        if name in _ROUGH_TIMES and isinstance(value, int | float):
+            return round(value + (self.offset or 0.0))
+        return value
+
+    # -- what it sends --------------------------------------------------------------------------
+
+    def take(self, answer: Row, now: float) -> None:
+        """Take an answer.
+
+        Raises:
+            ValueError: It does not have the form of the reference; or another error of that kind.
+        """
+        self._compare_clocks(now - float(answer["now"]))
+        for event in answer["events"]:
+            kind, data = event["event"], event["data"]
+            if kind == "snapshot":
+                self._load(data)
+            elif kind == "delta":
+                self._change(data)
+            elif kind == "rows":
+                key = marked(self.mark, Overview.ROOT if data["key"] == "oldest" else data["key"])
+                self.rows[key] = {row["id"]: row for row in self.moved(data["set"])}
+                self.sizes[key] = int(data["total"])
+            elif kind == "task":
+                panel = self.moved(data)
+                self.panels[str(panel["task"]["id"])] = panel
+
+    def _compare_clocks(self, offset: float) -> None:
+        # The smallest one has the shortest way of an answer in it. It stays, so that times do not change.
+        if self.offset is None or abs(offset - self.offset) > DRIFT:
+            if self.offset is not None:
+                self.forget()
+            self.offset = offset
+
+    def _load(self, data: Row) -> None:
+        if self.head.get("instance") != data["instance"]:
+            self.last_ended = 0
+        for name, rows in self.lists.items():
+            rows.clear()
+            self._set(name, data[name])
+        self.head = {name: data[name] for name in ("instance", "stats", "warnings", "more", "actions")}
+        self.after = str(data["id"])
+        self._end(data["ended"])
+
+    def _change(self, data: Row) -> None:
+        if data["base"] != self.after:
+            # The next question asks for everything.
+            self.after = None
+            return
+        for name, rows in self.lists.items():
+            for key in data["gone"][name]:
+                rows.pop(marked(self.mark, key), None)
+            self._set(name, data["set"][name])
+        self.head |= {name: data[name] for name in ("stats", "warnings", "more") if name in data}
+        self.after = str(data["id"])
+        self._end(data["ended"])
+
+    def _set(self, name: str, rows: Iterable[Row]) -> None:
+        for row in self.moved(list(rows)):
+            key = row["id"] if name == "cancelling" else row["key"]
+            self.lists[name][key] = encoded(row)
+            if name != "cancelling":
+                self.sizes[key] = int(row["count"])
+            if name == "groups" and row["parent"] is None:
+                self.root = key
+
+    def _end(self, rows: Iterable[Row]) -> None:
+        new = [row for row in rows if row["n"] > self.last_ended]
+        self.ended += self.moved(new)
+        self.last_ended = max([self.last_ended, *(row["n"] for row in new)])
+
+
+class Others:
+    """The other nodes of a fleet, for one view.
+
+    Args:
+        fleet: The fleet.
+        node: The name of this node.
+        clock: The clock of its manager.
+    """
+
+    def __init__(self, fleet: Nodes, node: str, clock: Callable[[], float]) -> None:
+        self.node = node
+        self._fleet = fleet
+        self._clock = clock
+        self._others: dict[str, Other] = {}
+        self._left_out = 0
+        self._found_at = float("-inf")
+        self._unreadable: set[str] = set()
+        # Ends since the first look at each node: a node that joins later must not look like a burst.
+        self._ended = dict.fromkeys(_COUNTS, 0)
+        self._counted: dict[str, Row] = {}
+
+    # -- asking ---------------------------------------------------------------------------------
+
+    async def look(self, expand: Mapping[str, int], panels: Iterable[str]) -> None:
+        """Find the nodes, and ask them.
+
+        Cancellation: ends the wait.
+        """
+        await self.find()
+        await self.ask(expand, panels)
+        for other in self._others.values():
+            if other.head and self._clock() - other.seen > KEPT:
+                other.forget()
+
+    async def ask(self, expand: Mapping[str, int], panels: Iterable[str]) -> None:
+        """Ask the known nodes for what has changed, and wait a moment for those that are not silent.
+
+        Args:
+            expand: The rows whose tasks are wanted, and for each how many.
+            panels: The tasks of which everything is wanted.
+
+        Cancellation: ends the wait.
+        """
+        panels = list(panels)
+        for other in self._others.values():
+            if other.asking is None or other.asking.done():
+                other.asking = asyncio.get_running_loop().create_task(
+                    self._ask(other, expand, panels),
+                    name="otel_tasks.live.ask",
+                    # Not in the context of a request, which may be over before the answer comes.
+                    context=quiet_context(),
+                )
+        asking = [
+            other.asking
+            for other in self._others.values()
+            if other.asking is not None and not self.is_silent(other)
+        ]
+        if asking:
+            await asyncio.wait(asking, timeout=MOMENT)
+
+    def clear(self) -> None:
+        """Forget everything: nobody looks."""
+        for other in self._others.values():
+            if other.asking is not None:
+                other.asking.cancel()
+        self._others.clear()
+        self._counted.clear()
+        self._found_at = float("-inf")
+
+    def asked(self, name: str) -> tuple[Other, str] | None:
+        """The node of an id or a key, and what that node calls it; None for one of this node."""
+        found = unmarked(name)
+        other = None if found is None else self._others.get(found[0])
+        return None if found is None or other is None else (other, found[1])
+
+    def named(self, name: str | None) -> list[Other]:
+        """The nodes with this name, host, or host and process; all without a name."""
+        return [each for each in self._others.values() if name is None or is_named(each.node, name)]
+
+    async def answer(self, other: Other, what: str, params: Pairs) -> Row | None:
+        """Ask a node for one thing; None without an answer.
+
+        Cancellation: ends the wait.
+        """
+        answer = await self._fleet.ask(other.node, {"what": what, "params": params}, PATIENCE)
+        return None if answer is None else {**other.moved(answer), "now": seconds(self._clock())}
+
+    async def find(self, max_age: float = 0.0) -> None:
+        """Find the nodes, unless that was done a moment ago.
+
+        Args:
+            max_age: Seconds for which the last look counts.
+
+        Cancellation: ends the call.
+        """
+        if self._clock() - self._found_at < max_age:
+            return
+        known = await self._fleet.others()
+        if known is None:
+            return
+        self._found_at = self._clock()
+        self._left_out = max(0, len(known) - MAX_NODES)
+        wanted = {mark_of(node): about for node, about in sorted(known.items())[:MAX_NODES]}
+        for mark in self._others.keys() - wanted.keys():
+            gone = self._others.pop(mark)
+            if gone.asking is not None:
+                gone.asking.cancel()
+        for mark, about in wanted.items():
+            if mark in self._others:
+                self._others[mark].about = about
+            else:
+                self._others[mark] = Other(about, mark, self._clock())
+
+    async def _ask(self, other: Other, expand: Mapping[str, int], panels: list[str]) -> None:
+        own = [found[1] for found in map(unmarked, panels) if found and found[0] == other.mark]
+        params = [*_expanded(other, expand), *(["task", uid] for uid in own)]
+        if other.after is not None:
+            params.append(["after", other.after])
+        answer = await self._fleet.ask(other.node, {"what": "events", "params": params}, PATIENCE)
+        if answer is None:
+            return
+        now = self._clock()
+        other.seen = now
+        if "error" in answer:
+            return
+        wanted = {marked(other.mark, uid) for uid in own}
+        other.panels = {uid: panel for uid, panel in other.panels.items() if uid in wanted}
+        other.rows.clear()
+        try:
+            other.take(answer, now)
+            self._count(other)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            other.forget()
+            if other.node not in self._unreadable:
+                self._unreadable.add(other.node)
+                logger.warning(
+                    "the live view cannot read what node %s sends, and shows nothing of it; "
+                    "this is logged once",
+                    other.node,
+                    exc_info=True,
+                )
+
+    def _count(self, other: Other) -> None:
+        stats = other.head.get("stats")
+        if stats is None:
+            return
+        before = self._counted.get(other.node)
+        if before is not None:
+            for name in _COUNTS:
+                self._ended[name] += max(0, stats[name] - before[name])
+        self._counted[other.node] = stats
+
+    # -- what a view shows of them ----------------------------------------------------------------
+
+    def oldest(self, own: Encoded, limit: int) -> Encoded:
+        """The oldest tasks of all nodes."""
+        found = [(float(json.loads(row)["created"]), uid, row) for uid, row in own.items()]
+        for other in self._others.values():
+            rows = other.rows.get(marked(other.mark, Overview.ROOT), {})
+            found += [(row["created"], uid, encoded(row)) for uid, row in rows.items()]
+        return {uid: row for _, uid, row in sorted(found)[:limit]}
+
+    def rows(self, key: str) -> Encoded:
+        """The tasks of an expanded row of another node."""
+        asked = self.asked(key)
+        rows = {} if asked is None else asked[0].rows.get(key, {})
+        return {uid: encoded(row) for uid, row in rows.items()}
+
+    def panel(self, uid: str) -> Row:
+        """A task of another node."""
+        asked = self.asked(uid)
+        panel = None if asked is None else asked[0].panels.get(uid)
+        return panel or {"state": "forgotten", "task": {"id": uid}}
+
+    def gathered(self) -> Gathered:
+        """What the nodes add to the overview of this one."""
+        lists: Lists = {"groups": {}, "classes": {}, "cancelling": {}}
+        found = Gathered(lists=lists, ended_counts=dict(self._ended))
+        for other in self._others.values():
+            for name, rows in other.lists.items():
+                lists[name].update(rows)
+            found.totals.update(other.sizes)
+            if other.root is not None:
+                found.totals[Overview.ROOT] = found.totals.get(Overview.ROOT, 0) + other.sizes[other.root]
+            found.stats.append(other.head.get("stats", {}))
+            found.more.append(other.head.get("more", {}))
+            found.warnings += [_warning(other, row) for row in other.head.get("warnings", ())]
+            found.ended += other.ended
+            other.ended = []
+            about = other.about
+            found.nodes.append(
+                {
+                    "node": other.node,
+                    "key": other.root,
+                    "host": about.host,
+                    "pid": about.pid,
+                    "version": about.version,
+                    "silent_since": seconds(other.seen) if self.is_silent(other) else None,
+                }
+            )
+        found.left_out = self._left_out
+        return found
+
+    def is_silent(self, other: Other) -> bool:
+        """True if a node has not answered for a while."""
+        return self._clock() - other.seen > SILENT
+
+
+def _expanded(other: Other, expand: Mapping[str, int]) -> Iterator[list[str]]:
+    for key, limit in expand.items():
+        found = unmarked(key)
+        if key == Overview.ROOT:
+            yield ["expand", f"oldest:{limit}"]
+        elif found is not None and found[0] == other.mark:
+            yield ["expand", f"{found[1]}:{limit}"]
+
+
+def _warning(other: Other, row: Row) -> Row:
+    warning: Row = other.moved(row)
+    query = warning.get("query")
+    if isinstance(query, str):
+        warning["query"] = f"{query}&{urlencode({'node': other.node})}"
+    return warning
