@@ -48,7 +48,7 @@ def live_detail(feed: Feed, task: ManagedTask[Any]) -> Generator[None, None, Row
         "siblings": siblings,
         "children": details.children,
         "metadata": metadata_row(task.metadata, feed.shown) if feed.shown.metadata else {},
-        "trace_url": trace_link(details.node.trace_id, _kind_of(details.node.cause), feed.shown),
+        "trace_url": trace_link(details.node.trace_id, details.node.cause, feed.shown),
     }
 
 
@@ -66,7 +66,7 @@ def ended_detail(feed: Feed, info: TaskInfo) -> Generator[None, None, Row]:
         "siblings": siblings,
         "children": 0,
         "metadata": metadata_row(info.metadata, feed.shown),
-        "trace_url": trace_link(info.trace_id, _kind_of(info.cause), feed.shown),
+        "trace_url": trace_link(info.trace_id, info.cause, feed.shown),
     }
 
 
@@ -76,10 +76,6 @@ def ended_or_forgotten(feed: Feed, uid: str) -> Generator[None, None, Row]:
     if info is None:
         return {"state": "forgotten", "task": {"id": uid}}
     return (yield from ended_detail(feed, info))
-
-
-def _kind_of(cause: CancelCause | None) -> str | None:
-    return None if cause is None else str(cause.kind)
 
 
 def _other(place: TaskPlace) -> Row:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from otel_tasks.fleet import BusUnavailableError
 from otel_tasks.live.guard import Refused
-from otel_tasks.live.marks import is_named
+from otel_tasks.live.marks import is_marked, is_named
 from otel_tasks.live.params import MAX_ROWS
-from otel_tasks.live.rows import Row, trace_link
+from otel_tasks.live.rows import Row, trace_link_of
 from otel_tasks.live.search import listed, next_page, offset
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from otel_tasks.fleet import Fleet
     from otel_tasks.live.feed import Feed
-    from otel_tasks.live.others import Others
+    from otel_tasks.live.others import Other, Others
     from otel_tasks.live.params import Query
 
 _FIRST: Final = {"cancelling": 0, "queued": 1, "pending": 1}
@@ -110,27 +110,16 @@ async def listed_everywhere(
     """
     start = offset(wanted.after)
     end = min(MAX_ROWS, start + wanted.limit)
-    asked = others.named(node)
-    is_here = node is None or is_named(feed.shown.node or "", node)
-    skipped = {"node", "after", "limit"}
-    found_in = None if wanted.key is None else others.asked(wanted.key)
-    if found_in is not None:
-        asked, is_here = ([found_in[0]] if found_in[0] in asked else []), False
-        skipped.add("key")
-    elif wanted.key is not None:
-        asked = []
-    params = [[name, value] for name, value in pairs if name not in skipped]
-    params += [["limit", str(end)], *([["key", found_in[1]]] if found_in is not None else [])]
+    asked = _asked(others, wanted.key, node)
+    is_here = _is_asked_here(wanted.key, others, node)
+    params = _params(pairs, wanted.key, others, end)
     answers = await asyncio.gather(
         *([listed(feed, replace(wanted, after=None, limit=end))] if is_here else []),
         *(others.answer(other, "tasks", params) for other in asked),
     )
-    mute = [other.node for other, answer in zip(asked, answers[is_here:], strict=True) if answer is None]
+    silent = [other.node for other, answer in zip(asked, answers[is_here:], strict=True) if answer is None]
     answered = [answer for answer in answers if answer is not None and "rows" in answer]
-    rows = [row for answer in answered for row in answer["rows"]]
-    rows.sort(key=_ORDERS["age" if wanted.sort not in _ORDERS else wanted.sort])
-    if wanted.ended:
-        rows.sort(key=lambda row: -row["ended"])
+    rows = _ordered([row for answer in answered for row in answer["rows"]], wanted)
     total = sum(answer["total"] for answer in answered)
     return {
         **feed.stamp(),
@@ -139,8 +128,35 @@ async def listed_everywhere(
         # Beyond that, each node has its own pages.
         "next": next_page(start + wanted.limit, min(total, MAX_ROWS)),
         "partial": total > MAX_ROWS or any(answer["partial"] for answer in answered),
-        "silent": mute,
+        "silent": silent,
     }
+
+
+def _asked(others: Others, key: str | None, node: str | None) -> list[Other]:
+    """The other nodes that are asked: those that are named, or the one that has the row."""
+    found = others.named(node)
+    if key is None:
+        return found
+    owner = others.asked(key)
+    return [other for other in found if owner is not None and other is owner[0]]
+
+
+def _is_asked_here(key: str | None, others: Others, node: str | None) -> bool:
+    return (node is None or is_named(others.node, node)) and (key is None or not is_marked(key))
+
+
+def _params(pairs: Sequence[tuple[str, str]], key: str | None, others: Others, limit: int) -> list[list[str]]:
+    """The parameters of a query, for the nodes that are asked."""
+    owner = None if key is None else others.asked(key)
+    own = [["key", owner[1]]] if owner is not None else []
+    kept = [[name, value] for name, value in pairs if name not in ("after", "key", "limit", "node")]
+    return [*kept, *own, ["limit", str(limit)]]
+
+
+def _ordered(rows: list[Row], wanted: Query) -> list[Row]:
+    if wanted.ended:
+        return sorted(rows, key=lambda row: -row["ended"])
+    return sorted(rows, key=_ORDERS[wanted.sort])
 
 
 async def cancelled_there(
@@ -171,4 +187,4 @@ def _not_found(message: str, feed: Feed) -> Refused:
 
 def _trace_link(task: Row, feed: Feed) -> str | None:
     cause = task.get("cause")
-    return trace_link(task.get("trace_id"), None if cause is None else cause["kind"], feed.shown)
+    return trace_link_of(task.get("trace_id"), None if cause is None else cause["kind"], feed.shown)

@@ -84,8 +84,8 @@ class Other:
     """Another node: what it has sent.
 
     Attributes:
-        about: What the fleet knows of it.
-        mark: What its ids and keys begin with.
+        about: Its host, its process, and its version.
+        mark: The start of its ids and keys.
         seen: When it answered last, on this node's clock.
         after: The id of its last update.
         lists: Its rows.
@@ -129,13 +129,14 @@ class Other:
             return {**row, "node": self.node} if "group_id" in row or "key" in row else row
         if isinstance(value, list):
             return [self.moved(each) for each in value]
-        if name in _NAMES and isinstance(value, str):
-            return marked(self.mark, value)
-        if name in _TIMES and isinstance(value, int | float):
-            return seconds(value + (self.offset or 0.0))
-        if name in _ROUGH_TIMES and isinstance(value, int | float):
-            return round(value + (self.offset or 0.0))
-        return value
+        if isinstance(value, str):
+            return marked(self.mark, value) if name in _NAMES else value
+        return value if value is None else self._on_this_clock(name, value)
+
+    def _on_this_clock(self, name: str, value: float) -> float:
+        if name in _TIMES:
+            return round(value + (self.offset or 0.0), 3)
+        return round(value + (self.offset or 0.0)) if name in _ROUGH_TIMES else value
 
     # -- what it sends --------------------------------------------------------------------------
 
@@ -365,7 +366,8 @@ class Others:
         for other in self._others.values():
             rows = other.rows.get(marked(other.mark, Overview.ROOT), {})
             found += [(row["created"], uid, encoded(row)) for uid, row in rows.items()]
-        return {uid: row for _, uid, row in sorted(found)[:limit]}
+        # Stable, because equal times are frequent.
+        return {uid: row for _, uid, row in sorted(found, key=lambda each: each[0])[:limit]}
 
     def rows(self, key: str) -> Encoded:
         """The tasks of an expanded row of another node."""

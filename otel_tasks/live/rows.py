@@ -223,8 +223,13 @@ def _str(value: object) -> str:
         return f"<{type(value).__name__} without text: {type(error).__name__}>"
 
 
-def trace_link(trace_id: str | None, cause_kind: str | None, shown: Shown) -> str | None:
+def trace_link(trace_id: str | None, cause: CancelCause | None, shown: Shown) -> str | None:
     """The link to a task's trace; of a cancelled task, Jaeger marks the spans with its cause."""
+    return trace_link_of(trace_id, None if cause is None else cause.kind, shown)
+
+
+def trace_link_of(trace_id: str | None, cause_kind: str | None, shown: Shown) -> str | None:
+    """As ``trace_link``, of a task of which there is only a row."""
     if shown.trace_url is None or trace_id is None:
         return None
     url = shown.trace_url.replace("{trace_id}", trace_id)

@@ -17,6 +17,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from otel_tasks import global_task_manager, start_task
 from otel_tasks.fastapi import TaskGroupMiddleware, make_lifespan
 from otel_tasks.fleet import BusUnavailableError, Fleet
+from otel_tasks.live import live_view
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -37,6 +38,7 @@ if "OTEL_EXPORTER_OTLP_ENDPOINT" in os.environ:
 
 app = FastAPI(lifespan=make_lifespan(traced, fleet=fleet, grace=0.2))
 app.add_middleware(TaskGroupMiddleware)
+app.include_router(live_view(insecure=True, fleet=fleet, actions={"cancel"}), prefix="/tasks")
 
 
 async def work() -> None:
