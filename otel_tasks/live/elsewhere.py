@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from otel_tasks.fleet import BusUnavailableError
+from otel_tasks.live.feed import array, assembled, encoded
 from otel_tasks.live.guard import Refused
 from otel_tasks.live.marks import is_marked, is_named
 from otel_tasks.live.params import MAX_ROWS
 from otel_tasks.live.rows import Row, trace_link_of
-from otel_tasks.live.search import listed, next_page, offset
+from otel_tasks.live.search import listed, offset
+from otel_tasks.live.slices import ROWS_PER_SLICE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -96,7 +99,7 @@ def state_of(details: Row) -> Row:
 
 async def listed_everywhere(
     others: Others, feed: Feed, wanted: Query, pairs: Sequence[tuple[str, str]], node: str | None
-) -> Row:
+) -> str:
     """Answer a query with the tasks of all nodes, or of some.
 
     Args:
@@ -114,22 +117,32 @@ async def listed_everywhere(
     is_here = _is_asked_here(wanted.key, others, node)
     params = _params(pairs, wanted.key, others, end)
     answers = await asyncio.gather(
-        *([listed(feed, replace(wanted, after=None, limit=end))] if is_here else []),
+        *([_listed_here(feed, replace(wanted, after=None, limit=end))] if is_here else []),
         *(others.answer(other, "tasks", params) for other in asked),
     )
     silent = [other.node for other, answer in zip(asked, answers[is_here:], strict=True) if answer is None]
     answered = [answer for answer in answers if answer is not None and "rows" in answer]
-    rows = _ordered([row for answer in answered for row in answer["rows"]], wanted)
+    rows = _ordered([row for answer in answered for row in answer["rows"]], wanted)[start:end]
+    shown: list[str] = []
+    for first in range(0, len(rows), ROWS_PER_SLICE):
+        shown += map(encoded, rows[first : first + ROWS_PER_SLICE])
+        await asyncio.sleep(0)
     total = sum(answer["total"] for answer in answered)
-    return {
+    following = start + wanted.limit
+    facts = {
         **feed.stamp(),
-        "rows": rows[start:end],
         "total": total,
         # Beyond that, each node has its own pages.
-        "next": next_page(start + wanted.limit, min(total, MAX_ROWS)),
+        "next": str(following) if following < min(total, MAX_ROWS) else None,
         "partial": total > MAX_ROWS or any(answer["partial"] for answer in answered),
         "silent": silent,
     }
+    return assembled({**{name: encoded(value) for name, value in facts.items()}, "rows": array(shown)})
+
+
+async def _listed_here(feed: Feed, wanted: Query) -> Row:
+    answer: Row = json.loads(await listed(feed, wanted))
+    return answer
 
 
 def _asked(others: Others, key: str | None, node: str | None) -> list[Other]:

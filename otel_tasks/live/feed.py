@@ -85,6 +85,7 @@ class Elsewhere(Protocol):
 
     def gathered(self) -> Gathered:
         """What they add to the overview of this one; ended tasks once."""
+        ...
 
     def clear(self) -> None:
         """Forget everything."""

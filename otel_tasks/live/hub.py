@@ -55,6 +55,7 @@ class Viewer(Protocol):
 
     def wake(self) -> None:
         """There is something new."""
+        ...
 
     def end(self, reason: str) -> None:
         """End it."""
@@ -65,15 +66,19 @@ class Others(Protocol):
 
     async def look(self, expand: Mapping[str, int], panels: Iterable[str]) -> None:
         """Find the nodes, and ask them."""
+        ...
 
     async def ask(self, expand: Mapping[str, int], panels: Iterable[str]) -> None:
         """Ask the known ones for what has changed, and wait a moment for their answers."""
+        ...
 
     def rows(self, key: str) -> Encoded:
         """The tasks of an expanded row of another node."""
+        ...
 
     def oldest(self, own: Encoded, limit: int) -> Encoded:
         """The oldest tasks of all nodes."""
+        ...
 
     def panel(self, uid: str) -> Row:
         """A task of another node."""

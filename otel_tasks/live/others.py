@@ -46,7 +46,7 @@ _NAMES = frozenset({"id", "key", "parent", "group", "class"})
 _TIMES = frozenset({"created", "started", "ended", "cancel_requested", "at", "p50", "p90", "oldest", "since"})
 # These are in whole seconds, so that they are the same in each look.
 _ROUGH_TIMES = frozenset({"retry_at", "next_run"})
-_COUNTS = ("completed", "failed", "cancelled")
+_COUNTS: Final[tuple[str, ...]] = ("completed", "failed", "cancelled")
 
 
 class KnownNode(Protocol):
@@ -55,14 +55,17 @@ class KnownNode(Protocol):
     @property
     def node(self) -> str:
         """Its name."""
+        ...
 
     @property
     def host(self) -> str:
         """Its host."""
+        ...
 
     @property
     def pid(self) -> int:
         """The id of its process."""
+        ...
 
     @property
     def version(self) -> str:
@@ -74,6 +77,7 @@ class Nodes(Protocol):
 
     async def others(self) -> Mapping[str, KnownNode] | None:
         """Return the other nodes; None if the bus does not answer."""
+        ...
 
     async def ask(self, node: str, data: dict[str, Any], timeout: float) -> Row | None:
         """Ask one of them."""
@@ -224,7 +228,7 @@ class Others:
         self._found_at = float("-inf")
         self._unreadable: set[str] = set()
         # Ends since the first look at each node: a node that joins later must not look like a burst.
-        self._ended = dict.fromkeys(_COUNTS, 0)
+        self._ended: dict[str, int] = dict.fromkeys(_COUNTS, 0)
         self._counted: dict[str, Row] = {}
 
     # -- asking ---------------------------------------------------------------------------------
@@ -384,7 +388,7 @@ class Others:
     def gathered(self) -> Gathered:
         """What the nodes add to the overview of this one."""
         lists: Lists = {"groups": {}, "classes": {}, "cancelling": {}}
-        found = Gathered(lists=lists, ended_counts=dict(self._ended))
+        found = Gathered(lists=lists, ended_counts={**self._ended})
         for other in self._others.values():
             for name, rows in other.lists.items():
                 lists[name].update(rows)

@@ -73,7 +73,7 @@ class Served:
         return f'{polled(stream)[:-1]},"now":{encoded(seconds(self._manager.now()))}}}'
 
     async def _tasks(self, params: Params, viewer: str) -> str:
-        return encoded(await listed(self._hub.feed, query(params)))
+        return await listed(self._hub.feed, query(params))
 
     async def _task(self, params: Params, viewer: str) -> str:
         feed, uid = self._hub.feed, params.text("task") or ""
