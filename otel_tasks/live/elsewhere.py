@@ -120,9 +120,9 @@ async def listed_everywhere(
         *([_listed_here(feed, replace(wanted, after=None, limit=end))] if is_here else []),
         *(others.answer(other, "tasks", params) for other in asked),
     )
-    silent = [other.node for other, answer in zip(asked, answers[is_here:], strict=True) if answer is None]
+    silent = _silent(asked, answers[is_here:])
     answered = [answer for answer in answers if answer is not None and "rows" in answer]
-    rows = _ordered([row for answer in answered for row in answer["rows"]], wanted)[start:end]
+    rows = _ordered(answered, wanted)[start:end]
     shown: list[str] = []
     for first in range(0, len(rows), ROWS_PER_SLICE):
         shown += map(encoded, rows[first : first + ROWS_PER_SLICE])
@@ -166,7 +166,12 @@ def _params(pairs: Sequence[tuple[str, str]], key: str | None, others: Others, l
     return [*kept, *own, ["limit", str(limit)]]
 
 
-def _ordered(rows: list[Row], wanted: Query) -> list[Row]:
+def _silent(asked: Sequence[Other], answers: Sequence[Row | None]) -> list[str]:
+    return [other.node for other, answer in zip(asked, answers, strict=True) if answer is None]
+
+
+def _ordered(answers: Sequence[Row], wanted: Query) -> list[Row]:
+    rows = [row for answer in answers for row in answer["rows"]]
     if wanted.ended:
         return sorted(rows, key=lambda row: -row["ended"])
     return sorted(rows, key=_ORDERS[wanted.sort])

@@ -82,6 +82,7 @@ class Others(Protocol):
 
     def panel(self, uid: str) -> Row:
         """A task of another node."""
+        ...
 
 
 class TooManyViewers(Exception):

@@ -70,6 +70,7 @@ class KnownNode(Protocol):
     @property
     def version(self) -> str:
         """Its version of this package."""
+        ...
 
 
 class Nodes(Protocol):
