@@ -92,7 +92,7 @@ class QueueBroker(AsyncBroker):
     def __init__(self, queue: SharedQueue) -> None:
         super().__init__()
         self.queue = queue
-        self.result_backend = queue.results
+        self.with_result_backend(queue.results)
 
     async def kick(self, message: BrokerMessage) -> None:
         """Send a message."""

@@ -798,7 +798,9 @@ async def test_plain_message_starts_a_trace_that_links_to_the_sender(spans: Span
         await asyncio.sleep(1)
     (link,) = spans.span("work").links
     assert spans.span("work").parent is None
-    assert link.context.trace_id == spans.span("sender").context.trace_id
+    sender_context = spans.span("sender").context
+    assert sender_context is not None
+    assert link.context.trace_id == sender_context.trace_id
 
 
 # -- priorities -----------------------------------------------------------------------------------
@@ -847,8 +849,7 @@ async def test_wrong_arguments_name_the_fix_at_the_call() -> None:
     plain = InMemoryBroker()
     with pytest.raises(RuntimeError, match=r"managed\(broker, fleet\)"):
         _call(plain.task(work))
-    without = managed(QueueBroker(queue), node.fleet)
-    without.result_backend = DummyResultBackend()
+    without = managed(QueueBroker(queue).with_result_backend(DummyResultBackend[Any]()), node.fleet)
     with pytest.raises(RuntimeError, match="with_result_backend"):
         _call(without.task(work))
 
