@@ -1,9 +1,7 @@
-"""The bus of a fleet: how fast it delivers, catches up, and answers, and what it costs while nothing happens.
+"""A fleet: how fast it cancels, catches up, and answers, what it costs at rest, and what remote calls cost.
 
-    python -m benchmarks.fleet    # about two minutes; needs redis-server
-
-Redis and all nodes are processes of this machine. Delivery is measured on the system's monotonic clock, which
-all processes share.
+Redis, the nodes, and the workers are processes of this machine. Times that begin in one process and end in
+another one are read from the system's monotonic clock, which they share.
 """
 
 from __future__ import annotations
@@ -11,16 +9,14 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
-import shutil
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from contextlib import contextmanager
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from benchmarks.middleware import wait_for_port
+from benchmarks import remote
+from benchmarks.measure import Effort, Row, Spread, Table
+from benchmarks.redis_server import URL, circumstances, missing, redis
 from otel_tasks import TaskManager
 from otel_tasks.fleet import Fleet
 from otel_tasks.fleet.entries import CancelEntry
@@ -28,60 +24,49 @@ from otel_tasks.fleet.link import Link
 from otel_tasks.fleet.urls import open_bus
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
-PORT = 18_463
-URL = f"redis://127.0.0.1:{PORT}/0"
-ROUNDS = 5
-DELIVERIES = 400
-PACE = 0.005
-CANCELS = 10_000
-IDLE = 20.0
-NODES = 50
-TASKS = 20
+ROUNDS, FEW_ROUNDS = 9, 2
+CANCEL = "`cancel_task()` to `CancelledError`"
+# Cancellations of one round, and seconds between two.
+CANCELED, PACE = 100, 0.005
+REPLAYED = 10_000
+# Seconds of each round.
+IDLE = 3.0
+NODES, TASKS = 50, 20
 
 # Not a fresh interpreter for each node: fifty of them would measure how fast this machine imports.
 _fork = multiprocessing.get_context("fork")
 
 
-def main() -> int:
-    """Measure all, and print it."""
-    if shutil.which("redis-server") is None:
-        print("redis-server is not installed (Debian: redis-server)", file=sys.stderr)
-        return 1
+def run(effort: Effort) -> list[Table]:
+    """Measure the bus and remote calls; nothing where there is no Redis."""
+    if reason := missing():
+        print(f"\nfleet: {reason}: not measured.")
+        return []
+    rounds = FEW_ROUNDS if effort.quick else ROUNDS
+    note = circumstances()
+    replayed = f"Start of a node that finds {REPLAYED:,} cancellations"
+    asked = f"Answers of {NODES} nodes with {TASKS} tasks each"
     with redis():
-        _print_delivery()
-        _print_replay()
-        _print_throughput()
-        _print_idle()
-        _print_inspection()
-    return 0
-
-
-@contextmanager
-def redis() -> Iterator[None]:
-    """Run a Redis of the benchmark's own."""
-    with tempfile.TemporaryDirectory() as directory:
-        command = [
-            "redis-server",
-            "--port",
-            str(PORT),
-            "--bind",
-            "127.0.0.1",
-            "--dir",
-            directory,
-            "--save",
-            "",
+        return [
+            _table("cancel", f"{CANCEL} in another process", "ms", _cancels(rounds), note),
+            _table("replay", replayed, "ms", _replays(rounds), note),
+            _table("rate", "Cancellations that one process sends", "per second", _rates(rounds), note),
+            _table("idle", "CPU time of a node at rest", "% of a core", _idle(rounds), note),
+            _table("inspect", asked, "ms", _inspections(rounds), note),
+            *remote.measure(rounds, note),
         ]
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            wait_for_port(PORT)
-            yield
-        finally:
-            server.kill()
-            server.wait()
+
+
+def _table(name: str, title: str, unit: str, figures: dict[str, list[float]], note: str) -> Table:
+    table = Table(
+        f"fleet-{name}", title, unit, "", min(map(len, figures.values())), note=note, high="quartiles"
+    )
+    table.rows = [Row(row, Spread.of(values)) for row, values in figures.items()]
+    return table
 
 
 def _in_process(work: Callable[[Connection], None]) -> tuple[BaseProcess, Connection]:
@@ -91,140 +76,146 @@ def _in_process(work: Callable[[Connection], None]) -> tuple[BaseProcess, Connec
     return process, here
 
 
-def _cancel(name: str) -> CancelEntry:
+# -- cancelling ---------------------------------------------------------------------------------
+
+
+def _cancels(rounds: int) -> dict[str, list[float]]:
+    """From the call in one process to the end of the task in another one, with 50 and 95 of 100 per round."""
+    process, pipe = _in_process(_hold_tasks)
+    count = (rounds + 1) * CANCELED
+    pipe.send(count)
+    pipe.recv()
+    began = asyncio.run(_cancel_paced(count))
+    ended = pipe.recv()
+    process.join()
+    figures: dict[str, list[float]] = {"p50": [], "p95": []}
+    # The first round warms up.
+    for first in range(CANCELED, count, CANCELED):
+        taken = [(ended[n] - began[n]) * 1e3 for n in range(first, first + CANCELED)]
+        figures["p50"].append(statistics.median(taken))
+        figures["p95"].append(statistics.quantiles(taken, n=20)[-1])
+    return figures
+
+
+def _hold_tasks(pipe: Connection) -> None:
+    ended: dict[int, float] = {}
+
+    async def sleep(number: int) -> None:
+        try:
+            await asyncio.sleep(600)
+        finally:
+            ended[number] = time.monotonic()
+
+    async def hold(count: int) -> None:
+        async with TaskManager() as manager, Fleet(URL, namespace="cancel", manager=manager):
+            tasks = [manager.create_task(sleep(number), name=f"job-{number}") for number in range(count)]
+            await asyncio.sleep(0.1)
+            pipe.send(None)
+            await asyncio.wait(tasks)
+
+    asyncio.run(hold(pipe.recv()))
+    pipe.send(ended)
+
+
+async def _cancel_paced(count: int) -> list[float]:
+    began: list[float] = []
+    async with TaskManager() as manager, Fleet(URL, namespace="cancel", manager=manager) as fleet:
+        for number in range(count):
+            began.append(time.monotonic())
+            await fleet.cancel_task(f"job-{number}", "stopped by the user", timeout=0)
+            await asyncio.sleep(PACE)
+    return began
+
+
+# -- replay, and sending ------------------------------------------------------------------------
+
+
+def _replays(rounds: int) -> dict[str, list[float]]:
+    """The start of a node that finds the cancellations of the last hour."""
+    asyncio.run(_fill("replay"))
+    figures: dict[str, list[float]] = {"wall time": [], "CPU time of the node": []}
+    for _ in range(rounds):
+        wall, cpu = asyncio.run(_replay())
+        figures["wall time"].append(wall * 1e3)
+        figures["CPU time of the node"].append(cpu * 1e3)
+    return figures
+
+
+async def _replay() -> tuple[float, float]:
+    fleet = Fleet(URL, namespace="replay", manager=TaskManager())
+    wall, cpu = time.perf_counter(), time.process_time()
+    async with fleet:
+        taken = time.perf_counter() - wall, time.process_time() - cpu
+        if len(fleet.cancellations) != REPLAYED:
+            raise RuntimeError(f"read {len(fleet.cancellations)} cancellations")
+    return taken
+
+
+def _rates(rounds: int) -> dict[str, list[float]]:
+    """What one process sends, while it reads its own entries."""
+    return {"sent and read": [REPLAYED / asyncio.run(_fill(f"rate-{n}")) for n in range(min(rounds, 3))]}
+
+
+async def _fill(namespace: str) -> float:
+    link = Link(open_bus(URL, namespace), "bench/1/abcdef")
+    await link.start(10.0)
+    begin = time.perf_counter()
+    await asyncio.gather(*(link.post(_cancellation(f"job-{number}")) for number in range(REPLAYED)))
+    seconds = time.perf_counter() - begin
+    await link.stop()
+    return seconds
+
+
+def _cancellation(name: str) -> CancelEntry:
     return CancelEntry(
         node="bench/1/abcdef",
         target="task",
         name=name,
-        at=time.monotonic(),
+        at=time.time(),
         message="stopped by the user",
         asked_by="DELETE /jobs/{job}",
     )
 
 
-# -- delivery -----------------------------------------------------------------------------------
+# -- at rest ------------------------------------------------------------------------------------
 
 
-def _print_delivery() -> None:
-    """From `post` in one process to the handler in another one."""
-    process, pipe = _in_process(_receive)
-    pipe.recv()
-    asyncio.run(_send_paced())
-    ages = pipe.recv()
-    process.join()
-    p50, p95 = statistics.median(ages), statistics.quantiles(ages, n=20)[-1]
-    print(f"publish to delivery, {DELIVERIES} entries: p50 {p50 * 1e3:.2f} ms, p95 {p95 * 1e3:.2f} ms")
-
-
-def _receive(pipe: Connection) -> None:
-    ages: list[float] = []
-
-    async def receive() -> None:
-        done = asyncio.Event()
-
-        def take(cancel: CancelEntry, entry: object) -> None:
-            ages.append(time.monotonic() - cancel.at)
-            if cancel.name == "last":
-                done.set()
-
-        link = Link(open_bus(URL, "delivery"), "receiver")
-        link.subscribe(CancelEntry, take)
-        await link.start(10.0)
-        pipe.send(None)
-        await done.wait()
-        await link.stop()
-
-    asyncio.run(receive())
-    pipe.send(ages)
-
-
-async def _send_paced() -> None:
-    link = Link(open_bus(URL, "delivery"), "sender")
-    await link.start(10.0)
-    for n in range(DELIVERIES):
-        link.post(_cancel("last" if n == DELIVERIES - 1 else f"job-{n}"))
-        await asyncio.sleep(PACE)
-    await link.stop()
-
-
-# -- replay and throughput ----------------------------------------------------------------------
-
-
-def _print_replay() -> None:
-    """The start of a node that finds 10,000 cancellations of the last hour."""
-    asyncio.run(_fill("replay"))
-    figures = [asyncio.run(_replay()) * 1e3 for _ in range(ROUNDS)]
-    print(
-        f"start with {CANCELS} cancellations: median {statistics.median(figures):.0f} ms, {_spread(figures)}"
-    )
-
-
-async def _fill(namespace: str) -> float:
-    link = Link(open_bus(URL, namespace), "sender")
-    await link.start(10.0)
-    begin = time.perf_counter()
-    await asyncio.gather(*(link.post(_cancel(f"job-{n}")) for n in range(CANCELS)))
-    seconds = time.perf_counter() - begin
-    await link.stop()
-    return seconds
-
-
-async def _replay() -> float:
-    seen: list[str] = []
-    link = Link(open_bus(URL, "replay"), "reader")
-    link.subscribe(CancelEntry, lambda cancel, entry: seen.append(cancel.name))
-    begin = time.perf_counter()
-    await link.start(10.0)
-    seconds = time.perf_counter() - begin
-    await link.stop()
-    if len(seen) != CANCELS:
-        raise RuntimeError(f"read {len(seen)} entries")
-    return seconds
-
-
-def _print_throughput() -> None:
-    """What one process sends, while it reads its own entries."""
-    figures = [CANCELS / asyncio.run(_fill(f"throughput-{n}")) for n in range(ROUNDS)]
-    print(
-        f"cancellations that one process sends: median {statistics.median(figures):.0f}/s, {_spread(figures)}"
-    )
-
-
-# -- a fleet that rests -------------------------------------------------------------------------
-
-
-def _print_idle() -> None:
-    """The processor time of a process whose fleet has nothing to do."""
+def _idle(rounds: int) -> dict[str, list[float]]:
+    """The CPU time of a process whose fleet has nothing to do."""
     process, pipe = _in_process(_rest)
-    used = pipe.recv()
+    pipe.send(rounds)
+    shares = pipe.recv()
     process.join()
-    print(f"idle node: {used / IDLE:.3%} of a core, over {IDLE:.0f} s")
+    return {"idle node": shares}
 
 
 def _rest(pipe: Connection) -> None:
-    async def rest() -> float:
+    async def rest(rounds: int) -> list[float]:
+        shares: list[float] = []
         async with Fleet(URL, namespace="idle", manager=TaskManager()):
             await asyncio.sleep(1.0)
-            begin = time.process_time()
-            await asyncio.sleep(IDLE)
-            return time.process_time() - begin
+            for _ in range(rounds):
+                begin, cpu = time.perf_counter(), time.process_time()
+                await asyncio.sleep(IDLE)
+                shares.append((time.process_time() - cpu) / (time.perf_counter() - begin) * 100)
+        return shares
 
-    pipe.send(asyncio.run(rest()))
+    pipe.send(asyncio.run(rest(pipe.recv())))
 
 
 # -- inspection ---------------------------------------------------------------------------------
 
 
-def _print_inspection() -> None:
-    """The tree and the tasks of 50 processes, as one of them asks."""
+def _inspections(rounds: int) -> dict[str, list[float]]:
+    """What all processes answer, as one of them asks."""
     nodes = [_in_process(_serve) for _ in range(NODES - 1)]
     for _, pipe in nodes:
         pipe.recv()
-    for what, figures in asyncio.run(_inspect()).items():
-        print(f"{what} of {NODES} nodes: median {statistics.median(figures):.0f} ms, {_spread(figures)}")
+    figures = asyncio.run(_inspect(rounds))
     for process, pipe in nodes:
         pipe.send(None)
         process.join()
+    return figures
 
 
 def _serve(pipe: Connection) -> None:
@@ -233,16 +224,16 @@ def _serve(pipe: Connection) -> None:
         over = asyncio.Event()
         loop.add_reader(pipe.fileno(), over.set)
         async with TaskManager() as manager, Fleet(URL, namespace="inspect", manager=manager):
-            for n in range(TASKS):
-                manager.create_task(over.wait(), name=f"job-{os.getpid()}-{n}", group="jobs")
+            for number in range(TASKS):
+                manager.create_task(over.wait(), name=f"job-{os.getpid()}-{number}", group="jobs")
             pipe.send(None)
             await over.wait()
 
     asyncio.run(serve())
 
 
-async def _inspect() -> dict[str, list[float]]:
-    figures: dict[str, list[float]] = {"tasks()": [], "tree()": [], "nodes()": []}
+async def _inspect(rounds: int) -> dict[str, list[float]]:
+    figures: dict[str, list[float]] = defaultdict(list)
     async with TaskManager() as manager, Fleet(URL, namespace="inspect", manager=manager) as fleet:
         await asyncio.sleep(1.0)
         calls: dict[str, Callable[[], Awaitable[object]]] = {
@@ -250,21 +241,15 @@ async def _inspect() -> dict[str, list[float]]:
             "tree()": fleet.tree,
             "nodes()": fleet.nodes,
         }
-        for _ in range(ROUNDS):
-            for what, call in calls.items():
+        # The first round warms up.
+        for number in range(rounds + 1):
+            for name, call in calls.items():
                 begin = time.perf_counter()
                 await call()
-                figures[what].append((time.perf_counter() - begin) * 1e3)
-            await asyncio.sleep(0.2)
+                if number:
+                    figures[name].append((time.perf_counter() - begin) * 1e3)
+                await asyncio.sleep(0.1)
         rows = await fleet.tasks()
-        if rows.silent:
-            raise RuntimeError(f"silent: {rows.silent}")
+        if rows.silent or len(rows) != (NODES - 1) * TASKS:
+            raise RuntimeError(f"{len(rows)} tasks, silent: {rows.silent}")
     return figures
-
-
-def _spread(figures: list[float]) -> str:
-    return f"{min(figures):.0f} to {max(figures):.0f} in {len(figures)} rounds"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from benchmarks.names import DEEP, GROUP, MANAGER, OURS, RULE, WIDE
@@ -216,6 +216,73 @@ LIVE_START = Goal(
     150,
     "{:.0f} ms",
 )
+FLEET_CANCEL = Goal(
+    "cancel to `CancelledError` in another process, p50",
+    "-",
+    ("fleet-cancel", "fleet-remote-cancel"),
+    ("p50",),
+    value,
+    2.0,
+    MILLISECONDS,
+)
+FLEET_CANCEL_SLOW = replace(FLEET_CANCEL, what="the same, p95", rows=("p95",), limit=6.0)
+FLEET_REMOTE = Goal(
+    "remote call, CPU time of caller and worker",
+    "plain Taskiq",
+    ("fleet-remote",),
+    ("otel_tasks: CPU time of both",),
+    ratio,
+    1.1,
+    RATIO,
+)
+FLEET_THROUGHPUT = Goal(
+    "remote tasks per second and worker process",
+    "-",
+    ("fleet-throughput",),
+    ("otel_tasks: per second of the worker's CPU",),
+    value,
+    1000,
+    "{:.0f}",
+    least=True,
+)
+FLEET_REPLAY = Goal(
+    "start of a node that finds 10,000 cancellations",
+    "-",
+    ("fleet-replay",),
+    ("wall time",),
+    value,
+    100,
+    "{:.0f} ms",
+)
+FLEET_IDLE = Goal(
+    "idle node of a fleet: CPU, of a core",
+    "-",
+    ("fleet-idle",),
+    ("idle node",),
+    value,
+    0.1,
+    "{:.2f} %",
+)
+FLEET_INSPECT = Goal(
+    "50 nodes inspected",
+    "-",
+    ("fleet-inspect",),
+    ("tasks()", "tree()", "nodes()"),
+    value,
+    300,
+    "{:.0f} ms",
+)
 
 TASK_GOALS = (SPAWN, EAGER, SPAN, MEMORY, CANCEL, SCALE)
-GOALS = (*TASK_GOALS, FASTAPI, RAW, DISCONNECT, STREAMS, EVENT, LIVE_LATENCY, LIVE_CPU, LIVE_START)
+REQUEST_GOALS = (FASTAPI, RAW, DISCONNECT, STREAMS, EVENT)
+LIVE_GOALS = (LIVE_LATENCY, LIVE_CPU, LIVE_START)
+FLEET_GOALS = (
+    FLEET_CANCEL,
+    FLEET_CANCEL_SLOW,
+    FLEET_REMOTE,
+    FLEET_THROUGHPUT,
+    FLEET_REPLAY,
+    FLEET_IDLE,
+    FLEET_INSPECT,
+)
+GOALS = (*TASK_GOALS, *REQUEST_GOALS, *LIVE_GOALS, *FLEET_GOALS)
