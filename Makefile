@@ -92,7 +92,7 @@ dist: $(DIST)/.ready ## Build wheel and sdist into dist/, check both, use each i
 	$(DIST)/bin/check-wheel-contents dist/*.whl
 	$(DIST)/bin/python -m tests.installed dist $(TAG:%=--tag %)
 
-bench: $(BENCH)/.ready $(EAGER:%=%/.ready) ## Measure against the peers, 12 minutes (ONLY=spawn: one part)
+bench: $(BENCH)/.ready $(EAGER:%=%/.ready) ## Measure against the peers, 14 minutes (ONLY=spawn: one part)
 	$(BENCH)/bin/python -m benchmarks $(ONLY:%=--only %) $(EAGER:%=--eager-python %/bin/python) $(ARGS)
 
 clean: ## Remove the virtual environment, caches and build results

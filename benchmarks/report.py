@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.goals import GOALS
+from benchmarks.goals import FLEET_GOALS, GOALS, Goal, ratio
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from benchmarks.measure import Row, Spread, Table
@@ -33,9 +33,9 @@ REQUESTS = {
 
 
 def write(root: Path, tables: list[Table], machine: dict[str, Any]) -> None:
-    """Put the goals into ``docs/performance.md``, and every table into ``docs/figures.md``."""
+    """Put the goals into the pages on performance and on fleets, and every table into ``docs/figures.md``."""
     where = _machine(machine)
-    goals = "\n".join(_markdown(_goal_cells(tables)))
+    goals = "\n".join(_markdown(_goal_cells(GOALS, tables)))
     picture = "![Bars: what a task, a span, a cancellation and a request cost here and with peers]"
     summary = [
         _side_by_side("CPU time per task, `asyncio.TaskGroup` = 1", TASKS, tables, _multiple),
@@ -44,12 +44,13 @@ def write(root: Path, tables: list[Table], machine: dict[str, Any]) -> None:
     requests = "![Bars: what each middleware adds to a request]"
     in_docs = [f"{picture}(images/benchmarks.svg)", goals, f"{requests}(images/middleware.svg)", *summary]
     _between(root / "docs" / "performance.md", "\n\n".join(in_docs))
+    _between(root / "docs" / "reference" / "fleet.md", _fleet(tables))
     _between(root / "docs" / "figures.md", "\n\n".join([where, *map(_table, tables)]))
 
 
 def print_goals(tables: list[Table]) -> None:
     """Show the goals beside what was measured."""
-    print("\n" + "\n".join(_columns(_goal_cells(tables))), flush=True)
+    print("\n" + "\n".join(_columns(_goal_cells((*GOALS, *FLEET_GOALS), tables))), flush=True)
 
 
 def as_text(table: Table) -> str:
@@ -57,9 +58,26 @@ def as_text(table: Table) -> str:
     return "\n".join([table.title, *_columns(_cells(table)), *([table.note] if table.note else [])])
 
 
-def _goal_cells(tables: list[Table]) -> list[list[str]]:
+def _fleet(tables: list[Table]) -> str:
+    """The goals of a fleet, with the quartiles of the rounds in place of a yardstick."""
+    cells = _goal_cells(FLEET_GOALS, tables)
+    for line, spread in zip(
+        cells, ["quartiles", *(_spread(goal, tables) for goal in FLEET_GOALS)], strict=True
+    ):
+        line[1:5] = [*line[2:4], spread, line[4]]
+    notes = dict.fromkeys(table.note for table in tables if table.id == "fleet-cancel")
+    return "\n\n".join(["\n".join(_markdown(cells)), *notes])
+
+
+def _spread(goal: Goal, tables: list[Table]) -> str:
+    row = goal.decisive(tables)
+    spread = row and (row.ratio if goal.figure is ratio else row.value)
+    return "" if not spread else f"{goal.show.format(spread.low)} to {goal.show.format(spread.high)}"
+
+
+def _goal_cells(goals: Iterable[Goal], tables: list[Table]) -> list[list[str]]:
     cells = [["what", "yardstick", "goal", "measured", ""]]
-    for goal in GOALS:
+    for goal in goals:
         figure = goal.measured(tables)
         shown = "not measured" if figure is None else goal.show.format(figure)
         verdict = "" if figure is None else ("met" if goal.is_met(figure) else "missed")

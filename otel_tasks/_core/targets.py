@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from fnmatch import fnmatchcase
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from otel_tasks._core.awaiters import with_awaiters
 from otel_tasks._core.shutdown import request_groups, wait_for_end
@@ -36,6 +36,11 @@ class Found(NamedTuple):
 
     infos: list[TaskInfo]
     more: int
+
+
+def knows(manager: TaskManager, target: Literal["task", "group"], name: str) -> bool:
+    """Return whether the manager has such a task or group: a quick look before its cancellation."""
+    return bool(manager._lookup.task(name) if target == "task" else manager._lookup.groups(name))
 
 
 def cancel_named(

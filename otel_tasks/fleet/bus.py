@@ -13,6 +13,7 @@ Rules, which each bus keeps:
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from otel_tasks.exceptions import OtelTasksError
@@ -173,6 +174,8 @@ class Bus(Protocol):
         ...
 
 
+# Each entry that arrives is asked for its position three times in a row.
+@lru_cache(maxsize=64)
 def position_of(entry_id: str) -> tuple[int, int]:
     """Return an entry's id as a value that compares in the order of the log."""
     time, _, number = entry_id.partition("-")

@@ -19,6 +19,7 @@ from otel_tasks._core.targets import (
     Reached,
     cancel_grouped,
     cancel_named,
+    knows,
     reached,
     wait_for_reached,
 )
@@ -146,7 +147,7 @@ class Canceller:
         if entry.target == "message":
             # Also from this node, which may be the worker.
             self._cancel_execution(entry, at)
-        elif entry.node != self._link.node:
+        elif entry.node != self._link.node and knows(self._manager, entry.target, entry.name):
             tasks = self._reach(entry.target, entry.name, entry.to_cause(), at)
         left = (entry.timeout or 0.0) - at.age
         if entry.request is None or entry.node == self._link.node or left <= 0:

@@ -336,9 +336,12 @@ def _load(payload: bytes) -> dict[str, Any]:
     if len(payload) > MAX_BYTES:
         raise UnreadableEntryError(f"it has {len(payload)} bytes, more than {MAX_BYTES}")
     try:
-        content = _decode_json(payload.decode())
+        text = payload.decode().strip(_SPACE)
+        content, end = _decode_json(text)
     except (ValueError, RecursionError):
         raise UnreadableEntryError("it is not JSON") from None
+    if end != len(text):
+        raise UnreadableEntryError("it is not JSON")
     if not isinstance(content, dict):
         raise UnreadableEntryError("it is not a JSON object")
     return content
@@ -348,8 +351,10 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-# json.loads() would make a decoder for each call.
-_decode_json = json.JSONDecoder(parse_constant=_refuse_constant).decode
+# What JSON allows around a value.
+_SPACE = " \t\n\r"
+# json.loads() would make a decoder for each call, and decode() looks for space with two regular expressions.
+_decode_json = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
 
 
 def _word(value: object) -> str:

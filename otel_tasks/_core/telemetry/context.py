@@ -60,8 +60,10 @@ def ids_in_hex(span: SpanContext | None) -> tuple[str | None, str | None]:
 
 def span_from_hex(trace_id: str | None, span_id: str | None) -> SpanContext | None:
     """Return the identity of a span of another process; None unless both ids are valid, in hex."""
+    if not trace_id or not span_id:
+        return None
     try:
-        span = SpanContext(int(trace_id or "", 16), int(span_id or "", 16), is_remote=True)
+        span = SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=True)
         return span if span.is_valid else None
     except ValueError:
         return None
