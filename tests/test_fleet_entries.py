@@ -75,6 +75,11 @@ def test_sender_may_add_an_envelope() -> None:
     assert "was" not in content
 
 
+def test_space_around_an_entry_is_allowed() -> None:
+    """JSON allows it, and another program may add a newline."""
+    assert decode(b" \t" + encode(ENTRIES[0]) + b"\r\n") == ENTRIES[0]
+
+
 @pytest.mark.parametrize(
     ("payload", "reason"),
     [
@@ -84,6 +89,8 @@ def test_sender_may_add_an_envelope() -> None:
         (b"[" * 60_000, "it is not JSON"),
         (b"1" * 60_000, "it is not JSON"),
         (raw(at=1).replace(b"1}", b"NaN}"), "it is not JSON"),
+        (raw(at=1) + b"{}", "it is not JSON"),
+        (raw(at=1) + b"\xc2\xa0", "it is not JSON"),
         (b"[]", "it is not a JSON object"),
         (b"null", "it is not a JSON object"),
         (raw(note="x" * MAX_BYTES), "more than 65536"),
