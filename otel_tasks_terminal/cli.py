@@ -149,6 +149,9 @@ def _list_arguments(added: argparse.ArgumentParser) -> None:
     )
     added.add_argument("--where", metavar="FILE:LINE", help="only tasks that wait at this line")
     added.add_argument("--group", metavar="ID", help="only tasks of this group, and of those below it")
+    added.add_argument(
+        "--node", metavar="NAME", help="of a fleet: only tasks of this node, host, or HOST/PID"
+    )
     added.add_argument("--key", help="only tasks of this row of the tree, a group or a class")
     added.add_argument("--ended", action="store_true", help="tasks that have ended, the newest first")
     added.add_argument(

@@ -52,6 +52,7 @@ def _filters(options: argparse.Namespace) -> Pairs:
         "min_age": None if options.min_age is None else f"{options.min_age:g}",
         "where": options.where,
         "group_id": options.group,
+        "node": options.node,
         "key": options.key,
         "state": "ended" if options.ended else None,
         "sort": _SORTS.get(options.sort, options.sort),
@@ -69,6 +70,8 @@ def _note_rest(answer: Row, *, ended: bool, filtered: bool) -> None:
         print(
             f"{number(shown)} of {counted(total, kind)}: --limit, or a filter, shows others", file=sys.stderr
         )
+    if answer.get("silent"):
+        print(f"no answer from {', '.join(map(clean, answer['silent']))}", file=sys.stderr)
     if answer.get("partial"):
         print("not all tasks were searched by their line: add a word or --group", file=sys.stderr)
 

@@ -44,6 +44,9 @@ LIVE = (
     Column("DOING", 18, keep=3),
     Column("ID", 22, keep=1),
 )
+# With a fleet, after the group.
+NODE = Column("NODE", 12, keep=2)
+NODE_AT = {"live": 4, "ended": 5}
 ENDED = (
     Column("STATUS", 11, keep=6),
     Column("AGE", 4, right=True, keep=4),
@@ -58,7 +61,8 @@ ENDED = (
 def live_list(answer: Row, pen: Pen) -> Iterable[str]:
     """Live tasks, one a line."""
     now = answer.get("now", 0.0)
-    return table(pen, LIVE, [_live_cells(task, now) for task in answer["rows"]])
+    rows = [_live_cells(task, now) for task in answer["rows"]]
+    return _with_nodes(pen, LIVE, rows, answer, NODE_AT["live"])
 
 
 def _live_cells(task: Row, now: float) -> list[Cell]:
@@ -76,7 +80,26 @@ def _live_cells(task: Row, now: float) -> list[Cell]:
 def ended_list(answer: Row, pen: Pen) -> Iterable[str]:
     """Ended tasks, one a line."""
     now = answer.get("now", 0.0)
-    return table(pen, ENDED, [_ended_cells(task, now) for task in answer["rows"]])
+    rows = [_ended_cells(task, now) for task in answer["rows"]]
+    return _with_nodes(pen, ENDED, rows, answer, NODE_AT["ended"])
+
+
+def _with_nodes(
+    pen: Pen, columns: tuple[Column, ...], rows: list[list[Cell]], answer: Row, at: int
+) -> Iterable[str]:
+    """A table, with a column of nodes if the tasks are those of a fleet."""
+    if not any(task.get("node") for task in answer["rows"]):
+        return table(pen, columns, rows)
+    cells = [
+        [*row[:at], (node_name(task.get("node")), "mute"), *row[at:]]
+        for row, task in zip(rows, answer["rows"], strict=True)
+    ]
+    return table(pen, (*columns[:at], NODE, *columns[at:]), cells)
+
+
+def node_name(node: object) -> str:
+    """A node as people call it: its host and its process."""
+    return "/".join(clean(str(node or "")).split("/")[:2])
 
 
 def _ended_cells(task: Row, now: float) -> list[Cell]:
@@ -278,7 +301,9 @@ def title(entry: Entry) -> str:
     """The name of a group or class, and how many it stands for."""
     row = entry.row
     times = row.get("count") if entry.kind == "class" else row.get("instances")
-    parts = [clean(row.get("name", "?"))]
+    is_node = entry.kind == "group" and row.get("parent") is None and row.get("node")
+    parts = [node_name(row["node"])] if is_node else []
+    parts.append(clean(row.get("name", "?")))
     if entry.kind == "class" or (times or 0) > 1:
         parts.append(f"{TIMES}{number(times or 0)}")
     if row.get("limit"):

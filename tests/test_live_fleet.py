@@ -368,6 +368,19 @@ async def test_cancel_hits_only_the_task_that_was_seen() -> None:
         assert (target.cancelled(), namesake.cancelled(), own.cancelled()) == (True, False, False)
 
 
+async def test_one_node_is_named_for_a_cancellation() -> None:
+    """The own node needs no bus, and one that is not there does not answer."""
+    async with fleet_of(2) as (here, there):
+        tasks = [fleet.manager.create_task(rest(), name="import") for fleet in (here, there)]
+        await settle()
+        report = await here.cancel_task("import", node=here.node)
+        assert (report.asked, report.ended, report.silent) == (1, 1, ())
+        assert [task.cancelled() for task in tasks] == [True, False]
+        report = await here.cancel_task("import", node="gone/1/abc", timeout=1.0)
+        assert (report.asked, report.silent) == (0, ("gone/1/abc",))
+        assert (await here.cancel_task("import", node=there.node)).asked_on == {there.node: 1}
+
+
 async def test_can_decides_about_tasks_of_other_nodes() -> None:
     """It gets what is known of the task here; a view that is read-only cancels nothing."""
     asked: list[RemoteTask] = []

@@ -97,6 +97,21 @@ def test_ls_sends_its_filters(view: View) -> None:
     }
 
 
+def test_ls_names_the_nodes_of_a_fleet(view: View, capsys: pytest.CaptureFixture[str]) -> None:
+    """A column names each task's node, a filter is sent on, and silent nodes are named on stderr."""
+    found = rows({**task("a"), "node": "api-1/7/4be2c1"}, {**task("b"), "node": "worker-1/8/90f1d2"})
+    view.answers["GET tasks"] = Said({**found, "silent": ["api-2/9/aa01ff"]})
+
+    assert main(["ls", "--node", "api-1"]) == 0
+
+    out, err = capsys.readouterr()
+    heading, *lines = out.splitlines()
+    assert heading.split() == ["STATUS", "AGE", "NAME", "GROUP", "NODE", "DOING", "ID"]
+    assert ["api-1/7" in lines[0], "worker-1/8" in lines[1]] == [True, True]
+    assert "no answer from api-2/9/aa01ff" in err
+    assert view.asked[0].query["node"] == ["api-1"]
+
+
 def test_ls_follows_the_pages_and_lists_a_task_once(view: View, capsys: pytest.CaptureFixture[str]) -> None:
     """A long list comes from several pages; a task that slipped into the next one is one line."""
     pages = [
@@ -181,6 +196,16 @@ def test_tree_tells_the_tasks_of_several_requests_apart(
 
     assert main(["tree"]) == 0
     assert "◐ sync_mail #4711 HIGH " in capsys.readouterr().out
+
+
+def test_tree_of_a_fleet_names_the_node_of_each_root(view: View, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its host and its process stand before the name of its manager."""
+    data = snapshot()
+    data["groups"][0]["node"] = "api-1/7/4be2c1"
+    view.answers["GET snapshot"] = Said(data)
+
+    assert main(["tree"]) == 0
+    assert "▾ api-1/7 default " in capsys.readouterr().out
 
 
 def test_a_narrow_tree_says_what_tasks_do() -> None:
