@@ -296,8 +296,21 @@ async def test_node_that_has_left_is_gone() -> None:
         assert len((await snapshot(client))["nodes"]) == 2
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"groups": 7},
+        {"stats": {"live": "many"}},
+        {"stats": {"live": float("inf")}},
+        {"stats": {"live": None}},
+        {"warnings": [7]},
+        {"ended": [{"n": 1, "name": "import"}]},
+        {"classes": [{"name": "import"}]},
+        {"more": None},
+    ],
+)
 async def test_answers_without_the_form_are_dropped_and_logged_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wrong: dict[str, Any]
 ) -> None:
     """A node of another version may send anything."""
     async with fleet_of(2) as (here, there):
@@ -307,8 +320,10 @@ async def test_answers_without_the_form_are_dropped_and_logged_once(
         ask = here.views.ask
 
         async def garble(node: str, data: dict[str, Any], timeout: float) -> dict[str, Any] | None:
-            await ask(node, data, timeout)
-            return {"now": 1.0, "events": [{"event": "snapshot", "data": {"groups": 7}}]}
+            answer = await ask(node, {**data, "params": []}, timeout)
+            if answer is not None:
+                answer["events"][0]["data"] |= wrong
+            return answer
 
         monkeypatch.setattr(here.views, "ask", garble)
         with caplog.at_level(logging.WARNING):

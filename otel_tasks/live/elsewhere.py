@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from otel_tasks.live.others import Other, Others
     from otel_tasks.live.params import Query
 
+# A row without these is not one.
+_SORTED_BY: Final = frozenset({"created", "name", "status", "task_id"})
 _FIRST: Final = {"cancelling": 0, "queued": 1, "pending": 1}
 _ORDERS: Final[dict[str, Callable[[Row], tuple[Any, ...]]]] = {
     "age": lambda row: (row["created"], row["task_id"]),
@@ -171,7 +173,7 @@ def _silent(asked: Sequence[Other], answers: Sequence[Row | None]) -> list[str]:
 
 
 def _ordered(answers: Sequence[Row], wanted: Query) -> list[Row]:
-    rows = [row for answer in answers for row in answer["rows"]]
+    rows = [row for answer in answers for row in answer["rows"] if row.keys() >= _SORTED_BY]
     if wanted.ended:
         return sorted(rows, key=lambda row: -row["ended"])
     return sorted(rows, key=_ORDERS[wanted.sort])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import urlencode
@@ -138,7 +139,10 @@ class Other:
             return marked(self.mark, value) if name in _NAMES else value
         return value if value is None else self._on_this_clock(name, value)
 
-    def _on_this_clock(self, name: str, value: float) -> float:
+    def _on_this_clock(self, name: str, value: float) -> float | None:
+        if not math.isfinite(value):
+            # A browser refuses a whole answer with one.
+            return None
         if name in _TIMES:
             return round(value + (self.offset or 0.0), 3)
         return round(value + (self.offset or 0.0)) if name in _ROUGH_TIMES else value
@@ -160,7 +164,7 @@ class Other:
                 self._change(data)
             elif kind == "rows":
                 key = marked(self.mark, Overview.ROOT if data["key"] == "oldest" else data["key"])
-                self.rows[key] = {row["id"]: row for row in self.moved(data["set"])}
+                self.rows[key] = {row["id"]: row for row in _with_number(self.moved(data["set"]), "created")}
                 self.sizes[key] = int(data["total"])
             elif kind == "task":
                 panel = self.moved(data)
@@ -179,7 +183,7 @@ class Other:
         for name, rows in self.lists.items():
             rows.clear()
             self._set(name, data[name])
-        self.head = {name: data[name] for name in ("instance", "stats", "warnings", "more", "actions")}
+        self.head = {"instance": data["instance"], **_head(data)}
         self.after = str(data["id"])
         self._end(data["ended"])
 
@@ -192,7 +196,7 @@ class Other:
             for key in data["gone"][name]:
                 rows.pop(marked(self.mark, key), None)
             self._set(name, data["set"][name])
-        self.head |= {name: data[name] for name in ("stats", "warnings", "more") if name in data}
+        self.head |= _head({**self.head, **data})
         self.after = str(data["id"])
         self._end(data["ended"])
 
@@ -206,7 +210,7 @@ class Other:
                 self.root = key
 
     def _end(self, rows: Iterable[Row]) -> None:
-        new = [row for row in rows if row["n"] > self.last_ended]
+        new = [row for row in _with_number(rows, "ended") if row["n"] > self.last_ended]
         self.ended += self.moved(new)
         self.last_ended = max([self.last_ended, *(row["n"] for row in new)])
 
@@ -342,7 +346,7 @@ class Others:
         try:
             other.take(answer, now)
             self._count(other)
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             other.forget()
             if other.node not in self._unreadable:
                 self._unreadable.add(other.node)
@@ -418,6 +422,25 @@ class Others:
     def is_silent(self, other: Other) -> bool:
         """True if a node has not answered for a while."""
         return self._clock() - other.seen > SILENT
+
+
+def _head(data: Row) -> Row:
+    """The parts of an overview that are added to others.
+
+    Raises:
+        ValueError: They do not have the form of the reference; or another error of that kind.
+    """
+    stats, more = data["stats"], data["more"]
+    for name, value in (*stats.items(), *more.items()):
+        # Without a limit, there is none to show.
+        if name != "limit" and not math.isfinite(value):
+            raise ValueError(f"{value!r} is no count")
+    return {"stats": stats, "more": more, "warnings": [dict(row) for row in data["warnings"]]}
+
+
+def _with_number(rows: Iterable[Row], name: str) -> list[Row]:
+    """Rows that are sorted by a number; one without it raises."""
+    return [row for row in rows if math.isfinite(row[name])]
 
 
 def _expanded(other: Other, expand: Mapping[str, int]) -> Iterator[list[str]]:
