@@ -94,6 +94,15 @@ async def test_the_newest_cancellation_of_a_name_counts() -> None:
     assert kept.find("x", "render", None, "7-0") is newer
 
 
+async def test_an_older_cancellation_that_comes_again_changes_nothing() -> None:
+    """Its sender sends it again after the server has lost its data."""
+    kept = Cancellations()
+    newest = cancelled(kept, "task", "render", "9-0")
+    cancelled(kept, "task", "render", "5-0", age=60.0)
+    cancelled(kept, "task", "render", "1-0", age=KEPT)
+    assert kept.find("x", "render", None, "7-0") is newest
+
+
 async def test_a_cancellation_is_forgotten_after_an_hour() -> None:
     """By the age that the bus gives, which counts on here."""
     kept = Cancellations()

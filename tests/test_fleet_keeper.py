@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from otel_tasks.fleet import keeper as module
 from otel_tasks.fleet.bus import LEASE, RENEWED_EVERY, Bus, BusUnavailableError
 from otel_tasks.fleet.keeper import Keeper
 
@@ -136,6 +137,25 @@ async def test_bus_that_is_down_is_tried_twice_a_second() -> None:
     await asyncio.sleep(10)
     assert len(bus.calls) - count <= 6
     await keeper.stop()
+
+
+@pytest.mark.real_clock
+@pytest.mark.parametrize("blocks", [True, False])
+async def test_error_of_the_bus_does_not_end_the_renewals(
+    blocks: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that nobody expects is logged, and the lease is renewed the next time."""
+    monkeypatch.setattr(module, "RENEWED_EVERY", 0.02)
+    bus = Renewals(blocks=blocks)
+    keeper = keeper_of(bus)
+    monkeypatch.setattr(bus, "lost", None)
+    keeper.add_claim("x", lambda: None)
+    await keeper.hold_lease()
+    monkeypatch.setattr(bus, "lost", [])
+    await keeper.hold_lease()
+    await keeper.stop()
+    assert len(bus.calls) >= 2
+    assert "renewing the lease and the claims of the fleet raised" in caplog.text
 
 
 @pytest.mark.real_clock

@@ -59,9 +59,13 @@ class Cancellations:
         """
         now = asyncio.get_running_loop().time()
         key = (entry.target, entry.name)
-        self._kept.pop(key, None)
-        if at.age < KEPT:
-            self._kept[key] = _Kept(entry, position_of(at.id), now + KEPT - at.age)
+        position = position_of(at.id)
+        known = self._kept.get(key)
+        # An older one comes again after the server has lost its data.
+        if known is None or known.position <= position:
+            self._kept.pop(key, None)
+            if at.age < KEPT:
+                self._kept[key] = _Kept(entry, position, now + KEPT - at.age)
         self._forget(now)
 
     def find(

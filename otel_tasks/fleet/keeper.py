@@ -19,6 +19,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from otel_tasks._core.log import logger
 from otel_tasks.fleet.bus import LEASE, RENEWED_EVERY, BusUnavailableError
 
 if TYPE_CHECKING:
@@ -119,6 +120,11 @@ class Keeper:
         except BusUnavailableError:
             self._report(self._wake_waiting)
             return _RETRY_EVERY * random.uniform(1.0, 1.5)  # noqa: S311 - jitter, no secret
+        except Exception:
+            # A bug: without this, the thread would end, and the lease and every claim would expire.
+            logger.exception("renewing the lease and the claims of the fleet raised, and is tried again")
+            self._report(self._wake_waiting)
+            return RENEWED_EVERY
         if lease:
             self._renewed_at = began
         self._report(self._wake_waiting)

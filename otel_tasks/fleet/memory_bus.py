@@ -176,7 +176,10 @@ class MemoryBus:
     def renew(self, node: str, *, lease: bool, claims: Collection[str]) -> list[str]:
         """Renew the lease and claims of a node; call it in the loop or in a thread."""
         held = {key: self._deliveries[key] for key in claims if key in self._deliveries}
-        return self._server.renew(node, lease=lease, claims=held)
+        lost = self._server.renew(node, lease=lease, claims=held)
+        for key in lost:
+            self._deliveries.pop(key, None)
+        return lost
 
 
 class MemoryServer:

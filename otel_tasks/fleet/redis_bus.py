@@ -223,7 +223,7 @@ class RedisBus:
         for node in live:
             since, _, description = described.get(node, b"").partition(b" ")
             if since:
-                found[node.decode()] = (description, (int(now) - int(since)) / 1000)
+                found[node.decode(errors="replace")] = (description, (int(now) - int(since)) / 1000)
         return found
 
     async def leave(self, node: str) -> None:
@@ -278,7 +278,9 @@ class RedisBus:
 
     def renew(self, node: str, *, lease: bool, claims: Collection[str]) -> list[str]:
         """Renew the lease and claims of a node; blocks for at most some times ``CALL_TIMEOUT``."""
-        held = [(key, self._deliveries[key]) for key in list(claims) if key in self._deliveries]
+        # The event loop may drop a claim meanwhile.
+        known = ((key, self._deliveries.get(key)) for key in claims)
+        held = [(key, delivery) for key, delivery in known if delivery is not None]
         lost: list[str] = []
         for start in range(0, max(1, len(held)), _RENEWED):
             part = held[start : start + _RENEWED]
@@ -289,6 +291,8 @@ class RedisBus:
                 self._key("lease", node), *keys, args=(f"{node} ", _ms(LEASE), with_lease, *deliveries)
             )
             lost += [part[number - 1][0] for number in self._call_in_thread(command)]
+        for key in lost:
+            self._deliveries.pop(key, None)
         return lost
 
     def _claim_keys(self, key: str, delivery: str) -> tuple[str, str]:
@@ -356,7 +360,13 @@ def _pools(url: str) -> tuple[AsyncConnectionPool, redis.ConnectionPool]:
         pool = AsyncConnectionPool.from_url(url, protocol=2)
         thread_pool = redis.ConnectionPool.from_url(url, protocol=2)
         # Nothing here retries, and the answers are bytes, whatever the URL says.
-        fixed = {"decode_responses": False, "retry_on_timeout": False, "health_check_interval": 0}
+        # A name of another node may be any JSON text, and is a part of a key.
+        fixed = {
+            "decode_responses": False,
+            "encoding_errors": "surrogatepass",
+            "retry_on_timeout": False,
+            "health_check_interval": 0,
+        }
         pool.connection_kwargs |= fixed | {"socket_timeout": None, "socket_connect_timeout": CALL_TIMEOUT}
         thread_pool.connection_kwargs |= fixed | {
             "socket_timeout": CALL_TIMEOUT,

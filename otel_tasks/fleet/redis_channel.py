@@ -74,7 +74,8 @@ class Channel:
         loop = asyncio.get_running_loop()
         call = _Call(commands, loop.create_future())
         self._pending.append(call)
-        if self._sending is None:
+        # Done: a factory of eager tasks has run it to its end before it was known here.
+        if self._sending is None or self._sending.done():
             self._sending = loop.create_task(
                 self._send(), name="otel_tasks.fleet.calls", context=quiet_context()
             )

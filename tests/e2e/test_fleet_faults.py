@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 
 from otel_tasks.fleet.bus import BusRefusedError, BusUnavailableError, Claim, Entry, position_of
-from otel_tasks.fleet.entries import CancelEntry
+from otel_tasks.fleet.entries import CancelEntry, ProgressEntry
 from otel_tasks.fleet.link import HOLD_OFF, Link
 from otel_tasks.fleet.urls import open_bus
 from tests.redis_server import own_redis, redis_in, redis_server, running
@@ -244,6 +244,11 @@ async def test_foreign_entries(redis_server: Redis, key: str, caplog: pytest.Log
             client.xadd(log, {"e": b"x" * 100_000})
             client.xadd(log, {"e": b'{"v": 9, "kind": "cancel", "node": "next"}'})
             client.xadd(f"{{{key}}}:inbox:a", {"e": b"[]"})
+        # A name that is no UTF-8, to which this node answers.
+        client.xadd(
+            log, {"e": b'{"v": 1, "kind": "inspect", "node": "\\ud800", "request": "1", "what": "x"}'}
+        )
+    a.link.post_to("\ud800", ProgressEntry(node="a", task_id="x", done=1.0))
     await a.post("x")
     await until(lambda: a.names)
     await a.link.stop()
