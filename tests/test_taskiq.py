@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import json
 from collections.abc import AsyncIterator  # noqa: TC003 - Taskiq reads the annotations of dependencies
@@ -29,6 +30,7 @@ from otel_tasks import (
     current_cancel_event,
     current_task,
 )
+from otel_tasks.exceptions import WrongLoopError
 from otel_tasks.fleet import Fleet
 from otel_tasks.fleet.memory_bus import memory_server
 from otel_tasks.taskiq import (
@@ -40,6 +42,7 @@ from otel_tasks.taskiq import (
     remote,
     stream_priorities,
 )
+from otel_tasks.taskiq.worker import Duplicates
 from tests.shared_queue import QueueBroker, SharedQueue, working
 
 if TYPE_CHECKING:
@@ -448,6 +451,48 @@ def _without_parameters(function: Callable[[], Any]) -> Callable[[], Any]:
     return slow
 
 
+async def test_all_duplicates_end_with_the_one_that_waits() -> None:
+    """Further deliveries in one process take no slot, and are acknowledged: they do not come again later."""
+    queue = SharedQueue()
+    api, one, two = Node(queue), Node(queue), Node(queue)
+    for node in (one, two):
+
+        async def slow(node: Node = node) -> str:
+            node.log.append("started")
+            await asyncio.sleep(20)
+            return "done"
+
+        node.broker.task(task_name="tests:slowly")(_without_parameters(slow))
+
+    async def slowly() -> str:
+        raise AssertionError("the workers have functions of their own")
+
+    async with started(api), working(one.broker):
+        task = api.manager.create_task(remote(api.task(slowly)))
+        await asyncio.sleep(1)
+        async with working(two.broker):
+            for _ in range(2):
+                queue.deliver_twice()
+                await asyncio.sleep(1)
+            assert await task == "done"
+            await asyncio.sleep(5)
+            assert not queue.delivered
+        await asyncio.sleep(60)
+    assert [*one.log, *two.log] == ["started"]
+    assert queue.acknowledged == 4
+
+
+async def test_duplicates_of_a_message_that_is_left_are_left_too() -> None:
+    """A worker that stops acknowledges none of them, whenever they come."""
+    queue = SharedQueue()
+    queue.put(b"")
+    duplicates = Duplicates()
+    await duplicates.add(functools.partial(queue.acknowledge, (await queue.take(None))[0]))
+    duplicates.leave()
+    await duplicates.add(functools.partial(queue.acknowledge, 1))
+    assert (queue.acknowledged, len(queue.delivered)) == (0, 1)
+
+
 async def test_lost_claim_cancels_and_leaves_the_message() -> None:
     """A worker whose claim another one has taken cancels its execution, and does not acknowledge."""
     async with api_and_worker() as (api, worker):
@@ -566,6 +611,51 @@ async def test_shutdown_leaves_the_message_to_another_worker() -> None:
         assert one.log == ["started", "shutdown: manager 'node' is shutting down"]
         async with working(two.broker):
             assert await task == "finished by the other"
+
+
+async def test_shutdown_of_the_host_is_final() -> None:
+    """Tasks of a service that shuts down are cancelled, and their messages go to no other worker."""
+    async with api_and_worker() as (api, worker):
+        worker.task(forever_of(worker))
+        task = api.manager.create_task(remote(api.task(forever_of(api))))
+        waiting = api.broker.queue
+        await asyncio.sleep(1)
+        await api.manager.shutdown(grace=0.0)
+        await asyncio.sleep(1)
+        assert task.cancelled()
+        assert worker.log == ["started", "shutdown: manager 'node' is shutting down"]
+        assert (waiting.acknowledged, len(waiting.delivered)) == (1, 0)
+
+
+async def test_task_outlives_the_stop_of_its_worker(caplog: pytest.LogCaptureFixture) -> None:
+    """A task that ignores its cancellation for longer than the broker waits ends without an error."""
+    async with api_and_worker() as (api, worker):
+
+        async def stubborn() -> None:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(3600)
+            await asyncio.sleep(10)
+
+        worker.task(stubborn)
+        await api.task(stubborn).kiq()
+        await asyncio.sleep(1)
+        await worker.broker.shutdown()
+        api.broker.queue.waiting.clear()
+        await asyncio.sleep(20)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "ignored its cancellation" in caplog.text
+
+
+async def test_broker_that_starts_again_listens_once() -> None:
+    """A fleet that goes on between two starts calls each handler of the broker once."""
+    api = Node(SharedQueue())
+    async with api.fleet:
+        counts = []
+        for _ in range(2):
+            async with started(api):
+                handlers = api.fleet.link._inlet._handlers
+                counts.append({kind: len(listed) for kind, listed in handlers.items()})
+    assert counts[0] == counts[1]
 
 
 async def test_in_memory_broker_has_no_other_worker() -> None:
@@ -852,6 +942,35 @@ async def test_wrong_arguments_name_the_fix_at_the_call() -> None:
     without = managed(QueueBroker(queue).with_result_backend(DummyResultBackend[Any]()), node.fleet)
     with pytest.raises(RuntimeError, match="with_result_backend"):
         _call(without.task(work))
+
+
+async def test_call_in_another_loop_names_the_fix() -> None:
+    """A call in a loop in which the broker is not started fails, instead of waiting without end."""
+    async with api_and_worker() as (api, _):
+        task = api.task(forever_of(api))
+        with pytest.raises(WrongLoopError, match="run_coroutine_threadsafe"):
+            await asyncio.to_thread(lambda: asyncio.run(_awaited(remote(task))))
+
+
+async def _awaited(call: Any) -> Any:
+    return await call
+
+
+async def test_two_calls_with_one_id_name_the_fix() -> None:
+    """The second call fails, and the first one gets its result."""
+    async with api_and_worker() as (api, worker):
+
+        async def half() -> int:
+            await asyncio.sleep(1)
+            return 1
+
+        worker.task(half)
+        kicker = api.task(half).kicker().with_task_id("one")
+        first = api.manager.create_task(remote(kicker))
+        await asyncio.sleep(0.5)
+        with pytest.raises(ValueError, match="give each call an id of its own"):
+            await remote(kicker)
+        assert await first == 1
 
 
 def _call(task: Any) -> None:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from taskiq.abc.result_backend import AsyncResultBackend
 
     from otel_tasks._core.options import FromManager
+    from otel_tasks.fleet.link import Link
     from otel_tasks.taskiq.priorities import BrokerPriorities
 
 B = TypeVar("B", bound=AsyncBroker)
@@ -138,6 +139,7 @@ class ManagedBroker:
         self.calls = Calls(fleet, lambda: self.result_backend)
         self.acknowledges = False
         self.is_started = False
+        self._link: Link | None = None
         self._signals = SignalWatch(fleet, self.worker, grace)
         self._redelivery: Redelivery | None = None
         self._middleware = FleetMiddleware(self)
@@ -196,11 +198,12 @@ class ManagedBroker:
 
     async def _acknowledge(self, ack: Callable[[], Awaitable[None] | None], data: bytes) -> None:
         execution = current_execution.get()
-        if execution is None:
+        if execution is not None:
+            await execution.acknowledge(ack)
+            return
+        if self.fleet.is_started:
             # The receiver drops the message.
             await self._refuse(data)
-        elif not await execution.may_acknowledge():
-            return
         await maybe_awaitable(ack())
 
     async def _refuse(self, data: bytes) -> None:
@@ -229,9 +232,14 @@ class ManagedBroker:
         broker.middlewares = [each for each in broker.middlewares if each is not self._middleware]
         broker.middlewares.append(self._middleware)
         await self.fleet.start()
-        self.calls.subscribe(self.fleet.link)
-        self.fleet.link.subscribe(CancelEntry, self._on_cancel)
-        self.fleet.link.on_state(self.worker.wake)
+        link = self.fleet.link
+        # The fleet may go on between two starts of the broker.
+        if self._link is not link:
+            self._link = link
+            self.calls.subscribe(link)
+            link.subscribe(CancelEntry, self._on_cancel)
+            link.on_state(self.worker.wake)
+        self.calls.start()
         self.worker.stopping = None
         self.is_started = True
         if broker.is_worker_process:

@@ -10,6 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
 from otel_tasks._core.telemetry import quiet_context
+from otel_tasks.exceptions import WrongLoopError
 from otel_tasks.fleet.entries import EndedEntry, ProgressEntry
 from otel_tasks.taskiq.errors import RemoteResultError
 
@@ -84,6 +85,11 @@ class Calls:
         self._open: dict[str, Call] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._asking: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Let calls be opened in this event loop."""
+        self._loop = asyncio.get_running_loop()
 
     def subscribe(self, link: Link) -> None:
         """Listen to a link that is about to start, or has started."""
@@ -91,7 +97,22 @@ class Calls:
         link.subscribe(ProgressEntry, self._on_progress)
 
     def open(self, task_id: str, shows: ManagedTask[Any] | None) -> Call:
-        """Wait for a remote task from now on."""
+        """Wait for a remote task from now on.
+
+        Raises:
+            WrongLoopError: The broker is started in another event loop.
+            ValueError: Another call waits for a task with this id.
+        """
+        if self._loop is not asyncio.get_running_loop():
+            raise WrongLoopError(
+                "the broker of this remote task is started in another event loop: call it there, for example "
+                "with asyncio.run_coroutine_threadsafe(remote(...), loop)"
+            )
+        if task_id in self._open:
+            raise ValueError(
+                f"another call waits for the remote task {task_id!r}: give each call an id of its own, or "
+                "leave the id to the broker"
+            )
         call = self._open[task_id] = Call(task_id, self._fleet.link.node, shows)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_ASK_EVERY_ALONE, self._turn)
@@ -99,8 +120,7 @@ class Calls:
 
     def close(self, call: Call) -> None:
         """Wait no longer."""
-        if self._open.get(call.task_id) is call:
-            del self._open[call.task_id]
+        del self._open[call.task_id]
 
     async def stop(self) -> None:
         """Ask no more, and let the open calls fail.

@@ -5,12 +5,13 @@ Rules, each with a test of its own:
 1. An execution starts only while this node can judge leases, and with the claim of its task: at most one node
    executes a task at a time, whatever the broker delivers. A delivery whose claim another one holds waits.
    It ends without running if the other one finishes. In one process, one delivery of a message waits; more
-   of them are left to the broker.
+   of them end, and are acknowledged with it.
 2. A cancelled message, one whose deadline has passed, and one whose host is gone do not run. Each gets a
    managed task that is cancelled before its first step, so that the trace shows the reason.
 3. The end of a managed task that was cancelled is final: its result is saved here, no middleware retries it,
-   and the message is acknowledged. The exceptions are a shutdown and a lost claim: another worker takes the
-   message.
+   and the message is acknowledged. The exceptions are a shutdown of this process and a lost claim: another
+   worker takes the message. The shutdown of the process that waits for the result is a cancellation like any
+   other.
 4. The claim ends after the result is saved. If the process dies in between, the message runs again.
 """
 
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from taskiq.exceptions import NoResultError
 from taskiq.result import TaskiqResult
+from taskiq.utils import maybe_awaitable
 
 from otel_tasks import CancelCause, CancelKind, ManagerClosedError
 from otel_tasks._core.binding import current_binding
@@ -45,7 +47,7 @@ from otel_tasks.taskiq.options import Options
 from otel_tasks.taskiq.worker import host_lost
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
     from contextvars import Context
     from types import TracebackType
 
@@ -53,7 +55,8 @@ if TYPE_CHECKING:
     from taskiq.message import TaskiqMessage
 
     from otel_tasks import ManagedTask
-    from otel_tasks.taskiq.worker import Worker
+    from otel_tasks.fleet.entries import CancelEntry
+    from otel_tasks.taskiq.worker import Duplicates, Worker
 
 # Seconds between two tries to get a claim that is held; they grow from the first to the last.
 _FIRST_PAUSE: Final = 0.05
@@ -107,6 +110,10 @@ class Execution:
     def __init__(self, owner: Owner, message: TaskiqMessage) -> None:
         self._owner = owner
         self._worker = owner.worker
+        # Kept, because an execution that ignores its cancellation outlives the stop of the fleet.
+        self._link = owner.worker.fleet.link
+        self._keeper = owner.worker.fleet.keeper
+        self._cancellations = owner.worker.fleet.cancellations
         self._message = message
         self._options = Options.of(message)
         self._delivery = delivery_of(message.labels, self._options.stamp)
@@ -118,7 +125,9 @@ class Execution:
         self._deadline = self._options.deadline(self._worker)
         self._is_claimed = False
         self._is_lost = False
+        # True for the delivery that waits for the claim; its duplicates end with it.
         self._waits = False
+        self._duplicates: Duplicates | None = None
         # Another worker takes the message.
         self._is_left = False
         self._has_ended = False
@@ -153,6 +162,8 @@ class Execution:
             self._worker.discard(self)
             if self._waits:
                 self._worker.end_to_wait((self.task_id, self._delivery))
+                if self._is_left and self._duplicates is not None:
+                    self._duplicates.leave()
 
     def cancel(self, cause: CancelCause) -> None:
         """Cancel the managed task, if it runs."""
@@ -187,11 +198,19 @@ class Execution:
         self._tell_host(Outcome.ERROR if is_error else Outcome.SUCCESS)
         self._settle(executed=True)
 
-    async def may_acknowledge(self) -> bool:
-        """Return whether the receiver may acknowledge the message; called when it wants to.
+    async def acknowledge(self, ack: Callable[[], Awaitable[None] | None]) -> None:
+        """Acknowledge the message if it is executed; called when the receiver wants to.
 
-        Cancellation: ends the attempts to save the result.
+        Cancellation: ends the attempts to save the result; the message is not acknowledged.
         """
+        if await self._may_acknowledge():
+            await maybe_awaitable(ack())
+            if self._duplicates is not None:
+                await self._duplicates.acknowledge()
+        elif self._duplicates is not None and not self._waits:
+            await self._duplicates.add(ack)
+
+    async def _may_acknowledge(self) -> bool:
         if not self._has_ended:
             # Before the function, or by the function itself.
             self._is_acknowledged = True
@@ -227,20 +246,25 @@ class Execution:
         stopping = self._worker.stopping
         if stopping is not None:
             return self._left_for(stopping)
+        entry = self._cancellation()
+        if entry is not None:
+            return entry.to_cause()
+        if self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline:
+            return CancelCause.make(CancelKind.TIMEOUT, "the deadline passed before the task started")
+        return None
+
+    def _cancellation(self) -> CancelEntry | None:
+        """Return the cancellation of this message that the fleet has; None if there is none."""
         options, stamp = self._options, self._options.stamp
         known = stamp is not None and stamp.sent_after is not None
-        entry = self._worker.fleet.cancellations.find(
+        entry = self._cancellations.find(
             self.task_id,
             options.name if known else None,
             options.group if known else None,
             stamp.sent_after if stamp is not None else None,
         )
         # Without a stamp, only a cancellation of this very message is surely meant for it.
-        if entry is not None and (known or entry.target == "message"):
-            return entry.to_cause()
-        if self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline:
-            return CancelCause.make(CancelKind.TIMEOUT, "the deadline passed before the task started")
-        return None
+        return entry if entry is not None and (known or entry.target == "message") else None
 
     def _left_for(self, cause: CancelCause) -> CancelCause:
         """Leave the message to another worker; return the cause if the broker will not deliver it again."""
@@ -258,8 +282,7 @@ class Execution:
         Raises:
             ExecutionEndedError: The message was executed.
         """
-        fleet = self._worker.fleet
-        link = fleet.link
+        link = self._link
         if not link.judges:
             return None
         try:
@@ -274,7 +297,7 @@ class Execution:
             self._wait_for_claim()
         if claim is Claim.TAKEN:
             self._is_claimed = True
-            fleet.keeper.add_claim(self.task_id, self._on_lost)
+            self._keeper.add_claim(self.task_id, self._on_lost)
         return None
 
     def _wait_for_claim(self) -> None:
@@ -283,7 +306,7 @@ class Execution:
         Redis Streams deliver a message again and again while it runs, each time for a slot of the receiver.
         """
         if not self._waits:
-            self._waits = self._worker.begin_to_wait((self.task_id, self._delivery))
+            self._duplicates, self._waits = self._worker.begin_to_wait((self.task_id, self._delivery))
             if not self._waits:
                 raise ExecutionLeftError
 
@@ -317,7 +340,7 @@ class Execution:
             raise
         self.task = task
         sent_after = None if options.stamp is None else options.stamp.sent_after
-        self._worker.fleet.cancellations.track(self.task_id, task, sent_after)
+        self._cancellations.track(self.task_id, task, sent_after)
         self._worker.add(self)
         return task
 
@@ -353,7 +376,7 @@ class Execution:
         cause = task.cause or CancelCause.make(CancelKind.EXPLICIT)
         if self._is_lost:
             raise ExecutionLeftError
-        if cause.kind is CancelKind.SHUTDOWN:
+        if cause.kind is CancelKind.SHUTDOWN and self._cancellation() is None:
             self._left_for(cause)
         is_timeout = cause.kind is CancelKind.TIMEOUT
         error: Exception = (
@@ -395,7 +418,7 @@ class Execution:
     def _tell_host(self, outcome: Outcome, cause: CancelCause | None = None) -> None:
         if self.host is None:
             return
-        link = self._worker.fleet.link
+        link = self._link
         fields: dict[str, Any] = {} if cause is None else cause_fields(cause)
         entry = EndedEntry(
             node=link.node,
@@ -416,9 +439,8 @@ class Execution:
         if not self._is_claimed:
             return
         self._is_claimed = False
-        fleet = self._worker.fleet
-        fleet.keeper.drop_claim(self.task_id)
-        link = fleet.link
+        self._keeper.drop_claim(self.task_id)
+        link = self._link
         if executed:
             self._worker.in_background(
                 link.call(lambda: link.bus.finish(self.task_id, link.node, self._delivery))

@@ -101,8 +101,8 @@ async def _call(
     task = current_task()
     is_whole = task is not None and getattr(own_coroutine(task), "cr_code", None) is _call.__code__
     task_id = kicker.custom_task_id or managed_broker.broker.id_generator()
-    call = managed_broker.calls.open(task_id, task if is_whole else None)
     keeper = managed_broker.fleet.keeper
+    call = managed_broker.calls.open(task_id, task if is_whole else None)
     try:
         await keeper.hold_lease()
         try:

@@ -74,6 +74,9 @@ class Redelivery:
                 broker.unacknowledged_batch_size,
             )
             for message_id, fields in messages:
+                if message_id is None:
+                    # Redis 6.2 lists messages that were trimmed from the stream; later versions forget them.
+                    continue
                 async with client.pipeline(transaction=True) as step:
                     step.xadd(stream, fields, maxlen=broker.maxlen, approximate=broker.approximate)
                     step.xack(stream, group, message_id)

@@ -14,13 +14,15 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from taskiq.utils import maybe_awaitable
+
 from otel_tasks import CancelCause, CancelKind
 from otel_tasks._core.telemetry import quiet_context
 from otel_tasks.fleet.bus import BusUnavailableError
 from otel_tasks.fleet.entries import ProgressEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Coroutine
+    from collections.abc import Awaitable, Callable, Collection, Coroutine
     from contextvars import Context
 
     from otel_tasks import ManagedTask
@@ -54,6 +56,42 @@ class Running(Protocol):
         ...
 
 
+class Duplicates:
+    """The deliveries of a message that end at once, because another one waits for its claim here.
+
+    They are acknowledged with it. A broker would deliver them again, after the mark of the execution is gone.
+    """
+
+    def __init__(self) -> None:
+        self._acks: list[Callable[[], Awaitable[None] | None]] = []
+        self._is_acknowledged = False
+        self._is_left = False
+
+    async def add(self, ack: Callable[[], Awaitable[None] | None]) -> None:
+        """Acknowledge a duplicate with the delivery that waits; at once if that is acknowledged.
+
+        Cancellation: the duplicate may be delivered again.
+        """
+        if self._is_acknowledged:
+            await maybe_awaitable(ack())
+        elif not self._is_left:
+            self._acks.append(ack)
+
+    async def acknowledge(self) -> None:
+        """Acknowledge the duplicates.
+
+        Cancellation: those that are left may be delivered again.
+        """
+        self._is_acknowledged = True
+        while self._acks:
+            await maybe_awaitable(self._acks.pop()())
+
+    def leave(self) -> None:
+        """Acknowledge none of them: another worker takes the message."""
+        self._is_left = True
+        self._acks.clear()
+
+
 class Worker:
     """The executions of one broker in this process.
 
@@ -71,7 +109,7 @@ class Worker:
         self._changes: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._alive_until: dict[str, float] = {}
-        self._waiting: set[tuple[str, str]] = set()
+        self._waiting: dict[tuple[str, str], Duplicates] = {}
         self._background: set[asyncio.Task[None]] = set()
         # One context for all calls in the background: to make one costs as much as the call.
         self._quiet: Context | None = None
@@ -87,16 +125,18 @@ class Worker:
         """Stop to watch an execution."""
         self._running.pop(execution, None)
 
-    def begin_to_wait(self, message: tuple[str, str]) -> bool:
-        """Note that a delivery of a message waits for its claim; False if another one does already."""
-        if message in self._waiting:
-            return False
-        self._waiting.add(message)
-        return True
+    def begin_to_wait(self, message: tuple[str, str]) -> tuple[Duplicates, bool]:
+        """Note that a delivery of a message waits for its claim.
+
+        Returns:
+            The duplicates of the message, and False if another delivery waits already.
+        """
+        is_first = message not in self._waiting
+        return self._waiting.setdefault(message, Duplicates()), is_first
 
     def end_to_wait(self, message: tuple[str, str]) -> None:
         """Undo ``begin_to_wait``."""
-        self._waiting.discard(message)
+        del self._waiting[message]
 
     def wake(self) -> None:
         """Let the executions that wait in ``changes`` look again."""
