@@ -126,7 +126,7 @@ class Hub:
     # -- viewers ----------------------------------------------------------------------------
 
     async def admit(self, viewer: str) -> None:
-        """Note that a viewer is there, start ticking, and wait for the first tick.
+        """Record that a viewer is there, start ticking, and wait for the first tick.
 
         Raises:
             TooManyViewers: There are too many others.

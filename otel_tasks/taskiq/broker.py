@@ -309,7 +309,7 @@ class FleetMiddleware(TaskiqMiddleware):
             execution.executed(result)
 
     def post_save(self, message: TaskiqMessage, result: TaskiqResult[Any]) -> None:
-        """Note that the result is saved."""
+        """Record that the result is saved."""
         execution = _execution_of(message)
         if execution is not None:
             execution.saved()

@@ -54,7 +54,7 @@ class Call:
         self.asked_at = loop.time()
 
     def end(self) -> None:
-        """Note that its result is saved."""
+        """Record that its result is saved."""
         if not self.ended.done():
             self.ended.set_result(None)
 
@@ -123,7 +123,7 @@ class Calls:
         del self._open[call.task_id]
 
     async def stop(self) -> None:
-        """Ask no more, and let the open calls fail.
+        """Stop asking, and let the open calls fail.
 
         Cancellation: ends the wait for the last question.
         """

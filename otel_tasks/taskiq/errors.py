@@ -22,7 +22,7 @@ class RemoteCancelledError(OtelTasksError):
 
 
 class RemoteResultError(OtelTasksError):
-    """A remote task has ended, and its result cannot be had: it was not saved, or cannot be read."""
+    """A remote task has ended, and its result is not available: it was not saved, or cannot be read."""
 
 
 class ExecutionEndedError(NoResultError):

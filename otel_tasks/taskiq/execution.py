@@ -192,7 +192,7 @@ class Execution:
             result.labels[TRACEBACK] = text[-_LONGEST_TRACEBACK:]
 
     def saved(self) -> None:
-        """Note that the receiver has saved the result: tell the host, and end the claim."""
+        """Record that the receiver has saved the result: tell the host, and end the claim."""
         result, self._unsaved = self._unsaved, None
         is_error = result is not None and result.is_err
         self._tell_host(Outcome.ERROR if is_error else Outcome.SUCCESS)

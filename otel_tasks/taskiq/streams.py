@@ -40,7 +40,7 @@ class Redelivery:
         self._task = asyncio.get_running_loop().create_task(self._run(), context=quiet_context())
 
     async def stop(self) -> None:
-        """Look no more.
+        """Stop looking.
 
         Cancellation: ends the wait for the last look.
         """

@@ -122,11 +122,11 @@ class Worker:
             self._timer = asyncio.get_running_loop().call_later(_ROUND, self._start_round)
 
     def discard(self, execution: Running) -> None:
-        """Stop to watch an execution."""
+        """Stop watching an execution."""
         self._running.pop(execution, None)
 
     def begin_to_wait(self, message: tuple[str, str]) -> tuple[Duplicates, bool]:
-        """Note that a delivery of a message waits for its claim.
+        """Record that a delivery of a message waits for its claim.
 
         Returns:
             The duplicates of the message, and False if another delivery waits already.
