@@ -718,6 +718,28 @@ async def test_a_stop_lets_waiting_calls_fail_and_answers_others() -> None:
         await asyncio.wait([asking, slow])
 
 
+async def test_a_stop_sends_what_waits_before_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancellation is in the log before the lease is gone: other nodes do not take the node for lost."""
+    order: list[str] = []
+    async with joined(1) as (fleet,):
+        bus = fleet.link.bus
+        publish, leave = bus.publish, bus.leave
+
+        async def publish_slowly(payload: bytes) -> str:
+            await asyncio.sleep(1)
+            order.append("published")
+            return await publish(payload)
+
+        async def note_leaving(node: str) -> None:
+            order.append("left")
+            await leave(node)
+
+        monkeypatch.setattr(bus, "publish", publish_slowly)
+        monkeypatch.setattr(bus, "leave", note_leaving)
+        fleet.link.post(CancelEntry(node=fleet.node, target="task", name="import-17", at=0.0))
+    assert order == ["published", "left"]
+
+
 async def test_the_manager_may_be_shut_down_while_the_fleet_runs() -> None:
     """The node goes on answering, and has no tasks."""
     async with joined(2) as (here, there):

@@ -210,6 +210,13 @@ class Link:
         finally:
             self._started = None
 
+    async def flush(self) -> None:
+        """Wait until everything that was posted has been sent.
+
+        Cancellation: ends the wait.
+        """
+        await self._outbox.flushed()
+
     async def stop(self, flush: float = 2.0) -> None:
         """Send what waits, and end the link.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from typing import TYPE_CHECKING, Final
 
@@ -80,6 +81,11 @@ class Membership:
         try:
             await self.canceller.stop()
             await self.views.stop()
+            if self.link.is_up:
+                # Before the lease goes: workers that miss it would call this node lost, and not stopped.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(STOP_TIMEOUT):
+                        await self.link.flush()
             async with asyncio.timeout(STOP_TIMEOUT):
                 await self.keeper.stop()
                 await self._presence.stop()
