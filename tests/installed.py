@@ -26,7 +26,10 @@ import importlib, importlib.metadata, importlib.resources, pkgutil
 import otel_tasks, otel_tasks_terminal
 
 # Besides those that need an extra, the one that runs when it is imported.
-LEFT_OUT = {"fastapi", "instrumentation", "live", "pytest_plugin", "top", "__main__"}
+LEFT_OUT = {
+    *("fastapi", "instrumentation", "live", "pytest_plugin", "top", "__main__"),
+    *("redis_bus", "redis_channel", "taskiq"),
+}
 for package in (otel_tasks, otel_tasks_terminal):
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         if not LEFT_OUT.intersection(module.name.split(".")):
