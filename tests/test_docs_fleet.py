@@ -12,7 +12,7 @@ from tests.test_docs import CLIENT
 PAGE = "docs/howto/many-processes.md"
 ONE, SEVERAL, SEE, TASKS, APP = range(5)
 
-# What needs a server, and what stands in for it; the example and its demo run with the servers.
+# Replaces the parts that need a server. The demo of examples/fleet runs with real ones.
 IN_MEMORY = {
     '"redis://127.0.0.1:6379/0", namespace': '"memory://", namespace',
     "from taskiq_aio_pika import AioPikaBroker": "from taskiq import InMemoryBroker",

@@ -205,7 +205,7 @@ async def test_data_that_the_server_lost_is_sent_again(caplog: pytest.LogCapture
             assert c.names == a.names == b.names == ["x0", "x1", "x2", "x3", "x4", "meanwhile"]
             assert [entry.id for entry in c.entries] == [*positions, await posted]
             assert c.entries[0].age == pytest.approx(605.0, abs=2.0)
-        # What was sent again is known by its new position.
+        # The link recognizes an entry that was sent again by its new position.
         memory_server(namespace="shop").fail()
         await asyncio.sleep(1.0)
         memory_server(namespace="shop").restore()

@@ -422,16 +422,7 @@ async def test_duplicate_waits_for_the_first_and_does_not_run() -> None:
     queue = SharedQueue()
     api, one, two = Node(queue), Node(queue), Node(queue)
     for node in (one, two):
-
-        async def slow(node: Node = node) -> str:
-            node.log.append("started")
-            await asyncio.sleep(20)
-            return "done"
-
-        node.broker.task(task_name="tests:slowly")(_without_parameters(slow))
-
-    async def slowly() -> str:
-        raise AssertionError("the workers have functions of their own")
+        serve_slowly(node)
 
     async with started(api), working(one.broker):
         task = api.manager.create_task(remote(api.task(slowly)))
@@ -444,11 +435,20 @@ async def test_duplicate_waits_for_the_first_and_does_not_run() -> None:
     assert queue.acknowledged == 2
 
 
-def _without_parameters(function: Callable[[], Any]) -> Callable[[], Any]:
-    async def slow() -> Any:
-        return await function()
+def serve_slowly(worker: Node) -> None:
+    """Let a worker run the function that `slowly` stands for, and log that it has started."""
 
-    return slow
+    async def run() -> str:
+        worker.log.append("started")
+        await asyncio.sleep(20)
+        return "done"
+
+    worker.broker.task(task_name="tests:slowly")(run)
+
+
+async def slowly() -> str:
+    """Stand for the workers' function at the caller."""
+    raise AssertionError("the workers have functions of their own")
 
 
 async def test_all_duplicates_end_with_the_one_that_waits() -> None:
@@ -456,16 +456,7 @@ async def test_all_duplicates_end_with_the_one_that_waits() -> None:
     queue = SharedQueue()
     api, one, two = Node(queue), Node(queue), Node(queue)
     for node in (one, two):
-
-        async def slow(node: Node = node) -> str:
-            node.log.append("started")
-            await asyncio.sleep(20)
-            return "done"
-
-        node.broker.task(task_name="tests:slowly")(_without_parameters(slow))
-
-    async def slowly() -> str:
-        raise AssertionError("the workers have functions of their own")
+        serve_slowly(node)
 
     async with started(api), working(one.broker):
         task = api.manager.create_task(remote(api.task(slowly)))
