@@ -20,16 +20,17 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# The modules that a bare `pip install otel-tasks` must import: all but the adapters for frameworks and tools.
+# The modules that only a test tool or the extra `instrument` can import, and the one that runs when it is imported.
+NEVER = ("instrumentation", "pytest_plugin", "__main__")
+# The adapters for frameworks and tools, which a bare `pip install otel-tasks` cannot import.
+ADAPTERS = ("fastapi", "live", "redis_bus", "redis_channel", "taskiq", "top")
+
+# Its arguments are the modules to leave out.
 IMPORT_ALL = """
-import importlib, importlib.metadata, importlib.resources, pkgutil
+import importlib, importlib.metadata, importlib.resources, pkgutil, sys
 import otel_tasks, otel_tasks_terminal
 
-# Besides those that need an extra, the one that runs when it is imported.
-LEFT_OUT = {
-    *("fastapi", "instrumentation", "live", "pytest_plugin", "top", "__main__"),
-    *("redis_bus", "redis_channel", "taskiq"),
-}
+LEFT_OUT = set(sys.argv[1:])
 for package in (otel_tasks, otel_tasks_terminal):
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         if not LEFT_OUT.intersection(module.name.split(".")):
@@ -110,7 +111,7 @@ def check(distribution: Path, project: Path, environment: Path) -> str:
     python = make_environment(environment)
     install(python, str(distribution))
     run(python, "-m", "pip", "check")
-    version = run(python, "-I", "-W", "error", "-c", IMPORT_ALL).strip()
+    version = run(python, "-I", "-W", "error", "-c", IMPORT_ALL, *NEVER, *ADAPTERS).strip()
     run(python, "-I", "-W", "error", "-m", "otel_tasks_terminal", "--help")
     blocks = [*python_blocks(project / "README.md"), *python_blocks(skill_of(python))]
     plain = [block for block in blocks if not needs_extras(block)]
@@ -120,6 +121,7 @@ def check(distribution: Path, project: Path, environment: Path) -> str:
     pins = tomllib.loads((project / "pyproject.toml").read_text("utf-8"))["dependency-groups"]
     also = [pin for pin in pins["dev"] if isinstance(pin, str) and pin.partition("==")[0] in ALSO]
     install(python, f"otel-tasks[all] @ {distribution.as_uri()}", *pins["example"], *also)
+    run(python, "-I", "-W", "error", "-c", IMPORT_ALL, *NEVER)
     for block in blocks:
         if block not in plain:
             asked = ASK_EVERY_ROUTE if "app = " in block else ""
