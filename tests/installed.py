@@ -20,7 +20,7 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# The modules that only a test tool or the extra `instrument` can import, and the one that runs when it is imported.
+# The modules that need a test tool or the extra `instrument`, and the one that runs when it is imported.
 NEVER = ("instrumentation", "pytest_plugin", "__main__")
 # The adapters for frameworks and tools, which a bare `pip install otel-tasks` cannot import.
 ADAPTERS = ("fastapi", "live", "redis_bus", "redis_channel", "taskiq", "top")
