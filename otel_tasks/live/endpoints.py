@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
@@ -14,43 +13,28 @@ from fastapi import APIRouter, Request, params
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from otel_tasks import Overview, TaskManager, TaskNotFoundError, global_task_manager
-from otel_tasks._core.log import TaskLogger, logger
+from otel_tasks import Overview, TaskManager, global_task_manager
 from otel_tasks.asgi import set_request_timeout
 from otel_tasks.fleet import Fleet
 from otel_tasks.live import files, guard
-from otel_tasks.live.detail import ended_detail, live_detail
-from otel_tasks.live.elsewhere import (
-    RemoteTask,
-    cancelled_there,
-    found_there,
-    listed_everywhere,
-    state_of,
-)
-from otel_tasks.live.feed import INTERVAL, VERSION, Feed, encoded
 from otel_tasks.live.guard import Refused
-from otel_tasks.live.hub import LINGER, Hub, NotTicking, TooManyViewers
-from otel_tasks.live.marks import is_marked
-from otel_tasks.live.others import Others
-from otel_tasks.live.params import QUERIED, WATCHED, BadRequest, Params, printable, query, reason_of, watched
+from otel_tasks.live.params import WATCHED, BadRequest, Params, printable, reason_of, watched
 from otel_tasks.live.routes import REST, guarded_routes
-from otel_tasks.live.rows import Row, Shown, ended_row
-from otel_tasks.live.search import listed, named
-from otel_tasks.live.slices import in_slices
+from otel_tasks.live.rows import Shown
 from otel_tasks.live.sse import EventStream
-from otel_tasks.live.stream import Stream, polled
+from otel_tasks.live.stream import polled
+from otel_tasks.live.view import View
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
 
-    from otel_tasks import ManagedTask, TaskInfo
+    from otel_tasks import ManagedTask
+    from otel_tasks.live.elsewhere import RemoteTask
 
     # With a fleet, the task may be a RemoteTask.
     Can = Callable[[Request, str, Any], bool | Awaitable[bool]]
 
 ACTIONS: Final = frozenset({"cancel"})
-# Seconds that a cancel request waits for the task's end.
-CANCEL_WAIT = 2.0
 MAX_BODY = 8192
 READS: Final = ("GET", "HEAD")
 METHODS: Final = (*READS, "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -120,8 +104,8 @@ def live_view(
     if fleet is not None:
         manager = _manager_of(fleet, manager)
     shown = Shown(errors=errors, metadata=tuple(metadata), trace_url=trace_url)
-    view = _View(manager or global_task_manager, shown, frozenset(actions), can, fleet)
-    return _router(view, auth, insecure, names)
+    view = View(manager or global_task_manager, shown, frozenset(actions), fleet)
+    return _router(_Endpoints(view, can), auth, insecure, names)
 
 
 def _check_collections(**options: Collection[str]) -> None:
@@ -149,7 +133,7 @@ def _check_auth(auth: object, insecure: bool) -> None:
         )
 
 
-def _router(view: _View, auth: Any, insecure: bool, hosts: Collection[str]) -> APIRouter:
+def _router(endpoints: _Endpoints, auth: Any, insecure: bool, hosts: Collection[str]) -> APIRouter:
     pages: set[Any] = set()
     fallbacks: set[Any] = set()
     routes = guarded_routes(insecure=insecure, hosts=hosts, pages=pages, fallbacks=fallbacks)
@@ -175,66 +159,31 @@ def _router(view: _View, auth: Any, insecure: bool, hosts: Collection[str]) -> A
     pages.add(add("/", partial(_file, files.PAGE)))
     for name in files.parts():
         add(f"/{name}", partial(_file, name))
-    add("/v1/snapshot", view.snapshot)
-    add("/v1/events", view.events)
-    add("/v1/tasks", view.tasks)
-    add("/v1/tasks/{task_id:path}/cancel", view.cancel, "POST")
-    add("/v1/tasks/{task_id:path}", view.task)
+    add("/v1/snapshot", endpoints.snapshot)
+    add("/v1/events", endpoints.events)
+    add("/v1/tasks", endpoints.tasks)
+    add("/v1/tasks/{task_id:path}/cancel", endpoints.cancel, "POST")
+    add("/v1/tasks/{task_id:path}", endpoints.task)
     fallbacks.add(add(REST, _nothing, *METHODS))
     return router
 
 
-class _View:
-    """The endpoints of one view.
+class _Endpoints:
+    """The endpoints of one view: what a request means to it, and its answers as responses.
 
     Args:
-        manager: The manager to show.
-        shown: What the view shows of a task.
-        actions: The actions of viewers.
+        view: The view.
         can: Decides on each action.
-        fleet: The fleet to show; None without one.
     """
 
-    def __init__(
-        self,
-        manager: TaskManager,
-        shown: Shown,
-        actions: Collection[str],
-        can: Can | None,
-        fleet: Fleet | None = None,
-    ) -> None:
-        self._fleet = fleet
-        self._others: Others | None = None
-        self._manager = manager
-        self._shown = shown
-        self._actions = actions
+    def __init__(self, view: View, can: Can | None) -> None:
+        self._view = view
         self._can = can
-        self._hub: Hub | None = None
-
-    @property
-    def hub(self) -> Hub:
-        """The viewers; made by the first, because a server may fork after the view is built."""
-        others = None if self._fleet is None else self._others_of(self._fleet)
-        node = None if others is None else others.node
-        # A fleet that starts again makes another node.
-        if self._hub is None or self._hub.feed.shown.node != node:
-            shown = replace(self._shown, node=node)
-            self._hub = Hub(Feed(self._manager, shown, self._actions, others), others)
-        return self._hub
-
-    def _others_of(self, fleet: Fleet) -> Others:
-        if not fleet.is_started:
-            message = "this process has not joined its fleet"
-            raise Refused(503, "not_started", message, {"Retry-After": "5"})
-        if self._others is None or self._others.node != fleet.node:
-            self._others = Others(fleet.views, fleet.node, self._manager.now)
-        return self._others
 
     async def snapshot(self, request: Request, user: Any) -> Response:
         """Answer with the whole overview."""
         Params(request.query_params.multi_items(), ())
-        await self._admit(_address(request))
-        return _json(self.hub.feed.snapshot())
+        return _json(await self._view.snapshot(_address(request)))
 
     async def events(self, request: Request, user: Any) -> Response:
         """Answer with a stream, or with what it would begin with."""
@@ -246,120 +195,24 @@ class _View:
         # The middleware would cut it short; it ends by itself.
         with suppress(RuntimeError):
             set_request_timeout(None)
-        viewer = wanted.viewer or _address(request)
-        await self._admit(viewer)
-        await self.hub.read_now(wanted.expand, wanted.panels)
-        stream = Stream(self.hub, viewer, wanted.expand, wanted.names, wanted.panels, wanted.after)
-        if wanted.poll:
-            return _json(polled(stream))
-        return EventStream(stream)
+        stream = await self._view.stream(wanted, _address(request))
+        return _json(polled(stream)) if wanted.poll else EventStream(stream)
 
     async def tasks(self, request: Request, user: Any) -> Response:
         """Answer with a list of tasks."""
-        pairs = request.query_params.multi_items()
-        if self._fleet is None:
-            return _json(await listed(self.hub.feed, query(Params(pairs, QUERIED))))
-        params = Params(pairs, (*QUERIED, "node"))
-        wanted, others = query(params), await self._found_others(self._fleet)
-        node = params.text("node")
-        return _json(await listed_everywhere(others, self.hub.feed, wanted, pairs, node))
+        return _json(await self._view.tasks(request.query_params.multi_items()))
 
     async def task(self, request: Request, user: Any) -> Response:
         """Answer with everything about one task."""
         Params(request.query_params.multi_items(), ())
-        feed, name = self.hub.feed, request.path_params["task_id"]
-        if self._fleet is not None and is_marked(name):
-            details, there = await self._there(self._fleet, name)
-            allowed = [] if there is None else await self._allowed(request, there)
-            return _json(encoded({**feed.stamp(), **details, "can": allowed}))
-        await self._look()
-        task = await self._found(name)
-        if task is None:
-            return _json(encoded({**feed.stamp(), **await self._ended(name), "can": []}))
-        allowed = await self._allowed(request, task)
-        detail = await in_slices(live_detail(feed, task))
-        return _json(encoded({**feed.stamp(), **detail, "can": allowed}))
+        return _json(await self._view.task(request.path_params["task_id"], partial(self._may, request)))
 
     async def cancel(self, request: Request, user: Any) -> Response:
         """Cancel one task, and wait a little for its end."""
-        if "cancel" not in self._actions:
-            raise Refused(
-                403, "read_only", 'this view is read-only: live_view(actions={"cancel"}) lets it cancel'
-            )
+        self._view.check_action("cancel")
         reason = reason_of(await _body(request))
-        uid = request.path_params["task_id"]
-        if self._fleet is not None and is_marked(uid):
-            return await self._cancel_there(self._fleet, request, user, reason)
-        await self._look()
-        task = self._live(uid)
-        if task is None:
-            return _json(encoded({"v": VERSION, "result": "ended", **await self._state(uid)}))
-        if not await self._may(request, "cancel", task):
-            raise Refused(403, "not_allowed", "you may not cancel this task")
-        name = _asker(request, user)
-        TaskLogger(task).warning(
-            "%s cancels task %s in the live view%s",
-            name,
-            task,
-            "" if reason is None else f": {reason}",
-        )
-        done = await self._manager.cancel_task(uid, reason, timeout=CANCEL_WAIT, asked_by=name)
-        result = "cancelled" if done and task.cancelled() else "ended" if task.done() else "requested"
-        state = await self._state(uid) if not task.done() else self._end(task.info())
-        return _json(encoded({"v": VERSION, "result": result, **state}))
-
-    async def _cancel_there(self, fleet: Fleet, request: Request, user: Any, reason: str | None) -> Response:
-        """Cancel one task of another node, through the bus."""
-        name = request.path_params["task_id"]
-        details, task = await self._there(fleet, name)
-        if task is None:
-            return _json(encoded({"v": VERSION, "result": "ended", **state_of(details)}))
-        if not await self._may(request, "cancel", task):
-            raise Refused(403, "not_allowed", "you may not cancel this task")
-        asker = _asker(request, user)
-        logger.warning(
-            "%s cancels task %s of node %s in the live view%s",
-            asker,
-            task.id,
-            task.node,
-            "" if reason is None else f": {reason}",
-        )
-        result = await cancelled_there(fleet, task, reason, asker, CANCEL_WAIT)
-        after, _ = await self._there(fleet, name)
-        return _json(encoded({"v": VERSION, "result": result, **state_of(after)}))
-
-    async def _there(self, fleet: Fleet, name: str) -> tuple[Row, RemoteTask | None]:
-        """The details of a task of another node, and the task if it is live."""
-        return await found_there(await self._found_others(fleet), self.hub.feed, name)
-
-    async def _found_others(self, fleet: Fleet) -> Others:
-        """The other nodes, also if nobody looks at them."""
-        others = self._others_of(fleet)
-        await others.find(max_age=INTERVAL)
-        return others
-
-    async def _allowed(self, request: Request, task: ManagedTask[Any] | RemoteTask) -> list[str]:
-        return [action for action in sorted(self._actions) if await self._may(request, action, task)]
-
-    async def _look(self) -> None:
-        """Take an overview, unless there is a recent one: rows have their keys from it."""
-        await in_slices(self.hub.feed.look(max_age=INTERVAL))
-
-    async def _admit(self, viewer: str) -> None:
-        stopping = Refused(503, "shutting_down", "the server stops", {"Retry-After": "5"})
-        if self.hub.closing:
-            raise stopping
-        try:
-            await self.hub.admit(viewer)
-        except NotTicking:
-            if self.hub.closing:
-                raise stopping from None
-            message = "the feed has failed: see the log of the service"
-            raise Refused(503, "failed", message, {"Retry-After": "5"}) from None
-        except TooManyViewers:
-            raise Refused(
-                429, "too_many_viewers", "too many others are looking", {"Retry-After": f"{LINGER:g}"}
-            ) from None
+        uid, may = request.path_params["task_id"], partial(self._may, request)
+        return _json(await self._view.cancel(uid, reason, _asker(request, user), may))
 
     async def _may(self, request: Request, action: str, task: ManagedTask[Any] | RemoteTask) -> bool:
         if self._can is None:
@@ -368,44 +221,6 @@ class _View:
         if inspect.isawaitable(allowed):
             allowed = await allowed
         return allowed is True
-
-    async def _found(self, name: str) -> ManagedTask[Any] | None:
-        """The live task with this uid or id, or the only one with this name."""
-        with suppress(TaskNotFoundError):
-            return self._manager.get_task(name)
-        found = await named(self.hub.feed, name)
-        if len(found) > 1:
-            message = f"{len(found)} live tasks have the name {name[:80]!r}: use the id of one, such as "
-            raise Refused(404, "not_found", f"{message}{found[0].uid!r}, the oldest")
-        return found[0] if found else None
-
-    def _live(self, uid: str) -> ManagedTask[Any] | None:
-        """The live task with this uid: never one that merely has this name."""
-        try:
-            task = self._manager.get_task(uid)
-        except TaskNotFoundError:
-            return None
-        return task if task.uid == uid else None
-
-    async def _state(self, uid: str) -> Row:
-        feed, task = self.hub.feed, self._live(uid)
-        if task is not None:
-            return {"state": "live", "task": feed.rows([task])[0]}
-        ended = await self._ended(uid)
-        if ended["task"].get("id") != uid:
-            raise _not_found(uid, self.hub.feed)
-        return {"state": "ended", "task": ended["task"]}
-
-    def _end(self, info: TaskInfo) -> Row:
-        """The state of a task that has ended just now; a manager may remember none."""
-        feed = self.hub.feed
-        return {"state": "ended", "task": ended_row(info, None, feed.overview, feed.shown)}
-
-    async def _ended(self, name: str) -> Row:
-        info = self._manager.get_task_info(name)
-        if info is None:
-            raise _not_found(name, self.hub.feed)
-        return await in_slices(ended_detail(self.hub.feed, info))
 
 
 def user_name(user: Any) -> str | None:
@@ -464,13 +279,3 @@ async def _nothing(request: Request, user: Any) -> Response:
 
 def _json(data: str) -> Response:
     return Response(data, media_type="application/json")
-
-
-def _not_found(name: str, feed: Feed) -> Refused:
-    # Which process says so: a server with several workers may have sent the request to another one.
-    return Refused(
-        404,
-        "not_found",
-        f"no task has the id {name[:80]!r}: it was never started, or is forgotten",
-        {"Otel-Tasks-Instance": feed.instance},
-    )
