@@ -9,6 +9,7 @@ import json
 from collections.abc import AsyncIterator  # noqa: TC003 - Taskiq reads the annotations of dependencies
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 from taskiq import (
@@ -42,6 +43,7 @@ from otel_tasks.taskiq import (
     remote,
     stream_priorities,
 )
+from otel_tasks.taskiq.labels import STAMP, read_stamp
 from otel_tasks.taskiq.worker import Duplicates
 from tests.shared_queue import QueueBroker, SharedQueue, working
 
@@ -230,6 +232,76 @@ async def test_result_that_could_not_be_saved_is_saved_again() -> None:
         worker.task(nothing)
         api.broker.queue.results.failures = 3
         assert await remote(api.task(nothing)) == "done"
+
+
+async def test_result_that_cannot_be_saved_fails_the_call_at_once() -> None:
+    """A value that the result backend cannot write fails the call, and holds no slot of the worker."""
+    async with api_and_worker() as (api, worker):
+
+        async def refuse(task_id: str, result: Any, save: Any = api.broker.queue.results.set_result) -> None:
+            if not result.is_err:
+                raise TypeError("cannot pickle '_thread.lock' object")
+            await save(task_id, result)
+
+        async def nothing() -> None: ...
+
+        worker.task(nothing)
+        vars(api.broker.queue.results)["set_result"] = refuse
+        call = remote(api.task(nothing))
+        async with asyncio.timeout(1):
+            with pytest.raises(Exception, match=r"cannot be saved: TypeError: cannot pickle '_thread.lock'"):
+                await call
+        await asyncio.sleep(0.1)
+        assert (api.broker.queue.acknowledged, worker.live()) == (1, [])
+
+
+async def test_result_is_saved_again_without_acknowledgments() -> None:
+    """A message that was acknowledged before its result was saved gets the result too."""
+    for acknowledged in ("when_received", "when_executed"):
+        async with api_and_worker() as (api, worker):
+
+            async def nothing() -> str:
+                return "done"
+
+            worker.task(nothing)
+            api.broker.queue.results.failures = 3
+            kicker = api.task(nothing).kicker().with_labels(ack_type=acknowledged)
+            async with asyncio.timeout(20):
+                assert await remote(kicker) == "done"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"delivery": ""},
+        {"sent_after": "yesterday"},
+        {"sent_after": 7},
+        {"sent_at": float("nan")},
+        {"timeout": float("inf")},
+        {"timeout": 10**400},
+        {"priority": True},
+        {"priority": 0.5},
+        {"carrier": {"traceparent": 1}},
+    ],
+)
+async def test_stamp_that_cannot_be_read_is_none(fields: dict[str, Any]) -> None:
+    """A message with a malformed stamp is executed as one without, and never fails for it."""
+    stamp = json.dumps({"delivery": "d1", **fields} if fields else [])
+    assert read_stamp({STAMP: stamp}) is None
+    async with api_and_worker() as (_, worker):
+
+        async def nothing() -> None:
+            worker.log.append("ran")
+
+        worker.task(nothing)
+        message = TaskiqMessage(
+            task_id="t", task_name="tests:nothing", labels={STAMP: stamp}, args=[], kwargs={}
+        )
+        worker.broker.queue.put(worker.broker.formatter.dumps(message).message)
+        await asyncio.sleep(1)
+        assert worker.log == ["ran"]
+        assert worker.broker.queue.acknowledged == 1
 
 
 # -- cancellations --------------------------------------------------------------------------------
@@ -471,6 +543,29 @@ async def test_all_duplicates_end_with_the_one_that_waits() -> None:
         await asyncio.sleep(60)
     assert [*one.log, *two.log] == ["started"]
     assert queue.acknowledged == 4
+
+
+async def test_cancellations_do_not_make_waiting_executions_ask_for_their_claims() -> None:
+    """A thousand cancellations of other tasks cost an execution that waits no call of the bus."""
+    queue = SharedQueue()
+    api, one, two = Node(queue), Node(queue), Node(queue)
+    for node in (one, two):
+        serve_slowly(node)
+
+    async with started(api), working(one.broker):
+        task = api.manager.create_task(remote(api.task(slowly)))
+        await asyncio.sleep(1)
+        async with working(two.broker):
+            queue.deliver_twice()
+            server = memory_server(namespace="shop")
+            with mock.patch.object(server, "claim", side_effect=server.claim) as claim:
+                for number in range(1000):
+                    await api.fleet.cancel_task(f"other-{number}", timeout=0)
+                    await asyncio.sleep(0.01)
+            assert 8 < claim.call_count < 25
+            task.cancel()
+            await asyncio.sleep(0.1)
+            assert len(queue.delivered) == 0
 
 
 async def test_duplicates_of_a_message_that_is_left_are_left_too() -> None:

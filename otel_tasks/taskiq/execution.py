@@ -22,6 +22,7 @@ import json
 import random
 import traceback
 from contextvars import ContextVar, copy_context
+from pickle import PicklingError
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from taskiq.exceptions import NoResultError
@@ -37,7 +38,12 @@ from otel_tasks._core.telemetry import current_span_context
 from otel_tasks._core.telemetry.propagation import extract
 from otel_tasks.fleet.bus import BusUnavailableError, Claim
 from otel_tasks.fleet.entries import EndedEntry, cause_fields
-from otel_tasks.taskiq.errors import ExecutionEndedError, ExecutionLeftError, RemoteCancelledError
+from otel_tasks.taskiq.errors import (
+    ExecutionEndedError,
+    ExecutionLeftError,
+    RemoteCancelledError,
+    RemoteResultError,
+)
 from otel_tasks.taskiq.labels import (
     CAUSE,
     TRACEBACK,
@@ -66,6 +72,8 @@ _LONGEST_TRACEBACK: Final = 16_384
 # Seconds between two tries to save a result, and for which they go on.
 _SAVE_PAUSE: Final = 0.5
 _SAVE_FOR: Final = 20.0
+# With these, a result backend refuses a value, and not because its server is away. Pickle alone raises four.
+_OF_THE_VALUE: Final = (TypeError, ValueError, AttributeError, PicklingError, RecursionError, OverflowError)
 
 # The modules whose frames a traceback leaves out at its beginning.
 _NOT_SHOWN: Final = ("taskiq.", "otel_tasks.")
@@ -220,12 +228,19 @@ class Execution:
         if self._unsaved is not None:
             await self._save_again(self._unsaved)
         self._settle(executed=True)
+        self._is_acknowledged = True
         return True
 
     def handled(self, _: object) -> None:
-        """End the claim, if nothing has done so: the receiver is done with the message."""
-        # With acknowledgments, the receiver has failed before it acknowledged.
-        self._settle(executed=not self._owner.acknowledges)
+        """End what is still open: the receiver is done with the message."""
+        if self._redelivers:
+            # The receiver has failed before it acknowledged.
+            self._settle(executed=False)
+        elif self._unsaved is not None:
+            # The receiver could not save the result, and the message does not come again.
+            self._worker.in_background(self._save_again(self._unsaved))
+        else:
+            self._settle(executed=True)
 
     # -- may it run? --------------------------------------------------------------------------
 
@@ -236,11 +251,24 @@ class Execution:
             cause = await self._claim()
             if cause is None and not self._is_claimed:
                 jitter = random.uniform(0.75, 1.25)  # noqa: S311 - no secret
-                await self._worker.changes(self._until_deadline(pause * jitter))
+                await self._rest(self._until_deadline(pause * jitter))
                 pause = min(pause * 2, _LAST_PAUSE)
             elif cause is not None:
                 break
         return cause
+
+    async def _rest(self, pause: float) -> None:
+        """Wait until the next try to get the claim, or until something forbids the execution.
+
+        Each cancellation in the fleet wakes all executions that wait here: they look whether it is theirs,
+        and leave the bus alone.
+        """
+        judged = self._link.judges
+        until = self.loop.time() + pause
+        while (left := until - self.loop.time()) > 0:
+            await self._worker.changes(left)
+            if self._link.judges != judged or self._refusal() is not None:
+                return
 
     def _refusal(self) -> CancelCause | None:
         stopping = self._worker.stopping
@@ -398,20 +426,33 @@ class Execution:
         )
 
     async def _save_again(self, result: TaskiqResult[Any]) -> None:
-        """Save a result that the receiver does not save, or could not save."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + _SAVE_FOR
+        """Save a result that the receiver does not save, or could not save.
+
+        If the value cannot be written, an error takes its place: further tries would fail for the same
+        reason, while the caller and this slot of the worker wait.
+        """
+        is_receivers = result is self._unsaved
+        until = self.loop.time() + _SAVE_FOR
+        is_replaced = False
         while True:
             try:
                 await self._owner.result_backend.set_result(self.task_id, result)
-            except Exception:
-                if loop.time() >= until or self._worker.stopping is not None:
+            except Exception as error:
+                if isinstance(error, _OF_THE_VALUE) and not is_replaced:
+                    is_replaced = True
+                    reason = f"its result cannot be saved: {type(error).__name__}: {error}"
+                    result = self._failed(RemoteResultError(reason), {})
+                elif self.loop.time() >= until or self._worker.stopping is not None:
                     logger.exception("the result of message %s could not be saved", self.task_id)
                     self._tell_host(Outcome.ABANDONED)
+                    if is_receivers:
+                        self._unsaved = None
                     return
-                await asyncio.sleep(_SAVE_PAUSE)
+                else:
+                    await asyncio.sleep(_SAVE_PAUSE)
             else:
-                if result is self._unsaved:
+                if is_receivers:
+                    self._unsaved = result
                     self.saved()
                 return
 

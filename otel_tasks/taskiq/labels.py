@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from otel_tasks._core.checks import checked_name, checked_priority, checked_seconds
+from otel_tasks.fleet.bus import START, position_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +31,8 @@ TRACEBACK: Final = "otel_tasks.traceback"
 
 # Characters of a stamp that are read.
 _LONGEST_STAMP = 16_384
+# A larger number is not read: neither a time nor a number of seconds.
+_LARGEST = 2**53
 # Labels of Taskiq that count the copies of a message: a retry and a requeued message are new deliveries.
 _COPIES = ("_retries", "X-Taskiq-requeue")
 
@@ -124,7 +127,9 @@ def read_stamp(message_labels: Mapping[str, Any]) -> Stamp | None:
     try:
         content = json.loads(text)
         values = {key: content[key] for key in _FIELDS if key in content}
-    except (ValueError, TypeError, RecursionError):
+        # What is no position raises here.
+        position_of(values.get("sent_after") or START)
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
     if not values.get("delivery") or not all(_fits(value, _FIELDS[key]) for key, value in values.items()):
         return None
@@ -153,4 +158,7 @@ _FIELDS: Final[dict[str, type | tuple[type, ...]]] = {
 def _fits(value: object, kind: type | tuple[type, ...]) -> bool:
     if isinstance(value, dict):
         return kind is dict and all(isinstance(part, str) for pair in value.items() for part in pair)
-    return isinstance(value, kind) and not isinstance(value, bool)
+    if isinstance(value, (int, float)):
+        # The comparison is False for NaN too. JSON has numbers that no float can hold.
+        return isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return isinstance(value, kind)
