@@ -12,7 +12,7 @@ from otel_tasks import TaskManager
 from otel_tasks.fleet import cancellations as module
 from otel_tasks.fleet.bus import KEPT, Entry
 from otel_tasks.fleet.cancellations import Cancellations
-from otel_tasks.fleet.entries import CancelEntry
+from otel_tasks.fleet.entries import CancelEntry, decode, encode
 from tests.helpers import rest, settle
 
 
@@ -101,6 +101,23 @@ async def test_an_older_cancellation_that_comes_again_changes_nothing() -> None:
     cancelled(kept, "task", "render", "5-0", age=60.0)
     cancelled(kept, "task", "render", "1-0", age=KEPT)
     assert kept.find("x", "render", None, "7-0") is newest
+
+
+@pytest.mark.parametrize("extra", ["", "x" * 5000])
+async def test_a_cancellation_is_found_as_it_was_read(extra: str) -> None:
+    """Its bytes are kept, unless they are long: then its fields are."""
+    kept = Cancellations()
+    sent = CancelEntry(node="a", target="task", name="render", at=1.0, message="stopped", asked_by="ana")
+    payload = encode(sent, post=7, extra=extra)
+    kept.record(decode_cancel(payload), Entry("5-0", payload, False, 0.0))
+    assert kept.find("x", "render", None, "1-0") == sent
+
+
+def decode_cancel(payload: bytes) -> CancelEntry:
+    """Read a cancellation."""
+    entry = decode(payload)
+    assert isinstance(entry, CancelEntry)
+    return entry
 
 
 async def test_a_cancellation_is_forgotten_after_an_hour() -> None:

@@ -40,7 +40,10 @@ class Found(NamedTuple):
 
 def knows(manager: TaskManager, target: Literal["task", "group"], name: str) -> bool:
     """Return whether the manager has such a task or group: a quick look before its cancellation."""
-    return bool(manager._lookup.task(name) if target == "task" else manager._lookup.groups(name))
+    if target == "group":
+        return bool(manager._lookup.groups(name))
+    # A process that has just started has no task, and thousands of cancellations to look at.
+    return manager._ledger.live > 0 and manager._lookup.task(name) is not None
 
 
 def cancel_named(

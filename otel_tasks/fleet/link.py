@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from otel_tasks._core.backoff import Backoff, Delays
@@ -377,9 +378,11 @@ class _Inlet:
 
     def take(self, batch: list[Entry]) -> None:
         """Hand a batch to the handlers."""
-        for entry in batch:
+        for entry in reversed(batch):
             if not entry.inbox:
                 self._move_to(entry)
+                break
+        for entry in batch:
             try:
                 content, envelope = open_envelope(entry.payload)
             except UnreadableEntryError as error:
@@ -405,7 +408,9 @@ class _Inlet:
             return False
         self._seen[node, number] = None
         if len(self._seen) > _SEEN_LIMIT:
-            del self._seen[next(iter(self._seen))]
+            # Many at once: the next first key of a dictionary is behind the gaps of those before it.
+            for key in list(islice(self._seen, _SEEN_LIMIT // 10)):
+                del self._seen[key]
         return True
 
     def _hand_out(self, content: FleetEntry, entry: Entry) -> None:

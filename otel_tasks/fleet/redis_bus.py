@@ -13,6 +13,7 @@ that renews. Every key begins with the namespace in braces, so that a cluster ha
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -195,12 +196,17 @@ class RedisBus:
             return
         if position_of(entries[0][0].decode()) < position_of(after):
             after = START
+        batch: list[Entry] = []
         while True:
-            (((seconds, micros), text),) = await self._channel.call(CATCH_UP(log, args=(after, _BATCH)))
-            if not text:
+            call = self._channel.start(CATCH_UP(log, args=(after, _BATCH)))
+            # Let it be sent: the server reads the next batch while this process is busy with the last one.
+            await asyncio.sleep(0)
+            if batch:
+                yield batch
+            (((seconds, micros), heads, contents),) = await self._channel.answers(call)
+            if not heads:
                 return
-            batch = _unpacked(text, int(seconds) + int(micros) / 1e6)
-            yield batch
+            batch = _unpacked(heads, contents, int(seconds) + int(micros) / 1e6)
             after = batch[-1].id
 
     async def announce(self, node: str, description: bytes, ttl: float) -> None:
@@ -403,15 +409,14 @@ def _entry(raw: Any, now: float, *, inbox: bool) -> Entry:
     return Entry(name, payload, inbox, _age(name, now))
 
 
-def _unpacked(text: bytes, now: float) -> list[Entry]:
+def _unpacked(heads: bytes, contents: bytes, now: float) -> list[Entry]:
     """Return the entries of an answer of ``CATCH_UP``."""
+    words = heads.decode().split()
     found: list[Entry] = []
     end = 0
-    while end < len(text):
-        begin = text.index(b"\n", end) + 1
-        name, _, size = text[end:begin].decode().partition(" ")
-        end = begin + int(size)
-        found.append(Entry(name, text[begin:end], False, _age(name, now)))
+    for name, size in zip(words[::2], words[1::2], strict=True):
+        begin, end = end, end + int(size)
+        found.append(Entry(name, contents[begin:end], False, _age(name, now)))
     return found
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
     Command = tuple[str | bytes | int, ...]
+    # Of some commands, of which some may be exceptions.
+    _Answers = asyncio.Future[list[Any]]
 
 # Commands in one round trip: enough to be fast, and few enough to be answered in time.
 _BATCH = 500
@@ -69,6 +71,14 @@ class Channel:
 
         Cancellation: ends the wait; the commands are executed anyway.
         """
+        return await self.answers(self.start(*commands))
+
+    def start(self, *commands: Command) -> _Answers:
+        """Execute commands in this order; return the future of their answers, for ``answers``.
+
+        Raises:
+            BusUnavailableError: The connection was closed.
+        """
         if self._closed:
             raise BusUnavailableError(f"the connection to {self._address} was closed")
         loop = asyncio.get_running_loop()
@@ -79,7 +89,17 @@ class Channel:
             self._sending = loop.create_task(
                 self._send(), name="otel_tasks.fleet.calls", context=quiet_context()
             )
-        answers = await call.answers
+        return call.answers
+
+    async def answers(self, call: _Answers) -> list[Any]:
+        """Return the answers to commands.
+
+        Raises:
+            BusUnavailableError: As ``call``.
+
+        Cancellation: ends the wait; the commands are executed anyway.
+        """
+        answers = await call
         for answer in answers:
             if isinstance(answer, Exception):
                 raise unavailable(self._address, answer) from answer
@@ -149,10 +169,10 @@ class Channel:
 
 
 class _Call(NamedTuple):
-    """Commands, and the future of their answers, of which some may be exceptions."""
+    """Commands, and the future of their answers."""
 
     commands: tuple[Command, ...]
-    answers: asyncio.Future[list[Any]]
+    answers: _Answers
 
     def settle(self, answers: list[Any]) -> None:
         """Wake the caller, unless it was cancelled."""
