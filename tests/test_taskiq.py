@@ -33,6 +33,7 @@ from otel_tasks import (
 )
 from otel_tasks.exceptions import WrongLoopError
 from otel_tasks.fleet import Fleet
+from otel_tasks.fleet.entries import EndedEntry
 from otel_tasks.fleet.memory_bus import memory_server
 from otel_tasks.taskiq import (
     RemoteCancelledError,
@@ -1057,6 +1058,70 @@ async def test_two_calls_with_one_id_name_the_fix() -> None:
         with pytest.raises(ValueError, match="give each call an id of its own"):
             await remote(kicker)
         assert await first == 1
+
+
+async def test_id_that_is_used_again_gives_the_result_of_the_new_call() -> None:
+    """Also if the call waits for so long that the result backend is asked, which has the old result."""
+    async with api_and_worker() as (api, worker):
+
+        async def number(value: int) -> int:
+            await asyncio.sleep(20 * (value - 1))
+            return value
+
+        worker.task(number)
+        kicker = api.task(number).kicker().with_task_id("report")
+        assert [await remote(kicker, value) for value in (1, 2)] == [1, 2]
+        # The end of an older execution is not that of this call.
+        task = api.manager.create_task(remote(kicker, 3))
+        await asyncio.sleep(1)
+        ended = EndedEntry(node="old", task_id="report", outcome="success", call="another")
+        worker.fleet.link.post_to(api.fleet.node, ended)
+        assert await task == 3
+
+
+async def test_result_that_is_lost_is_not_replaced_by_an_older_one() -> None:
+    """A worker that could not save the result says so: the older one with the same id is not returned."""
+    async with api_and_worker() as (api, worker):
+
+        async def number(value: int) -> int:
+            return value
+
+        worker.task(number)
+        kicker = api.task(number).kicker().with_task_id("report")
+        assert await remote(kicker, 1) == 1
+        api.broker.queue.results.failures = 10_000
+        with pytest.raises(RemoteResultError, match="that of another call with this id"):
+            await remote(kicker, 2)
+
+
+async def test_result_of_a_retry_is_found_without_the_message_about_the_end() -> None:
+    """The result of a copy is the one of the call."""
+    async with api_and_worker() as (api, worker):
+        worker.broker.add_middlewares(SimpleRetryMiddleware(default_retry_label=True))
+
+        async def work() -> str:
+            worker.log.append("attempt")
+            if len(worker.log) < 3:
+                raise ConnectionError
+            return "done"
+
+        worker.task(work)
+        await asyncio.sleep(1)
+        worker.fleet.link.post_to = lambda *_, **__: None  # type: ignore[method-assign]  # it is lost
+        async with asyncio.timeout(10):
+            assert await remote(api.task(work)) == "done"
+
+
+async def test_id_that_is_too_long_is_refused_where_it_is_used() -> None:
+    """A cancellation could not name it."""
+    async with api_and_worker() as (api, worker):
+
+        async def nothing() -> None: ...
+
+        worker.task(nothing)
+        with pytest.raises(ValueError, match="the id of a remote task has 1025 characters"):
+            await remote(api.task(nothing).kicker().with_task_id("x" * 1025))
+        assert not api.broker.queue.waiting
 
 
 def _call(task: Any) -> None:

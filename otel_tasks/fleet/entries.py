@@ -229,6 +229,7 @@ class EndedEntry(CausedEntry):
         task_id: The id of the broker's message.
         outcome: How it ended, as ``Outcome`` writes it.
         cancelled: True if the other fields say why it was cancelled.
+        call: The name of the call; an older call may have had the same id.
     """
 
     KIND = "ended"
@@ -236,6 +237,7 @@ class EndedEntry(CausedEntry):
     task_id: Name
     outcome: Name
     cancelled: bool = False
+    call: Name | None = None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Calls: the remote tasks for which this process waits.
 
 A worker tells this node when the result of a call is saved. In case it cannot, because the bus was down or
-the worker died in that moment, the result backend is asked as well, every few seconds.
+the worker died in that moment, the result backend is asked as well, every few seconds. What it has may be the
+result of an older call: users choose the ids of messages, and use them again.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from otel_tasks._core.telemetry import quiet_context
 from otel_tasks.exceptions import WrongLoopError
-from otel_tasks.fleet.entries import EndedEntry, ProgressEntry
+from otel_tasks.fleet.entries import NAME_LIMIT, EndedEntry, ProgressEntry
 from otel_tasks.taskiq.errors import RemoteResultError
+from otel_tasks.taskiq.labels import STAMP, new_delivery
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from taskiq import TaskiqResult
     from taskiq.abc.result_backend import AsyncResultBackend
 
     from otel_tasks import ManagedTask
@@ -40,17 +43,21 @@ class Call:
         shows: The local task that shows its progress.
 
     Attributes:
+        delivery: The name of the call, which its copies keep.
         ended: Done once its result is saved.
+        result: Its result, if that has been read.
     """
 
-    __slots__ = ("asked_at", "ended", "host", "shows", "task_id")
+    __slots__ = ("asked_at", "delivery", "ended", "host", "result", "shows", "task_id")
 
     def __init__(self, task_id: str, host: str, shows: ManagedTask[Any] | None) -> None:
         loop = asyncio.get_running_loop()
         self.task_id = task_id
+        self.delivery = new_delivery()
         self.host = host
         self.shows = shows
         self.ended: asyncio.Future[None] = loop.create_future()
+        self.result: TaskiqResult[Any] | None = None
         self.asked_at = loop.time()
 
     def end(self) -> None:
@@ -64,6 +71,12 @@ class Call:
             self.ended.set_exception(error)
             # asyncio would log it for a call that is still being sent.
             self.ended.exception()
+
+    def owns(self, result: TaskiqResult[Any]) -> bool:
+        """Return whether a result is that of this call, and not of an older one with the same id."""
+        stamp = result.labels.get(STAMP)
+        # To read the stamp takes longer, and nothing else contains a name that is random.
+        return not isinstance(stamp, str) or self.delivery in stamp
 
     @property
     def has_ended(self) -> bool:
@@ -101,12 +114,16 @@ class Calls:
 
         Raises:
             WrongLoopError: The broker is started in another event loop.
-            ValueError: Another call waits for a task with this id.
+            ValueError: Another call waits for a task with this id, or the id is too long.
         """
         if self._loop is not asyncio.get_running_loop():
             raise WrongLoopError(
                 "the broker of this remote task is started in another event loop: call it there, for example "
                 "with asyncio.run_coroutine_threadsafe(remote(...), loop)"
+            )
+        if len(task_id) > NAME_LIMIT:
+            raise ValueError(
+                f"the id of a remote task has {len(task_id)} characters, at most {NAME_LIMIT} are allowed"
             )
         if task_id in self._open:
             raise ValueError(
@@ -140,7 +157,7 @@ class Calls:
 
     def _on_ended(self, entry: EndedEntry, _: Entry) -> None:
         call = self._open.get(entry.task_id)
-        if call is not None:
+        if call is not None and entry.call in (None, call.delivery):
             call.end()
 
     def _on_progress(self, entry: ProgressEntry, _: Entry) -> None:
@@ -169,9 +186,17 @@ class Calls:
         async with limit:
             call.asked_at = asyncio.get_running_loop().time()
             try:
-                is_ready = await self._backend().is_result_ready(call.task_id)
+                if not await self._backend().is_result_ready(call.task_id):
+                    return
             except Exception:
                 # It is asked again in a few seconds.
                 return
-            if is_ready:
+            try:
+                result = await self._backend().get_result(call.task_id)
+            except Exception:
+                # The call tries to read it, and raises the reason.
+                call.end()
+                return
+            if call.owns(result):
+                call.result = result
                 call.end()

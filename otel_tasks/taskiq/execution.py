@@ -466,6 +466,7 @@ class Execution:
             task_id=self.task_id,
             outcome=outcome.value,
             cancelled=cause is not None,
+            call=None if self._options.stamp is None else self._options.stamp.call,
             **fields,
         )
         link.post_to(self.host, entry)

@@ -89,6 +89,7 @@ class Stamp:
         priority: Its priority.
         timeout: Seconds from the sending to its deadline.
         carrier: The sender's span, as the propagators write it.
+        first: In a copy that was sent again, the delivery of the message that was sent first.
     """
 
     delivery: str
@@ -100,6 +101,12 @@ class Stamp:
     priority: int | None = None
     timeout: float | None = None
     carrier: Mapping[str, str] = field(default_factory=dict)
+    first: str | None = None
+
+    @property
+    def call(self) -> str:
+        """The name of the call in all its copies; the id of a message may be that of an older call."""
+        return self.first or self.delivery
 
     def dump(self) -> str:
         """Return the text of the label."""
@@ -111,7 +118,7 @@ class Stamp:
 
         Everything else stays: a cancellation of the first sending is one of the copy too.
         """
-        return replace(self, delivery=new_delivery())
+        return replace(self, delivery=new_delivery(), first=self.call)
 
 
 def new_delivery() -> str:
@@ -152,6 +159,7 @@ _FIELDS: Final[dict[str, type | tuple[type, ...]]] = {
     "priority": int,
     "timeout": (int, float),
     "carrier": dict,
+    "first": str,
 }
 
 

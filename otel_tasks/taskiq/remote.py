@@ -109,7 +109,7 @@ async def _call(
             sending = _sending(call, task, name if is_whole else None)
             sent = await _send(managed_broker, kicker.with_task_id(task_id), sending, args, kwargs)
             await call.ended
-            result = await _read(sent)
+            result = call.result or await _read(call, sent)
         finally:
             keeper.drop_lease()
     except BaseException as error:
@@ -154,11 +154,11 @@ def _sending(call: Call, task: ManagedTask[Any] | None, function: str | None) ->
     """Return what a local task hands on; its name only if it consists of the call to ``function``."""
     host = call.host
     if task is None:
-        return Sending(call.task_id, host, None, None, None, None)
+        return Sending(call.task_id, call.delivery, host, None, None, None, None)
     deadline = task.deadline
     timeout = None if deadline is None else max(0.0, deadline - asyncio.get_running_loop().time())
     name = None if function is None else _given_name(task, function)
-    return Sending(call.task_id, host, name, _group_name(task), task.priority, timeout)
+    return Sending(call.task_id, call.delivery, host, name, _group_name(task), task.priority, timeout)
 
 
 def _given_name(task: ManagedTask[Any], function: str) -> str | None:
@@ -179,17 +179,21 @@ def _group_name(task: ManagedTask[Any]) -> str | None:
 # -- the result -----------------------------------------------------------------------------------
 
 
-async def _read(sent: AsyncTaskiqTask[Any]) -> TaskiqResult[Any]:
+async def _read(call: Call, sent: AsyncTaskiqTask[Any]) -> TaskiqResult[Any]:
+    failed: ResultGetError | None = None
     for number in range(_READ_TRIES):
-        try:
-            return await sent.get_result()
-        except ResultGetError as error:
-            if number == _READ_TRIES - 1:
-                raise RemoteResultError(
-                    f"the remote task {sent.task_id} has ended, and its result cannot be read"
-                ) from error
+        if number:
             await asyncio.sleep(_READ_PAUSE)
-    raise AssertionError("unreachable")
+        try:
+            result = await sent.get_result()
+        except ResultGetError as error:
+            failed = error
+            continue
+        if call.owns(result):
+            return result
+        failed = None
+    reason = "cannot be read" if failed else "is not there, but that of another call with this id"
+    raise RemoteResultError(f"the remote task {sent.task_id} has ended, and its result {reason}") from failed
 
 
 def _cause_in(result: TaskiqResult[Any]) -> CancelCause | None:

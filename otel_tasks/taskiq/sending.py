@@ -28,6 +28,7 @@ class Sending:
 
     Attributes:
         task_id: The id of the message.
+        delivery: The name of the call, which its copies keep.
         host: This node.
         name: The name of the local task; None leaves it to the function.
         group: The label of its group; None leaves it to the worker.
@@ -36,6 +37,7 @@ class Sending:
     """
 
     task_id: str
+    delivery: str
     host: str
     name: str | None
     group: str | None
@@ -67,7 +69,7 @@ def _new_stamp(message: TaskiqMessage, fleet: Fleet) -> Stamp:
     link = fleet.link if fleet.is_started else None
     options = _options(message.labels, sending)
     return Stamp(
-        delivery=new_delivery(),
+        delivery=new_delivery() if sending is None else sending.delivery,
         sent_after=None if link is None else link.position,
         sent_at=None if link is None else link.bus_time(),
         host=None if sending is None else sending.host,
