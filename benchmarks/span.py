@@ -63,7 +63,7 @@ async def _measure(table_id: str, what: str, provider: TracerProvider, effort: E
         BY_HAND: _creating(lambda: by_hand(tracer)),
         BY_HAND_FULL: _creating(lambda: by_hand_full(tracer)),
         CONTRIB: _creating(work, create_traced),
-        **peers.batch_ours(TaskManager("bench", tracer_provider=provider)),
+        **peers.batch_ours(TaskManager(tracer_provider=provider)),
     }
     sides = {name: _flushed(each, provider) for name, each in works.items()}
     title = f"A task with a span: {what}"
@@ -93,12 +93,9 @@ async def by_hand(tracer: Tracer) -> None:
 async def by_hand_full(tracer: Tracer) -> None:
     """The same, with the attributes that this library records."""
     attributes: dict[str, str | int] = {
-        "otel_tasks.task.name": "work",
         "otel_tasks.task.id": "work-1",
         "otel_tasks.task.priority": 1,
         "otel_tasks.group.name": "batch",
-        "otel_tasks.group.id": "batch#1",
-        "otel_tasks.manager.name": "bench",
         "code.function.name": "benchmarks.peers.work",
     }
     with tracer.start_as_current_span("work", attributes=attributes) as span:

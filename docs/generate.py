@@ -34,7 +34,7 @@ ROOT = DOCS.parent
 # --- meanings ----------------------------------------------------------------------------------------------
 
 ATTRIBUTES = {
-    "otel_tasks.task.name": "The task's name without numbers and ids; the span's name is the same.",
+    "otel_tasks.task.name": "The task's name without numbers and ids. Not on spans: it is the span's name.",
     "otel_tasks.task.id": "Its unique id: its name, or `group id/name` in a scoped group.",
     "otel_tasks.task.priority": "Its priority at creation.",
     "otel_tasks.task.state": "Whether a live task runs or waits for a place.",
@@ -43,8 +43,10 @@ ATTRIBUTES = {
     "task's span and has the same name.",
     "otel_tasks.task.queue.duration": "Seconds it waited for a place; absent if it did not.",
     "otel_tasks.group.name": "Its group, without numbers and ids; a request's is `METHOD /route/{template}`.",
-    "otel_tasks.group.id": "The group's name; with a number for a scoped group (`load#7`).",
-    "otel_tasks.manager.name": "Its manager's name.",
+    "otel_tasks.group.id": "The id of a scoped group, its name with a number (`load#7`). Absent for a "
+    "labeled group: its id is its name.",
+    "otel_tasks.manager.name": "Its manager's name. Absent for managers without a name of their own, such as "
+    "`global_task_manager`.",
     "otel_tasks.cancel.reason": "Why it was cancelled: the kind of its cause.",
     "otel_tasks.cancel.message": "The message of the cancellation, if it has one.",
     "otel_tasks.cancel.duration": "Seconds from the cancel request to the end.",

@@ -81,7 +81,7 @@ class Seen(SpanProcessor):
     def _place(self, span: ReadableSpan, name: str) -> str:
         if span.name == REQUEST:
             return "request"
-        what = "task" if "otel_tasks.task.name" in (span.attributes or {}) else "group"
+        what = "task" if "otel_tasks.task.id" in (span.attributes or {}) else "group"
         what = "attempt" if "otel_tasks.task.attempt" in (span.attributes or {}) else what
         return f"{what}, from its start" if name in self._at_start[_key(span)] else f"{what}, at its end"
 

@@ -78,7 +78,7 @@ class Span:
     @property
     def is_task(self) -> bool:
         """A task's span; what is neither a request's nor a task's is a group's."""
-        return "otel_tasks.task.name" in self.attributes
+        return "otel_tasks.task.id" in self.attributes
 
     @property
     def cancel_reason(self) -> str | None:

@@ -188,6 +188,7 @@ CALLS = [
     "get_span_context",
     "attributes",
     "is_recording",
+    "set_attribute",
     "set_attributes",
     "set_status",
     "add_event",

@@ -257,7 +257,7 @@ async def test_the_services_spans_form_one_trace() -> None:
 
 def span(name: str, start: float, end: float, parent: str | None = None, **attributes: Any) -> Span:
     """A span whose id is its name."""
-    return Span("t", name, parent, name, start, end, {"otel_tasks.task.name": name} | attributes)
+    return Span("t", name, parent, name, start, end, {"otel_tasks.task.id": name} | attributes)
 
 
 def drawn(*spans: Span, **options: Any) -> list[str]:

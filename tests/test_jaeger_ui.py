@@ -30,7 +30,7 @@ TASK = Span(
     "fetch",
     0.0,
     1.0,
-    {"otel_tasks.task.name": "fetch", "otel_tasks.cancel.reason": "client_disconnect"},
+    {"otel_tasks.task.id": "fetch", "otel_tasks.cancel.reason": "client_disconnect"},
     service="shop",
     links=(("spawned_by", "9"),),
     resource={"service.name": "shop", "host.name": "Web-1"},

@@ -204,7 +204,7 @@ def test_a_trace_that_differs_from_its_file_fails_with_the_difference(
 
 def test_outline_says_where_a_root_is_missing() -> None:
     """A demo that no longer exports its roots differs from its file, whatever else is the same."""
-    task = {"otel_tasks.task.priority": 1, "otel_tasks.group.name": "jobs", "otel_tasks.task.name": "work"}
+    task = {"otel_tasks.task.priority": 1, "otel_tasks.group.name": "jobs", "otel_tasks.task.id": "work"}
     span = Span("t", "2", "1", "work", 0.0, 1.0, task, service="shop")
     assert outline([span]) == "no root span\n  shop  work  normal task of jobs, status unset\n"
     assert outline([replace(span, parent_id=None)]) == "shop  work  normal task of jobs, status unset\n"

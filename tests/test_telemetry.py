@@ -101,7 +101,6 @@ async def ended(*tasks: asyncio.Task[Any]) -> None:
 def attributes(span: ReadableSpan) -> dict[str, Any]:
     """A span's attributes without those that it was started with."""
     at_start = {
-        "otel_tasks.task.name",
         "otel_tasks.task.id",
         "otel_tasks.task.priority",
         "otel_tasks.group.name",
@@ -193,7 +192,7 @@ def own_provider(sampler: Sampler | None = None, *processors: SpanProcessor) -> 
 
 
 async def test_sampler_gets_all_start_attributes() -> None:
-    """A sampler sees task, group, priority, manager and function, with these types and no others."""
+    """A sampler sees task, group, priority, manager, and function, with these types and no others."""
     sampler = NotingSampler()
     manager = TaskManager("shop", tracer_provider=own_provider(sampler))
 
@@ -204,11 +203,9 @@ async def test_sampler_gets_all_start_attributes() -> None:
             "fetch",
             SpanKind.INTERNAL,
             {
-                "otel_tasks.task.name": "fetch",
                 "otel_tasks.task.id": "fetch-17",
                 "otel_tasks.task.priority": 2,
                 "otel_tasks.group.name": "ingest.fetch",
-                "otel_tasks.group.id": "ingest.fetch",
                 "otel_tasks.manager.name": "shop",
                 "code.function.name": f"{__name__}.work",
             },
@@ -224,11 +221,27 @@ async def test_sampler_gets_the_id_of_a_scoped_group() -> None:
     async with manager.group("load") as group:
         task = group.create_task(work(), name="first")
 
-    [(_, _, told)] = sampler.told
+    [(name, _, told)] = sampler.told
+    assert name == "first"
     assert told["otel_tasks.group.name"] == "load"
     assert told["otel_tasks.group.id"] == group.id != "load"
     assert told["otel_tasks.task.id"] == task.id == f"{group.id}/first"
-    assert told["otel_tasks.task.name"] == "first"
+
+
+async def test_no_attribute_repeats_another_or_the_name_of_the_span() -> None:
+    """The task's name is the span's, a labeled group's id its name; the default manager goes without."""
+    sampler = NotingSampler()
+
+    await TaskManager(tracer_provider=own_provider(sampler)).create_task(work(), name="fetch", group="ingest")
+
+    [(name, _, told)] = sampler.told
+    assert name == "fetch"
+    assert told == {
+        "otel_tasks.task.id": "fetch",
+        "otel_tasks.task.priority": 1,
+        "otel_tasks.group.name": "ingest",
+        "code.function.name": f"{__name__}.work",
+    }
 
 
 async def test_sampler_gets_the_attributes_of_a_group_span() -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 STAYS = Visit("waits", ["lamp"], "a" * 32, ended="got 200")
 LEAVES = Visit("leaves", ["sofa"], "b" * 32, ended="left", left_at=1.0)
 UNEXPLAINED = {
-    "otel_tasks.task.name": "work",
+    "otel_tasks.task.id": "work",
     "otel_tasks.task.outcome": "cancelled",
     "otel_tasks.cancel.reason": "client_disconnect",
 }
@@ -49,7 +49,7 @@ def trace_of(visit: Visit) -> list[Span]:
         request = span(
             visit.trace_id, name, "GET", caller, kind="SERVER", attributes={"http.request.method": "GET"}
         )
-        task = span(visit.trace_id, name, "work", f"{name} GET", attributes={"otel_tasks.task.name": "work"})
+        task = span(visit.trace_id, name, "work", f"{name} GET", attributes={"otel_tasks.task.id": "work"})
         call = span(visit.trace_id, name, "call", f"{name} work", kind="CLIENT")
         answered = visit is STAYS
         call.attributes.update({"http.response.status_code": 200} if answered else {})

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from otel_tasks._core.extras import Extras
     from otel_tasks._core.info import TaskInfo
     from otel_tasks._core.progress import TaskProgress
-    from otel_tasks._core.telemetry import SpanContext
+    from otel_tasks._core.telemetry import Span, SpanContext
     from otel_tasks._core.tree import Ledger
 
 # Globals, because reading a member of an enumeration costs as much as a method call before Python 3.12.
@@ -85,9 +85,11 @@ class Ending(Counters):
             else:
                 self.count_cancelled(label[0], cause)
             ids = None
-            # Reading the provider first saves calls, as in `create_task`.
-            if task._span is not None or self._telemetry.metering._METER_PROVIDER is not None:
-                ids = self._report_end(task, _SUCCESS if cause is None else _CANCELLED)
+            if task._span is not None:
+                ids = self._end_span(task, task._span, _SUCCESS if cause is None else _CANCELLED)
+            # Reading the provider first saves a call, as in `create_task`.
+            if self._telemetry.metering._METER_PROVIDER is not None:
+                self._record_duration(task, _SUCCESS if cause is None else _CANCELLED)
             remember((base_name(task), key, label, task._priority, task._created_at, ended_at, cause, ids))
         finally:
             # `Node._remove`, inlined: the call takes 5 % of a task's instructions.
@@ -167,7 +169,10 @@ class Ending(Counters):
         if ignored:
             # After its record is made, which is to have the uid.
             TaskLogger(task).warning("task %s ignored its cancellation (%s) and completed", task, task._cause)
-        self._report_end(task, outcome_of(task, status), error, ignored=ignored)
+        outcome = outcome_of(task, status)
+        if task._span is not None:
+            self._end_span(task, task._span, outcome, error, ignored=ignored)
+        self._record_duration(task, outcome, error)
         if error is not None and not task._group._child_failed(task, error):
             self._report_failure(task, info, error)
         if self._listeners:
@@ -192,41 +197,36 @@ class Ending(Counters):
             return
         self._remember(KeptResult(info, None if error is None else without_frames(error)))
 
-    def _report_end(
+    def _end_span(
         self,
         task: ManagedTask[Any],
+        span: Span,
         outcome: Outcome,
         error: BaseException | None = None,
         *,
         ignored: bool = False,
     ) -> SpanContext | None:
-        """End the task's span and record its duration; a failure of one does not affect the other.
+        """End the task's span; returns its identity. A failure is logged and affects nothing else."""
+        queued = None if task._extras is None else queue_time(task)
+        try:
+            return end_span(
+                span, outcome, error, task._cause, ignored=ignored, now=task._ended_at, queued=queued
+            )
+        except Exception:
+            self._ledger.log_once("telemetry of task %s raised", task, task=task)
+            return None
 
-        Returns:
-            The identity of the span.
-        """
-        span = task._span
-        ids = None
-        if span is not None:
-            try:
-                ids = end_span(
-                    span,
-                    outcome,
-                    error,
-                    task._cause,
-                    ignored=ignored,
-                    now=task._ended_at,
-                    queued=queue_time(task),
-                )
-            except Exception:
-                self._ledger.log_once("telemetry of task %s raised", task, task=task)
-        if self._telemetry.metered():
-            seconds = task._ended_at - task._created_at
-            try:
-                self._telemetry.record(base_name(task), task._group.name, outcome, error, seconds, span)
-            except Exception:
-                self._ledger.log_once("telemetry of task %s raised", task, task=task)
-        return ids
+    def _record_duration(
+        self, task: ManagedTask[Any], outcome: Outcome, error: BaseException | None = None
+    ) -> None:
+        """Record the task's duration, if there is a meter provider; a failure is logged, too."""
+        if not self._telemetry.metered():
+            return
+        seconds = task._ended_at - task._created_at
+        try:
+            self._telemetry.record(base_name(task), task._group.name, outcome, error, seconds, task._span)
+        except Exception:
+            self._ledger.log_once("telemetry of task %s raised", task, task=task)
 
     def _report_failure(self, task: ManagedTask[Any], info: TaskInfo, error: BaseException) -> None:
         awaited = task._extras is not None and any(future.awaited for future in task._extras.futures)

@@ -35,7 +35,7 @@ from otel_tasks._core.retry import check_retried
 from otel_tasks._core.scope import OnError, Scope
 from otel_tasks._core.state import CancelKind, TaskPriority
 from otel_tasks._core.task import ManagedTask, reported, request_cancel
-from otel_tasks._core.telemetry import GROUP_ID, GROUP_NAME, MANAGER_NAME, low_cardinality, start_group_span
+from otel_tasks._core.telemetry import group_attributes, low_cardinality, start_group_span
 from otel_tasks._core.tree import renew
 from otel_tasks._core.waiting import wait_until_done
 from otel_tasks.exceptions import GroupClosedError
@@ -610,7 +610,7 @@ class TaskGroup(Creation):
         tracer = self._ledger.telemetry.tracer()
         if tracer is None:
             return
-        attributes = {GROUP_NAME: self.name, GROUP_ID: self.id, MANAGER_NAME: self._ledger.name}
+        attributes = group_attributes(self._labels(), self._ledger.name)
         try:
             self._span = start_group_span(tracer, low_cardinality(self.name), attributes, self._span)
             self._owns_span = True

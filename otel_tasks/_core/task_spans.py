@@ -9,13 +9,10 @@ from otel_tasks._core.names import full_name
 from otel_tasks._core.native import base_name
 from otel_tasks._core.telemetry import (
     CODE_FUNCTION,
-    GROUP_ID,
-    GROUP_NAME,
-    MANAGER_NAME,
     TASK_ATTEMPT,
     TASK_ID,
-    TASK_NAME,
     TASK_PRIORITY,
+    group_attributes,
     low_cardinality,
     note_started,
     start_span,
@@ -60,16 +57,11 @@ def start_task_span(
     """
     name = low_cardinality(base)
     full = full_name(base, key)
-    group_name, group_id, scoped = group._label or group._labels()
-    attributes = {
-        TASK_NAME: name,
-        TASK_ID: f"{group_id}/{full}" if scoped else full,
-        TASK_PRIORITY: int(priority),
-        GROUP_NAME: group_name,
-        GROUP_ID: group_id,
-        MANAGER_NAME: group._ledger.name,
-        CODE_FUNCTION: code_name(coro),
-    }
+    label = group._label or group._labels()
+    attributes = group_attributes(label, group._ledger.name)
+    attributes[TASK_ID] = f"{label[1]}/{full}" if label[2] else full
+    attributes[TASK_PRIORITY] = int(priority)
+    attributes[CODE_FUNCTION] = code_name(coro)
     try:
         parent = None if group._span is None else group._span.parent()
         return start_span(tracer, name, attributes, parent=parent, new_trace=new_trace, start_time=start_time)
@@ -85,15 +77,9 @@ def start_attempt_span(task: Any, number: int) -> Span | None:
     if tracer is None:
         return None
     name = low_cardinality(base_name(task))
-    group_name, group_id, _ = task._group._label or task._group._labels()
-    attributes = {
-        TASK_NAME: name,
-        TASK_ID: task.id,
-        TASK_ATTEMPT: number,
-        GROUP_NAME: group_name,
-        GROUP_ID: group_id,
-        MANAGER_NAME: ledger.name,
-    }
+    attributes = group_attributes(task._group._labels(), ledger.name)
+    attributes[TASK_ID] = task.id
+    attributes[TASK_ATTEMPT] = number
     try:
         return start_span(tracer, name, attributes, parent=None, new_trace=False)
     except Exception:

@@ -164,7 +164,7 @@ def story(spans: list[Span], port: int) -> list[Any]:
 
 def tasks_of(spans: list[Span]) -> dict[str, Span]:
     """The spans of tasks by their name."""
-    return {span["name"]: span for span in spans if "otel_tasks.task.name" in span["attributes"]}
+    return {span["name"]: span for span in spans if "otel_tasks.task.id" in span["attributes"]}
 
 
 @pytest.fixture

@@ -22,15 +22,12 @@ from otel_tasks._core.telemetry.context import (
 )
 from otel_tasks._core.telemetry.conventions import (
     CODE_FUNCTION,
-    GROUP_ID,
-    GROUP_NAME,
-    MANAGER_NAME,
     TASK_ATTEMPT,
     TASK_ID,
-    TASK_NAME,
     TASK_PRIORITY,
     VERSION,
     error_type,
+    group_attributes,
     low_cardinality,
 )
 from otel_tasks._core.telemetry.providers import Providers, Telemetry, set_default_providers
@@ -51,12 +48,8 @@ from otel_tasks._core.telemetry.spans import (
 # Everything that the rest of the package needs, OpenTelemetry's own types included.
 __all__ = [
     "CODE_FUNCTION",
-    "GROUP_ID",
-    "GROUP_NAME",
-    "MANAGER_NAME",
     "TASK_ATTEMPT",
     "TASK_ID",
-    "TASK_NAME",
     "TASK_PRIORITY",
     "VERSION",
     "GroupSpan",
@@ -72,6 +65,7 @@ __all__ = [
     "end_group_span",
     "end_span",
     "error_type",
+    "group_attributes",
     "ids_in_hex",
     "link_next",
     "low_cardinality",

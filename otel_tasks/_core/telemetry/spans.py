@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from otel_tasks._core.state import CancelKind
 
 # By name: before Python 3.12, reading a member of an enumeration takes as long as calling a method.
-_ERROR = Outcome.ERROR
+_SUCCESS, _ERROR = Outcome.SUCCESS, Outcome.ERROR
 _ERRONEOUS = (Outcome.ERROR, Outcome.TIMEOUT, Outcome.ABANDONED)
 
 # In the context of a service's next attempt, or of the next periodic run: the span of the previous one, and
@@ -250,25 +250,41 @@ def end_span(
     try:
         recording = span.is_recording()
         if recording:
-            attributes: dict[str, Any] = {TASK_OUTCOME: str(outcome)}
-            if cause is not None:
-                _describe_cancel(attributes, cause, now)
-            if ignored:
-                attributes[CANCEL_IGNORED] = True
-            if queued is not None:
-                attributes[QUEUE_DURATION] = rounded(queued)
-            if outcome in _ERRONEOUS:
-                _describe_error(span, attributes, outcome, error)
-            span.set_attributes(attributes)
-            if cause is not None:
-                _name_origin(span, cause)
-            if outcome is _ERROR and error is not None:
-                # Last: the SDK asks the exception for its text, which may raise.
-                span.record_exception(error)
+            # By itself, because the SDK takes one attribute at half the price of a dictionary with one.
+            span.set_attribute(TASK_OUTCOME, str(outcome))
+            if outcome is not _SUCCESS or cause is not None or queued is not None:
+                _describe_end(span, outcome, error, cause, ignored=ignored, now=now, queued=queued)
         return span.get_span_context()
     finally:
         if recording:
             span.end()
+
+
+def _describe_end(
+    span: Span,
+    outcome: Outcome,
+    error: BaseException | None,
+    cause: Cause | None,
+    *,
+    ignored: bool,
+    now: float,
+    queued: float | None,
+) -> None:
+    attributes: dict[str, Any] = {}
+    if cause is not None:
+        _describe_cancel(attributes, cause, now)
+    if ignored:
+        attributes[CANCEL_IGNORED] = True
+    if queued is not None:
+        attributes[QUEUE_DURATION] = rounded(queued)
+    if outcome in _ERRONEOUS:
+        _describe_error(span, attributes, outcome, error)
+    span.set_attributes(attributes)
+    if cause is not None:
+        _name_origin(span, cause)
+    if outcome is _ERROR and error is not None:
+        # Last: the SDK asks the exception for its text, which may raise.
+        span.record_exception(error)
 
 
 def _describe_cancel(attributes: dict[str, Any], cause: Cause, now: float) -> None:
