@@ -12,6 +12,8 @@ import pytest
 from otel_tasks import CancelKind, TaskManager, TaskStatus, WrongLoopError, create_task
 from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.fleet import BusUnavailableError, CancelReport, Fleet, outbox
+from otel_tasks.fleet.bus import position_of
+from otel_tasks.fleet.cancellations import Sent
 from otel_tasks.fleet.entries import CancelEntry
 from otel_tasks.fleet.memory_bus import memory_server
 from otel_tasks.testing import FakeConnection, run
@@ -301,7 +303,7 @@ async def test_a_cancellation_of_a_message_reaches_its_execution() -> None:
     async with joined(2) as (here, there):
         for fleet in (here, there):
             task = fleet.manager.create_task(rest(), name="render")
-            fleet.cancellations.track("4711", task, here.link.position)
+            fleet.cancellations.track("4711", task, Sent(position_of(here.link.position)))
             await settle()
             entry = CancelEntry(
                 node=here.node, target="message", name="4711", at=0.0, cause_kind="client_disconnect"
@@ -312,7 +314,7 @@ async def test_a_cancellation_of_a_message_reaches_its_execution() -> None:
             assert task.cause.kind is CancelKind.CLIENT_DISCONNECT
             # The same message, sent again.
             again = fleet.manager.create_task(rest(), name="render")
-            fleet.cancellations.track("4711", again, here.link.position)
+            fleet.cancellations.track("4711", again, Sent(position_of(here.link.position)))
             await settle()
             assert again.cause is None
         assert here.keeper is not there.keeper
@@ -321,17 +323,19 @@ async def test_a_cancellation_of_a_message_reaches_its_execution() -> None:
 async def test_a_node_that_joins_later_knows_what_was_cancelled() -> None:
     """A remote task that waits in a broker's queue meanwhile does not start there."""
     async with joined(1) as (here,):
-        sent_after = here.link.position
+        sent = Sent(position_of(here.link.position))
         await here.cancel_task("render")
         await here.cancel_group("tenant.acme", "the tenant has left")
         await asyncio.sleep(1800)
         late = Fleet("memory://", namespace="shop", manager=TaskManager())
         async with late:
-            entry = late.cancellations.find("4711", "other", "tenant.acme.mail", sent_after)
+            entry = late.cancellations.find("4711", "other", "tenant.acme.mail", sent)
             assert entry is not None
             assert (entry.name, entry.message) == ("tenant.acme", "the tenant has left")
-            assert late.cancellations.find("4711", "render", None, sent_after) is not None
-            assert late.cancellations.find("4711", "render", None, late.link.position) is None
+            assert late.cancellations.find("4711", "render", None, sent) is not None
+            assert (
+                late.cancellations.find("4711", "render", None, Sent(position_of(late.link.position))) is None
+            )
 
 
 # -- the bus fails ----------------------------------------------------------------------------------
@@ -421,6 +425,26 @@ async def test_a_cancellation_that_was_missed_spares_what_started_later(
             taken([entry._replace(age=10.0) for entry in batch])
         await settle()
         assert (old.cancelled(), new.cause) == (True, None)
+
+
+async def test_a_cancellation_that_waited_for_the_bus_spares_what_started_later() -> None:
+    """It counts from its request: a task that another process started meanwhile under the same name runs."""
+    async with joined(2) as (here, there):
+        server = memory_server(namespace="shop")
+        old = there.manager.create_task(rest(), name="old", group="jobs")
+        await settle()
+        for lose_data in (False, True):
+            server.fail()
+            await asyncio.sleep(5)
+            with pytest.raises(BusUnavailableError):
+                await here.cancel_group("jobs", timeout=1.0)
+            await asyncio.sleep(9)
+            new = there.manager.create_task(rest(), name="new", group="jobs")
+            await asyncio.sleep(9)
+            server.restore(lose_data=lose_data)
+            await asyncio.sleep(5)
+            assert (old.cancelled(), new.cause) == (True, None)
+            old = new
 
 
 async def test_inspection_needs_the_bus() -> None:

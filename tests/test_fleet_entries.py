@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -67,10 +68,12 @@ def test_entry_comes_back_as_it_was(entry: FleetEntry) -> None:
 
 
 def test_sender_may_add_an_envelope() -> None:
-    """The envelope comes back beside the entry."""
-    entry, content = open_envelope(encode(ENTRIES[0], post=7, was=None))
+    """The envelope comes back beside the entry; a cancellation has its number and its delay too."""
+    entry, content = open_envelope(encode(ENTRIES[0], post=7, late=1.5, was=None))
 
-    assert entry == ENTRIES[0]
+    assert isinstance(entry, CancelEntry)
+    assert (entry.post, entry.late) == (7, 1.5)
+    assert replace(entry, post=None, late=0.0) == ENTRIES[0]
     assert content["post"] == 7
     assert "was" not in content
 

@@ -461,6 +461,32 @@ async def test_task_started_again_after_a_cancel_runs() -> None:
 # -- deadlines ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_down", [False, True])
+async def test_task_sent_again_runs_while_its_cancellation_is_on_its_way(is_down: bool) -> None:
+    """What this process sends after its own cancellation runs, also before the bus has that."""
+    async with api_and_worker() as (api, worker):
+
+        async def quick() -> str:
+            return "ran"
+
+        worker.task(quick)
+        kicker = api.task(quick).kicker().with_labels(**labels(name="import"))
+        server = memory_server(namespace="shop")
+        await asyncio.sleep(1)
+        if is_down:
+            server.fail()
+            await asyncio.sleep(1)
+        before = await kicker.kiq()
+        await api.fleet.cancel_task("import", timeout=0)
+        after = await kicker.kiq()
+        if is_down:
+            await asyncio.sleep(60)
+            server.restore()
+        assert (await after.wait_result(timeout=20)).return_value == "ran"
+        if is_down:
+            assert (await before.wait_result(timeout=20)).is_err
+
+
 async def test_timeout_of_the_local_task_is_the_deadline_on_the_worker() -> None:
     """Both ends time out; the worker's task does not depend on a message for that."""
     async with api_and_worker() as (api, worker):

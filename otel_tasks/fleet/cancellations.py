@@ -3,7 +3,8 @@
 Rules, each with a test of its own:
 
 1. Positions order a cancellation and a task, not clocks: a cancellation applies to what was sent before it.
-   So the same task can be sent again after it was cancelled.
+   So the same task can be sent again after it was cancelled. While a node's own cancellations wait for the
+   bus, they have no position: their numbers order them and what the node sends meanwhile.
 2. A cancellation is kept for an hour, by the clock of the bus.
 3. A lookup takes no longer with ten thousand cancellations than with one.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from itertools import islice, takewhile
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from otel_tasks._core.log import logger
@@ -37,7 +38,28 @@ _FORGOTTEN_EVERY: Final = 1.0
 
 # The entry or its bytes, its id, and until when it is kept, on the loop's clock. A plain tuple: thousands are
 # made at the start, in a third of the time of a named one.
-_Kept: TypeAlias = "tuple[CancelEntry | bytes, str, float]"
+# The last is the newest cancellation of the same name by another node, for tasks that the first one spares.
+_Kept: TypeAlias = "tuple[CancelEntry | bytes, str, float, _Kept | None]"
+
+
+class Sent(NamedTuple):
+    """The place of a remote task in the order of the log, as far as its sender knew it.
+
+    Attributes:
+        after: The newest position that the sender had read or published.
+        sender: The sender, if it had posted entries that the log did not have yet, as while the bus is down.
+        posted: The number of the last of these entries.
+    """
+
+    after: tuple[int, int]
+    sender: str | None = None
+    posted: int = 0
+
+    def is_later_than(self, entry: CancelEntry, position: tuple[int, int]) -> bool:
+        """Return whether the task was sent after this cancellation was requested, for all that is known."""
+        if self.after >= position:
+            return True
+        return entry.post is not None and entry.post <= self.posted and entry.node == self.sender
 
 
 class Cancellations:
@@ -48,7 +70,7 @@ class Cancellations:
         self._kept: dict[str, _Kept] = {}
         self._forget_at = 0.0
         self._running: WeakValueDictionary[str, ManagedTask[Any]] = WeakValueDictionary()
-        self._sent_after: WeakKeyDictionary[ManagedTask[Any], tuple[int, int]] = WeakKeyDictionary()
+        self._sent: WeakKeyDictionary[ManagedTask[Any], Sent] = WeakKeyDictionary()
         self._was_full = False
 
     def __len__(self) -> int:
@@ -64,20 +86,24 @@ class Cancellations:
             at: Its position and its age.
         """
         now = asyncio.get_running_loop().time()
-        key = f"{entry.target} {entry.name}"
-        known = self._kept.get(key)
-        # An older one comes again after the server has lost its data.
-        if known is None or position_of(known[1]) <= position_of(at.id):
-            if known is not None:
+        if at.age < KEPT:
+            key = f"{entry.target} {entry.name}"
+            content = at.payload if 0 < len(at.payload) <= _SHORT else entry
+            new = content, at.id, now + KEPT - at.age, None
+            known = self._kept.get(key)
+            if known is None:
+                self._kept[key] = new
+            elif position_of(known[1]) <= position_of(at.id):
                 del self._kept[key]
-            if at.age < KEPT:
-                content = at.payload if 0 < len(at.payload) <= _SHORT else entry
-                self._kept[key] = content, at.id, now + KEPT - at.age
+                self._kept[key] = _with_earlier(new, known)
+            else:
+                # It comes again after the server has lost its data.
+                self._kept[key] = _with_earlier(known, new)
         if now >= self._forget_at or len(self._kept) > LIMIT:
             self._forget(now)
 
     def find(
-        self, task_id: str, name: str | None = None, group: str | None = None, sent_after: str | None = None
+        self, task_id: str, name: str | None = None, group: str | None = None, sent: Sent | None = None
     ) -> CancelEntry | None:
         """Return a cancellation that applies to a remote task that is about to start; None if there is none.
 
@@ -85,19 +111,19 @@ class Cancellations:
             task_id: The id of the broker's message.
             name: The name of the task; None for none.
             group: The label of its group; a cancellation of a group around it applies too. None for none.
-            sent_after: The position that the sender of the task had read; None for an unknown one.
+            sent: When the task was sent; None if that is unknown.
         """
         if not self._kept:
             return None
-        after = position_of(sent_after or START)
+        sent = sent or _UNKNOWN
         now = asyncio.get_running_loop().time()
         for key in _keys(task_id, name, group):
             kept = self._kept.get(key)
-            if kept is None:
-                continue
-            content, entry_id, until = kept
-            if until > now and position_of(entry_id) > after:
-                return cast("CancelEntry", decode(content)) if isinstance(content, bytes) else content
+            while kept is not None and kept[2] > now and position_of(kept[1]) > sent.after:
+                entry = _content(kept)
+                if not sent.is_later_than(entry, position_of(kept[1])):
+                    return entry
+                kept = kept[3]
         return None
 
     def _forget(self, now: float) -> None:
@@ -121,26 +147,48 @@ class Cancellations:
 
     # -- what runs ------------------------------------------------------------------------------
 
-    def track(self, task_id: str, task: ManagedTask[Any], sent_after: str | None = None) -> None:
+    def track(self, task_id: str, task: ManagedTask[Any], sent: Sent | None = None) -> None:
         """Let a cancellation of a broker's message reach the task that executes it.
 
         Args:
             task_id: The id of the broker's message.
             task: The task. Nothing has to be undone when it ends.
-            sent_after: As for ``find``. A cancellation before this position spares the task.
+            sent: As for ``find``. An earlier cancellation spares the task.
         """
         self._running[task_id] = task
-        if sent_after is not None:
-            self._sent_after[task] = position_of(sent_after)
+        if sent is not None:
+            self._sent[task] = sent
 
     def execution_of(self, task_id: str) -> ManagedTask[Any] | None:
         """Return the live task that executes a broker's message; None if this node has none."""
         task = self._running.get(task_id)
         return None if task is None or task.done() else task
 
-    def sent_after(self, task: ManagedTask[Any]) -> tuple[int, int] | None:
-        """Return the position after which a remote task was sent; None for a task of this process."""
-        return self._sent_after.get(task)
+    def sent(self, task: ManagedTask[Any]) -> Sent | None:
+        """Return when a remote task was sent; None for a task of this process."""
+        return self._sent.get(task)
+
+
+_UNKNOWN: Final = Sent(position_of(START))
+
+
+def _content(kept: _Kept) -> CancelEntry:
+    content = kept[0]
+    return cast("CancelEntry", decode(content)) if isinstance(content, bytes) else content
+
+
+def _with_earlier(newest: _Kept, older: _Kept) -> _Kept:
+    """Add the newest one by another node, of those known, to the newest of all."""
+    node = _content(newest).node
+    earlier = newest[3]
+    for each in (older, older[3]):
+        if (
+            each is not None
+            and _content(each).node != node
+            and (earlier is None or position_of(each[1]) > position_of(earlier[1]))
+        ):
+            earlier = (*each[:3], None)
+    return (*newest[:3], earlier)
 
 
 def _keys(task_id: str, name: str | None, group: str | None) -> Iterator[str]:

@@ -5,7 +5,8 @@ Rules, each with a test of its own:
 1. This process comes first: its own tasks are cancelled before anything is sent, and without the bus too.
 2. A node answers at once if it has nothing to cancel; else when its tasks have ended, or shortly before the
    asking node stops waiting.
-3. A cancellation that took its time to come spares the tasks that started after it.
+3. A cancellation that took its time to come, or that had to wait for the bus, spares the tasks that started
+   after it. All this is measured in durations: the clocks of two hosts may differ.
 """
 
 from __future__ import annotations
@@ -148,8 +149,9 @@ class Canceller:
             # Also from this node, which may be the worker.
             self._cancel_execution(entry, at)
         elif entry.node != self._link.node and knows(self._manager, entry.target, entry.name):
-            tasks = self._reach(entry.target, entry.name, entry.to_cause(), at)
-        left = (entry.timeout or 0.0) - at.age
+            spares = self._later_than(entry, at)
+            tasks = self._reach(entry.target, entry.name, entry.to_cause(), spares)
+        left = (entry.timeout or 0.0) - at.age - max(0.0, entry.late)
         if entry.request is None or entry.node == self._link.node or left <= 0:
             return
         if not tasks:
@@ -165,28 +167,30 @@ class Canceller:
         answering.add_done_callback(self._answering.discard)
 
     def _reach(
-        self, target: Target, name: str, cause: CancelCause, at: Entry | None = None
+        self,
+        target: Target,
+        name: str,
+        cause: CancelCause,
+        spares: Callable[[ManagedTask[Any]], bool] | None = None,
     ) -> list[ManagedTask[Any]]:
-        spares = None if at is None else self._later_than(at)
         if target == "task":
             return cancel_named(self._manager, name, cause, spares)
         return cancel_grouped(self._manager, name, cause, spares)
 
-    def _later_than(self, at: Entry) -> Callable[[ManagedTask[Any]], bool]:
-        """Return a function that tells whether a task was started after an entry was written."""
+    def _later_than(self, entry: CancelEntry, at: Entry) -> Callable[[ManagedTask[Any]], bool]:
+        """Return a function that tells whether a task was started after a cancellation was requested."""
         position = position_of(at.id)
-        # By durations alone: the clocks of two hosts may differ.
-        since = now() - at.age + _SLACK
+        since = now() - at.age - max(0.0, entry.late) + _SLACK
 
         def is_later(task: ManagedTask[Any]) -> bool:
-            sent_after = self._cancellations.sent_after(task)
-            return task.created_at > since if sent_after is None else sent_after >= position
+            sent = self._cancellations.sent(task)
+            return task.created_at > since if sent is None else sent.is_later_than(entry, position)
 
         return is_later
 
     def _cancel_execution(self, entry: CancelEntry, at: Entry) -> None:
         task = self._cancellations.execution_of(entry.name)
-        if task is not None and not self._later_than(at)(task):
+        if task is not None and not self._later_than(entry, at)(task):
             request_cancel(task, entry.to_cause())
 
     # -- answers --------------------------------------------------------------------------------

@@ -118,6 +118,8 @@ class CancelEntry(CausedEntry):
         request: The id that answers name; None if nobody waits for them.
         timeout: Seconds for which each node waits for the tasks before it answers.
         to: The only node that it concerns; None for all.
+        post: Of the envelope: the number that its sender gave it; None for one of another program.
+        late: Of the envelope: the seconds for which it waited until the bus was there.
     """
 
     KIND = "cancel"
@@ -128,6 +130,8 @@ class CancelEntry(CausedEntry):
     request: Name | None = None
     timeout: float | None = None
     to: Name | None = None
+    post: int | None = None
+    late: float = 0.0
 
     @classmethod
     def from_cause(
@@ -266,7 +270,7 @@ KINDS: dict[str, type[FleetEntry]] = {
 _ENVELOPE = ("v", "kind")
 
 
-def encode(entry: FleetEntry, **envelope: int | str | None) -> bytes:
+def encode(entry: FleetEntry, **envelope: float | str | None) -> bytes:
     """Return an entry as bytes.
 
     Args:

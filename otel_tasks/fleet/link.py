@@ -98,6 +98,11 @@ class Link:
         """The newest position of the log that this node has read or published."""
         return self._inlet.position
 
+    @property
+    def unpublished(self) -> int:
+        """The number of the newest entry of this node that the log does not have yet; 0 if it has all."""
+        return self._outbox.newest
+
     def subscribe(self, kind: type[E], handler: Callable[[E, Entry], None]) -> None:
         """Call ``handler`` in the loop for each entry of a kind, with its position and age."""
         self._inlet.subscribe(kind, handler)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 OUTBOX_LIMIT: Final = 10_000
 # Entries that are sent in one round trip.
 BATCH: Final = 200
+# Seconds from which the wait of an entry matters.
+_LATE: Final = 0.05
 # The log may have dropped an older entry: that is no loss.
 _RECENT: Final = KEPT - 60.0
 
@@ -58,6 +60,11 @@ class Outbox:
 
     def __len__(self) -> int:
         return len(self._posts) + len(self._letters)
+
+    @property
+    def newest(self) -> int:
+        """The number of the newest entry that the log does not have yet; 0 if it has all."""
+        return next(reversed(self._posts), 0)
 
     def post(self, entry: FleetEntry, *, must_arrive: bool) -> asyncio.Future[str]:
         """Queue an entry for the log; return the future of its id."""
@@ -160,7 +167,7 @@ class Outbox:
     async def _publish(self) -> None:
         posts = list(islice(self._posts.values(), BATCH))
         answers = await asyncio.gather(
-            *(self._bus.publish(post.payload) for post in posts), return_exceptions=True
+            *(self._bus.publish(post.dated()) for post in posts), return_exceptions=True
         )
         errors: list[BaseException] = []
         for post, answer in zip(posts, answers, strict=True):
@@ -201,7 +208,7 @@ class Outbox:
         )
         for post in recent:
             if post.id in lost:
-                post.id = await self._bus.publish(encode(post.entry, post=post.number, was=post.first_id))
+                post.id = await self._bus.publish(post.copy())
 
     def _refuse(self, future: asyncio.Future[str]) -> None:
         if not self._full_logged:
@@ -221,7 +228,18 @@ class Outbox:
 class _Post:
     """One entry for the log."""
 
-    __slots__ = ("entry", "first_id", "future", "id", "must_arrive", "number", "payload", "since")
+    __slots__ = (
+        "_late",
+        "_posted_at",
+        "entry",
+        "first_id",
+        "future",
+        "id",
+        "must_arrive",
+        "number",
+        "payload",
+        "since",
+    )
 
     def __init__(
         self,
@@ -238,6 +256,24 @@ class _Post:
         self.must_arrive = must_arrive
         self.id = self.first_id = ""
         self.since = 0.0
+        self._posted_at = future.get_loop().time()
+        self._late: float | None = None
+
+    def dated(self) -> bytes:
+        """Return its bytes, with the seconds for which it has waited."""
+        waited = self.future.get_loop().time() - self._posted_at
+        if waited < _LATE:
+            return self.payload
+        self._late = round(waited, 3)
+        try:
+            return encode(self.entry, post=self.number, late=self._late)
+        except ValueError:
+            # It has the largest size already.
+            return self.payload
+
+    def copy(self) -> bytes:
+        """Return its bytes for a log that has lost it."""
+        return encode(self.entry, post=self.number, was=self.first_id, late=self._late)
 
     def arrived(self, entry_id: str) -> None:
         """Record the entry's id, and wake the task that waits for it."""

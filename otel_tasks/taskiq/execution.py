@@ -129,6 +129,7 @@ class Execution:
         self._received_at = self.loop.time()
         self.task_id = message.task_id
         self.host = self._options.host
+        self._sent = None if self._options.stamp is None else self._options.stamp.sent
         self.task: ManagedTask[Any] | None = None
         self._deadline = self._options.deadline(self._worker)
         self._is_claimed = False
@@ -283,16 +284,12 @@ class Execution:
 
     def _cancellation(self) -> CancelEntry | None:
         """Return the cancellation of this message that the fleet has; None if there is none."""
-        options, stamp = self._options, self._options.stamp
-        known = stamp is not None and stamp.sent_after is not None
-        entry = self._cancellations.find(
-            self.task_id,
-            options.name if known else None,
-            options.group if known else None,
-            stamp.sent_after if stamp is not None else None,
-        )
+        options, sent = self._options, self._sent
+        if sent is not None:
+            return self._cancellations.find(self.task_id, options.name, options.group, sent)
+        entry = self._cancellations.find(self.task_id)
         # Without a stamp, only a cancellation of this very message is surely meant for it.
-        return entry if entry is not None and (known or entry.target == "message") else None
+        return entry if entry is not None and entry.target == "message" else None
 
     def _left_for(self, cause: CancelCause) -> CancelCause:
         """Leave the message to another worker; return the cause if the broker will not deliver it again."""
@@ -367,8 +364,7 @@ class Execution:
             self._left_for(cause)
             raise
         self.task = task
-        sent_after = None if options.stamp is None else options.stamp.sent_after
-        self._cancellations.track(self.task_id, task, sent_after)
+        self._cancellations.track(self.task_id, task, self._sent)
         self._worker.add(self)
         return task
 

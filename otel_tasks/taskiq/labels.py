@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from otel_tasks._core.checks import checked_name, checked_priority, checked_seconds
 from otel_tasks.fleet.bus import START, position_of
+from otel_tasks.fleet.cancellations import Sent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,6 +90,8 @@ class Stamp:
         priority: Its priority.
         timeout: Seconds from the sending to its deadline.
         carrier: The sender's span, as the propagators write it.
+        sender: The node that sends it, if it has posted entries that the log did not have yet.
+        posted: The number of the last of these.
         first: In a copy that was sent again, the delivery of the message that was sent first.
     """
 
@@ -101,7 +104,16 @@ class Stamp:
     priority: int | None = None
     timeout: float | None = None
     carrier: Mapping[str, str] = field(default_factory=dict)
+    sender: str | None = None
+    posted: int | None = None
     first: str | None = None
+
+    @property
+    def sent(self) -> Sent | None:
+        """Its place in the order of the log; None if the sender did not know it."""
+        if self.sent_after is None:
+            return None
+        return Sent(position_of(self.sent_after), self.sender, self.posted or 0)
 
     @property
     def call(self) -> str:
@@ -159,6 +171,8 @@ _FIELDS: Final[dict[str, type | tuple[type, ...]]] = {
     "priority": int,
     "timeout": (int, float),
     "carrier": dict,
+    "sender": str,
+    "posted": int,
     "first": str,
 }
 

@@ -67,6 +67,7 @@ def _new_stamp(message: TaskiqMessage, fleet: Fleet) -> Stamp:
     carrier: dict[str, str] = {}
     inject(carrier)
     link = fleet.link if fleet.is_started else None
+    unpublished = 0 if link is None else link.unpublished
     options = _options(message.labels, sending)
     return Stamp(
         delivery=new_delivery() if sending is None else sending.delivery,
@@ -74,6 +75,8 @@ def _new_stamp(message: TaskiqMessage, fleet: Fleet) -> Stamp:
         sent_at=None if link is None else link.bus_time(),
         host=None if sending is None else sending.host,
         carrier=carrier,
+        sender=link.node if link is not None and unpublished else None,
+        posted=unpublished or None,
         **options,
     )
 
