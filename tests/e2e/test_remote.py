@@ -3,165 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import signal
-import subprocess
-import sys
 import time
-from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
 
 from examples.otlp_receiver import receiver
-from otel_tasks import TaskManager
 from tests.processes import free_port
 from tests.redis_server import redis_in, running
 
-from .remote_app import App, Settings
+from .remote_app import Settings
+from .remote_shop import WITHIN, Shop, calling, own_shop, shop
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from pathlib import Path
 
     from examples.otlp_receiver import Received
     from examples.rabbitmq_server import RabbitMQ
     from examples.redis_server import Redis
     from examples.trace_tree import Span
 
+__all__ = ["own_shop", "shop"]
+
 pytestmark = [pytest.mark.e2e, pytest.mark.real_clock]
-
-ROOT = Path(__file__).parent.parent.parent
-# Generous: other tests run at the same time.
-WITHIN = 60.0
-
-
-class Shop:
-    """One test's servers, names, worker processes, and journal."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self._variables: dict[str, str] = {}
-        Path(settings.journal).touch()
-
-    def worker(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start a worker process."""
-        command = ["taskiq", "worker", "tests.e2e.remote_app:broker", "--workers", "1"]
-        return self._start([*command, "--log-level", "WARNING", *arguments])
-
-    def caller(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start a process that calls a task."""
-        return self._start(["tests.e2e.remote_app", *arguments])
-
-    def service(self, port: int) -> subprocess.Popen[bytes]:
-        """Start an application on uvicorn."""
-        return self._start(["uvicorn", "--factory", "tests.e2e.remote_app:api", "--port", str(port)], "api")
-
-    def trace_to(self, endpoint: str) -> None:
-        """Export the spans of processes that are started from now on."""
-        self._variables["OTEL_EXPORTER_OTLP_ENDPOINT"] = endpoint
-
-    def _start(self, module: list[str], name: str = "worker") -> subprocess.Popen[bytes]:
-        environment = {**os.environ, **self.settings.environment(), **self._variables}
-        environment |= {"PYTHONPATH": str(ROOT), "OTEL_SERVICE_NAME": name}
-        with open(f"{self.settings.journal}.log", "ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", *module],
-                env=environment,
-                cwd=ROOT,
-                stdout=log,
-                stderr=log,
-                # A worker has a child: signals of the tests go to both.
-                start_new_session=True,
-            )
-        self.processes.append(process)
-        return process
-
-    def kill(self, process: subprocess.Popen[bytes]) -> None:
-        """End a process and its children with SIGKILL."""
-        with_children(process, signal.SIGKILL)
-        process.wait()
-
-    def events(self, event: str, key: str | None = None) -> list[dict[str, Any]]:
-        """The lines of the journal."""
-        lines = Path(self.settings.journal).read_text("utf-8").splitlines()
-        found = [json.loads(line) for line in lines]
-        return [line for line in found if line["event"] == event and key in (None, line["key"])]
-
-    async def until(self, look: Callable[[], Any], within: float = WITHIN) -> None:
-        """Wait for a state."""
-        end = time.monotonic() + within
-        while not look():
-            if time.monotonic() > end:
-                journal = Path(self.settings.journal).read_text("utf-8")[-2000:]
-                log = Path(f"{self.settings.journal}.log").read_text("utf-8", "replace")[-4000:]
-                raise AssertionError(f"it did not come:\n{journal}\n{log}")
-            await asyncio.sleep(0.02)
-
-    async def until_event(self, event: str, key: str, count: int = 1, within: float = WITHIN) -> None:
-        """Wait for lines of the journal."""
-        await self.until(lambda: len(self.events(event, key)) >= count, within)
-
-    def overlaps(self, key: str) -> bool:
-        """Return whether two executions of a key ran at the same time."""
-        running = 0
-        names = ("started", "finished", "cancelled", "killed")
-        lines = [line for name in names for line in self.events(name, key)]
-        for line in sorted(lines, key=lambda line: float(line["at"])):
-            running += 1 if line["event"] == "started" else -1
-            if running > 1:
-                return True
-        return False
-
-    def close(self) -> None:
-        """End what still runs."""
-        for process in self.processes:
-            if process.poll() is None:
-                self.kill(process)
-
-
-def with_children(process: subprocess.Popen[bytes], number: int) -> None:
-    """Send a signal to a process and its children."""
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return
-
-
-@asynccontextmanager
-async def calling(shop: Shop) -> AsyncIterator[App]:
-    """The tests' own process as a caller."""
-    app = App(shop.settings, TaskManager())
-    await app.broker.startup()
-    try:
-        yield app
-    finally:
-        await app.manager.shutdown(grace=0.0)
-        await app.broker.shutdown()
-
-
-@pytest.fixture(params=["redis", "rabbitmq"])
-def shop(request: pytest.FixtureRequest, tmp_path: Path, key: str, redis_server: Redis) -> Iterator[Shop]:
-    """Servers that the tests share, with names of its own for each."""
-    broker = "redis"
-    if request.param == "rabbitmq":
-        server: RabbitMQ = request.getfixturevalue("rabbitmq")
-        broker = server.url
-    found = Shop(Settings(redis_server.url, broker, f"{key}-{os.getpid()}", str(tmp_path / "journal")))
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def own_shop(tmp_path: Path, key: str, rabbitmq: RabbitMQ, own_redis: Redis) -> Iterator[Shop]:
-    """RabbitMQ, and a Redis that the test may stop."""
-    found = Shop(Settings(own_redis.url, rabbitmq.url, f"{key}-{os.getpid()}", str(tmp_path / "journal")))
-    yield found
-    found.close()
-
 
 # -- calls ----------------------------------------------------------------------------------------
 
@@ -288,59 +154,6 @@ def _way(spans: dict[str, Span], span: Span | None) -> list[tuple[str, str]]:
         way.insert(0, (span.service, span.name))
         span = spans.get(span.parent_id or "")
     return way
-
-
-# -- no cancel is lost ----------------------------------------------------------------------------
-
-
-async def _all_cancelled(shop: Shop, app: App, tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """Cancel calls, and wait until nothing of them runs or waits."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
-    # Behind them in the queue: when it has run, no worker will start one of them.
-    await asyncio.wait_for(app.call("nothing", 1), 4 * WITHIN)
-    await shop.until(lambda: len(shop.events("started", "many")) == len(shop.events("cancelled", "many")))
-    assert not shop.events("finished", "many")
-
-
-async def test_thousand_cancels_right_after_the_sending(shop: Shop) -> None:
-    """None of 1,000 calls that are cancelled as soon as they are sent goes on."""
-    shop.worker()
-    async with calling(shop) as app:
-        await app.call("nothing", 1)
-        tasks = [app.manager.create_task(app.call("sleep", "many", 600)) for _ in range(1000)]
-        await asyncio.sleep(0.5)
-        await _all_cancelled(shop, app, tasks)
-
-
-async def test_thousand_cancels_before_any_worker_is_up(shop: Shop) -> None:
-    """None of 1,000 calls that are cancelled without a worker starts on the worker that comes later."""
-    async with calling(shop) as app:
-        tasks = [app.manager.create_task(app.call("sleep", "many", 600)) for _ in range(1000)]
-        await asyncio.sleep(5)
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-        await asyncio.sleep(1)
-        shop.worker()
-        await _all_cancelled(shop, app, tasks)
-    assert not shop.events("started", "many")
-
-
-async def test_thousand_cancels_behind_others(shop: Shop) -> None:
-    """None of 1,000 calls that are cancelled while they wait behind others starts."""
-    shop.worker("--max-async-tasks", "2")
-    async with calling(shop) as app:
-        first = [app.manager.create_task(app.call("sleep", f"first{n}", 600)) for n in range(2)]
-        await shop.until_event("started", "first0")
-        await shop.until_event("started", "first1")
-        tasks = [app.manager.create_task(app.call("sleep", "many", 600)) for _ in range(1000)]
-        await asyncio.sleep(5)
-        for task in [*tasks, *first]:
-            task.cancel()
-        await _all_cancelled(shop, app, tasks)
-    assert not shop.events("started", "many")
 
 
 # -- processes end --------------------------------------------------------------------------------

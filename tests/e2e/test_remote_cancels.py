@@ -1,0 +1,128 @@
+"""No cancellation of a remote task is lost: a thousand in each situation, on real servers and workers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from .remote_shop import WITHIN, Shop, calling, own_shop, shop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from examples.redis_server import Redis
+
+    from .remote_app import App
+
+__all__ = ["own_shop", "shop"]
+
+pytestmark = [pytest.mark.e2e, pytest.mark.real_clock]
+
+MANY = 1000
+
+
+def sent_by(app: App, then: Callable[[], object] = lambda: None) -> list[str]:
+    """Return a list to which each message is added that the broker has taken.
+
+    Args:
+        app: The sender.
+        then: Called in the task that has sent it.
+    """
+    sent: list[str] = []
+    kick = app.broker.kick
+
+    async def recorded(message: Any) -> None:
+        await kick(message)
+        sent.append(message.task_id)
+        then()
+
+    vars(app.broker)["kick"] = recorded
+    return sent
+
+
+def cancel_sender() -> None:
+    """Cancel the task that sends."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+
+
+async def cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel calls, and wait for their end."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    assert all(task.cancelled() for task in tasks)
+
+
+async def nothing_is_left(shop: Shop, app: App) -> None:
+    """Wait until the queue is empty, and nothing of what was cancelled runs."""
+    # Behind everything in the queue.
+    await asyncio.wait_for(app.call("nothing", 1), 4 * WITHIN)
+    await shop.until(lambda: len(shop.events("started", "many")) == len(shop.events("cancelled", "many")))
+    assert not shop.events("finished", "many")
+
+
+async def test_thousand_cancels_right_after_the_sending(shop: Shop) -> None:
+    """None of 1,000 calls goes on that are cancelled in the moment in which the broker has taken them."""
+    shop.worker()
+    async with calling(shop) as app:
+        await app.call("nothing", 1)
+        sent = sent_by(app, cancel_sender)
+        tasks = [app.manager.create_task(app.call("sleep", "many", 600)) for _ in range(MANY)]
+        await asyncio.wait(tasks)
+        assert len(sent) == MANY
+        assert all(task.cancelled() for task in tasks)
+        del vars(app.broker)["kick"]
+        await nothing_is_left(shop, app)
+
+
+async def test_thousand_cancels_before_any_worker_is_up(shop: Shop) -> None:
+    """None of 1,000 calls that are cancelled without a worker starts on the worker that comes later."""
+    async with calling(shop) as app:
+        sent = sent_by(app)
+        tasks = [app.manager.create_task(app.call("sleep", "many", 600)) for _ in range(MANY)]
+        await shop.until(lambda: len(sent) == MANY)
+        await cancel_all(tasks)
+        await app.fleet.link.flush()
+        shop.worker()
+        await nothing_is_left(shop, app)
+    assert not shop.events("started", "many")
+
+
+async def test_thousand_cancels_behind_a_thousand_others(shop: Shop) -> None:
+    """None of 1,000 calls starts that are cancelled behind 1,000 messages, and all of those run."""
+    shop.worker("--max-async-tasks", "2")
+    async with calling(shop) as app:
+        # They hold the worker.
+        first = [app.manager.create_task(app.call("sleep", f"first{n}", 600)) for n in range(2)]
+        for n in range(2):
+            await shop.until_event("started", f"first{n}")
+        await asyncio.gather(*(app.tasks["ordered"].kiq("front") for _ in range(MANY)))
+        sent = sent_by(app)
+        tasks = [app.manager.create_task(app.call("sleep", "many", 600)) for _ in range(MANY)]
+        await shop.until(lambda: len(sent) == MANY)
+        await cancel_all(tasks)
+        assert not shop.events("started", "front")
+        await cancel_all(first)
+        await nothing_is_left(shop, app)
+        assert len(shop.events("started", "front")) == MANY
+    assert not shop.events("started", "many")
+
+
+async def test_thousand_cancels_while_redis_restarts(own_shop: Shop, own_redis: Redis) -> None:
+    """None of 1,000 calls goes on that are cancelled while Redis is away, which has lost its data then."""
+    own_shop.worker("--max-async-tasks", "50")
+    async with calling(own_shop) as app:
+        sent = sent_by(app)
+        tasks = [app.manager.create_task(app.call("sleep", "many", 600)) for _ in range(MANY)]
+        await own_shop.until(lambda: len(sent) == MANY)
+        await own_shop.until_event("started", "many", 50)
+        own_redis.kill()
+        await cancel_all(tasks)
+        # Where a worker is away from Redis, nothing of its tasks can end for it.
+        assert not own_shop.events("cancelled", "many")
+        own_redis.start()
+        await nothing_is_left(own_shop, app)
