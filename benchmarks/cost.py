@@ -29,6 +29,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 import otel_tasks
 from otel_tasks import TaskManager
 from otel_tasks.asgi import TaskGroupMiddleware
+from otel_tasks.fleet import Fleet
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -49,7 +50,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__)
     parser.add_argument("--write", action="store_true", help="make this the baseline of this Python version")
     parser.add_argument("--json", action="store_true", help="print nothing but the counts")
+    parser.add_argument("--fleet", action="store_true", help="count without and in a fleet; print JSON")
     options = parser.parse_args()
+    if options.fleet:
+        print(json.dumps(asyncio.run(count_in_fleet())))
+        return
     counts = asyncio.run(count_all())
     if options.json:
         print(json.dumps(counts))
@@ -105,16 +110,33 @@ async def count_all() -> Counts:
     """Count each scenario."""
     counts = {}
     for name, work in _scenarios().items():
-        # When it counts, caches are filled and Python has adapted its instructions, to being watched too.
-        await work(FEW)
-        await _counted_instructions(work, FEW)
-        counts[name] = {
-            "calls": await _slope(work, _counted_calls),
-            "instructions": await _slope(work, _counted_instructions),
-        }
+        counts[name] = await _count(work)
     for name, start in _live().items():
         counts[name] = {"bytes": await _slope(start, _counted_bytes)}
     return counts
+
+
+async def count_in_fleet() -> tuple[Counts, Counts]:
+    """Count tasks and requests of a process without a fleet, and of one in a fleet."""
+    manager = TaskManager("plain")
+    scenarios = {
+        "task": _batch(_creating(manager)),
+        "request without tasks": _requests(_answer, manager),
+        "request with a task": _requests(_answer_with_task, manager),
+    }
+    without = {name: await _count(work) for name, work in scenarios.items()}
+    async with Fleet("memory://", namespace="cost", manager=manager):
+        return without, {name: await _count(work) for name, work in scenarios.items()}
+
+
+async def _count(work: Work) -> dict[str, float]:
+    # When it counts, caches are filled and Python has adapted its instructions, to being watched too.
+    await work(FEW)
+    await _counted_instructions(work, FEW)
+    return {
+        "calls": await _slope(work, _counted_calls),
+        "instructions": await _slope(work, _counted_instructions),
+    }
 
 
 async def _slope(work: Work, counted: Callable[[Work, int], Awaitable[int]]) -> float:
@@ -199,8 +221,8 @@ def _scenarios() -> dict[str, Work]:
         "task with a span": _batch(_creating(_traced(ALWAYS_ON))),
         "task with a span, sampled out": _batch(_creating(_traced(ALWAYS_OFF))),
         "task that is cancelled": _cancelled(plain),
-        "request without tasks": _requests(_answer),
-        "request with a task": _requests(_answer_with_task),
+        "request without tasks": _requests(_answer, TaskManager("requests")),
+        "request with a task": _requests(_answer_with_task, TaskManager("requests")),
     }
     if sys.version_info >= (3, 12):
         scenarios["task, eager start"] = _batch(lambda: plain.create_task(work(), eager_start=True))
@@ -260,8 +282,8 @@ def _started(create: Callable[[], Any]) -> Work:
     return start
 
 
-def _requests(app: Any) -> Work:
-    middleware = TaskGroupMiddleware(app, manager=TaskManager("requests"))
+def _requests(app: Any, manager: TaskManager) -> Work:
+    middleware = TaskGroupMiddleware(app, manager=manager)
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": b"", "more_body": False}

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,16 +16,21 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def counts() -> Counts:
     """Counted in an interpreter of its own: nobody else's tracer, no coverage, no test's leftovers."""
+    counted: Counts = counted_with("--json")
+    return counted
+
+
+def counted_with(option: str) -> Any:
+    """What `python -m benchmarks.cost` prints with an option."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.cost", "--json"],
+        [sys.executable, "-m", "benchmarks.cost", option],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
-    counted: Counts = json.loads(done.stdout)
-    return counted
+    return json.loads(done.stdout)
 
 
 def test_tasks_and_requests_cost_no_more_than_before(counts: Counts) -> None:
@@ -38,6 +44,14 @@ def test_tasks_and_requests_cost_no_more_than_before(counts: Counts) -> None:
         + "\n  ".join(more)
         + "\nIf it is worth that: python -m benchmarks.cost --write, on each Python of the baseline"
     )
+
+
+def test_fleet_costs_local_tasks_and_requests_nothing() -> None:
+    """A task and a request take as many calls and instructions in a fleet as without one."""
+    without, in_fleet = counted_with("--fleet")
+
+    assert without
+    assert not grown(in_fleet, without)
 
 
 def test_every_scenario_has_its_baseline(counts: Counts) -> None:

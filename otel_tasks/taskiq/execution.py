@@ -437,7 +437,8 @@ class Execution:
                 if isinstance(error, _OF_THE_VALUE) and not is_replaced:
                     is_replaced = True
                     reason = f"its result cannot be saved: {type(error).__name__}: {error}"
-                    result = self._failed(RemoteResultError(reason), {})
+                    error = RemoteResultError(f"the remote task {self.task_id} has ended, and {reason}")
+                    result = self._failed(error, {})
                 elif self.loop.time() >= until or self._worker.stopping is not None:
                     logger.exception("the result of message %s could not be saved", self.task_id)
                     self._tell_host(Outcome.ABANDONED)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -19,13 +21,13 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from taskiq import AsyncBroker
+from taskiq import AsyncBroker, SimpleRetryMiddleware
 from taskiq_aio_pika import AioPikaBroker, Exchange, Queue, QueueType
 from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 
 from otel_tasks import TaskManager, TaskPriority, current_cancel_event, current_task
 from otel_tasks.asgi import request_group
-from otel_tasks.fastapi import TaskGroupMiddleware
+from otel_tasks.fastapi import TaskGroupMiddleware, make_lifespan
 from otel_tasks.fleet import Fleet
 from otel_tasks.taskiq import managed, rabbitmq_priorities, remote, stream_priorities
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
     from taskiq import AsyncTaskiqDecoratedTask
 
-TASKS = ("nothing", "sleep", "spin", "block", "fail", "ordered", "fan_out")
+TASKS = ("nothing", "sleep", "spin", "block", "fail", "flaky", "unsaved", "ordered", "fan_out", "loop")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,10 @@ class App:
     def call(self, name: str, *args: Any) -> Any:
         """The coroutine of a remote call."""
         return remote(self.tasks[name], *args)
+
+    def call_with(self, kicker: Any, *args: Any) -> Any:
+        """The coroutine of a remote call, with the labels and the id of a kicker."""
+        return remote(kicker, *args)
 
     def note(self, event: str, key: str, **details: Any) -> None:
         """Write to the journal."""
@@ -126,6 +132,23 @@ class App:
     async def _fail(self) -> None:
         raise LookupError("no such page")
 
+    async def _flaky(self, key: str, failures: int) -> int:
+        self.note("started", key)
+        attempts = Path(self._journal).read_text("utf-8").count(f'"event": "started", "key": "{key}"')
+        await asyncio.sleep(0.2)
+        self.note("finished", key)
+        if attempts <= failures:
+            raise ConnectionError(f"attempt {attempts}")
+        return attempts
+
+    async def _unsaved(self) -> Any:
+        # It cannot be pickled.
+        return threading.Lock()
+
+    async def _loop(self) -> tuple[str, bool]:
+        loop = asyncio.get_running_loop()
+        return type(loop).__module__.partition(".")[0], loop.get_task_factory() is not None
+
     async def _ordered(self, key: str) -> None:
         self.note("started", key)
 
@@ -150,6 +173,8 @@ def _broker(settings: Settings, fleet: Fleet) -> AsyncBroker:
             xread_block=200,
             unacknowledged_lock_timeout=5,
         ).with_result_backend(results)
+        # It retries what is labeled so.
+        broker.add_middlewares(SimpleRetryMiddleware())
         return managed(broker, fleet, priorities=stream_priorities(streams), grace=0.5)
     broker = AioPikaBroker(
         settings.broker,
@@ -158,6 +183,7 @@ def _broker(settings: Settings, fleet: Fleet) -> AsyncBroker:
         dead_letter_queue=Queue(name=f"{name}.dead"),
         qos=100,
     ).with_result_backend(results)
+    broker.add_middlewares(SimpleRetryMiddleware())
     return managed(broker, fleet, priorities=rabbitmq_priorities(9), grace=0.5)
 
 
@@ -179,10 +205,9 @@ def api() -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await app.broker.startup()
         yield
-        await app.manager.shutdown()
         await app.broker.shutdown()
 
-    service = FastAPI(lifespan=lifespan)
+    service = FastAPI(lifespan=make_lifespan(lifespan, manager=app.manager, grace=0.5, request_grace=0.5))
     service.add_middleware(TaskGroupMiddleware, manager=app.manager)
 
     @service.get("/book/{key}")

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx2
 import pytest
 
 from otel_tasks import TaskManager
@@ -140,6 +141,18 @@ async def calling(shop: Shop) -> AsyncIterator[App]:
     finally:
         await app.manager.shutdown(grace=0.0)
         await app.broker.shutdown()
+
+
+async def until_up(client: httpx2.AsyncClient) -> None:
+    """Wait until an application serves."""
+    end = time.monotonic() + WITHIN
+    while time.monotonic() < end:
+        try:
+            await client.get("/openapi.json")
+        except httpx2.TransportError:
+            await asyncio.sleep(0.1)
+        else:
+            return
 
 
 @pytest.fixture(params=["redis", "rabbitmq"])

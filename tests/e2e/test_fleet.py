@@ -15,13 +15,15 @@ import pytest
 from examples.otlp_receiver import receiver
 from otel_tasks import TaskManager
 from otel_tasks.fleet import Fleet
+from otel_tasks.fleet.bus import INBOX_KEPT, INBOX_LIMIT
+from otel_tasks.fleet.entries import ProgressEntry
 from tests.blocks import ROOT
 from tests.helpers import rest
 from tests.processes import free_port, marked_environment
 from tests.redis_server import own_redis, redis_server
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
 
     from tests.redis_server import Redis
 
@@ -193,6 +195,74 @@ def test_a_cancellation_waits_for_a_redis_that_does_not_answer(own_redis: Redis,
         finally:
             own_redis.resume()
         eventually(lambda: a.status("import-17") == "cancelled")
+
+
+def test_requests_and_local_tasks_cost_the_bus_nothing(own_redis: Redis, key: str) -> None:
+    """A node without remote tasks renews no lease, and sends nothing for its requests and tasks."""
+    with replicas(own_redis, key, "a") as (a,), own_redis.client() as client:
+        # What a node does at its start is over.
+        eventually(lambda: client.exists(f"{{{key}}}:nodes"))
+        before = calls(client)
+        for number in range(100):
+            a.client.post(f"/jobs/import-{number}")
+            assert a.status(f"import-{number}") in ("pending", "running")
+        after = calls(client)
+
+        assert not client.keys(f"{{{key}}}:lease:*")
+        done = {name: count - before.get(name, 0) for name, count in after.items()}
+        # It waits for entries, and announces itself every 10 s.
+        assert sum(done.get(name, 0) for name in ("xadd", "set", "pexpire", "get", "exists", "mget")) == 0
+        assert done.get("evalsha", 0) < 20
+        assert done.get("xread", 0) < 100
+
+
+def calls(client: Any) -> dict[str, int]:
+    """How often each command was called."""
+    statistics = client.info("commandstats")
+    return {name.removeprefix("cmdstat_"): int(found["calls"]) for name, found in statistics.items()}
+
+
+@pytest.mark.real_clock
+async def test_a_flood_stays_within_bounds(own_redis: Redis, key: str) -> None:
+    """Three connections per node, whatever it does; unread inboxes and open questions are bounded."""
+    async with AsyncExitStack() as stack:
+        fleets = [
+            Fleet(own_redis.url, namespace=key, manager=TaskManager(f"m{number}", grace=0.0))
+            for number in range(3)
+        ]
+        for fleet in fleets:
+            await stack.enter_async_context(fleet)
+            await stack.enter_async_context(fleet.manager)
+            # Its thread renews.
+            await fleet.keeper.hold_lease()
+            stack.callback(fleet.keeper.drop_lease)
+        client = stack.enter_context(own_redis.client())
+        asking = fleets[0]
+        questions: list[Coroutine[Any, Any, Any]] = []
+        for number in range(300):
+            questions += [
+                asking.cancel_task(f"import-{number}", timeout=PATIENCE),
+                asking.tasks(timeout=PATIENCE),
+            ]
+        flood = asyncio.gather(*questions)
+        most = 0
+        while not flood.done():
+            most = max(most, len(await asyncio.to_thread(client.client_list)))
+            await asyncio.sleep(0.01)
+        assert all(not found.silent for found in await flood)
+        assert most <= 3 * len(fleets) + 1
+
+        for _ in range(2):
+            for number in range(8_000):
+                entry = ProgressEntry(node=asking.node, task_id=str(number), done=1.0)
+                asking.link.post_to("nobody", entry)
+            await asking.link.flush()
+        inbox = f"{{{key}}}:inbox:nobody"
+        assert INBOX_LIMIT <= client.xlen(inbox) < INBOX_LIMIT + 500
+        assert 0 < client.ttl(inbox) <= INBOX_KEPT
+        membership = asking._membership
+        assert membership is not None
+        assert membership._gathering._open == {}
 
 
 @pytest.mark.real_clock

@@ -15,7 +15,7 @@ from tests.processes import free_port
 from tests.redis_server import redis_in, running
 
 from .remote_app import Settings
-from .remote_shop import WITHIN, Shop, calling, own_shop, shop
+from .remote_shop import WITHIN, Shop, calling, own_shop, shop, until_up
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,7 +83,7 @@ async def test_one_trace_from_the_request_to_the_last_worker(shop: Shop) -> None
         shop.worker()
         shop.service(port)
         async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=WITHIN) as client:
-            await _until_up(client)
+            await until_up(client)
             answer = await client.get("/book/page", params={"seconds": 0.1})
             assert answer.json() == ["page.inner"]
             await asyncio.to_thread(received.wait_for, lambda found: len(_tasks(found)) >= 3, timeout=WITHIN)
@@ -111,7 +111,7 @@ async def test_hang_up_reaches_the_last_worker(shop: Shop) -> None:
         shop.worker()
         shop.service(port)
         async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=WITHIN) as client:
-            await _until_up(client)
+            await until_up(client)
             call = asyncio.create_task(client.get("/book/page", params={"seconds": 600}))
             await shop.until_event("started", "page.inner")
             call.cancel()
@@ -122,17 +122,6 @@ async def test_hang_up_reaches_the_last_worker(shop: Shop) -> None:
         for span in _tasks(received):
             assert span.attributes["otel_tasks.task.outcome"] == "cancelled", span.name
             assert span.attributes["otel_tasks.cancel.reason"] == "client_disconnect", span.name
-
-
-async def _until_up(client: httpx2.AsyncClient) -> None:
-    end = time.monotonic() + WITHIN
-    while time.monotonic() < end:
-        try:
-            await client.get("/openapi.json")
-        except httpx2.TransportError:
-            await asyncio.sleep(0.1)
-        else:
-            return
 
 
 def _tasks(received: Received) -> list[Span]:
