@@ -255,6 +255,9 @@ def _manager_of(manager: TaskManager | None, fleet: object) -> TaskManager:
         raise TypeError(
             f'fleet must be a Fleet, got {fleet!r}: write fleet=Fleet("redis://...", namespace="shop")'
         )
+    if fleet.is_observer:
+        # The tasks of this process do not belong to the fleet.
+        return checked_manager(manager)
     if manager is not None and checked_manager(manager) is not fleet.manager:
         raise ValueError(
             f"the fleet has manager {fleet.manager.name!r}, and the lifespan {manager.name!r}: "

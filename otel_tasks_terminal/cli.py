@@ -10,20 +10,24 @@ from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, NoReturn
 
 from otel_tasks_terminal import commands
-from otel_tasks_terminal.client import DEFAULT_URL, Address, Client, usage
-from otel_tasks_terminal.errors import CommandError, ExitCode
+from otel_tasks_terminal.client import DEFAULT_URL, Address, Client
+from otel_tasks_terminal.errors import CommandError, ExitCode, usage
 from otel_tasks_terminal.pen import terminal_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from otel_tasks_terminal.source import Source
+
 EPILOG = """\
 environment:
-  OTEL_TASKS_URL    the address of the live view, the default of --url
-  OTEL_TASKS_TOKEN  the bearer token, the default of --token
-  OTEL_TASKS_USER   name:password, for a view that wants these instead
-  SSL_CERT_FILE     certificates to trust, for https://
-  NO_COLOR          no colors
+  OTEL_TASKS_URL        the address of the live view, the default of --url
+  OTEL_TASKS_TOKEN      the bearer token, the default of --token
+  OTEL_TASKS_USER       name:password, for a view that wants these instead
+  OTEL_TASKS_FLEET      the server of a fleet, the default of --fleet
+  OTEL_TASKS_NAMESPACE  the name of the fleet, the default of --namespace
+  SSL_CERT_FILE         certificates to trust, for https://
+  NO_COLOR              no colors
 
 exit codes:
   0  done                        4  refused: no or a wrong token, not allowed, read-only
@@ -68,9 +72,27 @@ def _drop_output() -> None:
 
 def _run(argv: Sequence[str] | None) -> int:
     options = parser().parse_args(argv)
-    command: Callable[[argparse.Namespace, Callable[[], Client]], int] = options.command
-    with ExitStack() as clients:
-        return command(options, lambda: clients.enter_context(closing(client_of(options))))
+    command: Callable[[argparse.Namespace, Callable[[], Source]], int] = options.command
+    with ExitStack() as sources:
+        return command(options, lambda: sources.enter_context(closing(source_of(options))))
+
+
+def source_of(options: argparse.Namespace) -> Source:
+    """Make the source that the command line names, or the environment."""
+    given = {name: getattr(options, name, None) for name in ("url", "token", "fleet", "namespace")}
+    url, fleet = os.environ.get("OTEL_TASKS_URL"), os.environ.get("OTEL_TASKS_FLEET")
+    if given["fleet"] and (given["url"] or given["token"]):
+        raise usage("--fleet asks the nodes themselves: leave --url and --token out")
+    if url and fleet and not given["url"] and not given["fleet"]:
+        raise usage("OTEL_TASKS_URL and OTEL_TASKS_FLEET are both set: choose with --url or --fleet")
+    if given["url"] or not (given["fleet"] or fleet):
+        if given["namespace"]:
+            raise usage("--namespace needs --fleet")
+        return client_of(options)
+    from otel_tasks_terminal.fleet import fleet_source  # --url starts without
+
+    namespace = given["namespace"] or os.environ.get("OTEL_TASKS_NAMESPACE") or None
+    return fleet_source(given["fleet"] or fleet or "", namespace, timeout=getattr(options, "timeout", 10.0))
 
 
 def client_of(options: argparse.Namespace) -> Client:
@@ -90,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     common = _common()
     main_parser = _Parser(
         prog="otel-tasks",
-        description="See what runs in a service that mounts live_view(), and cancel it.",
+        description="See what runs in a service that mounts live_view(), or in a fleet, and cancel it.",
         epilog=EPILOG,
         formatter_class=_Formatter,
         parents=[common],
@@ -128,6 +150,13 @@ def _common() -> _Parser:
         "--token",
         help="the bearer token; others on this machine can see it here, and not in OTEL_TASKS_TOKEN",
     )
+    common.add_argument(
+        "--fleet",
+        metavar="URL",
+        help="the Redis server of a fleet, instead of --url; needs otel-tasks[fleet]. Others on this machine "
+        "can see a password here, and not in OTEL_TASKS_FLEET",
+    )
+    common.add_argument("--namespace", metavar="NAME", help="the fleet (default: the only one of its server)")
     common.add_argument(
         "--timeout", type=_seconds, metavar="SECONDS", help="how long to wait for an answer (default: 10)"
     )

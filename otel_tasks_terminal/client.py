@@ -9,14 +9,17 @@ import json
 import re
 import socket
 import ssl
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
-from otel_tasks_terminal.errors import CommandError, ExitCode
+from otel_tasks_terminal.errors import CommandError, ExitCode, usage
+from otel_tasks_terminal.source import Event, Source
 from otel_tasks_terminal.text import clean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from otel_tasks_terminal.source import Answer, Pairs
 
 # The version of the feed that this client speaks.
 VERSION = 1
@@ -24,9 +27,6 @@ DEFAULT_URL = "http://127.0.0.1:8000/tasks"
 # A page of 1,000 tasks has less than 1 MB. Another server than a live view may send without end.
 MAX_ANSWER = 64 * 1024 * 1024
 MAX_LINE = 4 * 1024 * 1024
-
-Answer = dict[str, Any]
-Pairs = list[tuple[str, str]]
 
 
 class Address(NamedTuple):
@@ -71,14 +71,7 @@ class Address(NamedTuple):
         return clean(f"{self.origin}{self.prefix}")
 
 
-class Event(NamedTuple):
-    """An event of a stream."""
-
-    name: str
-    data: Answer
-
-
-class Client:
+class Client(Source):
     """A connection to one live view.
 
     Args:
@@ -91,7 +84,7 @@ class Client:
     def __init__(
         self, address: Address, token: str | None = None, *, user: str | None = None, timeout: float = 10.0
     ) -> None:
-        self.address = address
+        self._address = address
         self._token = token
         self._user = user
         self._timeout = timeout
@@ -99,9 +92,14 @@ class Client:
         # Kept apart: http.client lets go of it when a response says that it is the last one.
         self._socket: socket.socket | None = None
 
+    @property
+    def address(self) -> Address:
+        """Where it is."""
+        return self._address
+
     def fresh(self, *, timeout: float | None = None) -> Client:
         """Make another client of the same view, for another thread."""
-        return Client(self.address, self._token, user=self._user, timeout=timeout or self._timeout)
+        return Client(self._address, self._token, user=self._user, timeout=timeout or self._timeout)
 
     def get(self, path: str, pairs: Iterable[tuple[str, str]] = ()) -> Answer:
         """Fetch JSON below ``v1/``.
@@ -112,29 +110,22 @@ class Client:
         query = urlencode(list(pairs))
         return self._answered(self._sent("GET", f"{path}?{query}" if query else path))
 
+    def snapshot(self) -> Answer:
+        """Fetch the overview."""
+        return self.get("snapshot")
+
+    def tasks(self, pairs: Pairs) -> Answer:
+        """Fetch one page of a list of tasks."""
+        return self.get("tasks", pairs)
+
     def task(self, task_id: str) -> Answer:
         """Fetch everything about one task."""
-        return self.get(task_path(task_id))
+        return self.get(_task_path(task_id))
 
     def cancel(self, uid: str, reason: str | None) -> Answer:
         """Request the cancellation of the task with this uid."""
         body = json.dumps({} if reason is None else {"reason": reason})
-        return self._answered(self._sent("POST", f"{task_path(uid)}/cancel", body))
-
-    def listed(self, pairs: Pairs, limit: int) -> Answer:
-        """Fetch a list of at most ``limit`` tasks, from as many pages as it takes."""
-        rows: dict[Any, Answer] = {}
-        after: list[tuple[str, str]] = []
-        while True:
-            size = min(1000, limit - len(rows))
-            answer = self.get("tasks", [*pairs, ("limit", str(size)), *after])
-            before = len(rows)
-            for row in answer.get("rows", ()):
-                # A task may be on two pages: an older one has ended in between.
-                rows[row.get("id") or (row.get("task_id"), row.get("created"), row.get("ended"))] = row
-            if not answer.get("next") or len(rows) >= limit or len(rows) == before:
-                return {**answer, "rows": list(rows.values())}
-            after = [("after", str(answer["next"]))]
+        return self._answered(self._sent("POST", f"{_task_path(uid)}/cancel", body))
 
     def events(self, pairs: Pairs) -> Iterator[Event]:
         """Follow a stream until it ends.
@@ -201,7 +192,7 @@ class Client:
             if writes:
                 # A browser sends a password to other sites' requests, too, so that the view wants to know the
                 # origin: here it is the address that the person has named.
-                headers["Origin"] = self.address.origin
+                headers["Origin"] = self._address.origin
         elif writes:
             # A view without authentication wants a token here, too: no page of another site can send one.
             headers["Authorization"] = "Bearer none"
@@ -213,7 +204,7 @@ class Client:
         if self._connection is None:
             self._connection = self._connect()
         try:
-            self._connection.request(method, f"{self.address.prefix}/v1/{path}", body, headers)
+            self._connection.request(method, f"{self._address.prefix}/v1/{path}", body, headers)
             self._socket = self._connection.sock
             return self._connection.getresponse()
         except BaseException:
@@ -221,8 +212,8 @@ class Client:
             raise
 
     def _connect(self) -> http.client.HTTPConnection:
-        host, port = self.address.host, self.address.port
-        if self.address.scheme == "http":
+        host, port = self._address.host, self._address.port
+        if self._address.scheme == "http":
             return http.client.HTTPConnection(host, port, timeout=self._timeout)
         return http.client.HTTPSConnection(host, port, timeout=self._timeout)
 
@@ -248,7 +239,7 @@ class Client:
             raise self._unreachable(error) from None
         if more:
             self.close()
-            raise CommandError(ExitCode.PROTOCOL, f"{self.address} sends more than a live view would")
+            raise CommandError(ExitCode.PROTOCOL, f"{self._address} sends more than a live view would")
         return body
 
     def _check_version(self, data: Answer) -> None:
@@ -256,7 +247,7 @@ class Client:
         if isinstance(version, int) and version > VERSION:
             raise CommandError(
                 ExitCode.PROTOCOL,
-                f"{self.address} speaks version {version} of the feed, and this otel-tasks version "
+                f"{self._address} speaks version {version} of the feed, and this otel-tasks version "
                 f"{VERSION}: pip install --upgrade otel-tasks",
             )
 
@@ -268,7 +259,7 @@ class Client:
             return self._unauthorized(response.headers.get("WWW-Authenticate", ""), says)
         if status == 403:
             reason = says or "not allowed (403)"
-            return CommandError(ExitCode.REFUSED, f"{self.address} refused: {reason}{_HINTS.get(code, '')}")
+            return CommandError(ExitCode.REFUSED, f"{self._address} refused: {reason}{_HINTS.get(code, '')}")
         if status == 404 and code == "not_found":
             return CommandError(ExitCode.NOTHING_DONE, says)
         if status in (429, 502, 503, 504):
@@ -280,11 +271,11 @@ class Client:
     def _failed(self, status: int, says: str) -> CommandError:
         if says:
             code = ExitCode.USAGE if status == 400 else ExitCode.PROTOCOL
-            return CommandError(code, f"{self.address} answers: {says}")
+            return CommandError(code, f"{self._address} answers: {says}")
         if status >= 500:
             return CommandError(
                 ExitCode.PROTOCOL,
-                f"{self.address} answers with an error ({status}): look into the service's log",
+                f"{self._address} answers with an error ({status}): look into the service's log",
             )
         return self._not_a_live_view(status)
 
@@ -295,7 +286,7 @@ class Client:
         answer = f"{response.status}: {says}" if says else str(response.status)
         return CommandError(
             ExitCode.UNREACHABLE,
-            f"{self.address} is not available now ({answer}): try again {when}",
+            f"{self._address} is not available now ({answer}): try again {when}",
             retry_after=seconds,
         )
 
@@ -307,11 +298,11 @@ class Client:
         given = self._user if name == "OTEL_TASKS_USER" else self._token
         if given is None:
             return CommandError(
-                ExitCode.REFUSED, f"{self.address} wants to know who you are{answer}: set {name}"
+                ExitCode.REFUSED, f"{self._address} wants to know who you are{answer}: set {name}"
             )
         what = "password" if given is self._user else "token"
         return CommandError(
-            ExitCode.REFUSED, f"{self.address} does not accept the {what}{answer}: check {name}"
+            ExitCode.REFUSED, f"{self._address} does not accept the {what}{answer}: check {name}"
         )
 
     def _redirected(self, response: http.client.HTTPResponse) -> CommandError:
@@ -319,23 +310,23 @@ class Client:
         target = clean(response.headers.get("Location", "elsewhere"), 300)
         if "/v1/" in target:
             return CommandError(
-                ExitCode.PROTOCOL, f"{self.address} has moved: use --url {target.partition('/v1/')[0]}"
+                ExitCode.PROTOCOL, f"{self._address} has moved: use --url {target.partition('/v1/')[0]}"
             )
         return CommandError(
             ExitCode.REFUSED,
-            f"{self.address} redirects to {target}, probably a login page: set OTEL_TASKS_TOKEN if it "
+            f"{self._address} redirects to {target}, probably a login page: set OTEL_TASKS_TOKEN if it "
             "accepts one",
         )
 
     def _not_a_live_view(self, status: int) -> CommandError:
         return CommandError(
             ExitCode.PROTOCOL,
-            f"{self.address} is not a live view ({status}): name the prefix that live_view() is mounted at, "
+            f"{self._address} is not a live view ({status}): name the prefix that live_view() is mounted at, "
             f"--url {DEFAULT_URL}",
         )
 
     def _unreachable(self, error: Exception) -> CommandError:
-        return CommandError(ExitCode.UNREACHABLE, f"cannot reach {self.address}: {self._reason(error)}")
+        return CommandError(ExitCode.UNREACHABLE, f"cannot reach {self._address}: {self._reason(error)}")
 
     def _reason(self, error: Exception) -> str:
         fix = "does the service run? Name another address with --url or OTEL_TASKS_URL"
@@ -353,7 +344,7 @@ class Client:
         if isinstance(error, socket.gaierror):
             return f"unknown host; {fix}"
         if isinstance(error, http.client.BadStatusLine | ConnectionResetError | http.client.IncompleteRead):
-            tls = " (does it want https://?)" if self.address.scheme == "http" else ""
+            tls = " (does it want https://?)" if self._address.scheme == "http" else ""
             return f"it closed the connection{tls}"
         if isinstance(error, OSError):
             return f"{clean(error.strerror or error)}; {fix}"
@@ -371,12 +362,7 @@ _HINTS = {
 }
 
 
-def usage(message: str) -> CommandError:
-    """An error of the one who typed the command."""
-    return CommandError(ExitCode.USAGE, message)
-
-
-def task_path(task_id: str) -> str:
+def _task_path(task_id: str) -> str:
     """The path of a task, whose id may have slashes and spaces."""
     return f"tasks/{quote(task_id, safe='')}"
 

@@ -6,8 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks_terminal import details, phrases, views
-from otel_tasks_terminal.client import Client, Pairs, usage
-from otel_tasks_terminal.errors import CommandError, ExitCode
+from otel_tasks_terminal.errors import CommandError, ExitCode, usage
 from otel_tasks_terminal.output import is_json, pen_of, print_json, print_lines
 from otel_tasks_terminal.text import clean, counted, number
 
@@ -16,8 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from otel_tasks_terminal.model import Model
+    from otel_tasks_terminal.source import Pairs, Source
 
-    Connect = Callable[[], Client]
+    Connect = Callable[[], Source]
 
 Row = dict[str, Any]
 
@@ -81,7 +81,7 @@ def tree(options: argparse.Namespace, connect: Connect) -> int:
     from otel_tasks_terminal.model import Model  # the other commands start without
 
     client = connect()
-    snapshot = client.get("snapshot")
+    snapshot = client.snapshot()
     if is_json(options):
         print_json(snapshot)
         return ExitCode.OK
@@ -97,7 +97,7 @@ def tree(options: argparse.Namespace, connect: Connect) -> int:
     return ExitCode.OK
 
 
-def _open_classes(model: Model, client: Client) -> None:
+def _open_classes(model: Model, client: Source) -> None:
     for entry in model.tree():
         if entry.kind == "class":
             answer = client.listed([("key", entry.key)], TASKS_PER_CLASS)
@@ -143,7 +143,7 @@ def cancel(options: argparse.Namespace, connect: Connect) -> int:
     return _report(options, client.cancel(task["id"], options.reason), found.get("now", 0.0))
 
 
-def _check_unique(client: Client, wanted: str, task: Row) -> None:
+def _check_unique(client: Source, wanted: str, task: Row) -> None:
     """Refuse a name that several live tasks have: the service would choose one of them."""
     if wanted in (task.get("id"), task.get("task_id")):
         return

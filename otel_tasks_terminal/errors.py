@@ -34,3 +34,8 @@ class CommandError(Exception):
         super().__init__(message)
         self.code = code
         self.retry_after = retry_after
+
+
+def usage(message: str) -> CommandError:
+    """Make the error of a person who typed a command that cannot work."""
+    return CommandError(ExitCode.USAGE, message)

@@ -11,7 +11,7 @@ from otel_tasks_terminal.errors import CommandError, ExitCode
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from otel_tasks_terminal.client import Client, Event, Pairs
+    from otel_tasks_terminal.source import Event, Pairs, Source
 
 MAX_WAIT = 10.0
 
@@ -41,7 +41,7 @@ class Follower:
 
     def __init__(
         self,
-        client: Client,
+        client: Source,
         *,
         wanted: Callable[[], Pairs] = list,
         patient: bool = False,

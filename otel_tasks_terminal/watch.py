@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
     from types import FrameType
 
-    from otel_tasks_terminal.client import Client, Event
     from otel_tasks_terminal.pen import Pen
+    from otel_tasks_terminal.source import Event, Source
 
 Row = dict[str, Any]
 
@@ -32,7 +32,7 @@ _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 _HOME, _REST_OF_LINE, _REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
-def watch(options: argparse.Namespace, client: Client) -> int:
+def watch(options: argparse.Namespace, client: Source) -> int:
     """Follow the feed until the reader has enough."""
     model = Model()
     updates = _counted(Follower(client).updates(), model, options.count)

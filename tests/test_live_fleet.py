@@ -211,6 +211,69 @@ async def test_search_asks_all_nodes_or_those_that_are_named() -> None:
         await leave()
 
 
+async def test_a_task_of_another_node_is_found_by_its_name_and_its_id() -> None:
+    """As in one process: a person types what the page shows, while it lives and afterwards."""
+    async with fleet_of(3) as (here, there, _):
+        there.manager.create_task(rest(), name="import", group="jobs")
+        async with there.manager.group("pages") as pages:
+            page = pages.create_task(rest(), name="render")
+            await settle()
+            client = view_of(here, actions={"cancel"})
+            found = await client.get("/v1/tasks/import")
+            assert (found["task"]["node"], found["can"]) == (there.node, ["cancel"])
+            assert found["task"]["id"] == (await remote(client, "import"))["id"]
+            for name in ("render", page.id):
+                assert (await client.get(f"/v1/tasks/{quote(name)}"))["task"]["name"] == "render"
+            page.cancel()
+        ended = await client.get(f"/v1/tasks/{quote(page.id)}")
+        assert (ended["state"], ended["task"]["status"], ended["can"]) == ("ended", "cancelled", [])
+        await client.get("/v1/tasks/unknown", status=404)
+
+
+async def test_a_name_that_several_nodes_have_is_refused() -> None:
+    """The view chooses none of them: it names the id of one."""
+    async with fleet_of(3) as (here, there, other):
+        for fleet in (there, other):
+            fleet.manager.create_task(rest(), name="import")
+        await settle()
+        client = view_of(here)
+        message = (await client.get("/v1/tasks/import", status=404))["error"]["message"]
+        assert message.startswith("2 live tasks have the name 'import': use the id of one, such as '")
+        uid = message.rpartition(" ")[2].strip("'")
+        assert (await client.get(f"/v1/tasks/{uid}"))["task"]["name"] == "import"
+
+        mine = here.manager.create_task(rest(), name="import")
+        await settle()
+        message = (await client.get("/v1/tasks/import", status=404))["error"]["message"]
+        assert message.startswith("3 live tasks")
+        assert (await client.get(f"/v1/tasks/{mine.uid}"))["task"]["node"] == here.node
+
+
+async def test_several_tasks_of_one_other_node_with_one_name_are_refused() -> None:
+    """In scoped groups, names need not be unique."""
+    async with (
+        fleet_of(2) as (here, there),
+        there.manager.group("a") as one,
+        there.manager.group("b") as two,
+    ):
+        tasks = [group.create_task(rest(), name="render") for group in (one, two)]
+        await settle()
+        answer = await view_of(here).get("/v1/tasks/render", status=404)
+        assert answer["error"]["message"].startswith("2 live tasks have the name 'render'")
+        for task in tasks:
+            task.cancel()
+
+
+async def test_a_task_that_a_silent_node_may_have_is_not_called_unknown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody knows: the answer names the node, and is to be tried again."""
+    async with fleet_of(3) as (here, there, _):
+        silence(there, monkeypatch)
+        answer = await view_of(here).get("/v1/tasks/import", status=503)
+        assert (answer["error"]["code"], there.node in answer["error"]["message"]) == ("silent", True)
+
+
 @pytest.mark.parametrize(
     ("name", "result"),
     [("api-1", True), ("api-1/7", True), ("api-1/7/ab", True), ("api", False), ("7", False)],

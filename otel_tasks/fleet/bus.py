@@ -137,6 +137,10 @@ class Bus(Protocol):
         """Return the description of each node, and the seconds since it was last announced."""
         ...
 
+    async def namespaces(self) -> set[str]:
+        """Return the fleets of the server that have nodes; some of them, if it has very many keys."""
+        ...
+
     async def leave(self, node: str) -> None:
         """Remove this node, its lease, and its inbox."""
         ...

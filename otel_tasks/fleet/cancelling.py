@@ -65,7 +65,12 @@ class Canceller:
         self._cancellations = cancellations
         self._gathering = gathering
         self._answering: set[asyncio.Task[None]] = set()
-        link.subscribe(CancelEntry, self._on_entry)
+        self._listens = False
+
+    def listen(self) -> None:
+        """Carry out the cancellations of other nodes: this one is a node."""
+        self._listens = True
+        self._link.subscribe(CancelEntry, self._on_entry)
 
     async def cancel(
         self, target: Target, name: str, cause: CancelCause, timeout: float, to: str | None = None
@@ -100,14 +105,15 @@ class Canceller:
                 timeout=timeout,
                 to=to,
             )
-            posted = self._link.post(entry)
+            # An observer may be gone when the bus is back.
+            posted = self._link.post(entry, must_arrive=self._listens)
             if not timeout:
                 return _report(self._link.node, reached(tasks), {}, ())
             answers = self._gathering.answers(question, posted, timeout)
             local, error = await self._both(tasks, answers, timeout)
             if error is not None:
-                what = f"cancelling {target} {name!r}"
-                raise BusUnavailableError(_partial(what, local, error, posted)) from error
+                what = f"cancelling {target} {name!r} {_reach(local) if self._listens else 'failed'}"
+                raise BusUnavailableError(f"{what}: {error}; {_rest(posted)}") from error
             return _report(self._link.node, local, question.cancelled, question.silent)
 
     async def stop(self) -> None:
@@ -237,15 +243,16 @@ def _report(
     )
 
 
-def _partial(what: str, local: Reached, error: BusUnavailableError, posted: asyncio.Future[str]) -> str:
-    here = "found no task in this process"
-    if local.asked:
-        tasks = "1 task" if local.asked == 1 else f"{local.asked} tasks"
-        here = f"reached {tasks} of this process, of which {local.ended} ended"
+def _reach(local: Reached) -> str:
+    if not local.asked:
+        return "found no task in this process"
+    tasks = "1 task" if local.asked == 1 else f"{local.asked} tasks"
+    return f"reached {tasks} of this process, of which {local.ended} ended"
+
+
+def _rest(posted: asyncio.Future[str]) -> str:
     if not posted.done():
-        rest = "the others get it when the bus is back"
-    elif posted.cancelled() or posted.exception() is not None:
-        rest = "the others do not get it"
-    else:
-        rest = "the others get it, and have not answered"
-    return f"{what} {here}: {error}; {rest}"
+        return "the others get it when the bus is back"
+    if posted.cancelled() or posted.exception() is not None:
+        return "the others do not get it"
+    return "the others get it, and have not answered"

@@ -56,10 +56,13 @@ class Fleet:
         namespace: The name of the application, which keeps it apart from others on the same server: letters,
             digits, dots, hyphens, and underscores.
         manager: The manager whose tasks the fleet sees. None: ``global_task_manager``.
+        observer: True for a process that sees and cancels the tasks of the others, and is no node itself: a
+            script, or a dashboard. It shows no tasks of its own, runs no remote ones, and starts none. What
+            it cannot send now, it does not send later.
 
     Raises:
         TypeError: ``manager`` is not a TaskManager.
-        ValueError: The URL or the namespace is not valid.
+        ValueError: The URL or the namespace is not valid, or an observer has a manager.
         ImportError: The server is Redis, and its client is not installed.
 
     Example:
@@ -67,14 +70,22 @@ class Fleet:
         >>> app = FastAPI(lifespan=make_lifespan(fleet=fleet))
     """
 
-    def __init__(self, url: str, *, namespace: str, manager: TaskManager | None = None) -> None:
+    def __init__(
+        self, url: str, *, namespace: str, manager: TaskManager | None = None, observer: bool = False
+    ) -> None:
         if manager is not None and not isinstance(manager, TaskManager):
             raise TypeError(f"manager must be a TaskManager, got {manager!r}")
+        if manager is not None and observer:
+            raise ValueError("an observer shows no tasks of its own: leave manager out")
         self._url = url
         self._namespace = namespace
-        self._manager = global_task_manager if manager is None else manager
         # Checks the arguments now, where they were written.
         self._bus: Bus | None = open_bus(url, namespace)
+        self._is_observer = observer
+        if observer:
+            # Without tasks: those of this process do not belong to the fleet.
+            manager = TaskManager(namespace)
+        self._manager = global_task_manager if manager is None else manager
         self._address = self._bus.address
         self._membership: Membership | None = None
         self._users = 0
@@ -95,6 +106,11 @@ class Fleet:
     def is_started(self) -> bool:
         """True between ``start()`` and ``stop()``, in this process."""
         return self._membership is not None and self._membership.pid == os.getpid()
+
+    @property
+    def is_observer(self) -> bool:
+        """True if this process is no node of the fleet."""
+        return self._is_observer
 
     @property
     def node(self) -> str:
@@ -119,8 +135,13 @@ class Fleet:
         """What renews the lease and the claims of this process.
 
         Raises:
-            RuntimeError: The fleet is not started.
+            RuntimeError: The fleet is not started, or this process is an observer, which has neither.
         """
+        if self._is_observer:
+            raise RuntimeError(
+                f"this process observes the fleet {self._namespace!r}, and is no node of it: for remote "
+                "tasks, leave observer=True out"
+            )
         return self._started().keeper
 
     @property
@@ -143,6 +164,7 @@ class Fleet:
 
     def __repr__(self) -> str:
         state = f"started as {self.node}" if self.is_started else "not started"
+        state += ", an observer" if self._is_observer else ""
         return f"<Fleet {self._namespace!r} at {self._address}, {state}>"
 
     # -- start and stop -------------------------------------------------------------------------
@@ -175,7 +197,7 @@ class Fleet:
                 if self._membership is None:
                     self._check_others(loop)
                     bus, self._bus = self._bus or open_bus(self._url, self._namespace), None
-                    membership = Membership(bus, self._manager)
+                    membership = Membership(bus, self._manager, is_node=not self._is_observer)
                     await membership.start()
                     self._membership = membership
         except BaseException:

@@ -47,7 +47,12 @@ class Inspector:
         self._link = link
         self._gathering = gathering
         self._presence = presence
-        link.subscribe(InspectEntry, self._on_entry)
+        self._listens = False
+
+    def listen(self) -> None:
+        """Answer the questions of other nodes: this one is a node, and one of those that it sees."""
+        self._listens = True
+        self._link.subscribe(InspectEntry, self._on_entry)
 
     async def tasks(
         self, name: str | None, group: str | None, status: str | None, limit: int, timeout: float
@@ -105,9 +110,9 @@ class Inspector:
                 node=self._link.node, request=question.request, what=what, timeout=timeout, **filters
             )
             posted = self._link.post(entry, must_arrive=False)
-            own = self._shown(entry)
+            own = {self._link.node: self._shown(entry)} if self._listens else {}
             await self._gathering.answers(question, posted, timeout)
-            return {self._link.node: own, **question.data()}, question
+            return {**own, **question.data()}, question
 
     # -- here -----------------------------------------------------------------------------------
 

@@ -103,6 +103,11 @@ class Link:
         """The number of the newest entry of this node that the log does not have yet; 0 if it has all."""
         return self._outbox.newest
 
+    @property
+    def error(self) -> BusUnavailableError | None:
+        """Why the bus is not available; None if it is, or if nothing is known yet."""
+        return self._error
+
     def subscribe(self, kind: type[E], handler: Callable[[E, Entry], None]) -> None:
         """Call ``handler`` in the loop for each entry of a kind, with its position and age."""
         self._inlet.subscribe(kind, handler)

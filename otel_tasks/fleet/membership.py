@@ -32,6 +32,7 @@ class Membership:
     Args:
         bus: The bus.
         manager: The manager whose tasks the fleet sees.
+        is_node: Other nodes see this one; False for an observer.
 
     Attributes:
         node: The name of this node.
@@ -43,7 +44,7 @@ class Membership:
         views: What live views show of it, and of the other nodes.
     """
 
-    def __init__(self, bus: Bus, manager: TaskManager) -> None:
+    def __init__(self, bus: Bus, manager: TaskManager, *, is_node: bool = True) -> None:
         self.loop = asyncio.get_running_loop()
         self.pid = os.getpid()
         self.node = new_name()
@@ -55,6 +56,11 @@ class Membership:
         self.canceller = Canceller(manager, self.link, self.cancellations, self._gathering)
         self.inspector = Inspector(manager, self.link, self._gathering, self._presence)
         self.views = Views(manager, self.link, self._gathering)
+        self._is_node = is_node
+        if is_node:
+            self.canceller.listen()
+            self.inspector.listen()
+            self.views.listen()
 
     async def start(self) -> None:
         """Connect to the bus, read the cancellations of the last hour, and announce the node.
@@ -65,6 +71,8 @@ class Membership:
         Cancellation: ends the stay.
         """
         await self.link.start(START_TIMEOUT)
+        if not self._is_node:
+            return
         try:
             await self._presence.start()
         except BaseException:

@@ -148,6 +148,11 @@ class MemoryBus:
         """Return the nodes of the roster."""
         return self._server.roster()
 
+    async def namespaces(self) -> set[str]:
+        """Return the fleets of the server that have nodes."""
+        servers = _servers[asyncio.get_running_loop()]
+        return {fleet for (name, fleet), each in servers.items() if name == self._names[0] and each.roster()}
+
     async def leave(self, node: str) -> None:
         """Remove a node, its lease, and its inbox."""
         self._server.leave(node)

@@ -59,6 +59,8 @@ _BATCH = 1000
 # shorter than LEASE - RENEWED_EVERY: no node overlooks a pause of the server in which a lease expires.
 _BLOCK = 1.0
 _PATIENCE = 1.5
+# Keys that a search for fleets looks at: some 50 ms.
+_SCANNED = 200_000
 # Claims that one script renews.
 _RENEWED = 500
 
@@ -231,6 +233,25 @@ class RedisBus:
             if since:
                 found[node.decode(errors="replace")] = (description, (int(now) - int(since)) / 1000)
         return found
+
+    async def namespaces(self) -> set[str]:
+        """Return the fleets of the server that have nodes, from at most ``_SCANNED`` of its keys.
+
+        Cancellation: ends the search.
+        """
+        rosters: set[bytes] = set()
+        cursor = b"0"
+        for _ in range(0, _SCANNED, _BATCH):
+            scan = ("SCAN", cursor, "MATCH", "{*}:seen", "COUNT", _BATCH, "TYPE", "zset")
+            ((cursor, keys),) = await self._channel.call(scan)
+            rosters.update(keys)
+            if cursor == b"0":
+                break
+        names = sorted(rosters)
+        after = f"({_ms(await self.time())}"
+        counts = await self._channel.call(*(("ZCOUNT", name, after, "+inf") for name in names))
+        live = (name for name, count in zip(names, counts, strict=True) if count)
+        return {name.decode(errors="replace")[1 : -len("}:seen")] for name in live}
 
     async def leave(self, node: str) -> None:
         """Remove a node, its lease, and its inbox.

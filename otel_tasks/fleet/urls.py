@@ -44,6 +44,25 @@ def open_bus(url: str, namespace: str) -> Bus:
     return _open_redis(url, namespace)
 
 
+async def find_namespaces(url: str) -> set[str]:
+    """Find the fleets of a server that have nodes; some of them, if it has very many keys.
+
+    Args:
+        url: As for ``open_bus``.
+
+    Raises:
+        BusUnavailableError: The server is not available, or refuses this process.
+
+    Cancellation: ends the search.
+    """
+    bus = open_bus(url, "any")
+    try:
+        await bus.connect()
+        return set(filter(_is_namespace, await bus.namespaces()))
+    finally:
+        await bus.close()
+
+
 def _open_redis(url: str, namespace: str) -> Bus:
     try:
         from otel_tasks.fleet.redis_bus import RedisBus

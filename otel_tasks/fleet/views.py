@@ -44,7 +44,10 @@ class Views:
         self._gathering = gathering
         self._answering: set[asyncio.Task[None]] = set()
         self._served: Served | None = None
-        link.subscribe(InspectEntry, self._on_entry)
+
+    def listen(self) -> None:
+        """Answer the views of other nodes: this one is a node."""
+        self._link.subscribe(InspectEntry, self._on_entry)
 
     async def ask(self, node: str, data: dict[str, Any], timeout: float) -> dict[str, Any] | None:
         """Ask another node for what its view shows.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from otel_tasks.fleet import BusUnavailableError
 from otel_tasks.live.feed import array, assembled, encoded
 from otel_tasks.live.guard import Refused
-from otel_tasks.live.marks import is_marked, is_named
+from otel_tasks.live.marks import is_marked, is_named, marked
 from otel_tasks.live.params import MAX_ROWS
 from otel_tasks.live.rows import Row, trace_link_of
 from otel_tasks.live.search import listed, offset
@@ -81,17 +81,64 @@ async def found_there(others: Others, feed: Feed, name: str) -> tuple[Row, Remot
         raise _not_found(f"node {other.node} has no task with the id {uid[:80]!r}, or has forgotten it", feed)
     task = details["task"]
     details["trace_url"] = _trace_link(task, feed)
-    if details["state"] == "ended":
-        return details, None
-    return details, RemoteTask(
+    return details, None if details["state"] == "ended" else _remote(other, task)
+
+
+def _remote(other: Other, task: Row) -> RemoteTask:
+    return RemoteTask(
         node=other.node,
-        uid=uid,
+        uid=task["id"].removeprefix(marked(other.mark, "")),
         id=task["task_id"],
         name=task["name"],
         group_id=task["group_id"],
         priority=task["priority"],
         status=task["status"],
     )
+
+
+@dataclass(slots=True)
+class Namesakes:
+    """The tasks of other nodes that have one name.
+
+    Attributes:
+        count: How many of them are live.
+        first: The id of a live one.
+        live: The details of a live one, and the task, if its node has no other one.
+        ended: The details of the one that ended last.
+        silent: The nodes that have not answered.
+    """
+
+    count: int = 0
+    first: str | None = None
+    live: tuple[Row, RemoteTask] | None = None
+    ended: Row | None = None
+    silent: list[str] = field(default_factory=list)
+
+
+async def namesakes(others: Others, feed: Feed, name: str) -> Namesakes:
+    """Ask all other nodes for a task by its id there, or by its name.
+
+    Cancellation: ends the wait.
+    """
+    asked = others.named(None)
+    answers = await asyncio.gather(*(others.answer(other, "task", [["task", name]]) for other in asked))
+    found = Namesakes(silent=_silent(asked, answers))
+    for other, details in zip(asked, answers, strict=True):
+        state = None if details is None else details.get("state")
+        if details is None or state not in ("live", "ended", "several"):
+            continue
+        task = details["task"]
+        if state == "ended":
+            details["trace_url"] = _trace_link(task, feed)
+            if found.ended is None or found.ended["task"]["ended"] < task["ended"]:
+                found.ended = details
+            continue
+        found.count += details["count"] if state == "several" else 1
+        found.first = found.first or task["id"]
+        if state == "live":
+            details["trace_url"] = _trace_link(task, feed)
+            found.live = details, _remote(other, task)
+    return found
 
 
 def state_of(details: Row) -> Row:

@@ -277,7 +277,8 @@ class Feed:
             warnings=warnings,
         )
         if gathered is not None:
-            published = _joined(published, gathered, self._own_node(overview))
+            own = [] if self.shown.node is None else [self._own_node(overview)]
+            published = _joined(published if own else _without_own(published), gathered, own)
         self._publish(published, new, ended)
         return overview.members
 
@@ -348,6 +349,15 @@ class Feed:
                 classes[row.key] = encoded({**class_row(row, only.get(id(row.only))), **self._node})
             yield
         return {"groups": groups, "classes": classes, "cancelling": cancelling}
+
+    @property
+    def waits_for_nodes(self) -> bool:
+        """True while a node of the fleet has never answered, and does not count as silent yet."""
+        nodes = [] if self._published is None else self._published.nodes
+        return any(node["key"] is None and node["silent_since"] is None for node in nodes)
+
+    def _fleet(self, published: _Published) -> Row:
+        return {"namespace": self.shown.namespace, "node": self.shown.node, "nodes": published.nodes}
 
     def _own_node(self, overview: Overview) -> Row:
         return {
@@ -430,8 +440,7 @@ class Feed:
             "stats": published.stats,
             "warnings": published.warnings,
             "more": published.more,
-            **self._node,
-            **({"nodes": published.nodes} if published.nodes else {}),
+            **({} if self._elsewhere is None else self._fleet(published)),
         }
         return assembled(
             {
@@ -499,7 +508,12 @@ def _sample(published: _Published) -> str:
 _OWN = frozenset({"limit", "closed"})
 
 
-def _joined(published: _Published, gathered: Gathered, own: Row) -> _Published:
+def _without_own(published: _Published) -> _Published:
+    """What an observer publishes of itself: it is no node, and has no tasks."""
+    return _Published(published.overview, {**published.stats, "groups": 0}, more=published.more)
+
+
+def _joined(published: _Published, gathered: Gathered, own: list[Row]) -> _Published:
     """What a node has published, with what the other nodes add to it."""
     stats, more, totals = dict(published.stats), dict(published.more), dict(published.totals)
     for counts, others in ((stats, gathered.stats), (more, gathered.more)):
@@ -515,7 +529,7 @@ def _joined(published: _Published, gathered: Gathered, own: Row) -> _Published:
         more={**more, "nodes": gathered.left_out},
         totals=totals,
         warnings=[*published.warnings, *gathered.warnings],
-        nodes=[own, *gathered.nodes],
+        nodes=[*own, *gathered.nodes],
         ended_elsewhere={
             name: published.stats[name] + count for name, count in gathered.ended_counts.items()
         },

@@ -14,6 +14,7 @@ Rules, each with a test of its own:
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,6 +37,8 @@ STREAMS_PER_VIEWER = 2
 LINGER = 5.0
 # Seconds after the server's signal in which no viewer is admitted.
 STOPS_WITHIN = 30.0
+# Seconds that one who asks once waits for the nodes of a fleet.
+COMPLETE = 2.5
 # Looks at the clock per tick: a step that holds the loop delays them.
 BEATS = 10
 # Seconds between two slices of a tick, which holds the loop for about a tenth of that.
@@ -112,6 +115,8 @@ class Hub:
         self._ticking: asyncio.Task[None] | None = None
         # Set once the first tick is over.
         self._has_ticked = asyncio.Event()
+        # Set by the next tick, which makes another one.
+        self._published = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._last_seen = 0.0
         # The longest time for which something held the loop since the last tick.
@@ -181,6 +186,16 @@ class Hub:
         if self._ticking is not None:
             self._ticking.cancel()
 
+    async def complete(self) -> None:
+        """Wait until a tick has an answer of each node of the fleet, for at most ``COMPLETE`` seconds.
+
+        Cancellation: ends the wait.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(COMPLETE):
+                while self.feed.waits_for_nodes:
+                    await self._published.wait()
+
     async def read_now(self, expand: Mapping[str, int], panels: Iterable[str]) -> None:
         """Read what a viewer has just expanded, without waiting for the next tick.
 
@@ -217,6 +232,7 @@ class Hub:
             # Viewers wait for it: it takes no pauses.
             await in_slices(self.feed.slices())
             self._has_ticked.set()
+            self._notify_published()
             while self._streams or loop.time() - self._last_seen < LINGER:
                 while (left := started + INTERVAL - loop.time()) > 0:
                     await self._sleep(min(left, INTERVAL / BEATS))
@@ -241,11 +257,16 @@ class Hub:
         if self._others is not None:
             await self._others.look(wanted, {uid for stream in self._streams for uid in stream.panels})
         members = await in_slices(self.feed.slices(_own(wanted), held=held), self._rest)
+        self._notify_published()
         await self._read_rows(members, wanted, self._rest)
         await self._read_panels()
         for stream in list(self._streams):
             stream.wake()
             await self._rest()
+
+    def _notify_published(self) -> None:
+        published, self._published = self._published, asyncio.Event()
+        published.set()
 
     async def _rest(self) -> None:
         await self._sleep(PAUSE)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 MAX_QUERY_STRING = 4000
 MAX_TEXT = 200
+MAX_NAME = 500
 MAX_EXPAND = 20
 MAX_PANELS = 10
 MAX_ROWS = 1000
@@ -168,10 +169,10 @@ def query(params: Params) -> Query:
     return Query(
         words=tuple((params.text("q") or "").casefold().split()),
         key=key,
-        group_id=params.text("group_id", 500),
+        group_id=params.text("group_id", MAX_NAME),
         status=params.choice("status", STATUSES),
         min_age=params.number("min_age", 0.0, 0.0, 1e9),
-        where=params.text("where", 500),
+        where=params.text("where", MAX_NAME),
         ended=params.choice("state", ("live", "ended")) == "ended",
         sort=params.choice("sort", SORTS) or "age",
         limit=int(params.number("limit", DEFAULT_ROWS, 1, MAX_ROWS)),

@@ -46,13 +46,15 @@ class Shown:
         errors: The texts of exceptions.
         metadata: The keys of metadata.
         trace_url: The link to a trace, with ``{trace_id}`` in it; None for no link.
-        node: The node of a fleet that shows it; None without a fleet.
+        node: The node of a fleet that shows it; None without a fleet, and for an observer of one.
+        namespace: The name of that fleet; None without one.
     """
 
     errors: bool = False
     metadata: Collection[str] = ()
     trace_url: str | None = None
     node: str | None = None
+    namespace: str | None = None
 
 
 def text(value: str) -> str:

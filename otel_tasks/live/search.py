@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from otel_tasks import Overview
+from otel_tasks import Overview, TaskNotFoundError
 from otel_tasks.live.feed import Encoded, array, assembled, encoded
 from otel_tasks.live.params import BadRequest, Query
 from otel_tasks.live.rows import ended_row, short_path, text
@@ -68,11 +69,13 @@ async def _live(feed: Feed, query: Query) -> Encoded:
     return _answer(rows.values(), len(found), start + query.limit, partial=partial)
 
 
-async def named(feed: Feed, name: str) -> list[ManagedTask[Any]]:
-    """The live tasks with this name, in whichever groups they are, oldest first.
+async def live_named(feed: Feed, name: str) -> list[ManagedTask[Any]]:
+    """The live task with this uid or id, or those with this name in whichever groups they are, oldest first.
 
     Cancellation: ends the search.
     """
+    with suppress(TaskNotFoundError):
+        return [feed.manager.get_task(name)]
     overview = await in_slices(feed.look({Overview.ROOT: None}))
     tasks = overview.members[Overview.ROOT]
     found: list[ManagedTask[Any]] = []

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from otel_tasks import Overview, TaskManager, TaskNotFoundError
+from otel_tasks import Overview, TaskManager
 from otel_tasks.live.detail import ended_or_forgotten, live_detail
 from otel_tasks.live.feed import INTERVAL, Feed, encoded
 from otel_tasks.live.hub import Hub, NotTicking, TooManyViewers
-from otel_tasks.live.params import QUERIED, WATCHED, BadRequest, Params, query, watched
+from otel_tasks.live.params import MAX_NAME, QUERIED, WATCHED, BadRequest, Params, query, watched
 from otel_tasks.live.rows import Shown, seconds
-from otel_tasks.live.search import listed
+from otel_tasks.live.search import listed, live_named
 from otel_tasks.live.slices import in_slices
 from otel_tasks.live.stream import Stream, polled
 
@@ -76,14 +76,13 @@ class Served:
         return await listed(self._hub.feed, query(params))
 
     async def _task(self, params: Params, viewer: str) -> str:
-        feed, uid = self._hub.feed, params.text("task") or ""
+        feed, name = self._hub.feed, params.text("task", MAX_NAME) or ""
         await in_slices(feed.look(max_age=INTERVAL))
-        try:
-            task = self._manager.get_task(uid)
-        except TaskNotFoundError:
-            detail = await in_slices(ended_or_forgotten(feed, uid))
-        else:
-            detail = await in_slices(live_detail(feed, task))
+        found = await live_named(feed, name)
+        if len(found) > 1:
+            several = {"state": "several", "count": len(found), "task": {"id": found[0].uid}}
+            return encoded({**feed.stamp(), **several})
+        detail = await in_slices(live_detail(feed, found[0]) if found else ended_or_forgotten(feed, name))
         return encoded({**feed.stamp(), **detail})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +9,12 @@ from otel_tasks import TaskManager, TaskNotFoundError
 from otel_tasks._core.log import TaskLogger, logger
 from otel_tasks.live.detail import ended_detail, live_detail
 from otel_tasks.live.elsewhere import (
+    Namesakes,
     RemoteTask,
     cancelled_there,
     found_there,
     listed_everywhere,
+    namesakes,
     state_of,
 )
 from otel_tasks.live.feed import INTERVAL, VERSION, Feed, encoded
@@ -23,7 +24,7 @@ from otel_tasks.live.marks import is_marked
 from otel_tasks.live.others import Others
 from otel_tasks.live.params import QUERIED, Params, Watched, query
 from otel_tasks.live.rows import Row, Shown, ended_row
-from otel_tasks.live.search import listed, named
+from otel_tasks.live.search import listed, live_named
 from otel_tasks.live.slices import in_slices
 from otel_tasks.live.stream import Stream
 
@@ -67,7 +68,7 @@ class View:
         """The viewers; made by the first, because a server may fork after the view is built."""
         others = None if self._fleet is None else self._others_of(self._fleet)
         if self._hub is None:
-            shown = replace(self._shown, node=None if others is None else others.node)
+            shown = self._shown if self._fleet is None else _in_fleet(self._shown, self._fleet)
             self._hub = Hub(Feed(self._manager, shown, self._actions, others), others)
         return self._hub
 
@@ -88,6 +89,9 @@ class View:
         Cancellation: ends the wait for it.
         """
         await self._admit(viewer)
+        if self._fleet is not None:
+            # Who asks once must not miss a node that answers a moment later.
+            await self.hub.complete()
         return self.hub.feed.snapshot()
 
     async def stream(self, wanted: Watched, address: str) -> Stream:
@@ -124,18 +128,9 @@ class View:
 
         Cancellation: ends the search.
         """
-        feed = self.hub.feed
-        if self._fleet is not None and is_marked(name):
-            details, there = await self._there(self._fleet, name)
-            allowed = [] if there is None else await self._allowed(there, may)
-            return encoded({**feed.stamp(), **details, "can": allowed})
-        await self._look()
-        task = await self._found(name)
-        if task is None:
-            return encoded({**feed.stamp(), **await self._ended(name), "can": []})
-        allowed = await self._allowed(task, may)
-        detail = await in_slices(live_detail(feed, task))
-        return encoded({**feed.stamp(), **detail, "can": allowed})
+        details, task = await self._found(name)
+        allowed = [] if task is None else await self._allowed(task, may)
+        return encoded({**self.hub.feed.stamp(), **details, "can": allowed})
 
     # -- cancelling -----------------------------------------------------------------------------
 
@@ -227,15 +222,24 @@ class View:
                 429, "too_many_viewers", "too many others are looking", {"Retry-After": f"{LINGER:g}"}
             ) from None
 
-    async def _found(self, name: str) -> ManagedTask[Any] | None:
-        """The live task with this uid or id, or the only one with this name."""
-        with suppress(TaskNotFoundError):
-            return self._manager.get_task(name)
-        found = await named(self.hub.feed, name)
-        if len(found) > 1:
-            message = f"{len(found)} live tasks have the name {name[:80]!r}: use the id of one, such as "
-            raise Refused(404, "not_found", f"{message}{found[0].uid!r}, the oldest")
-        return found[0] if found else None
+    async def _found(self, name: str) -> tuple[Row, ManagedTask[Any] | RemoteTask | None]:
+        """The details of the only task with this id or name, and the task itself if it is live."""
+        if self._fleet is not None and is_marked(name):
+            return await self._there(self._fleet, name)
+        await self._look()
+        here = await live_named(self.hub.feed, name)
+        there = Namesakes()
+        if self._fleet is not None and not any(task.uid == name for task in here):
+            there = await namesakes(await self._found_others(self._fleet), self.hub.feed, name)
+        count = len(here) + there.count
+        if count > 1:
+            first = there.first if not here else here[0].uid
+            which = "" if there.count else ", the oldest"
+            message = f"{count} live tasks have the name {name[:80]!r}: use the id of one, such as {first!r}"
+            raise Refused(404, "not_found", message + which)
+        if here:
+            return await in_slices(live_detail(self.hub.feed, here[0])), here[0]
+        return there.live or (await self._ended(name, there), None)
 
     def _live(self, uid: str) -> ManagedTask[Any] | None:
         """The live task with this uid: never one that merely has this name."""
@@ -249,7 +253,7 @@ class View:
         feed, task = self.hub.feed, self._live(uid)
         if task is not None:
             return {"state": "live", "task": feed.rows([task])[0]}
-        ended = await self._ended(uid)
+        ended = await self._ended(uid, Namesakes())
         if ended["task"].get("id") != uid:
             raise _not_found(uid, self.hub.feed)
         return {"state": "ended", "task": ended["task"]}
@@ -259,11 +263,22 @@ class View:
         feed = self.hub.feed
         return {"state": "ended", "task": ended_row(info, None, feed.overview, feed.shown)}
 
-    async def _ended(self, name: str) -> Row:
+    async def _ended(self, name: str, there: Namesakes) -> Row:
+        """The details of a task that has ended, in this process or elsewhere."""
         info = self._manager.get_task_info(name)
-        if info is None:
-            raise _not_found(name, self.hub.feed)
-        return await in_slices(ended_detail(self.hub.feed, info))
+        if info is not None:
+            return await in_slices(ended_detail(self.hub.feed, info))
+        if there.ended is not None:
+            return there.ended
+        if there.silent:
+            nodes = ", ".join(there.silent)
+            message = f"no node that answers has a task {name[:80]!r}, and there is no answer from {nodes}"
+            raise Refused(503, "silent", message, {"Retry-After": "5"})
+        raise _not_found(name, self.hub.feed)
+
+
+def _in_fleet(shown: Shown, fleet: Fleet) -> Shown:
+    return replace(shown, node=None if fleet.is_observer else fleet.node, namespace=fleet.namespace)
 
 
 async def _check_allowed(task: ManagedTask[Any] | RemoteTask, may: May) -> None:

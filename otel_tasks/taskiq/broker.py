@@ -84,7 +84,8 @@ def managed(
 
     Raises:
         TypeError: ``broker`` is not a broker of Taskiq, or ``fleet`` not a ``Fleet``.
-        ValueError: The broker is managed already, or ``group`` is not a valid name.
+        ValueError: The broker is managed already, ``group`` is not a valid name, or ``fleet`` is that of an
+            observer.
 
     Example:
         >>> fleet = Fleet("redis://127.0.0.1:6379/0", namespace="shop")
@@ -98,6 +99,8 @@ def managed(
         raise TypeError(
             f'managed() takes a Fleet, got {fleet!r}: write managed(broker, Fleet(url, namespace="shop"))'
         )
+    if fleet.is_observer:
+        raise ValueError("managed() takes a fleet that this process is a node of: leave observer=True out")
     if managed_broker_of(broker) is not None:
         raise ValueError("this broker is managed already: call managed() once, where the broker is made")
     ManagedBroker(broker, fleet, checked_name("group", group), priorities, grace).cover()

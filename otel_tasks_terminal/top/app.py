@@ -14,7 +14,6 @@ from textual.scrollbar import ScrollBar, ScrollBarRender
 from textual.widgets import Input, Static
 
 from otel_tasks_terminal import views
-from otel_tasks_terminal.client import task_path
 from otel_tasks_terminal.errors import CommandError, ExitCode
 from otel_tasks_terminal.model import Entry, Model
 from otel_tasks_terminal.pen import Cell, Pen
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from textual.app import ComposeResult
     from textual.events import Resize
 
-    from otel_tasks_terminal.client import Client, Event
+    from otel_tasks_terminal.source import Event, Source
 
 Row = dict[str, Any]
 
@@ -116,7 +115,7 @@ class Top(App[int]):
     .ascii Toast { border: none; }
     """
 
-    def __init__(self, client: Client, *, ascii_only: bool = False, silenced: Silenced | None = None) -> None:
+    def __init__(self, client: Source, *, ascii_only: bool = False, silenced: Silenced | None = None) -> None:
         super().__init__()
         self._client = client
         self._pen = Pen(ascii=ascii_only)
@@ -218,7 +217,7 @@ class Top(App[int]):
 
     # --- requests ---------------------------------------------------------------------------------
 
-    def _ask(self, what: str, asked: object, ask: Callable[[Client], Row]) -> None:
+    def _ask(self, what: str, asked: object, ask: Callable[[Source], Row]) -> None:
         """Ask in a thread; the answer comes as a message."""
 
         def work() -> None:
@@ -299,8 +298,8 @@ class Top(App[int]):
 
     def _ask_task(self) -> None:
         if self._view.panel is not None:
-            path = task_path(self._view.panel)
-            self._ask("task", self._view.panel, lambda client: client.get(path))
+            uid = self._view.panel
+            self._ask("task", uid, lambda client: client.task(uid))
 
     # --- keys -------------------------------------------------------------------------------------
 
@@ -531,7 +530,7 @@ def _has_cancelling(entry: Entry) -> bool:
     return entry.kind == "class" and bool(entry.row.get("cancelling")) and not entry.open
 
 
-def run(client: Client, *, ascii_only: bool = False) -> int:
+def run(client: Source, *, ascii_only: bool = False) -> int:
     """Run the screen until the reader leaves it; return the exit code."""
     app = Top(client, ascii_only=ascii_only, silenced=Silenced(state_file()))
     result = app.run()

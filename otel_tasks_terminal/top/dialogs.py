@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.text import Text
     from textual.app import ComposeResult
 
-    from otel_tasks_terminal.client import Client
     from otel_tasks_terminal.model import Model
+    from otel_tasks_terminal.source import Source
     from otel_tasks_terminal.top.look import Look
     from otel_tasks_terminal.top.silence import Silenced
 
@@ -139,7 +139,7 @@ class Cancel(ModalScreen[None]):
 
     BINDINGS: ClassVar[list[Any]] = [("escape", "dismiss", "Close")]
 
-    def __init__(self, client: Client, uid: str, name: str, look: Look, fresh: Callable[[], bool]) -> None:
+    def __init__(self, client: Source, uid: str, name: str, look: Look, fresh: Callable[[], bool]) -> None:
         super().__init__()
         self._client = client
         self._uid = uid
@@ -165,7 +165,7 @@ class Cancel(ModalScreen[None]):
     def _look_up(self) -> None:
         self._call(lambda client: client.task(self._uid), self._describe)
 
-    def _call(self, ask: Callable[[Client], Row], show: Callable[[Row], None]) -> None:
+    def _call(self, ask: Callable[[Source], Row], show: Callable[[Row], None]) -> None:
         """Ask in this thread, and show the answer in that of the screen."""
         client = self._client.fresh()
         try:

@@ -13,7 +13,7 @@ from otel_tasks_terminal.follow import Follower, Lost
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from otel_tasks_terminal.client import Client, Event, Pairs
+    from otel_tasks_terminal.source import Event, Pairs, Source
 
 # Seconds without a tick, one each second, after which the server counts as gone.
 SILENCE = 5.0
@@ -51,7 +51,7 @@ class Reader:
         post: Takes the messages, from another thread.
     """
 
-    def __init__(self, client: Client, post: Callable[[Message], object]) -> None:
+    def __init__(self, client: Source, post: Callable[[Message], object]) -> None:
         self._post = post
         self._stopped = threading.Event()
         # Replaced as a whole by the screen, and read by the thread.

@@ -11,7 +11,7 @@ from otel_tasks_terminal.text import clean, number
 from otel_tasks_terminal.top.timeline import Timeline
 
 if TYPE_CHECKING:
-    from otel_tasks_terminal.client import Client, Pairs
+    from otel_tasks_terminal.source import Pairs, Source
     from otel_tasks_terminal.top.silence import Silenced
 
 Row = dict[str, Any]
@@ -44,7 +44,7 @@ class Question(NamedTuple):
     sort: str = "status"
     limit: int = LISTED
 
-    def answer(self, client: Client) -> Row:
+    def answer(self, client: Source) -> Row:
         """Fetch the list.
 
         Raises:
