@@ -79,20 +79,28 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def source_of(options: argparse.Namespace) -> Source:
     """Make the source that the command line names, or the environment."""
-    given = {name: getattr(options, name, None) for name in ("url", "token", "fleet", "namespace")}
-    url, fleet = os.environ.get("OTEL_TASKS_URL"), os.environ.get("OTEL_TASKS_FLEET")
-    if given["fleet"] and (given["url"] or given["token"]):
-        raise usage("--fleet asks the nodes themselves: leave --url and --token out")
-    if url and fleet and not given["url"] and not given["fleet"]:
-        raise usage("OTEL_TASKS_URL and OTEL_TASKS_FLEET are both set: choose with --url or --fleet")
-    if given["url"] or not (given["fleet"] or fleet):
-        if given["namespace"]:
+    fleet, namespace = _fleet_of(options), getattr(options, "namespace", None)
+    if fleet is None:
+        if namespace:
             raise usage("--namespace needs --fleet")
         return client_of(options)
     from otel_tasks_terminal.fleet import fleet_source  # --url starts without
 
-    namespace = given["namespace"] or os.environ.get("OTEL_TASKS_NAMESPACE") or None
-    return fleet_source(given["fleet"] or fleet or "", namespace, timeout=getattr(options, "timeout", 10.0))
+    namespace = namespace or os.environ.get("OTEL_TASKS_NAMESPACE") or None
+    return fleet_source(fleet, namespace, timeout=getattr(options, "timeout", 10.0))
+
+
+def _fleet_of(options: argparse.Namespace) -> str | None:
+    """The server of the fleet; None if a live view is asked. An option wins over a variable."""
+    url, fleet = getattr(options, "url", None), getattr(options, "fleet", None)
+    if fleet and (url or getattr(options, "token", None)):
+        raise usage("--fleet asks the nodes themselves: leave --url and --token out")
+    if url or fleet:
+        return fleet or None
+    fleet = os.environ.get("OTEL_TASKS_FLEET") or None
+    if fleet and os.environ.get("OTEL_TASKS_URL"):
+        raise usage("OTEL_TASKS_URL and OTEL_TASKS_FLEET are both set: choose with --url or --fleet")
+    return fleet
 
 
 def client_of(options: argparse.Namespace) -> Client:
@@ -138,7 +146,10 @@ def parser() -> argparse.ArgumentParser:
     _id_argument(command("show", commands.show, "show everything about one task"))
     _cancel_arguments(command("cancel", commands.cancel, "cancel one task"))
     _watch_arguments(command("watch", commands.watch, "show the overview, and keep it up to date"))
-    command("top", commands.top, "the same with keys to look around and to cancel; needs otel-tasks[top]")
+    added = command(
+        "top", commands.top, "the same with keys to look around and to cancel; needs otel-tasks[top]"
+    )
+    _node_argument(added)
     return main_parser
 
 
@@ -178,9 +189,7 @@ def _list_arguments(added: argparse.ArgumentParser) -> None:
     )
     added.add_argument("--where", metavar="FILE:LINE", help="only tasks that wait at this line")
     added.add_argument("--group", metavar="ID", help="only tasks of this group, and of those below it")
-    added.add_argument(
-        "--node", metavar="NAME", help="of a fleet: only tasks of this node, host, or HOST/PID"
-    )
+    _node_argument(added)
     added.add_argument("--key", help="only tasks of this row of the tree, a group or a class")
     added.add_argument("--ended", action="store_true", help="tasks that have ended, the newest first")
     added.add_argument(
@@ -192,9 +201,14 @@ def _list_arguments(added: argparse.ArgumentParser) -> None:
     added.add_argument("-q", "--quiet", action="store_true", help="print the ids alone")
 
 
+def _node_argument(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--node", metavar="NAME", help="of a fleet: only this node, host, or HOST/PID")
+
+
 def _tree_arguments(added: argparse.ArgumentParser) -> None:
     added.add_argument("--sort", choices=("status", "age", "name", "count"), default="status")
     added.add_argument("--tasks", action="store_true", help="show the oldest tasks below each name, too")
+    _node_argument(added)
 
 
 def _id_argument(added: argparse.ArgumentParser) -> None:
@@ -210,6 +224,7 @@ def _cancel_arguments(added: argparse.ArgumentParser) -> None:
 def _watch_arguments(added: argparse.ArgumentParser) -> None:
     added.add_argument("--sort", choices=("status", "age", "name", "count"), default="status")
     added.add_argument("--count", type=_positive, metavar="N", help="end after so many updates")
+    _node_argument(added)
 
 
 def _seconds(text: str) -> float:

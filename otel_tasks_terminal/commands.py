@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from otel_tasks_terminal import details, phrases, views
 from otel_tasks_terminal.errors import CommandError, ExitCode, usage
-from otel_tasks_terminal.output import is_json, pen_of, print_json, print_lines
+from otel_tasks_terminal.output import (
+    check_node_option,
+    check_nodes,
+    is_json,
+    pen_of,
+    print_json,
+    print_lines,
+)
 from otel_tasks_terminal.text import clean, counted, number
 
 if TYPE_CHECKING:
@@ -80,13 +87,15 @@ def tree(options: argparse.Namespace, connect: Connect) -> int:
     """Show groups, and the tasks in them by name."""
     from otel_tasks_terminal.model import Model  # the other commands start without
 
+    check_node_option(options)
     client = connect()
     snapshot = client.snapshot()
     if is_json(options):
         print_json(snapshot)
         return ExitCode.OK
-    model, pen = Model(), pen_of(options)
+    model, pen = Model(only=options.node), pen_of(options)
     model.apply("snapshot", snapshot)
+    check_nodes(model)
     model.open_all()
     if options.tasks:
         _open_classes(model, client)
@@ -106,6 +115,8 @@ def _open_classes(model: Model, client: Source) -> None:
 
 
 def _note_more(model: Model) -> None:
+    if unheard := model.unheard():
+        print(f"no answer from {', '.join(map(clean, unheard))}", file=sys.stderr)
     for name, singular in (("groups", "group"), ("classes", "name of tasks")):
         if count := model.more.get(name):
             print(f"{counted(count, 'more ' + singular)} not shown", file=sys.stderr)
@@ -145,7 +156,8 @@ def cancel(options: argparse.Namespace, connect: Connect) -> int:
 
 def _check_unique(client: Source, wanted: str, task: Row) -> None:
     """Refuse a name that several live tasks have: the service would choose one of them."""
-    if wanted in (task.get("id"), task.get("task_id")):
+    if wanted in (task.get("id"), task.get("task_id")) or task.get("node"):
+        # The view of a fleet has looked for it itself.
         return
     same = [
         row
@@ -166,6 +178,8 @@ def _confirmed(found: Row) -> bool:
     says = phrases.doing(task, found.get("now", 0.0))
     print(f"cancel {clean(task.get('name'))}?", file=sys.stderr)
     print(f"  id         {clean(task.get('task_id'), 200)}", file=sys.stderr)
+    if task.get("node"):
+        print(f"  node       {clean(task['node'], 200)}", file=sys.stderr)
     if says:
         print(f"  now        {says}", file=sys.stderr)
     print(f"  also ends  {phrases.also_ended(found.get('children') or 0)}", file=sys.stderr)
@@ -213,4 +227,4 @@ def top(options: argparse.Namespace, connect: Connect) -> int:
         ) from None
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise usage("top needs a terminal: otel-tasks tree and watch work without")
-    return run(connect(), ascii_only=pen_of(options).ascii)
+    return run(connect(), ascii_only=pen_of(options).ascii, node=options.node)

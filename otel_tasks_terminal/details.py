@@ -88,6 +88,8 @@ def _other(other: Row, name: str = "?") -> str:
 
 
 def _ids(answer: Row, task: Row) -> Iterator[Fact]:
+    if task.get("node"):
+        yield "Node", clean(task["node"], 200), None
     yield "Task id", clean(task.get("task_id", "?"), 200), None
     if task.get("id"):
         yield "Id", clean(task["id"]), None

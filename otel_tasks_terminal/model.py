@@ -36,6 +36,7 @@ class Entry(NamedTuple):
         row: What the feed says of it.
         open: Whether the rows below it are shown; None if it cannot have any.
         instance: Of a task, which of the groups that share a row it belongs to: ``#4711``.
+        silent: The node of the row does not answer.
     """
 
     key: str
@@ -44,17 +45,25 @@ class Entry(NamedTuple):
     row: Row
     open: bool | None = None
     instance: str = ""
+    silent: bool = False
 
 
 class Model:
-    """The overview of one manager, kept up to date by events.
+    """The overview of one manager, or of a fleet, kept up to date by events.
 
     Args:
         clock: A monotonic clock.
+        only: The name, the host, or the host and process of the nodes that are shown; None for all.
+
+    Attributes:
+        only: The same, to be changed.
+        nodes: The nodes of a fleet, by name; none of a single process.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, only: str | None = None) -> None:
         self._clock = clock
+        self.only = only
+        self.nodes: dict[str, Row] = {}
         self._skew = 0.0
         self._frozen: float | None = None
         self.about: Row = {}
@@ -62,7 +71,7 @@ class Model:
         self.more: Row = {}
         self.epoch = 0.0
         self.samples: list[list[float]] = []
-        self.warnings: list[Row] = []
+        self._warnings: list[Row] = []
         self.ended: list[Row] = []
         self._groups: dict[str, Row] = {}
         self._classes: dict[str, Row] = {}
@@ -103,7 +112,8 @@ class Model:
         self.stats = data.get("stats", {})
         self.more = data.get("more", {})
         self.samples = list(data.get("samples", ()))[-MAX_SAMPLES:]
-        self.warnings = list(data.get("warnings", ()))
+        self._warnings = list(data.get("warnings", ()))
+        self.nodes = {node["node"]: node for node in data.get("nodes", ())}
         self.ended = list(data.get("ended", ()))[:MAX_ENDED]
         self._decide()
 
@@ -122,7 +132,9 @@ class Model:
         self.more = data.get("more", self.more)
         if "sample" in data:
             self.samples = [*self.samples, data["sample"]][-MAX_SAMPLES:]
-        self.warnings = list(data.get("warnings", self.warnings))
+        self._warnings = list(data.get("warnings", self._warnings))
+        if "nodes" in data:
+            self.nodes = {node["node"]: node for node in data["nodes"]}
         self.ended = [*data.get("ended", ()), *self.ended][:MAX_ENDED]
         self._decide()
 
@@ -159,6 +171,58 @@ class Model:
     def thaw(self) -> None:
         """Let ages go on."""
         self._frozen = None
+
+    # --- nodes ------------------------------------------------------------------------------------
+
+    @property
+    def warnings(self) -> list[Row]:
+        """The warnings of the nodes that are shown."""
+        own = self.about.get("node")
+        return [row for row in self._warnings if self.is_shown(row.get("node") or own)]
+
+    def is_shown(self, node: object) -> bool:
+        """Whether rows of a node are shown."""
+        return self.only is None or node == self.only or str(node).startswith(f"{self.only}/")
+
+    def shown_nodes(self) -> list[str]:
+        """The names of the nodes that are shown."""
+        return [node for node in self.nodes if self.is_shown(node)]
+
+    def silent_since(self, node: object) -> float | None:
+        """When a node answered last, if it does not answer now; None if it does."""
+        return self.nodes.get(str(node), {}).get("silent_since")
+
+    def is_silent(self, row: Row) -> bool:
+        """Whether the node of a row does not answer."""
+        return self.silent_since(row.get("node")) is not None
+
+    def unheard(self) -> list[str]:
+        """The nodes that are shown and have not answered: silent ones, and those that were just asked."""
+        silent = [node for node in self.nodes if self.silent_since(node) is not None]
+        return [node for node in self.shown_nodes() if node in silent or not self._has_root(node)]
+
+    def _has_root(self, node: str) -> bool:
+        return self.nodes[node].get("key") in self._groups
+
+    def _roots(self) -> list[Row]:
+        """The roots of the nodes that are shown. A node that has sent nothing yet has one that says so."""
+        roots = [row for row in self._groups.values() if row.get("parent") is None]
+        roots += [_unknown(node) for node in self.nodes if not self._has_root(node)]
+        return [{**row, **self._state(row)} for row in roots if self.is_shown(row.get("node"))]
+
+    def _state(self, root: Row) -> Row:
+        since = self.silent_since(root.get("node"))
+        return {} if since is None else {"silent_since": since}
+
+    def shown_stats(self) -> Row:
+        """The counters: of the whole fleet, or of the nodes that are shown, which have no rates."""
+        if self.only is None:
+            return self.stats
+        roots = self._roots()
+        count, queued, cancelling = (
+            sum(row.get(name) or 0 for row in roots) for name in ("count", "queued", "cancelling")
+        )
+        return {"running": count - queued - cancelling, "queued": queued, "cancelling": cancelling}
 
     @property
     def may_cancel(self) -> bool:
@@ -208,7 +272,11 @@ class Model:
             finished: Whether the tasks that ended last are shown below their class.
             hold: Whether the rows that were shown keep their places: someone is looking at them.
         """
-        return list(_Tree(self, sort, finished, hold).entries(None, 0))
+        return self.marked(_Tree(self, sort, finished, hold).entries(None, 0))
+
+    def marked(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Mark the rows of silent nodes."""
+        return [entry._replace(silent=self.is_silent(entry.row)) for entry in entries]
 
     def arrange(
         self, below: str | None, rows: Iterable[Row], order: Callable[[Row], Any], *, hold: bool
@@ -223,6 +291,8 @@ class Model:
 
     def children(self, parent: str | None) -> list[Row]:
         """The groups below a group."""
+        if parent is None:
+            return self._roots()
         return [row for row in self._groups.values() if row.get("parent") == parent]
 
     def classes(self, group: str) -> list[Row]:
@@ -309,9 +379,16 @@ def _key(row: Row) -> str:
     return key
 
 
+def _unknown(node: str) -> Row:
+    return {"key": f"node {node}", "parent": None, "name": "", "node": node, "kind": "root", "unknown": True}
+
+
 def row_order(row: Row, sort: str) -> tuple[Any, ...]:
     """The sort key of a group or class."""
     name, key = row.get("name", ""), row["key"]
+    if row.get("kind") == "root" and row.get("node"):
+        # Nodes often have managers of the same name.
+        name = f"{row['node']} {name}"
     oldest = row.get("oldest")
     age = math.inf if oldest is None else oldest
     return {

@@ -21,7 +21,7 @@ from otel_tasks.live.rows import Shown
 from otel_tasks.live.view import View
 from otel_tasks_terminal.errors import CommandError, ExitCode, usage
 from otel_tasks_terminal.source import Answer, Event
-from otel_tasks_terminal.text import clean, counted
+from otel_tasks_terminal.text import clean
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -134,7 +134,8 @@ class Observer:
             kind, _, data = stream.last("shutdown")
             return [_event(kind, data)]
         if not is_new:
-            raise self._unreachable(f"no answer within {timeout:g} s")
+            # A tick comes every second: the loop is held.
+            raise CommandError(ExitCode.UNREACHABLE, f"no news of {self} within {timeout:g} s")
         return [_event(kind, data) for kind, _, data in stream.news()]
 
     async def _answered(self, ask: Callable[[View], Awaitable[str]]) -> Answer:
@@ -169,7 +170,7 @@ class Observer:
                 f"{clean(error, 300)}; check user, password, and certificates in --fleet or OTEL_TASKS_FLEET",
             ) from None
         except BusUnavailableError as error:
-            raise self._unreachable(clean(error, 300)) from None
+            raise self._unavailable(error) from None
         return View(self._fleet.manager, Shown(), frozenset({"cancel"}), self._fleet)
 
     async def _only_namespace(self) -> str:
@@ -182,7 +183,7 @@ class Observer:
         if len(found) == 1:
             return found[0]
         if found:
-            raise usage(f"{self._server} has {_named(found)}: name one with --namespace")
+            raise usage(f"{self._server} has several fleets ({_named(found)}): choose with --namespace")
         raise CommandError(
             ExitCode.UNREACHABLE,
             f"{self._server} has no fleet: are host and database number right? Processes join with "
@@ -201,16 +202,19 @@ class Observer:
         others: list[str] = []
         with suppress(BusUnavailableError):
             others = sorted(await find_namespaces(self._url))
-        hint = f"; it has {_named(others)}" if others else ""
+        hint = f"; the fleets of this server are: {_named(others)}" if others else ""
         raise CommandError(ExitCode.UNREACHABLE, f"{self} has no nodes{hint}")
 
     def _check_bus(self) -> None:
         if self._fleet is not None and not self._fleet.link.is_up:
-            raise self._unreachable(clean(self._fleet.link.error or "the server is away", 300))
+            raise self._unavailable(self._fleet.link.error)
 
-    def _unreachable(self, why: str) -> CommandError:
-        hint = "does the server run? Name another one with --fleet or OTEL_TASKS_FLEET"
-        return CommandError(ExitCode.UNREACHABLE, f"cannot reach {self}: {why}; {hint}")
+    def _unavailable(self, error: BusUnavailableError | None) -> CommandError:
+        why = f"{self._server} is not available" if error is None else clean(error, 300).rstrip(".")
+        return CommandError(
+            ExitCode.UNREACHABLE,
+            f"{why}; does the server run? Name another one with --fleet or OTEL_TASKS_FLEET",
+        )
 
 
 class _Translated:
@@ -243,8 +247,7 @@ def _refusal(refusal: Refused) -> CommandError:
 
 
 def _named(namespaces: list[str]) -> str:
-    more = ", ..." if len(namespaces) > _LISTED else ""
-    return f"{counted(len(namespaces), 'fleet')} ({', '.join(map(clean, namespaces[:_LISTED]))}{more})"
+    return ", ".join([*map(clean, namespaces[:_LISTED]), *(["..."] if len(namespaces) > _LISTED else [])])
 
 
 def _event(kind: str, data: str) -> Event:

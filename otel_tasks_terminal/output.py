@@ -6,11 +6,16 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from otel_tasks_terminal.errors import usage
 from otel_tasks_terminal.pen import Pen, pen_for
+from otel_tasks_terminal.text import clean
+from otel_tasks_terminal.views import node_name
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable
+
+    from otel_tasks_terminal.model import Model
 
 
 def is_json(options: argparse.Namespace) -> bool:
@@ -32,3 +37,19 @@ def print_lines(lines: Iterable[str]) -> None:
     """Print lines."""
     for line in lines:
         print(line)
+
+
+def check_node_option(options: argparse.Namespace) -> None:
+    """Refuse ``--node`` where nothing is chosen."""
+    if is_json(options) and options.node:
+        raise usage("--json prints all that is answered: choose nodes by the field node")
+
+
+def check_nodes(model: Model) -> None:
+    """Say which nodes there are, if none has the name that was given."""
+    if model.only is None or model.shown_nodes():
+        return
+    if not model.nodes:
+        raise usage("this view shows one process: --node chooses those of a fleet")
+    names = ", ".join(map(node_name, model.nodes))
+    print(f"no node is called {clean(model.only)!r}: there are {names}", file=sys.stderr)

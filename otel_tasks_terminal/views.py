@@ -156,17 +156,34 @@ def head(model: Model, pen: Pen, state: str = "") -> Iterator[str]:
     yield pen.line(*counted_up)
     now = model.now()
     for warning in model.warnings[:MAX_WARNINGS]:
-        yield pen.line(("! ", "cancel"), (phrases.warning(warning, now), None))
+        yield pen.line(("! ", "cancel"), (warned(warning, now), None))
     if len(model.warnings) > MAX_WARNINGS:
         yield pen.line((f"! {counted(len(model.warnings) - MAX_WARNINGS, 'more warning')}", "cancel"))
 
 
+def warned(warning: Row, now: float) -> str:
+    """A warning, with its node if it is that of a fleet."""
+    says = phrases.warning(warning, now)
+    return f"{says} · {node_name(warning['node'])}" if warning.get("node") else says
+
+
 def identity(model: Model) -> str:
-    """The service, its host, and its process."""
+    """The service, its host, and its process; of a fleet, how many nodes it has."""
     about = model.about
-    return " · ".join(
-        clean(part) for part in (about.get("service"), about.get("host"), f"pid {about.get('pid')}") if part
-    )
+    parts = [about.get("service") or about.get("namespace")]
+    if model.nodes:
+        parts.append(_nodes(model))
+    if not model.nodes or about.get("node"):
+        # Otherwise, the one that answers is no part of what is shown.
+        parts += [about.get("host"), f"pid {about.get('pid')}"]
+    return " · ".join(clean(part) for part in parts if part)
+
+
+def _nodes(model: Model) -> str:
+    shown, count = model.shown_nodes(), len(model.nodes)
+    says = counted(count, "node") if model.only is None else f"{len(shown)} of {counted(count, 'node')}"
+    silent = sum(model.silent_since(node) is not None for node in shown)
+    return f"{says}, {silent} silent" if silent else says
 
 
 def access(model: Model) -> str:
@@ -177,7 +194,7 @@ def access(model: Model) -> str:
 
 
 def _counters(model: Model) -> list[Cell]:
-    stats, rates = model.stats, model.rates()
+    stats, rates = model.shown_stats(), model.rates()
     parts: list[Cell] = []
     for word, key, status in (
         ("running", "running", "running"),
@@ -186,6 +203,8 @@ def _counters(model: Model) -> list[Cell]:
     ):
         parts.append((f"{SHAPES[status]} {number(stats.get(key, 0))} {word}   ", TONES[status]))
     for index, status in enumerate(("completed", "failed", "cancelled")):
+        if status not in stats:
+            continue
         value = number(stats.get(status, 0)) if rates is None else f"{number(round(rates[index], 1))}/s"
         parts.append((f"{SHAPES[status]} {value} {status}   ", TONES[status]))
     parts[-1] = (parts[-1][0].rstrip(), parts[-1][1])
@@ -202,9 +221,15 @@ def tree(entries: Iterable[Entry], model: Model, pen: Pen) -> Iterable[str]:
     now = model.now()
     if pen.columns is not None and pen.columns < NARROW:
         cells = pen.columns
-        lines = (narrow_heading(cells), *(narrow_cells(entry, now, cells) for entry in entries))
+        rows = (dimmed(narrow_cells(entry, now, cells), entry) for entry in entries)
+        lines = (narrow_heading(cells), *rows)
         return (pen.line(*line).rstrip() for line in lines)
-    return table(pen, TREE, [tree_cells(entry, now) for entry in entries])
+    return table(pen, TREE, [dimmed(tree_cells(entry, now), entry) for entry in entries])
+
+
+def dimmed(cells: list[Cell], entry: Entry) -> list[Cell]:
+    """The cells of a row, without colors if its node is silent: they may be old."""
+    return [(text, "mute") for text, _ in cells] if entry.silent else cells
 
 
 def narrow_heading(cells: int) -> list[Cell]:
@@ -215,28 +240,33 @@ def narrow_heading(cells: int) -> list[Cell]:
 def narrow_cells(entry: Entry, now: float, cells: int) -> list[Cell]:
     """One row of a narrow terminal."""
     indent, row = "  " * entry.level, entry.row
-    if entry.kind == "more":
-        return [(_more(indent, row), "mute")]
+    if entry.kind == "more" or is_unknown(entry):
+        return [(_more(indent, row) if entry.kind == "more" else f"▸ {title(entry, now)}", "mute")]
     if entry.kind in ("group", "class"):
         oldest = row.get("oldest") if row.get("count") else None
         mark = "▾" if entry.open else "▸"
         return [
-            (fit(f"{indent}{mark} {title(entry)}", _names(cells)), "bold" if entry.kind == "group" else None),
+            (
+                fit(f"{indent}{mark} {title(entry, now)}", _names(cells)),
+                "bold" if entry.kind == "group" else None,
+            ),
             (number(row.get("count") or 0).rjust(COUNT), "cancel" if row.get("cancelling") else None),
             (("" if oldest is None else duration(now - oldest)).rjust(AGE), "mute"),
         ]
     return [*task_cells(entry, now, max(10, cells - AGE)), (task_age(row, now).rjust(AGE), None)]
 
 
-def task_cells(entry: Entry, now: float, cells: int) -> list[Cell]:
-    """A task and what it does, as wide as there is room."""
+def task_cells(entry: Entry, now: float, cells: int, *, with_node: bool = True) -> list[Cell]:
+    """A task and what it does, as wide as there is room; in a flat list, with its group, and its node."""
     row, tone = entry.row, tone_of(entry.row)
     says = _says(entry, now)
     shape = "·" if entry.kind == "ghost" else SHAPES.get(str(row.get("status")), "?")
     head = f"{'  ' * entry.level}{shape} "
     # The name goes first: one finds a task by it.
     name = cut(named(row, entry.instance), max(8, cells - width(head) - (12 if says else 0)))
-    group = f"  {clean(row['group_id'])}" if entry.level == 0 and row.get("group_id") else ""
+    places = [node_name(row.get("node"))] if with_node else []
+    places.append(clean(row.get("group_id") or ""))
+    group = "".join(f"  {part}" for part in places if part and entry.level == 0)
     left = cells - width(head) - width(name)
     return [
         (head, tone),
@@ -267,8 +297,8 @@ def _says(entry: Entry, now: float) -> str:
 def tree_cells(entry: Entry, now: float) -> list[Cell]:
     """The cells of one row."""
     indent, row = "  " * entry.level, entry.row
-    if entry.kind == "more":
-        return [(_more(indent, row), "mute"), *[("", None)] * (len(TREE) - 1)]
+    if entry.kind == "more" or is_unknown(entry):
+        return [*narrow_cells(entry, now, 0), *[("", None)] * (len(TREE) - 1)]
     if entry.kind in ("group", "class"):
         return _counted_cells(entry, indent, now)
     tone = tone_of(row)
@@ -287,7 +317,7 @@ def _counted_cells(entry: Entry, indent: str, now: float) -> list[Cell]:
     count, queued, cancelling = (row.get(key) or 0 for key in ("count", "queued", "cancelling"))
     mark = "▾" if entry.open else "▸"
     return [
-        (f"{indent}{mark} {title(entry)}", "bold" if entry.kind == "group" else None),
+        (f"{indent}{mark} {title(entry, now)}", "bold" if entry.kind == "group" else None),
         (number(count), None),
         (number(queued), "wait" if queued else "mute"),
         (number(count - queued - cancelling), None if count - queued - cancelling else "mute"),
@@ -297,9 +327,18 @@ def _counted_cells(entry: Entry, indent: str, now: float) -> list[Cell]:
     ]
 
 
-def title(entry: Entry) -> str:
-    """The name of a group or class, and how many it stands for."""
+def is_unknown(entry: Entry) -> bool:
+    """Whether a row stands for a node of which nothing is known, not even that it runs nothing."""
+    return bool(entry.row.get("unknown"))
+
+
+def title(entry: Entry, now: float) -> str:
+    """The name of a group or class, and how many it stands for; of a silent node, since when it is."""
     row = entry.row
+    if row.get("silent_since") is not None:
+        return f"{node_name(row['node'])} · silent for {duration(now - row['silent_since'])}"
+    if row.get("unknown"):
+        return f"{node_name(row['node'])} · no answer yet"
     times = row.get("count") if entry.kind == "class" else row.get("instances")
     is_node = entry.kind == "group" and row.get("parent") is None and row.get("node")
     parts = [node_name(row["node"])] if is_node else []

@@ -13,7 +13,7 @@ from otel_tasks_terminal import phrases, views
 from otel_tasks_terminal.errors import ExitCode
 from otel_tasks_terminal.follow import Follower, Lost
 from otel_tasks_terminal.model import Model
-from otel_tasks_terminal.output import is_json, pen_of, print_json
+from otel_tasks_terminal.output import check_node_option, check_nodes, is_json, pen_of, print_json
 from otel_tasks_terminal.pen import terminal_size
 from otel_tasks_terminal.text import clean, clock, cut, duration
 
@@ -34,7 +34,8 @@ _HOME, _REST_OF_LINE, _REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 
 def watch(options: argparse.Namespace, client: Source) -> int:
     """Follow the feed until the reader has enough."""
-    model = Model()
+    check_node_option(options)
+    model = Model(only=options.node)
     updates = _counted(Follower(client).updates(), model, options.count)
     if is_json(options):
         _as_json(updates)
@@ -47,11 +48,15 @@ def watch(options: argparse.Namespace, client: Source) -> int:
 
 def _counted(updates: Iterable[Event | Lost], model: Model, count: int | None) -> Iterator[Event | Lost]:
     """Apply each update to the model, and end after so many."""
+    is_checked = False
     for update in updates:
         if isinstance(update, Lost):
             yield update
             continue
         model.apply(update.name, update.data)
+        if update.name == "snapshot" and not is_checked:
+            is_checked = True
+            check_nodes(model)
         yield update
         if count is not None:
             count -= 1
@@ -146,10 +151,12 @@ def _log(data: Row, model: Model, pen: Pen, known: set[str]) -> set[str]:
     at = clock(model.epoch + data.get("now", now))
     for warning in model.warnings:
         if warning.get("key") not in known:
-            print(pen.line((f"{at}  ! {phrases.warning(warning, now)}", None)))
+            print(pen.line((f"{at}  ! {views.warned(warning, now)}", None)))
     if data.get("kind") == "delta":
         # From the oldest to the newest, as in any log; those that completed are only counted.
         for task in reversed(data.get("ended", ())):
+            if not model.is_shown(task.get("node")):
+                continue
             if task.get("status") != "completed" or task.get("cancel_ignored"):
                 print(pen.line((f"{at}  {_ended(task, now)}", None)))
     print(pen.line((f"{at}  {views.counters(model)}", None)))
@@ -158,4 +165,5 @@ def _log(data: Row, model: Model, pen: Pen, known: set[str]) -> set[str]:
 
 def _ended(task: Row, now: float) -> str:
     name, group = cut(clean(task.get("name", "?")), 60), clean(task.get("group_id", ""))
-    return f"{views.status(task)[:1]} {name}  {phrases.outcome(task, now)}  {group}"
+    node = f"  {views.node_name(task['node'])}" if task.get("node") else ""
+    return f"{views.status(task)[:1]} {name}  {phrases.outcome(task, now)}  {group}{node}"

@@ -80,6 +80,7 @@ class Top(App[int]):
         client: The connection to the live view.
         ascii_only: Whether only ASCII may be written.
         silenced: The warnings that are not shown.
+        node: The nodes of a fleet that are shown at first; None for all.
     """
 
     ENABLE_COMMAND_PALETTE = False
@@ -115,14 +116,21 @@ class Top(App[int]):
     .ascii Toast { border: none; }
     """
 
-    def __init__(self, client: Source, *, ascii_only: bool = False, silenced: Silenced | None = None) -> None:
+    def __init__(
+        self,
+        client: Source,
+        *,
+        ascii_only: bool = False,
+        silenced: Silenced | None = None,
+        node: str | None = None,
+    ) -> None:
         super().__init__()
         self._client = client
         self._pen = Pen(ascii=ascii_only)
         self.set_class(ascii_only, "ascii")
         ScrollBar.renderer = WholeCells if ascii_only else ScrollBarRender
         self._reader = Reader(client, self.post_message)
-        self.model = Model()
+        self.model = Model(only=node)
         self._silenced = silenced or Silenced()
         self._view = View(self.model, self._silenced)
         self._held: list[Event] | None = None
@@ -165,7 +173,7 @@ class Top(App[int]):
     @property
     def look(self) -> Look:
         """How text is drawn, on the background of the moment."""
-        return Look(self._pen, dark=self.current_theme.dark)
+        return Look(self._pen, dark=self.current_theme.dark, nodes=self._view.names_nodes)
 
     @property
     def painter(self) -> Painter:
@@ -435,6 +443,14 @@ class Top(App[int]):
             self._view.show_timeline(self.rows.current)
         self._look_at_another()
 
+    def action_node(self) -> None:
+        """Show another node of the fleet, or all of them."""
+        if not self.model.nodes:
+            self.notify("This view shows one process.", timeout=2)
+            return
+        self._view.next_node()
+        self._look_at_another()
+
     def action_ended(self) -> None:
         """Show the tasks that have ended."""
         self._view.show_ended()
@@ -471,6 +487,8 @@ class Top(App[int]):
             self.notify("This view is read-only: live_view(actions={'cancel'}) lets it cancel.", markup=False)
         elif not self.fresh:
             self.notify("The server does not answer: nothing can be cancelled now.")
+        elif self.model.is_silent(task):
+            self.notify("The task's node does not answer: nothing can be cancelled there now.")
         elif task.get("id") and "ended" not in task:
             name = str(task.get("name"))
             self.push_screen(Cancel(self._client, task["id"], name, self.look, lambda: self.fresh))
@@ -530,8 +548,8 @@ def _has_cancelling(entry: Entry) -> bool:
     return entry.kind == "class" and bool(entry.row.get("cancelling")) and not entry.open
 
 
-def run(client: Source, *, ascii_only: bool = False) -> int:
+def run(client: Source, *, ascii_only: bool = False, node: str | None = None) -> int:
     """Run the screen until the reader leaves it; return the exit code."""
-    app = Top(client, ascii_only=ascii_only, silenced=Silenced(state_file()))
+    app = Top(client, ascii_only=ascii_only, silenced=Silenced(state_file()), node=node)
     result = app.run()
     return app.return_code or 0 if result is None else result

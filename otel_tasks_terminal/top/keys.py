@@ -19,6 +19,7 @@ KEYS = [
     ("t", "", "turn", "tree, or flat list of the oldest"),
     ("g", "", "timeline", "timeline of the selected row; tree"),
     ("e", "", "ended", "the tasks that have ended"),
+    ("m", "", "node", "with a fleet: all nodes, or the next one"),
     ("f", "", "finished", "show finished tasks in the tree"),
     ("x", "", "cancel", "cancel the selected task"),
     ("Tab", "", "", "between the list and the panel, which j and k scroll"),

@@ -43,6 +43,7 @@ LIGHT = {
 # Not up to the full block: a line that does not change would be a wall.
 SPARKS = "▁▂▃▄▅"
 COUNTS = 7
+NODES = 18
 AGES = 22
 PROGRESS = 12
 
@@ -53,10 +54,12 @@ class Look:
     Args:
         pen: Whether only ASCII may be written.
         dark: Whether the background is dark.
+        nodes: Whether tasks have a column with their node.
     """
 
-    def __init__(self, pen: Pen, *, dark: bool) -> None:
+    def __init__(self, pen: Pen, *, dark: bool, nodes: bool = False) -> None:
         self._pen = pen
+        self._nodes = nodes
         self._tones = DARK if dark else LIGHT
 
     @property
@@ -100,6 +103,10 @@ class Look:
         counts = "".join(title.rjust(COUNTS) for title in ("COUNT", "WAIT", "RUN", "CANCEL"))
         if cells < views.NARROW:
             return self.text([(" ", None), *views.narrow_heading(cells - 1)])
+        if self._nodes:
+            names = cells - NODES - AGES - PROGRESS - 2
+            text = f"{fit(' NAME', names)}{fit('NODE', NODES)}  {fit('AGE', AGES)}{fit('PROGRESS', PROGRESS)}"
+            return self.text([(text, "mute")])
         text = f"{fit(' NAME', names)}{counts}  {fit('AGE p50 · p90 · max', AGES)}{fit('PROGRESS', PROGRESS)}"
         return self.text([(text, "mute")])
 
@@ -107,35 +114,37 @@ class Look:
         """One row of the list."""
         if entry.kind == "more":
             return self.text([(f"{_indent(entry)}… {_more(entry.row)}", "mute")])
-        if cells < views.NARROW:
-            return self.text([(" ", None), *views.narrow_cells(entry, now, cells - 1)])
-        return (self._counted if entry.kind in ("group", "class") else self._task)(entry, now, cells)
+        if cells < views.NARROW or views.is_unknown(entry):
+            parts = [(" ", None), *views.narrow_cells(entry, now, cells - 1)]
+        else:
+            draw = self._counted if entry.kind in ("group", "class") else self._task
+            parts = draw(entry, now, cells)
+        return self.text(views.dimmed(parts, entry))
 
-    def _counted(self, entry: Entry, now: float, cells: int) -> Text:
+    def _counted(self, entry: Entry, now: float, cells: int) -> list[Cell]:
         row = entry.row
         count, queued, cancelling = (row.get(key) or 0 for key in ("count", "queued", "cancelling"))
         running = count - queued - cancelling
-        return self.text(
-            [
-                (
-                    fit(_titled(entry), max(10, cells - self._rest(cells))),
-                    "bold" if entry.kind == "group" else None,
-                ),
-                (number(count).rjust(COUNTS), None),
-                (number(queued).rjust(COUNTS), "wait" if queued else "mute"),
-                (number(running).rjust(COUNTS), None if running else "mute"),
-                (number(cancelling).rjust(COUNTS), "cancel" if cancelling else "mute"),
-                ("  " + fit(views.ages(row, now), AGES), None),
-                *self._progress(row.get("progress")),
-            ]
-        )
+        return [
+            (
+                fit(_titled(entry, now), max(10, cells - self._rest(cells))),
+                "bold" if entry.kind == "group" else None,
+            ),
+            (number(count).rjust(COUNTS), None),
+            (number(queued).rjust(COUNTS), "wait" if queued else "mute"),
+            (number(running).rjust(COUNTS), None if running else "mute"),
+            (number(cancelling).rjust(COUNTS), "cancel" if cancelling else "mute"),
+            ("  " + fit(views.ages(row, now), AGES), None),
+            *self._progress(row.get("progress")),
+        ]
 
-    def _task(self, entry: Entry, now: float, cells: int) -> Text:
+    def _task(self, entry: Entry, now: float, cells: int) -> list[Cell]:
         row = entry.row
-        room = max(10, cells - AGES - PROGRESS - 3)
+        node = [(fit(views.node_name(row.get("node")), NODES), "mute")] if self._nodes else []
+        room = max(10, cells - AGES - PROGRESS - 3 - (NODES if node else 0))
         age = "  " + fit(views.task_age(row, now), AGES)
-        parts = views.task_cells(entry, now, room)
-        return self.text([(" ", None), *parts, (age, None), *self._progress(row.get("progress"))])
+        parts = views.task_cells(entry, now, room, with_node=not node)
+        return [(" ", None), *parts, *node, (age, None), *self._progress(row.get("progress"))]
 
     def _progress(self, report: Row | None) -> list[Cell]:
         total = (report or {}).get("total")
@@ -169,8 +178,8 @@ def _indent(entry: Entry) -> str:
     return " " + "  " * entry.level
 
 
-def _titled(entry: Entry) -> str:
-    return f"{_indent(entry)}{'▾' if entry.open else '▸'} {views.title(entry)}"
+def _titled(entry: Entry, now: float) -> str:
+    return f"{_indent(entry)}{'▾' if entry.open else '▸'} {views.title(entry, now)}"
 
 
 def _more(row: Row) -> str:

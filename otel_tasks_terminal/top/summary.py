@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from textual.widgets import Static
 
-from otel_tasks_terminal import phrases, views
+from otel_tasks_terminal import views
 from otel_tasks_terminal.pen import SHAPES, TONES, Cell
 from otel_tasks_terminal.text import counted, cut, fit, number, width
 
@@ -67,7 +67,7 @@ def _lines(
     if small or cells < NARROW:
         yield [
             (f"{SHAPES[status]} {_value(model, column, key)}  ", TONES[status])
-            for _, status, column, key in COUNTERS
+            for _, status, column, key in _shown(model)
         ]
     elif cells < WIDE:
         yield from _half(model, look, cells // 3)
@@ -75,10 +75,19 @@ def _lines(
         yield from _counters(model, look, min(20, cells // len(COUNTERS)))
 
 
+def _shown(model: Model) -> Sequence[tuple[str, str, int, str | None]]:
+    # Of single nodes, the feed has neither rates nor samples.
+    return COUNTERS if model.only is None else COUNTERS[:3]
+
+
+def _spark(model: Model, look: Look, column: int, cells: int) -> str:
+    return look.spark(model.series(column) if model.only is None else (), cells)
+
+
 def _warnings(shown: Sequence[Row], silenced: int, now: float) -> Iterator[Sequence[Cell]]:
     for index, warning in enumerate(shown[:MAX_WARNINGS], 1):
         opens = f"[{index}]" if warning.get("query") else ""
-        yield [(f"! {phrases.warning(warning, now)}  ", "cancel"), (opens, "mute")]
+        yield [(f"! {views.warned(warning, now)}  ", "cancel"), (opens, "mute")]
     if len(shown) > MAX_WARNINGS:
         yield [(f"! {counted(len(shown) - MAX_WARNINGS, 'more warning')}  ", "cancel"), ("[!]", "mute")]
     if silenced:
@@ -89,25 +98,25 @@ def _half(model: Model, look: Look, cells: int) -> Iterator[Sequence[Cell]]:
     """Two lines of three counters, each with its minute beside it: no word is cut."""
     for first in (0, 3):
         parts: list[Cell] = []
-        for word, status, column, key in COUNTERS[first : first + 3]:
+        for word, status, column, key in _shown(model)[first : first + 3]:
             text = fit(f"{SHAPES[status]} {_value(model, column, key)} {word}", WORDS)
-            parts.append((f"{text} {look.spark(model.series(column), cells - WORDS - 2)} ", TONES[status]))
+            parts.append((f"{text} {_spark(model, look, column, cells - WORDS - 2)} ", TONES[status]))
         yield parts
 
 
 def _counters(model: Model, look: Look, cells: int) -> Iterator[Sequence[Cell]]:
     yield [
         (fit(cut(f"{SHAPES[status]} {_value(model, column, key)} {word}", cells - 1), cells), TONES[status])
-        for word, status, column, key in COUNTERS
+        for word, status, column, key in _shown(model)
     ]
     yield [
-        (fit(look.spark(model.series(column), cells - 2), cells), TONES[status])
-        for _, status, column, _ in COUNTERS
+        (fit(_spark(model, look, column, cells - 2), cells), TONES[status])
+        for _, status, column, _ in _shown(model)
     ]
 
 
 def _value(model: Model, column: int, key: str | None) -> str:
     if key is not None:
-        return number(model.stats.get(key, 0))
+        return number(model.shown_stats().get(key, 0))
     rates = model.series(column)
     return f"{number(round(rates[-1], 1))}/s" if rates else "·/s"

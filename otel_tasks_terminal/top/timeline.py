@@ -55,7 +55,10 @@ class Timeline:
             if len(members) == 1:
                 rows.append(task_entry(members[0], 0, instance(members[0])))
                 continue
-            rows.append(Entry(f"band {group}", "band", 0, {"name": group, "struck": self._struck(members)}))
+            node, name = group
+            band = {"name": " · ".join(filter(None, (name, views.node_name(node)))), "node": node}
+            key = f"band {name} {node}".rstrip()
+            rows.append(Entry(key, "band", 0, {**band, "struck": self._struck(members)}))
             rows += [task_entry(task, 1) for task in members]
         return rows
 
@@ -74,10 +77,12 @@ class Timeline:
         return f"⊘ {phrases.because(task.get('cause') or {})}, {clock(self._model.epoch + at)}"
 
 
-def _groups(tasks: Iterable[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
+def _groups(tasks: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The tasks by their node, which is empty without a fleet, and their group."""
+    groups: dict[tuple[str, str], list[Row]] = {}
     for task in sorted(tasks, key=_order):
-        groups.setdefault(str(task.get("group_id", "")), []).append(task)
+        key = str(task.get("node") or ""), str(task.get("group_id", ""))
+        groups.setdefault(key, []).append(task)
     return groups
 
 

@@ -9,6 +9,7 @@ from otel_tasks_terminal import phrases
 from otel_tasks_terminal.model import SORTS, Entry, Model, task_entry, task_order
 from otel_tasks_terminal.text import clean, number
 from otel_tasks_terminal.top.timeline import Timeline
+from otel_tasks_terminal.views import node_name
 
 if TYPE_CHECKING:
     from otel_tasks_terminal.source import Pairs, Source
@@ -112,7 +113,7 @@ class View:
         if entry is not None:
             row = entry.row
             if entry.kind == "group" and row.get("parent") is None:
-                self._scope = None
+                self._scope = _of_node(row["node"]) if row.get("node") else None
             elif entry.kind in ("group", "class"):
                 self._scope = _bars([("key", entry.key)], row.get("name"))
             elif row.get("group_id"):
@@ -128,9 +129,34 @@ class View:
         """The list that is in sight; None for the views that the stream feeds."""
         question = self._list
         if self.name == "timeline":
-            root = next(iter(self._model.children(None)), {})
-            question = self._scope or _bars([], root.get("name"))
-        return None if question is None else question._replace(sort=self._sort)
+            question = self._scope or _bars([], self._whole())
+        if question is None:
+            return None
+        only = self._model.only
+        if only is not None and "node" not in dict(question.pairs):
+            question = question._replace(pairs=(*question.pairs, ("node", only)))
+        return question._replace(sort=self._sort)
+
+    def _whole(self) -> object:
+        """What everything is called."""
+        if self._model.nodes:
+            return self._model.only or "all nodes"
+        return next(iter(self._model.children(None)), {}).get("name")
+
+    # --- nodes ------------------------------------------------------------------------------------
+
+    @property
+    def names_nodes(self) -> bool:
+        """Whether each task has its node beside it: in a tree, the rows above say it."""
+        return bool(self._model.nodes) and (self._list is not None or self.name == "oldest")
+
+    def next_node(self) -> None:
+        """Look at the next node of the fleet; after the last one, at all of them."""
+        names: list[str | None] = [None, *sorted(self._model.nodes)]
+        # What was named by its host may be several nodes.
+        shown = self._model.only
+        self._model.only = names[(names.index(shown) + 1) % len(names)] if shown in names else None
+        self.listing = None
 
     def open_warning(self, warning: Row) -> bool:
         """Look at the tasks behind a warning; return whether they can be listed."""
@@ -200,11 +226,13 @@ class View:
         """Return the rows."""
         listed: list[Row] = (self.listing or {}).get("rows", [])
         if self.name == "timeline":
-            return self.timeline.entries(listed)
+            return self._model.marked(self.timeline.entries(listed))
         if self._list is not None:
             return self._flat("list", listed, hold=hold)
         if self.name == "oldest":
-            return self._flat("oldest", self._model.members("oldest") or [], hold=hold)
+            oldest = self._model.members("oldest") or []
+            shown = [row for row in oldest if self._model.is_shown(row.get("node"))]
+            return self._flat("oldest", shown, hold=hold)
         return self._model.tree(self._sort, finished=self.finished, hold=hold)
 
     def _flat(self, name: str, tasks: list[Row], *, hold: bool) -> list[Entry]:
@@ -212,15 +240,17 @@ class View:
         live = [task for task in tasks if "ended" not in task]
         sort = "age" if name == "oldest" else self._sort
         arranged = self._model.arrange(name, live, lambda task: task_order(task, sort), hold=hold)
-        return [task_entry(task, 0) for task in (*arranged, *ended)]
+        return self._model.marked(task_entry(task, 0) for task in (*arranged, *ended))
 
     def note(self) -> str:
         """What the list is, and what it leaves out."""
+        only = self._model.only
+        chosen = "" if only is None else f"only {node_name(only)}, m: next · "
         question = self.question
         if question is not None:
-            return f"{self._listed(question)} · Esc: back"
+            return f"{chosen}{self._listed(question)} · Esc: back"
         if self.name == "oldest":
-            return f"the {OLDEST} oldest tasks · t: tree"
+            return f"{chosen}the {OLDEST} oldest tasks · t: tree"
         if not self._model.about:
             return ""
         more = [
@@ -229,8 +259,10 @@ class View:
             if count and name != "cancelling"
         ]
         rest = f" · not shown: {', '.join(more)}" if more else ""
+        if only is not None and not self._model.shown_nodes():
+            chosen = f"no node is called {clean(only)!r}, m: all · "
         empty = "nothing runs · " if not self._model.stats.get("live") else ""
-        return f"{empty}sorted by {self._sort}{rest} · ?: keys"
+        return f"{chosen}{empty}sorted by {self._sort}{rest} · ?: keys"
 
     def _listed(self, question: Question) -> str:
         """What a list is, how many tasks it has, and how many of them are not shown."""
@@ -239,17 +271,26 @@ class View:
         if self.listing is None:
             return f"{label} · …"
         live, ended = self.listing["live"], self.listing["ended"]
+        silent = sorted({*live.get("silent", ()), *ended.get("silent", ())})
+        missing = f", no answer from {', '.join(map(node_name, silent))}" if silent else ""
         if timed and not self.listing["rows"]:
+            if silent:
+                return f"{label}{missing}: what is there is not known"
             return f"No task of {question.label} is live, and none is remembered."
         parts = [_of(live, "live")] if question.states != "ended" else []
         if ended["rows"] or question.states in ("ended", "both"):
             parts.append(_of(ended, "ended"))
         searched = ", not all were searched" if live.get("partial") else ""
-        return f"{label} · {', '.join(parts)}{searched}"
+        return f"{label} · {', '.join(parts)}{searched}{missing}"
 
 
 def _bars(pairs: Pairs, label: object) -> Question:
     return Question(tuple(pairs), clean(label or ""), "both", limit=BARS)
+
+
+def _of_node(node: object) -> Question:
+    # By its name and not by the key of its root, which is not known before the node has answered.
+    return _bars([("node", str(node))], node_name(node))
 
 
 def _of(answer: Row, state: str) -> str:
