@@ -215,10 +215,13 @@ class Model:
         return {} if since is None else {"silent_since": since}
 
     def shown_stats(self) -> Row:
-        """The counters: of the whole fleet, or of the nodes that are shown, which have no rates."""
+        """The counters: of the whole fleet, or of the nodes that are shown, as far as they have answered."""
         if self.only is None:
             return self.stats
-        roots = self._roots()
+        # Of single nodes, the feed has no rates.
+        roots = [row for row in self._roots() if "count" in row]
+        if not roots:
+            return {}
         count, queued, cancelling = (
             sum(row.get(name) or 0 for row in roots) for name in ("count", "queued", "cancelling")
         )

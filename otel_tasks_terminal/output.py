@@ -52,4 +52,4 @@ def check_nodes(model: Model) -> None:
     if not model.nodes:
         raise usage("this view shows one process: --node chooses those of a fleet")
     names = ", ".join(map(node_name, model.nodes))
-    print(f"no node is called {clean(model.only)!r}: there are {names}", file=sys.stderr)
+    print(f"no node is called {clean(model.only)!r}: the nodes are {names}", file=sys.stderr)

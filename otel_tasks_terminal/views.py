@@ -153,7 +153,8 @@ def head(model: Model, pen: Pen, state: str = "") -> Iterator[str]:
     if pen.columns is not None and sum(width(text) for text, _ in counted_up) > pen.columns:
         yield pen.line(*counted_up[:3])
         counted_up = counted_up[3:]
-    yield pen.line(*counted_up)
+    if counted_up:
+        yield pen.line(*counted_up)
     now = model.now()
     for warning in model.warnings[:MAX_WARNINGS]:
         yield pen.line(("! ", "cancel"), (warned(warning, now), None))
@@ -201,14 +202,14 @@ def _counters(model: Model) -> list[Cell]:
         ("waiting", "queued", "queued"),
         ("cancelling",) * 3,
     ):
-        parts.append((f"{SHAPES[status]} {number(stats.get(key, 0))} {word}   ", TONES[status]))
+        if key in stats:
+            parts.append((f"{SHAPES[status]} {number(stats[key])} {word}   ", TONES[status]))
     for index, status in enumerate(("completed", "failed", "cancelled")):
         if status not in stats:
             continue
         value = number(stats.get(status, 0)) if rates is None else f"{number(round(rates[index], 1))}/s"
         parts.append((f"{SHAPES[status]} {value} {status}   ", TONES[status]))
-    parts[-1] = (parts[-1][0].rstrip(), parts[-1][1])
-    return parts
+    return [*parts[:-1], *((text.rstrip(), tone) for text, tone in parts[-1:])]
 
 
 def counters(model: Model) -> str:

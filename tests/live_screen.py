@@ -62,15 +62,19 @@ async def screen(
     *,
     ascii_only: bool = False,
     silenced: Silenced | None = None,
+    node: str | None = None,
+    ready: Callable[[Top], object] = lambda app: app.rows.entries,
 ) -> AsyncIterator[Screen]:
     """The screen, once it has shown its first rows."""
     view = view or prepared()
     view.stays_open = True
     view.streams = [[("snapshot", snapshot())]] if not view.streams else view.streams
     with serving(view):
-        app = Top(Client(Address.parse(view.url), timeout=5), ascii_only=ascii_only, silenced=silenced)
+        app = Top(
+            Client(Address.parse(view.url), timeout=5), ascii_only=ascii_only, silenced=silenced, node=node
+        )
         async with app.run_test(size=size, notifications=True) as pilot:
             shown = Screen(app, pilot, view)
-            await shown.until(lambda: app.rows.entries)
+            await shown.until(lambda: ready(app))
             yield shown
             app.exit(0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import subprocess
 import sys
 import threading
 import time
@@ -85,13 +87,16 @@ class Hosting(Observer):
 
 
 @pytest.fixture
-def no_thread_is_left() -> Iterator[None]:
-    """Every command ends its thread."""
+def nothing_is_left() -> Iterator[None]:
+    """Every command ends its thread; that it says itself what the log would is for its process alone."""
+    log = logging.getLogger("otel_tasks")
+    level = log.level
     yield
+    log.setLevel(level)
     assert [thread.name for thread in threading.enumerate() if thread.name == "otel-tasks fleet"] == []
 
 
-pytestmark = pytest.mark.usefixtures("no_thread_is_left")
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 
 @pytest.fixture
@@ -267,8 +272,6 @@ import sys
 sys.modules["fastapi"] = sys.modules["starlette"] = None
 import otel_tasks_terminal.observer
 """
-    import subprocess
-
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
 

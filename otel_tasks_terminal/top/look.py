@@ -105,8 +105,8 @@ class Look:
             return self.text([(" ", None), *views.narrow_heading(cells - 1)])
         if self._nodes:
             names = cells - NODES - AGES - PROGRESS - 2
-            text = f"{fit(' NAME', names)}{fit('NODE', NODES)}  {fit('AGE', AGES)}{fit('PROGRESS', PROGRESS)}"
-            return self.text([(text, "mute")])
+            columns = (" NAME", names), ("  NODE", NODES), ("  AGE", AGES + 2), ("PROGRESS", PROGRESS)
+            return self.text([("".join(fit(*column) for column in columns), "mute")])
         text = f"{fit(' NAME', names)}{counts}  {fit('AGE p50 · p90 · max', AGES)}{fit('PROGRESS', PROGRESS)}"
         return self.text([(text, "mute")])
 
@@ -140,7 +140,7 @@ class Look:
 
     def _task(self, entry: Entry, now: float, cells: int) -> list[Cell]:
         row = entry.row
-        node = [(fit(views.node_name(row.get("node")), NODES), "mute")] if self._nodes else []
+        node = [("  " + fit(views.node_name(row.get("node")), NODES - 2), "mute")] if self._nodes else []
         room = max(10, cells - AGES - PROGRESS - 3 - (NODES if node else 0))
         age = "  " + fit(views.task_age(row, now), AGES)
         parts = views.task_cells(entry, now, room, with_node=not node)

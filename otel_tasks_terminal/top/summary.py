@@ -77,7 +77,8 @@ def _lines(
 
 def _shown(model: Model) -> Sequence[tuple[str, str, int, str | None]]:
     # Of single nodes, the feed has neither rates nor samples.
-    return COUNTERS if model.only is None else COUNTERS[:3]
+    stats = model.shown_stats()
+    return COUNTERS if model.only is None else [counter for counter in COUNTERS if counter[3] in stats]
 
 
 def _spark(model: Model, look: Look, column: int, cells: int) -> str:

@@ -142,15 +142,20 @@ class Bars:
         shape = "·" if entry.kind == "ghost" else SHAPES.get(str(task.get("status")), "?")
         head = f"{' ' * (1 + 2 * entry.level)}{shape} "
         took = duration(now - created) if ended is None else fine(ended - created)
-        return self._look.text(
-            [
-                (head, tone),
-                (fit(_named(task, entry.instance, label - width(head)), label - width(head)), None),
-                (" ", None),
-                *_merged(self._bar(task, now, bar)),
-                (took.rjust(TOOK), None),
-            ]
-        )
+        parts: list[Cell] = [
+            (head, tone),
+            (fit(_named(task, self._place(entry, label), label - width(head)), label - width(head)), None),
+            (" ", None),
+            *_merged(self._bar(task, now, bar)),
+            (took.rjust(TOOK), None),
+        ]
+        return self._look.text(views.dimmed(parts, entry))
+
+    @staticmethod
+    def _place(entry: Entry, cells: int) -> str:
+        """What tells tasks of one name apart: the request, and the node where no heading names it."""
+        node = views.node_name(entry.row.get("node")) if entry.level == 0 else ""
+        return " ".join(part for part in (entry.instance, cut(node, cells // 2)) if part)
 
     def _bar(self, task: Row, now: float, cells: int) -> list[Cell]:
         """The cells of a bar, each with its tone."""

@@ -79,7 +79,7 @@ let rendered = 0;
 function renderNow() {
   const timed = view.name === "timeline";
   $("list").hidden = timed;
-  if (timed) timeline.show([...found.live, ...found.ended], scope().label);
+  if (timed) timeline.show([...found.live, ...found.ended], scope().label, found.silent);
   else {
     timeline.hide();
     const rows = entries();
@@ -211,7 +211,8 @@ async function ask(force = false) {
     const also = timed || onlyEnded || (view.q && (view.finished || first.total === 0));
     const second = also ? await get(`v1/tasks?${ended}`) : null;
     if (mine !== round) return;
-    Object.assign(found, { live: first?.rows ?? [], ended: second?.rows ?? [], total: first?.total ?? 0, partial: first?.partial, asking: false });
+    const silent = [first, second].some((answer) => answer?.silent?.length);
+    Object.assign(found, { live: first?.rows ?? [], ended: second?.rows ?? [], total: first?.total ?? 0, partial: first?.partial, silent, asking: false });
   } catch (error) {
     if (mine !== round) return;
     found.asking = false;
@@ -233,7 +234,9 @@ function showTimeline(query, label) {
 function choose(name) {
   const entry = list.current;
   if (name === "timeline" && entry) {
-    if (entry.kind === "group" || entry.kind === "class") view.scope = { query: new URLSearchParams({ key: entry.key }), label: entry.data.name };
+    // A node by its name: the key of its root is not known before it has answered.
+    if (entry.data.parent === null && entry.data.node) view.scope = { query: new URLSearchParams({ node: entry.data.node }), label: nodeName(entry.data.node) };
+    else if (entry.kind === "group" || entry.kind === "class") view.scope = { query: new URLSearchParams({ key: entry.key }), label: entry.data.name };
     else if (entry.data.group_id) view.scope = { query: new URLSearchParams({ group_id: entry.data.group_id }), label: entry.data.group_id };
   }
   Object.assign(view, { name, list: null });
