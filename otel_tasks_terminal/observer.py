@@ -177,7 +177,8 @@ class Observer:
         try:
             found = sorted(await find_namespaces(self._url))
         except BusRefusedError as error:
-            if "scan" not in str(error).casefold():
+            # Of the server's refusals, one that is not about the password.
+            if "permission" not in str(error).casefold():
                 raise
             raise usage(f"this user of {self._server} may not list fleets: use --namespace") from None
         if len(found) == 1:

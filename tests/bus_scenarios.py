@@ -267,6 +267,24 @@ async def fleets_are_apart(world: World) -> None:
     assert await bank.claim("t", "b", "d") is Claim.TAKEN
 
 
+async def fleets_with_nodes_are_found(world: World) -> None:
+    """A server names its fleets, but not those whose nodes have left, or were killed."""
+    shop, bank, mill, farm = [await world.bus(name) for name in ("shop", "bank", "mill", "farm")]
+    before = await shop.namespaces()
+    for bus in (shop, bank):
+        await bus.announce("a", b"", 30.0)
+    await mill.announce("killed", b"", 1.0)
+    await farm.announce("left", b"", 30.0)
+    await farm.leave("left")
+    assert _first_words(await bank.namespaces() - before) == {"shop", "bank", "mill"}
+    await asyncio.sleep(1.1)
+    assert _first_words(await bank.namespaces() - before) == {"shop", "bank"}
+
+
+def _first_words(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
 async def a_closed_bus_refuses(world: World) -> None:
     """A bus that was closed, once or twice, refuses calls until it is connected again."""
     bus = await world.bus()
@@ -300,6 +318,7 @@ SCENARIOS: list[Scenario] = [
     leases_expire_unless_renewed,
     many_claims_are_renewed,
     fleets_are_apart,
+    fleets_with_nodes_are_found,
     a_closed_bus_refuses,
 ]
 

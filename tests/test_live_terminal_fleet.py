@@ -105,8 +105,8 @@ def hosted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def host(**options: Any) -> None:
         def source(url: str, namespace: str | None, *, timeout: float) -> FleetSource:
-            observer = Hosting(**{"namespace": namespace, **options})
-            return FleetSource(_LoopThread(observer), timeout=timeout)
+            chosen: dict[str, Any] = {"namespace": namespace, **options}
+            return FleetSource(_LoopThread(Hosting(**chosen)), timeout=timeout)
 
         monkeypatch.setattr(terminal_fleet, "fleet_source", source)
 

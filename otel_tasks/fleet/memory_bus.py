@@ -150,7 +150,7 @@ class MemoryBus:
 
     async def namespaces(self) -> set[str]:
         """Return the fleets of the server that have nodes."""
-        servers = _servers[asyncio.get_running_loop()]
+        servers = _servers.get(asyncio.get_running_loop(), {})
         return {fleet for (name, fleet), each in servers.items() if name == self._names[0] and each.roster()}
 
     async def leave(self, node: str) -> None:

@@ -57,7 +57,6 @@ async def find_namespaces(url: str) -> set[str]:
     """
     bus = open_bus(url, "any")
     try:
-        await bus.connect()
         return set(filter(_is_namespace, await bus.namespaces()))
     finally:
         await bus.close()
