@@ -70,6 +70,8 @@ def _filters(options: argparse.Namespace) -> Pairs:
 def _note_rest(answer: Row, *, ended: bool, filtered: bool) -> None:
     """Say on stderr what the list does not: nothing found, or more than this."""
     shown, total = len(answer["rows"]), answer.get("total") or 0
+    # All pages of a fleet together have 1,000 rows.
+    is_cut = "silent" in answer and 0 < shown < total and not answer.get("next")
     kind = "ended task" if ended else "live task"
     if not shown:
         print(f"no {kind}{' matches' if filtered else ''}", file=sys.stderr)
@@ -77,9 +79,13 @@ def _note_rest(answer: Row, *, ended: bool, filtered: bool) -> None:
         print(
             f"{number(shown)} of {counted(total, kind)}: --limit, or a filter, shows others", file=sys.stderr
         )
+    elif is_cut:
+        print(
+            f"{number(shown)} of {counted(total, kind)}: --node, or a filter, shows others", file=sys.stderr
+        )
     if answer.get("silent"):
         print(f"no answer from {', '.join(map(clean, answer['silent']))}", file=sys.stderr)
-    if answer.get("partial"):
+    if answer.get("partial") and not is_cut:
         print("not all tasks were searched by their line: add a word or --group", file=sys.stderr)
 
 

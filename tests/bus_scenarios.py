@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from otel_tasks.fleet.bus import START, BusUnavailableError, Claim, Entry, position_of
+from otel_tasks.fleet.bus import END, START, BusUnavailableError, Claim, Entry, position_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -83,6 +83,16 @@ async def reading_goes_on_after_a_position(world: World) -> None:
     time, number = position_of(ids[3])
     beyond = f"{time + 3_600_000}-{number}"
     assert [entry.payload for entry in await _written(bus, "a", beyond)] == [b"0", b"1", b"2", b"3"]
+
+
+async def reading_starts_at_the_end(world: World) -> None:
+    """One that needs nothing of the past reads what comes, also of a log without entries."""
+    bus = await world.bus()
+    for payload in (b"first", b"second"):
+        async with _reading(await world.bus(), "a", END) as reader:
+            assert await _batches_until_caught_up(reader) == []
+            await bus.publish(payload)
+            assert [entry.payload for entry in await anext(reader)] == [payload]
 
 
 async def an_inbox_is_one_nodes(world: World) -> None:
@@ -306,6 +316,7 @@ SCENARIOS: list[Scenario] = [
     concurrent_entries_keep_their_order,
     every_reader_gets_the_log,
     reading_goes_on_after_a_position,
+    reading_starts_at_the_end,
     an_inbox_is_one_nodes,
     ages_are_the_servers,
     the_clock_is_the_servers,

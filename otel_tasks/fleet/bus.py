@@ -35,6 +35,8 @@ INBOX_KEPT: Final = 60.0
 INBOX_LIMIT: Final = 10_000
 # The position before all entries.
 START: Final = "0-0"
+# In place of a position: after all entries that there are.
+END: Final = "end"
 
 
 class BusUnavailableError(OtelTasksError):
@@ -125,7 +127,7 @@ class Bus(Protocol):
         Args:
             inbox: The node whose inbox to read. The first call also reads what came before; each further one
                 goes on where the one before stopped.
-            after: The position in the log; ``START`` for all that it has.
+            after: The position in the log; ``START`` for all that it has, ``END`` for what comes from now on.
         """
         ...
 

@@ -57,6 +57,7 @@ class Link:
     Args:
         bus: The bus.
         node: The name of this node.
+        after: The position after which the log is read.
 
     Attributes:
         bus: The bus.
@@ -71,13 +72,13 @@ class Link:
         >>> await link.start(timeout=5.0)
     """
 
-    def __init__(self, bus: Bus, node: str) -> None:
+    def __init__(self, bus: Bus, node: str, *, after: str = START) -> None:
         self.bus = bus
         self.node = node
         self.is_up = False
         self.judges = False
         self.synced = False
-        self._inlet = _Inlet(node, lambda number, entry_id: self._outbox.written(number, entry_id))
+        self._inlet = _Inlet(node, after, lambda number, entry_id: self._outbox.written(number, entry_id))
         self._outbox = Outbox(bus, self._fail, self._inlet.published)
         self._on_state: list[Callable[[], None]] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -362,14 +363,15 @@ class _Inlet:
 
     Args:
         node: This node.
+        after: The position after which the log is read.
         written: Called with the number and the id of each entry of this node that the log has.
     """
 
-    def __init__(self, node: str, written: Callable[[int, str], None]) -> None:
+    def __init__(self, node: str, after: str, written: Callable[[int, str], None]) -> None:
         self._node = node
         self._written = written
         self._handlers: dict[type[FleetEntry], list[Callable[[Any, Entry], None]]] = {}
-        self.resume_after = START
+        self.resume_after = after
         self.position = START
         self._at = position_of(START)
         # The sender and the number of entries that were read. Its order is that of their reading.

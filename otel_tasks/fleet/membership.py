@@ -7,6 +7,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Final
 
+from otel_tasks.fleet.bus import END, START
 from otel_tasks.fleet.cancellations import Cancellations
 from otel_tasks.fleet.cancelling import Canceller
 from otel_tasks.fleet.gathering import Gathering
@@ -48,7 +49,8 @@ class Membership:
         self.loop = asyncio.get_running_loop()
         self.pid = os.getpid()
         self.node = new_name()
-        self.link = Link(bus, self.node)
+        # An observer has no tasks that the cancellations of the last hour could concern.
+        self.link = Link(bus, self.node, after=START if is_node else END)
         self.keeper = Keeper(bus, self.node)
         self.cancellations = Cancellations()
         self._gathering = Gathering(self.link)

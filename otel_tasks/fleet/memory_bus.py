@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from otel_tasks.fleet.bus import (
     DONE_KEPT,
+    END,
     INBOX_KEPT,
     INBOX_LIMIT,
     KEPT,
@@ -122,7 +123,7 @@ class MemoryBus:
 
         Cancellation: ends the iteration.
         """
-        position = position_of(after)
+        position = self._server.last() if after == END else position_of(after)
         if self._server.last() < position:
             position = position_of(START)
         caught_up = False

@@ -25,6 +25,7 @@ from redis.exceptions import NoScriptError, RedisError
 from otel_tasks.fleet.bus import (
     CALL_TIMEOUT,
     DONE_KEPT,
+    END,
     INBOX_KEPT,
     INBOX_LIMIT,
     KEPT,
@@ -173,6 +174,8 @@ class RedisBus:
         log, own = self._key("cancel"), self._key("inbox", inbox)
         reading = _Reading(self._make_connection(), self.address)
         try:
+            if after == END:
+                after = await self._newest(log) or START
             async for batch in self._catch_up(log, after):
                 yield batch
                 after = batch[-1].id
@@ -191,12 +194,16 @@ class RedisBus:
         finally:
             await reading.close()
 
+    async def _newest(self, log: str) -> str | None:
+        (entries,) = await self._channel.call(("XREVRANGE", log, "+", "-", "COUNT", 1))
+        return str(entries[0][0].decode()) if entries else None
+
     async def _catch_up(self, log: str, after: str) -> AsyncGenerator[list[Entry]]:
         """Iterate over the log after a position, up to now."""
-        (entries,) = await self._channel.call(("XREVRANGE", log, "+", "-", "COUNT", 1))
-        if not entries:
+        newest = await self._newest(log)
+        if newest is None:
             return
-        if position_of(entries[0][0].decode()) < position_of(after):
+        if position_of(newest) < position_of(after):
             after = START
         batch: list[Entry] = []
         while True:
