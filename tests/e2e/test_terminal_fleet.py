@@ -63,18 +63,17 @@ class Worker:
 class Shop:
     """A fleet of two workers, and how commands reach it."""
 
-    def __init__(self, redis: Redis, namespace: str, directory: Path, workers: Sequence[str] = "ab") -> None:
+    def __init__(self, redis: Redis, directory: Path, workers: Sequence[str] = "ab") -> None:
         self.redis = redis
-        self.namespace = namespace
         self._directory = directory
-        self.workers = [Worker(redis.url, namespace, name) for name in workers]
+        self.workers = [Worker(redis.url, "shop", name) for name in workers]
 
     def environment(self, **more: str) -> dict[str, str]:
         """The environment of a command, which reports what it leaves behind."""
         dropped = ("NO_COLOR", "COLUMNS", "LINES", "OTEL_TASKS_URL", "OTEL_TASKS_TOKEN")
         return {name: value for name, value in os.environ.items() if name not in dropped} | {
             "OTEL_TASKS_FLEET": self.redis.url,
-            "OTEL_TASKS_NAMESPACE": self.namespace,
+            "OTEL_TASKS_NAMESPACE": "shop",
             "PYTHONPATH": str(REPOSITORY),
             "PYTHONIOENCODING": "utf-8",
             "PYTHONWARNINGS": "error",
@@ -106,10 +105,14 @@ class Shop:
 
     def keys(self) -> set[str]:
         """The names of the nodes that have left something on the server."""
-        with self.redis.client() as client:
-            inboxes = [key.decode() for key in client.keys(f"{{{self.namespace}}}:inbox:*")]
-            nodes = [node.decode() for node in client.hkeys(f"{{{self.namespace}}}:nodes")]
-        return {key.rpartition(":inbox:")[2] for key in inboxes} | set(nodes)
+        with self.redis.client(decode_responses=True) as client:
+            inboxes = [str(key).rpartition(":inbox:")[2] for key in client.keys("{shop}:inbox:*")]
+        return {*inboxes, *self.roster()}
+
+    def roster(self) -> set[str]:
+        """The names of the nodes."""
+        with self.redis.client(decode_responses=True) as client:
+            return set(map(str, client.hkeys("{shop}:nodes")))
 
     def terminal(self, *arguments: str, columns: int = 120) -> Terminal:
         """A terminal that runs a command."""
@@ -126,7 +129,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
     """A fleet for tests that leave it as it is, the only one of its server."""
     directory = tmp_path_factory.mktemp("shop")
     with contextmanager(running)(redis_in(directory / "redis")) as redis:
-        shop = Shop(redis, "shop", directory)
+        shop = Shop(redis, directory)
         yield shop
         shop.close()
 
@@ -134,7 +137,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
 @pytest.fixture
 def own_shop(own_redis: Redis, tmp_path: Path) -> Iterator[Shop]:
     """A fleet, and a server, of this test alone."""
-    shop = Shop(own_redis, "shop", tmp_path)
+    shop = Shop(own_redis, tmp_path)
     yield shop
     shop.close()
 
@@ -199,9 +202,7 @@ def test_a_signal_ends_it_in_silence(number: signal.Signals, code: int, shop: Sh
     watching.send_signal(number)
     _, err = watching.communicate(timeout=PATIENCE)
     assert (watching.returncode, err) == (code, b"")
-    with shop.redis.client() as client:
-        nodes = {node.decode() for node in client.hkeys("{shop}:nodes")}
-    assert nodes == {worker.node for worker in shop.workers}
+    assert shop.roster() == {worker.node for worker in shop.workers}
 
 
 # --- what goes wrong -------------------------------------------------------------------------------
@@ -225,18 +226,18 @@ def test_a_password_is_used_and_never_shown(tmp_path: Path) -> None:
     with ExitStack() as stack:
         server = stack.enter_context(contextmanager(running)(redis_in(tmp_path / "redis", options)))
         url = server.url.replace("redis://", "redis://:s3cret@")
-        shop = Shop(server, "", tmp_path, workers=())
+        shop = Shop(server, tmp_path, workers=())
         stack.callback(Worker(url, "shop", "a").close)
-        code, out, err = shop.call("ls", "-q", OTEL_TASKS_FLEET=url)
+        code, out, err = shop.call("ls", "-q", OTEL_TASKS_FLEET=url, OTEL_TASKS_NAMESPACE="")
         assert (code, len(out.splitlines()), err) == (0, 5, "")
         for wrong in (server.url, server.url.replace("redis://", "redis://:wr0ng@")):
             code, _, err = shop.call("ls", OTEL_TASKS_FLEET=wrong)
             assert (code, "check user, password, and certificates" in err) == (4, True)
             assert ("wr0ng" in err, err.count("\n")) == (False, 1)
         limited = server.url.replace("redis://", "redis://fleet:hush@")
-        code, _, err = shop.call("ls", OTEL_TASKS_FLEET=limited)
+        code, _, err = shop.call("ls", OTEL_TASKS_FLEET=limited, OTEL_TASKS_NAMESPACE="")
         assert (code, "may not list fleets: use --namespace" in err) == (2, True)
-        assert shop.call("ls", "-q", OTEL_TASKS_FLEET=limited, OTEL_TASKS_NAMESPACE="shop")[0] == 0
+        assert shop.call("ls", "-q", OTEL_TASKS_FLEET=limited)[0] == 0
 
 
 def test_a_paused_server_holds_no_command(own_shop: Shop) -> None:
