@@ -1,9 +1,7 @@
 """A pytest plugin for the suites of other projects: puts TaskGroupMiddleware around every app that they run.
 
-It runs inside the suite's own process. The environment tells it what to do:
-
-- ``PEERS_PLACE``: ``bare``, ``outside`` (around the app), or ``inside`` (as its innermost user middleware).
-- ``PEERS_REPORT``: the file for the outcomes, by test id.
+``PEERS_PLACE`` says where: ``outside`` (around the app), ``inside`` (as its innermost user middleware), or
+``bare`` (nowhere).
 """
 
 from __future__ import annotations
@@ -11,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import json
 import os
 import sys
 import threading
 import types
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -49,11 +45,15 @@ class Wrapped(TaskGroupMiddleware):
         await super().__call__(scope, receive, send)
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def uses() -> int:
+    """How many connections the middleware has served."""
+    return Wrapped.connections
+
+
+def pytest_configure() -> None:
     """Patch what runs an app, before any test module is imported."""
     _provide_missing_modules()
     _import_all()
-    config.pluginmanager.register(Outcomes(), "peers-outcomes")
     if PLACE == "outside":
         _wrap_outside()
     elif PLACE == "inside":
@@ -68,60 +68,6 @@ def _fresh_sse_starlette() -> None:
         module.AppStatus.should_exit = False
         module.AppStatus.enable_automatic_graceful_drain = True
         module._thread_state = threading.local()
-
-
-class Outcomes:
-    """Writes the outcome of each test, the reason, and how many connections the middleware served."""
-
-    def __init__(self) -> None:
-        self.tests: dict[str, dict[str, Any]] = {}
-
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Drop the tests that run on trio: the middleware is for asyncio."""
-        kept = [item for item in items if not _runs_on_trio(item)]
-        config.hook.pytest_deselected(items=[item for item in items if _runs_on_trio(item)])
-        items[:] = kept
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        """Note how many connections the middleware serves for the test."""
-        before = Wrapped.connections
-        try:
-            return (yield)
-        finally:
-            self.tests.setdefault(item.nodeid, {})["connections"] = Wrapped.connections - before
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Note a module that cannot be imported."""
-        if report.failed:
-            self.tests[report.nodeid] = {"outcome": "error", "reason": report.longreprtext[-4000:]}
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note the worst outcome of the test's three phases; a subtest counts for its test."""
-        test = self.tests.setdefault(report.nodeid, {})
-        outcome = _outcome(report)
-        if outcome is not None and test.get("outcome") not in {"failed", "error"}:
-            test["outcome"] = outcome
-            if outcome in {"failed", "error"}:
-                test["reason"] = report.longreprtext[-4000:]
-
-    def pytest_sessionfinish(self) -> None:
-        """Write the report."""
-        if path := os.environ.get("PEERS_REPORT"):
-            Path(path).write_text(json.dumps(self.tests, indent=1), "utf-8")
-
-
-def _outcome(report: pytest.TestReport) -> str | None:
-    if report.when == "call":
-        return "xfailed" if report.skipped and hasattr(report, "wasxfail") else report.outcome
-    if report.failed:
-        return "error"
-    return "skipped" if report.skipped else None
-
-
-def _runs_on_trio(item: pytest.Item) -> bool:
-    parameters = getattr(item, "callspec", None)
-    return parameters is not None and "trio" in parameters.id.split("-")
 
 
 def _wrapped(app: App) -> App:
