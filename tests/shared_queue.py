@@ -111,11 +111,11 @@ class QueueBroker(AsyncBroker):
 
 
 @asynccontextmanager
-async def working(broker: AsyncBroker, *, at_once: int = 100) -> AsyncIterator[asyncio.Event]:
+async def working(broker: AsyncBroker, *, at_once: int = 100, **options: Any) -> AsyncIterator[asyncio.Event]:
     """Run a worker for the block, as `taskiq worker` does; yields the event that stops it."""
     broker.is_worker_process = True
     stop = asyncio.Event()
-    receiver = Receiver(broker, max_async_tasks=at_once)
+    receiver = Receiver(broker, max_async_tasks=at_once, **options)
     listening = asyncio.create_task(receiver.listen(stop))
     try:
         yield stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import json
 import re
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeAlias, TypeVar, cast, overload
@@ -107,7 +108,8 @@ async def _call(
         await keeper.hold_lease()
         try:
             sending = _sending(call, task, name if is_whole else None)
-            sent = await _send(managed_broker, kicker.with_task_id(task_id), sending, args, kwargs)
+            # A copy: the same kicker may be used for other calls.
+            sent = await _send(managed_broker, copy.copy(kicker).with_task_id(task_id), sending, args, kwargs)
             await call.ended
             result = call.result or await _read(call, sent)
         finally:
