@@ -21,6 +21,8 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
 from taskiq import AsyncBroker, SimpleRetryMiddleware
 from taskiq_aio_pika import AioPikaBroker, Exchange, Queue, QueueType
 from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
@@ -159,7 +161,9 @@ class App:
 
 def _broker(settings: Settings, fleet: Fleet) -> AsyncBroker:
     name = settings.namespace
-    results: Any = RedisAsyncResultBackend(settings.redis, result_ex_time=600)
+    # A restart of the server cuts the connections of the pools.
+    retry = Retry(ExponentialBackoff(), 5)
+    results: Any = RedisAsyncResultBackend(settings.redis, result_ex_time=600, retry=retry)
     if settings.broker == "redis":
         streams = {TaskPriority.NORMAL: f"{name}.normal", TaskPriority.HIGH: f"{name}.high"}
         broker: AsyncBroker = RedisStreamBroker(
@@ -172,6 +176,7 @@ def _broker(settings: Settings, fleet: Fleet) -> AsyncBroker:
             idle_timeout=2000,
             xread_block=200,
             unacknowledged_lock_timeout=5,
+            retry=retry,
         ).with_result_backend(results)
         # It retries what is labeled so.
         broker.add_middlewares(SimpleRetryMiddleware())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,12 @@ import pytest
 from otel_tasks.taskiq import RemoteResultError, labels
 from tests.processes import free_port
 
+from .remote_app import Settings
 from .remote_shop import WITHIN, Shop, calling, own_shop, shop, until_up
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from examples.redis_server import Redis
 
 __all__ = ["own_shop", "shop"]
@@ -158,6 +162,34 @@ async def test_new_tasks_wait_while_redis_is_down(own_shop: Shop, own_redis: Red
         await own_shop.until_event("finished", "sent")
         await asyncio.sleep(1)
     assert len(own_shop.events("started")) == 2
+
+
+async def test_redis_that_is_the_broker_too_restarts(tmp_path: Path, key: str, own_redis: Redis) -> None:
+    """Taskiq's worker ends with its connection and starts again: tasks run again, cancelled ones do not."""
+    own_redis.stop()
+    own_redis.start(persistent=True)
+    name = f"{key}-{os.getpid()}"
+    shop = Shop(Settings(own_redis.url, "redis", name, str(tmp_path / "journal")))
+    try:
+        shop.worker()
+        async with calling(shop) as app:
+            task = app.manager.create_task(app.call("sleep", "page", 3))
+            cancelled = app.manager.create_task(app.call("sleep", "cancelled", 600))
+            for each in ("page", "cancelled"):
+                await shop.until_event("started", each)
+            own_redis.kill()
+            cancelled.cancel()
+            await asyncio.wait([cancelled])
+            own_redis.start(persistent=True)
+            assert await asyncio.wait_for(task, WITHIN) == "page"
+            assert await asyncio.wait_for(app.call("nothing", 1), WITHIN) == 1
+            await shop.until(
+                lambda: len(shop.events("started", "cancelled")) == len(shop.events("cancelled", "cancelled"))
+            )
+        assert not shop.events("finished", "cancelled")
+        assert not shop.overlaps("page")
+    finally:
+        shop.close()
 
 
 async def test_retries_have_one_id_and_never_overlap(shop: Shop) -> None:
