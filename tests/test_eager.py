@@ -145,6 +145,25 @@ async def test_it_may_complete_at_once(manager: TaskManager) -> None:
 
 
 @needs_eager
+async def test_failure_in_the_first_step_has_one_time(manager: TaskManager) -> None:
+    """It is recorded a turn later, and no snapshot before that has another time for the end."""
+
+    async def fail() -> None:
+        raise ValueError("at once")
+
+    task = manager.create_task(fail(), eager_start=True)
+    assert task.done()
+    assert (task.info().ended_at, counters(manager)) == (None, {"created": 1, "live": 1})
+    with pytest.raises(ValueError, match="at once"):
+        await task
+    await settle()
+    info = manager.get_task_info("fail")
+    assert info is not None
+    assert info.ended_at == task.info().ended_at is not None
+    assert counters(manager) == {"created": 1, "failed": 1, "remembered": 1}
+
+
+@needs_eager
 async def test_it_continues_as_any_task(manager: TaskManager) -> None:
     """After its first await the loop runs it; awaiting and cancelling are the same."""
     steps: list[str] = []

@@ -20,7 +20,7 @@ from otel_tasks._core.coroutines import check_coroutine, close_quietly, function
 from otel_tasks._core.eager import EAGER, EAGERLY, announced_first, is_free
 from otel_tasks._core.extras import Extras, made_by, wanted_extras
 from otel_tasks._core.naming import Named, yield_to
-from otel_tasks._core.native import add_done_callback, base_name, init_task
+from otel_tasks._core.native import add_done_callback, base_name, init_task, new_task
 from otel_tasks._core.options import (
     OnConflict,
     RetriedTaskOptions,
@@ -170,7 +170,7 @@ class Creation(Named):
                 and (ledger.eager_start if eager_start is None else eager_start)
                 and (context is None or is_free(context))
             ):
-                task: ManagedTask[T] = ManagedTask.__new__(ManagedTask)
+                task: ManagedTask[T] = new_task(ManagedTask)
                 self._enter(task, key, priority, created_at, span, extras)
                 if ledger.listeners.functions:
                     work = announced_first(work, ledger.listeners)
@@ -233,7 +233,6 @@ class Creation(Named):
             return self._create_with(coro, name, priority, options)
         ledger = self._ledger
         home = ledger.home
-        names = self._names
         clock = home.clock
         bound = binding_here()
         loop: Any
@@ -269,7 +268,7 @@ class Creation(Named):
         # Built directly: create_task() of the loop would make a task of another class.
         if eager:
             # Its first step runs below, when the task is in the tables.
-            task = ManagedTask.__new__(ManagedTask)
+            task: ManagedTask[Any] = new_task(ManagedTask)
         elif context is None:
             task = ManagedTask(coro, loop=loop, name=name)
         else:
@@ -283,9 +282,9 @@ class Creation(Named):
         task._extras = None
         task._waiters = 0
         ledger.created += 1
-        names[key] = task
+        self._names[key] = task
         if not self._is_one_table:
-            if self._live is not names:
+            if self._live is not self._names:
                 self._live[key] = task
             if not self._linked and self._parent is not None:
                 self._parent._link(self)  # type: ignore[arg-type]  # every Creation is a TaskGroup
@@ -466,11 +465,8 @@ def run_first_step(
     try:
         init_task(task, work, loop=loop, name=base, context=context, eager_start=True)
     finally:
-        # Also if the step raises SystemExit through this frame, which ends the task. A failure is recorded
-        # one turn later, as for any task: by then a task that awaits it is registered as a waiter.
-        if task.done() and not task.cancelled() and task._exception is None:
-            ledger.on_done(task)
-        else:
+        # Also if the step raises SystemExit through this frame, which ends the task.
+        if not task.done() or task.cancelled() or not ledger.ending.on_done(task, True):
             add_done_callback(task, ledger.on_done, context=ledger.context)
             if task.done():
                 # For one turn it is in the group without a coroutine: extras tell `request_cancel_all`.

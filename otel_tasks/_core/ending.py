@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from otel_tasks._core.telemetry import Span, SpanContext
     from otel_tasks._core.tree import Ledger
 
-# Globals, because reading a member of an enumeration costs as much as a method call before Python 3.12.
-_SUCCESS, _CANCELLED = Outcome.SUCCESS, Outcome.CANCELLED
+# The outcomes of a plain task with and without a cause. A global, because reading a member of an enumeration
+# costs as much as a method call before Python 3.12.
+_PLAIN_OUTCOMES = (Outcome.CANCELLED, Outcome.SUCCESS)
 
 
 class Ending(Counters):
@@ -59,7 +60,17 @@ class Ending(Counters):
         # The ids of services that gave up and were not started again, in this order.
         self.failed_services: dict[str, None] = {}
 
-    def on_done(self, task: ManagedTask[Any]) -> None:
+    def on_done(self, task: ManagedTask[Any], early: bool = False) -> bool:
+        """Record the end of a task; its done-callback.
+
+        Args:
+            task: The task, which is done.
+            early: It ended in its eager first step.
+
+        Returns:
+            False if it failed there. Its end is to be recorded one turn later, as for any task: by then, code
+            that awaits it is registered as a waiter.
+        """
         # Read first: Python 3.11 is slow at calling an attribute that is not a method.
         clock, remember = self._clock, self._remember
         task._ended_at = ended_at = clock()
@@ -72,8 +83,7 @@ class Ending(Counters):
             # recorded no cause has extras, see `note_request`.
             or task.cancelled() is (cause is None)
         ):
-            self._on_special_end(task)
-            return
+            return self._on_special_end(task, early)
         # The fast path to the same records, for plain tasks that returned or were cancelled, in a third of
         # the time. For the same reason, this file writes `_ended_at` above, which `task` defines.
         group = task._group
@@ -86,10 +96,10 @@ class Ending(Counters):
                 self.count_cancelled(label[0], cause)
             ids = None
             if task._span is not None:
-                ids = self._end_span(task, task._span, _SUCCESS if cause is None else _CANCELLED)
+                ids = self._end_span(task, task._span, _PLAIN_OUTCOMES[cause is None])
             # Reading the provider first saves a call, as in `create_task`.
             if self._telemetry.metering._METER_PROVIDER is not None:
-                self._record_duration(task, _SUCCESS if cause is None else _CANCELLED)
+                self._record_duration(task, _PLAIN_OUTCOMES[cause is None])
             remember((base_name(task), key, label, task._priority, task._created_at, ended_at, cause, ids))
         finally:
             # `Node._remove`, inlined: the call takes 5 % of a task's instructions.
@@ -99,8 +109,9 @@ class Ending(Counters):
                 del live[key]
             if not group._is_one_table and group._names.get(key) is task:
                 del group._names[key]
-            if not live:
+            if not live and group._linked:
                 group._emptied()
+        return True
 
     def use_clock(self, clock: Callable[[], float]) -> None:
         """Read the time at which a task ends from this clock, from now on."""
@@ -145,7 +156,12 @@ class Ending(Counters):
         """Report a failure that no code waits for, as that of ``task``, which has ended cancelled."""
         self._report_unhandled(task, task.info(), error)
 
-    def _on_special_end(self, task: ManagedTask[Any]) -> None:
+    def _on_special_end(self, task: ManagedTask[Any], early: bool) -> bool:
+        """Record the end of a task that is not a plain one; parameter and result are those of ``on_done``."""
+        if early and task._exception is not None:
+            # A task has one time for its end: that of the record.
+            del task._ended_at
+            return False
         try:
             self._record(task)
         finally:
@@ -156,6 +172,7 @@ class Ending(Counters):
                 self._ledger.places.give_back(extras.ticket)
             # It leaves the group last, so that code which waits for that finds the records complete.
             task._group._remove(task)
+        return True
 
     def _record(self, task: ManagedTask[Any]) -> None:
         status = final_status(task)

@@ -88,6 +88,10 @@ class Ending(Protocol):
     # The ids of services that gave up.
     failed_services: dict[str, None]
 
+    def on_done(self, task: Any, early: bool = False) -> bool:
+        """Record the end of a task; False if it failed in its eager first step (``early``) and must wait."""
+        ...
+
     def service_started(self, service_id: str) -> None:
         """Note that a service runs."""
         ...

@@ -456,7 +456,7 @@ class Ledger:
     ending: Ending
     counters: Counters
     # Bound once, so that the callbacks of all tasks share one object.
-    on_done: Callable[[ManagedTask[Any]], None]
+    on_done: Callable[[ManagedTask[Any]], object]
 
     def __init__(
         self,
