@@ -7,9 +7,10 @@ import re
 import signal
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.text import Text
@@ -128,3 +129,16 @@ def end_on_sigterm() -> None:
     assert this_task is not None
     with contextlib.suppress(NotImplementedError):  # there are no signal handlers on Windows
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this_task.cancel)
+
+
+def run_demo(main: Callable[[], Coroutine[Any, Any, bool]]) -> NoReturn:
+    """Run a demo, and end this process: with 0 if `main` returns True, and with 130 for Ctrl-C or SIGTERM."""
+
+    async def run() -> bool:
+        end_on_sigterm()
+        return await main()
+
+    try:
+        sys.exit(0 if asyncio.run(run()) else 1)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit(130)

@@ -105,3 +105,19 @@ open_bus("redis://127.0.0.1", "shop")
     assert result.stderr.splitlines()[-1] == (
         "ImportError: a fleet on Redis needs the package redis: pip install 'otel-tasks[fleet]'"
     )
+
+
+def test_package_that_is_too_old_is_not_missing() -> None:
+    """A redis that lacks what the bus imports is named by Python's own error."""
+    code = """
+import sys, types
+sys.modules["redis"] = types.ModuleType("redis")
+from otel_tasks.fleet.urls import open_bus
+open_bus("redis://127.0.0.1", "shop")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert "from redis" in result.stderr
+    assert "pip install" not in result.stderr

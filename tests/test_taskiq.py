@@ -19,6 +19,7 @@ from taskiq import (
     TaskiqDepends,
     TaskiqMessage,
     TaskiqMiddleware,
+    async_shared_broker,
 )
 from taskiq.exceptions import NoResultError
 from taskiq.result_backends.dummy import DummyResultBackend
@@ -1160,6 +1161,8 @@ def test_managed_names_the_fix() -> None:
     fleet = Fleet("memory://", namespace="shop")
     with pytest.raises(TypeError, match="takes a broker of Taskiq"):
         managed("redis://", fleet)  # type: ignore[type-var]  # the mistake
+    with pytest.raises(TypeError, match=r"default_broker\(managed\(broker, fleet\)\)"):
+        managed(async_shared_broker, fleet)
     with pytest.raises(TypeError, match="takes a Fleet"):
         managed(InMemoryBroker(), "redis://")  # type: ignore[arg-type]  # the mistake
     broker = managed(InMemoryBroker(), fleet)

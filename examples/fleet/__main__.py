@@ -28,7 +28,7 @@ from rich.text import Text
 from examples import rabbitmq_server, redis_server
 from examples.client_spans import ClientSpans
 from examples.otlp_receiver import Received, receiver
-from examples.server_process import ROOT, Service, end, end_on_sigterm, service
+from examples.server_process import ROOT, Service, end, run_demo, service
 from examples.three_services.__main__ import print_checks, telemetry_environment
 from examples.trace_tree import Span, trace_tree
 
@@ -353,15 +353,7 @@ def draw(console: Console, number: int, scene: Scene, spans: list[Span]) -> None
     console.print(Group(heading, tree, Text(f"trace {scene.trace_id}", "dim")), "")
 
 
-async def run() -> bool:
-    end_on_sigterm()
+if __name__ == "__main__":
     # As for the services: the demo is about their traces.
     os.environ["OTEL_SDK_DISABLED"] = "false"
-    return await main(Console(width=134, highlight=False))
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(0 if asyncio.run(run()) else 1)
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        sys.exit(130)
+    run_demo(lambda: main(Console(width=134, highlight=False)))

@@ -14,11 +14,9 @@ import asyncio
 import itertools
 import os
 import ssl
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,7 +30,7 @@ from rich.text import Text
 from examples.client_spans import ClientSpans
 from examples.jaeger_ui import trace_link
 from examples.otlp_receiver import receiver
-from examples.server_process import end_on_sigterm, service
+from examples.server_process import run_demo, service
 from examples.three_services.__main__ import print_delivery, telemetry_environment
 from examples.trace_tree import Span, trace_tree
 
@@ -347,12 +345,5 @@ async def main(console: Console) -> bool:
     return not broken
 
 
-async def run() -> bool:
-    end_on_sigterm()
-    return await main(Console(width=146, highlight=False))
-
-
 if __name__ == "__main__":
-    with suppress(KeyboardInterrupt, asyncio.CancelledError):
-        sys.exit(0 if asyncio.run(run()) else 1)
-    sys.exit(130)
+    run_demo(lambda: main(Console(width=146, highlight=False)))

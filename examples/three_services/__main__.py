@@ -11,7 +11,6 @@ Takes a few seconds, needs no network but the loopback interface, and leaves no 
 import asyncio
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from rich.text import Text
 from examples.client_spans import ClientSpans
 from examples.jaeger_ui import trace_link
 from examples.otlp_receiver import receiver
-from examples.server_process import Service, end_on_sigterm, service
+from examples.server_process import Service, run_demo, service
 from examples.trace_tree import Span, trace_tree
 
 # From the top of the line to its end: each calls the next.
@@ -289,15 +288,7 @@ def print_links(console: Console, upstream: str, visits: Iterable[Visit], spans:
         console.print(f"  {number}. {trace_link(upstream, visit.trace_id, spans)}", soft_wrap=True)
 
 
-async def run() -> bool:
-    end_on_sigterm()
+if __name__ == "__main__":
     # As for the services: the demo is about their traces.
     os.environ["OTEL_SDK_DISABLED"] = "false"
-    return await main(Console(width=134, highlight=False))
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(0 if asyncio.run(run()) else 1)
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        sys.exit(130)
+    run_demo(lambda: main(Console(width=134, highlight=False)))

@@ -65,8 +65,8 @@ async def find_namespaces(url: str) -> set[str]:
 def _open_redis(url: str, namespace: str) -> Bus:
     try:
         from otel_tasks.fleet.redis_bus import RedisBus
-    except ImportError as error:
-        if error.name is not None and error.name.partition(".")[0] == "redis":
+    except ModuleNotFoundError as error:
+        if error.name == "redis":
             raise ImportError(
                 "a fleet on Redis needs the package redis: pip install 'otel-tasks[fleet]'", name="redis"
             ) from None

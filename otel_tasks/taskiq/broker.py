@@ -23,6 +23,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from taskiq import AckableMessage, AsyncBroker, TaskiqMiddleware
+from taskiq.brokers.shared_broker import AsyncSharedBroker
 from taskiq.receiver.receiver import logger as receiver_log
 from taskiq.utils import maybe_awaitable
 
@@ -83,7 +84,7 @@ def managed(
         The broker.
 
     Raises:
-        TypeError: ``broker`` is not a broker of Taskiq, or ``fleet`` not a ``Fleet``.
+        TypeError: ``broker`` is not a broker of Taskiq that sends, or ``fleet`` not a ``Fleet``.
         ValueError: The broker is managed already, ``group`` is not a valid name, or ``fleet`` is that of an
             observer.
 
@@ -94,6 +95,11 @@ def managed(
     if not isinstance(broker, AsyncBroker):
         raise TypeError(
             f"managed() takes a broker of Taskiq, got {broker!r}: write managed(AioPikaBroker(url), fleet)"
+        )
+    if isinstance(broker, AsyncSharedBroker):
+        raise TypeError(
+            "managed() takes the broker that sends, and a shared broker sends through its default one: write "
+            "async_shared_broker.default_broker(managed(broker, fleet))"
         )
     if not isinstance(fleet, Fleet):
         raise TypeError(

@@ -23,7 +23,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
-from taskiq import AsyncBroker, SimpleRetryMiddleware
+from taskiq import AsyncBroker, SimpleRetryMiddleware, TaskiqScheduler
+from taskiq.schedule_sources import LabelScheduleSource
 from taskiq_aio_pika import AioPikaBroker, Exchange, Queue, QueueType
 from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 
@@ -31,7 +32,7 @@ from otel_tasks import TaskManager, TaskPriority, current_cancel_event, current_
 from otel_tasks.asgi import request_group
 from otel_tasks.fastapi import TaskGroupMiddleware, make_lifespan
 from otel_tasks.fleet import Fleet
-from otel_tasks.taskiq import managed, rabbitmq_priorities, remote, stream_priorities
+from otel_tasks.taskiq import labels, managed, rabbitmq_priorities, remote, stream_priorities
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -60,6 +61,13 @@ class Settings:
         return cls(*(os.environ[f"E2E_{key.upper()}"] for key in cls.__dataclass_fields__))
 
 
+def write_note(journal: str, event: str, key: str, **details: Any) -> None:
+    """Write a line to a journal."""
+    line = json.dumps({"event": event, "key": key, "pid": os.getpid(), "at": time.time(), **details})
+    with open(journal, "a") as file:
+        file.write(line + "\n")
+
+
 class App:
     """A fleet, a broker, and the tasks, as one process has them."""
 
@@ -72,6 +80,7 @@ class App:
         self.tasks: dict[str, AsyncTaskiqDecoratedTask[..., Any]] = {
             name: self.broker.task(task_name=f"shop:{name}")(self._function(name)) for name in TASKS
         }
+        self.tasks["describe"] = self.broker.task(task_name="shop:describe")(describe)
 
     def call(self, name: str, *args: Any) -> Any:
         """The coroutine of a remote call."""
@@ -83,9 +92,7 @@ class App:
 
     def note(self, event: str, key: str, **details: Any) -> None:
         """Write to the journal."""
-        line = json.dumps({"event": event, "key": key, "pid": os.getpid(), "at": time.time(), **details})
-        with open(self._journal, "a") as file:
-            file.write(line + "\n")
+        write_note(self._journal, event, key, **details)
 
     def _function(self, name: str) -> Any:
         method = getattr(self, f"_{name}")
@@ -225,13 +232,25 @@ def api() -> FastAPI:
 
 
 def __getattr__(name: str) -> Any:
-    """Make the broker that `taskiq worker tests.e2e.remote_app:broker` asks for."""
-    if name != "broker":
+    """Make `broker` or `scheduler`, for `taskiq worker` and `taskiq scheduler`."""
+    if name not in ("broker", "scheduler"):
         raise AttributeError(name)
     trace_to_receiver()
     app = globals()["app"] = App(Settings.from_environment())
-    globals()["broker"] = app.broker
-    return app.broker
+    broker = globals()["broker"] = app.broker
+    if name == "broker":
+        return broker
+    schedule = [{"interval": 1, "args": ["tick"], "labels": labels(group="reports")}]
+    app.tasks["describe"].labels["schedule"] = schedule
+    scheduler = globals()["scheduler"] = TaskiqScheduler(broker, [LabelScheduleSource(broker)])
+    return scheduler
+
+
+def describe(key: str) -> None:
+    """Note the managed task: a plain function, which a process pool can import."""
+    task = current_task()
+    managed_as = None if task is None else [task.name.partition("-")[0], task.group.name]
+    write_note(os.environ["E2E_JOURNAL"], "described", key, task=managed_as)
 
 
 async def _call_forever(name: str, *args: str) -> None:

@@ -45,6 +45,10 @@ class Shop:
         command = ["taskiq", "worker", "tests.e2e.remote_app:broker", "--workers", "1"]
         return self._start([*command, "--log-level", "WARNING", *arguments])
 
+    def scheduler(self) -> subprocess.Popen[bytes]:
+        """Start a process that sends by schedule."""
+        return self._start(["taskiq", "scheduler", "tests.e2e.remote_app:scheduler"], "scheduler")
+
     def caller(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Start a process that calls a task."""
         return self._start(["tests.e2e.remote_app", *arguments])

@@ -16,6 +16,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from taskiq.abc.broker import AsyncBroker
+from taskiq.brokers.shared_broker import AsyncSharedBroker
 from taskiq.receiver import Receiver
 
 from otel_tasks import TaskManager
@@ -55,6 +56,9 @@ def _manage_brokers() -> None:
     @functools.wraps(original)
     def init(self: AsyncBroker, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        if isinstance(self, AsyncSharedBroker):
+            # It sends through another broker.
+            return
         managed(self, Fleet("memory://", namespace=f"peers-{next(numbers)}", manager=TaskManager()))
 
     AsyncBroker.__init__ = init  # type: ignore[method-assign]  # the patch

@@ -119,14 +119,7 @@ SUITES = (
     Suite(
         "taskiq",
         through={"managed": 80},
-        differences={
-            "managed": _MANAGED_SPAN
-            | {
-                "tests/test_exceptions_flow.py::test_shared_broker_raises_listen_error": (
-                    "A shared broker sends, and is not managed itself: the test applies managed() to it."
-                )
-            }
-        },
+        differences={"managed": _MANAGED_SPAN},
         plugin="managing",
     ),
     Suite(
