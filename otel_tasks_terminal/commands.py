@@ -85,7 +85,7 @@ def _note_rest(answer: Row, *, ended: bool, filtered: bool) -> None:
         )
     if answer.get("silent"):
         print(f"no answer from {', '.join(map(clean, answer['silent']))}", file=sys.stderr)
-    if answer.get("partial") and not is_cut:
+    if answer.get("partial"):
         print("not all tasks were searched by their line: add a word or --group", file=sys.stderr)
 
 

@@ -17,7 +17,7 @@ from otel_tasks.fleet import Fleet
 from otel_tasks.fleet.entries import InspectEntry
 from otel_tasks.live import live_view
 from otel_tasks.live.marks import is_named, mark_of
-from tests.helpers import fail, give, ignore_cancels, rest, settle
+from tests.helpers import fail, give, ignore_cancels, now, rest, settle
 from tests.live_client import Client, client_of, leave, of_kind
 from tests.test_fleet import joined
 
@@ -270,8 +270,18 @@ async def test_a_task_that_a_silent_node_may_have_is_not_called_unknown(
     """Nobody knows: the answer names the node, and is to be tried again."""
     async with fleet_of(3) as (here, there, _):
         silence(there, monkeypatch)
-        answer = await view_of(here).get("/v1/tasks/import", status=503)
+        client = view_of(here)
+        answer = await client.get("/v1/tasks/import", status=503)
         assert (answer["error"]["code"], there.node in answer["error"]["message"]) == ("silent", True)
+
+        # Nobody is asked for a task of this process that is named by its uid.
+        mine = here.manager.create_task(rest(), name="import")
+        uid, began = mine.uid, now()
+        assert (await client.get(f"/v1/tasks/{uid}"))["state"] == "live"
+        mine.cancel()
+        await settle()
+        assert (await client.get(f"/v1/tasks/{uid}"))["state"] == "ended"
+        assert now() - began < 0.5
 
 
 @pytest.mark.parametrize(

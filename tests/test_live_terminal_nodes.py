@@ -116,7 +116,7 @@ def test_tree_shows_chosen_nodes_with_their_own_counters(
 
 def test_ls_says_when_a_fleet_has_more_than_its_pages(view: View, capsys: pytest.CaptureFixture[str]) -> None:
     """A node, and not a line, is what narrows the list."""
-    view.answers["GET tasks"] = Said(rows(IMPORT, RENDER, total=5000, silent=[], partial=True))
+    view.answers["GET tasks"] = Said(rows(IMPORT, RENDER, total=5000, silent=[]))
     assert main(["ls", "-q"]) == 0
     assert capsys.readouterr().err == "2 of 5,000 live tasks: --node, or a filter, shows others\n"
 

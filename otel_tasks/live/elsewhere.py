@@ -183,7 +183,7 @@ async def listed_everywhere(
         "total": total,
         # Beyond that, each node has its own pages.
         "next": str(following) if following < min(total, MAX_ROWS) else None,
-        "partial": total > MAX_ROWS or any(answer["partial"] for answer in answered),
+        "partial": any(answer["partial"] for answer in answered),
         "silent": silent,
     }
     return assembled({**{name: encoded(value) for name, value in facts.items()}, "rows": array(shown)})

@@ -229,7 +229,7 @@ class View:
         await self._look()
         here = await live_named(self.hub.feed, name)
         there = Namesakes()
-        if self._fleet is not None and not any(task.uid == name for task in here):
+        if self._fleet is not None and not self._is_own(name):
             there = await namesakes(await self._found_others(self._fleet), self.hub.feed, name)
         count = len(here) + there.count
         if count > 1:
@@ -240,6 +240,11 @@ class View:
         if here:
             return await in_slices(live_detail(self.hub.feed, here[0])), here[0]
         return there.live or (await self._ended(name, there), None)
+
+    def _is_own(self, name: str) -> bool:
+        """True if this is the uid of a task of this process: no other one has it."""
+        info = self._manager.get_task_info(name)
+        return info is not None and info.uid == name
 
     def _live(self, uid: str) -> ManagedTask[Any] | None:
         """The live task with this uid: never one that merely has this name."""

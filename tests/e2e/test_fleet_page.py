@@ -104,6 +104,11 @@ def test_page_shows_filters_and_cancels_in_both_replicas(browser: Browser, redis
         expect(silent.locator(".label")).to_have_text(other)
         expect(silent).to_contain_text("silent for")
         expect(page.locator("#host")).to_contain_text("1 silent")
+        # Its timeline claims nothing.
+        silent.click()
+        page.keyboard.press("g")
+        expect(page.locator("#timeline")).to_contain_text(f"what runs in {other} is not known")
+        page.keyboard.press("g")
         expect(rows.locator(".row.root .label", has_text=other)).to_have_count(0, timeout=GONE)
         expect(page.locator("#host")).to_contain_text("1 node")
         assert here.status("import-1") == "running"
