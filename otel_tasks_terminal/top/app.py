@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from textual.events import Resize
 
     from otel_tasks_terminal.source import Event, Source
+    from otel_tasks_terminal.top.view import Question
 
 Row = dict[str, Any]
 
@@ -137,6 +138,8 @@ class Top(App[int]):
         self._changes = 0
         # When the last event and the last key came, and the last list was asked for.
         self._heard = self._touched = self._asked = 0.0
+        # The list that was asked for and has not come.
+        self._unanswered: Question | None = None
         self._trouble = ""
 
     # --- start and end ----------------------------------------------------------------------------
@@ -243,6 +246,8 @@ class Top(App[int]):
     def on_found(self, message: Found) -> None:
         """Take an answer, if its question is still open."""
         answer = message.answer
+        if message.what == "list" and message.asked == self._unanswered:
+            self._unanswered = None
         if isinstance(answer, CommandError):
             if message.what == "task" and message.asked == self._view.panel:
                 self.panel.fail(answer)
@@ -263,8 +268,11 @@ class Top(App[int]):
         question = self._view.question
         if question is None or (self._held is not None and self._view.listing is not None):
             return
+        if question == self._unanswered:
+            # A silent node takes longer than it is asked again.
+            return
         if time.monotonic() - self._asked >= REFRESH or self._view.listing is None:
-            self._asked = time.monotonic()
+            self._asked, self._unanswered = time.monotonic(), question
             self._ask("list", question, question.answer)
 
     # --- drawing ----------------------------------------------------------------------------------

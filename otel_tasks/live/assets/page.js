@@ -79,7 +79,7 @@ let rendered = 0;
 function renderNow() {
   const timed = view.name === "timeline";
   $("list").hidden = timed;
-  if (timed) timeline.show([...found.live, ...found.ended], scope().label, found.silent);
+  if (timed) timeline.show([...found.live, ...found.ended], scope().label, found);
   else {
     timeline.hide();
     const rows = entries();
@@ -190,13 +190,16 @@ function scope() {
 
 let asked = 0;
 let round = 0;
+let waiting = ""; // the question that has no answer yet: a silent node takes longer than a poll
 
 async function ask(force = false) {
   const query = question();
   if (!query || (held && !force) || (!force && performance.now() - asked < POLL * 1000)) return;
+  const key = `${view.name} ${query}`;
+  if (waiting === key && !force) return;
+  waiting = key;
   asked = performance.now();
   const mine = ++round;
-  const key = `${view.name} ${query}`;
   if (found.key !== key) Object.assign(found, { key, live: [], ended: [], total: 0, asking: true });
   const timed = view.name === "timeline";
   const live = new URLSearchParams(query);
@@ -218,6 +221,7 @@ async function ask(force = false) {
     found.asking = false;
     if (error.status === 400) say(error.message);
   }
+  waiting = "";
   render();
 }
 

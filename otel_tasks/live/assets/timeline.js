@@ -28,12 +28,13 @@ export class Timeline {
     this.span = 60;
   }
 
-  /** Shows tasks, a request's together; `name` says whose they are, and `silent` that a node has not answered. */
-  show(tasks, name, silent) {
+  /** Shows tasks, a request's together; `name` says whose they are. There may be no answer yet, or none of a node. */
+  show(tasks, name, { asking, silent } = {}) {
     const now = this.model.now();
     this.node.hidden = false;
     this.empty.hidden = tasks.length > 0;
-    put(this.empty, silent ? `No answer yet: what runs in ${clean(name)} is not known.` : `No task of ${clean(name)} is live, and none is remembered.`);
+    const none = silent ? `No answer yet: what runs in ${clean(name)} is not known.` : `No task of ${clean(name)} is live, and none is remembered.`;
+    put(this.empty, asking ? "…" : none);
     this.axis.hidden = tasks.length === 0;
     const needed = spanOf(tasks, now);
     if (needed > this.span || needed < this.span / 4) this.span = needed;
