@@ -30,7 +30,7 @@ environment:
   NO_COLOR              no colors
 
 exit codes:
-  0  done                        4  refused: no or a wrong token, not allowed, read-only
+  0  done                        4  refused: token or password, not allowed, read-only
   1  nothing done: no such task  5  not a live view, or a later version of it
   2  wrong arguments             6  cancel: requested, and the task still runs
   3  no answer: try again later  74  the output cannot be written
