@@ -179,16 +179,29 @@ async def one_node_executes(world: World) -> None:
     assert await b.claim("t", "b", "d1") is Claim.HELD
     await a.release("t", "a")
     assert await b.claim("t", "b", "d1") is Claim.TAKEN
-    await b.finish("t", "b", "d1")
+    await b.send({}, owner="b", finished={"t": "d1"})
     assert await a.claim("t", "a", "d1") is Claim.DONE
     # A retry is a new message with the same id; the old one stays done.
     assert await a.claim("t", "a", "d2") is Claim.TAKEN
     assert await b.claim("t", "b", "d1") is Claim.DONE
     assert await b.claim("t", "b", "d2") is Claim.HELD
-    await a.finish("t", "a", "d2")
+    await a.send({}, owner="a", finished={"t": "d2"})
     assert await b.claim("t", "b", "d2") is Claim.DONE
     await asyncio.sleep(DONE_KEPT + 0.2)
     assert await b.claim("t", "b", "d1") is Claim.TAKEN
+
+
+async def each_claim_has_its_own_answer(world: World) -> None:
+    """Claims that are made at once are answered one by one, in their order; so are ends."""
+    a, b = await world.bus(), await world.bus()
+    assert await a.claim("done", "a", "d") is Claim.TAKEN
+    await a.send({"b": [b"ended"]}, owner="a", finished={"done": "d"})
+
+    answers = await asyncio.gather(*(a.claim(key, "a", "d") for key in ("t", "t", "done", "u")))
+    assert answers == [Claim.TAKEN, Claim.HELD, Claim.DONE, Claim.TAKEN]
+    await a.send({}, owner="a", finished={"t": "d", "u": "d"})
+    answers = await asyncio.gather(*(b.claim(key, "b", d) for key in ("t", "u") for d in ("d", "e")))
+    assert answers == [Claim.DONE, Claim.TAKEN] * 2
 
 
 async def similar_names_are_apart(world: World) -> None:
@@ -196,7 +209,7 @@ async def similar_names_are_apart(world: World) -> None:
     bus = await world.bus()
     assert await bus.claim("t", "host/1/ab", "d") is Claim.TAKEN
     await bus.release("t", "host/1/a")
-    await bus.finish("u", "host/1/a", "d")
+    await bus.send({}, owner="host/1/a", finished={"u": "d"})
 
     assert await bus.claim("t", "host/1/c", "d") is Claim.HELD
     assert await bus.claim("u", "host/1/c", "d") is Claim.DONE
@@ -221,7 +234,7 @@ async def an_expired_claim_is_taken_again(world: World) -> None:
     a, b = await world.bus(), await world.bus()
     for key in ("expired", "finished", "released"):
         await a.claim(key, "a", "d")
-    await a.finish("finished", "a", "d")
+    await a.send({}, owner="a", finished={"finished": "d"})
     await a.release("released", "a")
     await asyncio.sleep(LEASE + 0.2)
     assert _renewed(a, "a", claims=["expired", "finished", "released"]) == []
@@ -323,6 +336,7 @@ SCENARIOS: list[Scenario] = [
     lost_entries_are_found_out,
     the_roster_forgets,
     one_node_executes,
+    each_claim_has_its_own_answer,
     similar_names_are_apart,
     claims_expire_unless_renewed,
     an_expired_claim_is_taken_again,

@@ -12,7 +12,7 @@ import pytest
 
 from otel_tasks.fleet import link as link_module
 from otel_tasks.fleet import outbox as outbox_module
-from otel_tasks.fleet.bus import KEPT, BusRefusedError, BusUnavailableError, Entry, position_of
+from otel_tasks.fleet.bus import KEPT, BusRefusedError, BusUnavailableError, Claim, Entry, position_of
 from otel_tasks.fleet.entries import CancelEntry, EndedEntry, FleetEntry, InspectEntry, encode
 from otel_tasks.fleet.link import HOLD_OFF, Link
 from otel_tasks.fleet.memory_bus import MemoryBus, memory_server
@@ -474,9 +474,9 @@ async def test_letters_reach_one_node() -> None:
     sends: list[int] = []
 
     class Counting(MemoryBus):
-        async def send(self, inboxes: Any) -> None:
+        async def send(self, inboxes: Any, **finished: Any) -> None:
             sends.append(sum(map(len, inboxes.values())))
-            await super().send(inboxes)
+            await super().send(inboxes, **finished)
 
     b, c = Node("b"), Node("c")
     a = Node("a", Counting("", "shop"))
@@ -627,3 +627,39 @@ async def test_idle_link_has_no_timer() -> None:
         assert [handle for handle in loop._scheduled if not handle.cancelled()] == []
     assert math.isinf(MemoryBus.server_age)
     assert link_module.HOLD_OFF < KEPT
+
+
+async def test_end_of_a_claim_goes_with_the_letters() -> None:
+    """Ends of executions and letters share a call, and who waits for an end is woken after it."""
+    calls: list[tuple[int, int]] = []
+
+    class Slow(MemoryBus):
+        async def send(self, inboxes: Any, **options: Any) -> None:
+            calls.append((len(inboxes), len(options["finished"])))
+            await asyncio.sleep(1.0)
+            await super().send(inboxes, **options)
+
+    node = Node("a", Slow("", "shop"))
+    await node.link.start(timeout=5.0)
+    await node.link.bus.claim("t", "a", "d")
+    node.link.post_to("b", EndedEntry(node="a", task_id="t", outcome="success"))
+    finishing = node.link.finish("t", "d")
+    assert finishing is not None
+    await asyncio.sleep(0.5)
+    assert not finishing.done()
+    await node.link.flush()
+    assert finishing.done()
+    assert calls == [(1, 1)]
+    assert await node.link.bus.claim("t", "a", "d") is Claim.DONE
+    await node.link.stop()
+
+
+async def test_end_of_a_claim_fails_with_the_bus_and_wakes_who_waits() -> None:
+    """The claim expires then: nobody waits for a server that is gone, and nothing is raised."""
+    async with started("a") as (a,):
+        memory_server(namespace="shop").fail()
+        finishing = a.link.finish("t", "d")
+        assert finishing is not None
+        await asyncio.wait_for(finishing, 5.0)
+        assert not a.link.is_up
+        assert a.link.finish("u", "d") is None

@@ -257,6 +257,28 @@ async def test_result_that_cannot_be_saved_fails_the_call_at_once() -> None:
         assert (api.broker.queue.acknowledged, worker.live()) == (1, [])
 
 
+async def test_claim_ends_before_the_acknowledgment() -> None:
+    """A worker that dies in between would leave a claim that a duplicate waits for, to run after it."""
+    async with api_and_worker() as (api, worker):
+
+        async def nothing() -> None: ...
+
+        worker.task(nothing)
+        await asyncio.sleep(0.1)
+        bus, queue = worker.fleet.link.bus, api.broker.queue
+        send, seen = bus.send, list[tuple[int, int]]()
+
+        async def slow_send(inboxes: Any, **options: Any) -> None:
+            seen.append((len(options["finished"]), queue.acknowledged))
+            await asyncio.sleep(1.0)
+            await send(inboxes, **options)
+
+        with mock.patch.object(bus, "send", slow_send):
+            await remote(api.task(nothing))
+            await asyncio.sleep(0.5)
+        assert (seen, queue.acknowledged) == ([(1, 0)], 1)
+
+
 async def test_result_is_saved_again_without_acknowledgments() -> None:
     """A message that was acknowledged before its result was saved gets the result too."""
     for acknowledged in ("when_received", "when_executed"):

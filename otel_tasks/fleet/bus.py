@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from functools import lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from otel_tasks.exceptions import OtelTasksError
@@ -33,6 +34,7 @@ DONE_KEPT: Final = 30.0
 # Seconds after which an inbox that nothing is written to is gone, and the entries that it has at most.
 INBOX_KEPT: Final = 60.0
 INBOX_LIMIT: Final = 10_000
+NONE_FINISHED: Final[Mapping[str, str]] = MappingProxyType({})
 # The position before all entries.
 START: Final = "0-0"
 # In place of a position: after all entries that there are.
@@ -113,8 +115,21 @@ class Bus(Protocol):
         """Return those of these entries that the log no longer has: its server has lost data."""
         ...
 
-    async def send(self, inboxes: Mapping[str, Collection[bytes]]) -> None:
-        """Append entries to the inboxes of these nodes, in one round trip."""
+    async def send(
+        self,
+        inboxes: Mapping[str, Collection[bytes]],
+        *,
+        owner: str = "",
+        finished: Mapping[str, str] = NONE_FINISHED,
+    ) -> None:
+        """Append entries to the inboxes of these nodes, and finish executions, in one round trip.
+
+        Args:
+            inboxes: The entries, by node.
+            owner: The node that has executed.
+            finished: The executions, and the message of each: the owner's claim turns into a mark, for a
+                while, that this message was executed.
+        """
         ...
 
     def read(self, inbox: str, after: str) -> AsyncGenerator[list[Entry]]:
@@ -155,10 +170,6 @@ class Bus(Protocol):
             owner: The node that claims; a claim that it holds itself is ``HELD``.
             delivery: The message. An execution of the same message that has been finished is ``DONE``.
         """
-        ...
-
-    async def finish(self, key: str, owner: str, delivery: str) -> None:
-        """Turn the owner's claim into a mark, for a while, that this message was executed."""
         ...
 
     async def release(self, key: str, owner: str) -> None:

@@ -79,7 +79,7 @@ class Link:
         self.judges = False
         self.synced = False
         self._inlet = _Inlet(node, after, lambda number, entry_id: self._outbox.written(number, entry_id))
-        self._outbox = Outbox(bus, self._fail, self._inlet.published)
+        self._outbox = Outbox(bus, node, self._fail, self._inlet.published)
         self._on_state: list[Callable[[], None]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._started: asyncio.Future[None] | None = None
@@ -147,6 +147,18 @@ class Link:
             ValueError: The entry is too large, or a name in it is.
         """
         self._outbox.post_to(node, entry, must_arrive=must_arrive)
+
+    def finish(self, key: str, delivery: str) -> asyncio.Future[None] | None:
+        """End this node's claim of an execution, with a mark that its message was executed.
+
+        Args:
+            key: The execution.
+            delivery: The message.
+
+        Returns:
+            The future of that, without an error: if the bus fails, the claim expires. None while it is down.
+        """
+        return self._outbox.finish(key, delivery)
 
     async def call(self, make: Callable[[], Awaitable[T]]) -> T:
         """Call the bus, and take the link down if that fails.

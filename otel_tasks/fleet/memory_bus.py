@@ -21,6 +21,7 @@ from otel_tasks.fleet.bus import (
     INBOX_LIMIT,
     KEPT,
     LEASE,
+    NONE_FINISHED,
     START,
     BusUnavailableError,
     Claim,
@@ -114,9 +115,19 @@ class MemoryBus:
         server = self._server
         return {entry_id for entry_id in ids if not server.has(entry_id)}
 
-    async def send(self, inboxes: Mapping[str, Collection[bytes]]) -> None:
-        """Append entries to inboxes."""
-        self._server.deliver(inboxes)
+    async def send(
+        self,
+        inboxes: Mapping[str, Collection[bytes]],
+        *,
+        owner: str = "",
+        finished: Mapping[str, str] = NONE_FINISHED,
+    ) -> None:
+        """Append entries to inboxes, and turn claims into marks that their messages were executed."""
+        server = self._server
+        server.deliver(inboxes)
+        for key, delivery in finished.items():
+            self._deliveries.pop(key, None)
+            server.finish(key, owner, delivery)
 
     async def read(self, inbox: str, after: str) -> AsyncGenerator[list[Entry]]:
         """Iterate over the log and an inbox.
@@ -164,11 +175,6 @@ class MemoryBus:
         if claim is Claim.TAKEN:
             self._deliveries[key] = delivery
         return claim
-
-    async def finish(self, key: str, owner: str, delivery: str) -> None:
-        """Turn a claim into a mark that the message was executed."""
-        self._deliveries.pop(key, None)
-        self._server.finish(key, owner, delivery)
 
     async def release(self, key: str, owner: str) -> None:
         """Drop a claim."""

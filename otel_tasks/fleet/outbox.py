@@ -1,4 +1,4 @@
-"""The entries of this node that wait for the bus, and those of the last hour, in case the server loses them.
+"""What of this node waits for the bus, and its entries of the last hour, in case the server loses them.
 
 An entry of the log is removed when its id is known: from the answer to its publication, or because the node
 has read it in the log. Its number tells a copy from the original.
@@ -36,6 +36,7 @@ class Outbox:
 
     Args:
         bus: The bus.
+        node: This node.
         on_failure: Called with the error when the bus fails.
         on_published: Called with the id of each entry that the log has.
     """
@@ -43,19 +44,26 @@ class Outbox:
     def __init__(
         self,
         bus: Bus,
+        node: str,
         on_failure: Callable[[BusUnavailableError], None],
         on_published: Callable[[str], None],
     ) -> None:
         self._bus = bus
+        self._node = node
         self._on_failure = on_failure
         self._on_published = on_published
         self._numbers = count(1)
         self._posts: dict[int, _Post] = {}
         self._letters: deque[_Letter] = deque()
+        # The message of each execution whose claim ends, and the futures of that.
+        self._finished: dict[str, str] = {}
+        self._finishing: list[asyncio.Future[None]] = []
         self._published: deque[_Post] = deque(maxlen=OUTBOX_LIMIT)
         self._wake = asyncio.Event()
         self._empty = asyncio.Event()
         self._open = False
+        # True while the bus is called.
+        self._in_hand = False
         self._full_logged = False
 
     def __len__(self) -> int:
@@ -88,6 +96,19 @@ class Outbox:
             self._letters.append(_Letter(node, encode(entry), must_arrive))
             self._wake.set()
 
+    def finish(self, key: str, delivery: str) -> asyncio.Future[None] | None:
+        """End the claim of an execution, together with what else is sent; return the future of that.
+
+        It is done without an error, also if the bus fails: the claim then expires. None while that is down.
+        """
+        if not self._open:
+            return None
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._finished[key] = delivery
+        self._finishing.append(future)
+        self._wake.set()
+        return future
+
     def written(self, number: int, entry_id: str) -> None:
         """Record that the log has an entry."""
         post = self._posts.pop(number, None)
@@ -119,6 +140,7 @@ class Outbox:
         for post in [post for post in self._posts.values() if not post.must_arrive]:
             self._give_up(post, error)
         self._letters = deque(letter for letter in self._letters if letter.must_arrive)
+        self._give_up_finishing()
 
     def fail(self, error: BusUnavailableError) -> None:
         """Give up everything."""
@@ -126,13 +148,14 @@ class Outbox:
         for post in list(self._posts.values()):
             self._give_up(post, error)
         self._letters.clear()
+        self._give_up_finishing()
 
     async def flushed(self) -> None:
         """Wait until nothing is left to send.
 
         Cancellation: ends the wait.
         """
-        while len(self):
+        while self._has_work or self._in_hand:
             self._empty.clear()
             await self._empty.wait()
 
@@ -145,12 +168,20 @@ class Outbox:
         """
         while True:
             self._wake.clear()
-            if self._open and len(self):
-                await self._send_some()
+            if self._open and self._has_work:
+                self._in_hand = True
+                try:
+                    await self._send_some()
+                finally:
+                    self._in_hand = False
             else:
-                if not len(self):
+                if not self._has_work:
                     self._empty.set()
                 await self._wake.wait()
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._posts or self._letters or self._finished)
 
     async def _send_some(self) -> None:
         try:
@@ -166,6 +197,8 @@ class Outbox:
 
     async def _publish(self) -> None:
         posts = list(islice(self._posts.values(), BATCH))
+        if not posts:
+            return
         answers = await asyncio.gather(
             *(self._bus.publish(post.dated()) for post in posts), return_exceptions=True
         )
@@ -180,17 +213,21 @@ class Outbox:
 
     async def _deliver(self) -> None:
         letters = [self._letters.popleft() for _ in range(min(BATCH, len(self._letters)))]
-        if not letters:
+        finished, self._finished = self._finished, {}
+        finishing, self._finishing = self._finishing, []
+        if not letters and not finished:
             return
         inboxes: dict[str, list[bytes]] = {}
         for letter in letters:
             inboxes.setdefault(letter.node, []).append(letter.payload)
         try:
-            await self._bus.send(inboxes)
+            await self._bus.send(inboxes, owner=self._node, finished=finished)
         except BaseException:
             # It may have arrived, and arrives twice then: an inbox's entries are repeatable.
             self._letters.extendleft(letter for letter in reversed(letters) if letter.must_arrive)
             raise
+        finally:
+            _wake_all(finishing)
 
     async def _send_lost(self) -> None:
         """Publish again what the log no longer has; a server loses the newest entries first, or all."""
@@ -218,6 +255,11 @@ class Outbox:
                 self._bus.address,
             )
         future.set_exception(BusUnavailableError(f"{OUTBOX_LIMIT} entries wait for {self._bus.address}"))
+
+    def _give_up_finishing(self) -> None:
+        finishing, self._finishing = self._finishing, []
+        self._finished.clear()
+        _wake_all(finishing)
 
     def _give_up(self, post: _Post, error: BusUnavailableError) -> None:
         del self._posts[post.number]
@@ -289,6 +331,12 @@ class _Letter(NamedTuple):
     node: str
     payload: bytes
     must_arrive: bool
+
+
+def _wake_all(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
 
 
 def _retrieve(future: asyncio.Future[str]) -> None:

@@ -30,6 +30,7 @@ from otel_tasks.fleet.bus import (
     INBOX_LIMIT,
     KEPT,
     LEASE,
+    NONE_FINISHED,
     START,
     BusRefusedError,
     BusUnavailableError,
@@ -38,15 +39,16 @@ from otel_tasks.fleet.bus import (
     position_of,
 )
 from otel_tasks.fleet.redis_channel import Channel, answered_within, exchange, unavailable
+from otel_tasks.fleet.redis_claims import Claims
 from otel_tasks.fleet.redis_scripts import (
     ANNOUNCE,
     CATCH_UP,
-    CLAIM,
     FINISH,
     PUBLISH,
     RELEASE,
     RENEW,
     ROSTER,
+    SEND,
     SOURCES,
     TRIM,
 )
@@ -85,6 +87,7 @@ class RedisBus:
         self._pool, self._thread_pool = _pools(url)
         self.address = _address(self._pool)
         self._channel = Channel(self._make_connection, self.address)
+        self._claims = Claims(self._channel, self.address)
         self._thread_connection: Any = None
         self._closed = False
         # The message of each claim: a claim that has expired is taken again.
@@ -154,17 +157,31 @@ class RedisBus:
         found = await self._channel.call(*(("XRANGE", log, entry_id, entry_id) for entry_id in ids))
         return {entry_id for entry_id, entries in zip(ids, found, strict=True) if not entries}
 
-    async def send(self, inboxes: Mapping[str, Collection[bytes]]) -> None:
-        """Append entries to inboxes.
+    async def send(
+        self,
+        inboxes: Mapping[str, Collection[bytes]],
+        *,
+        owner: str = "",
+        finished: Mapping[str, str] = NONE_FINISHED,
+    ) -> None:
+        """Append entries to inboxes, and turn claims into marks that their messages were executed.
 
-        Cancellation: ends the wait; the entries are appended anyway.
+        Cancellation: ends the wait; everything is done anyway.
         """
         commands: list[tuple[str | bytes | int, ...]] = []
-        for node, payloads in inboxes.items():
-            key = self._key("inbox", node)
-            commands += [("XADD", key, "MAXLEN", "~", INBOX_LIMIT, "*", "e", entry) for entry in payloads]
-            commands.append(("EXPIRE", key, int(INBOX_KEPT)))
-        await self._channel.call(*commands)
+        if inboxes:
+            keys = [self._key("inbox", node) for node in inboxes]
+            counted: list[bytes | int] = []
+            for payloads in inboxes.values():
+                counted += (len(payloads), *payloads)
+            commands.append(SEND(*keys, args=(INBOX_LIMIT, int(INBOX_KEPT), *counted)))
+        if finished:
+            keys = []
+            for key, delivery in finished.items():
+                self._deliveries.pop(key, None)
+                keys += self._claim_keys(key, delivery)
+            commands.append(FINISH(*keys, args=(f"{owner} ", _ms(DONE_KEPT))))
+        await self._channel.call(*commands, patient=True)
 
     async def read(self, inbox: str, after: str) -> AsyncGenerator[list[Entry]]:
         """Iterate over the log and an inbox, on a connection of its own.
@@ -277,19 +294,10 @@ class RedisBus:
         Cancellation: ends the wait; a claim that was taken expires.
         """
         keys = self._claim_keys(key, delivery)
-        (answer,) = await self._channel.call(CLAIM(*keys, args=(f"{owner} {delivery}", _ms(LEASE))))
-        claim = Claim(answer.decode())
+        claim = await self._claims.take(*keys, f"{owner} {delivery}", _ms(LEASE))
         if claim is Claim.TAKEN:
             self._deliveries[key] = delivery
         return claim
-
-    async def finish(self, key: str, owner: str, delivery: str) -> None:
-        """Turn a claim into a mark that the message was executed.
-
-        Cancellation: ends the wait; the mark is set anyway.
-        """
-        self._deliveries.pop(key, None)
-        await self._channel.call(FINISH(*self._claim_keys(key, delivery), args=(f"{owner} ", _ms(DONE_KEPT))))
 
     async def release(self, key: str, owner: str) -> None:
         """Drop a claim.

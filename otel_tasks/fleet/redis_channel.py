@@ -10,6 +10,7 @@ import asyncio
 import ssl
 from collections import deque
 from contextlib import asynccontextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redis import exceptions
@@ -23,12 +24,15 @@ if TYPE_CHECKING:
 
     Command = tuple[str | bytes | int, ...]
     # Of some commands, of which some may be exceptions.
-    _Answers = asyncio.Future[list[Any]]
+    Answers = asyncio.Future[list[Any]]
 
 # Commands in one round trip: enough to be fast, and few enough to be answered in time.
 _BATCH = 500
 # Seconds by which a timer is late if the event loop was held.
 _LATE = 1.0
+# Seconds for which patient calls wait while the loop has other work, and a turn of a loop that has none.
+_PATIENCE = 0.003
+_IDLE_TURN = 0.00004
 
 _REASONS: dict[type[Exception], str] = {
     exceptions.OutOfMemoryError: "is full, and refuses to write (maxmemory)",
@@ -58,23 +62,47 @@ class Channel:
         self._pending: deque[_Call] = deque()
         self._sending: asyncio.Task[None] | None = None
         self._closed = False
+        # True if one of the calls that wait is not patient.
+        self._is_urgent = False
 
     def open(self) -> None:
         """Allow calls again after ``close``."""
         self._closed = False
 
-    async def call(self, *commands: Command) -> list[Any]:
+    async def call(self, *commands: Command, patient: bool = False) -> list[Any]:
         """Execute commands in this order, and return their answers.
+
+        Args:
+            commands: The commands.
+            patient: They may wait a moment for others while the loop is busy, to share a round trip.
 
         Raises:
             BusUnavailableError: The server does not answer within ``CALL_TIMEOUT``, or answers with an error.
 
         Cancellation: ends the wait; the commands are executed anyway.
         """
-        return await self.answers(self.start(*commands))
+        return await self.answers(self.start(*commands, patient=patient))
 
-    def start(self, *commands: Command) -> _Answers:
+    def start(self, *commands: Command, patient: bool = False) -> Answers:
         """Execute commands in this order; return the future of their answers, for ``answers``.
+
+        Args:
+            commands: The commands.
+            patient: As for ``call``.
+
+        Raises:
+            BusUnavailableError: The connection was closed.
+        """
+        self._is_urgent = self._is_urgent or not patient
+        return self.start_late(lambda: commands)
+
+    def start_late(self, make: Callable[[], Sequence[Command]]) -> Answers:
+        """Execute commands that are made when they can be sent; return the future of their answers.
+
+        They are patient, as for ``call``. The future has no exception, and one answer at least.
+
+        Args:
+            make: Makes the commands; not called if the connection fails before.
 
         Raises:
             BusUnavailableError: The connection was closed.
@@ -82,7 +110,7 @@ class Channel:
         if self._closed:
             raise BusUnavailableError(f"the connection to {self._address} was closed")
         loop = asyncio.get_running_loop()
-        call = _Call(commands, loop.create_future())
+        call = _Call(make, loop.create_future())
         self._pending.append(call)
         # Done: a factory of eager tasks has run it to its end before it was known here.
         if self._sending is None or self._sending.done():
@@ -91,7 +119,7 @@ class Channel:
             )
         return call.answers
 
-    async def answers(self, call: _Answers) -> list[Any]:
+    async def answers(self, call: Answers) -> list[Any]:
         """Return the answers to commands.
 
         Raises:
@@ -118,30 +146,48 @@ class Channel:
     async def _send(self) -> None:
         try:
             while self._pending:
+                await self._wait_for_more()
                 await self._send_batch()
         finally:
             self._sending = None
 
+    async def _wait_for_more(self) -> None:
+        """Let patient calls wait while the loop is busy: to send ten together takes a tenth of its time.
+
+        In a loop without other work, this takes two of its turns.
+        """
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        until = now + _PATIENCE
+        idle_turns = 0
+        while not self._is_urgent and idle_turns < 2 and now < until:
+            await asyncio.sleep(0)
+            before, now = now, loop.time()
+            idle_turns = idle_turns + 1 if now - before < _IDLE_TURN else 0
+
     async def _send_batch(self) -> None:
-        batch: list[_Call] = []
+        batch: list[tuple[_Call, int]] = []
         commands: list[Command] = []
+        self._is_urgent = False
         while self._pending and len(commands) < _BATCH:
-            batch.append(self._pending.popleft())
-            commands += batch[-1].commands
+            call = self._pending.popleft()
+            made = call.make()
+            commands += made
+            batch.append((call, len(made)))
         try:
             async with answered_within(CALL_TIMEOUT):
                 answers = iter(await self._execute(commands))
         except Exception as error:
             # The calls behind this batch have waited as long.
-            self._fail(batch, error)
+            self._fail([call for call, _ in batch], error)
             self._fail(self._pending, error)
             await self._disconnect()
         except asyncio.CancelledError:
-            self._fail(batch, ConnectionError("the connection was closed"))
+            self._fail([call for call, _ in batch], ConnectionError("the connection was closed"))
             raise
         else:
-            for call in batch:
-                call.settle([next(answers) for _ in call.commands])
+            for call, count in batch:
+                call.settle(list(islice(answers, count)))
 
     async def _execute(self, commands: Sequence[Command]) -> list[Any]:
         if self._connection is None:
@@ -169,10 +215,10 @@ class Channel:
 
 
 class _Call(NamedTuple):
-    """Commands, and the future of their answers."""
+    """What makes commands, and the future of their answers."""
 
-    commands: tuple[Command, ...]
-    answers: _Answers
+    make: Callable[[], Sequence[Command]]
+    answers: Answers
 
     def settle(self, answers: list[Any]) -> None:
         """Wake the caller, unless it was cancelled."""

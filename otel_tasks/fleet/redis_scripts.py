@@ -104,21 +104,48 @@ return {text(now), live, redis.call('HGETALL', KEYS[1])}
 """
 )
 
-# claim, done; owner and delivery, milliseconds.
-CLAIM: Final = Script(
+# The inboxes; entries to keep, seconds to live, and for each inbox how many entries, and these.
+SEND: Final = Script(
     """
-if redis.call('EXISTS', KEYS[2]) == 1 then return 'done' end
-if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return 'taken' end
-return 'held'
+local at = 3
+for _, inbox in ipairs(KEYS) do
+    local count = tonumber(ARGV[at])
+    for n = at + 1, at + count do
+        redis.call('XADD', inbox, 'MAXLEN', '~', ARGV[1], '*', 'e', ARGV[n])
+    end
+    redis.call('EXPIRE', inbox, ARGV[2])
+    at = at + count + 1
+end
 """
 )
 
-# claim, done; owner, milliseconds. The mark first: a server that is full refuses it, and the claim stays.
+# For each claim its key, and that of its mark; milliseconds, and for each claim its owner and delivery.
+# Returns one letter for each: taken, held, or done.
+CLAIM: Final = Script(
+    """
+local answers = {}
+for n = 1, #KEYS / 2 do
+    if redis.call('EXISTS', KEYS[2 * n]) == 1 then
+        answers[n] = 'd'
+    elseif redis.call('SET', KEYS[2 * n - 1], ARGV[n + 1], 'NX', 'PX', ARGV[1]) then
+        answers[n] = 't'
+    else
+        answers[n] = 'h'
+    end
+end
+return table.concat(answers)
+"""
+)
+
+# For each claim its key, and that of its mark; owner, milliseconds. The mark first: a server that is full
+# refuses it, and the claim stays.
 FINISH: Final = Script(
     _OWNED
     + """
-redis.call('SET', KEYS[2], '', 'PX', ARGV[2])
-if is_owned(redis.call('GET', KEYS[1]), ARGV[1]) then redis.call('DEL', KEYS[1]) end
+for i = 1, #KEYS, 2 do
+    redis.call('SET', KEYS[i + 1], '', 'PX', ARGV[2])
+    if is_owned(redis.call('GET', KEYS[i]), ARGV[1]) then redis.call('DEL', KEYS[i]) end
+end
 """
 )
 

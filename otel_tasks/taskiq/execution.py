@@ -134,6 +134,8 @@ class Execution:
         self._deadline = self._options.deadline(self._worker)
         self._is_claimed = False
         self._is_lost = False
+        # The end of its claim, once it is being sent.
+        self._finishing: asyncio.Future[None] | None = None
         # True for the delivery that waits for the claim; its duplicates end with it.
         self._waits = False
         self._duplicates: Duplicates | None = None
@@ -213,6 +215,9 @@ class Execution:
         Cancellation: ends the attempts to save the result; the message is not acknowledged.
         """
         if await self._may_acknowledge():
+            if self._finishing is not None:
+                # First: after an acknowledgment, a claim that is left would let a duplicate run.
+                await self._finishing
             await maybe_awaitable(ack())
             if self._duplicates is not None:
                 await self._duplicates.acknowledge()
@@ -481,9 +486,7 @@ class Execution:
         self._keeper.drop_claim(self.task_id)
         link = self._link
         if executed:
-            self._worker.in_background(
-                link.call(lambda: link.bus.finish(self.task_id, link.node, self._delivery))
-            )
+            self._finishing = link.finish(self.task_id, self._delivery)
         else:
             self._worker.in_background(link.call(lambda: link.bus.release(self.task_id, link.node)))
 

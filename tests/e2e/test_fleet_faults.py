@@ -345,7 +345,7 @@ async def test_user_of_the_documentation(tmp_path: Path) -> None:
         assert await bus.claim("u", "a", "d") is Claim.TAKEN
         assert bus.renew("a", lease=True, claims=["t", "u"]) == []
         assert await bus.leases(["a"]) == {"a"}
-        await bus.finish("t", "a", "d")
+        await bus.send({}, owner="a", finished={"t": "d"})
         await bus.release("u", "a")
         await bus.leave("a")
         await bus.close()
