@@ -110,6 +110,18 @@ async def an_inbox_is_one_nodes(world: World) -> None:
         assert [entry.payload for entry in await anext(reader)] == [b"4"]
 
 
+async def letters_keep_their_order(world: World) -> None:
+    """Many letters of one call arrive in their order, each as it was sent, short and long ones."""
+    bus = await world.bus()
+    sent = [b"%d:" % n + b"x" * (n * 37 % 3000) for n in range(100)]
+    await bus.send({"a": sent, "b": [b"other"]})
+    await bus.send({"a": [b"last"]})
+
+    entries = await _written(bus, "a")
+    assert [entry.payload for entry in entries] == [*sent, b"last"]
+    assert all(entry.inbox for entry in entries)
+
+
 async def ages_are_the_servers(world: World) -> None:
     """An entry's age does not depend on the clock of the process that writes or reads it."""
     bus = await world.bus()
@@ -331,6 +343,7 @@ SCENARIOS: list[Scenario] = [
     reading_goes_on_after_a_position,
     reading_starts_at_the_end,
     an_inbox_is_one_nodes,
+    letters_keep_their_order,
     ages_are_the_servers,
     the_clock_is_the_servers,
     lost_entries_are_found_out,

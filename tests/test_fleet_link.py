@@ -654,12 +654,16 @@ async def test_end_of_a_claim_goes_with_the_letters() -> None:
     await node.link.stop()
 
 
-async def test_end_of_a_claim_fails_with_the_bus_and_wakes_who_waits() -> None:
-    """The claim expires then: nobody waits for a server that is gone, and nothing is raised."""
+async def test_end_of_a_claim_waits_for_the_bus_and_nobody_for_it() -> None:
+    """Nobody waits for a server that is gone; when it is back, the messages are marked as executed."""
     async with started("a") as (a,):
-        memory_server(namespace="shop").fail()
+        server = memory_server(namespace="shop")
+        server.fail()
         finishing = a.link.finish("t", "d")
         assert finishing is not None
         await asyncio.wait_for(finishing, 5.0)
         assert not a.link.is_up
         assert a.link.finish("u", "d") is None
+        server.restore()
+        await asyncio.sleep(HOLD_OFF)
+        assert [server.claim(key, "b", "d") for key in ("t", "u")] == [Claim.DONE, Claim.DONE]

@@ -156,7 +156,8 @@ class Link:
             delivery: The message.
 
         Returns:
-            The future of that, without an error: if the bus fails, the claim expires. None while it is down.
+            The future of that; it has no error, and is done if the bus fails. None while the bus is down. The
+            end then waits for it: the claim expires meanwhile, and no other node takes one before.
         """
         return self._outbox.finish(key, delivery)
 

@@ -99,12 +99,16 @@ class Outbox:
     def finish(self, key: str, delivery: str) -> asyncio.Future[None] | None:
         """End the claim of an execution, together with what else is sent; return the future of that.
 
-        It is done without an error, also if the bus fails: the claim then expires. None while that is down.
+        While the bus is down, it waits, and the future is None. The future has no error: it is done, too, if
+        the bus fails.
         """
+        if len(self._finished) >= OUTBOX_LIMIT:
+            # The claim expires.
+            return None
+        self._finished[key] = delivery
         if not self._open:
             return None
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._finished[key] = delivery
         self._finishing.append(future)
         self._wake.set()
         return future
@@ -140,7 +144,7 @@ class Outbox:
         for post in [post for post in self._posts.values() if not post.must_arrive]:
             self._give_up(post, error)
         self._letters = deque(letter for letter in self._letters if letter.must_arrive)
-        self._give_up_finishing()
+        self._wake_finishing()
 
     def fail(self, error: BusUnavailableError) -> None:
         """Give up everything."""
@@ -148,7 +152,8 @@ class Outbox:
         for post in list(self._posts.values()):
             self._give_up(post, error)
         self._letters.clear()
-        self._give_up_finishing()
+        self._finished.clear()
+        self._wake_finishing()
 
     async def flushed(self) -> None:
         """Wait until nothing is left to send.
@@ -225,6 +230,7 @@ class Outbox:
         except BaseException:
             # It may have arrived, and arrives twice then: an inbox's entries are repeatable.
             self._letters.extendleft(letter for letter in reversed(letters) if letter.must_arrive)
+            self._finished = finished | self._finished
             raise
         finally:
             _wake_all(finishing)
@@ -256,9 +262,8 @@ class Outbox:
             )
         future.set_exception(BusUnavailableError(f"{OUTBOX_LIMIT} entries wait for {self._bus.address}"))
 
-    def _give_up_finishing(self) -> None:
+    def _wake_finishing(self) -> None:
         finishing, self._finishing = self._finishing, []
-        self._finished.clear()
         _wake_all(finishing)
 
     def _give_up(self, post: _Post, error: BusUnavailableError) -> None:

@@ -54,7 +54,7 @@ from otel_tasks.fleet.redis_scripts import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 
 # Entries that are read at once.
 _BATCH = 1000
@@ -64,6 +64,8 @@ _BLOCK = 1.0
 _PATIENCE = 1.5
 # Keys that a search for fleets looks at: some 50 ms.
 _SCANNED = 200_000
+# Bytes of several payloads in one entry of an inbox.
+_TOGETHER = 2048
 # Claims that one script renews.
 _RENEWED = 500
 
@@ -170,10 +172,12 @@ class RedisBus:
         """
         commands: list[tuple[str | bytes | int, ...]] = []
         if inboxes:
-            keys = [self._key("inbox", node) for node in inboxes]
+            keys = []
             counted: list[bytes | int] = []
-            for payloads in inboxes.values():
-                counted += (len(payloads), *payloads)
+            for node, payloads in inboxes.items():
+                for together in _grouped(payloads):
+                    keys.append(self._key("inbox", node))
+                    counted += (len(together), *together)
             commands.append(SEND(*keys, args=(INBOX_LIMIT, int(INBOX_KEPT), *counted)))
         if finished:
             keys = []
@@ -373,9 +377,10 @@ class _Reading:
         answer, (seconds, micros) = await self._call(timeout, read, ("TIME",))
         now = int(seconds) + int(micros) / 1e6
         return [
-            _entry(entry, now, inbox=key.decode() == inbox)
+            entry
             for key, entries in answer or ()
-            for entry in entries
+            for raw in entries
+            for entry in _entries(raw, now, inbox=key.decode() == inbox)
         ]
 
     async def close(self) -> None:
@@ -437,12 +442,27 @@ def _address(pool: AsyncConnectionPool) -> str:
     return f"{scheme}://{host}:{options.get('port', 6379)}/{options.get('db', 0)}"
 
 
-def _entry(raw: Any, now: float, *, inbox: bool) -> Entry:
+def _entries(raw: Any, now: float, *, inbox: bool) -> list[Entry]:
+    """Return what an entry of a stream has; one of an inbox may have several."""
     entry_id, fields = raw
     name = entry_id.decode()
+    age = _age(name, now)
     # A foreign entry has other fields, or none; what is decoded later is then no entry.
-    payload = next((value for key, value in zip(fields[::2], fields[1::2], strict=True) if key == b"e"), b"")
-    return Entry(name, payload, inbox, _age(name, now))
+    payloads = [value for key, value in zip(fields[::2], fields[1::2], strict=True) if key == b"e"] or [b""]
+    return [Entry(name, payload, inbox, age) for payload in (payloads if inbox else payloads[:1])]
+
+
+def _grouped(payloads: Iterable[bytes]) -> Iterable[list[bytes]]:
+    """Return payloads in groups that are no longer than a payload may be."""
+    groups: list[list[bytes]] = []
+    left = 0
+    for payload in payloads:
+        left -= len(payload)
+        if left < 0:
+            groups.append([])
+            left = _TOGETHER - len(payload)
+        groups[-1].append(payload)
+    return groups
 
 
 def _unpacked(heads: bytes, contents: bytes, now: float) -> list[Entry]:

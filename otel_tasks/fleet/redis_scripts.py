@@ -104,17 +104,20 @@ return {text(now), live, redis.call('HGETALL', KEYS[1])}
 """
 )
 
-# The inboxes; entries to keep, seconds to live, and for each inbox how many entries, and these.
+# An inbox for each entry of a stream; entries to keep, seconds to live, and for each entry how many payloads,
+# and these. They are fields of one entry: to read ten entries takes three times as long.
 SEND: Final = Script(
     """
 local at = 3
 for _, inbox in ipairs(KEYS) do
-    local count = tonumber(ARGV[at])
-    for n = at + 1, at + count do
-        redis.call('XADD', inbox, 'MAXLEN', '~', ARGV[1], '*', 'e', ARGV[n])
+    local fields = {}
+    for n = 1, ARGV[at] do
+        fields[2 * n - 1] = 'e'
+        fields[2 * n] = ARGV[at + n]
     end
+    redis.call('XADD', inbox, 'MAXLEN', '~', ARGV[1], '*', unpack(fields))
     redis.call('EXPIRE', inbox, ARGV[2])
-    at = at + count + 1
+    at = at + 1 + ARGV[at]
 end
 """
 )

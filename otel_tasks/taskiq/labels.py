@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import uuid
+import secrets
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,6 +36,8 @@ _LONGEST_STAMP = 16_384
 _LARGEST = 2**53
 # Labels of Taskiq that count the copies of a message: a retry and a requeued message are new deliveries.
 _COPIES = ("_retries", "X-Taskiq-requeue")
+# json.dumps() would make an encoder for each call.
+_encode_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def labels(
@@ -75,9 +77,9 @@ def labels(
     return {label: value for label, value in options.items() if value is not None}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Stamp:
-    """What a sender writes into a message.
+    """What a sender writes into a message. Nothing changes one; a frozen class would take longer to make it.
 
     Attributes:
         delivery: Names this sending of the message; a redelivery by the broker has the same.
@@ -122,8 +124,10 @@ class Stamp:
 
     def dump(self) -> str:
         """Return the text of the label."""
-        content = {key: value for key in _FIELDS if (value := getattr(self, key)) not in (None, {})}
-        return json.dumps(content, separators=(",", ":"))
+        content = {key: value for key in _FIELDS if (value := getattr(self, key)) is not None}
+        if not self.carrier:
+            del content["carrier"]
+        return _encode_json(content)
 
     def resent(self) -> Stamp:
         """Return the stamp of a copy that is sent again, such as a retry.
@@ -135,7 +139,7 @@ class Stamp:
 
 def new_delivery() -> str:
     """Return a new name for one sending of a message."""
-    return uuid.uuid4().hex[:12]
+    return secrets.token_hex(6)
 
 
 def read_stamp(message_labels: Mapping[str, Any]) -> Stamp | None:
@@ -144,21 +148,27 @@ def read_stamp(message_labels: Mapping[str, Any]) -> Stamp | None:
     if not isinstance(text, str) or len(text) > _LONGEST_STAMP:
         return None
     try:
-        content = json.loads(text)
-        values = {key: content[key] for key in _FIELDS if key in content}
+        values = {key: value for key, value in json.loads(text).items() if key in _FIELDS}
         # What is no position raises here.
         position_of(values.get("sent_after") or START)
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None
-    if not values.get("delivery") or not all(_fits(value, _FIELDS[key]) for key, value in values.items()):
+    if not values.get("delivery"):
         return None
+    for key, value in values.items():
+        if not _fits(value, _FIELDS[key]):
+            return None
     return Stamp(**values)
 
 
 def delivery_of(message_labels: Mapping[str, Any], stamp: Stamp | None) -> str:
     """Return the name of this delivery of a message."""
-    copies = (str(message_labels.get(label, "")) for label in _COPIES)
-    return ".".join((stamp.delivery if stamp else "", *copies)).rstrip(".") or "0"
+    delivery = stamp.delivery if stamp else ""
+    if message_labels.keys() & _COPIES:
+        delivery = ".".join((delivery, *(str(message_labels.get(label, "")) for label in _COPIES))).rstrip(
+            "."
+        )
+    return delivery or "0"
 
 
 _FIELDS: Final[dict[str, type | tuple[type, ...]]] = {
@@ -178,6 +188,8 @@ _FIELDS: Final[dict[str, type | tuple[type, ...]]] = {
 
 
 def _fits(value: object, kind: type | tuple[type, ...]) -> bool:
+    if isinstance(value, str):
+        return kind is str
     if isinstance(value, dict):
         return kind is dict and all(isinstance(part, str) for pair in value.items() for part in pair)
     if isinstance(value, (int, float)):

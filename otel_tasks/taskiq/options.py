@@ -52,6 +52,8 @@ def _text(value: object) -> str | None:
 
 
 def _priority(value: object) -> TaskPriority:
+    if value == TaskPriority.NORMAL:
+        return TaskPriority.NORMAL
     try:
         return TaskPriority(int(str(value)))
     except ValueError:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import copy
 import json
-import re
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeAlias, TypeVar, cast, overload
 
 from taskiq.decor import AsyncTaskiqDecoratedTask
@@ -166,7 +165,10 @@ def _sending(call: Call, task: ManagedTask[Any] | None, function: str | None) ->
 def _given_name(task: ManagedTask[Any], function: str) -> str | None:
     """Return the name that the user has given the task; None if it was made from the function's."""
     name = task.name
-    return None if re.fullmatch(rf"{re.escape(function)}(-\d+)?", name) else name
+    if name == function:
+        return None
+    base, _, number = name.rpartition("-")
+    return None if base == function and number.isdecimal() else name
 
 
 def _group_name(task: ManagedTask[Any]) -> str | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from otel_tasks.taskiq.priorities import BrokerPriorities
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sending:
     """A remote call that is being sent, and what its local task hands on.
 

@@ -34,7 +34,9 @@ def extract(carrier: Mapping[str, str]) -> contextvars.Context:
     context = contextvars.copy_context()
     try:
         # Not below the current context: where `carrier` has no span, that would leave the local one.
-        remote = propagate.extract(dict(carrier), otel_context.Context())
+        remote = otel_context.Context()
+        if carrier:
+            remote = propagate.extract(dict(carrier), remote)
         context.run(otel_context.attach, remote)
     except Exception:
         log_otel_error("extracting the remote span from a message")
