@@ -12,6 +12,8 @@ import os
 import statistics
 import time
 from collections import defaultdict
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from benchmarks import remote
@@ -22,9 +24,10 @@ from otel_tasks.fleet import Fleet
 from otel_tasks.fleet.entries import CancelEntry
 from otel_tasks.fleet.link import Link
 from otel_tasks.fleet.urls import open_bus
+from otel_tasks.live.others import Others
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
@@ -36,6 +39,8 @@ REPLAYED = 10_000
 # Seconds of each round.
 IDLE = 3.0
 NODES, TASKS = 50, 20
+# Tasks of each node that a live view shows, seconds of some of them, and seconds between two ticks.
+VIEWED, SHORT, TICK = 200, 1.0, 0.5
 
 # Not a fresh interpreter for each node: fifty of them would measure how fast this machine imports.
 _fork = multiprocessing.get_context("fork")
@@ -50,6 +55,7 @@ def run(effort: Effort) -> list[Table]:
     note = circumstances()
     replayed = f"Start of a node that finds {REPLAYED:,} cancellations"
     asked = f"Answers of {NODES} nodes with {TASKS} tasks each"
+    viewed = f"A tick of the live view with {NODES} nodes, {VIEWED} tasks each"
     with redis():
         return [
             _table("cancel", f"{CANCEL} in another process", "ms", _cancels(rounds), note),
@@ -57,6 +63,7 @@ def run(effort: Effort) -> list[Table]:
             _table("rate", "Cancellations that one process sends", "per second", _rates(rounds), note),
             _table("idle", "CPU time of a node at rest", "% of a core", _idle(rounds), note),
             _table("inspect", asked, "ms", _inspections(rounds), note),
+            _table("view", viewed, "ms", _views(rounds), note),
             *remote.measure(rounds, note),
         ]
 
@@ -208,25 +215,35 @@ def _rest(pipe: Connection) -> None:
 
 def _inspections(rounds: int) -> dict[str, list[float]]:
     """What all processes answer, as one of them asks."""
-    nodes = [_in_process(_serve) for _ in range(NODES - 1)]
+    with _nodes("inspect", TASKS):
+        return asyncio.run(_inspect(rounds))
+
+
+@contextmanager
+def _nodes(namespace: str, tasks: int) -> Iterator[None]:
+    """Run the other nodes of a fleet for the block."""
+    nodes = [_in_process(partial(_serve, namespace, tasks)) for _ in range(NODES - 1)]
     for _, pipe in nodes:
         pipe.recv()
-    figures = asyncio.run(_inspect(rounds))
+    yield
     for process, pipe in nodes:
         pipe.send(None)
         process.join()
-    return figures
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(namespace: str, tasks: int, pipe: Connection) -> None:
     async def serve() -> None:
         loop = asyncio.get_running_loop()
         over = asyncio.Event()
         loop.add_reader(pipe.fileno(), over.set)
-        async with TaskManager() as manager, Fleet(URL, namespace="inspect", manager=manager):
-            for number in range(TASKS):
+        async with TaskManager() as manager, Fleet(URL, namespace=namespace, manager=manager):
+            for number in range(tasks):
                 manager.create_task(over.wait(), name=f"job-{os.getpid()}-{number}", group="jobs")
             pipe.send(None)
+            while namespace == "view" and not over.is_set():
+                # Something changes in each tick.
+                manager.create_task(asyncio.sleep(SHORT), name=f"short-{loop.time()}", group="short")
+                await asyncio.sleep(TICK / 2)
             await over.wait()
 
     asyncio.run(serve())
@@ -252,4 +269,33 @@ async def _inspect(rounds: int) -> dict[str, list[float]]:
         rows = await fleet.tasks()
         if rows.silent or len(rows) != (NODES - 1) * TASKS:
             raise RuntimeError(f"{len(rows)} tasks, silent: {rows.silent}")
+    return figures
+
+
+# -- the live view ------------------------------------------------------------------------------
+
+
+def _views(rounds: int) -> dict[str, list[float]]:
+    """What a tick of a view takes that asks all other nodes, and gathers what they answer."""
+    with _nodes("view", VIEWED):
+        return asyncio.run(_view(rounds))
+
+
+async def _view(rounds: int) -> dict[str, list[float]]:
+    figures: dict[str, list[float]] = {"wall time": [], "CPU time of the viewer": []}
+    async with TaskManager() as manager, Fleet(URL, namespace="view", manager=manager) as fleet:
+        await asyncio.sleep(1.0)
+        others = Others(fleet.views, fleet.node, manager.now)
+        async with asyncio.timeout(60):
+            # The first answer has everything, and takes an import; each further one has what has changed.
+            while len(found := others.gathered().nodes) < NODES - 1 or any(not node["key"] for node in found):
+                await others.look({}, ())
+                await asyncio.sleep(TICK)
+        for _ in range(rounds):
+            wall, cpu = time.perf_counter(), time.process_time()
+            await others.look({}, ())
+            others.gathered()
+            figures["wall time"].append((time.perf_counter() - wall) * 1e3)
+            figures["CPU time of the viewer"].append((time.process_time() - cpu) * 1e3)
+            await asyncio.sleep(TICK)
     return figures

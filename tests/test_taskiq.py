@@ -46,7 +46,7 @@ from otel_tasks.taskiq import (
     stream_priorities,
 )
 from otel_tasks.taskiq.labels import STAMP, read_stamp
-from otel_tasks.taskiq.worker import Duplicates
+from otel_tasks.taskiq.worker import Duplicates, Worker
 from tests.shared_queue import QueueBroker, SharedQueue, working
 
 if TYPE_CHECKING:
@@ -277,6 +277,26 @@ async def test_claim_ends_before_the_acknowledgment() -> None:
             await remote(api.task(nothing))
             await asyncio.sleep(0.5)
         assert (seen, queue.acknowledged) == ([(1, 0)], 1)
+
+
+async def test_cancellation_wakes_only_what_it_reaches() -> None:
+    """A thousand cancellations and a thousand waiting executions are a thousand wakes, not a million."""
+    worker = Worker(Fleet("memory://", namespace="shop", manager=TaskManager()), "taskiq")
+    names = ("message 1", "message 2", "message 3")
+    waiting = [asyncio.create_task(worker.changes([name, "group root"], 60)) for name in names]
+    await asyncio.sleep(0)
+
+    async def woken() -> list[bool]:
+        await asyncio.sleep(0.01)
+        return [task.done() for task in waiting]
+
+    worker.wake_reached("message 4")
+    worker.wake_reached("message 2")
+    assert await woken() == [False, True, False]
+    waiting[0].cancel()
+    worker.wake_reached("group root")
+    assert await woken() == [True, True, True]
+    assert not worker._changes
 
 
 async def test_result_is_saved_again_without_acknowledgments() -> None:

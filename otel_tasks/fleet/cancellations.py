@@ -87,7 +87,7 @@ class Cancellations:
         """
         now = asyncio.get_running_loop().time()
         if at.age < KEPT:
-            key = f"{entry.target} {entry.name}"
+            key = target_in(entry)
             content = at.payload if 0 < len(at.payload) <= _SHORT else entry
             new = content, at.id, now + KEPT - at.age, None
             known = self._kept.get(key)
@@ -117,7 +117,7 @@ class Cancellations:
             return None
         sent = sent or _UNKNOWN
         now = asyncio.get_running_loop().time()
-        for key in _keys(task_id, name, group):
+        for key in targets_of(task_id, name, group):
             kept = self._kept.get(key)
             while kept is not None and kept[2] > now and position_of(kept[1]) > sent.after:
                 entry = _content(kept)
@@ -191,8 +191,19 @@ def _with_earlier(newest: _Kept, older: _Kept) -> _Kept:
     return (*newest[:3], earlier)
 
 
-def _keys(task_id: str, name: str | None, group: str | None) -> Iterator[str]:
-    """The targets that a remote task belongs to."""
+def target_in(entry: CancelEntry) -> str:
+    """Return the target of a cancellation, as ``targets_of`` has it."""
+    return f"{entry.target} {entry.name}"
+
+
+def targets_of(task_id: str, name: str | None, group: str | None) -> Iterator[str]:
+    """Return what a cancellation can name to reach a remote task.
+
+    Args:
+        task_id: The id of the broker's message.
+        name: The name of the task; None for none.
+        group: The label of its group; None for none.
+    """
     yield f"message {task_id}"
     if name is not None:
         yield f"task {name}"

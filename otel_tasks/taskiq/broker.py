@@ -31,6 +31,7 @@ from otel_tasks import CancelCause, CancelKind
 from otel_tasks._core.checks import checked_name
 from otel_tasks._core.options import FROM_MANAGER
 from otel_tasks.fleet import Fleet
+from otel_tasks.fleet.cancellations import target_in
 from otel_tasks.fleet.entries import CancelEntry
 from otel_tasks.taskiq.calls import Calls
 from otel_tasks.taskiq.errors import RemoteResultError, is_not_about_an_end
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from taskiq.abc.result_backend import AsyncResultBackend
 
     from otel_tasks._core.options import FromManager
+    from otel_tasks.fleet.bus import Entry
     from otel_tasks.fleet.link import Link
     from otel_tasks.taskiq.priorities import BrokerPriorities
 
@@ -275,8 +277,8 @@ class ManagedBroker:
         finally:
             await self.fleet.stop()
 
-    def _on_cancel(self, *_: object) -> None:
-        self.worker.wake()
+    def _on_cancel(self, entry: CancelEntry, _: Entry) -> None:
+        self.worker.wake_reached(target_in(entry))
 
 
 class FleetMiddleware(TaskiqMiddleware):

@@ -37,6 +37,7 @@ from otel_tasks._core.task import request_cancel, timed_out
 from otel_tasks._core.telemetry import current_span_context
 from otel_tasks._core.telemetry.propagation import extract
 from otel_tasks.fleet.bus import BusUnavailableError, Claim
+from otel_tasks.fleet.cancellations import targets_of
 from otel_tasks.fleet.entries import EndedEntry, cause_fields
 from otel_tasks.taskiq.errors import (
     ExecutionEndedError,
@@ -264,17 +265,15 @@ class Execution:
         return cause
 
     async def _rest(self, pause: float) -> None:
-        """Wait until the next try to get the claim, or until something forbids the execution.
-
-        Each cancellation in the fleet wakes all executions that wait here: they look whether it is theirs,
-        and leave the bus alone.
-        """
+        """Wait until the next try to get the claim, or until something forbids the execution."""
+        targets = list(targets_of(self.task_id, self._options.name, self._options.group))
         judged = self._link.judges
         until = self.loop.time() + pause
-        while (left := until - self.loop.time()) > 0:
-            await self._worker.changes(left)
-            if self._link.judges != judged or self._refusal() is not None:
+        while self._link.judges == judged and self._refusal() is None:
+            left = until - self.loop.time()
+            if left <= 0:
                 return
+            await self._worker.changes(targets, left)
 
     def _refusal(self) -> CancelCause | None:
         stopping = self._worker.stopping

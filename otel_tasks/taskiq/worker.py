@@ -22,7 +22,7 @@ from otel_tasks.fleet.bus import BusUnavailableError
 from otel_tasks.fleet.entries import ProgressEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Coroutine
+    from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
     from contextvars import Context
 
     from otel_tasks import ManagedTask
@@ -106,7 +106,8 @@ class Worker:
         # Set once this process stops: it starts no further execution.
         self.stopping: CancelCause | None = None
         self._running: dict[Running, int] = {}
-        self._changes: asyncio.Future[None] | None = None
+        # The executions that wait for their claims, by each target of a cancellation that reaches them.
+        self._changes: dict[str, dict[asyncio.Future[None], None]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._alive_until: dict[str, float] = {}
         self._waiting: dict[tuple[str, str], Duplicates] = {}
@@ -140,17 +141,29 @@ class Worker:
 
     def wake(self) -> None:
         """Let the executions that wait in ``changes`` look again."""
-        if self._changes is not None and not self._changes.done():
-            self._changes.set_result(None)
+        for futures in self._changes.values():
+            _set(futures)
 
-    async def changes(self, timeout: float) -> None:
-        """Wait for ``wake()``, at most ``timeout`` seconds.
+    def wake_reached(self, target: str) -> None:
+        """Let the executions look again that a cancellation of a target reaches, and no others."""
+        _set(self._changes.get(target, ()))
+
+    async def changes(self, targets: Iterable[str], timeout: float) -> None:
+        """Wait for ``wake()``, or a cancellation of one of these targets, at most ``timeout`` seconds.
 
         Cancellation: ends the wait.
         """
-        if self._changes is None or self._changes.done():
-            self._changes = asyncio.get_running_loop().create_future()
-        await asyncio.wait([self._changes], timeout=timeout)
+        changed = asyncio.get_running_loop().create_future()
+        targets = list(targets)
+        for target in targets:
+            self._changes.setdefault(target, {})[changed] = None
+        try:
+            await asyncio.wait([changed], timeout=timeout)
+        finally:
+            for target in targets:
+                del self._changes[target][changed]
+                if not self._changes[target]:
+                    del self._changes[target]
 
     async def is_alive(self, host: str) -> bool:
         """Return whether the lease of a node is valid, as of a moment ago.
@@ -241,6 +254,12 @@ class Worker:
         self._alive_until = {host: until for host, until in self._alive_until.items() if until > now}
         self._alive_until.update(dict.fromkeys(valid, now + _TRUSTED))
         return valid
+
+
+def _set(futures: Iterable[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
 
 
 def host_lost(host: str) -> CancelCause:
