@@ -157,6 +157,7 @@ async def until_up(client: httpx2.AsyncClient) -> None:
             await asyncio.sleep(0.1)
         else:
             return
+    raise AssertionError("the application does not serve")
 
 
 @pytest.fixture(params=["redis", "rabbitmq"])

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from otel_tasks.taskiq import labels
+
 from .remote_shop import WITHIN, Shop, calling, own_shop, shop
 
 if TYPE_CHECKING:
@@ -111,6 +113,19 @@ async def test_thousand_cancels_behind_a_thousand_others(shop: Shop) -> None:
         await nothing_is_left(shop, app)
         # Redis Streams deliver what waits for seconds again, at the end of the queue.
         await shop.until(lambda: {line["key"] for line in shop.events("started")} >= front)
+    assert not shop.events("started", "many")
+
+
+async def test_thousand_messages_of_a_group_that_is_cancelled(shop: Shop) -> None:
+    """One cancellation of a group reaches 1,000 messages that wait, and spares what is sent afterwards."""
+    async with calling(shop) as app:
+        kicker = app.tasks["ordered"].kicker().with_labels(**labels(group="tenant.acme.mail"))
+        await asyncio.gather(*(kicker.kiq("many") for _ in range(MANY)))
+        await app.fleet.cancel_group("tenant.acme", timeout=WITHIN)
+        await kicker.kiq("again")
+        shop.worker()
+        await shop.until_event("started", "again")
+        await nothing_is_left(shop, app)
     assert not shop.events("started", "many")
 
 

@@ -69,7 +69,7 @@ async def test_remote_tasks_on_each_loop(shop: Shop, loop: str) -> None:
     ):
         await until_up(client)
         expected = ["asyncio", True] if loop == "eager" else [loop, False]
-        assert list(await app.call("loop")) == expected
+        assert list(await asyncio.wait_for(app.call("loop"), WITHIN)) == expected
         assert (await client.get("/book/page", params={"seconds": 0.1})).json() == ["page.inner"]
 
         call = await _started(shop, client, "hang-up")
