@@ -106,10 +106,38 @@ async def test_context_names_a_request_that_is_over(manager: TaskManager) -> Non
     connection.scope["path_template"] = "/report/{id}"
     await connection.run(TaskGroupMiddleware(app_of(handler), manager=manager))
     bound = bindings[0]
-    assert (bound.closed, bound.request, bound.manager) == (True, None, manager)
+    assert (bound.closed, bound(), bound.manager) == (True, None, manager)
     assert late_name(connection.scope)() == "GET /report/{id}"
     if sys.version_info >= (3, 12):
         assert bound.name == "GET /report/{id}"
+
+
+async def test_request_whose_tasks_have_ended_is_freed_at_once(manager: TaskManager) -> None:
+    """Nothing is left to the garbage collector; a group that was kept has its name, and takes late tasks."""
+    kept: list[Any] = []
+
+    async def work() -> int:
+        return 1
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        group = request_group()
+        kept.extend([group, weakref.ref(require_request("test")), contextvars.copy_context()])
+        assert await group.create_task(work()) == 1
+        await app_of(work)(scope, receive, send)
+
+    connection = FakeConnection(path="/report/3")
+    connection.scope["path_template"] = "/report/{id}"
+    gc.collect()
+    gc.disable()
+    try:
+        await connection.run(TaskGroupMiddleware(app, manager=manager))
+        group, reference, _ = kept
+        assert reference() is None
+    finally:
+        gc.enable()
+    assert group.name == "GET /report/{id}"
+    late = group.create_task(work())
+    assert (late.group, await late) == (manager.get_group("root"), 1)
 
 
 async def test_two_loops_in_two_threads_share_a_middleware(manager: TaskManager) -> None:

@@ -11,6 +11,7 @@ import sys
 from asyncio import _get_running_loop
 from contextlib import contextmanager
 from contextvars import copy_context
+from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,7 @@ class Request(Connection):
     """
 
     __slots__ = (
+        "__weakref__",
         "_cleanup",
         "binding",
         "cancel_handler",
@@ -105,7 +107,8 @@ class Request(Connection):
         self.group = self.stop = self.cancel_handler = self.own_time_limit = self._cleanup = None
         self.settings = settings
         self.rules = settings.rules
-        self.binding = RequestBinding(self, settings.manager)
+        self.binding = RequestBinding(self)
+        self.binding.manager = settings.manager
         self.context = copy_context()
         self.cancels_before = 0 if host is None else host.cancelling()
 
@@ -137,8 +140,10 @@ class Request(Connection):
         with GROUP_LOCK:
             if self.group is not None:
                 return self.group
+            binding = self.binding
+            # Not its own name: through the function, the group would keep it, and be a cycle.
             group = RequestGroup.open(
-                self.manager, lambda: self.name, binding=self.binding, host=self.host, span=self.settings.span
+                self.manager, lambda: binding.name, binding=binding, host=self.host, span=self.settings.span
             )
             if self.host is not None and not self.closed:
                 watch_cancels(self.host, self)
@@ -167,14 +172,18 @@ class Request(Connection):
             self.rules = before._replace(on_exit=rules.on_exit)
 
     def release(self) -> None:
-        """Let its contexts go, unless work that it leaves behind needs them."""
+        """Leave its contexts and its group without it, unless work that it leaves behind needs it."""
         if self.stop is not None:
             self.stop.end()
-        elif self.group is None:
-            if sys.version_info >= (3, 12):
-                # Tasks that outlive the request show their contexts, and so its name.
-                self.binding.late_name = late_name(self.scope)
-            self.binding.request = None
+            self.binding.kept = self
+        elif self.group is not None:
+            if self._cleanup is not None or not self.group.is_empty:
+                self.binding.kept = self
+            # The group may be kept, and its name is not worth making now.
+            self.binding.late_name = partial(request_name, self.scope, self.context)
+        elif sys.version_info >= (3, 12):
+            # Tasks that outlive the request show their contexts, and so its name.
+            self.binding.late_name = late_name(self.scope)
 
     # Its client leaves.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from weakref import ref
 
 from otel_tasks._core.suspension import may_forward
 
@@ -77,44 +78,46 @@ class BoundRequest(Protocol):
         ...
 
 
-class RequestBinding:
-    """Binds contexts to a request until it is over.
+class RequestBinding(ref["BoundRequest"]):
+    """Binds contexts to a request until it is over: a weak reference.
 
     A context may outlive its request by far, and must not keep it in memory: uvicorn starts its keep-alive
-    timer in the context of the request, and a connection pool the tasks that it starts on first use.
+    timer in the context of the request, and a connection pool the tasks that it starts on first use. The
+    request's group refers to this too, so that the two are no cycle for the garbage collector.
 
     Attributes:
-        request: The request; None once it is over and has left no work behind.
-        late_name: Names it from then on.
+        kept: The request, once it is over and has left work behind that needs it. Unset otherwise.
+        late_name: Names it once it is gone.
         manager: The manager whose root is above its group.
     """
 
-    __slots__ = ("late_name", "manager", "request")
+    __slots__ = ("kept", "late_name", "manager")
 
+    kept: BoundRequest
     late_name: Callable[[], str]
-
-    def __init__(self, request: BoundRequest, manager: Any) -> None:
-        self.request: BoundRequest | None = request
-        self.manager = manager
+    manager: Any
 
     @property
     def name(self) -> str:
         """The name of the request."""
-        return self.late_name() if self.request is None else self.request.name
+        request = self()
+        return self.late_name() if request is None else request.name
 
     @property
     def closed(self) -> bool:
         """True if the request has ended."""
-        return self.request is None or self.request.closed
+        request = self()
+        return request is None or request.closed
 
     @property
     def task_group(self) -> Any:
         """The group that new tasks join; the manager's root once the request is over."""
-        return self.manager.get_group("root") if self.request is None else self.request.task_group()
+        request = self()
+        return self.manager.get_group("root") if request is None else request.task_group()
 
     @property
     def _request(self) -> BoundRequest | None:
-        return self.request
+        return self()
 
 
 class ThreadWorker(Protocol):

@@ -94,7 +94,8 @@ def stand_in(group: G) -> G:
     if group._refusal is None or group._binding is None:
         return group
     request = group._binding._request
-    taker: G = group if request is None else request.stand_in(group)
+    # The binding of a request that is over and gone knows the root.
+    taker: G = group._binding.task_group if request is None else request.stand_in(group)
     return taker
 
 
