@@ -252,11 +252,13 @@ async def test_a_flood_stays_within_bounds(own_redis: Redis, key: str) -> None:
         assert all(not found.silent for found in await flood)
         assert most <= 3 * len(fleets) + 1
 
-        for _ in range(2):
-            for number in range(8_000):
-                entry = ProgressEntry(node=asking.node, task_id=str(number), done=1.0)
-                asking.link.post_to("nobody", entry)
-            await asking.link.flush()
+        # So long that each is an entry of its own.
+        entry = ProgressEntry(node=asking.node, task_id="4711", done=1.0, message=2000 * "x")
+        for number in range(INBOX_LIMIT + 2_000):
+            asking.link.post_to("nobody", entry, must_arrive=True)
+            if number % 1000 == 0:
+                await asking.link.flush()
+        await asking.link.flush()
         inbox = f"{{{key}}}:inbox:nobody"
         assert INBOX_LIMIT <= client.xlen(inbox) < INBOX_LIMIT + 500
         assert 0 < client.ttl(inbox) <= INBOX_KEPT
