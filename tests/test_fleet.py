@@ -357,7 +357,7 @@ async def test_without_the_bus_the_own_process_is_cancelled_and_the_others_follo
 
         assert str(caught.value) == (
             "cancelling task 'import' reached 1 task of this process, of which 1 ended: "
-            "memory:// is not available; the others get it when the bus is back"
+            "memory:// is not available; the other processes get it when the bus is back"
         )
         assert now() - began == 4.0
         assert (mine.cancelled(), theirs.cause) == (True, None)
@@ -378,7 +378,7 @@ async def test_a_cancellation_whose_fleet_is_unknown_says_that_it_was_sent() -> 
         server = memory_server(namespace="shop")
         here.link.subscribe(CancelEntry, lambda *_: server.fail())
         with pytest.raises(
-            BusUnavailableError, match=r"no task in this process.*; the others get it, and have not"
+            BusUnavailableError, match=r"no task in this process.*; the other processes get it, but have not"
         ):
             await here.cancel_task("import", timeout=1.0)
         server.restore()
@@ -390,7 +390,7 @@ async def test_a_cancellation_that_is_lost_says_so(monkeypatch: pytest.MonkeyPat
     """Too many wait for the bus already."""
     monkeypatch.setattr(outbox, "OUTBOX_LIMIT", 0)
     async with joined(1) as (here,):
-        with pytest.raises(BusUnavailableError, match="the others do not get it"):
+        with pytest.raises(BusUnavailableError, match="the other processes do not get it"):
             await here.cancel_task("import", timeout=1.0)
 
 
@@ -569,8 +569,8 @@ async def test_a_node_that_stops_is_not_waited_for() -> None:
 @pytest.mark.parametrize(
     ("url", "namespace", "message"),
     [
-        (7, "shop", "the URL of a fleet begins with redis://"),
-        ("http://127.0.0.1", "shop", "the URL of a fleet begins with redis://"),
+        (7, "shop", "the URL of a fleet must start with redis://"),
+        ("http://127.0.0.1", "shop", "the URL of a fleet must start with redis://"),
         ("memory://", None, "namespace must be 1 to 100 letters"),
         ("memory://", "{shop}", "namespace must be 1 to 100 letters"),
     ],

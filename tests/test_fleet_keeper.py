@@ -155,7 +155,7 @@ async def test_error_of_the_bus_does_not_end_the_renewals(
     await keeper.hold_lease()
     await keeper.stop()
     assert len(bus.calls) >= 2
-    assert "renewing the lease and the claims of the fleet raised" in caplog.text
+    assert "renewing the lease and the claims of this node raised" in caplog.text
 
 
 @pytest.mark.real_clock

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 DOWN = (
-    "the bus of the fleet at memory:// is unavailable: memory:// does not answer: it was taken away; "
-    "until it is back, cancellations reach this process alone, and wait for the others"
+    "the fleet's bus at memory:// is unavailable: memory:// does not answer: it was taken away; "
+    "until it is back, cancellations reach only this process, and the rest wait"
 )
 
 
@@ -213,7 +213,7 @@ async def test_data_that_the_server_lost_is_sent_again(caplog: pytest.LogCapture
 
     lines = [record.getMessage() for record in caplog.records if "lost data" in record.getMessage()]
     assert lines == [
-        "the server of the fleet at memory:// has lost data; entries of the last hour that are sent again: 5"
+        "the fleet's server at memory:// lost data; entries of the last hour that are sent again: 5"
     ]
 
 
@@ -405,7 +405,7 @@ async def test_refusal_fails_the_start(caplog: pytest.LogCaptureFixture) -> None
 
     assert [record.getMessage().split(": ")[1] for record in caplog.records] == [
         "memory:// does not answer",
-        "wrong password; until it is back, cancellations reach this process alone, and wait for the others",
+        "wrong password; until it is back, cancellations reach only this process, and the rest wait",
     ]
 
 
@@ -446,7 +446,7 @@ async def test_stop_without_the_bus_is_bounded(caplog: pytest.LogCaptureFixture)
     with pytest.raises(BusUnavailableError, match="the fleet has stopped"):
         await posted
     assert caplog.records[-1].getMessage() == (
-        "the fleet stops, and 1 of its entries were not sent to the bus at memory://"
+        "the fleet stopped; entries that were not sent to the bus at memory://: 1"
     )
 
 
@@ -465,7 +465,7 @@ async def test_outbox_is_bounded(caplog: pytest.LogCaptureFixture, monkeypatch: 
 
     assert a.names == ["x0", "x1", "x2"]
     assert [record.getMessage() for record in caplog.records if "full" in record.getMessage()] == [
-        "the outbox of the fleet is full: until the bus at memory:// is back, further entries are refused"
+        "the fleet's outbox is full: it refuses further entries until the bus at memory:// is back"
     ]
 
 
@@ -530,7 +530,7 @@ async def test_bad_entries_are_skipped_and_logged_once(caplog: pytest.LogCapture
 
     assert a.names == ["x"]
     assert [record.getMessage() for record in caplog.records] == [
-        f"skipped an entry of the fleet, of kind {which}; further ones are not logged"
+        f"skipped a fleet entry of kind {which}; further ones are not logged"
         for which in (
             "'' from '': it is not JSON",
             "'cancel' from 'new': its version is 2, and this process reads version 1",
@@ -562,10 +562,10 @@ async def test_handler_that_raises_ends_nothing(caplog: pytest.LogCaptureFixture
 
     assert a.names == ["x", "y"]
     assert [record.getMessage().partition("raised")[2] for record in caplog.records] == [
-        " after the state of the fleet's bus had changed",
+        " after the state of the fleet's bus changed",
         " for a 'cancel' entry from a",
         " for a 'cancel' entry from a",
-        " after the state of the fleet's bus had changed",
+        " after the state of the fleet's bus changed",
     ]
 
 
@@ -601,8 +601,8 @@ async def test_bug_in_the_bus_ends_nothing(caplog: pytest.LogCaptureFixture) -> 
 
     assert a.names == ["y"]
     assert [record.getMessage() for record in caplog.records if record.exc_info] == [
-        "reading the bus of the fleet raised, and is tried again",
-        "sending to the bus of the fleet raised, and what waited is dropped",
+        "reading the fleet's bus raised; retrying",
+        "sending to the fleet's bus raised; the waiting entries are dropped",
     ]
 
 

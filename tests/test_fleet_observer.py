@@ -81,7 +81,7 @@ async def test_what_an_observer_cannot_send_is_not_sent_later() -> None:
         with pytest.raises(BusUnavailableError) as caught:
             await observer.cancel_task("import")
         assert str(caught.value) == (
-            "cancelling task 'import' failed: memory:// is not available; the others do not get it"
+            "cancelling task 'import' failed: memory:// is not available; the other processes do not get it"
         )
         assert now() == began
         server.restore()

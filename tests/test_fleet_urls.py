@@ -49,7 +49,9 @@ def test_memory() -> None:
 )
 def test_url_of_no_server_names_what_is_allowed(url: Any) -> None:
     """A URL with another scheme is a ValueError that shows what is allowed, and not the URL."""
-    with pytest.raises(ValueError, match="begins with redis://, rediss://, unix://, or memory://") as caught:
+    with pytest.raises(
+        ValueError, match="must start with redis://, rediss://, unix://, or memory://"
+    ) as caught:
         open_bus(url, "shop")
 
     assert "s3cret" not in str(caught.value)

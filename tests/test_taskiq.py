@@ -1124,7 +1124,7 @@ async def test_two_calls_with_one_id_name_the_fix() -> None:
         kicker = api.task(half).kicker().with_task_id("one")
         first = api.manager.create_task(remote(kicker))
         await asyncio.sleep(0.5)
-        with pytest.raises(ValueError, match="give each call an id of its own"):
+        with pytest.raises(ValueError, match="give each call its own id"):
             await remote(kicker)
         assert await first == 1
 
@@ -1201,14 +1201,14 @@ def _call(task: Any) -> None:
 def test_managed_names_the_fix() -> None:
     """managed() refuses what is not a broker or a fleet, and a second call."""
     fleet = Fleet("memory://", namespace="shop")
-    with pytest.raises(TypeError, match="takes a broker of Taskiq"):
+    with pytest.raises(TypeError, match="takes a Taskiq broker"):
         managed("redis://", fleet)  # type: ignore[type-var]  # the mistake
     with pytest.raises(TypeError, match=r"default_broker\(managed\(broker, fleet\)\)"):
         managed(async_shared_broker, fleet)
     with pytest.raises(TypeError, match="takes a Fleet"):
         managed(InMemoryBroker(), "redis://")  # type: ignore[arg-type]  # the mistake
     broker = managed(InMemoryBroker(), fleet)
-    with pytest.raises(ValueError, match="managed already"):
+    with pytest.raises(ValueError, match="already managed"):
         managed(broker, fleet)
 
 

@@ -1,4 +1,4 @@
-"""Beyond one process: cancel, see, and trace across hosts and workers; needs ``otel-tasks[fleet]``."""
+"""A fleet: cancel, see, and trace tasks across processes and hosts; needs ``otel-tasks[fleet]``."""
 
 from otel_tasks.fleet.bus import BusRefusedError, BusUnavailableError
 from otel_tasks.fleet.fleet import Fleet

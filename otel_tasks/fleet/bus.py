@@ -1,13 +1,13 @@
-"""The interface to the server that joins the processes of a fleet; it moves bytes, and knows no entries.
+"""The interface to the server that joins the processes of a fleet; it moves bytes, and does not parse them.
 
-Rules, which each bus keeps:
+Rules that every bus follows:
 
-1. The log is in one order, the same for all processes. The ids of its entries grow; they compare with
-   ``position_of``. It keeps the entries of the last hour.
+1. The log has one order, the same for all processes. The ids of its entries increase; compare them with
+   ``position_of``. The log keeps the entries of the last hour.
 2. An inbox belongs to one process, and is bounded in size and in time: an answer that nobody reads is lost.
-3. Times and expiries are the server's: a process whose clock is wrong does no harm.
-4. Every call that needs the server raises ``BusUnavailableError`` within ``CALL_TIMEOUT`` if that is gone,
-   does not answer, or refuses to write. No call tries again: ``link`` decides when.
+3. Times and expiries use the server's clock: a process whose clock is wrong does no harm.
+4. Every call that needs the server raises ``BusUnavailableError`` within ``CALL_TIMEOUT`` if the server is
+   down, does not answer, or refuses to write. No call retries: ``link`` decides when to try again.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
 KEPT: Final = 3600.0
 # Seconds in which the server answers a call, or counts as unavailable.
 CALL_TIMEOUT: Final = 3.0
-# Seconds after which a lease or a claim that nobody renews expires, and between two renewals.
+# Seconds after which a lease or a claim expires without renewal, and seconds between two renewals.
 LEASE: Final = 6.0
 RENEWED_EVERY: Final = 2.0
 # Seconds for which a finished execution is remembered.
 DONE_KEPT: Final = 30.0
-# Seconds after which an inbox that nothing is written to is gone, and the entries that it has at most.
+# Seconds after which an inbox without new entries expires, and the most entries that it holds.
 INBOX_KEPT: Final = 60.0
 INBOX_LIMIT: Final = 10_000
 NONE_FINISHED: Final[Mapping[str, str]] = MappingProxyType({})
 # The position before all entries.
 START: Final = "0-0"
-# In place of a position: after all entries that there are.
+# In place of a position: after all existing entries.
 END: Final = "end"
 
 
 class BusUnavailableError(OtelTasksError):
-    """The server that joins the fleet cannot be reached, does not answer, or refuses to write."""
+    """The server of the fleet cannot be reached, does not answer, or refuses to write."""
 
 
 class BusRefusedError(BusUnavailableError):
-    """The server answers, and refuses this process: a password, a permission, a certificate, its version."""
+    """The server answers, but refuses this process: a password, a permission, a certificate, a version."""
 
 
 class Entry(NamedTuple):
@@ -55,7 +55,7 @@ class Entry(NamedTuple):
     Attributes:
         id: Its position, such as ``1764380000250-0``.
         payload: Its content.
-        inbox: True if it came to the inbox, False if it is of the log.
+        inbox: True for an entry of the inbox, False for one of the log.
         age: Seconds since it was written, by the server's clock, at least 0.
     """
 
@@ -92,10 +92,11 @@ class Bus(Protocol):
         ...
 
     async def connect(self) -> None:
-        """Connect, or check that the server answers and can be written to; called again after each failure.
+        """Connect, or check that the server answers and accepts writes; called again after each failure.
 
         Raises:
-            BusRefusedError: To try again is useless until somebody has changed the settings.
+            BusRefusedError: The server refuses this process. Retrying is useless until someone changes the
+                settings.
         """
         ...
 
@@ -108,11 +109,11 @@ class Bus(Protocol):
         ...
 
     async def publish(self, payload: bytes) -> str:
-        """Append an entry to the log, drop what is older than ``KEPT``, and return the new entry's id."""
+        """Append an entry to the log, drop entries older than ``KEPT``, and return the new entry's id."""
         ...
 
     async def lost(self, ids: Sequence[str]) -> set[str]:
-        """Return those of these entries that the log no longer has: its server has lost data."""
+        """Return the entries that are missing in the log because its server has lost data."""
         ...
 
     async def send(
@@ -135,14 +136,14 @@ class Bus(Protocol):
     def read(self, inbox: str, after: str) -> AsyncGenerator[list[Entry]]:
         """Iterate over the log after a position, and over an inbox, in batches.
 
-        An empty batch says once that everything written before the call has been read. From then on, it waits
-        for new entries, on a connection of its own. If the log ends before the position, because the server
-        has lost data, it is read from its start.
+        One empty batch marks the point at which everything written before the call has been read. From then
+        on, the iterator waits for new entries, on its own connection. If the log ends before the position,
+        because the server has lost data, the iterator reads it from the start.
 
         Args:
-            inbox: The node whose inbox to read. The first call also reads what came before; each further one
-                goes on where the one before stopped.
-            after: The position in the log; ``START`` for all that it has, ``END`` for what comes from now on.
+            inbox: The node whose inbox to read. The first call also reads earlier entries; each further call
+                continues where the previous one stopped.
+            after: The position in the log; ``START`` for all of it, ``END`` for new entries only.
         """
         ...
 
@@ -155,7 +156,7 @@ class Bus(Protocol):
         ...
 
     async def namespaces(self) -> set[str]:
-        """Return the fleets of the server that have nodes; some of them, if it has very many keys."""
+        """Return the fleets of the server that have nodes; only some of them if it has very many keys."""
         ...
 
     async def leave(self, node: str) -> None:
@@ -168,7 +169,7 @@ class Bus(Protocol):
         Args:
             key: The id of the task.
             owner: The node that claims; a claim that it holds itself is ``HELD``.
-            delivery: The message. An execution of the same message that has been finished is ``DONE``.
+            delivery: The message. The answer is ``DONE`` if this message has already been executed.
         """
         ...
 
@@ -177,11 +178,11 @@ class Bus(Protocol):
         ...
 
     async def leases(self, nodes: Collection[str]) -> set[str]:
-        """Return those of these nodes whose lease is valid."""
+        """Return the nodes whose lease is valid."""
         ...
 
     def renew(self, node: str, *, lease: bool, claims: Collection[str]) -> list[str]:
-        """Renew the node's lease, and claims; blocks, because a thread of its own calls it.
+        """Renew the node's lease and claims; blocks, because a dedicated thread calls it.
 
         A claim that has expired is taken again, unless another node has taken it.
 
@@ -191,7 +192,7 @@ class Bus(Protocol):
         ...
 
 
-# Each entry that arrives is asked for its position three times in a row.
+# The position of each entry that arrives is read three times in a row.
 @lru_cache(maxsize=64)
 def position_of(entry_id: str) -> tuple[int, int]:
     """Return an entry's id as a value that compares in the order of the log."""

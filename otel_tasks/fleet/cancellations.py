@@ -1,9 +1,9 @@
-"""Cancellations: those of the last hour, for tasks that have not started yet, and the remote tasks that run.
+"""The cancellations of the last hour, for tasks that have not started yet, and the remote tasks that run.
 
-Rules, each with a test of its own:
+Rules, each with its own test:
 
-1. Positions order a cancellation and a task, not clocks: a cancellation applies to what was sent before it.
-   So the same task can be sent again after it was cancelled. While a node's own cancellations wait for the
+1. Positions, not clocks, order cancellations and tasks: a cancellation applies to tasks sent before it. So
+   the same task can be sent again after it was cancelled. While a node's own cancellations wait for the
    bus, they have no position: their numbers order them and what the node sends meanwhile.
 2. A cancellation is kept for an hour, by the clock of the bus.
 3. A lookup takes no longer with ten thousand cancellations than with one.
@@ -56,7 +56,7 @@ class Sent(NamedTuple):
     posted: int = 0
 
     def is_later_than(self, entry: CancelEntry, position: tuple[int, int]) -> bool:
-        """Return whether the task was sent after this cancellation was requested, for all that is known."""
+        """Return whether the task was sent after this cancellation was requested, as far as is known."""
         if self.after >= position:
             return True
         return entry.post is not None and entry.post <= self.posted and entry.node == self.sender
@@ -79,7 +79,7 @@ class Cancellations:
     # -- what has been cancelled ----------------------------------------------------------------
 
     def record(self, entry: CancelEntry, at: Entry) -> None:
-        """Keep a cancellation that was read.
+        """Keep a cancellation that the node has read.
 
         Args:
             entry: The cancellation.
@@ -105,12 +105,12 @@ class Cancellations:
     def find(
         self, task_id: str, name: str | None = None, group: str | None = None, sent: Sent | None = None
     ) -> CancelEntry | None:
-        """Return a cancellation that applies to a remote task that is about to start; None if there is none.
+        """Return a cancellation that applies to a remote task that is about to start; None without one.
 
         Args:
             task_id: The id of the broker's message.
             name: The name of the task; None for none.
-            group: The label of its group; a cancellation of a group around it applies too. None for none.
+            group: The label of its group; a cancellation of an enclosing group applies too. None for none.
             sent: When the task was sent; None if that is unknown.
         """
         if not self._kept:
@@ -140,7 +140,7 @@ class Cancellations:
         if not self._was_full:
             self._was_full = True
             logger.warning(
-                "the fleet has more than %d cancellations per hour: older ones are forgotten, and do not "
+                "the fleet has more than %d cancellations per hour: the oldest are dropped, and do not "
                 "reach remote tasks that still wait; this is logged once",
                 LIMIT,
             )
@@ -152,7 +152,7 @@ class Cancellations:
 
         Args:
             task_id: The id of the broker's message.
-            task: The task. Nothing has to be undone when it ends.
+            task: The task. It needs no cleanup when it ends.
             sent: As for ``find``. An earlier cancellation spares the task.
         """
         self._running[task_id] = task
@@ -197,7 +197,7 @@ def target_in(entry: CancelEntry) -> str:
 
 
 def targets_of(task_id: str, name: str | None, group: str | None) -> Iterator[str]:
-    """Return what a cancellation can name to reach a remote task.
+    """Return all targets with which a cancellation reaches a remote task.
 
     Args:
         task_id: The id of the broker's message.

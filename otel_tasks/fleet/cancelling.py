@@ -1,12 +1,12 @@
-"""Cancelling: carries out the cancellations of other nodes here, and has its own ones carried out there.
+"""Cancelling: carries out the cancellations of other nodes, and sends those of this node to the others.
 
-Rules, each with a test of its own:
+Rules, each with its own test:
 
-1. This process comes first: its own tasks are cancelled before anything is sent, and without the bus too.
-2. A node answers at once if it has nothing to cancel; else when its tasks have ended, or shortly before the
-   asking node stops waiting.
-3. A cancellation that took its time to come, or that had to wait for the bus, spares the tasks that started
-   after it. All this is measured in durations: the clocks of two hosts may differ.
+1. This process comes first: its own tasks are cancelled before anything is sent, even without the bus.
+2. A node answers immediately if it has nothing to cancel. Otherwise, it answers when its tasks have ended, or
+   shortly before the requester stops waiting.
+3. A cancellation that arrives late, or had to wait for the bus, spares the tasks that started after it was
+   requested. Only durations are compared: the clocks of two hosts may differ.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 # Seconds by which an age that the bus measures may be wrong.
 _SLACK: Final = 0.1
-# Seconds before the asking node stops waiting, at most, at which a node answers.
+# A node answers at most so many seconds before the requester stops waiting.
 _EARLIER: Final = 0.5
 
 
@@ -68,24 +68,24 @@ class Canceller:
         self._listens = False
 
     def listen(self) -> None:
-        """Carry out the cancellations of other nodes: this one is a node."""
+        """Carry out the cancellations of other nodes: this process is a node, not an observer."""
         self._listens = True
         self._link.subscribe(CancelEntry, self._on_entry)
 
     async def cancel(
         self, target: Target, name: str, cause: CancelCause, timeout: float, to: str | None = None
     ) -> CancelReport:
-        """Cancel a task or a group in all processes, or in one, and wait for the tasks' end.
+        """Cancel a task or a group in all processes, or in one, and wait until the tasks have ended.
 
         Args:
             target: What ``name`` names.
             name: The name.
             cause: Why.
-            timeout: Seconds to wait; 0 asks for no answers.
-            to: The only other node that it concerns; None for all.
+            timeout: Seconds to wait; 0 requests no answers.
+            to: The only node to cancel in; None for all.
 
         Raises:
-            BusUnavailableError: It reached this process alone in this time.
+            BusUnavailableError: The cancellation reached only this process in this time.
 
         Cancellation: ends the wait; the tasks stay cancelled, and the request stays sent.
         """
@@ -117,7 +117,7 @@ class Canceller:
             return _report(self._link.node, local, question.cancelled, question.silent)
 
     async def stop(self) -> None:
-        """Answer now what still waits for its tasks.
+        """Send the answers that still wait for tasks.
 
         Cancellation: ends the wait for that.
         """
@@ -152,7 +152,7 @@ class Canceller:
         self._cancellations.record(entry, at)
         tasks: list[ManagedTask[Any]] = []
         if entry.target == "message":
-            # Also from this node, which may be the worker.
+            # An entry of this node applies too: it may be the worker.
             self._cancel_execution(entry, at)
         elif entry.node != self._link.node and knows(self._manager, entry.target, entry.name):
             spares = self._later_than(entry, at)
@@ -205,7 +205,7 @@ class Canceller:
         try:
             await wait_for_reached(tasks, left - min(_EARLIER, left / 4))
         finally:
-            # Also when the fleet stops: the other node would wait for nothing.
+            # Also when the fleet stops: otherwise, the other node would wait in silence.
             self._answer(entry, reached(tasks))
 
     def _answer(self, entry: CancelEntry, done: Reached) -> None:
@@ -252,7 +252,7 @@ def _reach(local: Reached) -> str:
 
 def _rest(posted: asyncio.Future[str]) -> str:
     if not posted.done():
-        return "the others get it when the bus is back"
+        return "the other processes get it when the bus is back"
     if posted.cancelled() or posted.exception() is not None:
-        return "the others do not get it"
-    return "the others get it, and have not answered"
+        return "the other processes do not get it"
+    return "the other processes get it, but have not answered"

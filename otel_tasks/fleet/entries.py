@@ -1,14 +1,14 @@
 """The entries of the log and of the inboxes: JSON objects with a fixed, versioned schema.
 
-Rules, each with a test of its own:
+Rules, each with its own test:
 
-1. An entry carries names and reasons only, never arguments, results, or metadata. Nothing is unpickled.
+1. An entry carries only names and reasons, never arguments, results, or metadata. Nothing is unpickled.
 2. A reader trusts nothing: it checks the size, the version, the kind, and the type and length of each field.
-   What it cannot read is an ``UnreadableEntryError``, whatever the bytes are.
-3. A field that a reader does not know is ignored, and one that is missing has its default. So a field can be
-   added within a version; everything else needs a new one.
-4. Text for people is cut to ``TEXT_LIMIT``. A name is never cut, because it would name something else: one
-   that is longer than ``NAME_LIMIT`` is an error of the sender.
+   It raises ``UnreadableEntryError`` for everything that it cannot read, whatever the bytes are.
+3. A reader ignores unknown fields, and uses the default of a missing one. So a version can gain fields; every
+   other change needs a new version.
+4. Text for people is cut to ``TEXT_LIMIT``. A name is never cut, because it would then name something else: a
+   name longer than ``NAME_LIMIT`` is an error of the sender.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class UnreadableEntryError(ValueError):
 
 @dataclass(slots=True, kw_only=True)
 class FleetEntry:
-    """An entry of any kind. Nothing changes one; a frozen class would take six times as long to make it.
+    """An entry of any kind. Treat it as immutable: creating a frozen class would take six times as long.
 
     Attributes:
         node: The sender.
@@ -114,12 +114,12 @@ class CancelEntry(CausedEntry):
     Attributes:
         target: What ``name`` is: the name of a task or of a group, or the id of a broker's message.
         name: The name.
-        at: The sender's wall clock, to be shown and never compared.
+        at: The sender's wall clock, for display only, never for comparisons.
         request: The id that answers name; None if nobody waits for them.
         timeout: Seconds for which each node waits for the tasks before it answers.
-        to: The only node that it concerns; None for all.
-        post: Of the envelope: the number that its sender gave it; None for one of another program.
-        late: Of the envelope: the seconds for which it waited until the bus was there.
+        to: The only node to cancel in; None for all.
+        post: From the envelope: the number that its sender gave it; None from another program.
+        late: From the envelope: the seconds for which it waited for the bus.
     """
 
     KIND = "cancel"
@@ -160,17 +160,17 @@ class CancelEntry(CausedEntry):
 
 @dataclass(slots=True, kw_only=True)
 class InspectEntry(FleetEntry):
-    """In the log: every node answers what it has. In an inbox: one node does.
+    """In the log: every node answers. In an inbox: only that node answers.
 
     Attributes:
         request: The id that answers name.
-        what: ``"tasks"``, ``"tree"``, or another list; ``"view"`` for what a live view shows.
+        what: ``"tasks"``, ``"tree"``, or another list; ``"view"`` for the data of a live view.
         name: Only tasks whose names match; None for all.
         group: Only tasks of this group; None for all.
         status: Only tasks with this status; None for all.
-        limit: At most so many rows of each node; None for no limit.
-        timeout: Seconds after which nobody waits for an answer.
-        data: Which part of a view.
+        limit: The most rows per node; None for no limit.
+        timeout: Seconds after which the requester no longer waits for an answer.
+        data: The part of a view.
     """
 
     KIND = "inspect"
@@ -206,11 +206,11 @@ class AnswerEntry(FleetEntry):
 
 @dataclass(slots=True, kw_only=True)
 class CancelAnswer(FleetEntry):
-    """In an inbox: what a cancellation has done at one node.
+    """In an inbox: the effect of a cancellation on one node.
 
     Attributes:
         request: The id of the request.
-        asked: How many tasks were asked.
+        asked: How many tasks were asked to stop.
         ended: How many of them have ended.
         running: How many of them still run.
         still_running: The names of the first ones of these.
@@ -246,7 +246,7 @@ class EndedEntry(CausedEntry):
 
 @dataclass(slots=True, kw_only=True)
 class ProgressEntry(FleetEntry):
-    """In an inbox: how far an execution for this node has come.
+    """In an inbox: the progress of an execution for this node.
 
     Attributes:
         task_id: The id of the broker's message.

@@ -1,4 +1,4 @@
-"""Fleet: the processes of an application that share a bus, as one of them sees it."""
+"""Fleet: the processes of an application that share a bus, seen from one of them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # The fleets of each manager.
 _fleets: WeakKeyDictionary[TaskManager, WeakSet[Fleet]] = WeakKeyDictionary()
-# What a fork has copied from the parent: to collect it would close the parent's connections.
+# Copies of the parent's objects after a fork: collecting them would close the parent's connections.
 _inherited: list[Membership] = []
 
 _NOT_STARTED = (
@@ -46,9 +46,9 @@ _NOT_STARTED = (
 class Fleet:
     """The processes of an application: cancels and sees tasks in all of them.
 
-    Make one where the application is made, and start it in each process: with ``async with``, with
+    Create one next to the application, and start it in each process: with ``async with``, with
     ``make_lifespan(fleet=fleet)``, or with ``start()`` and ``stop()``. All processes with the same server and
-    the same namespace are one fleet. A process that does not reach the server goes on by itself.
+    the same namespace form one fleet. A process that cannot reach the server keeps working by itself.
 
     Args:
         url: The server: ``redis://``, ``rediss://``, or ``unix://``, as redis-py takes it, or ``memory://``
@@ -56,9 +56,9 @@ class Fleet:
         namespace: The name of the application, which keeps it apart from others on the same server: letters,
             digits, dots, hyphens, and underscores.
         manager: The manager whose tasks the fleet sees. None: ``global_task_manager``.
-        observer: True for a process that sees and cancels the tasks of the others, and is no node itself: a
-            script, or a dashboard. It shows no tasks of its own, runs no remote ones, and starts none. What
-            it cannot send now, it does not send later.
+        observer: True for a process that sees and cancels the tasks of the others without being a node: a
+            script, or a dashboard. It shows no tasks of its own, and neither runs nor starts remote tasks.
+            While the server is down, its cancellations fail, and are not sent later.
 
     Raises:
         TypeError: ``manager`` is not a TaskManager.
@@ -109,7 +109,7 @@ class Fleet:
 
     @property
     def is_observer(self) -> bool:
-        """True if this process is no node of the fleet."""
+        """True if this process only observes the fleet, without being a node."""
         return self._is_observer
 
     @property
@@ -132,21 +132,21 @@ class Fleet:
 
     @property
     def keeper(self) -> Keeper:
-        """What renews the lease and the claims of this process.
+        """The object that renews the lease and the claims of this process.
 
         Raises:
             RuntimeError: The fleet is not started, or this process is an observer, which has neither.
         """
         if self._is_observer:
             raise RuntimeError(
-                f"this process observes the fleet {self._namespace!r}, and is no node of it: for remote "
+                f"this process observes the fleet {self._namespace!r} and is not a node of it: for remote "
                 "tasks, leave observer=True out"
             )
         return self._started().keeper
 
     @property
     def views(self) -> Views:
-        """What live views show of the processes.
+        """The data of live views of the processes.
 
         Raises:
             RuntimeError: The fleet is not started.
@@ -170,14 +170,14 @@ class Fleet:
     # -- start and stop -------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Join the fleet; each ``start()`` needs its ``stop()``, and only the first one does something.
+        """Join the fleet; each ``start()`` needs its own ``stop()``, and only the first one joins.
 
-        Returns when the cancellations of the last hour are read, or after 5 seconds: then the process goes
-        on by itself, and joins when the server is available.
+        Returns when the process has read the cancellations of the last hour, or after 5 seconds. In the
+        second case, the process works by itself, and joins when the server is available.
 
         Raises:
             BusRefusedError: The server refuses this process, for example its password.
-            WrongLoopError: The fleet or its manager has work in another event loop.
+            WrongLoopError: The fleet is started in another event loop, or its manager has live tasks there.
 
         Cancellation: the fleet is not started.
 
@@ -205,10 +205,10 @@ class Fleet:
             raise
 
     async def stop(self) -> None:
-        """Leave the fleet at the last ``stop()``; sends what waits for the server, for at most 2 seconds.
+        """Leave the fleet at the last ``stop()``; sends the entries that wait, for at most 2 seconds.
 
         A call that waits for other processes fails with ``BusUnavailableError``. The tasks of this process
-        are left alone: shut their manager down before. Does nothing if the fleet is not started.
+        keep running: shut their manager down first. Does nothing if the fleet is not started.
 
         Cancellation: the fleet is left without further waiting.
 
@@ -219,7 +219,7 @@ class Fleet:
             return
         self._users -= 1
         if not self._users and self._membership is not None:
-            # At once: a start that comes meanwhile makes a new node.
+            # Immediately: a start that comes meanwhile creates a new node.
             membership, self._membership = self._membership, None
             await membership.stop()
 
@@ -244,7 +244,7 @@ class Fleet:
         """Forget a start in the parent of this process, or in a loop that is closed."""
         membership = self._membership
         if membership is None:
-            # The lock may be that of a loop before, in which a start has failed.
+            # The lock may belong to an earlier loop in which a start failed.
             if not self._users:
                 self._changing = None
         elif membership.pid != os.getpid() or membership.loop.is_closed():
@@ -269,7 +269,7 @@ class Fleet:
             ):
                 raise RuntimeError(
                     f"manager {self._manager.name!r} is already in fleet {self._namespace!r}, as "
-                    f"{other.node}: its tasks would count twice; share one Fleet, and start that twice"
+                    f"{other.node}: its tasks would count twice; share one Fleet, and start it twice"
                 )
 
     def _lock(self) -> asyncio.Lock:
@@ -306,22 +306,22 @@ class Fleet:
     ) -> CancelReport:
         """Cancel the task of this name in whichever process it runs, and wait until it has ended.
 
-        This process comes first. The other processes get the cancellation within milliseconds; one that
-        cannot be reached now gets it when it can, for an hour. A remote task that still waits in a broker's
-        queue does not start. A task that is started afterwards is not affected.
+        This process comes first. The other processes get the cancellation within milliseconds; a process that
+        cannot reach the server reads it when it can, for an hour. A remote task that still waits in a
+        broker's queue does not start. Tasks started afterwards are not affected.
 
         Args:
             name: The task's name, id, or uid. If several processes have such a task, all are cancelled.
             reason: Recorded with the cause.
-            timeout: Seconds to wait, at least 0 and finite. 0 returns at once, without the other processes'
-                answers.
+            timeout: Seconds to wait, at least 0 and finite. 0 returns immediately, without the other
+                processes' answers.
             asked_by: The person who wants it, for the cause. None names the code that calls.
             cause: A cause that was made elsewhere, instead of ``reason`` and ``asked_by``.
-            node: The only process in which it is cancelled, by its name in the fleet. None: all processes.
+            node: The only process to cancel in, by its name in the fleet. None: all processes.
 
         Returns:
-            How many tasks were asked, how many ended, and which processes did not answer. If no process has
-            such a task, all counts are 0.
+            How many tasks were asked to stop, how many ended, and which processes did not answer. If no
+            process has such a task, all counts are 0.
 
         Raises:
             BusUnavailableError: The server was not available for ``timeout``. The tasks of this process are
@@ -355,20 +355,20 @@ class Fleet:
         asked_by: str | None = None,
         cause: CancelCause | None = None,
     ) -> CancelReport:
-        """Cancel all tasks of a group and of the groups below it in all processes, and wait for their end.
+        """Cancel all tasks of a group and of the groups below it in all processes, and wait until they end.
 
-        The calling task and the tasks that await it are spared. Otherwise as ``cancel_task``.
+        The calling task and the tasks that await it are spared. Otherwise like ``cancel_task``.
 
         Args:
             group: The name of a labeled group, or the name or id of a scoped one. ``"root"`` means all tasks.
             reason: Recorded with the cause.
-            timeout: Seconds to wait, at least 0 and finite. 0 returns at once, without the other processes'
-                answers.
+            timeout: Seconds to wait, at least 0 and finite. 0 returns immediately, without the other
+                processes' answers.
             asked_by: The person who wants it, for the cause. None names the code that calls.
             cause: A cause that was made elsewhere, instead of ``reason`` and ``asked_by``.
 
         Returns:
-            How many tasks were asked, how many ended, and which processes did not answer.
+            How many tasks were asked to stop, how many ended, and which processes did not answer.
 
         Raises:
             BusUnavailableError: The server was not available for ``timeout``. The tasks of this process are
@@ -408,13 +408,13 @@ class Fleet:
             name: A shell pattern for names and ids, such as ``"import-*"``. None lists all.
             group: The name or id of a group, for its tasks and those of the groups below it. None lists all.
             status: One of ``TaskStatus``. None lists all.
-            limit: How many rows to return at most, from 1 to 2000; the others are counted.
+            limit: The most rows to return, from 1 to 2000; the rest are counted.
             timeout: Seconds to wait for the answers, above 0 and finite.
 
         Returns:
-            A list of dictionaries, each as ``TaskInfo.to_dict()`` with a ``"node"``. Metadata and the texts
-            of errors do not leave their process: they are empty. ``more`` counts the rest, and ``silent``
-            names the nodes that have not answered.
+            A list of dictionaries, each like ``TaskInfo.to_dict()`` with a ``"node"``. Metadata and error
+            messages do not leave their process: they are empty. ``more`` counts the rest, and ``silent``
+            names the nodes that did not answer.
 
         Raises:
             BusUnavailableError: The server is not available.
@@ -440,7 +440,7 @@ class Fleet:
         """Return the trees of all processes: groups, their tasks, and where each one waits.
 
         Args:
-            limit: How many tasks and groups to show of each process, from 1 to 2000.
+            limit: The most tasks and groups to show per process, from 1 to 2000.
             timeout: Seconds to wait for the answers, above 0 and finite.
 
         Raises:
@@ -460,9 +460,9 @@ class Fleet:
         return await self._here().inspector.tree(limit, seconds)
 
     async def nodes(self, *, timeout: float = 2.0) -> list[Node]:
-        """List the processes of the fleet, with those that do not answer.
+        """List the processes of the fleet, including those that do not answer.
 
-        A process that was killed is silent for up to 30 seconds, and then gone.
+        A process that was killed is silent for up to 30 seconds, and then disappears.
 
         Args:
             timeout: Seconds to wait for the answers, above 0 and finite.

@@ -1,9 +1,10 @@
 """Gathering: asks all nodes, and collects their answers until each has answered or the time is up.
 
-Rules, each with a test of its own:
+Rules, each with its own test:
 
-1. Each node that the roster had after the question was sent is waited for, and no other one.
-2. While the roster may be incomplete, because the bus has just come back, late nodes are waited for too.
+1. A question waits for each node that was in the roster after it was sent, and for no other.
+2. While the roster may be incomplete, because the bus has just come back, a question also waits for late
+   nodes.
 3. Answers are bounded: those of a node that sends too much are dropped.
 """
 
@@ -69,7 +70,7 @@ class Question:
         self.wake()
 
     def wake(self) -> None:
-        """Look again at what is waited for."""
+        """Check again whether the wait is over."""
         self._changed.set()
 
     async def changes(self) -> None:
@@ -93,7 +94,7 @@ class Question:
         return tuple(sorted(asked - self.answered))
 
     def data(self) -> dict[str, dict[str, Any]]:
-        """Return the answers to an inspection, by node; those that are no JSON objects are left out."""
+        """Return the answers to an inspection, by node, except those that are not JSON objects."""
         found: dict[str, dict[str, Any]] = {}
         for node in sorted(self.answered - self.cancelled.keys()):
             parts = self._parts[node]
@@ -120,13 +121,13 @@ class Gathering:
         link.on_state(self._wake_all)
 
     def stop(self) -> None:
-        """Let the questions fail that still wait."""
+        """Fail the questions that still wait."""
         self._stopped = True
         self._wake_all()
 
     @contextlib.contextmanager
     def question(self, to: str | None = None) -> Generator[Question]:
-        """Open a question to all nodes, or to one: its answers are collected in the block."""
+        """Open a question to all nodes, or to one, and collect its answers in the block."""
         question = Question(secrets.token_hex(6), to)
         self._open[question.request] = question
         try:
@@ -160,7 +161,7 @@ class Gathering:
             raise BusUnavailableError(f"{self._link.bus.address} is not available")
 
     async def answer(self, question: Question, node: str, timeout: float) -> dict[str, Any] | None:
-        """Return what one node answers; None if it does not in this time, or if that is no JSON object.
+        """Return the answer of one node; None without one in this time, or if it is not a JSON object.
 
         Cancellation: ends the wait.
         """
@@ -194,7 +195,7 @@ class Gathering:
 
 
 def parts_of(data: dict[str, Any], node: str, request: str) -> list[FleetEntry]:
-    """Return the entries that carry an answer; rows that are too much for it are counted instead."""
+    """Return the entries that carry an answer; rows that do not fit are counted instead."""
     text = json.dumps(data, separators=(",", ":"))
     while len(text) > PART * MAX_PARTS:
         rows = data.get("rows", [])

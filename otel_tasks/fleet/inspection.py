@@ -1,11 +1,11 @@
-"""Inspection: shows this process to the other nodes, and them to it.
+"""Inspection: shows this process to the other nodes, and the other nodes to this process.
 
-Rules, each with a test of its own:
+Rules, each with its own test:
 
-1. All nodes are asked at once. The answer comes when each has answered, or when the time is up, and names the
-   silent ones.
-2. Rows are bounded, and the rest is counted.
-3. Neither arguments and results nor metadata and the texts of exceptions leave the process.
+1. All nodes are asked at the same time. A call returns when each has answered, or when the time is up, and
+   names the silent nodes.
+2. Rows are bounded, and the rest are counted.
+3. Arguments, results, metadata, and the messages of exceptions do not leave the process.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Inspector:
         manager: The manager that it shows.
         link: The link of this node.
         gathering: The questions of this node.
-        presence: What it says of itself.
+        presence: Its description of itself.
     """
 
     def __init__(self, manager: TaskManager, link: Link, gathering: Gathering, presence: Presence) -> None:
@@ -50,7 +50,7 @@ class Inspector:
         self._listens = False
 
     def listen(self) -> None:
-        """Answer the questions of other nodes: this one is a node, and one of those that it sees."""
+        """Answer the questions of other nodes, and include this one in what it sees: it is a node."""
         self._listens = True
         self._link.subscribe(InspectEntry, self._on_entry)
 
@@ -69,7 +69,7 @@ class Inspector:
             for node, answer in answers.items()
             for row in _dicts(answer.get("rows"))[:limit]
         ]
-        # The clocks of the hosts decide about the order, which is good enough for a list.
+        # The hosts' clocks decide the order, which is good enough for a list.
         live = [row for row in rows if row.get("status") in _LIVE]
         ended = [row for row in rows if row.get("status") not in _LIVE]
         live.sort(key=lambda row: str(row.get("created_at")))
@@ -92,7 +92,7 @@ class Inspector:
         )
 
     async def nodes(self, timeout: float) -> list[Node]:
-        """Return all nodes, those that do not answer too.
+        """Return all nodes, including those that do not answer.
 
         Cancellation: ends the wait for the answers.
         """
@@ -117,7 +117,7 @@ class Inspector:
     # -- here -----------------------------------------------------------------------------------
 
     def _on_entry(self, entry: InspectEntry, at: Entry) -> None:
-        # After that, nobody waits. A node that starts reads the questions of the last hour.
+        # Nobody waits for an answer to an old question. A node that starts reads those of the last hour.
         if entry.what == VIEW:
             return
         if entry.node != self._link.node and at.age < (entry.timeout or 0.0):
@@ -132,7 +132,7 @@ class Inspector:
         if entry.what == "tree":
             tree = self._manager.tree(limit=limit)
             return {"tree": tree.to_dict(), "drawing": str(tree)}
-        # Also to a question of a later version: a node that answers is not silent.
+        # This also answers questions of a later version: a node that answers is not silent.
         return self._presence.describe()
 
 

@@ -1,13 +1,13 @@
-"""Keeper: renews the lease of this process, and its claims, as long as there are any.
+"""Keeper: renews the lease and the claims of this process, as long as it has any.
 
-Rules, each with a test of its own:
+Rules, each with its own test:
 
-1. A thread renews, with a connection of its own: a task that blocks the event loop for seconds must cost
-   neither the lease nor a claim. The thread ends when nothing is left to renew.
-2. A bus whose calls do not block has no thread: its clock is the event loop's, which stands still with it.
-3. While the bus is down, it is tried again about twice a second, so that its return finds every lease renewed
-   before anyone judges it (``link.HOLD_OFF``).
-4. A claim younger than ``RENEWED_EVERY`` is not renewed: short tasks cost no call for it.
+1. A thread with its own connection renews them: a task that blocks the event loop for seconds must not cost
+   the lease or a claim. The thread ends when nothing is left to renew.
+2. A bus whose calls do not block needs no thread: its clock is the event loop's, which stops with the loop.
+3. While the bus is down, the keeper retries about twice a second, so that every lease is renewed before any
+   node judges it (``link.HOLD_OFF``).
+4. A claim younger than ``RENEWED_EVERY`` is not renewed: short tasks need no call for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from otel_tasks.fleet.bus import Bus
 
-# Seconds between two attempts while the bus is down, to which chance adds up to half.
+# Seconds between two attempts while the bus is down; jitter adds up to half of that.
 _RETRY_EVERY: Final = 0.5
 
 
@@ -40,7 +40,7 @@ class Keeper:
     """Renews the lease and the claims of one node. All methods are for the event loop's thread.
 
     Args:
-        bus: Where the lease and the claims are.
+        bus: The bus that holds the lease and the claims.
         node: The node that holds them.
     """
 
@@ -57,7 +57,7 @@ class Keeper:
         self._waiting: set[asyncio.Future[None]] = set()
 
     async def hold_lease(self) -> None:
-        """Keep the node's lease valid until ``drop_lease()``; waits until it is valid, or the bus is down.
+        """Keep the node's lease valid until ``drop_lease()``; wait until it is valid or the bus is down.
 
         Cancellation: drops the lease again.
         """
@@ -77,7 +77,7 @@ class Keeper:
             self._holders -= 1
 
     def add_claim(self, key: str, on_lost: Callable[[], object]) -> None:
-        """Keep a claim that was just taken, until ``drop_claim()``.
+        """Renew a claim that was just taken, until ``drop_claim()``.
 
         Args:
             key: The claim.
@@ -105,7 +105,7 @@ class Keeper:
             await beat.end()
 
     def renew_due(self) -> float | None:
-        """Renew what is due, and return the seconds until the next time; None if nothing is left."""
+        """Renew what is due, and return the seconds until the next renewal; None if nothing is left."""
         began = self._now()
         with self._lock:
             if self._stopped or not (self._holders or self._claims):
@@ -122,7 +122,7 @@ class Keeper:
             return _RETRY_EVERY * random.uniform(1.0, 1.5)  # noqa: S311 - jitter, no secret
         except Exception:
             # A bug: without this, the thread would end, and the lease and every claim would expire.
-            logger.exception("renewing the lease and the claims of the fleet raised, and is tried again")
+            logger.exception("renewing the lease and the claims of this node raised; retrying")
             self._report(self._wake_waiting)
             return RENEWED_EVERY
         if lease:
@@ -136,7 +136,7 @@ class Keeper:
         return time.monotonic() if self._bus.renew_blocks else asyncio.get_running_loop().time()
 
     def _ensure_beat(self) -> None:
-        """Start the thread, unless it runs; it renews what is due at once."""
+        """Start the thread unless it runs; it renews immediately."""
         with self._lock:
             if self._stopped or self._beat is not None:
                 return

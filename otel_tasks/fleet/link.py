@@ -1,6 +1,6 @@
 """The link of one process to the bus of its fleet: it reads, sends, and knows the state of the bus.
 
-Rules, each with a test of its own:
+Rules, each with its own test:
 
 1. What is posted to the log arrives once at every handler, those of its own node included, however the bus
    fails meanwhile. While the bus is down, it waits. If the answer to its publication was lost, the node finds
@@ -8,8 +8,8 @@ Rules, each with a test of its own:
    entries of the last hour are sent again, and keep their positions.
 2. The link is up once it has read what was written before; then it sends what waits. A change of state logs
    one line. A server that is down is tried again with exponential backoff and jitter.
-3. While the bus is down, and for ``HOLD_OFF`` after it is back, nobody judges leases: their holders could not
-   renew them.
+3. While the bus is down, and for ``HOLD_OFF`` after it is back, no node judges leases: their holders could
+   not renew them.
 4. No entry and no handler ends the reader.
 """
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Seconds after the bus is back in which its holders renew leases and claims, and nobody judges them.
+# Seconds after the bus is back in which holders renew leases and claims, and no node judges them.
 HOLD_OFF: Final = 3.0
 # Seconds after which a link that was up starts over with short delays.
 _STEADY = 10.0
@@ -101,7 +101,7 @@ class Link:
 
     @property
     def unpublished(self) -> int:
-        """The number of the newest entry of this node that the log does not have yet; 0 if it has all."""
+        """The number of this node's newest entry that is not in the log yet; 0 if all are."""
         return self._outbox.newest
 
     @property
@@ -124,7 +124,7 @@ class Link:
 
         Args:
             entry: The entry.
-            must_arrive: Let it wait while the bus is down; False fails then.
+            must_arrive: True lets the entry wait while the bus is down; False fails.
 
         Returns:
             The future of its position. You need not await it, and cancelling it withdraws nothing. It raises
@@ -141,7 +141,7 @@ class Link:
         Args:
             node: The node.
             entry: The entry. It may arrive twice.
-            must_arrive: Let it wait while the bus is down; False drops it then.
+            must_arrive: True lets the entry wait while the bus is down; False drops it.
 
         Raises:
             ValueError: The entry is too large, or a name in it is.
@@ -209,7 +209,7 @@ class Link:
         """Connect, and read the log.
 
         Args:
-            timeout: Seconds to wait for that; afterwards it goes on in the background.
+            timeout: Seconds to wait; after that, the link continues in the background.
 
         Raises:
             BusRefusedError: The server refuses this process.
@@ -219,7 +219,7 @@ class Link:
         loop = asyncio.get_running_loop()
         self._since = loop.time()
         self._started = loop.create_future()
-        # Not in the caller's context: its trace and its group are not those of the link.
+        # Not in the caller's context: the link does not belong to its trace and its group.
         context = quiet_context()
         self._tasks = [
             loop.create_task(self._read(), name="otel_tasks.fleet.reader", context=context),
@@ -264,9 +264,9 @@ class Link:
             task.cancel()
         if len(self._outbox):
             logger.warning(
-                "the fleet stops, and %d of its entries were not sent to the bus at %s",
-                len(self._outbox),
+                "the fleet stopped; entries that were not sent to the bus at %s: %d",
                 self.bus.address,
+                len(self._outbox),
             )
         self._outbox.fail(BusUnavailableError("the fleet has stopped"))
         self._set_state(is_up=False, judges=False)
@@ -284,7 +284,7 @@ class Link:
             except BusUnavailableError as error:
                 self._fail(error)
             except Exception:
-                logger.exception("reading the bus of the fleet raised, and is tried again")
+                logger.exception("reading the fleet's bus raised; retrying")
                 self._fail(BusUnavailableError(f"reading {self.bus.address} raised"))
             if self._was_steady:
                 delays.start_over()
@@ -318,7 +318,7 @@ class Link:
         hold_off = HOLD_OFF
         if self._error is not None:
             logger.info(
-                "the bus of the fleet at %s is available again, after %g s",
+                "the fleet's bus at %s is available again, after %g s",
                 self.bus.address,
                 round(loop.time() - self._since, 1),
             )
@@ -340,8 +340,8 @@ class Link:
         before, self._error = self._error, error
         if type(before) is not type(error):
             logger.warning(
-                "the bus of the fleet at %s is unavailable: %s; until it is back, cancellations reach "
-                "this process alone, and wait for the others",
+                "the fleet's bus at %s is unavailable: %s; until it is back, cancellations reach "
+                "only this process, and the rest wait",
                 self.bus.address,
                 error,
             )
@@ -368,7 +368,7 @@ class Link:
             try:
                 callback()
             except Exception:
-                logger.exception("%r raised after the state of the fleet's bus had changed", callback)
+                logger.exception("%r raised after the state of the fleet's bus changed", callback)
 
 
 class _Inlet:
@@ -450,7 +450,7 @@ class _Inlet:
         if key not in self._skipped and len(self._skipped) < _SKIPPED_LIMIT:
             self._skipped.add(key)
             logger.warning(
-                "skipped an entry of the fleet, of kind %r from %r: %s; further ones are not logged",
+                "skipped a fleet entry of kind %r from %r: %s; further ones are not logged",
                 error.kind,
                 error.node,
                 error,

@@ -1,4 +1,4 @@
-"""Membership: one stay of a process in its fleet, from the start to the stop."""
+"""Membership: one stay of a process in its fleet, from start to stop."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ if TYPE_CHECKING:
     from otel_tasks import TaskManager
     from otel_tasks.fleet.bus import Bus
 
-# Seconds that a start waits for the bus; afterwards it goes on in the background.
+# Seconds that a start waits for the bus; after that, joining continues in the background.
 START_TIMEOUT: Final = 5.0
 # Seconds for the last calls of the bus when the fleet stops.
 STOP_TIMEOUT: Final = 2.0
 
 
 class Membership:
-    """What a started fleet consists of. It belongs to one process and one event loop.
+    """The parts of a started fleet. They belong to one process and one event loop.
 
     Args:
         bus: The bus.
         manager: The manager whose tasks the fleet sees.
-        is_node: Other nodes see this one; False for an observer.
+        is_node: True if other nodes see this one, False for an observer.
 
     Attributes:
         node: The name of this node.
         link: Its link to the bus.
-        keeper: It renews the node's lease and claims.
+        keeper: The object that renews the node's lease and claims.
         cancellations: The cancellations of the last hour.
         canceller: Its cancellations, in both directions.
-        inspector: What it shows and sees.
-        views: What live views show of it, and of the other nodes.
+        inspector: What the node shows, and what it sees.
+        views: The data of live views, in both directions.
     """
 
     def __init__(self, bus: Bus, manager: TaskManager, *, is_node: bool = True) -> None:
         self.loop = asyncio.get_running_loop()
         self.pid = os.getpid()
         self.node = new_name()
-        # An observer has no tasks that the cancellations of the last hour could concern.
+        # The cancellations of the last hour cannot concern an observer, which has no tasks.
         self.link = Link(bus, self.node, after=START if is_node else END)
         self.keeper = Keeper(bus, self.node)
         self.cancellations = Cancellations()
@@ -82,7 +82,7 @@ class Membership:
             raise
 
     async def stop(self) -> None:
-        """Answer what other nodes still wait for, send what waits, and leave.
+        """Answer the nodes that still wait, send the entries that wait, and leave.
 
         Cancellation: leaves without further waiting.
         """
@@ -92,7 +92,7 @@ class Membership:
             await self.canceller.stop()
             await self.views.stop()
             if self.link.is_up:
-                # Before the lease goes: workers that miss it would call this node lost, and not stopped.
+                # Before the lease goes: workers that miss it would report this node as lost, not as stopped.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(STOP_TIMEOUT):
                         await self.link.flush()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from otel_tasks import TaskManager
     from otel_tasks.fleet.link import Link
 
-# Seconds between two announcements of a node, and until one that no longer announces itself is gone.
+# Seconds between two announcements of a node, and seconds after which a node that stops announcing is gone.
 ANNOUNCED_EVERY: Final = 10.0
 GONE_AFTER: Final = 30.0
 
@@ -33,12 +33,12 @@ class Node:
     """A process of a fleet.
 
     Attributes:
-        node: Its name in the fleet, ``host/pid/random``; a process that starts again has another one.
-        host: The host, as it calls itself.
+        node: Its name in the fleet, ``host/pid/random``; a process that starts again gets a new name.
+        host: Its host name.
         pid: The id of the process.
         version: Its version of this package.
         manager: The name of its manager.
-        started: When it joined the fleet, as its own clock says.
+        started: When it joined the fleet, by its own clock.
         live_tasks: How many tasks run or wait in it.
         last_seen: Seconds since it answered or announced itself.
         silent: True if it did not answer now.
@@ -60,7 +60,7 @@ class Node:
 
     @classmethod
     def read(cls, node: str, description: object, last_seen: float, *, silent: bool) -> Node:
-        """Make a node of what it says of itself, which may be anything."""
+        """Create a node from its description of itself, which may be anything."""
         known: dict[str, Any] = description if isinstance(description, dict) else {}
         parts = node.split("/")
         started = _number(known.get("started"))
@@ -78,7 +78,7 @@ class Node:
 
 
 def new_name() -> str:
-    """Make a name for this process that no other one has."""
+    """Create a name for this process that no other process has."""
     return f"{socket.gethostname()[:_HOST_LIMIT]}/{os.getpid()}/{secrets.token_hex(3)}"
 
 
@@ -111,7 +111,7 @@ class Presence:
     async def start(self) -> None:
         """Announce the node, and keep it announced.
 
-        Cancellation: nothing is announced any more.
+        Cancellation: the node is no longer announced.
         """
         self._link.on_state(self._wake.set)
         await self._announce()
@@ -142,13 +142,13 @@ class Presence:
 
     async def _announce(self) -> None:
         description = json.dumps(self.describe()).encode()
-        # Without the bus, the node is announced when that is back.
+        # If the bus is down, the node is announced when it is back.
         with contextlib.suppress(BusUnavailableError):
             await self._link.call(lambda: self._link.bus.announce(self._link.node, description, GONE_AFTER))
 
 
 def read_description(description: bytes) -> object:
-    """Return what a node says of itself; None if it is not JSON."""
+    """Return a node's description of itself; None if it is not JSON."""
     try:
         return json.loads(description[:_DESCRIPTION_LIMIT])
     except (ValueError, RecursionError):

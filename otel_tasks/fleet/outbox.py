@@ -196,7 +196,7 @@ class Outbox:
             self._on_failure(error)
         except Exception:
             # A bug: without this, one entry would be sent again and again.
-            logger.exception("sending to the bus of the fleet raised, and what waited is dropped")
+            logger.exception("sending to the fleet's bus raised; the waiting entries are dropped")
             self.fail(BusUnavailableError(f"sending to {self._bus.address} raised"))
             self._open = True
 
@@ -245,7 +245,7 @@ class Outbox:
         recent = list(self._published)
         lost = await self._bus.lost([post.id for post in recent])
         logger.warning(
-            "the server of the fleet at %s has lost data; entries of the last hour that are sent again: %d",
+            "the fleet's server at %s lost data; entries of the last hour that are sent again: %d",
             self._bus.address,
             len(lost),
         )
@@ -257,7 +257,7 @@ class Outbox:
         if not self._full_logged:
             self._full_logged = True
             logger.warning(
-                "the outbox of the fleet is full: until the bus at %s is back, further entries are refused",
+                "the fleet's outbox is full: it refuses further entries until the bus at %s is back",
                 self._bus.address,
             )
         future.set_exception(BusUnavailableError(f"{OUTBOX_LIMIT} entries wait for {self._bus.address}"))

@@ -1,4 +1,4 @@
-"""What a fleet answers: how a cancellation went, the rows of tasks, and the trees of all nodes."""
+"""The answers of a fleet: the report of a cancellation, the rows of tasks, and the trees of all nodes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CancelReport:
-    """How a cancellation in all processes of a fleet went.
+    """The outcome of a cancellation in all processes of a fleet.
 
     Attributes:
-        asked: How many live tasks were asked to stop. A task that was being cancelled already counts too.
+        asked: How many live tasks were asked to stop. A task that was already being cancelled counts too.
         ended: How many of them have ended, except those that completed anyway.
         still_running: How many of them still run.
-        silent: The nodes that have not answered in time. Each of them carries out the cancellation when it
+        silent: The nodes that did not answer in time. Each of them carries out the cancellation when it
             reads it, if it is alive.
-        asked_on: How many tasks were asked, by node.
+        asked_on: How many tasks were asked to stop, by node.
         still_running_on: The ids of the first hundred tasks that still run, by node.
 
     Example:
@@ -78,12 +78,12 @@ class TaskRows(list[dict[str, Any]]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetTree:
-    """What runs in all processes of a fleet; ``str(tree)`` draws it.
+    """The task trees of all processes of a fleet; ``str(tree)`` draws them.
 
     Attributes:
         nodes: The tree of each node, as ``TaskTree.to_dict()``.
         drawings: The same as text.
-        silent: The nodes that have not answered in time.
+        silent: The nodes that did not answer in time.
 
     Example:
         >>> print(await fleet.tree())

@@ -1,4 +1,4 @@
-"""Which bus a URL means, and what may be a namespace."""
+"""Maps URLs to buses, and checks namespaces."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def open_bus(url: str, namespace: str) -> Bus:
     if not separator or scheme not in _SCHEMES:
         # Not the URL itself: it may hold a password.
         raise ValueError(
-            "the URL of a fleet begins with redis://, rediss://, unix://, or memory://, as in "
+            "the URL of a fleet must start with redis://, rediss://, unix://, or memory://, as in "
             "redis://127.0.0.1:6379/0; this one does not"
         )
     if scheme == "memory":
@@ -45,7 +45,7 @@ def open_bus(url: str, namespace: str) -> Bus:
 
 
 async def find_namespaces(url: str) -> set[str]:
-    """Find the fleets of a server that have nodes; some of them, if it has very many keys.
+    """Find the fleets of a server that have nodes; only some of them if it has very many keys.
 
     Args:
         url: As for ``open_bus``.

@@ -1,10 +1,10 @@
-"""Views: shows this process to the live views of other nodes, and those nodes to its own.
+"""Views: shows this process to the live views of other nodes, and those nodes to its own live view.
 
-Rules, each with a test of its own:
+Rules, each with its own test:
 
-1. A node that no view asks does nothing, and loads nothing.
-2. Each node is asked by itself, through its inbox: the log is for cancellations.
-3. Neither metadata nor the texts of exceptions leave the process.
+1. A node that no view asks does nothing and loads nothing.
+2. A view asks each node separately, through its inbox: the log is for cancellations.
+3. Metadata and the messages of exceptions do not leave the process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from otel_tasks.fleet.link import Link
     from otel_tasks.live.served import Served
 
-# Questions that one node answers at a time; what comes beyond that gets no answer.
+# Questions that one node answers at a time; further ones get no answer.
 MAX_ANSWERING: Final = 100
 
 
@@ -46,19 +46,19 @@ class Views:
         self._served: Served | None = None
 
     def listen(self) -> None:
-        """Answer the views of other nodes: this one is a node."""
+        """Answer the views of other nodes: this process is a node, not an observer."""
         self._link.subscribe(InspectEntry, self._on_entry)
 
     async def ask(self, node: str, data: dict[str, Any], timeout: float) -> dict[str, Any] | None:
-        """Ask another node for what its view shows.
+        """Ask another node for the data of its view.
 
         Args:
             node: The node.
-            data: Which part, as ``Served`` has them.
+            data: The part, as ``Served`` defines it.
             timeout: Seconds to wait.
 
         Returns:
-            The answer; None if there is none in this time.
+            The answer; None if it does not come in this time.
 
         Cancellation: ends the wait.
         """
@@ -85,9 +85,9 @@ class Views:
         }
 
     async def stop(self) -> None:
-        """Give no more answers.
+        """Stop answering.
 
-        Cancellation: ends the wait for the last ones.
+        Cancellation: ends the wait for the last answers.
         """
         for task in self._answering:
             task.cancel()

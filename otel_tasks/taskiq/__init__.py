@@ -1,6 +1,6 @@
-"""Remote tasks: coroutines on Taskiq's workers, cancelled from here; needs ``otel-tasks[taskiq]``.
+"""Remote tasks: call tasks on Taskiq's workers like local coroutines; needs ``otel-tasks[taskiq]``.
 
-``managed`` makes the tasks of a broker managed tasks of its workers, and ``remote`` calls one of them as a
+``managed`` runs the tasks of a broker as managed tasks on its workers. ``remote`` calls one of them as a
 coroutine of this process, so that groups, priorities, timeouts, causes, and spans apply to it.
 """
 

@@ -1,16 +1,16 @@
-"""managed: makes the tasks of a Taskiq broker managed tasks, on the instance and without a class of its own.
+"""managed: runs the tasks of a Taskiq broker as managed tasks, by changing the instance, not its class.
 
 Taskiq's receiver executes ``broker.find_task(name).original_func``, between the ``pre_execute`` and the
 ``post_execute`` of the broker's middlewares, all in one asyncio task, and then calls the ``ack`` that
-``broker.listen()`` has delivered. So four places are enough:
+``broker.listen()`` has delivered. So four hooks are enough:
 
-- a middleware, which stamps what is sent and makes an ``Execution`` of what is received;
-- ``find_task``, whose function runs the user's one in that execution;
+- a middleware, which stamps each message that is sent, and creates an ``Execution`` for each one received;
+- ``find_task``, whose function runs the user's function in that execution;
 - ``listen``, whose ``ack`` asks the execution;
 - startup and shutdown of the broker, in the middleware, which start and stop the fleet.
 
-Rejected: a receiver of our own, because it would be an option of the user's command line; and a subclass of
-the broker, because schedulers, result backends, and the user's code know the object.
+Rejected: a custom receiver, because users would have to add it to their command line; and a subclass of the
+broker, because schedulers, result backends, and the user's code hold the object.
 """
 
 from __future__ import annotations
@@ -67,28 +67,28 @@ def managed(
     priorities: BrokerPriorities | None = None,
     grace: float | FromManager = FROM_MANAGER,
 ) -> B:
-    """Make the tasks of a broker managed tasks of its workers, and let ``remote`` call them.
+    """Run the tasks of a broker as managed tasks on its workers, and let ``remote`` call them.
 
-    Call it where the broker is made, in the module that workers and services import. Tasks may be declared
-    before or after it. ``await broker.startup()`` starts the fleet in this process, and ``shutdown()`` stops
+    Call it where you create the broker, in the module that workers and services import. Declare tasks before
+    or after the call. ``await broker.startup()`` starts the fleet in this process, and ``shutdown()`` stops
     it; ``taskiq worker`` calls both.
 
     Args:
-        broker: The broker. It stays the same object, with a middleware more.
-        fleet: The fleet through which cancellations, leases, and progress travel.
-        group: The label of tasks that bring no group.
+        broker: The broker. It stays the same object, with one more middleware.
+        fleet: The fleet that carries cancellations, leases, and progress.
+        group: The labeled group of tasks whose message names none.
         priorities: The labels by which the broker orders its messages, for each priority: see
             ``rabbitmq_priorities`` and ``stream_priorities``. None leaves their order to the broker.
-        grace: Seconds in which the tasks of a worker may finish after SIGTERM or SIGINT, before they are
+        grace: Seconds that a worker's tasks have to finish after SIGTERM or SIGINT, before they are
             cancelled. The default is that of the fleet's manager.
 
     Returns:
         The broker.
 
     Raises:
-        TypeError: ``broker`` is not a broker of Taskiq that sends, or ``fleet`` not a ``Fleet``.
-        ValueError: The broker is managed already, ``group`` is not a valid name, or ``fleet`` is that of an
-            observer.
+        TypeError: ``broker`` is not a Taskiq broker that sends messages itself, or ``fleet`` is not a
+            ``Fleet``.
+        ValueError: The broker is already managed, ``group`` is not a valid name, or ``fleet`` is an observer.
 
     Example:
         >>> fleet = Fleet("redis://127.0.0.1:6379/0", namespace="shop")
@@ -96,27 +96,27 @@ def managed(
     """
     if not isinstance(broker, AsyncBroker):
         raise TypeError(
-            f"managed() takes a broker of Taskiq, got {broker!r}: write managed(AioPikaBroker(url), fleet)"
+            f"managed() takes a Taskiq broker, got {broker!r}: write managed(AioPikaBroker(url), fleet)"
         )
     if isinstance(broker, AsyncSharedBroker):
         raise TypeError(
-            "managed() takes the broker that sends, and a shared broker sends through its default one: write "
-            "async_shared_broker.default_broker(managed(broker, fleet))"
+            "managed() takes the broker that sends, and a shared broker sends through its default broker: "
+            "write async_shared_broker.default_broker(managed(broker, fleet))"
         )
     if not isinstance(fleet, Fleet):
         raise TypeError(
             f'managed() takes a Fleet, got {fleet!r}: write managed(broker, Fleet(url, namespace="shop"))'
         )
     if fleet.is_observer:
-        raise ValueError("managed() takes a fleet that this process is a node of: leave observer=True out")
+        raise ValueError("managed() needs a fleet with this process as a node: leave observer=True out")
     if managed_broker_of(broker) is not None:
-        raise ValueError("this broker is managed already: call managed() once, where the broker is made")
+        raise ValueError("this broker is already managed: call managed() once, where you create the broker")
     ManagedBroker(broker, fleet, checked_name("group", group), priorities, grace).cover()
     return broker
 
 
 class ManagedBroker:
-    """What this package knows of one broker.
+    """The state of one managed broker.
 
     Args:
         broker: The broker.
@@ -128,7 +128,7 @@ class ManagedBroker:
     Attributes:
         fleet: Its fleet.
         priorities: The labels of each priority.
-        calls: The remote tasks for which this process waits.
+        calls: The remote tasks that this process waits for.
         worker: The executions of this process.
         acknowledges: True once the broker has delivered a message that can be acknowledged.
         is_started: True between startup and shutdown of the broker.
@@ -184,7 +184,7 @@ class ManagedBroker:
     # -- the methods of the broker --------------------------------------------------------------
 
     def find_task(self, task_name: str) -> AsyncTaskiqDecoratedTask[Any, Any] | None:
-        """Return the task of this name, with a function that runs the user's one as a managed task."""
+        """Return the task of this name, with a function that runs the user's function as a managed task."""
         task = self._find_task(task_name)
         if task is None:
             return None
@@ -218,7 +218,7 @@ class ManagedBroker:
         await maybe_awaitable(ack())
 
     async def _refuse(self, data: bytes) -> None:
-        """Let a call fail whose task this worker does not have: nobody else would end it."""
+        """Fail the call of a task that this worker does not have: nothing else would end it."""
         try:
             message = self.broker.formatter.loads(message=data)
         except Exception:
@@ -228,10 +228,10 @@ class ManagedBroker:
         error = RemoteResultError(f"a worker has no task {name!r}: import its module there")
         await Execution(self, message).refuse(error)
 
-    # -- its life -------------------------------------------------------------------------------
+    # -- start and stop -------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the fleet in this process, and with it what workers and services need.
+        """Start the fleet in this process, and the parts that workers and services need.
 
         Cancellation: the fleet is not started.
         """
@@ -282,7 +282,7 @@ class ManagedBroker:
 
 
 class FleetMiddleware(TaskiqMiddleware):
-    """Stamps what a broker sends, and makes an execution of what it receives."""
+    """Stamps the messages that a broker sends, and creates executions for those that it receives."""
 
     def __init__(self, managed_broker: ManagedBroker) -> None:
         super().__init__()
@@ -302,7 +302,7 @@ class FleetMiddleware(TaskiqMiddleware):
         return message
 
     def pre_execute(self, message: TaskiqMessage) -> TaskiqMessage:
-        """Make the execution of a message that has been received; without a started fleet, it has none."""
+        """Create the execution of a received message; none without a started fleet."""
         if not self._managed.fleet.is_started:
             current_execution.set(None)
             return message
@@ -330,7 +330,7 @@ _managed: weakref.WeakKeyDictionary[AsyncBroker, ManagedBroker] = weakref.WeakKe
 
 
 def managed_broker_of(broker: AsyncBroker) -> ManagedBroker | None:
-    """Return what this package knows of a broker; None if it is not managed."""
+    """Return the state of a managed broker; None if the broker is not managed."""
     return _managed.get(broker)
 
 

@@ -1,8 +1,8 @@
-"""Calls: the remote tasks for which this process waits.
+"""Calls: the remote tasks that this process waits for.
 
-A worker tells this node when the result of a call is saved. In case it cannot, because the bus was down or
-the worker died in that moment, the result backend is asked as well, every few seconds. What it has may be the
-result of an older call: users choose the ids of messages, and use them again.
+A worker notifies this node when the result of a call is saved. In case it cannot, because the bus is down or
+the worker dies at that moment, this node also asks the result backend every few seconds. The backend may have
+the result of an older call: users may choose the ids of messages, and reuse them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from otel_tasks.fleet.bus import Entry
     from otel_tasks.fleet.link import Link
 
-# Seconds between two questions to the result backend, and while the bus is down.
+# Seconds between two questions to the result backend, normally and while the bus is down.
 _ASK_EVERY: Final = 5.0
 _ASK_EVERY_ALONE: Final = 1.0
 # Questions at a time.
@@ -35,7 +35,7 @@ _AT_ONCE: Final = 20
 
 
 class Call:
-    """One remote task for which this process waits.
+    """One remote task that this process waits for.
 
     Args:
         task_id: The id of the message.
@@ -66,7 +66,7 @@ class Call:
             self.ended.set_result(None)
 
     def fail(self, error: Exception) -> None:
-        """Let the call raise ``error``."""
+        """Make the call raise ``error``."""
         if not self.ended.done():
             self.ended.set_exception(error)
             # asyncio would log it for a call that is still being sent.
@@ -75,7 +75,7 @@ class Call:
     def owns(self, result: TaskiqResult[Any]) -> bool:
         """Return whether a result is that of this call, and not of an older one with the same id."""
         stamp = result.labels.get(STAMP)
-        # To read the stamp takes longer, and nothing else contains a name that is random.
+        # Parsing the stamp takes longer, and nothing else contains this random name.
         return not isinstance(stamp, str) or self.delivery in stamp
 
     @property
@@ -101,7 +101,7 @@ class Calls:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
-        """Let calls be opened in this event loop."""
+        """Allow calls in this event loop."""
         self._loop = asyncio.get_running_loop()
 
     def subscribe(self, link: Link) -> None:
@@ -127,8 +127,8 @@ class Calls:
             )
         if task_id in self._open:
             raise ValueError(
-                f"another call waits for the remote task {task_id!r}: give each call an id of its own, or "
-                "leave the id to the broker"
+                f"another call waits for the remote task {task_id!r}: give each call its own id, or leave "
+                "the id to the broker"
             )
         call = self._open[task_id] = Call(task_id, self._fleet.link.node, shows)
         if self._timer is None:
@@ -140,7 +140,7 @@ class Calls:
         del self._open[call.task_id]
 
     async def stop(self) -> None:
-        """Stop asking, and let the open calls fail.
+        """Stop asking, and fail the open calls.
 
         Cancellation: ends the wait for the last question.
         """

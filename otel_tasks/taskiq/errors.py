@@ -1,4 +1,4 @@
-"""The exceptions of remote tasks, and those with which an execution ends toward Taskiq's receiver."""
+"""The exceptions of remote tasks, and those that end an execution in Taskiq's receiver."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 class RemoteCancelledError(OtelTasksError):
-    """A remote task was cancelled, and not by the code that awaits it.
+    """A remote task was cancelled, but not by the code that awaits it.
 
-    It is also the error in the result of an execution that was cancelled. A managed task that consists of
-    the remote call alone ends cancelled instead, with the same cause.
+    The result of a cancelled execution also has this error. A managed task that consists only of the remote
+    call ends cancelled instead, with the same cause.
     """
 
 
 class RemoteResultError(OtelTasksError):
-    """A remote task has ended, and its result is not available: it was not saved, or cannot be read."""
+    """A remote task has ended, but its result is not available: it was not saved, or cannot be read."""
 
 
 class ExecutionEndedError(NoResultError):
@@ -38,8 +38,8 @@ class ExecutionLeftError(ExecutionEndedError):
 
 
 def is_not_about_an_end(record: LogRecord) -> bool:
-    """Filter Taskiq's warning that a task has skipped setting its result: the execution has saved it.
+    """Filter Taskiq's warning about a skipped result: the execution has saved it already.
 
-    Otherwise, a client that hangs up would leave a warning for each of its tasks.
+    Without the filter, each hang-up would log a warning for each of the request's tasks.
     """
     return not isinstance(sys.exc_info()[1], ExecutionEndedError)

@@ -1,17 +1,16 @@
 """Execution: one delivery of a message to a worker, from the check that it may run to the end of its claim.
 
-Rules, each with a test of its own:
+Rules, each with its own test:
 
 1. An execution starts only while this node can judge leases, and with the claim of its task: at most one node
-   executes a task at a time, whatever the broker delivers. A delivery whose claim another one holds waits.
-   It ends without running if the other one finishes. In one process, one delivery of a message waits; more
-   of them end, and are acknowledged with it.
-2. A cancelled message, one whose deadline has passed, and one whose host is gone do not run. Each gets a
-   managed task that is cancelled before its first step, so that the trace shows the reason.
-3. The end of a managed task that was cancelled is final: its result is saved here, no middleware retries it,
-   and the message is acknowledged. The exceptions are a shutdown of this process and a lost claim: another
-   worker takes the message. The shutdown of the process that waits for the result is a cancellation like any
-   other.
+   executes a task at a time, whatever the broker delivers. A delivery whose claim is held waits, and ends
+   without running if the holder finishes. In one process, one delivery of a message waits; further ones end,
+   and are acknowledged with it.
+2. A message does not run if it was cancelled, its deadline has passed, or its host is gone. It gets a managed
+   task that is cancelled before its first step, so that the trace shows the reason.
+3. The cancellation of a managed task is final: its result is saved here, no middleware retries it, and the
+   message is acknowledged. The exceptions are a shutdown of this process and a lost claim: another worker
+   takes the message. The shutdown of the process that waits for the result is a cancellation like any other.
 4. The claim ends after the result is saved. If the process dies in between, the message runs again.
 """
 
@@ -65,18 +64,18 @@ if TYPE_CHECKING:
     from otel_tasks.fleet.entries import CancelEntry
     from otel_tasks.taskiq.worker import Duplicates, Worker
 
-# Seconds between two tries to get a claim that is held; they grow from the first to the last.
+# Seconds between two attempts to get a claim that is held; they grow from the first to the last.
 _FIRST_PAUSE: Final = 0.05
 _LAST_PAUSE: Final = 1.0
 # Characters of a traceback that a result carries.
 _LONGEST_TRACEBACK: Final = 16_384
-# Seconds between two tries to save a result, and for which they go on.
+# Seconds between two attempts to save a result, and seconds after which they stop.
 _SAVE_PAUSE: Final = 0.5
 _SAVE_FOR: Final = 20.0
-# With these, a result backend refuses a value, and not because its server is away. Pickle alone raises four.
+# With these errors, a result backend refuses a value, whatever the state of its server. Pickle raises four.
 _OF_THE_VALUE: Final = (TypeError, ValueError, AttributeError, PicklingError, RecursionError, OverflowError)
 
-# The modules whose frames a traceback leaves out at its beginning.
+# A traceback leaves out the frames of these modules at its beginning.
 _NOT_SHOWN: Final = ("taskiq.", "otel_tasks.")
 
 # The execution whose message the receiver's task handles here.
@@ -93,7 +92,7 @@ class Owner(Protocol):
 
     @property
     def acknowledges(self) -> bool:
-        """True if the broker delivers a message again that is not acknowledged."""
+        """True if the broker redelivers a message that is not acknowledged."""
         ...
 
     @property
@@ -155,7 +154,7 @@ class Execution:
 
         Raises:
             ExecutionEndedError: There is no result for the receiver to save.
-            BaseException: What the function has raised.
+            BaseException: The function's own exception.
 
         Cancellation: cancels the managed task.
         """
@@ -211,7 +210,7 @@ class Execution:
         self._settle(executed=True)
 
     async def acknowledge(self, ack: Callable[[], Awaitable[None] | None]) -> None:
-        """Acknowledge the message if it is executed; called when the receiver wants to.
+        """Acknowledge the message if it is executed; called when the receiver would acknowledge it.
 
         Cancellation: ends the attempts to save the result; the message is not acknowledged.
         """
@@ -239,12 +238,12 @@ class Execution:
         return True
 
     def handled(self, _: object) -> None:
-        """End what is still open: the receiver is done with the message."""
+        """End everything that is still open: the receiver is done with the message."""
         if self._redelivers:
-            # The receiver has failed before it acknowledged.
+            # The receiver failed before it acknowledged.
             self._settle(executed=False)
         elif self._unsaved is not None:
-            # The receiver could not save the result, and the message does not come again.
+            # The receiver could not save the result, and the broker does not redeliver the message.
             self._worker.in_background(self._save_again(self._unsaved))
         else:
             self._settle(executed=True)
@@ -265,7 +264,7 @@ class Execution:
         return cause
 
     async def _rest(self, pause: float) -> None:
-        """Wait until the next try to get the claim, or until something forbids the execution."""
+        """Wait until the next attempt to get the claim, or until something forbids the execution."""
         targets = list(targets_of(self.task_id, self._options.name, self._options.group))
         judged = self._link.judges
         until = self.loop.time() + pause
@@ -292,7 +291,7 @@ class Execution:
         if sent is not None:
             return self._cancellations.find(self.task_id, options.name, options.group, sent)
         entry = self._cancellations.find(self.task_id)
-        # Without a stamp, only a cancellation of this very message is surely meant for it.
+        # Without a stamp, only a cancellation of exactly this message is certain to be meant for it.
         return entry if entry is not None and entry.target == "message" else None
 
     def _left_for(self, cause: CancelCause) -> CancelCause:
@@ -330,9 +329,9 @@ class Execution:
         return None
 
     def _wait_for_claim(self) -> None:
-        """Go on waiting, unless another delivery of the message does so in this process.
+        """Keep waiting, unless another delivery of the message already waits in this process.
 
-        Redis Streams deliver a message again and again while it runs, each time for a slot of the receiver.
+        Redis Streams redeliver a message repeatedly while it runs, and each delivery takes a receiver slot.
         """
         if not self._waits:
             self._duplicates, self._waits = self._worker.begin_to_wait((self.task_id, self._delivery))
@@ -363,7 +362,7 @@ class Execution:
                 context=context,
             )
         except ManagerClosedError:
-            # Its shutdown has not reached this worker yet, or was not caused by it.
+            # The shutdown has not reached this worker yet, or was not caused by it.
             cause = CancelCause.make(CancelKind.SHUTDOWN, "the manager of the worker is shut down")
             self._left_for(cause)
             raise
@@ -380,7 +379,7 @@ class Execution:
         context = extract(carrier)
         sender = current_span_context(context)
         if here is not None and sender is not None and here.trace_id == sender.trace_id:
-            # An instrumentation of Taskiq has started a span below the sender's, or it is this process.
+            # An instrumentation of Taskiq has started a span below the sender's, or this is the sender.
             context = copy_context()
             is_child = True
         else:
@@ -428,8 +427,8 @@ class Execution:
     async def _save_again(self, result: TaskiqResult[Any]) -> None:
         """Save a result that the receiver does not save, or could not save.
 
-        If the value cannot be written, an error takes its place: further tries would fail for the same
-        reason, while the caller and this slot of the worker wait.
+        If the value cannot be saved, an error replaces it: further attempts would fail for the same reason,
+        while the caller and this slot of the worker wait.
         """
         is_receivers = result is self._unsaved
         until = self.loop.time() + _SAVE_FOR
@@ -478,7 +477,7 @@ class Execution:
         self.cancel(CancelCause.make(CancelKind.HOST_LOST, "another worker executes this task now"))
 
     def _settle(self, *, executed: bool) -> None:
-        """End the claim: with a mark that the message was executed, or so that it can be executed."""
+        """End the claim: mark the message as executed, or release it for another worker."""
         if not self._is_claimed:
             return
         self._is_claimed = False

@@ -1,4 +1,4 @@
-"""Covers the function of a task: the receiver calls the cover, which runs the function as a managed task."""
+"""Wraps the function of a task: the receiver calls the wrapper, which runs it as a managed task."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def covered_function(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _PlainFunction:
-    """The cover of a plain function, which the receiver calls in a thread of its pool.
+    """The wrapper of a plain function, which the receiver calls in a thread of its pool.
 
-    A process pool gets the function itself: this process cannot manage what runs in another one.
+    A process pool gets the function itself: this process cannot manage a function that runs in another one.
     """
 
     def __init__(self, function: Callable[..., Any], name: str, qualified: str) -> None:
@@ -66,7 +66,7 @@ class _PlainFunction:
 
 async def _result_of(visit: Visit[list[Any]]) -> Any:
     (result,) = await visit.as_task()
-    # A decorator may have made a plain function of a coroutine function.
+    # A decorator may have wrapped a coroutine function in a plain one.
     return await result if inspect.isawaitable(result) else result
 
 

@@ -47,14 +47,14 @@ def labels(
     priority: TaskPriority | int | None = None,
     timeout: float | None = None,
 ) -> dict[str, Any]:
-    """Return the labels that set options of a task on the worker, for messages that ``remote`` does not send.
+    """Return labels with the options of a task on the worker, for messages that ``remote`` does not send.
 
     Args:
         name: The task's name there, by which ``fleet.cancel_task`` finds it.
         group: The labeled group that it joins there.
-        priority: Its priority there, and in the broker's queue if that has priorities.
-        timeout: Seconds from the sending of the message to the end of the task, at least 0. None means no
-            limit.
+        priority: Its priority there, and in the broker's queue if the queue has priorities.
+        timeout: Seconds from the time the message is sent until the task must end, at least 0. None means
+            no limit.
 
     Returns:
         Labels for ``@broker.task(...)`` or ``task.kicker().with_labels(...)``.

@@ -1,4 +1,4 @@
-"""Options: what one message asks for, from its stamp or else from the labels that users set."""
+"""Options: those of one message, from its stamp, or else from the labels that users set."""
 
 from __future__ import annotations
 

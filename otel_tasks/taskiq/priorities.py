@@ -20,7 +20,7 @@ BrokerPriorities: TypeAlias = "Mapping[TaskPriority, Mapping[str, str | int]]"
 
 
 def rabbitmq_priorities(max_priority: int = 9, *, label: str = "priority") -> BrokerPriorities:
-    """Return the labels for RabbitMQ: LOW is 0, CRITICAL is ``max_priority``, the others lie between.
+    """Return the labels for RabbitMQ: LOW is 0, CRITICAL is ``max_priority``, the others are in between.
 
     Args:
         max_priority: The ``max_priority`` of the queue, at least 1.
@@ -42,8 +42,8 @@ def stream_priorities(streams: Mapping[TaskPriority, str], *, label: str = "queu
     """Return the labels for Redis Streams: the stream of each level.
 
     Args:
-        streams: The stream of each priority. A level without one takes the stream of the next lower level
-            that has one, or else of the lowest.
+        streams: The stream of each priority. A level without a stream uses that of the next lower level that
+            has one, or else the lowest stream.
         label: The label that names the stream.
 
     Raises:

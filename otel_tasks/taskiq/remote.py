@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 RemoteTask: TypeAlias = AsyncTaskiqDecoratedTask[P, T] | AsyncKicker[P, T]
 
-# Seconds between two tries to read a result that is saved, and how often.
+# Seconds between two attempts to read a saved result, and the number of attempts.
 _READ_PAUSE = 0.5
 _READ_TRIES = 20
 
@@ -58,9 +58,9 @@ def remote(task: RemoteTask[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Coro
 def remote(task: Any, /, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
     """Create a coroutine that runs a task on a worker and returns its result.
 
-    Everything that applies to the coroutine of a managed task applies to it: it joins a group, has a name, a
-    priority, and a timeout, and reports the progress of the worker. When it is cancelled, the task on the
-    worker is cancelled with the same cause, wherever it is, also while it waits in the broker's queue.
+    Pass it to ``create_task`` or ``start_task`` like any other coroutine: it joins a group, has a name, a
+    priority, and a timeout, and reports the worker's progress. If it is cancelled, the task on the worker is
+    cancelled with the same cause, even while its message waits in the broker's queue.
 
     Args:
         task: A task of a managed broker, or its ``kicker()`` with more labels.
@@ -68,17 +68,18 @@ def remote(task: Any, /, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
         kwargs: The keyword arguments of its function.
 
     Returns:
-        A coroutine; nothing is sent before it runs. It returns what the function on the worker returns, and
-        raises what that raises, as the result backend gives it. It raises ``RemoteCancelledError`` if the
-        task was cancelled elsewhere; a managed task that consists of this call ends cancelled instead.
+        A coroutine, which sends nothing until it runs. It returns what the function on the worker returns,
+        and raises the function's error as the result backend restores it. It raises
+        ``RemoteCancelledError`` if someone else cancels the task on the worker; a managed task that
+        consists only of this call ends cancelled instead.
 
     Raises:
         TypeError: ``task`` is not a task of Taskiq.
         RuntimeError: Its broker is not managed, not started, or has no result backend.
 
-    Cancellation: publishes the cancellation and ends at once; it does not wait for the worker.
+    Cancellation: publishes the cancellation and ends immediately, without waiting for the worker.
 
-    Telemetry: none of its own. The span of the local task is the parent of the worker's.
+    Telemetry: no span of its own. The span of the local task is the parent of the worker's.
 
     Example:
         >>> pages = [tasks.create_task(remote(render, page), timeout=30) for page in range(8)]
@@ -152,7 +153,7 @@ async def _send(
 
 
 def _sending(call: Call, task: ManagedTask[Any] | None, function: str | None) -> Sending:
-    """Return what a local task hands on; its name only if it consists of the call to ``function``."""
+    """Return what a local task passes on; its name only if it consists of the call to ``function``."""
     host = call.host
     if task is None:
         return Sending(call.task_id, call.delivery, host, None, None, None, None)
@@ -163,7 +164,7 @@ def _sending(call: Call, task: ManagedTask[Any] | None, function: str | None) ->
 
 
 def _given_name(task: ManagedTask[Any], function: str) -> str | None:
-    """Return the name that the user has given the task; None if it was made from the function's."""
+    """Return the name that the user gave the task; None if it comes from the function's name."""
     name = task.name
     if name == function:
         return None

@@ -1,4 +1,4 @@
-"""What a message is sent with: the stamp, and the labels of its priority."""
+"""Prepares messages for sending: the stamp, and the labels of their priority."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Sending:
-    """A remote call that is being sent, and what its local task hands on.
+    """A remote call that is being sent, and what its local task passes on.
 
     Attributes:
         task_id: The id of the message.

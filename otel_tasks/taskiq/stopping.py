@@ -1,9 +1,9 @@
-"""The end of a worker process: SIGTERM or SIGINT, a grace for its tasks, and their cancellation.
+"""Stops a worker process after SIGTERM or SIGINT: its tasks get a grace, and are then cancelled.
 
-``taskiq worker`` sends SIGINT to its processes, whose handler stops the receiver from reading and then waits
-for the running tasks, without a bound. This part runs beside it: no further execution starts, the tasks have
-their grace, and are cancelled with the cause ``shutdown``. Their messages are not acknowledged, so that
-another worker takes them.
+``taskiq worker`` sends SIGINT to its processes. Their handler stops the receiver from reading, and then waits
+for the running tasks, without a bound. This module acts on the same signal: no further execution starts, the
+tasks get their grace, and those that are left are cancelled with cause ``shutdown``. Their messages are not
+acknowledged, so another worker takes them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SignalWatch:
     Args:
         fleet: The fleet, whose manager is shut down.
         worker: The executions.
-        grace: Seconds in which tasks may finish.
+        grace: Seconds that tasks have to finish.
     """
 
     def __init__(self, fleet: Fleet, worker: Worker, grace: float | FromManager) -> None:

@@ -1,9 +1,9 @@
-"""Redelivery on Redis Streams: messages of lost workers become new ones, also while nothing else arrives.
+"""Redelivery on Redis Streams: sends the messages of lost workers again, even while nothing else arrives.
 
-Taskiq's ``RedisStreamBroker`` looks for messages that nobody has acknowledged only after a new one has
-arrived (``taskiq_redis`` 1.2): on a quiet stream, the message of a killed worker would wait without end. So a
-worker looks itself, and appends such a message to its stream again, and acknowledges the old one in the same
-step. The copy of a message that still runs waits for its claim, like any duplicate.
+Taskiq's ``RedisStreamBroker`` looks for unacknowledged messages only after a new message has arrived
+(``taskiq_redis`` 1.2): on a quiet stream, the message of a killed worker would wait indefinitely. So each
+worker looks for these messages itself. It appends a copy to the stream, and acknowledges the old message in
+the same step. If the message still runs, the copy waits for its claim, like any duplicate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LONGEST: Final = 10.0
 
 
 class Redelivery:
-    """Looks for the messages of lost workers, for as long as it runs.
+    """Looks for the messages of lost workers while it runs.
 
     Args:
         broker: A ``RedisStreamBroker``.
@@ -36,7 +36,7 @@ class Redelivery:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start looking."""
         self._task = asyncio.get_running_loop().create_task(self._run(), context=quiet_context())
 
     async def stop(self) -> None:

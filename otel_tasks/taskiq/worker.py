@@ -1,11 +1,11 @@
-"""Worker: the executions of one process, and the hosts for which they run.
+"""Worker: the executions of one process, and the hosts that wait for them.
 
-Rules, each with a test of its own:
+Rules, each with its own test:
 
-1. An execution whose host is gone is cancelled with the cause ``host_lost``. A host is gone if its lease has
+1. An execution whose host is gone is cancelled with cause ``host_lost``. A host is gone if its lease has
    expired while this node could judge it.
-2. Hosts are asked for together, once per round, and only while something runs for one.
-3. Reports of progress go to the host once per round, the newest one only.
+2. One call checks the leases of all hosts, once per round, and only while an execution has a host.
+3. A host gets the progress of its executions once per round, and only the newest report.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ class Running(Protocol):
 
 
 class Duplicates:
-    """The deliveries of a message that end at once, because another one waits for its claim here.
+    """The deliveries of a message that end immediately, because another one waits for its claim here.
 
-    They are acknowledged with it. A broker would deliver them again, after the mark of the execution is gone.
+    They are acknowledged together with it. Otherwise, the broker would redeliver them after the mark of the
+    execution has expired.
     """
 
     def __init__(self) -> None:
@@ -97,7 +98,7 @@ class Worker:
 
     Args:
         fleet: The fleet.
-        group: The label of executions that bring none.
+        group: The labeled group of executions whose message names none.
     """
 
     def __init__(self, fleet: Fleet, group: str) -> None:
@@ -178,7 +179,7 @@ class Worker:
         return host in await self._valid_leases({host})
 
     def in_background(self, work: Coroutine[Any, Any, object]) -> None:
-        """Run a call of the bus that nobody waits for; a failure of the bus is as if it had not been made."""
+        """Run a call of the bus that nobody waits for, and ignore a failure of the bus."""
         if self._quiet is None:
             self._quiet = quiet_context()
         task = asyncio.get_running_loop().create_task(_forgiven(work), context=self._quiet)
@@ -191,7 +192,7 @@ class Worker:
         self.wake()
 
     async def end(self, cause: CancelCause, timeout: float) -> None:
-        """Cancel what runs, and wait for it and for the calls of the bus, at most ``timeout`` seconds.
+        """Cancel the executions, and wait for them and for the calls of the bus, at most ``timeout`` seconds.
 
         Cancellation: ends the wait; the executions are cancelled.
         """
@@ -268,6 +269,6 @@ def host_lost(host: str) -> CancelCause:
 
 
 async def _forgiven(work: Coroutine[Any, Any, object]) -> None:
-    # A claim that is not finished or released expires, and a lease is judged in the next round.
+    # A claim that is not finished or released expires, and the next round judges the leases.
     with suppress(BusUnavailableError):
         await work

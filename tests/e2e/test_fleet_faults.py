@@ -197,7 +197,7 @@ async def test_full_server(own_redis: Redis, caplog: pytest.LogCaptureFixture) -
     admin.close()
 
     assert [line.split("; ")[0] for line in state_lines(caplog)] == [
-        f"the bus of the fleet at {a.link.bus.address} is unavailable: "
+        f"the fleet's bus at {a.link.bus.address} is unavailable: "
         f"{a.link.bus.address} is full, and refuses to write (maxmemory)"
     ]
 
@@ -255,8 +255,8 @@ async def test_foreign_entries(redis_server: Redis, key: str, caplog: pytest.Log
 
     assert a.names == ["x"]
     assert [record.getMessage() for record in caplog.records] == [
-        "skipped an entry of the fleet, of kind '' from '': it is not JSON; further ones are not logged",
-        "skipped an entry of the fleet, of kind 'cancel' from 'next': its version is 9, and this process "
+        "skipped a fleet entry of kind '' from '': it is not JSON; further ones are not logged",
+        "skipped a fleet entry of kind 'cancel' from 'next': its version is 9, and this process "
         "reads version 1; further ones are not logged",
     ]
 
