@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, NoReturn
 
 from otel_tasks_terminal import commands
@@ -73,8 +73,15 @@ def _drop_output() -> None:
 def _run(argv: Sequence[str] | None) -> int:
     options = parser().parse_args(argv)
     command: Callable[[argparse.Namespace, Callable[[], Source]], int] = options.command
-    with ExitStack() as sources:
-        return command(options, lambda: sources.enter_context(closing(source_of(options))))
+    with ExitStack() as opened:
+
+        def connect() -> Source:
+            source = source_of(options)
+            # Not `enter_context`: on Python 3.15, it imports `inspect`, which is slow.
+            opened.callback(source.close)
+            return source
+
+        return command(options, connect)
 
 
 def source_of(options: argparse.Namespace) -> Source:

@@ -38,15 +38,10 @@ async def test_request_group_is_named_late_and_found_by_its_number() -> None:
 async def test_sealed_request_group_takes_no_more_and_leaves_when_empty() -> None:
     """A sealed group refuses new tasks and leaves the tree with its last one."""
     manager = TaskManager()
-    binding = manager.get_group("root")
-    group = RequestGroup.open(manager, "GET /orders", binding=binding, host=None, span=False)
+    group = RequestGroup.open(manager, "GET /orders", binding=None, host=None, span=False)
     task = group.create_task(rest())
     group.seal(DISCONNECT)
-    with pytest.raises(
-        GroupClosedError,
-        match=rf"^cannot create task 'send_mail': group '{group.id}' is closed \(client_disconnect\); "
-        r"work that outlives the request belongs in manager\.create_task\(\.\.\., group=\.\.\.\)$",
-    ):
+    with pytest.raises(GroupClosedError, match=rf"group '{group.id}' is closed \(client_disconnect\); "):
         group.create_task(rest(), name="send_mail")
     assert manager._ledger.scopes
     task.cancel()
