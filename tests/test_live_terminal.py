@@ -850,6 +850,9 @@ try:
 finally:
     unwanted = {"otel_tasks", "opentelemetry", "fastapi", "starlette", "textual", "rich", "asyncio",
                 "dataclasses", "inspect", "importlib.metadata", "shutil"}
+    if sys.version_info[:2] == (3, 14):
+        # Its argparse needs them, for the colors of the help.
+        unwanted -= {"dataclasses", "inspect"}
     print(sorted(unwanted & sys.modules.keys()))
 """
     result = subprocess.run(
