@@ -167,7 +167,8 @@ class Observer:
         except BusRefusedError as error:
             raise CommandError(
                 ExitCode.REFUSED,
-                f"{clean(error, 300)}; check user, password, and certificates in --fleet or OTEL_TASKS_FLEET",
+                f"{clean(error, 300)}; check user, password, database, and certificates in --fleet or "
+                "OTEL_TASKS_FLEET",
             ) from None
         except BusUnavailableError as error:
             raise self._unavailable(error) from None

@@ -683,10 +683,13 @@ def test_a_fleet_belongs_to_one_loop() -> None:
             await fleet.start()
         with pytest.raises(WrongLoopError, match="call it there"):
             await fleet.cancel_task("import")
+        with pytest.raises(WrongLoopError, match="stop it where it was started"):
+            await fleet.stop()
 
     async def first() -> None:
         async with fleet:
             await asyncio.to_thread(asyncio.run, elsewhere())
+            assert fleet.is_started
 
     asyncio.run(first())
 
@@ -695,6 +698,10 @@ def test_a_fleet_belongs_to_one_loop() -> None:
 
     asyncio.run(leave_it_started())
     asyncio.run(first())
+    asyncio.run(leave_it_started())
+    # Nothing is left to stop: its connections are gone with their loop.
+    asyncio.run(fleet.stop())
+    assert not fleet.is_started
 
 
 async def test_a_manager_of_another_loop_is_refused() -> None:

@@ -73,6 +73,22 @@ async def test_lease_is_renewed_until_the_last_holder_drops_it() -> None:
     await keeper.stop()
 
 
+async def test_a_new_holder_renews_a_lease_that_has_been_left_for_a_while() -> None:
+    """The turns of the claims come every 2 s, and the next one may be after the end of the lease."""
+    bus = Renewals()
+    keeper = keeper_of(bus)
+    await keeper.hold_lease()
+    keeper.drop_lease()
+    await asyncio.sleep(LEASE - RENEWED_EVERY - 0.05)
+    keeper.add_claim("task", lambda: None)
+    await keeper.hold_lease()
+    await asyncio.sleep(LEASE)
+    times = [at for at, lease, _ in bus.calls if lease]
+    assert max(later - earlier for earlier, later in pairwise(times)) < LEASE - 1.0
+    keeper.drop_lease()
+    await keeper.stop()
+
+
 async def test_many_short_holders_cost_one_renewal_per_interval() -> None:
     """Requests that come one after another share the renewals."""
     bus = Renewals()

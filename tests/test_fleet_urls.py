@@ -66,6 +66,8 @@ def test_url_of_no_server_names_what_is_allowed(url: Any) -> None:
         "redis://:s3cret@127.0.0.1/0?sokcet_timeout=1",
         "redis://:s3cret@127.0.0.1/0?socket_timeout=long",
         "redis://:s3cret@[::1",
+        "redis://:s3cret@127.0.0.1/shop",
+        "rediss://127.0.0.1/-1",
     ],
 )
 def test_malformed_url_names_the_fix(url: str) -> None:

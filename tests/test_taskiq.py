@@ -1090,6 +1090,8 @@ async def test_wrong_arguments_name_the_fix_at_the_call() -> None:
         _call(work)
     with pytest.raises(TypeError, match="got a coroutine: write remote"):
         _call(work())
+    with pytest.raises(TypeError, match=r"got a coroutine: write remote\(double, \.\.\.\)"):
+        _call(InMemoryBroker().task(double)())
     with pytest.raises(RuntimeError, match="needs a started broker"):
         _call(node.task(work))
     plain = InMemoryBroker()
@@ -1106,6 +1108,73 @@ async def test_call_in_another_loop_names_the_fix() -> None:
         task = api.task(forever_of(api))
         with pytest.raises(WrongLoopError, match="run_coroutine_threadsafe"):
             await asyncio.to_thread(lambda: asyncio.run(_awaited(remote(task))))
+
+
+async def double(number: int = 21) -> int:
+    return 2 * number
+
+
+def test_a_broker_starts_again_after_its_loop_was_closed() -> None:
+    """Each of many test functions has a loop of its own, and few shut their broker down."""
+    fleet = Fleet("memory://", namespace="shop", manager=TaskManager())
+    broker = managed(InMemoryBroker(), fleet)
+    task = broker.task(double)
+
+    async def use() -> int:
+        await broker.startup()
+        return await remote(task, 21)
+
+    async def use_without_a_start() -> None:
+        with pytest.raises(WrongLoopError, match=r"that is closed: write `await broker.startup\(\)`"):
+            await remote(task, 21)
+
+    async def shut_down_elsewhere() -> None:
+        await broker.startup()
+        with pytest.raises(WrongLoopError, match="stop it where it was started"):
+            await asyncio.to_thread(asyncio.run, broker.shutdown())
+        assert await remote(task, 21) == 42
+
+    assert asyncio.run(use()) == 42
+    asyncio.run(use_without_a_start())
+    assert asyncio.run(use()) == 42
+    asyncio.run(shut_down_elsewhere())
+    # Nothing is left to stop.
+    asyncio.run(broker.shutdown())
+    assert not fleet.is_started
+    assert asyncio.run(use()) == 42
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"grace": "5"}, TypeError, "grace must be seconds as a number"),
+        ({"grace": -1}, ValueError, "grace must be at least 0 seconds"),
+        ({"priorities": 9}, TypeError, r"as rabbitmq_priorities\(9\) returns them, got 9"),
+        ({"priorities": {"high": {}}}, TypeError, "priorities must be the labels of each priority"),
+        ({"group": ""}, ValueError, "group name must not be empty"),
+    ],
+)
+def test_wrong_options_are_refused_where_they_are_written(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """Otherwise the first message, or the signal that stops a worker, would meet them."""
+    fleet = Fleet("memory://", namespace="shop", manager=TaskManager())
+    with pytest.raises(error, match=message):
+        managed(InMemoryBroker(), fleet, **options)
+
+
+@pytest.mark.parametrize("streams", ["tasks", {"high": "tasks"}, {TaskPriority.HIGH: 1}])
+def test_streams_without_priorities_are_refused(streams: Any) -> None:
+    """A word that is no priority would send everything to one stream."""
+    with pytest.raises(TypeError, match="takes the stream of each priority"):
+        stream_priorities(streams)
+
+
+@pytest.mark.parametrize("highest", [0, None, "9"])
+def test_a_highest_priority_is_a_number(highest: Any) -> None:
+    """None would be no priority at all."""
+    with pytest.raises(ValueError, match="max_priority must be a whole number of at least 1"):
+        rabbitmq_priorities(highest)
 
 
 async def _awaited(call: Any) -> Any:

@@ -210,11 +210,15 @@ class Fleet:
         A call that waits for other processes fails with ``BusUnavailableError``. The tasks of this process
         keep running: shut their manager down first. Does nothing if the fleet is not started.
 
+        Raises:
+            WrongLoopError: The fleet is started in another event loop.
+
         Cancellation: the fleet is left without further waiting.
 
         Example:
             >>> await fleet.stop()
         """
+        self._forget_others(asyncio.get_running_loop())
         if not self._users or not self.is_started:
             return
         self._users -= 1
@@ -254,7 +258,8 @@ class Fleet:
             self._users = 0
         elif membership.loop is not loop:
             raise WrongLoopError(
-                f"fleet {self._namespace!r} is started in another event loop: use one fleet per loop"
+                f"fleet {self._namespace!r} is started in another event loop: use one fleet per loop, and "
+                "stop it where it was started"
             )
 
     def _check_others(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -65,8 +65,12 @@ class Keeper:
             self._holders += 1
         try:
             self._ensure_beat()
-            if self._now() - self._renewed_at > LEASE - RENEWED_EVERY:
+            age = self._now() - self._renewed_at
+            if age > LEASE - RENEWED_EVERY:
                 await self._next_renewal()
+            elif age > RENEWED_EVERY and self._beat is not None:
+                # Claims may have started the beat a moment ago: its next turn would come as the lease ends.
+                self._beat.hurry()
         except BaseException:
             self.drop_lease()
             raise

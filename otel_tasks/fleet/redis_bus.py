@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import math
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import redis
 from redis.asyncio.connection import ConnectionPool as AsyncConnectionPool
@@ -422,6 +423,7 @@ def _pools(url: str) -> tuple[AsyncConnectionPool, redis.ConnectionPool]:
         made: list[Any] = [pool, thread_pool]
         for maker in made:
             maker.make_connection()
+        _check_database(url)
     except (ValueError, TypeError, RedisError):
         # Not the error itself: it may quote a part of the password.
         raise ValueError(
@@ -429,6 +431,14 @@ def _pools(url: str) -> tuple[AsyncConnectionPool, redis.ConnectionPool]:
             "special characters of the password in percent-encoding, and only options that redis-py has"
         ) from None
     return pool, thread_pool
+
+
+def _check_database(url: str) -> None:
+    """Raise a ValueError for a database that is no number: redis-py would take database 0 instead."""
+    parts = urlsplit(url)
+    database = parts.path.strip("/")
+    if parts.scheme != "unix" and database and not database.isdecimal():
+        raise ValueError
 
 
 def _address(pool: AsyncConnectionPool) -> str:

@@ -267,7 +267,7 @@ def unavailable(address: str, error: BaseException) -> BusUnavailableError:
     """Return what an error of redis-py, or of the system, means for the fleet."""
     for cause in _chain(error):
         if isinstance(cause, _REFUSALS):
-            return BusRefusedError(f"{address} refuses this process: {cause}")
+            return BusRefusedError(f"{address} refuses this process: {str(cause).rstrip('.')}")
     if isinstance(error, TimeoutError | exceptions.TimeoutError):
         # redis-py's own text says no more than that.
         held = f": {error}" if isinstance(error, TimeoutError) and str(error) else ""
@@ -277,6 +277,8 @@ def unavailable(address: str, error: BaseException) -> BusUnavailableError:
             return BusUnavailableError(f"{address} {reason}")
     if str(error).startswith("MOVED "):
         return BusRefusedError(f"{address} is a node of a cluster, and another node has the keys: {error}")
+    if "DB index is out of range" in str(error):
+        return BusRefusedError(f"{address} has no database of this number")
     if isinstance(error, exceptions.ResponseError):
         return BusUnavailableError(f"{address} answers with an error: {error}")
     return BusUnavailableError(f"{address} cannot be reached: {error}")

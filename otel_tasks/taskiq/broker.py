@@ -28,8 +28,8 @@ from taskiq.receiver.receiver import logger as receiver_log
 from taskiq.utils import maybe_awaitable
 
 from otel_tasks import CancelCause, CancelKind
-from otel_tasks._core.checks import checked_name
-from otel_tasks._core.options import FROM_MANAGER
+from otel_tasks._core.checks import checked_name, checked_seconds
+from otel_tasks._core.options import FROM_MANAGER, FromManager
 from otel_tasks.fleet import Fleet
 from otel_tasks.fleet.cancellations import target_in
 from otel_tasks.fleet.entries import CancelEntry
@@ -37,6 +37,7 @@ from otel_tasks.taskiq.calls import Calls
 from otel_tasks.taskiq.errors import RemoteResultError, is_not_about_an_end
 from otel_tasks.taskiq.execution import Execution, current_execution
 from otel_tasks.taskiq.functions import covered_function
+from otel_tasks.taskiq.priorities import checked_priorities
 from otel_tasks.taskiq.sending import stamp_message
 from otel_tasks.taskiq.stopping import SignalWatch
 from otel_tasks.taskiq.streams import Redelivery, redelivery_for
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from taskiq import AsyncTaskiqDecoratedTask, TaskiqMessage, TaskiqResult
     from taskiq.abc.result_backend import AsyncResultBackend
 
-    from otel_tasks._core.options import FromManager
     from otel_tasks.fleet.bus import Entry
     from otel_tasks.fleet.link import Link
     from otel_tasks.taskiq.priorities import BrokerPriorities
@@ -86,9 +86,10 @@ def managed(
         The broker.
 
     Raises:
-        TypeError: ``broker`` is not a Taskiq broker that sends messages itself, or ``fleet`` is not a
-            ``Fleet``.
-        ValueError: The broker is already managed, ``group`` is not a valid name, or ``fleet`` is an observer.
+        TypeError: ``broker`` is not a Taskiq broker that sends messages itself, ``fleet`` is not a ``Fleet``,
+            or an option has the wrong type.
+        ValueError: The broker is already managed, ``group`` is not a valid name, ``grace`` is negative, or
+            ``fleet`` is an observer.
 
     Example:
         >>> fleet = Fleet("redis://127.0.0.1:6379/0", namespace="shop")
@@ -111,7 +112,10 @@ def managed(
         raise ValueError("managed() needs a fleet with this process as a node: leave observer=True out")
     if managed_broker_of(broker) is not None:
         raise ValueError("this broker is already managed: call managed() once, where you create the broker")
-    ManagedBroker(broker, fleet, checked_name("group", group), priorities, grace).cover()
+    if not isinstance(grace, FromManager):
+        checked_seconds("grace", grace)
+    options = checked_name("group", group), checked_priorities(priorities), grace
+    ManagedBroker(broker, fleet, *options).cover()
     return broker
 
 
@@ -139,24 +143,31 @@ class ManagedBroker:
         broker: AsyncBroker,
         fleet: Fleet,
         group: str,
-        priorities: BrokerPriorities | None,
+        priorities: BrokerPriorities,
         grace: float | FromManager,
     ) -> None:
         # Weak, because this object is the value of an entry whose key is the broker.
         self._broker = weakref.ref(broker)
         self.fleet = fleet
-        self.priorities = priorities or {}
-        self.worker = Worker(fleet, group)
-        self.calls = Calls(fleet, lambda: self.result_backend)
+        self.priorities = priorities
         self.acknowledges = False
         self.is_started = False
+        self._group = group
+        self._grace = grace
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._link: Link | None = None
-        self._signals = SignalWatch(fleet, self.worker, grace)
+        self._make_parts()
         self._redelivery: Redelivery | None = None
         self._middleware = FleetMiddleware(self)
         self._find_task: Callable[[str], AsyncTaskiqDecoratedTask[Any, Any] | None] = broker.find_task
         self._listen: Callable[[], AsyncGenerator[bytes | AckableMessage, None]] = broker.listen
         self._covered: dict[str, tuple[object, AsyncTaskiqDecoratedTask[Any, Any]]] = {}
+
+    def _make_parts(self) -> None:
+        """Make what belongs to one event loop."""
+        self.worker = Worker(self.fleet, self._group)
+        self.calls = Calls(self.fleet, lambda: self.result_backend)
+        self._signals = SignalWatch(self.fleet, self.worker, self._grace)
 
     @property
     def broker(self) -> AsyncBroker:
@@ -235,7 +246,8 @@ class ManagedBroker:
 
         Cancellation: the fleet is not started.
         """
-        if self.is_started and self.fleet.is_started:
+        loop = asyncio.get_running_loop()
+        if self.is_started and self.fleet.is_started and self._loop is loop:
             return
         broker = self.broker
         # The last one, so that the stamp has the span that another middleware has started. A new list:
@@ -243,6 +255,10 @@ class ManagedBroker:
         broker.middlewares = [each for each in broker.middlewares if each is not self._middleware]
         broker.middlewares.append(self._middleware)
         await self.fleet.start()
+        if self._loop not in (None, loop):
+            # That loop is closed: otherwise, the fleet would have refused this one.
+            self._make_parts()
+        self._loop = loop
         link = self.fleet.link
         # The fleet may go on between two starts of the broker.
         if self._link is not link:
@@ -262,9 +278,17 @@ class ManagedBroker:
     async def stop(self) -> None:
         """End the executions that still run, and stop the fleet in this process.
 
+        Raises:
+            WrongLoopError: The broker is started in another event loop.
+
         Cancellation: the fleet is stopped without waiting.
         """
         if not self.is_started:
+            return
+        if self._loop is not asyncio.get_running_loop():
+            # Refuses this loop, unless the other one is closed: then nothing is left to stop.
+            await self.fleet.stop()
+            self.is_started = False
             return
         self.is_started = False
         try:

@@ -117,10 +117,10 @@ class Calls:
             ValueError: Another call waits for a task with this id, or the id is too long.
         """
         if self._loop is not asyncio.get_running_loop():
-            raise WrongLoopError(
-                "the broker of this remote task is started in another event loop: call it there, for example "
-                "with asyncio.run_coroutine_threadsafe(remote(...), loop)"
-            )
+            hint = "call it there, for example with asyncio.run_coroutine_threadsafe(remote(...), loop)"
+            if self._loop is not None and self._loop.is_closed():
+                hint = "that is closed: write `await broker.startup()` in this one"
+            raise WrongLoopError(f"the broker of this remote task is started in another event loop: {hint}")
         if len(task_id) > NAME_LIMIT:
             raise ValueError(
                 f"the id of a remote task has {len(task_id)} characters, at most {NAME_LIMIT} are allowed"

@@ -37,6 +37,11 @@ def covered_function(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def plain_name(name: str) -> str:
+    """Return the name that a function had before Taskiq renamed it."""
+    return name.partition(_SUFFIX)[0]
+
+
 class _PlainFunction:
     """The wrapper of a plain function, which the receiver calls in a thread of its pool.
 
@@ -78,7 +83,7 @@ def _names_of(function: Callable[..., Any]) -> tuple[str, str]:
     """Return the name and the qualified name that a function had before Taskiq renamed it."""
     name: str = getattr(function, "__name__", type(function).__name__)
     outer = getattr(function, "__qualname__", "").rpartition(".")[0]
-    name = name.partition(_SUFFIX)[0]
+    name = plain_name(name)
     return name, f"{outer}.{name}" if outer else name
 
 

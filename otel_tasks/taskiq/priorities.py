@@ -8,13 +8,11 @@ order of sending.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Mapping
+from typing import TypeAlias
 
 from otel_tasks import TaskPriority
-from otel_tasks._core.checks import check_count
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from otel_tasks._core.checks import check_number
 
 BrokerPriorities: TypeAlias = "Mapping[TaskPriority, Mapping[str, str | int]]"
 
@@ -33,7 +31,7 @@ def rabbitmq_priorities(max_priority: int = 9, *, label: str = "priority") -> Br
         >>> broker = AioPikaBroker(url, task_queues=[Queue(type=QueueType.CLASSIC, max_priority=9)])
         >>> managed(broker, fleet, priorities=rabbitmq_priorities(9))
     """
-    check_count("max_priority", max_priority, 1)
+    check_number("max_priority", max_priority, 1)
     highest = int(TaskPriority.CRITICAL)
     return {level: {label: int(level) * max_priority // highest} for level in TaskPriority}
 
@@ -47,6 +45,7 @@ def stream_priorities(streams: Mapping[TaskPriority, str], *, label: str = "queu
         label: The label that names the stream.
 
     Raises:
+        TypeError: ``streams`` does not map members of ``TaskPriority`` to names.
         ValueError: ``streams`` is empty.
 
     Example:
@@ -54,6 +53,13 @@ def stream_priorities(streams: Mapping[TaskPriority, str], *, label: str = "queu
         >>> streams = {TaskPriority.HIGH: "urgent", TaskPriority.NORMAL: "normal"}
         >>> managed(broker, fleet, priorities=stream_priorities(streams))
     """
+    if not isinstance(streams, Mapping) or not all(
+        isinstance(level, TaskPriority) and isinstance(name, str) for level, name in streams.items()
+    ):
+        raise TypeError(
+            "stream_priorities() takes the stream of each priority, as in "
+            f'{{TaskPriority.NORMAL: "tasks"}}, got {streams!r}'
+        )
     if not streams:
         raise ValueError('stream_priorities() needs a stream: write {TaskPriority.NORMAL: "tasks"}')
     lowest = streams[min(streams)]
@@ -62,3 +68,21 @@ def stream_priorities(streams: Mapping[TaskPriority, str], *, label: str = "queu
         lowest = streams.get(level, lowest)
         chosen[level] = {label: lowest}
     return chosen
+
+
+def checked_priorities(priorities: object) -> BrokerPriorities:
+    """Return the labels of each priority; none for None.
+
+    Raises:
+        TypeError: They are not a mapping of priorities to labels.
+    """
+    if priorities is None:
+        return {}
+    if not isinstance(priorities, Mapping) or not all(
+        isinstance(level, TaskPriority) and isinstance(each, Mapping) for level, each in priorities.items()
+    ):
+        raise TypeError(
+            "priorities must be the labels of each priority, as rabbitmq_priorities(9) returns them, got "
+            f"{priorities!r}"
+        )
+    return priorities

@@ -22,6 +22,7 @@ from otel_tasks._core.telemetry import span_from_hex
 from otel_tasks.fleet.entries import CancelEntry
 from otel_tasks.taskiq.broker import managed_broker_of
 from otel_tasks.taskiq.errors import RemoteCancelledError, RemoteResultError
+from otel_tasks.taskiq.functions import plain_name
 from otel_tasks.taskiq.labels import CAUSE, TRACEBACK
 from otel_tasks.taskiq.sending import Sending, current_sending
 
@@ -256,7 +257,7 @@ def _kicker_of(task: object) -> AsyncKicker[..., Any]:
     if isinstance(task, AsyncTaskiqDecoratedTask):
         return task.kicker()
     if asyncio.iscoroutine(task):
-        name = name_of_refused(task)
+        name = plain_name(name_of_refused(task))
         raise TypeError(
             f"remote() takes a task and its arguments, got a coroutine: write remote({name}, ...)"
         )

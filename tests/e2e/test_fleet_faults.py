@@ -306,6 +306,13 @@ async def test_wrong_password_fails_the_start(tmp_path: Path, credentials: str) 
         assert time.monotonic() - begin < PATIENCE / 2
 
 
+async def test_wrong_database_fails_the_start(redis_server: Redis) -> None:
+    """A database that the server does not have is a wrong setting, and no outage."""
+    node = Node(f"redis://127.0.0.1:{redis_server.port}/4711", "a")
+    with pytest.raises(BusRefusedError, match="has no database of this number"):
+        await node.link.start(PATIENCE)
+
+
 async def test_password_of_the_url(tmp_path: Path) -> None:
     """User and password of the URL are used by all connections; a permission that is missing is a refusal."""
     options = [

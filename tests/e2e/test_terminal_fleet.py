@@ -232,7 +232,7 @@ def test_a_password_is_used_and_never_shown(tmp_path: Path) -> None:
         assert (code, len(out.splitlines()), err) == (0, 5, "")
         for wrong in (server.url, server.url.replace("redis://", "redis://:wr0ng@")):
             code, _, err = shop.call("ls", OTEL_TASKS_FLEET=wrong)
-            assert (code, "check user, password, and certificates" in err) == (4, True)
+            assert (code, "check user, password, database, and certificates" in err) == (4, True)
             assert ("wr0ng" in err, err.count("\n")) == (False, 1)
         limited = server.url.replace("redis://", "redis://fleet:hush@")
         code, _, err = shop.call("ls", OTEL_TASKS_FLEET=limited, OTEL_TASKS_NAMESPACE="")
