@@ -1130,17 +1130,22 @@ def test_a_broker_starts_again_after_its_loop_was_closed() -> None:
 
     async def shut_down_elsewhere() -> None:
         await broker.startup()
-        with pytest.raises(WrongLoopError, match="stop it where it was started"):
+        with pytest.raises(WrongLoopError, match="another event loop: shut it down there"):
             await asyncio.to_thread(asyncio.run, broker.shutdown())
         assert await remote(task, 21) == 42
+
+    async def shut_down_beside_a_fleet() -> None:
+        async with fleet:
+            await broker.shutdown()
+            assert fleet.is_started
 
     assert asyncio.run(use()) == 42
     asyncio.run(use_without_a_start())
     assert asyncio.run(use()) == 42
     asyncio.run(shut_down_elsewhere())
-    # Nothing is left to stop.
-    asyncio.run(broker.shutdown())
     assert not fleet.is_started
+    # Nothing is left to stop, and the fleet that another user has started meanwhile goes on.
+    asyncio.run(shut_down_beside_a_fleet())
     assert asyncio.run(use()) == 42
 
 

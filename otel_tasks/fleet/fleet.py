@@ -105,7 +105,8 @@ class Fleet:
     @property
     def is_started(self) -> bool:
         """True between ``start()`` and ``stop()``, in this process."""
-        return self._membership is not None and self._membership.pid == os.getpid()
+        membership = self._membership
+        return membership is not None and membership.pid == os.getpid() and not membership.loop.is_closed()
 
     @property
     def is_observer(self) -> bool:

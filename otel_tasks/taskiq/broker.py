@@ -30,6 +30,7 @@ from taskiq.utils import maybe_awaitable
 from otel_tasks import CancelCause, CancelKind
 from otel_tasks._core.checks import checked_name, checked_seconds
 from otel_tasks._core.options import FROM_MANAGER, FromManager
+from otel_tasks.exceptions import WrongLoopError
 from otel_tasks.fleet import Fleet
 from otel_tasks.fleet.cancellations import target_in
 from otel_tasks.fleet.entries import CancelEntry
@@ -285,9 +286,10 @@ class ManagedBroker:
         """
         if not self.is_started:
             return
-        if self._loop is not asyncio.get_running_loop():
-            # Refuses this loop, unless the other one is closed: then nothing is left to stop.
-            await self.fleet.stop()
+        if self._loop is not None and self._loop is not asyncio.get_running_loop():
+            if not self._loop.is_closed():
+                raise WrongLoopError("the broker is started in another event loop: shut it down there")
+            # Nothing is left to stop: its connections are gone with their loop.
             self.is_started = False
             return
         self.is_started = False
