@@ -101,7 +101,7 @@ def _fleet_of(options: argparse.Namespace) -> str | None:
     """The server of the fleet; None if a live view is asked. An option wins over a variable."""
     url, fleet = getattr(options, "url", None), getattr(options, "fleet", None)
     if fleet and (url or getattr(options, "token", None)):
-        raise usage("--fleet asks the nodes themselves: leave --url and --token out")
+        raise usage("--fleet asks the nodes directly: leave --url and --token out")
     if url or fleet:
         return fleet or None
     fleet = os.environ.get("OTEL_TASKS_FLEET") or None
@@ -166,13 +166,13 @@ def _common() -> _Parser:
     common.add_argument("--url", metavar="URL", help=f"the address of the live view (default: {DEFAULT_URL})")
     common.add_argument(
         "--token",
-        help="the bearer token; others on this machine can see it here, and not in OTEL_TASKS_TOKEN",
+        help="the bearer token. Other users of this machine can see it here, but not in OTEL_TASKS_TOKEN",
     )
     common.add_argument(
         "--fleet",
         metavar="URL",
-        help="the Redis server of a fleet, instead of --url; needs otel-tasks[fleet]. Others on this machine "
-        "can see a password here, and not in OTEL_TASKS_FLEET",
+        help="the Redis server of a fleet, instead of --url; needs otel-tasks[fleet]. Other users of this "
+        "machine can see a password here, but not in OTEL_TASKS_FLEET",
     )
     common.add_argument("--namespace", metavar="NAME", help="the fleet (default: the only one of its server)")
     common.add_argument(
@@ -209,7 +209,7 @@ def _list_arguments(added: argparse.ArgumentParser) -> None:
 
 
 def _node_argument(added: argparse.ArgumentParser) -> None:
-    added.add_argument("--node", metavar="NAME", help="of a fleet: only this node, host, or HOST/PID")
+    added.add_argument("--node", metavar="NAME", help="with a fleet: only this node, host, or HOST/PID")
 
 
 def _tree_arguments(added: argparse.ArgumentParser) -> None:

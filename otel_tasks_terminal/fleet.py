@@ -1,8 +1,8 @@
 """The source of ``--fleet``: asks the nodes themselves, from an event loop in a thread of this process.
 
-Rules, each with a test of its own:
+Rules, each with its own test:
 
-1. A call ends within its timeout, also if the server is paused.
+1. A call ends within its timeout, even if the server is paused.
 2. Closing ends the thread, and leaves nothing behind: no task, no node, no line on stderr.
 """
 
@@ -32,14 +32,14 @@ END = 3.0
 
 
 def fleet_source(url: str, namespace: str | None, *, timeout: float) -> FleetSource:
-    """Make the source for a server and a fleet.
+    """Create the source for a server and a fleet.
 
     Raises:
-        CommandError: They are not valid, or what the fleet needs is not installed.
+        CommandError: An argument is not valid, or a package that the fleet needs is not installed.
     """
     scheme, separator, _ = url.partition("://")
     if separator and scheme == "memory":
-        raise usage("memory:// joins the fleets of one process: --fleet needs the Redis server of several")
+        raise usage("memory:// joins the fleets of one process: --fleet needs the URL of a Redis server")
     if scheme not in ("redis", "rediss", "unix") or not separator:
         # Not the URL itself: it may hold a password.
         raise usage(f"--fleet takes the URL of a Redis server, such as {EXAMPLE}")
@@ -54,7 +54,7 @@ class FleetSource(Source):
     Args:
         thread: The thread of the observer.
         timeout: Seconds to wait for each answer.
-        owner: Closing this one ends the thread.
+        owner: True if closing this source ends the thread.
     """
 
     def __init__(self, thread: _LoopThread, *, timeout: float, owner: bool = True) -> None:
@@ -97,11 +97,11 @@ class FleetSource(Source):
             self._thread.post(stream.hub.remove, stream)
 
     def fresh(self, *, timeout: float | None = None) -> FleetSource:
-        """Make another source of the same fleet, for another thread; this one must stay open."""
+        """Create another source of the same fleet, for another thread; this one must stay open."""
         return FleetSource(self._thread, timeout=timeout or self._timeout, owner=False)
 
     def interrupt(self) -> None:
-        """End what another thread waits for."""
+        """End the wait of another thread."""
         if self._waiting is not None:
             self._waiting.cancel()
 
@@ -122,7 +122,7 @@ class FleetSource(Source):
         except CancelledError:
             raise _closed() from None
         finally:
-            # Also on Ctrl-C. Of one that is done, nothing.
+            # Also on Ctrl-C. Has no effect on a call that is done.
             waiting.cancel()
 
 
@@ -140,7 +140,7 @@ class _LoopThread:
         self._closing = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._begun = threading.Event()
-        # A daemon: a name may be looked up when the command ends.
+        # A daemon: the resolver may still look up a name when the command ends.
         self._thread = threading.Thread(target=self._run, name="otel-tasks fleet", daemon=True)
 
     def submit(self, ask: Callable[[Observer], Coroutine[Any, Any, T]]) -> Future[T]:

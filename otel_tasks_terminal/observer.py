@@ -1,6 +1,6 @@
 """The observer: the live view of a fleet, in this process and without a socket.
 
-This module alone imports the package, and it is loaded for ``--fleet`` alone: ``--url`` starts without.
+Only this module imports ``otel_tasks``, and only ``--fleet`` loads it: ``--url`` starts without it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _VIEWER = "terminal"
 
 
 class Observer:
-    """Joins a fleet as an observer when it is asked for the first time, and answers as its live view.
+    """Joins a fleet as an observer at the first question, and answers like its live view.
 
     Its methods belong to one event loop, and raise ``CommandError``.
 
@@ -50,7 +50,7 @@ class Observer:
     """
 
     def __init__(self, url: str, namespace: str | None) -> None:
-        # The link's warnings are errors of the command, which says them itself; errors are bugs.
+        # The command itself reports what the link warns about; only errors, which are bugs, are logged.
         logging.getLogger("otel_tasks").setLevel(logging.ERROR)
         self._url = url
         self._namespace = namespace
@@ -61,7 +61,7 @@ class Observer:
         except ImportError as error:
             if error.name != "redis":
                 raise
-            raise usage("--fleet needs the client of Redis: pip install 'otel-tasks[fleet]'") from None
+            raise usage("--fleet needs a Redis client: pip install 'otel-tasks[fleet]'") from None
         self._fleet: Fleet | None = None
         self._view: View | None = None
         self._joining = asyncio.Lock()
@@ -134,7 +134,7 @@ class Observer:
             kind, _, data = stream.last("shutdown")
             return [_event(kind, data)]
         if not is_new:
-            # A tick comes every second: the loop is held.
+            # A tick comes every second, so the loop is blocked.
             raise CommandError(ExitCode.UNREACHABLE, f"no news of {self} within {timeout:g} s")
         return [_event(kind, data) for kind, _, data in stream.news()]
 
@@ -142,7 +142,7 @@ class Observer:
         view = await self._joined()
         with _Translated(self):
             text = await ask(view)
-        # Without the bus, no node is known: the answer would say that nothing runs.
+        # Without the bus, no node is known, and the answer would claim that nothing runs.
         self._check_bus()
         answer: Answer = json.loads(text)
         return answer
@@ -178,7 +178,7 @@ class Observer:
         try:
             found = sorted(await find_namespaces(self._url))
         except BusRefusedError as error:
-            # Of the server's refusals, one that is not about the password.
+            # A refusal that is not about the password.
             if "permission" not in str(error).casefold():
                 raise
             raise usage(f"this user of {self._server} may not list fleets: use --namespace") from None
@@ -188,12 +188,12 @@ class Observer:
             raise usage(f"{self._server} has several fleets ({_named(found)}): choose with --namespace")
         raise CommandError(
             ExitCode.UNREACHABLE,
-            f"{self._server} has no fleet: are host and database number right? Processes join with "
+            f"{self._server} has no fleet: are the host and the database number right? Processes join with "
             "make_lifespan(fleet=...)",
         )
 
     async def _check_nodes(self, namespace: str) -> None:
-        """Check that the server answers, and knows nodes: a link would try again and again to reach it."""
+        """Check that the server answers and knows nodes: a link would keep trying to reach it."""
         bus = open_bus(self._url, namespace)
         try:
             await bus.connect()
@@ -215,12 +215,12 @@ class Observer:
         why = f"{self._server} is not available" if error is None else clean(error, 300).rstrip(".")
         return CommandError(
             ExitCode.UNREACHABLE,
-            f"{why}; does the server run? Name another one with --fleet or OTEL_TASKS_FLEET",
+            f"{why}; is the server running? Name another one with --fleet or OTEL_TASKS_FLEET",
         )
 
 
 class _Translated:
-    """Makes errors of the command of the refusals of a view."""
+    """Turns refusals of a view into errors of the command."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
@@ -257,7 +257,7 @@ def _event(kind: str, data: str) -> Event:
 
 
 async def _may(_action: str, _task: Any) -> bool:
-    # Who has the password of the server may write to its log anyway.
+    # Anyone with the password of the server can write to its log anyway.
     return True
 
 

@@ -42,7 +42,7 @@ def print_lines(lines: Iterable[str]) -> None:
 def check_node_option(options: argparse.Namespace) -> None:
     """Refuse ``--node`` where nothing is chosen."""
     if is_json(options) and options.node:
-        raise usage("--json prints all that is answered: choose nodes by the field node")
+        raise usage("--json prints the whole answer: choose nodes by the field node")
 
 
 def check_nodes(model: Model) -> None:

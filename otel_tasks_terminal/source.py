@@ -1,4 +1,4 @@
-"""The source: what commands ask, whether a live view answers or the nodes of a fleet do."""
+"""The source: the interface that commands ask, a live view or the nodes of a fleet."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Event(NamedTuple):
 
 
 class Source(ABC):
-    """Answers with the JSON of a live view. Each method may raise ``CommandError``: there is no answer."""
+    """Answers with the JSON of a live view. Each method may raise ``CommandError`` instead of answering."""
 
     @property
     @abstractmethod
@@ -56,7 +56,7 @@ class Source(ABC):
 
     @abstractmethod
     def interrupt(self) -> None:
-        """End what another thread reads: its call fails at once."""
+        """End the read of another thread: its call fails immediately."""
 
     @abstractmethod
     def close(self) -> None:

@@ -197,7 +197,7 @@ def test_the_only_fleet_of_a_server_needs_no_name(
     [
         (("shop",), "store", "fleet store at memory:// has no nodes; the fleets of this server are: shop\n"),
         ((), "shop", "fleet shop at memory:// has no nodes\n"),
-        ((), None, "memory:// has no fleet: are host and database number right?"),
+        ((), None, "memory:// has no fleet: are the host and the database number right?"),
         ([f"f{n}" for n in range(7)], "shop", "are: f0, f1, f2, f3, f4, ...\n"),
     ],
 )
@@ -262,7 +262,7 @@ def test_without_the_client_of_redis_the_extra_is_named(
     monkeypatch.delitem(sys.modules, "otel_tasks.fleet.redis_bus", raising=False)
     monkeypatch.setitem(sys.modules, "redis", None)
     assert main(["ls", "--fleet", URL]) == ExitCode.USAGE
-    assert "--fleet needs the client of Redis: pip install 'otel-tasks[fleet]'" in capsys.readouterr().err
+    assert "--fleet needs a Redis client: pip install 'otel-tasks[fleet]'" in capsys.readouterr().err
 
 
 def test_the_fleet_needs_no_framework() -> None:
@@ -297,7 +297,7 @@ def test_without_the_bus_nothing_is_claimed(source: FleetSource) -> None:
     thread = source._thread
     thread.submit(Hosting.fail).result()  # type: ignore[arg-type]  # it is one
     for ask in (source.snapshot, lambda: source.tasks([]), lambda: source.task("import-0")):
-        with pytest.raises(CommandError, match="it was taken away; does the server run") as caught:
+        with pytest.raises(CommandError, match="it was taken away; is the server running") as caught:
             ask()
         assert caught.value.code is ExitCode.UNREACHABLE
 

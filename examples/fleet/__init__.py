@@ -1,1 +1,1 @@
-"""Two replicas of an API, two workers, and what joins them."""
+"""Two replicas of an API and two workers, joined by a fleet."""

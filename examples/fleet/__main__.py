@@ -1,11 +1,11 @@
-"""Starts two replicas of an API, two workers, Redis, and RabbitMQ, and shows what holds across all of them.
+"""Starts two replicas of an API, two workers, Redis, and RabbitMQ, and shows how a fleet joins them.
 
     python -m examples.fleet      # or: make demo-fleet
 
 Four scenes: a client hangs up; a job is cancelled through the other replica; an API process is killed; a
-worker is killed. Ends with an error unless every promise of README.md was kept. Takes about a minute, needs
-no network but the loopback interface, and leaves no process behind. Without the two servers, it shows the
-first two scenes in one process.
+worker is killed. Ends with an error unless it keeps every promise of README.md. Takes about a minute, needs
+only the loopback interface, and leaves no process behind. Without the two servers, it shows the first two
+scenes in one process.
 """
 
 import asyncio
@@ -70,7 +70,7 @@ class Running:
 
 @dataclass
 class Scene:
-    """What was done, what was seen, and what was promised but not kept."""
+    """One scene: its title, its result, and the promises that were not kept."""
 
     title: str
     took: str = ""
@@ -155,7 +155,7 @@ async def start_api(
 
 @contextlib.asynccontextmanager
 async def worker(name: str, environment: Mapping[str, str], folder: Path) -> AsyncIterator[Worker]:
-    """A worker of Taskiq's; all of its processes have ended when the block is left."""
+    """A Taskiq worker; all its processes have ended when the block ends."""
     arguments = ["worker", "examples.fleet.tasks:broker", "--workers", "1", "--max-async-tasks", "50"]
     log = folder / f"{name}.log"
     with log.open("wb") as output:

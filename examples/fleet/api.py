@@ -44,7 +44,7 @@ app.add_middleware(TaskGroupMiddleware)
 
 @app.get("/book/{book}")
 async def read_book(book: str, tasks: RequestTasks, pages: int = 8, seconds: float = 0.5) -> Response:
-    """Render all pages at once, on whichever worker is free; a client that leaves stops them."""
+    """Render all pages at once, on any free worker; a hang-up stops them."""
     started = [
         tasks.create_task(remote(render, page, seconds), name="page", priority=TaskPriority.HIGH, timeout=60)
         for page in range(pages)
@@ -64,7 +64,7 @@ async def start_job(name: str, rows: int = 100) -> dict[str, str]:
 
 @app.delete("/jobs/{name}")
 async def cancel_job(name: str) -> dict[str, Any]:
-    """Cancel it, whichever replica has started it."""
+    """Cancel it, whichever replica started it."""
     report = await fleet.cancel_task(name, "deleted by its owner")
     return {"asked": report.asked, "ended": report.ended, "silent": report.silent}
 
@@ -77,5 +77,5 @@ async def list_nodes() -> list[str]:
 
 @app.get("/tasks")
 async def list_tasks(name: str | None = None) -> list[dict[str, Any]]:
-    """What runs now, in all processes."""
+    """The live tasks of all processes."""
     return [row for row in await fleet.tasks(name=name) if row["ended_at"] is None]

@@ -1,9 +1,9 @@
-"""What both sides share: the fleet, the broker, and the tasks of the workers.
+"""The module that the API and the workers share: the fleet, the broker, and the tasks.
 
     export REDIS_URL=redis://127.0.0.1:6379/0 AMQP_URL=amqp://guest:guest@127.0.0.1/
     taskiq worker examples.fleet.tasks:broker
 
-Without these variables, everything is in one process: the API runs the tasks itself.
+Without these variables, everything runs in one process: the API runs the tasks itself.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ def make_broker() -> AsyncBroker:
     """RabbitMQ with a queue that has priorities, and results that Redis keeps for a minute."""
     if AMQP_URL is None:
         return managed(InMemoryBroker(), fleet)
-    # A quorum queue, the default, has two levels alone.
+    # A quorum queue, the default, has only two levels.
     queue = Queue(name="library", type=QueueType.CLASSIC, max_priority=9)
     results = RedisAsyncResultBackend[Any](REDIS_URL, result_ex_time=60)
     broker = AioPikaBroker(AMQP_URL, task_queues=[queue]).with_result_backend(results)
@@ -50,7 +50,7 @@ async def render(page: int, seconds: float) -> str:
 
 @broker.task
 async def import_rows(rows: int) -> int:
-    """Import rows, ten per second, and say how far it is."""
+    """Import rows, ten per second, and report the progress."""
     task = current_task()
     assert task is not None
     for row in range(rows):

@@ -1,4 +1,4 @@
-"""OpenTelemetry, as for any other service: the API and the workers are told apart by their names."""
+"""OpenTelemetry, set up as in any other service: the API and the workers have different service names."""
 
 import os
 

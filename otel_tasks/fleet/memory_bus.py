@@ -1,8 +1,7 @@
 """The bus of one process: ``memory://`` joins the fleets of one event loop, in tests and in development.
 
-It keeps the rules of ``bus``. Its clock is the loop's, so that a test on a virtual clock sees leases and
-claims expire. A test takes the server away with ``memory_server(...).fail()``, and gives it back with
-``restore()``.
+It follows the rules of ``bus``. Its clock is the loop's, so a test on a virtual clock sees leases and claims
+expire. In a test, ``memory_server(...).fail()`` takes the server down, and ``restore()`` brings it back.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def memory_server(name: str = "", namespace: str = "") -> MemoryServer:
 
 
 def _clock_of(loop: asyncio.AbstractEventLoop) -> Callable[[], float]:
-    # Weak: a server that held its loop would keep it, and itself, in the dictionary. A thread reads it too.
+    # Weak: a server with a reference to its loop would keep both in the dictionary. A thread reads it too.
     reference = weakref.ref(loop)
 
     def clock() -> float:
@@ -92,7 +91,7 @@ class MemoryBus:
         self._connected.check()
 
     async def close(self) -> None:
-        """Leave the server, which goes with its loop."""
+        """Leave the server, which lives as long as its loop."""
         self._connected = None
 
     async def time(self) -> float:
@@ -208,14 +207,14 @@ class MemoryServer:
         self._inboxes: dict[str, tuple[float, list[Record]]] = {}
         self._roster: dict[str, tuple[float, float, bytes]] = {}
         self._newest = position_of(START)
-        # In the order in which they began to wait, so that a test sees one order of events.
+        # In the order in which they started to wait, so that a test sees one order of events.
         self._waiting: dict[asyncio.Future[None], None] = {}
         self._failure: str | None = None
 
     # -- faults -----------------------------------------------------------------------------
 
     def fail(self, reason: str = "it was taken away") -> None:
-        """Refuse everything until ``restore``, and end what reads."""
+        """Refuse everything until ``restore``, and end the readers."""
         self._failure = reason
         self._wake()
 
@@ -223,7 +222,7 @@ class MemoryServer:
         """Answer again.
 
         Args:
-            lose_data: Forget everything, as a server without persistence does in a restart.
+            lose_data: Forget everything, like a restarted server without persistence.
         """
         self._failure = None
         if lose_data:
@@ -244,7 +243,7 @@ class MemoryServer:
     # -- log and inboxes --------------------------------------------------------------------
 
     def append(self, payload: bytes) -> str:
-        """Append an entry to the log, and drop what is too old."""
+        """Append an entry to the log, and drop entries that are too old."""
         oldest = (int((self._clock() - KEPT) * 1000), 0)
         if self._log and self._log[0][0] < oldest:
             self._log = _records_after(self._log, oldest)

@@ -1,7 +1,7 @@
-"""What of this node waits for the bus, and its entries of the last hour, in case the server loses them.
+"""The entries of this node that wait for the bus, and those of the last hour, in case the server loses them.
 
-An entry of the log is removed when its id is known: from the answer to its publication, or because the node
-has read it in the log. Its number tells a copy from the original.
+An entry for the log waits until its id is known: from the answer to its publication, or because the node has
+read it in the log. Its number identifies copies.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 OUTBOX_LIMIT: Final = 10_000
 # Entries that are sent in one round trip.
 BATCH: Final = 200
-# Seconds from which the wait of an entry matters.
+# Seconds after which the wait of an entry matters.
 _LATE: Final = 0.05
 # The log may have dropped an older entry: that is no loss.
 _RECENT: Final = KEPT - 60.0
 
 
 class Outbox:
-    """What waits to be sent by one node.
+    """The entries that wait to be sent by one node.
 
     Args:
         bus: The bus.
@@ -71,7 +71,7 @@ class Outbox:
 
     @property
     def newest(self) -> int:
-        """The number of the newest entry that the log does not have yet; 0 if it has all."""
+        """The number of the newest entry that is not in the log yet; 0 if all are."""
         return next(reversed(self._posts), 0)
 
     def post(self, entry: FleetEntry, *, must_arrive: bool) -> asyncio.Future[str]:
@@ -79,7 +79,7 @@ class Outbox:
         number = next(self._numbers)
         payload = encode(entry, post=number)
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        # Nobody needs to wait for it.
+        # Callers need not await it.
         future.add_done_callback(_retrieve)
         if not must_arrive and not self._open:
             future.set_exception(BusUnavailableError(f"{self._bus.address} is not available"))

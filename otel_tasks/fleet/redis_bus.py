@@ -1,10 +1,10 @@
 """The bus on a Redis server, version 6.2 or newer, or on Valkey.
 
 A node has three connections: one blocks in XREAD, one is shared by all calls, and one belongs to the thread
-that renews. Every key begins with the namespace in braces, so that a cluster has them all on one node:
+that renews. Every key starts with the namespace in braces, so that a cluster keeps all of them on one shard:
 
     {shop}:cancel           stream: the log
-    {shop}:inbox:<node>     stream: what is for one node
+    {shop}:inbox:<node>     stream: the entries for one node
     {shop}:nodes, :seen     hash and sorted set: the roster
     {shop}:lease:<node>     a key that expires
     {shop}:claim:<task>     a key that expires: the owner and the message
@@ -120,7 +120,7 @@ class RedisBus:
         try:
             (info,) = await self._channel.call(("INFO", "server"))
         except BusRefusedError:
-            # The user may not ask. The server is then taken for a young one.
+            # The user may not call INFO. Assume that the server has just started.
             return
         facts = dict(line.split(":", 1) for line in info.decode().splitlines() if ":" in line)
         self.server_age = float(facts.get("uptime_in_seconds", 0))
@@ -230,7 +230,7 @@ class RedisBus:
         batch: list[Entry] = []
         while True:
             call = self._channel.start(CATCH_UP(log, args=(after, _BATCH)))
-            # Let it be sent: the server reads the next batch while this process is busy with the last one.
+            # Send it now: the server reads the next batch while this process handles the last one.
             await asyncio.sleep(0)
             if batch:
                 yield batch
@@ -407,8 +407,8 @@ def _pools(url: str) -> tuple[AsyncConnectionPool, redis.ConnectionPool]:
     try:
         pool = AsyncConnectionPool.from_url(url, protocol=2)
         thread_pool = redis.ConnectionPool.from_url(url, protocol=2)
-        # Nothing here retries, and the answers are bytes, whatever the URL says.
-        # A name of another node may be any JSON text, and is a part of a key.
+        # Whatever the URL says, nothing here retries, and the answers are bytes.
+        # The name of another node may be any JSON text, and is part of a key.
         fixed = {
             "decode_responses": False,
             "encoding_errors": "surrogatepass",
@@ -425,10 +425,10 @@ def _pools(url: str) -> tuple[AsyncConnectionPool, redis.ConnectionPool]:
             maker.make_connection()
         _check_database(url)
     except (ValueError, TypeError, RedisError):
-        # Not the error itself: it may quote a part of the password.
+        # Not the error itself: it may quote part of the password.
         raise ValueError(
-            "the URL of the fleet is malformed: write redis://[user:password@]host[:port][/database], with "
-            "special characters of the password in percent-encoding, and only options that redis-py has"
+            "the URL of the fleet is malformed: write redis://[user:password@]host[:port][/database], "
+            "percent-encode special characters in the password, and pass only options that redis-py has"
         ) from None
     return pool, thread_pool
 

@@ -1,7 +1,7 @@
 """Connections to Redis: one that many calls share, and what an error of the client means for a fleet.
 
-The connections of redis-py are used directly, without its clients: those have pools and retries of their own,
-and hooks of instrumentations, which would make a span of each poll.
+This module uses redis-py's connections directly, without its clients: these have their own pools and retries,
+and instrumentations hook into them, which would create a span for each poll.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Claims on Redis: those that are made before the connection is free go together, in one script."""
+"""Claims on Redis: claims that wait for the connection share one script."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The steps that Redis executes as one: scripts in Lua, which read the server's clock and no other.
+"""The steps that Redis executes atomically: Lua scripts, which read only the server's clock.
 
-A script is called by its hash. A server that does not know it, as after a restart, gets its source.
+Commands call a script by its hash. A server that does not know it, as after a restart, gets its source.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A fleet of real processes on a real Redis: cancel and see across replicas, and what survives its faults."""
+"""A fleet of real processes on a real Redis: cancel and see across replicas, also through faults."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Replica:
 
 
 def eventually(look: Callable[[], Any]) -> Any:
-    """Look until there is something."""
+    """Poll until the result is true."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if found := look():
@@ -92,7 +92,7 @@ def eventually(look: Callable[[], Any]) -> Any:
 
 @contextmanager
 def replicas(server: Redis, namespace: str, *names: str, **environment: str) -> Iterator[list[Replica]]:
-    """So many replicas, which have joined."""
+    """This many replicas, which have joined."""
     with ExitStack() as stack:
         found = [Replica(server.url, namespace, name, **environment) for name in names]
         for each in found:
@@ -200,7 +200,7 @@ def test_a_cancellation_waits_for_a_redis_that_does_not_answer(own_redis: Redis,
 def test_requests_and_local_tasks_cost_the_bus_nothing(own_redis: Redis, key: str) -> None:
     """A node without remote tasks renews no lease, and sends nothing for its requests and tasks."""
     with replicas(own_redis, key, "a") as (a,), own_redis.client() as client:
-        # What a node does at its start is over.
+        # The start of the node is over.
         eventually(lambda: client.exists(f"{{{key}}}:nodes"))
         before = calls(client)
         for number in range(100):
@@ -217,7 +217,7 @@ def test_requests_and_local_tasks_cost_the_bus_nothing(own_redis: Redis, key: st
 
 
 def calls(client: Any) -> dict[str, int]:
-    """How often each command was called."""
+    """The number of calls of each command."""
     statistics = client.info("commandstats")
     return {name.removeprefix("cmdstat_"): int(found["calls"]) for name, found in statistics.items()}
 
@@ -269,7 +269,7 @@ async def test_a_flood_stays_within_bounds(own_redis: Redis, key: str) -> None:
 
 @pytest.mark.real_clock
 async def test_fifty_nodes_are_inspected_at_once(redis_server: Redis, key: str) -> None:
-    """Each answers, and the rows of all of them come."""
+    """Each answers, and the rows of all of them arrive."""
     async with AsyncExitStack() as stack:
         fleets = [
             Fleet(redis_server.url, namespace=key, manager=TaskManager(f"m{number}", grace=0.0))

@@ -17,7 +17,7 @@ PATIENCE = 240.0
 
 
 def run_demo(**variables: str) -> list[str]:
-    """Run it to its end; return what it has printed."""
+    """Run it to its end; return its output."""
     environment = marked_environment() | variables
     done = subprocess.run(
         [sys.executable, "-m", "examples.fleet"],
@@ -47,7 +47,7 @@ def test_demo_shows_four_scenes_with_the_servers() -> None:
 
 
 def test_demo_runs_in_one_process_without_them() -> None:
-    """Where they are not installed, it says how to get them, and shows what one process can."""
+    """Where they are not installed, it says how to get them, and shows the scenes of one process."""
     lines = run_demo(PATH="/nonexistent")
     assert "apt-get install" in lines[1]
     assert sum(line.startswith("ok ") for line in lines) == 2

@@ -1,4 +1,4 @@
-"""What a link bears of a real Redis: restarts, pauses, a full disk, foreign entries, and who may connect."""
+"""A link and the faults of a real Redis: restarts, pauses, a full server, foreign entries, permissions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Node:
-    """A link, and what its handler was given."""
+    """A link, and the entries that its handler got."""
 
     def __init__(self, url: str, name: str, namespace: str = "shop") -> None:
         self.link = Link(open_bus(url, namespace), name)
@@ -75,7 +75,7 @@ async def started(url: str, *names: str) -> AsyncGenerator[list[Node]]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait until the condition holds."""
+    """Wait until the condition is true."""
     async with asyncio.timeout(PATIENCE):
         while not condition():  # noqa: ASYNC110 - it is not an event: a test asks for many things
             await asyncio.sleep(0.02)
@@ -88,7 +88,7 @@ def state_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 async def test_restart_with_its_data(own_redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
-    """Over a restart, what was posted meanwhile arrives once, and each change of state is one line."""
+    """Entries posted during a restart arrive once, and each change of state logs one line."""
     caplog.set_level(logging.INFO, "otel_tasks")
     own_redis.stop()
     own_redis.start(persistent=True)
@@ -132,7 +132,7 @@ async def test_restart_without_its_data(own_redis: Redis) -> None:
 
 
 async def test_pause_of_ten_seconds(own_redis: Redis) -> None:
-    """A server that answers nothing for 10 s is down, and nobody judges until its leases are renewed."""
+    """A server that does not answer for 10 s counts as down, and no node judges until leases are renewed."""
     async with started(own_redis.url, "a", "b") as (a, b):
         bus = a.link.bus
         assert await a.link.call(lambda: bus.claim("t", "a", "d")) is Claim.TAKEN
@@ -165,7 +165,7 @@ async def test_pause_of_ten_seconds(own_redis: Redis) -> None:
 
 
 async def test_held_loop(redis_server: Redis, key: str, caplog: pytest.LogCaptureFixture) -> None:
-    """If the loop is held for longer than the server may take, the log does not blame the server alone."""
+    """If the loop is blocked for longer than the timeout, the log does not blame only the server."""
     a = Node(redis_server.url, "a", key)
     await a.link.start(PATIENCE)
     time.sleep(4.5)  # noqa: ASYNC251 - it has to hold the loop
@@ -179,7 +179,7 @@ async def test_held_loop(redis_server: Redis, key: str, caplog: pytest.LogCaptur
 
 
 async def test_full_server(own_redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
-    """A server that refuses to write is down; valid leases are renewed anyway; afterwards all arrives."""
+    """A server that refuses writes counts as down; valid leases are renewed anyway; later, all arrives."""
     admin = own_redis.client()
     async with started(own_redis.url, "a", "b") as (a, b):
         a.link.bus.renew("a", lease=True, claims=[])
@@ -277,7 +277,7 @@ async def test_clock_of_a_node_is_wrong(redis_server: Redis, key: str) -> None:
 
 
 async def test_scripts_that_the_server_forgets(redis_server: Redis, key: str) -> None:
-    """A server that has forgotten the scripts gets them again, in the loop and in the thread."""
+    """A server that has lost its scripts gets them again, from the loop and from the thread."""
     a = Node(redis_server.url, "a", key)
     await a.link.start(PATIENCE)
     with redis_server.client() as client:
@@ -314,7 +314,7 @@ async def test_wrong_database_fails_the_start(redis_server: Redis) -> None:
 
 
 async def test_password_of_the_url(tmp_path: Path) -> None:
-    """User and password of the URL are used by all connections; a permission that is missing is a refusal."""
+    """All connections use the user and the password of the URL; a missing permission is a refusal."""
     options = [
         "requirepass s3cret#1",
         "user app on >s3cret#1 ~* +@all",
@@ -332,7 +332,7 @@ async def test_password_of_the_url(tmp_path: Path) -> None:
 
 
 async def test_user_of_the_documentation(tmp_path: Path) -> None:
-    """The permissions that the reference page names are enough for all that a bus does."""
+    """The permissions on the reference page are enough for everything that a bus does."""
     page = (ROOT / "docs/reference/fleet.md").read_text("utf-8")
     (user,) = [line for line in page.splitlines() if line.startswith("user fleet on")]
     for server in running(redis_in(tmp_path / "redis", ["user default off", user])):
@@ -376,7 +376,7 @@ async def test_cancellation_of_another_program(own_redis: Redis) -> None:
 
 
 async def test_password_that_changes(own_redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
-    """If the password changes while the process runs, that is logged, and the old one works again."""
+    """A password that changes while the process runs is logged; when it is restored, the link recovers."""
     async with started(own_redis.url, "a") as (a,):
         with own_redis.client() as admin:
             admin.config_set("requirepass", "new")
@@ -411,7 +411,7 @@ async def test_tls(tmp_path: Path) -> None:
 
 
 async def test_waiting_for_a_server_is_cheap() -> None:
-    """While there is no server, a link uses hardly any processor time, and connects about once a second."""
+    """Without a server, a link uses hardly any CPU time, and tries to connect about once a second."""
     node = Node("redis://127.0.0.1:1/0", "a")
     attempts = mock.AsyncMock(side_effect=node.link.bus.connect)
     with mock.patch.object(node.link.bus, "connect", attempts):

@@ -52,7 +52,7 @@ def _short(node: str) -> str:
 
 
 def test_page_shows_filters_and_cancels_in_both_replicas(browser: Browser, redis_server: Redis) -> None:
-    """Both are on one page, and a task of the other one is cancelled; killed, that is silent, then gone."""
+    """One page shows both replicas and cancels a task of the other, which turns silent when it is killed."""
     expect.set_options(timeout=PATIENCE)
     with ExitStack() as stack:
         here, there = (Replica(redis_server.url, "page", name) for name in ("api-1", "api-2"))

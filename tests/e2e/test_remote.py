@@ -104,7 +104,7 @@ async def test_one_trace_from_the_request_to_the_last_worker(shop: Shop) -> None
 
 
 async def test_hang_up_reaches_the_last_worker(shop: Shop) -> None:
-    """When the client of the request hangs up, everything below ends: client_disconnect on all spans."""
+    """When the request's client hangs up, everything below it ends with client_disconnect on its span."""
     port = free_port()
     with receiver() as received:
         shop.trace_to(received.endpoint)
@@ -239,7 +239,7 @@ async def test_blocked_loop_keeps_its_claim(shop: Shop) -> None:
 
 
 async def test_task_goes_on_while_redis_is_paused(own_shop: Shop, own_redis: Redis) -> None:
-    """A pause of 10 s of the fleet's Redis ends no task, and starts none twice."""
+    """When the fleet's Redis pauses for 10 s, no task ends, and none starts twice."""
     own_shop.worker()
     async with calling(own_shop) as app:
         task = app.manager.create_task(app.call("sleep", "page", 14))
@@ -252,7 +252,7 @@ async def test_task_goes_on_while_redis_is_paused(own_shop: Shop, own_redis: Red
 
 
 async def test_cancel_arrives_after_a_restart_of_redis(own_shop: Shop, own_redis: Redis) -> None:
-    """A cancellation while Redis is away, and has lost its data, arrives when it is back."""
+    """A cancellation during a restart in which Redis loses its data arrives when Redis is back."""
     own_shop.worker()
     async with calling(own_shop) as app:
         task = app.manager.create_task(app.call("sleep", "page", 600))
@@ -267,7 +267,7 @@ async def test_cancel_arrives_after_a_restart_of_redis(own_shop: Shop, own_redis
 
 
 async def test_full_redis_ends_no_task(tmp_path: Path, key: str, rabbitmq: RabbitMQ) -> None:
-    """A Redis that refuses to write ends no task; when it has room again, calls go on."""
+    """A Redis that refuses writes ends no task; when it has room again, calls continue."""
     for server in running(redis_in(tmp_path / "redis", ["maxmemory-policy noeviction"])):
         shop = Shop(Settings(server.url, rabbitmq.url, f"{key}-{os.getpid()}", str(tmp_path / "journal")))
         try:

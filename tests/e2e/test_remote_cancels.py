@@ -26,7 +26,7 @@ MANY = 1000
 
 
 def sent_by(app: App, then: Callable[[], object] = lambda: None) -> list[str]:
-    """Return a list to which each message is added that the broker has taken.
+    """Return a list that gets each message that the broker has taken.
 
     Args:
         app: The sender.
@@ -60,7 +60,7 @@ async def cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:
 
 
 async def nothing_is_left(shop: Shop, app: App) -> None:
-    """Wait until the queue is empty, and nothing of what was cancelled runs."""
+    """Wait until the queue is empty, and no cancelled task runs."""
     # Behind everything in the queue.
     await asyncio.wait_for(app.call("nothing", 1), 4 * WITHIN)
     await shop.until(lambda: len(shop.events("started", "many")) == len(shop.events("cancelled", "many")))
@@ -68,7 +68,7 @@ async def nothing_is_left(shop: Shop, app: App) -> None:
 
 
 async def test_thousand_cancels_right_after_the_sending(shop: Shop) -> None:
-    """None of 1,000 calls goes on that are cancelled in the moment in which the broker has taken them."""
+    """Of 1,000 calls that are cancelled as soon as the broker has taken them, none keeps running."""
     shop.worker()
     async with calling(shop) as app:
         await app.call("nothing", 1)
@@ -82,7 +82,7 @@ async def test_thousand_cancels_right_after_the_sending(shop: Shop) -> None:
 
 
 async def test_thousand_cancels_before_any_worker_is_up(shop: Shop) -> None:
-    """None of 1,000 calls that are cancelled without a worker starts on the worker that comes later."""
+    """Of 1,000 calls that are cancelled before a worker starts, none starts on that worker."""
     async with calling(shop) as app:
         sent = sent_by(app)
         tasks = [app.manager.create_task(app.call("sleep", "many", 600)) for _ in range(MANY)]
@@ -95,7 +95,7 @@ async def test_thousand_cancels_before_any_worker_is_up(shop: Shop) -> None:
 
 
 async def test_thousand_cancels_behind_a_thousand_others(shop: Shop) -> None:
-    """None of 1,000 calls starts that are cancelled behind 1,000 messages, and all of those run."""
+    """Of 1,000 calls that are cancelled behind 1,000 other messages, none starts, and all others run."""
     shop.worker("--max-async-tasks", "2")
     async with calling(shop) as app:
         # They hold the worker.
@@ -130,7 +130,7 @@ async def test_thousand_messages_of_a_group_that_is_cancelled(shop: Shop) -> Non
 
 
 async def test_thousand_cancels_while_redis_restarts(own_shop: Shop, own_redis: Redis) -> None:
-    """None of 1,000 calls goes on that are cancelled while Redis is away, which has lost its data then."""
+    """Of 1,000 calls that are cancelled while Redis restarts and loses its data, none keeps running."""
     own_shop.worker("--max-async-tasks", "50")
     async with calling(own_shop) as app:
         sent = sent_by(app)
@@ -139,7 +139,7 @@ async def test_thousand_cancels_while_redis_restarts(own_shop: Shop, own_redis: 
         await own_shop.until_event("started", "many", 50)
         own_redis.kill()
         await cancel_all(tasks)
-        # Where a worker is away from Redis, nothing of its tasks can end for it.
+        # While a worker cannot reach Redis, no cancellation reaches its tasks.
         assert not own_shop.events("cancelled", "many")
         own_redis.start()
         await nothing_is_left(own_shop, app)

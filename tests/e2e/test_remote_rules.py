@@ -127,7 +127,7 @@ async def test_blocked_loop_of_a_caller_keeps_its_lease(shop: Shop) -> None:
 @on_redis
 @pytest.mark.parametrize("offset", [-3600, 3600])
 async def test_deadline_on_a_worker_whose_clock_is_wrong(shop: Shop, offset: int) -> None:
-    """Its clock is an hour off: what is late does not start, what is not ends at its deadline or before."""
+    """With a clock that is an hour off, a late task does not start, and others end by their deadlines."""
     shop.begin_with(f"import time\nright = time.time\ntime.time = lambda: right() + {offset}\n")
     async with calling(shop) as app:
 
@@ -148,7 +148,7 @@ async def test_deadline_on_a_worker_whose_clock_is_wrong(shop: Shop, offset: int
 
 
 async def test_new_tasks_wait_while_redis_is_down(own_shop: Shop, own_redis: Redis) -> None:
-    """Without claims, nothing starts; when Redis is back, each message that came meanwhile runs once."""
+    """Without claims, nothing starts; when Redis is back, each message that arrived meanwhile runs once."""
     own_shop.worker()
     async with calling(own_shop) as app:
         assert await app.call("nothing", 1) == 1
@@ -229,7 +229,7 @@ async def test_result_that_cannot_be_pickled_fails_the_call(shop: Shop) -> None:
 
 
 async def test_arguments_and_results_are_not_on_the_bus(own_shop: Shop, own_redis: Redis) -> None:
-    """The keys of a fleet have names and reasons, and nothing of what tasks take, return, or raise."""
+    """The keys of a fleet hold names and reasons, and nothing that tasks take, return, or raise."""
     own_shop.worker()
     async with calling(own_shop) as app:
         assert await app.call("sleep", "s3cret", 0.01) == "s3cret"

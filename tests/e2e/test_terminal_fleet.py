@@ -215,9 +215,9 @@ def test_wrong_names_say_which_there_are(shop: Shop) -> None:
     assert err.endswith("; the fleets of this server are: shop\n")
     assert shop.call("ls", "-q", OTEL_TASKS_NAMESPACE="")[0] == 0
     code, _, err = shop.call("ls", "--fleet", shop.redis.url[:-1] + "9", OTEL_TASKS_NAMESPACE="")
-    assert (code, "has no fleet: are host and database number right?" in err) == (3, True)
+    assert (code, "has no fleet: are the host and the database number right?" in err) == (3, True)
     code, _, err = shop.call("ls", "--fleet", "redis://127.0.0.1:1/0")
-    assert (code, err.count("\n"), "does the server run?" in err) == (3, 1, True)
+    assert (code, err.count("\n"), "is the server running?" in err) == (3, 1, True)
 
 
 def test_a_password_is_used_and_never_shown(tmp_path: Path) -> None:
