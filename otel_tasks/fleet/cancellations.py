@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from otel_tasks.fleet.bus import Entry
     from otel_tasks.fleet.entries import CancelEntry
 
-# Cancellations that are kept; the oldest of more is dropped. Each takes about 0.4 KB.
+# The most cancellations that are kept; beyond that, the oldest are dropped. Each takes about 0.4 KB.
 LIMIT: Final = 50_000
-# Bytes of an entry that is kept as it came: it takes less memory than its fields, and no time of the garbage
-# collector. A longer one may have fields that nobody reads.
+# Up to so many bytes, an entry is kept as it came: that takes less memory than its fields, and costs the
+# garbage collector nothing. A longer one may have fields that nobody reads.
 _SHORT: Final = 2000
-# Seconds between two looks for what is older than an hour.
+# Seconds between two searches for entries older than an hour.
 _FORGOTTEN_EVERY: Final = 1.0
 
 
-# The entry or its bytes, its id, and until when it is kept, on the loop's clock. A plain tuple: thousands are
-# made at the start, in a third of the time of a named one.
-# The last is the newest cancellation of the same name by another node, for tasks that the first one spares.
+# The entry or its bytes, its id, and when it expires, on the loop's clock. A plain tuple: the start creates
+# thousands, in a third of the time of named tuples.
+# The last item is the newest cancellation of the same name by another node, for tasks that this one spares.
 _Kept: TypeAlias = "tuple[CancelEntry | bytes, str, float, _Kept | None]"
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     Target = Literal["task", "group"]
 
-# Seconds by which an age that the bus measures may be wrong.
+# Seconds by which an age that the bus measures may be off.
 _SLACK: Final = 0.1
 # A node answers at most so many seconds before the requester stops waiting.
 _EARLIER: Final = 0.5

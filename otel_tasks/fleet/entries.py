@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 VERSION = 1
-# The inspection that asks for what a live view shows.
+# The inspection that asks for the data of a live view.
 VIEW = "view"
 # Bytes of an encoded entry.
 MAX_BYTES = 65536
 # Characters.
 NAME_LIMIT = 1024
 TEXT_LIMIT = 2000
-# Names in a list; a count beside it says how many there are.
+# The most names in a list; a count beside it has the total.
 LIST_LIMIT = 100
 # A number that every JSON reader keeps exactly.
 _LARGEST = 2**53

@@ -39,11 +39,11 @@ T = TypeVar("T")
 
 # Seconds after the bus is back in which holders renew leases and claims, and no node judges them.
 HOLD_OFF: Final = 3.0
-# Seconds after which a link that was up starts over with short delays.
+# A link that was up for so many seconds retries with short delays again.
 _STEADY = 10.0
-# Entries by which copies are recognized; one comes seconds after its original, or when the server loses data.
+# The most entries remembered to detect copies, which come seconds after the original or after a data loss.
 _SEEN_LIMIT = 50_000
-# Senders of unreadable entries that are remembered, so that each kind is logged once.
+# The most senders of unreadable entries that are remembered, so that each kind is logged once.
 _SKIPPED_LIMIT = 1000
 # Milliseconds by which the server's clock may go back before that counts.
 _CLOCK_SLACK = 1000

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from otel_tasks.fleet.bus import Bus
     from otel_tasks.fleet.entries import FleetEntry
 
-# Entries that wait for the bus, in the log's queue and in that of the inboxes.
+# The most entries that wait for the bus: for the log, and for the inboxes.
 OUTBOX_LIMIT: Final = 10_000
 # Entries that are sent in one round trip.
 BATCH: Final = 200
 # Seconds after which the wait of an entry matters.
 _LATE: Final = 0.05
-# The log may have dropped an older entry: that is no loss.
+# The log may have dropped older entries, which is not a loss of data.
 _RECENT: Final = KEPT - 60.0
 
 

@@ -63,7 +63,7 @@ _BATCH = 1000
 # shorter than LEASE - RENEWED_EVERY: no node overlooks a pause of the server in which a lease expires.
 _BLOCK = 1.0
 _PATIENCE = 1.5
-# Keys that a search for fleets looks at: some 50 ms.
+# The most keys that a search for fleets scans: about 50 ms.
 _SCANNED = 200_000
 # Bytes of several payloads in one entry of an inbox.
 _TOGETHER = 2048

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Commands in one round trip: enough to be fast, and few enough to be answered in time.
 _BATCH = 500
-# Seconds by which a timer is late if the event loop was held.
+# A timer that is late by so many seconds shows that the event loop was held.
 _LATE = 1.0
 # Seconds for which patient calls wait while the loop has other work, and a turn of a loop that has none.
 _PATIENCE = 0.003

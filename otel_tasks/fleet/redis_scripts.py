@@ -41,7 +41,7 @@ class Script:
         return ("EVALSHA", self.sha, len(keys), *keys, *args)
 
 
-# log; seconds kept. Frees what the log no longer needs: a server that is full regains that.
+# log; seconds kept. Trims old entries, which gives a full server some memory back.
 TRIM: Final = Script(
     _NOW
     + """
@@ -49,7 +49,7 @@ redis.call('XTRIM', KEYS[1], 'MINID', '~', text(now - ARGV[1] * 1000))
 """
 )
 
-# log; payload, seconds kept. Returns the id. A log that nobody writes to is gone after twice that time.
+# log; payload, seconds kept. Returns the id. A log without new entries expires after twice that time.
 PUBLISH: Final = Script(
     _NOW
     + """
@@ -79,7 +79,7 @@ return {redis.call('TIME'), table.concat(heads, ' '), table.concat(contents)}
 """
 )
 
-# nodes, seen; node, description, seconds to live, seconds kept. Removes the nodes whose time is over.
+# nodes, seen; node, description, seconds to live, seconds kept. Removes the nodes that have expired.
 ANNOUNCE: Final = Script(
     _NOW
     + """
@@ -105,7 +105,7 @@ return {text(now), live, redis.call('HGETALL', KEYS[1])}
 )
 
 # An inbox for each entry of a stream; entries to keep, seconds to live, and for each entry how many payloads,
-# and these. They are fields of one entry: to read ten entries takes three times as long.
+# and these. They are fields of one entry, because reading ten entries takes three times as long.
 SEND: Final = Script(
     """
 local at = 3

@@ -30,9 +30,9 @@ STAMP: Final = "otel_tasks.stamp"
 CAUSE: Final = "otel_tasks.cause"
 TRACEBACK: Final = "otel_tasks.traceback"
 
-# Characters of a stamp that are read.
+# A longer stamp is ignored. In characters.
 _LONGEST_STAMP = 16_384
-# A larger number is not read: neither a time nor a number of seconds.
+# A larger number is ignored: it is neither a time nor a duration.
 _LARGEST = 2**53
 # Labels of Taskiq that count the copies of a message: a retry and a requeued message are new deliveries.
 _COPIES = ("_retries", "X-Taskiq-requeue")

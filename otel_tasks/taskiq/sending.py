@@ -45,8 +45,8 @@ class Sending:
     timeout: float | None
 
 
-# The remote call whose message is being sent here. It is recognized by the id: what the broker does in the
-# meantime may inherit the context.
+# The remote call whose message is being sent here. The id identifies it: tasks that the broker starts
+# meanwhile may inherit the context.
 current_sending: ContextVar[Sending | None] = ContextVar("otel_tasks_sending", default=None)
 
 

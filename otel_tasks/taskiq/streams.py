@@ -18,7 +18,7 @@ from otel_tasks._core.telemetry import quiet_context
 if TYPE_CHECKING:
     from taskiq import AsyncBroker
 
-# The longest time between two looks, in seconds.
+# The longest time between two searches, in seconds.
 _LONGEST: Final = 10.0
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from otel_tasks import ManagedTask
     from otel_tasks.fleet import Fleet
 
-# Seconds between two rounds, and for which a lease that was found valid counts as valid.
+# Seconds between two rounds, and seconds for which a lease that was valid counts as valid.
 _ROUND: Final = 0.5
 _TRUSTED: Final = 1.0
 
