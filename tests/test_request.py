@@ -140,6 +140,57 @@ async def test_request_whose_tasks_have_ended_is_freed_at_once(manager: TaskMana
     assert (late.group, await late) == (manager.get_group("root"), 1)
 
 
+@pytest.mark.parametrize(
+    "ends_by", ["hang-up with tasks", "hang-up without tasks", "hang-up and grace", "return"]
+)
+async def test_request_that_was_stopped_is_freed_at_once(manager: TaskManager, ends_by: str) -> None:
+    """A request whose client leaves, or whose tasks outlive its handler, leaves no cycle behind either."""
+    kept: list[Any] = []
+
+    async def handler() -> None:
+        kept.append(weakref.ref(require_request("test")))
+        if ends_by == "hang-up without tasks":
+            await asyncio.sleep(60)
+            return
+        task = create_task(asyncio.sleep(60))
+        kept.append(request_group())
+        if ends_by != "return":
+            await task
+
+    gc.collect()
+    gc.disable()
+    try:
+        if ends_by == "return":
+            await FakeConnection().run(TaskGroupMiddleware(app_of(handler), manager=manager))
+        else:
+            grace = 1.0 if ends_by == "hang-up and grace" else 0.0
+            await hang_up_on(app_of(handler), manager, grace=grace)
+        # The callbacks of the last tasks.
+        await asyncio.sleep(0)
+        assert kept[0]() is None
+    finally:
+        gc.enable()
+    for group in kept[1:]:
+        late = group.create_task(asyncio.sleep(0, 1))
+        assert (late.group, await late) == (manager.get_group("root"), 1)
+
+
+async def test_request_whose_grace_is_not_over_is_kept_for_its_end(manager: TaskManager) -> None:
+    """The cancellation that is still due finds the request, even if its handler has returned."""
+    kept: list[Any] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        kept.append(weakref.ref(require_request("test")))
+        await asyncio.sleep(2 * LONG)
+
+    await hang_up_on(app, manager, grace=5 * LONG)
+    gc.collect()
+    assert kept[0]() is not None
+    await asyncio.sleep(5 * LONG)
+    gc.collect()
+    assert kept[0]() is None
+
+
 async def test_two_loops_in_two_threads_share_a_middleware(manager: TaskManager) -> None:
     """Each request is watched in its own loop, also while a task of the other loop is current."""
     found: list[bool] = []

@@ -174,8 +174,7 @@ class Request(Connection):
     def release(self) -> None:
         """Leave its contexts and its group without it, unless work that it leaves behind needs it."""
         if self.stop is not None:
-            self.stop.end()
-            self.binding.kept = self
+            self._release_stopped(self.stop)
         elif self.group is not None:
             if self._cleanup is not None or not self.group.is_empty:
                 self.binding.kept = self
@@ -184,6 +183,16 @@ class Request(Connection):
         elif sys.version_info >= (3, 12):
             # Tasks that outlive the request show their contexts, and so its name.
             self.binding.late_name = late_name(self.scope)
+
+    def _release_stopped(self, stop: Stop) -> None:
+        stop.end()
+        has_ended = self._cleanup is None and (self.group is None or self.group.is_empty)
+        if has_ended and not stop.is_pending:
+            # The two refer to each other: as garbage, they would keep the connection until a collection.
+            self.stop = None
+        else:
+            self.binding.kept = self
+        self.binding.late_name = partial(request_name, self.scope, self.context)
 
     # Its client leaves.
 

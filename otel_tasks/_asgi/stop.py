@@ -136,6 +136,11 @@ class Stop:
         if request.left:
             self.streams.follow()
 
+    @property
+    def is_pending(self) -> bool:
+        """The grace is not over, or something holds a cancellation off."""
+        return not self.is_due or bool(self._holders) or self.streams.is_pending
+
     def cancel_work(self) -> None:
         """Cancel the tasks and the handler, each as soon as nothing holds that off."""
         self.is_due = True

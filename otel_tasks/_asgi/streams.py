@@ -116,6 +116,11 @@ class Streams:
         # Each shielded task, with the function that removes its shield.
         self._shields: dict[asyncio.Task[Any], Callable[[], None]] = {}
 
+    @property
+    def is_pending(self) -> bool:
+        """A followed task has not ended."""
+        return bool(self._followed)
+
     def follow(self) -> None:
         """Prepare for the first cancellation of each task that anyio's task groups have started below."""
         host = self._request.host
