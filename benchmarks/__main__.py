@@ -33,7 +33,7 @@ PARTS = {
     "scale": 40.0,
     "cancel": 60.0,
     "middleware": 80.0,
-    "disconnect": 60.0,
+    "disconnect": 70.0,
     "streams": 140.0,
     "live": 80.0,
     "live_page": 40.0,

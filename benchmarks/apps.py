@@ -17,7 +17,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.middleware.base import BaseHTTPMiddleware
 
-from benchmarks.names import ANYIO, BASE_HTTP, NONE, OURS, POLLING, RULE, WATCHER
+from benchmarks.names import ANYIO, BASE_HTTP, LISTENER, NONE, OURS, POLLING, RULE, WATCHER
 from otel_tasks.asgi import TaskGroupMiddleware
 
 if TYPE_CHECKING:
@@ -182,10 +182,10 @@ class Polling(BaseHTTPMiddleware):
         handler.cancel()
 
 
-def _probed() -> App:
+def _probed(side: str) -> App:
     from benchmarks.disconnect import Probed
 
-    return Probed()
+    return Probed(listens=side == LISTENER)
 
 
 def _gateway() -> FastAPI:
@@ -196,6 +196,7 @@ def _gateway() -> FastAPI:
 
 MIDDLEWARE: dict[str, Any] = {
     NONE: None,
+    LISTENER: None,
     OURS: TaskGroupMiddleware,
     RULE: partial(TaskGroupMiddleware, cancel_handler="safe, POST /v1/*"),
     WATCHER: Watcher,
@@ -204,17 +205,17 @@ MIDDLEWARE: dict[str, Any] = {
     POLLING: Polling,
 }
 APPS: dict[str, Any] = {
-    "raw": lambda: raw,
-    "raw-suspending": lambda: raw_suspending,
-    "fastapi": fastapi_app,
+    "raw": lambda _: raw,
+    "raw-suspending": lambda _: raw_suspending,
+    "fastapi": lambda _: fastapi_app(),
     "probed": _probed,
-    "gateway": _gateway,
+    "gateway": lambda _: _gateway(),
 }
 
 
 def make_app(kind: str, side: str) -> Any:
     """An application with one middleware around it, put there as its framework wants it."""
-    app, middleware = APPS[kind](), MIDDLEWARE[side]
+    app, middleware = APPS[kind](side), MIDDLEWARE[side]
     if middleware is None:
         return app
     if isinstance(app, FastAPI):

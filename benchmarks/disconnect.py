@@ -1,7 +1,8 @@
 """From the client's close to the end of the last task, on uvicorn over loopback: the one part in wall time.
 
-Client and server are two processes; the clock is the system's monotonic one, which they share. Each probe
-sends a request whose handler waits for three tasks, lets it grow to a certain age, and closes its socket.
+Clients, load, and server are processes of their own; the clock is the system's monotonic one, which they
+share. Each client sends a request whose handler waits for three tasks, and closes its socket when the request
+has a certain age. The sides take turns in each round.
 """
 
 from __future__ import annotations
@@ -9,103 +10,146 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
 import statistics
+import subprocess
+import sys
 import time
-from contextlib import asynccontextmanager
+from collections import defaultdict
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import Effort, Row, Spread, Table
 from benchmarks.middleware import serve, wait_for_port
-from benchmarks.names import OURS, WATCHER
+from benchmarks.names import LISTENER, OURS, WATCHER
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 AGES = (0.001, 0.020, 0.060, 0.500)
 BUSY = 200
-AT_ONCE = 10
+# Hang-ups of each age in a round, and seconds between two of any age.
+EACH, EVERY = 80, 0.00625
+# By load.
+ROUNDS = {0: 2, BUSY: 4}
+# Seconds for the last tasks to end: a young request's disconnect is noticed after two ticks.
+SETTLING = 0.2
+# Seconds that a request of the load takes, in sleeps.
+SLEEPS, SLEEP = 10, 0.02
 PORT = 18_417
+# The least that a server allows: the handler itself awaits the disconnect, and cancels asyncio's own tasks.
+SIDES = {"ours": OURS, "watcher": WATCHER, "listener": LISTENER}
 
 
 def run(effort: Effort) -> list[Table]:
-    """Measure this library, and a watcher task per request, idle and busy."""
+    """Measure this library, a watcher task per request, and a handler that listens, idle and busy."""
     return asyncio.run(_measure(effort))
 
 
 async def _measure(effort: Effort) -> list[Table]:
-    tables = []
-    samples = 20 if effort.quick else 100
-    for number, side in enumerate((OURS, WATCHER)):
-        for busy in (0, BUSY):
-            port = PORT + 2 * number + (busy > 0)
-            async with _server(side, port):
-                tables.append(await _table(side, port, busy, samples))
-    return tables
+    ports = {key: PORT + number for number, key in enumerate(SIDES)}
+    async with AsyncExitStack() as stack:
+        for key, side in SIDES.items():
+            await stack.enter_async_context(_server(side, ports[key]))
+        return [
+            table
+            for busy, rounds in ROUNDS.items()
+            for table in await _tables(ports, busy, 1 if effort.quick else rounds)
+        ]
 
 
 @asynccontextmanager
 async def _server(side: str, port: int) -> AsyncIterator[None]:
-    process = serve(f"probed:{side}", port)
-    try:
+    async with _process(serve(f"probed:{side}", port)):
         await asyncio.to_thread(wait_for_port, port)
+        yield
+
+
+@asynccontextmanager
+async def _process(process: subprocess.Popen[bytes]) -> AsyncIterator[None]:
+    try:
         yield
     finally:
         process.terminate()
         await asyncio.to_thread(process.wait, 20)
 
 
-async def _table(side: str, port: int, busy: int, samples: int) -> Table:
-    others = [asyncio.create_task(_keep_busy(port)) for _ in range(busy)]
-    await asyncio.sleep(1.0 if busy else 0.1)
-    for age in AGES:
-        await _probes(port, age, samples)
-    for other in others:
-        other.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-    await asyncio.sleep(0.5)
-    taken: dict[str, list[float]] = json.loads(await _get(port, "/taken"))
+async def _tables(ports: dict[str, int], busy: int, rounds: int) -> list[Table]:
+    taken: dict[tuple[str, float], list[float]] = defaultdict(list)
+    order = list(ports)
+    for _ in range(rounds):
+        random.shuffle(order)
+        for key in order:
+            for age, took in await _one_round(ports[key], busy):
+                taken[key, age].append(took)
     load = f"{busy} other requests in flight" if busy else "idle"
-    key = "ours" if side == OURS else "watcher"
-    table = Table(
-        f"disconnect-{key}-{'busy' if busy else 'idle'}",
-        f"From the client's close to the last task's end: {side}, {load}",
-        "ms",
-        "",
-        samples,
-        note="Wall time. Median, and from 50 to 99 of 100.",
-    )
-    for age in AGES:
-        values = sorted(taken[f"{age:g}"])
-        cut = statistics.quantiles(values, n=100, method="inclusive")
-        table.rows.append(Row(f"{age * 1000:g} ms old", Spread(cut[49], cut[49], cut[98])))
-    return table
+    tables = []
+    for key, side in SIDES.items():
+        table = Table(
+            f"disconnect-{key}-{'busy' if busy else 'idle'}",
+            f"From the client's close to the last task's end: {side}, {load}",
+            "ms",
+            "",
+            rounds,
+            note=f"Wall time. Median, and from 50 to 99 of 100, of {rounds * EACH} hang-ups each.",
+        )
+        for age in AGES:
+            cut = statistics.quantiles(taken[key, age], n=100, method="inclusive")
+            table.rows.append(Row(f"{age * 1000:g} ms old", Spread(cut[49], cut[49], cut[98])))
+        tables.append(table)
+    return tables
 
 
-async def _probes(port: int, age: float, samples: int) -> None:
-    turns = asyncio.Semaphore(AT_ONCE)
-
-    async def one() -> None:
-        async with turns:
-            # Spread over the sweep's ticks.
-            await asyncio.sleep(random.uniform(0, 0.05))
-            await _probe(port, age)
-
-    await asyncio.gather(*(one() for _ in range(samples)))
-
-
-async def _probe(port: int, age: float) -> None:
-    _, writer = await asyncio.open_connection("127.0.0.1", port)
-    key = f"{age:g}-{random.getrandbits(40)}"
-    writer.write(f"GET /wait/{key} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
-    await asyncio.sleep(age)
-    # The server's clock is the same; the time is reported afterwards, so that reporting costs nothing before.
-    closed_at = time.monotonic()
-    writer.transport.abort()
-    await asyncio.sleep(0.15)
-    await _get(port, f"/closed/{key}/{closed_at!r}")
+async def _one_round(port: int, busy: int) -> list[tuple[float, float]]:
+    """Return, for each hang-up, its age, and the milliseconds until its last task has ended."""
+    async with AsyncExitStack() as stack:
+        if busy:
+            await stack.enter_async_context(_process(_start_load(port, busy)))
+            # For the load to start, and its requests to spread.
+            await asyncio.sleep(1.0)
+        closed = await _hang_up_all(port)
+        await asyncio.sleep(SETTLING)
+    ended: dict[str, float] = json.loads(await _get(port, "/ended"))
+    # Infinity for one that has not ended at all.
+    return [
+        (age, (ended.get(key, float("inf")) - closed_at) * 1000) for key, (age, closed_at) in closed.items()
+    ]
 
 
-async def _keep_busy(port: int) -> None:
+async def _hang_up_all(port: int) -> dict[str, tuple[float, float]]:
+    """Open and close requests of all ages, and return the age and the time of the close of each."""
+    loop = asyncio.get_running_loop()
+    closed: dict[str, tuple[float, float]] = {}
+    ages = list(AGES) * EACH
+    random.shuffle(ages)
+    for number, age in enumerate(ages):
+        client = socket.create_connection(("127.0.0.1", port))
+        client.sendall(f"GET /wait/{number} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+        loop.call_later(age, _hang_up, client, closed, str(number), age)
+        # Random: the sweep's ticks are regular.
+        await asyncio.sleep(random.uniform(0, 2 * EVERY))
+    await asyncio.sleep(max(AGES) + EVERY)
+    return closed
+
+
+def _hang_up(client: socket.socket, closed: dict[str, tuple[float, float]], key: str, age: float) -> None:
+    # No transport: it would close its socket only in the next turn of this loop.
+    closed[key] = age, time.monotonic()
+    client.close()
+
+
+def _start_load(port: int, busy: int) -> subprocess.Popen[bytes]:
+    # Not in the clients' process: it would keep them from closing in time.
+    return subprocess.Popen([sys.executable, "-m", "benchmarks.disconnect", str(port), str(busy)])
+
+
+async def _keep_busy(port: int, busy: int) -> None:
+    await asyncio.gather(*(_request_forever(port) for _ in range(busy)))
+
+
+async def _request_forever(port: int) -> None:
+    # Spread: otherwise all wake in the same turn of the server's loop.
+    await asyncio.sleep(random.uniform(0, SLEEPS * SLEEP))
     while True:
         await _get(port, "/work")
 
@@ -121,11 +165,15 @@ async def _get(port: int, path: str) -> str:
 
 
 class Probed:
-    """The application of the server: it notes when the last task of each request ended."""
+    """The application of the server: it notes when the last task of each request ended.
 
-    def __init__(self) -> None:
+    Args:
+        listens: The handler itself awaits the disconnect.
+    """
+
+    def __init__(self, *, listens: bool = False) -> None:
         self.ended: dict[str, float] = {}
-        self.taken: dict[str, list[float]] = {}
+        self.listens = listens
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one request."""
@@ -133,18 +181,16 @@ class Probed:
             return
         kind, *words = scope["path"].strip("/").split("/")
         answer = b"ok"
-        if kind == "wait":
+        if kind == "wait" and self.listens:
+            await self.listen(words[0], receive)
+        elif kind == "wait":
             await self.wait(words[0])
         elif kind == "work":
-            for _ in range(10):
-                await asyncio.sleep(0.02)
-        elif kind == "closed":
-            age = words[0].partition("-")[0]
-            # In milliseconds; infinity for one that has not ended at all.
-            took = (self.ended.pop(words[0], float("inf")) - float(words[1])) * 1000
-            self.taken.setdefault(age, []).append(took)
+            for _ in range(SLEEPS):
+                await asyncio.sleep(SLEEP)
         else:
-            answer = json.dumps(self.taken).encode()
+            answer = json.dumps(self.ended).encode()
+            self.ended.clear()
         headers = [(b"content-length", str(len(answer)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": answer})
@@ -160,9 +206,21 @@ class Probed:
             for task in tasks:
                 task.cancel()
 
+    async def listen(self, key: str, receive: Any) -> None:
+        """Start three tasks of asyncio's, and cancel them when the client leaves."""
+        tasks = [asyncio.create_task(self.sleep(key)) for _ in range(3)]
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        for task in tasks:
+            task.cancel()
+
     async def sleep(self, key: str) -> None:
         """Sleep, and note the end."""
         try:
             await asyncio.sleep(10)
         finally:
             self.ended[key] = time.monotonic()
+
+
+if __name__ == "__main__":
+    asyncio.run(_keep_busy(*map(int, sys.argv[1:])))

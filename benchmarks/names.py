@@ -20,6 +20,8 @@ OURS = "otel_tasks"
 # With the rule of a gateway.
 RULE = "otel_tasks, POST too"
 WATCHER = "a watcher task per request"
+# The handler awaits the disconnect itself, without a middleware.
+LISTENER = "a handler that awaits the disconnect"
 ANYIO = "an anyio task group per request"
 BASE_HTTP = "BaseHTTPMiddleware that does nothing"
 POLLING = "BaseHTTPMiddleware that polls"
