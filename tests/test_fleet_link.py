@@ -667,3 +667,25 @@ async def test_end_of_a_claim_waits_for_the_bus_and_nobody_for_it() -> None:
         server.restore()
         await asyncio.sleep(HOLD_OFF)
         assert [server.claim(key, "b", "d") for key in ("t", "u")] == [Claim.DONE, Claim.DONE]
+
+
+async def test_end_of_a_claim_whose_sending_fails_is_sent_again() -> None:
+    """Without its mark, a copy of the message would run again."""
+
+    class FailsOnce(MemoryBus):
+        failures = 1
+
+        async def send(self, inboxes: Any, **options: Any) -> None:
+            if self.failures:
+                self.failures = 0
+                raise BusUnavailableError("gone")
+            await super().send(inboxes, **options)
+
+    node = Node("a", FailsOnce("", "shop"))
+    await node.link.start(timeout=5.0)
+    finishing = node.link.finish("t", "d")
+    assert finishing is not None
+    await asyncio.wait_for(finishing, 5.0)
+    await asyncio.sleep(HOLD_OFF)
+    assert await node.link.bus.claim("t", "b", "d") is Claim.DONE
+    await node.link.stop()

@@ -405,6 +405,44 @@ async def test_answers_without_the_form_are_dropped_and_logged_once(
         assert [there.node in record.getMessage() for record in caplog.records] == [True]
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"task": None, "rows": None},
+        {"task": {"name": "import"}, "rows": [7, {"name": "import"}]},
+        {"state": "several", "task": {}, "count": "many", "total": "many", "partial": None, "rows": {}},
+        {"state": "ended", "rows": [dict.fromkeys(("created", "name", "status", "task_id"), "x")]},
+        {"count": 10**400, "total": 10**400},
+    ],
+)
+async def test_answers_about_tasks_without_the_form_count_as_none(
+    monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
+) -> None:
+    """A node of another version hides no task of the others, in lists of live and of ended tasks."""
+    async with fleet_of(3) as (here, there, third):
+        third.manager.create_task(rest(), name="import")
+        ended = third.manager.create_task(rest(), name="ended")
+        await settle()
+        ended.cancel()
+        await settle()
+        client = view_of(here)
+        await snapshot(client)
+        ask = here.views.ask
+
+        async def garble(node: str, data: dict[str, Any], timeout: float) -> dict[str, Any] | None:
+            answer = await ask(node, data, timeout)
+            if answer is not None and node == there.node:
+                answer |= {"state": "live"} | wrong
+            return answer
+
+        monkeypatch.setattr(here.views, "ask", garble)
+        assert (await client.get("/v1/tasks/import"))["task"]["node"] == third.node
+        for query, name in (("", "import"), ("?state=ended", "ended")):
+            rows = (await client.get(f"/v1/tasks{query}"))["rows"]
+            assert [(row["node"], row["name"]) for row in rows] == [(third.node, name)]
+        await client.get(f"/v1/tasks/{mark_of(there.node)}~abc", status=503)
+
+
 # -- cancelling ---------------------------------------------------------------------------------------
 
 

@@ -727,7 +727,7 @@ async def test_calls_fail_when_the_broker_is_shut_down() -> None:
             await call
         await asyncio.sleep(1)
         assert not api.fleet.is_started
-        assert worker.log == ["started", "explicit: the call failed: RemoteResultError"]
+        assert worker.log == ["started", "shutdown: the broker was shut down"]
 
 
 async def test_broker_that_is_not_started_runs_functions_as_before() -> None:

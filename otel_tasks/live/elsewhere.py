@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from otel_tasks.live.others import Other, Others
     from otel_tasks.live.params import Query
 
-# A row without these is not one.
-_SORTED_BY: Final = frozenset({"created", "name", "status", "task_id"})
+# The texts of a row of a list, and those of a task.
+_ROW_TEXTS: Final = ("name", "status", "task_id")
+_TASK_TEXTS: Final = (*_ROW_TEXTS, "id", "group_id", "priority")
 _FIRST: Final = {"cancelling": 0, "queued": 1, "pending": 1}
 _ORDERS: Final[dict[str, Callable[[Row], tuple[Any, ...]]]] = {
     "age": lambda row: (row["created"], row["task_id"]),
@@ -74,7 +75,7 @@ async def found_there(others: Others, feed: Feed, name: str) -> tuple[Row, Remot
     if asked is None:
         raise _not_found(f"no node of the fleet has the task {name[:80]!r}", feed)
     other, uid = asked
-    details = await others.answer(other, "task", [["task", uid]])
+    details = _readable(await others.answer(other, "task", [["task", uid]]))
     if details is None:
         raise Refused(503, "silent", f"node {other.node} does not answer", {"Retry-After": "5"})
     if details.get("state") not in ("live", "ended"):
@@ -121,7 +122,12 @@ async def namesakes(others: Others, feed: Feed, name: str) -> Namesakes:
     Cancellation: ends the wait.
     """
     asked = others.named(None)
-    answers = await asyncio.gather(*(others.answer(other, "task", [["task", name]]) for other in asked))
+    answers = [
+        _readable(answer)
+        for answer in await asyncio.gather(
+            *(others.answer(other, "task", [["task", name]]) for other in asked)
+        )
+    ]
     found = Namesakes(silent=_silent(asked, answers))
     for other, details in zip(asked, answers, strict=True):
         state = None if details is None else details.get("state")
@@ -133,7 +139,7 @@ async def namesakes(others: Others, feed: Feed, name: str) -> Namesakes:
             if found.ended is None or found.ended["task"]["ended"] < task["ended"]:
                 found.ended = details
             continue
-        found.count += details["count"] if state == "several" else 1
+        found.count += _number(details.get("count")) if state == "several" else 1
         found.first = found.first or task["id"]
         if state == "live":
             details["trace_url"] = _trace_link(task, feed)
@@ -170,20 +176,20 @@ async def listed_everywhere(
         *(others.answer(other, "tasks", params) for other in asked),
     )
     silent = _silent(asked, answers[is_here:])
-    answered = [answer for answer in answers if answer is not None and "rows" in answer]
+    answered = [answer for answer in answers if answer is not None and isinstance(answer.get("rows"), list)]
     rows = _ordered(answered, wanted)[start:end]
     shown: list[str] = []
     for first in range(0, len(rows), ROWS_PER_SLICE):
         shown += map(encoded, rows[first : first + ROWS_PER_SLICE])
         await asyncio.sleep(0)
-    total = sum(answer["total"] for answer in answered)
+    total = sum(_number(answer.get("total")) for answer in answered)
     following = start + wanted.limit
     facts = {
         **feed.stamp(),
         "total": total,
         # Beyond that, each node has its own pages.
         "next": str(following) if following < min(total, MAX_ROWS) else None,
-        "partial": any(answer["partial"] for answer in answered),
+        "partial": any(bool(answer.get("partial")) for answer in answered),
         "silent": silent,
     }
     return assembled({**{name: encoded(value) for name, value in facts.items()}, "rows": array(shown)})
@@ -219,8 +225,45 @@ def _silent(asked: Sequence[Other], answers: Sequence[Row | None]) -> list[str]:
     return [other.node for other, answer in zip(asked, answers, strict=True) if answer is None]
 
 
+# -- what other nodes send, which may be anything --------------------------------------------------
+
+
+def _readable(details: Row | None) -> Row | None:
+    """Return the details of a task; None if their form is not that of this version."""
+    task: Any = None if details is None else details.get("task")
+    match None if details is None else details.get("state"):
+        case "live":
+            is_readable = _is_row(task, ended=False, texts=_TASK_TEXTS) and _has_cause(task)
+        case "ended":
+            is_readable = _is_row(task, ended=True) and _has_cause(task)
+        case "several":
+            is_readable = isinstance(task, dict) and isinstance(task.get("id"), str)
+        case _:
+            is_readable = True
+    return details if is_readable else None
+
+
+def _has_cause(task: Row) -> bool:
+    """Return whether its cause is one, or it has none."""
+    cause = task.get("cause")
+    return cause is None or (isinstance(cause, dict) and "kind" in cause)
+
+
+def _is_row(row: Any, *, ended: bool, texts: tuple[str, ...] = _ROW_TEXTS) -> bool:
+    return (
+        isinstance(row, dict)
+        and all(isinstance(row.get(name), str) for name in texts)
+        and isinstance(row.get("created"), int | float)
+        and (not ended or isinstance(row.get("ended"), int | float))
+    )
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
 def _ordered(answers: Sequence[Row], wanted: Query) -> list[Row]:
-    rows = [row for answer in answers for row in answer["rows"] if row.keys() >= _SORTED_BY]
+    rows = [row for answer in answers for row in answer["rows"] if _is_row(row, ended=bool(wanted.ended))]
     if wanted.ended:
         return sorted(rows, key=lambda row: -row["ended"])
     return sorted(rows, key=_ORDERS[wanted.sort])

@@ -300,7 +300,13 @@ class Others:
         Cancellation: ends the wait.
         """
         answer = await self._fleet.ask(other.node, {"what": what, "params": params}, PATIENCE)
-        return None if answer is None else {**other.moved(answer), "now": seconds(self._clock())}
+        if answer is None:
+            return None
+        try:
+            return {**other.moved(answer), "now": seconds(self._clock())}
+        except (OverflowError, RecursionError):
+            # JSON has numbers that no float can hold.
+            return None
 
     async def find(self, max_age: float = 0.0) -> None:
         """Find the nodes, unless that was done a moment ago.
@@ -346,7 +352,7 @@ class Others:
         try:
             other.take(answer, now)
             self._count(other)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ArithmeticError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             other.forget()
             if other.node not in self._unreadable:
                 self._unreadable.add(other.node)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from otel_tasks._core.telemetry import quiet_context
 from otel_tasks.exceptions import WrongLoopError
 from otel_tasks.fleet.entries import NAME_LIMIT, EndedEntry, ProgressEntry
-from otel_tasks.taskiq.errors import RemoteResultError
+from otel_tasks.taskiq.errors import BrokerStoppedError
 from otel_tasks.taskiq.labels import STAMP, new_delivery
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Calls:
         Cancellation: ends the wait for the last question.
         """
         for call in self._open.values():
-            call.fail(RemoteResultError("the broker was shut down while the call waited for its result"))
+            call.fail(BrokerStoppedError("the broker was shut down while the call waited for its result"))
         # They publish their cancellation now.
         await asyncio.sleep(0)
         if self._timer is not None:

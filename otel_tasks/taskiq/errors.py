@@ -25,6 +25,10 @@ class RemoteResultError(OtelTasksError):
     """A remote task has ended, but its result is not available: it was not saved, or cannot be read."""
 
 
+class BrokerStoppedError(RemoteResultError):
+    """The broker was shut down while the call waited for its result."""
+
+
 class ExecutionEndedError(NoResultError):
     """Ends an execution whose result, if it has one, is saved already: no retry, and nothing to save."""
 

@@ -21,7 +21,7 @@ from otel_tasks._core.task import own_coroutine, request_cancel
 from otel_tasks._core.telemetry import span_from_hex
 from otel_tasks.fleet.entries import CancelEntry
 from otel_tasks.taskiq.broker import managed_broker_of
-from otel_tasks.taskiq.errors import RemoteCancelledError, RemoteResultError
+from otel_tasks.taskiq.errors import BrokerStoppedError, RemoteCancelledError, RemoteResultError
 from otel_tasks.taskiq.functions import plain_name
 from otel_tasks.taskiq.labels import CAUSE, TRACEBACK
 from otel_tasks.taskiq.sending import Sending, current_sending
@@ -241,6 +241,8 @@ def _cancel(managed_broker: ManagedBroker, call: Call, error: BaseException) -> 
 
 
 def _cause_of(error: BaseException) -> CancelCause:
+    if isinstance(error, BrokerStoppedError):
+        return CancelCause.make(CancelKind.SHUTDOWN, "the broker was shut down")
     if not isinstance(error, asyncio.CancelledError):
         return CancelCause.make(CancelKind.EXPLICIT, f"the call failed: {type(error).__name__}")
     task = asyncio.current_task()
