@@ -530,6 +530,42 @@ async def test_task_sent_again_runs_while_its_cancellation_is_on_its_way(is_down
             assert (await before.wait_result(timeout=20)).is_err
 
 
+async def test_task_of_another_process_is_cancelled_if_it_was_sent_before_the_bus_was_back() -> None:
+    """Of what is started while a cancellation waits for the bus, it reaches another's remote task alone."""
+    queue = SharedQueue()
+    api, other, worker = Node(queue), Node(queue), Node(queue)
+
+    async def quick() -> str:
+        return "ran"
+
+    worker.task(quick)
+    kickers = {node: node.task(quick).kicker().with_labels(**labels(name="import")) for node in (api, other)}
+    async with started(api, other), working(worker.broker):
+        await asyncio.sleep(1)
+        server = memory_server(namespace="shop")
+        server.fail()
+        await asyncio.sleep(1)
+        await api.fleet.cancel_task("import", timeout=0)
+        await asyncio.sleep(5)
+        own = await kickers[api].kiq()
+        others = await kickers[other].kiq()
+        local = other.manager.create_task(asyncio.sleep(60, "ran"), name="import")
+        await asyncio.sleep(5)
+        server.restore()
+        assert (await own.wait_result(timeout=20)).return_value == "ran"
+        assert (await others.wait_result(timeout=20)).is_err
+        # It has read the cancellation meanwhile.
+        again = await kickers[other].kiq()
+        assert (await again.wait_result(timeout=20)).return_value == "ran"
+        assert await local == "ran"
+    runs = [(info.status, info.started_at is not None) for info in worker.manager.recent()]
+    assert sorted(runs) == [
+        (TaskStatus.CANCELLED, False),
+        (TaskStatus.COMPLETED, True),
+        (TaskStatus.COMPLETED, True),
+    ]
+
+
 async def test_timeout_of_the_local_task_is_the_deadline_on_the_worker() -> None:
     """Both ends time out; the worker's task does not depend on a message for that."""
     async with api_and_worker() as (api, worker):
