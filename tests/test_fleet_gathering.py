@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from otel_tasks._core.slices import at_once
 from otel_tasks.fleet import gathering as module
 from otel_tasks.fleet.bus import BusUnavailableError
 from otel_tasks.fleet.entries import MAX_BYTES, AnswerEntry, CancelAnswer, InspectEntry, encode
@@ -43,7 +44,7 @@ def post(link: Link, question: Question) -> asyncio.Future[str]:
 
 def answer(request: str, node: str = "b", **data: Any) -> list[bytes]:
     """The entries of an answer."""
-    return [encode(part) for part in parts_of(data, node, request)]
+    return [encode(part) for part in at_once(parts_of(data, node, request))]
 
 
 async def test_the_answer_of_each_node_is_waited_for() -> None:
@@ -56,7 +57,7 @@ async def test_the_answer_of_each_node_is_waited_for() -> None:
             began = now()
             await gathering.answers(question, post(link, question), 5.0)
         assert now() - began == 2
-        assert (question.data(), question.silent) == ({"b": {"rows": [1]}}, ())
+        assert (at_once(question.data()), question.silent) == ({"b": {"rows": [1]}}, ())
 
 
 async def test_a_node_that_does_not_answer_is_named() -> None:
@@ -68,7 +69,7 @@ async def test_a_node_that_does_not_answer_is_named() -> None:
             began = now()
             await gathering.answers(question, post(link, question), 5.0)
         assert now() - began == 5
-        assert (question.data(), question.silent) == ({"b": {}}, ("c",))
+        assert (at_once(question.data()), question.silent) == ({"b": {}}, ("c",))
 
 
 async def test_a_node_that_is_not_in_the_roster_may_answer() -> None:
@@ -78,7 +79,7 @@ async def test_a_node_that_is_not_in_the_roster_may_answer() -> None:
             server = memory_server(namespace="shop")
             server.deliver({"a": [*answer(question.request, "z"), *answer(question.request)]})
             await gathering.answers(question, post(link, question), 5.0)
-        assert list(question.data()) == ["b", "z"]
+        assert list(at_once(question.data())) == ["b", "z"]
 
 
 async def test_late_nodes_are_waited_for_while_the_roster_may_be_incomplete() -> None:
@@ -95,7 +96,7 @@ async def test_late_nodes_are_waited_for_while_the_roster_may_be_incomplete() ->
             began = now()
             asyncio.get_running_loop().call_later(1, server.deliver, {"a": answer(question.request)})
             await gathering.answers(question, post(link, question), 60.0)
-        assert list(question.data()) == ["b"]
+        assert list(at_once(question.data())) == ["b"]
         assert 0 < now() - began <= HOLD_OFF
 
 
@@ -108,13 +109,13 @@ async def test_answers_to_no_question_are_dropped() -> None:
             await gathering.answers(question, post(link, question), 5.0)
         server.deliver({"a": answer(question.request, late=True)})
         await asyncio.sleep(1)
-        assert question.data() == {"b": {}}
+        assert at_once(question.data()) == {"b": {}}
 
 
 async def test_parts_are_put_together_in_their_order() -> None:
     """Each of them fits into an entry, whatever characters it has."""
     data = {"rows": ['"\\\x00é\U0001f680' * 9000]}
-    parts = parts_of(data, "b", "q")
+    parts = at_once(parts_of(data, "b", "q"))
     assert len(parts) > 3
     assert max(len(encode(part)) for part in parts) <= MAX_BYTES
     question = Question("q")
@@ -123,13 +124,13 @@ async def test_parts_are_put_together_in_their_order() -> None:
         assert question.answered == set()
         question.take(part)
     assert question.answered == {"b"}
-    assert question.data() == {"b": data}
+    assert at_once(question.data()) == {"b": data}
 
 
 def test_rows_that_are_too_much_are_counted() -> None:
     """The sender leaves out half of them, until the rest fits."""
     data = {"rows": [{"name": "x" * 100}] * 100_000, "more": 7}
-    parts = parts_of(data, "b", "q")
+    parts = at_once(parts_of(data, "b", "q"))
     assert len(parts) <= module.MAX_PARTS
     texts = [part.data["text"] for part in parts if isinstance(part, AnswerEntry)]
     sent = json.loads("".join(texts))
@@ -156,7 +157,7 @@ async def test_an_answer_that_is_no_object_is_left_out(parts: list[AnswerEntry])
     question = Question("q")
     for each in parts:
         question.take(each)
-    assert (question.answered, question.data()) == ({"b"}, {})
+    assert (question.answered, at_once(question.data())) == ({"b"}, {})
 
 
 async def test_numbers_of_parts_are_bounded() -> None:
@@ -205,4 +206,4 @@ async def test_the_answer_to_a_cancellation_is_one_entry() -> None:
     question = Question("q")
     done = CancelAnswer(node="b", request="q", asked=1, ended=1)
     question.take(done)
-    assert (question.answered, question.cancelled, question.data()) == ({"b"}, {"b": done}, {})
+    assert (question.answered, question.cancelled, at_once(question.data())) == ({"b"}, {"b": done}, {})

@@ -78,7 +78,7 @@ async def test_rows_of_other_nodes_may_be_anything(monkeypatch: pytest.MonkeyPat
         def answer(self: Inspector, entry: Any) -> Any:
             if self is there._started().inspector:
                 return {"rows": [7, {"name": "x"}, None], "more": "many", "tree": [], "drawing": 7}
-            return shown(self, entry)
+            return (yield from shown(self, entry))
 
         monkeypatch.setattr(Inspector, "_shown", answer)
         rows = await here.tasks()

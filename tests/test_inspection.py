@@ -9,7 +9,7 @@ import re
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 from hypothesis import given, settings
@@ -29,6 +29,8 @@ from otel_tasks import (
 )
 from otel_tasks._core import inspection, task_tree
 from otel_tasks._core.request_group import RequestGroup
+from otel_tasks._core.slices import COUNTS_PER_SLICE, ROWS_PER_SLICE, at_once
+from otel_tasks._core.targets import take_tree
 from otel_tasks._core.task_tree import duration
 from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.testing import FakeConnection, run
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
     from otel_tasks.testing import SpanRecorder
 
+T = TypeVar("T")
 PATIENCE = 60.0
 """Real seconds after which a test gives up that waits for a thread."""
 
@@ -464,6 +467,73 @@ async def test_deep_tree_is_cut() -> None:
         tree = manager.tree(limit=1000)
         assert len(list(nodes(tree.root))) == 50
         assert str(tree).splitlines()[-1].endswith("└── ... 1 more group")
+
+
+def slices_of(slices: Generator[None, None, T]) -> tuple[T, int]:
+    """What a generator returns, and after how many slices."""
+    count = 0
+    while True:
+        count += 1
+        try:
+            next(slices)
+        except StopIteration as end:
+            return end.value, count
+
+
+@pytest.mark.parametrize("groups", [1, 20, 600])
+async def test_big_tree_is_taken_and_written_in_slices(groups: int) -> None:
+    """A slice has so many nodes, in few groups and in many; the tree is that of one step."""
+    async with TaskManager() as manager:
+        for number in range(600):
+            manager.create_task(rest(), name=f"import-{number}", group=f"group {number % groups}")
+        await settle()
+        tree, taken = slices_of(take_tree(manager, 2000))
+        assert tree == manager.tree(limit=2000)
+        assert taken >= 600 / ROWS_PER_SLICE
+        data, count = slices_of(task_tree.tree_data(tree))
+        assert (data, count >= 600 / COUNTS_PER_SLICE) == (tree.to_dict(), True)
+        text, count = slices_of(task_tree.tree_text(tree))
+        assert (text, count >= 600 / COUNTS_PER_SLICE) == (str(tree), True)
+        assert text.count("import-") == 600
+        await manager.cancel_all_tasks()
+
+
+async def test_nodes_show_the_moment_of_their_slice() -> None:
+    """A task that ends between two slices has its outcome and no place, and a group that ends is empty."""
+    async with TaskManager() as manager:
+        for number in range(ROWS_PER_SLICE):
+            manager.create_task(rest(), name=f"first-{number}", group="first")
+        async with manager.group("block") as block:
+            ended = manager.create_task(rest(), name="ended", group="first")
+            block.create_task(rest())
+            await settle()
+            slices = take_tree(manager, 100)
+            next(slices)
+            ended.cancel()
+            block.cancel()
+        tree = at_once(slices)
+        node = find(tree, "ended")
+        assert (node.status, node.where) == (TaskStatus.CANCELLED, None)
+        first, closed = tree.root.groups
+        assert (first.live, len(first.tasks), first.more_tasks) == (ROWS_PER_SLICE + 1, ROWS_PER_SLICE + 1, 0)
+        assert (closed.name, closed.live, closed.tasks) == ("block", 0, ())
+        await manager.cancel_all_tasks()
+
+
+async def test_tree_that_is_broken_off_keeps_nothing() -> None:
+    """Between two slices, neither frames nor tasks are kept once the generator is closed."""
+    async with TaskManager() as manager:
+        tasks = [manager.create_task(rest()) for _ in range(50)]
+        await settle()
+        slices = take_tree(manager, 100)
+        next(slices)
+        slices.close()
+        for task in tasks:
+            task.cancel()
+        references = [weakref.ref(task) for task in tasks]
+        del tasks, task
+        await settle()
+        assert not any(reference() for reference in references)
 
 
 @settings(max_examples=40, deadline=None)

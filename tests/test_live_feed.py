@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from otel_tasks import TaskGroup, TaskManager, current_task
+from otel_tasks._core.slices import at_once
 from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.live.feed import CANCELLING, ENDED, ENDED_PER_TICK, RING, Feed
 from otel_tasks.live.rows import Shown, short_path, text, trace_link
-from otel_tasks.live.slices import at_once
 from otel_tasks.testing import FakeConnection
 from tests.helpers import fail, give, ignore_cancels, rest, settle
 

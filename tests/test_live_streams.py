@@ -13,11 +13,11 @@ from fastapi import FastAPI
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from otel_tasks import TaskManager
+from otel_tasks._core.slices import TASKS_PER_SLICE
 from otel_tasks.asgi import TaskGroupMiddleware, call_on_server_stop
 from otel_tasks.live import hub as hubs
 from otel_tasks.live import live_view
 from otel_tasks.live.feed import Feed
-from otel_tasks.live.slices import TASKS_PER_SLICE
 from tests.helpers import rest, settle
 from tests.live_client import Client, client_of, events, leave, of_kind
 

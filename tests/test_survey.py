@@ -7,7 +7,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks import TaskGroup, TaskManager
-from otel_tasks._core.survey import TASKS_PER_SLICE
+from otel_tasks._core.slices import TASKS_PER_SLICE
 from tests.helpers import give, ignore_cancels, rest, settle
 
 if TYPE_CHECKING:

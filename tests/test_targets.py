@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from otel_tasks import CancelCause, CancelKind, GroupClosedError, ManagedTask, TaskManager, TaskStatus
-from otel_tasks._core.targets import Reached, cancel_grouped, cancel_named, find_tasks, wait_for_reached
+from otel_tasks._core.slices import COUNTS_PER_SLICE, NAMES_PER_SLICE, TASKS_PER_SLICE, at_once
+from otel_tasks._core.targets import (
+    Found,
+    Reached,
+    cancel_grouped,
+    cancel_named,
+    find_tasks,
+    wait_for_reached,
+)
 from otel_tasks._core.telemetry.context import span_from_hex
 from tests.helpers import give, ignore_cancels, now, rest, settle
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 GIVEN = CancelCause(CancelKind.HOST_LOST, "its host is gone", "billing on host-a/12/x1y2z3")
 
@@ -214,7 +225,7 @@ async def test_tasks_are_listed_by_name_group_and_status() -> None:
         def listed(
             name: str | None = None, group: str | None = None, status: str | None = None, limit: int = 10
         ) -> tuple[list[str], int]:
-            found = find_tasks(manager, name, group, status, limit)
+            found = at_once(find_tasks(manager, name, group, status, limit))
             return [info.name for info in found.infos], found.more
 
         assert listed() == (["import-1", "import-2", "old-2", "old-1", "old-0"], 0)
@@ -225,6 +236,67 @@ async def test_tasks_are_listed_by_name_group_and_status() -> None:
         assert listed(limit=3) == (["import-1", "import-2", "old-2"], 2)
         assert listed(group="unknown") == ([], 0)
         await manager.cancel_all_tasks()
+
+
+def listing(manager: TaskManager, **filters: Any) -> Generator[None, None, Found]:
+    """A list of tasks whose first slice is over."""
+    options: dict[str, Any] = {"pattern": None, "group": None, "status": None, "limit": 1000} | filters
+    slices = find_tasks(manager, **options)
+    next(slices)
+    return slices
+
+
+async def test_a_list_is_made_in_slices() -> None:
+    """Each compares so many names, or makes so many snapshots."""
+    async with TaskManager() as manager:
+        for number in range(1000):
+            manager.create_task(rest(), name=f"import-{number}")
+        slices = listing(manager, limit=100)
+        count = 0
+        while True:
+            try:
+                next(slices)
+            except StopIteration as end:
+                found = end.value
+                break
+            count += 1
+        assert (len(found.infos), found.more) == (100, 900)
+        assert [info.name for info in found.infos] == [f"import-{number}" for number in range(100)]
+        assert count >= 1000 / NAMES_PER_SLICE + 1000 / TASKS_PER_SLICE + 100 / COUNTS_PER_SLICE
+        await manager.cancel_all_tasks()
+
+
+async def test_what_changes_between_two_slices_is_listed_once() -> None:
+    """A task that ends is in the list as it is then, one that starts is not."""
+    async with TaskManager() as manager:
+        await manager.create_task(give(0), name="old")
+        manager.create_task(rest(), name="staying")
+        ending = manager.create_task(rest(), name="ending", group="jobs")
+        await settle()
+        everything, running = listing(manager), listing(manager, status="running")
+        ending.cancel()
+        manager.create_task(rest(), name="late")
+        await settle()
+        found = at_once(everything)
+        assert [(info.name, str(info.status)) for info in found.infos] == [
+            ("staying", "running"),
+            ("ending", "cancelled"),
+            ("old", "completed"),
+        ]
+        assert [info.name for info in at_once(running).infos] == ["staying"]
+        await manager.cancel_all_tasks()
+
+
+async def test_task_that_ends_after_it_has_matched_does_not_match() -> None:
+    """Its snapshot has another status than the wanted one."""
+    async with TaskManager() as manager:
+        task = manager.create_task(rest(), name="import")
+        await settle()
+        slices = listing(manager, status="running")
+        next(slices)
+        task.cancel()
+        await settle()
+        assert at_once(slices) == Found([], 0)
 
 
 # -- ids --------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from otel_tasks._core.checks import check_count
 from otel_tasks._core.details import TaskDetails, details_of
 from otel_tasks._core.frames import Stacks
 from otel_tasks._core.inspection import nodes_of, request_of
+from otel_tasks._core.slices import at_once
 from otel_tasks._core.survey import survey_of
 from otel_tasks._core.task import ManagedTask
 
@@ -53,13 +54,7 @@ class Looking:
         Example:
             >>> [(row.name, row.tasks.count) for row in manager.overview().classes]
         """
-        slices = self.overview_slices(members=members, max_groups=max_groups, max_classes=max_classes)
-        while True:
-            try:
-                next(slices)
-            except StopIteration as end:
-                overview: Overview = end.value
-                return overview
+        return at_once(self.overview_slices(members=members, max_groups=max_groups, max_classes=max_classes))
 
     def overview_slices(
         self,

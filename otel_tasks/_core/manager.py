@@ -26,6 +26,7 @@ from otel_tasks._core.options import FROM_MANAGER, GroupOptions
 from otel_tasks._core.places import Limiter, Places, checked_limiter
 from otel_tasks._core.shutdown import ShutdownBounds, ShutdownReport, cancel_groups, shut_down, wait_for_end
 from otel_tasks._core.signals import write_on_signal
+from otel_tasks._core.slices import at_once
 from otel_tasks._core.starting import Starting
 from otel_tasks._core.state import TaskStatus
 from otel_tasks._core.telemetry.providers import Telemetry
@@ -410,7 +411,7 @@ class TaskManager(Starting, Looking):
                 └── (T) send-3: running, 12.3s, at send app.py:31 > sleep
         """
         check_limit(limit)
-        return tree_of(self._ledger, limit, Stacks())
+        return at_once(tree_of(self._ledger, limit, Stacks))
 
     def dump_on_signal(
         self, signum: int | None = None, *, file: TextIO | None = None, limit: int = 100
@@ -440,7 +441,9 @@ class TaskManager(Starting, Looking):
         """
         check_limit(limit)
         ledger = self._ledger
-        return write_on_signal(lambda frame: str(tree_of(ledger, limit, Stacks(frame))), signum, file)
+        return write_on_signal(
+            lambda frame: str(at_once(tree_of(ledger, limit, lambda: Stacks(frame)))), signum, file
+        )
 
     def watch(
         self,

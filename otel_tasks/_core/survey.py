@@ -34,6 +34,7 @@ from otel_tasks._core.overview import (
     key_of,
     row_name,
 )
+from otel_tasks._core.slices import TASKS_PER_SLICE, Budget
 from otel_tasks._core.task import reported
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
     from otel_tasks._core.task import ManagedTask
     from otel_tasks._core.tree import Ledger
 
-# A slice takes about 0.2 ms, and twice that in a busy service, whose caches hold other data.
-TASKS_PER_SLICE = 500
 # Tasks that are read before the next look at the budget: all of them may be dear.
 _TASKS_PER_STEP = 250
 # What else a slice does, in tasks that take as long: a name, a task with extras, a row; classes to compare.
@@ -101,21 +100,6 @@ def survey_of(
         # The first one last: it wins.
         keys_of_names={row.name: row.key for row in reversed(rows)},
     )
-
-
-class _Budget:
-    """Counts the work since the last slice, in tasks: by time, slices would differ from run to run."""
-
-    def __init__(self) -> None:
-        self._left = TASKS_PER_SLICE
-
-    def spend(self, cost: int) -> bool:
-        """Count so much; return True at the end of a slice."""
-        self._left -= cost
-        if self._left > 0:
-            return False
-        self._left = TASKS_PER_SLICE
-        return True
 
 
 @dataclass(slots=True)
@@ -278,7 +262,7 @@ class _Survey:
         self.folded: set[str] = set()
         self._name = ledger.name
         self._max_groups = max_groups
-        self._budget = _Budget()
+        self._budget = Budget(TASKS_PER_SLICE)
         root = ledger.root
         groups = root._below()
         self.open_groups = len(groups) - 1

@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from fnmatch import fnmatchcase
-from itertools import islice
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from otel_tasks._core.awaiters import with_awaiters
+from otel_tasks._core.frames import Stacks
+from otel_tasks._core.inspection import tree_of
 from otel_tasks._core.shutdown import request_groups, wait_for_end
+from otel_tasks._core.slices import COUNTS_PER_SLICE, NAMES_PER_SLICE, Budget, smallest
 from otel_tasks._core.task import request_cancel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Generator
 
     from otel_tasks._core.events import CancelCause
     from otel_tasks._core.info import TaskInfo
     from otel_tasks._core.manager import TaskManager
     from otel_tasks._core.task import ManagedTask
+    from otel_tasks._core.task_tree import TaskTree
 
     Spares = Callable[[ManagedTask[Any]], bool]
 
@@ -115,8 +119,11 @@ def reached(tasks: list[ManagedTask[Any]]) -> Reached:
 
 def find_tasks(
     manager: TaskManager, pattern: str | None, group: str | None, status: str | None, limit: int
-) -> Found:
-    """Return the tasks that match: live ones, oldest first, then remembered ones, newest first.
+) -> Generator[None, None, Found]:
+    """Find the tasks that match, in slices: live ones, oldest first, then remembered ones, newest first.
+
+    The first slice copies the tables of live and remembered tasks, so a task that ends between two slices is
+    found once. Whether a task matches, and what its snapshot shows, is read when its turn comes.
 
     Args:
         manager: The manager.
@@ -125,21 +132,51 @@ def find_tasks(
         status: A status. None matches all.
         limit: How many snapshots to take; the others are only counted.
     """
-    live = [task for task in _live(manager, group) if _matches(task, pattern, status)]
-    live.sort(key=_created_at)
-    found = [task.info() for task in live[:limit]]
-    ended = _ended(manager, pattern, group, status)
-    found += islice(ended, limit - len(found))
-    return Found(found, max(0, len(live) - limit) + sum(1 for _ in ended))
+    tasks = _live(manager, group)
+    remembered = manager.iter_recent()
+    yield
+    live: list[ManagedTask[Any]] = []
+    for start in range(0, len(tasks), NAMES_PER_SLICE):
+        batch = tasks[start : start + NAMES_PER_SLICE]
+        live += [task for task in batch if _matches(task, pattern, status)]
+        yield
+    infos: list[TaskInfo] = []
+    budget = Budget(COUNTS_PER_SLICE)
+    chosen = yield from smallest(live, limit, _created_at)
+    for task in chosen:
+        info = task.info()
+        # It may have ended since it matched.
+        if status is None or info.status == status:
+            infos.append(info)
+        if budget.spend():
+            yield
+    more = len(live) - len(chosen)
+    for info in remembered:
+        if _matches_ended(info, pattern, group, status):
+            if len(infos) < limit:
+                infos.append(info)
+            else:
+                more += 1
+        if budget.spend():
+            yield
+    return Found(infos, more)
 
 
-def _created_at(task: ManagedTask[Any]) -> float:
-    return task.created_at
+def take_tree(manager: TaskManager, limit: int) -> Generator[None, None, TaskTree]:
+    """Take ``manager.tree(limit=limit)`` in slices."""
+    return tree_of(manager._ledger, limit, Stacks)
 
 
-def _live(manager: TaskManager, group: str | None) -> Iterable[ManagedTask[Any]]:
+_created_at = attrgetter("_created_at")
+
+
+def _live(manager: TaskManager, group: str | None) -> list[ManagedTask[Any]]:
+    """The live tasks of a group and below it, each once."""
     nodes = [manager._root] if group is None else manager._lookup.groups(group)
-    return dict.fromkeys(task for node in nodes for task in node._every_live())
+    tasks: list[ManagedTask[Any]] = []
+    for each in dict.fromkeys(each for node in nodes for each in node._below()):
+        tasks += each.tasks
+    return tasks
 
 
 def _matches(task: ManagedTask[Any], pattern: str | None, status: str | None) -> bool:
@@ -148,13 +185,9 @@ def _matches(task: ManagedTask[Any], pattern: str | None, status: str | None) ->
     return pattern is None or fnmatchcase(task.get_name(), pattern) or fnmatchcase(task.id, pattern)
 
 
-def _ended(
-    manager: TaskManager, pattern: str | None, group: str | None, status: str | None
-) -> Iterator[TaskInfo]:
+def _matches_ended(info: TaskInfo, pattern: str | None, group: str | None, status: str | None) -> bool:
     return (
-        info
-        for info in reversed(list(manager._ledger.history))
-        if (status is None or info.status == status)
+        (status is None or info.status == status)
         and (pattern is None or fnmatchcase(info.name, pattern) or fnmatchcase(info.id, pattern))
         and (
             group is None

@@ -3,7 +3,8 @@
 Rules, each with a test of its own:
 
 1. A tree holds no task, no group, and no frame. ``inspection`` takes it.
-2. The text of a node stays on its line and sends nothing to a terminal, whatever the names contain: they may
+2. A big tree becomes data and text in slices, each of ``COUNTS_PER_SLICE`` nodes or lines.
+3. The text of a node stays on its line and sends nothing to a terminal, whatever the names contain: they may
    come from a client.
 """
 
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from otel_tasks._core.clock import rounded
 from otel_tasks._core.frames import Place
+from otel_tasks._core.slices import COUNTS_PER_SLICE, Budget, at_once
 from otel_tasks._core.state import TaskPriority, TaskStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from otel_tasks._core.events import CancelCause
     from otel_tasks._core.frames import Location
@@ -151,22 +153,7 @@ class GroupNode:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON-ready data."""
-        return {
-            "id": self.id,
-            "name": self.name,
-            "kind": self.kind,
-            "refusal": self.refusal,
-            "cause": self.cause and self.cause.to_dict(),
-            "max_concurrency": self.max_concurrency,
-            "live": self.live,
-            "queued": self.queued,
-            "host": self.host,
-            "where": self.where and self.where.to_dict(),
-            "tasks": [task.to_dict() for task in self.tasks],
-            "groups": [group.to_dict() for group in self.groups],
-            "more_tasks": self.more_tasks,
-            "more_groups": self.more_groups,
-        }
+        return at_once(_group_data(self, Budget(COUNTS_PER_SLICE)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,26 +186,58 @@ class TaskTree:
     abandoned_threads: tuple[tuple[str, Location | None], ...]
 
     def __str__(self) -> str:
-        head = f"manager {_printable(self.manager)}: {', '.join(_facts_of_manager(self))}"
-        threads = [
-            f"abandoned thread of {_printable(task_id)}{_at(where)}"
-            for task_id, where in self.abandoned_threads
-        ]
-        return "\n".join([head, *_lines_of(self.root), *threads])
+        return at_once(tree_text(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON-ready data."""
-        return {
-            "manager": self.manager,
-            "closed": self.closed,
-            "stats": self.stats.to_dict(),
-            "max_concurrency": self.max_concurrency,
-            "root": self.root.to_dict(),
-            "abandoned_threads": [
-                {"id": task_id, "where": where and where.to_dict()}
-                for task_id, where in self.abandoned_threads
-            ],
-        }
+        return at_once(tree_data(self))
+
+
+# -- data -----------------------------------------------------------------------------------------
+
+
+def tree_data(tree: TaskTree) -> Generator[None, None, dict[str, Any]]:
+    """Make JSON-ready data of a tree, in slices: ``tree.to_dict()``."""
+    root = yield from _group_data(tree.root, Budget(COUNTS_PER_SLICE))
+    return {
+        "manager": tree.manager,
+        "closed": tree.closed,
+        "stats": tree.stats.to_dict(),
+        "max_concurrency": tree.max_concurrency,
+        "root": root,
+        "abandoned_threads": [
+            {"id": task_id, "where": where and where.to_dict()} for task_id, where in tree.abandoned_threads
+        ],
+    }
+
+
+def _group_data(group: GroupNode, budget: Budget) -> Generator[None, None, dict[str, Any]]:
+    tasks: list[dict[str, Any]] = []
+    for task in group.tasks:
+        tasks.append(task.to_dict())
+        if budget.spend():
+            yield
+    groups: list[dict[str, Any]] = []
+    for child in group.groups:
+        groups.append((yield from _group_data(child, budget)))
+        if budget.spend():
+            yield
+    return {
+        "id": group.id,
+        "name": group.name,
+        "kind": group.kind,
+        "refusal": group.refusal,
+        "cause": group.cause and group.cause.to_dict(),
+        "max_concurrency": group.max_concurrency,
+        "live": group.live,
+        "queued": group.queued,
+        "host": group.host,
+        "where": group.where and group.where.to_dict(),
+        "tasks": tasks,
+        "groups": groups,
+        "more_tasks": group.more_tasks,
+        "more_groups": group.more_groups,
+    }
 
 
 def duration(seconds: float) -> str:
@@ -232,6 +251,20 @@ def duration(seconds: float) -> str:
 
 
 # -- drawing --------------------------------------------------------------------------------------
+
+
+def tree_text(tree: TaskTree) -> Generator[None, None, str]:
+    """Draw a tree, in slices: ``str(tree)``."""
+    lines = [f"manager {_printable(tree.manager)}: {', '.join(_facts_of_manager(tree))}"]
+    budget = Budget(COUNTS_PER_SLICE)
+    for line in _lines_of(tree.root):
+        lines.append(line)
+        if budget.spend():
+            yield
+    lines += [
+        f"abandoned thread of {_printable(task_id)}{_at(where)}" for task_id, where in tree.abandoned_threads
+    ]
+    return "\n".join(lines)
 
 
 def _lines_of(group: GroupNode) -> Iterator[str]:

@@ -16,6 +16,7 @@ import json
 import secrets
 from typing import TYPE_CHECKING, Any, Final
 
+from otel_tasks._core.slices import COUNTS_PER_SLICE, Budget, in_slices
 from otel_tasks.fleet.bus import BusUnavailableError
 from otel_tasks.fleet.entries import AnswerEntry, CancelAnswer
 
@@ -93,16 +94,24 @@ class Question:
         asked = {self._to} if self._to is not None else set(self.roster or {})
         return tuple(sorted(asked - self.answered))
 
-    def data(self) -> dict[str, dict[str, Any]]:
-        """Return the answers to an inspection, by node, except those that are not JSON objects."""
+    def data(self) -> Generator[None, None, dict[str, dict[str, Any]]]:
+        """Read the answers by node, in slices, except those that are not JSON objects."""
         found: dict[str, dict[str, Any]] = {}
         for node in sorted(self.answered - self.cancelled.keys()):
-            parts = self._parts[node]
-            with contextlib.suppress(ValueError, RecursionError):
-                answer = json.loads("".join(parts[number] for number in sorted(parts)))
-                if isinstance(answer, dict):
-                    found[node] = answer
+            answer = yield from self.data_of(node)
+            if answer is not None:
+                found[node] = answer
+            yield
         return found
+
+    def data_of(self, node: str) -> Generator[None, None, dict[str, Any] | None]:
+        """Read the answer of a node, in slices; None without one, or if it is not a JSON object."""
+        parts = self._parts.get(node, {})
+        with contextlib.suppress(ValueError, RecursionError):
+            answer = yield from _decoded("".join(parts[number] for number in sorted(parts)))
+            if isinstance(answer, dict):
+                return answer
+        return None
 
 
 class Gathering:
@@ -168,7 +177,7 @@ class Gathering:
         with contextlib.suppress(TimeoutError, BusUnavailableError):
             async with asyncio.timeout(timeout):
                 await self._until(question, lambda: node in question.answered)
-        return question.data().get(node)
+        return await in_slices(question.data_of(node)) if node in question.answered else None
 
     async def _until(self, question: Question, is_met: Callable[[], bool]) -> None:
         while not is_met():
@@ -194,14 +203,14 @@ class Gathering:
             question.wake()
 
 
-def parts_of(data: dict[str, Any], node: str, request: str) -> list[FleetEntry]:
-    """Return the entries that carry an answer; rows that do not fit are counted instead."""
-    text = json.dumps(data, separators=(",", ":"))
+def parts_of(data: dict[str, Any], node: str, request: str) -> Generator[None, None, list[FleetEntry]]:
+    """Encode an answer, in slices; rows that do not fit are counted instead."""
+    text = yield from _encoded(data, Budget(COUNTS_PER_SLICE))
     while len(text) > PART * MAX_PARTS:
         rows = data.get("rows", [])
         kept = rows[: len(rows) // 2]
         data = {"rows": kept, "more": data.get("more", 0) + len(rows) - len(kept)}
-        text = json.dumps(data, separators=(",", ":"))
+        text = yield from _encoded(data, Budget(COUNTS_PER_SLICE))
     return text_parts(text, node, request)
 
 
@@ -214,3 +223,58 @@ def text_parts(text: str, node: str, request: str) -> list[FleetEntry]:
         )
         for number, part in enumerate(parts)
     ]
+
+
+# What an answer with rows begins with.
+_ROWS: Final = '{"rows":['
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+_decoder = json.JSONDecoder()
+
+
+def _encoded(value: Any, budget: Budget) -> Generator[None, None, str]:
+    """Encode JSON, in slices: lists, and the objects on the way to them, are cut."""
+    if isinstance(value, list):
+        items: list[str] = []
+        for each in value:
+            items.append((yield from _encoded(each, budget)))
+        return f"[{','.join(items)}]"
+    if _has_list(value):
+        fields: list[str] = []
+        for key, each in value.items():
+            text = yield from _encoded(each, budget)
+            fields.append(f"{_encode(key)}:{text}")
+        return f"{{{','.join(fields)}}}"
+    if budget.spend():
+        yield
+    return _encode(value)
+
+
+def _has_list(value: object) -> bool:
+    return isinstance(value, dict) and any(
+        isinstance(each, list) or _has_list(each) for each in value.values()
+    )
+
+
+def _decoded(text: str) -> Generator[None, None, Any]:
+    """Decode JSON; rows at its beginning, where ``_encoded`` writes them, in slices.
+
+    Raises:
+        ValueError: It is not JSON.
+    """
+    rows: list[Any] = []
+    at, is_row = len(_ROWS), text.startswith(_ROWS + "{")
+    budget = Budget(COUNTS_PER_SLICE)
+    while is_row:
+        row, at = _decoder.raw_decode(text, at)
+        rows.append(row)
+        is_row = text.startswith(",{", at)
+        at += is_row
+        if budget.spend():
+            yield
+    if not rows:
+        return json.loads(text)
+    # The rest may be anything.
+    answer = json.loads(_ROWS + text[at:].removeprefix(","))
+    if isinstance(answer["rows"], list):
+        answer["rows"] = rows + answer["rows"]
+    return answer

@@ -90,6 +90,7 @@ class Membership:
         flush = 0.0
         try:
             await self.canceller.stop()
+            await self.inspector.stop()
             await self.views.stop()
             if self.link.is_up:
                 # Before the lease goes: workers that miss it would report this node as lost, not as stopped.

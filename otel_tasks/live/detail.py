@@ -6,6 +6,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks import ManagedTask, TaskStatus
+from otel_tasks._core.slices import COUNTS_PER_SLICE, ROWS_PER_SLICE
 from otel_tasks.live.rows import (
     Row,
     cause_row,
@@ -17,7 +18,6 @@ from otel_tasks.live.rows import (
     text,
     trace_link,
 )
-from otel_tasks.live.slices import COUNTS_PER_SLICE, ROWS_PER_SLICE
 
 if TYPE_CHECKING:
     from collections.abc import Generator

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from otel_tasks._core.slices import ROWS_PER_SLICE
 from otel_tasks.fleet import BusUnavailableError
 from otel_tasks.live.feed import array, assembled, encoded
 from otel_tasks.live.guard import Refused
@@ -14,7 +15,6 @@ from otel_tasks.live.marks import is_marked, is_named, marked
 from otel_tasks.live.params import MAX_ROWS
 from otel_tasks.live.rows import Row, trace_link_of
 from otel_tasks.live.search import listed, offset
-from otel_tasks.live.slices import ROWS_PER_SLICE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

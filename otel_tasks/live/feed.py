@@ -26,8 +26,8 @@ from itertools import islice
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Protocol
 
+from otel_tasks._core.slices import COUNTS_PER_SLICE, ROWS_PER_SLICE, at_once, smallest
 from otel_tasks.live.rows import Row, Shown, class_row, ended_row, group_row, seconds, task_row
-from otel_tasks.live.slices import COUNTS_PER_SLICE, ROWS_PER_SLICE, at_once, smallest
 from otel_tasks.live.trouble import Trouble
 
 if TYPE_CHECKING:

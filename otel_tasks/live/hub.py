@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from otel_tasks import Overview, TaskNotFoundError
 from otel_tasks._core.log import logger
+from otel_tasks._core.slices import in_slices, one_turn
 from otel_tasks.asgi import call_on_server_stop
 from otel_tasks.live.detail import ended_or_forgotten, live_detail
 from otel_tasks.live.feed import INTERVAL, Encoded, Feed
 from otel_tasks.live.marks import is_marked
-from otel_tasks.live.slices import in_slices, one_turn
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence

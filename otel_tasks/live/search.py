@@ -12,10 +12,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks import Overview, TaskNotFoundError
+from otel_tasks._core.slices import COUNTS_PER_SLICE, ROWS_PER_SLICE, in_slices
 from otel_tasks.live.feed import Encoded, array, assembled, encoded
 from otel_tasks.live.params import BadRequest, Query
 from otel_tasks.live.rows import ended_row, short_path, text
-from otel_tasks.live.slices import COUNTS_PER_SLICE, ROWS_PER_SLICE, in_slices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks import Overview, TaskManager
+from otel_tasks._core.slices import in_slices
 from otel_tasks.live.detail import ended_or_forgotten, live_detail
 from otel_tasks.live.feed import INTERVAL, Feed, encoded
 from otel_tasks.live.hub import Hub, NotTicking, TooManyViewers
 from otel_tasks.live.params import MAX_NAME, QUERIED, WATCHED, BadRequest, Params, query, watched
 from otel_tasks.live.rows import Shown, seconds
 from otel_tasks.live.search import listed, live_named
-from otel_tasks.live.slices import in_slices
 from otel_tasks.live.stream import Stream, polled
 
 if TYPE_CHECKING:

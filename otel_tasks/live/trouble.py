@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from otel_tasks import TaskStatus
+from otel_tasks._core.slices import ROWS_PER_SLICE, TASKS_PER_SLICE
 from otel_tasks.live.rows import Row, location, seconds, short_path
-from otel_tasks.live.slices import ROWS_PER_SLICE, TASKS_PER_SLICE
 
 if TYPE_CHECKING:
     import asyncio

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from otel_tasks import TaskManager, TaskNotFoundError
 from otel_tasks._core.log import TaskLogger, logger
+from otel_tasks._core.slices import in_slices
 from otel_tasks.live.detail import ended_detail, live_detail
 from otel_tasks.live.elsewhere import (
     Namesakes,
@@ -25,7 +26,6 @@ from otel_tasks.live.others import Others
 from otel_tasks.live.params import QUERIED, Params, Watched, query
 from otel_tasks.live.rows import Row, Shown, ended_row
 from otel_tasks.live.search import listed, live_named
-from otel_tasks.live.slices import in_slices
 from otel_tasks.live.stream import Stream
 
 if TYPE_CHECKING:
