@@ -14,7 +14,7 @@ from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.fleet import BusUnavailableError, CancelReport, Fleet, outbox
 from otel_tasks.fleet.bus import position_of
 from otel_tasks.fleet.cancellations import Sent
-from otel_tasks.fleet.entries import CancelEntry
+from otel_tasks.fleet.entries import AnswerEntry, CancelEntry
 from otel_tasks.fleet.memory_bus import memory_server
 from otel_tasks.testing import FakeConnection, run
 from tests.helpers import cancel_at_each_await, fail, give, ignore_cancels, now, rest, settle
@@ -445,6 +445,22 @@ async def test_a_cancellation_that_waited_for_the_bus_spares_what_started_later(
             await asyncio.sleep(5)
             assert (old.cancelled(), new.cause) == (True, None)
             old = new
+
+
+async def test_a_node_that_starts_answers_no_old_question() -> None:
+    """It reads the log of the last hour, whose questions nobody waits for any more."""
+    here, there = (Fleet("memory://", namespace="shop", manager=TaskManager()) for _ in range(2))
+    answers: list[str] = []
+    async with here:
+        here.link.subscribe(AnswerEntry, lambda answer, _: answers.append(answer.node))
+        for _ in range(3):
+            await here.tasks(timeout=1.0)
+        await asyncio.sleep(60.0)
+        async with there:
+            await asyncio.sleep(1.0)
+            assert answers == []
+            await here.tasks()
+            assert answers == [there.node]
 
 
 async def test_inspection_needs_the_bus() -> None:
