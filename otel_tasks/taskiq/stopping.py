@@ -64,8 +64,6 @@ class SignalWatch:
             handler.leave()
         if self._stopping is not None:
             await asyncio.wait([self._stopping])
-            # The broker may start again in this process.
-            self._stopping = None
 
     def _begin(self) -> None:
         if self._stopping is not None:
