@@ -8,15 +8,12 @@ from otel_tasks_terminal.text import clean, counted, duration, fine, number, per
 
 Row = dict[str, Any]
 
+# The other kinds of causes read well without their underscores.
 CAUSES = {
     "client_disconnect": "client disconnected",
     "explicit": "cancelled on request",
     "foreign": "cancelled by other code",
     "replaced": "replaced by a new task",
-    "scope_ended": "scope ended",
-    "shutdown": "shutdown",
-    "sibling_failed": "sibling failed",
-    "timeout": "timeout",
 }
 
 
