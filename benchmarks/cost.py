@@ -140,7 +140,14 @@ async def _count(work: Work) -> dict[str, float]:
 
 
 async def _slope(work: Work, counted: Callable[[Work, int], Awaitable[int]]) -> float:
-    few, many = await counted(work, FEW), await counted(work, MANY)
+    # A collection of garbage calls functions of ours, and comes when it likes.
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        few, many = await counted(work, FEW), await counted(work, MANY)
+    finally:
+        if was_enabled:
+            gc.enable()
     return round((many - few) / (MANY - FEW), 2)
 
 
