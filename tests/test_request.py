@@ -56,6 +56,24 @@ async def test_late_task_has_a_trace_of_its_own(manager: TaskManager, spans: Spa
         assert [link.context.span_id for link in span.links] == [server.get_span_context().span_id]
 
 
+async def test_detached_task_starts_tasks_in_the_group_of_its_request(manager: TaskManager) -> None:
+    """It belongs to the request, which is kept for it once the server has let it go."""
+    detached = []
+
+    async def outlive() -> TaskGroup:
+        await asyncio.sleep(1)
+        task = create_task(asyncio.sleep(0))
+        await task
+        return task.group
+
+    async def handler() -> None:
+        detached.append(create_task(outlive()))
+
+    await FakeConnection().run(TaskGroupMiddleware(app_of(handler), manager=manager, on_exit="detach"))
+    gc.collect()
+    assert await detached[0] is detached[0].group
+
+
 async def test_task_that_was_started_in_a_shield_and_outlives_its_request_belongs_to_the_manager(
     manager: TaskManager,
 ) -> None:
