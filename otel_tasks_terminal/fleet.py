@@ -153,7 +153,13 @@ class _LoopThread:
                 self._thread.start()
                 self._begun.wait()
             assert self._loop is not None  # noqa: S101  # the thread has set it
-            return asyncio.run_coroutine_threadsafe(ask(self.observer), self._loop)
+            loop = self._loop
+            begun: Future[Future[T]] = Future()
+            # In the loop: here, Ctrl-C could come after its creation, and it would never be awaited.
+            loop.call_soon_threadsafe(
+                lambda: begun.set_result(asyncio.run_coroutine_threadsafe(ask(self.observer), loop))
+            )
+            return begun.result()
 
     def post(self, call: Callable[..., object], *args: object) -> None:
         """Call a function in the loop, if that runs."""

@@ -291,6 +291,18 @@ def test_a_call_ends_within_its_timeout(source: FleetSource, monkeypatch: pytest
     assert caught.value.code is ExitCode.UNREACHABLE
 
 
+def test_signal_before_a_call_is_scheduled_leaves_no_coroutine(source: FleetSource) -> None:
+    """Coroutines are created in the loop's thread, which Ctrl-C does not interrupt."""
+    created: list[threading.Thread] = []
+
+    def ask(observer: Observer) -> Any:
+        created.append(threading.current_thread())
+        return observer.snapshot()
+
+    source._thread.submit(ask).result()
+    assert [thread.name for thread in created] == ["otel-tasks fleet"]
+
+
 def test_without_the_bus_nothing_is_claimed(source: FleetSource) -> None:
     """A list would say that nothing runs."""
     source.tasks([])

@@ -77,7 +77,6 @@ class Shop:
             "PYTHONPATH": str(REPOSITORY),
             "PYTHONIOENCODING": "utf-8",
             "PYTHONWARNINGS": "error",
-            "PYTHONASYNCIODEBUG": "1",
             "LC_ALL": "C.UTF-8",
             "XDG_STATE_HOME": str(self._directory / "state"),
             **more,
@@ -193,15 +192,19 @@ def test_a_reader_that_leaves(shop: Shop) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_a_signal_ends_it_in_silence(number: signal.Signals, code: int, shop: Shop) -> None:
     """No traceback, no task that is left, and no node."""
+    # In debug mode, asyncio takes longer for each call, and the signal comes in the middle of one.
+    environment = shop.environment(PYTHONASYNCIODEBUG="1")
     watching = subprocess.Popen(
-        [*COMMAND, "watch", "--json"], env=shop.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*COMMAND, "watch", "--json"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert watching.stdout is not None
     assert watching.stdout.readline()
     assert watching.stdout.readline()
     watching.send_signal(number)
     _, err = watching.communicate(timeout=PATIENCE)
-    assert (watching.returncode, err) == (code, b"")
+    # It also reports what takes long, as everything does on a busy machine.
+    said = [line for line in err.splitlines() if not line.startswith(b"Executing ")]
+    assert (watching.returncode, said) == (code, [])
     assert shop.roster() == {worker.node for worker in shop.workers}
 
 
