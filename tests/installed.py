@@ -23,7 +23,7 @@ from pathlib import Path
 # The modules that need a test tool or the extra `instrument`, and the one that runs when it is imported.
 NEVER = ("instrumentation", "pytest_plugin", "__main__")
 # The adapters for frameworks and tools, which a bare `pip install otel-tasks` cannot import.
-ADAPTERS = ("fastapi", "live", "redis_bus", "redis_channel", "taskiq", "top")
+ADAPTERS = ("fastapi", "live", "redis_bus", "redis_channel", "redis_claims", "taskiq", "top")
 
 # Its arguments are the modules to leave out.
 IMPORT_ALL = """
