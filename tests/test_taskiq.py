@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
     from taskiq import AsyncTaskiqDecoratedTask
 
+    from otel_tasks import ManagedTask
     from otel_tasks.testing import SpanRecorder
 
 
@@ -597,20 +598,25 @@ async def test_deadline_that_passes_in_the_queue_keeps_the_task_from_starting() 
 
 async def test_duplicate_waits_for_the_first_and_does_not_run() -> None:
     """A message that is delivered twice runs once: the second delivery waits, and is then acknowledged."""
+    async with called_slowly() as (api, one, two, task), working(two.broker):
+        api.broker.queue.deliver_twice()
+        assert await task == "done"
+        await asyncio.sleep(5)
+    assert (one.log, two.log) == (["started"], [])
+    assert api.broker.queue.acknowledged == 2
+
+
+@asynccontextmanager
+async def called_slowly() -> AsyncIterator[tuple[Node, Node, Node, ManagedTask[str]]]:
+    """A caller, a worker that runs its call, another one that has not started, and the call."""
     queue = SharedQueue()
     api, one, two = Node(queue), Node(queue), Node(queue)
     for node in (one, two):
         serve_slowly(node)
-
     async with started(api), working(one.broker):
         task = api.manager.create_task(remote(api.task(slowly)))
         await asyncio.sleep(1)
-        async with working(two.broker):
-            queue.deliver_twice()
-            assert await task == "done"
-            await asyncio.sleep(5)
-    assert (one.log, two.log) == (["started"], [])
-    assert queue.acknowledged == 2
+        yield api, one, two, task
 
 
 def serve_slowly(worker: Node) -> None:
@@ -631,47 +637,32 @@ async def slowly() -> str:
 
 async def test_all_duplicates_end_with_the_one_that_waits() -> None:
     """Further deliveries in one process take no slot, and are acknowledged: they do not come again later."""
-    queue = SharedQueue()
-    api, one, two = Node(queue), Node(queue), Node(queue)
-    for node in (one, two):
-        serve_slowly(node)
-
-    async with started(api), working(one.broker):
-        task = api.manager.create_task(remote(api.task(slowly)))
-        await asyncio.sleep(1)
+    async with called_slowly() as (api, one, two, task):
         async with working(two.broker):
             for _ in range(2):
-                queue.deliver_twice()
+                api.broker.queue.deliver_twice()
                 await asyncio.sleep(1)
             assert await task == "done"
             await asyncio.sleep(5)
-            assert not queue.delivered
+            assert not api.broker.queue.delivered
         await asyncio.sleep(60)
     assert [*one.log, *two.log] == ["started"]
-    assert queue.acknowledged == 4
+    assert api.broker.queue.acknowledged == 4
 
 
 async def test_cancellations_do_not_make_waiting_executions_ask_for_their_claims() -> None:
     """A thousand cancellations of other tasks cost an execution that waits no call of the bus."""
-    queue = SharedQueue()
-    api, one, two = Node(queue), Node(queue), Node(queue)
-    for node in (one, two):
-        serve_slowly(node)
-
-    async with started(api), working(one.broker):
-        task = api.manager.create_task(remote(api.task(slowly)))
-        await asyncio.sleep(1)
-        async with working(two.broker):
-            queue.deliver_twice()
-            server = memory_server(namespace="shop")
-            with mock.patch.object(server, "claim", side_effect=server.claim) as claim:
-                for number in range(1000):
-                    await api.fleet.cancel_task(f"other-{number}", timeout=0)
-                    await asyncio.sleep(0.01)
-            assert 8 < claim.call_count < 25
-            task.cancel()
-            await asyncio.sleep(0.1)
-            assert len(queue.delivered) == 0
+    async with called_slowly() as (api, _, two, task), working(two.broker):
+        api.broker.queue.deliver_twice()
+        server = memory_server(namespace="shop")
+        with mock.patch.object(server, "claim", side_effect=server.claim) as claim:
+            for number in range(1000):
+                await api.fleet.cancel_task(f"other-{number}", timeout=0)
+                await asyncio.sleep(0.01)
+        assert 8 < claim.call_count < 25
+        task.cancel()
+        await asyncio.sleep(0.1)
+        assert len(api.broker.queue.delivered) == 0
 
 
 async def test_duplicates_of_a_message_that_is_left_are_left_too() -> None:

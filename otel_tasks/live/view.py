@@ -90,7 +90,7 @@ class View:
         """
         await self._admit(viewer)
         if self._fleet is not None:
-            # Who asks once must not miss a node that answers a moment later.
+            # A single request must not miss a node that answers a moment later.
             await self.hub.complete()
         return self.hub.feed.snapshot()
 

@@ -153,7 +153,7 @@ class View:
     def next_node(self) -> None:
         """Look at the next node of the fleet; after the last one, at all of them."""
         names: list[str | None] = [None, *sorted(self._model.nodes)]
-        # What was named by its host may be several nodes.
+        # A host that was named may run several nodes.
         shown = self._model.only
         self._model.only = names[(names.index(shown) + 1) % len(names)] if shown in names else None
         self.listing = None
