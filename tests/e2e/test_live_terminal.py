@@ -24,7 +24,7 @@ from .servers import REPOSITORY, eventually
 from .terminal_app import TOKEN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 pytestmark = pytest.mark.e2e
 
@@ -110,9 +110,14 @@ def own_service(tmp_path: Path) -> Iterator[Service]:
 
 def call(service: Service, *arguments: str, view: str = "tasks", **more: str) -> tuple[int, str, str]:
     """Run a command; return its exit code, and what it has printed."""
+    return printed(arguments, service.environment(view, **more))
+
+
+def printed(arguments: Sequence[str], environment: dict[str, str]) -> tuple[int, str, str]:
+    """Run `otel-tasks`; return its exit code, and what it has printed."""
     result = subprocess.run(
         [*COMMAND, *arguments],
-        env=service.environment(view, **more),
+        env=environment,
         capture_output=True,
         text=True,
         encoding="utf-8",

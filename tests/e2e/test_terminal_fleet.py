@@ -18,7 +18,7 @@ import pytest
 from tests.redis_server import redis_in, running
 
 from .servers import REPOSITORY, eventually
-from .test_live_terminal import COMMAND, PATIENCE, Terminal
+from .test_live_terminal import COMMAND, PATIENCE, Terminal, printed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -84,17 +84,7 @@ class Shop:
 
     def call(self, *arguments: str, **more: str) -> tuple[int, str, str]:
         """Run a command; return its exit code, and what it has printed."""
-        result = subprocess.run(
-            [*COMMAND, *arguments],
-            env=self.environment(**more),
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            stdin=subprocess.DEVNULL,
-            timeout=60,
-            check=False,
-        )
-        return result.returncode, result.stdout, result.stderr
+        return printed(arguments, self.environment(**more))
 
     def json(self, *arguments: str) -> Any:
         """The JSON that a command prints."""
