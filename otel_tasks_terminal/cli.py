@@ -220,6 +220,7 @@ def _tree_arguments(added: argparse.ArgumentParser) -> None:
 
 def _id_argument(added: argparse.ArgumentParser) -> None:
     added.add_argument("id", metavar="ID", help="the id of a task, its path, or its name")
+    _node_argument(added)
 
 
 def _cancel_arguments(added: argparse.ArgumentParser) -> None:

@@ -118,9 +118,9 @@ class Client(Source):
         """Fetch one page of a list of tasks."""
         return self.get("tasks", pairs)
 
-    def task(self, task_id: str) -> Answer:
-        """Fetch everything about one task."""
-        return self.get(_task_path(task_id))
+    def task(self, task_id: str, node: str | None = None) -> Answer:
+        """Fetch everything about one task, of these nodes alone if they are named."""
+        return self.get(_task_path(task_id), [("node", node)] if node else ())
 
     def cancel(self, uid: str, reason: str | None) -> Answer:
         """Request the cancellation of the task with this uid."""

@@ -37,7 +37,8 @@ TASKS_PER_CLASS = 200
 def ls(options: argparse.Namespace, connect: Connect) -> int:
     """List tasks."""
     pairs = _filters(options)
-    answer = connect().listed(pairs, options.limit)
+    source = connect()
+    answer = source.listed(pairs, options.limit)
     rows = answer["rows"]
     if is_json(options):
         print_json(answer)
@@ -45,9 +46,20 @@ def ls(options: argparse.Namespace, connect: Connect) -> int:
         print_lines(clean(row["id"]) for row in rows if row.get("id"))
     elif rows:
         print_lines((views.ended_list if options.ended else views.live_list)(answer, pen_of(options)))
+    if options.node and not rows:
+        _check_node(options.node, source)
     if not is_json(options):
         _note_rest(answer, ended=options.ended, filtered=bool(pairs))
     return ExitCode.OK
+
+
+def _check_node(name: str, source: Source) -> None:
+    """Say which nodes there are, if none has this name."""
+    from otel_tasks_terminal.model import Model  # the other lists start without
+
+    model = Model(only=name)
+    model.apply("snapshot", source.snapshot())
+    check_nodes(model)
 
 
 def _filters(options: argparse.Namespace) -> Pairs:
@@ -130,12 +142,21 @@ def _note_more(model: Model) -> None:
 
 def show(options: argparse.Namespace, connect: Connect) -> int:
     """Show everything about one task."""
-    answer = connect().task(options.id)
+    answer = connect().task(options.id, options.node)
     if is_json(options):
         print_json(answer)
     else:
         print_lines(details.lines(answer, pen_of(options)))
+        if unheard := _unheard(answer):
+            print(unheard, file=sys.stderr)
     return ExitCode.OK
+
+
+def _unheard(answer: Row) -> str:
+    """The nodes that may have a task of this name, too; empty if all have answered."""
+    silent, more = answer.get("silent") or (), answer.get("not_asked") or 0
+    rest = [f"{counted(more, 'more node')}, which are too many to ask"] if more else []
+    return f"no answer from {', '.join([*map(clean, silent), *rest])}" if silent or rest else ""
 
 
 # --- cancel ----------------------------------------------------------------------------------------
@@ -146,9 +167,9 @@ def cancel(options: argparse.Namespace, connect: Connect) -> int:
     if not options.yes and not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise usage("cancel asks before it acts, and there is no terminal to ask: add --yes")
     client = connect()
-    found = client.task(options.id)
+    found = client.task(options.id, options.node)
     task = found["task"]
-    _check_unique(client, options.id, task)
+    _check_unique(client, options.id, found)
     if found.get("state") == "ended":
         return _report(
             options, {"v": 1, "result": "ended", "state": "ended", "task": task}, found.get("now", 0.0)
@@ -160,10 +181,14 @@ def cancel(options: argparse.Namespace, connect: Connect) -> int:
     return _report(options, client.cancel(task["id"], options.reason), found.get("now", 0.0))
 
 
-def _check_unique(client: Source, wanted: str, task: Row) -> None:
-    """Refuse a name that several live tasks have: the service would choose one of them."""
-    if wanted in (task.get("id"), task.get("task_id")) or task.get("node"):
-        # The view of a fleet has looked for it itself.
+def _check_unique(client: Source, wanted: str, found: Row) -> None:
+    """Refuse a name that several live tasks have, or may have: the service would choose one of them."""
+    task = found["task"]
+    if task.get("node"):
+        # The view of a fleet has asked the nodes itself.
+        _check_heard(found)
+        return
+    if wanted in (task.get("id"), task.get("task_id")):
         return
     same = [
         row
@@ -176,6 +201,17 @@ def _check_unique(client: Source, wanted: str, task: Row) -> None:
         raise CommandError(
             ExitCode.NOTHING_DONE,
             f"{counted(len(same), 'task')} have the name {clean(wanted)!r}: give the id of one ({ids}{more})",
+        )
+
+
+def _check_heard(found: Row) -> None:
+    unheard = _unheard(found)
+    if unheard:
+        fix = "choose a node with --node"
+        if found.get("state") == "live":
+            fix += f", or give the id {clean(found['task'].get('id'), 200)}"
+        raise CommandError(
+            ExitCode.UNREACHABLE, f"{unheard}, and a live task of this name may be there: {fix}"
         )
 
 

@@ -76,9 +76,9 @@ class FleetSource(Source):
         """Fetch one page of a list of tasks."""
         return self._call(lambda observer: observer.tasks(pairs))
 
-    def task(self, task_id: str) -> Answer:
-        """Fetch everything about one task."""
-        return self._call(lambda observer: observer.task(task_id))
+    def task(self, task_id: str, node: str | None = None) -> Answer:
+        """Fetch everything about one task, of these nodes alone if they are named."""
+        return self._call(lambda observer: observer.task(task_id, node))
 
     def cancel(self, uid: str, reason: str | None) -> Answer:
         """Request the cancellation of the task with this uid."""

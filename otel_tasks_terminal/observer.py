@@ -95,12 +95,12 @@ class Observer:
         """
         return await self._answered(lambda view: view.tasks(pairs))
 
-    async def task(self, task_id: str) -> Answer:
-        """Return everything about one task.
+    async def task(self, task_id: str, node: str | None) -> Answer:
+        """Return everything about one task, of these nodes alone if they are named.
 
         Cancellation: ends the wait.
         """
-        return await self._answered(lambda view: view.task(task_id, _may))
+        return await self._answered(lambda view: view.task(task_id, _may, node))
 
     async def cancel(self, uid: str, reason: str | None) -> Answer:
         """Cancel a task, and wait a moment for its end.

@@ -39,8 +39,8 @@ class Source(ABC):
         """Fetch one page of a list of tasks."""
 
     @abstractmethod
-    def task(self, task_id: str) -> Answer:
-        """Fetch everything about one task."""
+    def task(self, task_id: str, node: str | None = None) -> Answer:
+        """Fetch everything about one task, of these nodes alone if they are named."""
 
     @abstractmethod
     def cancel(self, uid: str, reason: str | None) -> Answer:

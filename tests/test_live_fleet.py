@@ -61,6 +61,11 @@ async def remote(client: Client, name: str) -> dict[str, Any]:
     return found
 
 
+def short(fleet: Fleet) -> str:
+    """A node as people call it."""
+    return fleet.node.rpartition("/")[0]
+
+
 def silence(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a node answer no view."""
     monkeypatch.setattr(fleet.views, "_answer", lambda entry: asyncio.sleep(0))
@@ -104,7 +109,9 @@ async def test_view_without_a_fleet_names_no_node() -> None:
         assert not {"node", "nodes"} & shown.keys()
         assert not [row for row in (*shown["groups"], *shown["classes"], *rows) if "node" in row]
         assert "nodes" not in shown["more"]
-        await client.get("/v1/tasks?node=a", status=400)
+        for path in ("/v1/tasks?node=a", "/v1/tasks/import?node=a"):
+            answer = await client.get(path, status=400)
+            assert "this view shows one process" in answer["error"]["message"]
         await leave()
 
 
@@ -238,7 +245,10 @@ async def test_a_name_that_several_nodes_have_is_refused() -> None:
         await settle()
         client = view_of(here)
         message = (await client.get("/v1/tasks/import", status=404))["error"]["message"]
-        assert message.startswith("2 live tasks have the name 'import': use the id of one, such as '")
+        nodes = ", ".join(sorted((short(there), short(other)), key=message.index))
+        assert message.startswith(
+            f"2 live tasks have the name 'import', on {nodes}: choose a node, or use the id of one, such as '"
+        )
         uid = message.rpartition(" ")[2].strip("'")
         assert (await client.get(f"/v1/tasks/{uid}"))["task"]["name"] == "import"
 
@@ -247,6 +257,61 @@ async def test_a_name_that_several_nodes_have_is_refused() -> None:
         message = (await client.get("/v1/tasks/import", status=404))["error"]["message"]
         assert message.startswith("3 live tasks")
         assert (await client.get(f"/v1/tasks/{mine.uid}"))["task"]["node"] == here.node
+
+
+async def test_a_node_chooses_among_tasks_of_one_name() -> None:
+    """Only that node is searched, whether it is another one or the one that answers."""
+    async with fleet_of(3) as (here, there, other):
+        tasks = {fleet.node: fleet.manager.create_task(rest(), name="import") for fleet in (here, there)}
+        await settle()
+        client = view_of(here)
+        for node in tasks:
+            assert (await client.get(f"/v1/tasks/import?node={quote(node)}"))["task"]["node"] == node
+        # All nodes of this test are processes of one host.
+        answer = await client.get(f"/v1/tasks/import?node={quote(short(here))}", status=404)
+        assert answer["error"]["message"].startswith("2 live tasks")
+        await client.get(f"/v1/tasks/import?node={quote(other.node)}", status=404)
+
+        uid = (await client.get(f"/v1/tasks/import?node={quote(there.node)}"))["task"]["id"]
+        assert (await client.get(f"/v1/tasks/{uid}?node={quote(there.node)}"))["state"] == "live"
+        answer = await client.get(f"/v1/tasks/{uid}?node={quote(other.node)}", status=404)
+        assert f"is on node {there.node}, not on {other.node!r}" in answer["error"]["message"]
+        mine = tasks[here.node].uid
+        await client.get(f"/v1/tasks/{mine}?node={quote(there.node)}", status=404)
+        answer = await client.get("/v1/tasks/import?node=api", status=404)
+        assert answer["error"]["message"].startswith(
+            f"no node is called 'api': the nodes are {short(here)}, "
+        )
+
+
+async def test_an_ended_task_of_this_node_is_not_that_of_another() -> None:
+    """The records of a node that was not chosen are not searched."""
+    async with fleet_of(2) as (here, there):
+        for fleet in (here, there):
+            await fleet.manager.create_task(give(1), name="import")
+        client = view_of(here)
+        assert (await client.get("/v1/tasks/import"))["task"]["node"] == here.node
+        found = await client.get(f"/v1/tasks/import?node={quote(there.node)}")
+        assert (found["state"], found["task"]["node"]) == ("ended", there.node)
+
+
+async def test_an_answer_names_the_nodes_that_may_have_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A silent one, and those beyond the number of nodes that are asked; an id is certain without them."""
+    async with fleet_of(3) as (here, there, _):
+        here.manager.create_task(rest(), name="import")
+        await here.manager.create_task(give(1), name="report")
+        await settle()
+        client = view_of(here)
+        found = await client.get("/v1/tasks/import")
+        assert not {"silent", "not_asked"} & found.keys()
+        silence(there, monkeypatch)
+        for name in ("import", "report"):
+            assert (await client.get(f"/v1/tasks/{name}"))["silent"] == [there.node]
+        for question in (f"import?node={quote(here.node)}", found["task"]["id"]):
+            assert "silent" not in await client.get(f"/v1/tasks/{question}")
+        monkeypatch.setattr("otel_tasks.live.others.MAX_NODES", 1)
+        await asyncio.sleep(1.1)
+        assert (await client.get("/v1/tasks/import"))["not_asked"] == 1
 
 
 async def test_several_tasks_of_one_other_node_with_one_name_are_refused() -> None:
@@ -259,7 +324,9 @@ async def test_several_tasks_of_one_other_node_with_one_name_are_refused() -> No
         tasks = [group.create_task(rest(), name="render") for group in (one, two)]
         await settle()
         answer = await view_of(here).get("/v1/tasks/render", status=404)
-        assert answer["error"]["message"].startswith("2 live tasks have the name 'render'")
+        assert answer["error"]["message"].startswith(
+            f"2 live tasks have the name 'render' on {short(there)}: use the id of one, such as '"
+        )
         for task in tasks:
             task.cancel()
 

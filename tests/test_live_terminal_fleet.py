@@ -159,8 +159,23 @@ def test_show_and_cancel_find_a_task_by_its_name(capsys: pytest.CaptureFixture[s
     assert main(["cancel", "ended-0", "--yes"]) == ExitCode.OK
     assert "had already ended" in capsys.readouterr().out
     assert main(["cancel", "same", "--yes"]) == ExitCode.NOTHING_DONE
-    assert "2 live tasks have the name 'same'" in capsys.readouterr().err
+    assert "2 live tasks have the name 'same', on " in capsys.readouterr().err
     assert main(["cancel", "unknown", "--yes"]) == ExitCode.NOTHING_DONE
+
+
+def test_a_node_chooses_among_tasks_of_one_name(source: FleetSource) -> None:
+    """Of two tasks of one name, the one on the other node keeps running."""
+    node, other = (source.task(f"import-{number}")["task"]["node"] for number in (0, 1))
+    for name, wrong, says in (
+        ("import-0", other, "no task has the id 'import-0'"),
+        ("same", "nowhere", "no node is called 'nowhere': the nodes are "),
+    ):
+        with pytest.raises(CommandError, match=says) as caught:
+            source.task(name, wrong)
+        assert caught.value.code is ExitCode.NOTHING_DONE
+    chosen = source.task("same", node)["task"]
+    assert source.cancel(chosen["id"], None)["result"] == "cancelled"
+    assert source.task("same")["task"]["node"] == other
 
 
 def test_the_cause_names_the_person(source: FleetSource, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,49 @@ def test_nodes_are_chosen_of_a_fleet_alone(
     assert "choose nodes by the field node" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["show"], ["cancel", "--yes"]])
+def test_show_and_cancel_search_the_chosen_nodes(
+    command: list[str], view: View, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The view gets the name; a task elsewhere is not found."""
+    view.answers["GET tasks/import"] = Said(details(task=IMPORT))
+    uid = IMPORT["id"]
+    cancelled = {"v": 1, "result": "cancelled", "state": "ended", "task": IMPORT}
+    view.answers[f"POST tasks/{uid}/cancel"] = Said(cancelled)
+    assert main([*command, "import", "--node", "api-1"]) == 0
+    asked = [each for each in view.asked if each.path == "tasks/import"]
+    assert [each.query for each in asked] == [{"node": ["api-1"]}]
+    assert "import" in capsys.readouterr().out
+
+
+def test_cancel_wants_to_be_certain_that_no_other_node_has_the_name(
+    view: View, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A silent node may have a task of that name; `show` only says so."""
+    view.answers["GET tasks/import"] = Said(details(task=IMPORT, silent=[WORKER], not_asked=2))
+    unheard = f"no answer from {WORKER}, 2 more nodes, which are too many to ask"
+    assert main(["show", "import"]) == 0
+    assert capsys.readouterr().err == f"{unheard}\n"
+    assert main(["cancel", "import", "--yes"]) == ExitCode.UNREACHABLE
+    error = capsys.readouterr().err
+    assert f"{unheard}, and a live task of this name may be there: choose a node with --node" in error
+    assert f"or give the id {IMPORT['id']}" in error
+    ended = {**IMPORT, "status": "completed", "ended": NOW}
+    view.answers["GET tasks/import"] = Said(details(task=ended, state="ended", silent=[WORKER]))
+    assert main(["cancel", "import", "--yes"]) == ExitCode.UNREACHABLE
+    assert capsys.readouterr().err.endswith("choose a node with --node\n")
+    assert [asked.method for asked in view.asked] == ["GET", "GET", "GET"]
+
+
+def test_ls_of_an_unknown_node_names_those_there_are(view: View, capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty list alone would say that the node runs nothing."""
+    view.answers["GET tasks"] = Said(rows(silent=[]))
+    assert main(["ls", "--node", "api"]) == 0
+    assert "no node is called 'api': the nodes are api-1/7, worker-1/77," in capsys.readouterr().err
+    assert main(["ls", "--node", "api-1"]) == 0
+    assert "no node is called" not in capsys.readouterr().err
+
+
 def test_watch_names_the_node_of_what_ends(view: View, capsys: pytest.CaptureFixture[str]) -> None:
     """And leaves out other nodes, if one is chosen."""
     ended = [

@@ -19,6 +19,7 @@ from otel_tasks.live.search import listed, offset
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from otel_tasks import ManagedTask
     from otel_tasks.fleet import Fleet
     from otel_tasks.live.feed import Feed
     from otel_tasks.live.others import Other, Others
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 # The texts of a row of a list, and those of a task.
 _ROW_TEXTS: Final = ("name", "status", "task_id")
 _TASK_TEXTS: Final = (*_ROW_TEXTS, "id", "group_id", "priority")
+# Nodes that an error names.
+LISTED: Final = 5
 _FIRST: Final = {"cancelling": 0, "queued": 1, "pending": 1}
 _ORDERS: Final[dict[str, Callable[[Row], tuple[Any, ...]]]] = {
     "age": lambda row: (row["created"], row["task_id"]),
@@ -63,11 +66,19 @@ class RemoteTask:
     status: str
 
 
-async def found_there(others: Others, feed: Feed, name: str) -> tuple[Row, RemoteTask | None]:
+async def found_there(
+    others: Others, feed: Feed, name: str, node: str | None = None
+) -> tuple[Row, RemoteTask | None]:
     """The details of a task of another node, and the task itself if it is live.
 
+    Args:
+        others: The other nodes.
+        feed: The feed of this node.
+        name: The id of the task in this view.
+        node: The name, the host, or the host and process that its node must have; None for any.
+
     Raises:
-        Refused: No node has this task, or its node does not answer.
+        Refused: No node has this task, its node does not answer, or it is another one than ``node``.
 
     Cancellation: ends the wait.
     """
@@ -75,6 +86,8 @@ async def found_there(others: Others, feed: Feed, name: str) -> tuple[Row, Remot
     if asked is None:
         raise _not_found(f"no node of the fleet has the task {name[:80]!r}", feed)
     other, uid = asked
+    if node is not None and not is_named(other.node, node):
+        raise _not_found(f"the task {name[:80]!r} is on node {other.node}, not on {node!r}", feed)
     details = _readable(await others.answer(other, "task", [["task", uid]]))
     if details is None:
         raise Refused(503, "silent", f"node {other.node} does not answer", {"Retry-After": "5"})
@@ -102,49 +115,106 @@ class Namesakes:
     """The tasks of other nodes that have one name.
 
     Attributes:
+        is_here: True if this process is searched, too.
         count: How many of them are live.
+        nodes: The nodes of the live ones, each as ``host/pid``.
         first: The id of a live one.
         live: The details of a live one, and the task, if its node has no other one.
         ended: The details of the one that ended last.
-        silent: The nodes that have not answered.
+        silent: The nodes that have not answered, and may have such a task, too.
+        not_asked: How many nodes were not asked, because the fleet has too many.
     """
 
+    is_here: bool = True
     count: int = 0
+    nodes: list[str] = field(default_factory=list)
     first: str | None = None
     live: tuple[Row, RemoteTask] | None = None
     ended: Row | None = None
     silent: list[str] = field(default_factory=list)
+    not_asked: int = 0
+
+    def take(self, other: Other, details: Row, feed: Feed) -> None:
+        """Take the answer of a node."""
+        state, task = details.get("state"), details.get("task", {})
+        if state in ("live", "ended"):
+            details["trace_url"] = _trace_link(task, feed)
+        if state == "ended" and (self.ended is None or self.ended["task"]["ended"] < task["ended"]):
+            self.ended = details
+        if state in ("live", "several"):
+            self.count += 1 if state == "live" else _number(details.get("count"))
+            self.nodes.append(_short(other.node))
+            self.first = self.first or task["id"]
+        if state == "live":
+            self.live = details, _remote(other, task)
+
+    def unheard(self) -> Row:
+        """What an answer says of the nodes that may have such a task, too."""
+        found = {"silent": self.silent, "not_asked": self.not_asked}
+        return {name: value for name, value in found.items() if value}
 
 
-async def namesakes(others: Others, feed: Feed, name: str) -> Namesakes:
-    """Ask all other nodes for a task by its id there, or by its name.
+async def namesakes(others: Others, feed: Feed, name: str, node: str | None) -> Namesakes:
+    """Ask the other nodes for a task by its id there, or by its name.
+
+    Args:
+        others: The other nodes.
+        feed: The feed of this node.
+        name: The name or the id.
+        node: The name, the host, or the host and process of the nodes that are asked; None for all.
+
+    Raises:
+        Refused: No node is called ``node``.
 
     Cancellation: ends the wait.
     """
-    asked = others.named(None)
+    asked = others.named(node)
+    is_here = node is None or (feed.shown.node is not None and is_named(feed.shown.node, node))
+    if not asked and not is_here:
+        raise _not_found(f"no node is called {node!r}: {_names_of(others, feed)}", feed)
     answers = [
         _readable(answer)
         for answer in await asyncio.gather(
             *(others.answer(other, "task", [["task", name]]) for other in asked)
         )
     ]
-    found = Namesakes(silent=_silent(asked, answers))
+    # One process is either asked or unknown.
+    not_asked = 0 if node is not None and "/" in node else others.left_out
+    found = Namesakes(is_here=is_here, silent=_silent(asked, answers), not_asked=not_asked)
     for other, details in zip(asked, answers, strict=True):
-        state = None if details is None else details.get("state")
-        if details is None or state not in ("live", "ended", "several"):
-            continue
-        task = details["task"]
-        if state == "ended":
-            details["trace_url"] = _trace_link(task, feed)
-            if found.ended is None or found.ended["task"]["ended"] < task["ended"]:
-                found.ended = details
-            continue
-        found.count += _number(details.get("count")) if state == "several" else 1
-        found.first = found.first or task["id"]
-        if state == "live":
-            details["trace_url"] = _trace_link(task, feed)
-            found.live = details, _remote(other, task)
+        if details is not None:
+            found.take(other, details, feed)
     return found
+
+
+def several(name: str, here: Sequence[ManagedTask[Any]], there: Namesakes, feed: Feed) -> Refused:
+    """The refusal of a name that several live tasks have: none of them is chosen."""
+    count = len(here) + there.count
+    first = here[0].uid if here else there.first
+    own = [] if not here or feed.shown.node is None else [_short(feed.shown.node)]
+    nodes = [*own, *there.nodes]
+    if len(nodes) > 1:
+        which = f", on {_listed(nodes)}: choose a node, or use the id of one, such as {first!r}"
+    else:
+        on = f" on {nodes[0]}" if nodes else ""
+        which = f"{on}: use the id of one, such as {first!r}{', the oldest' if here else ''}"
+    return _not_found(f"{count} live tasks have the name {name[:80]!r}{which}", feed)
+
+
+def _names_of(others: Others, feed: Feed) -> str:
+    own = [] if feed.shown.node is None else [feed.shown.node]
+    names = [*own, *(other.node for other in others.named(None))]
+    return f"the nodes are {_listed([_short(name) for name in names])}"
+
+
+def _listed(nodes: Sequence[str]) -> str:
+    more = len(nodes) - LISTED
+    return ", ".join(nodes[:LISTED]) + (f", and {more} more" if more > 0 else "")
+
+
+def _short(node: str) -> str:
+    """A node as people call it: its host and its process."""
+    return node.rpartition("/")[0]
 
 
 def state_of(details: Row) -> Row:

@@ -204,8 +204,9 @@ class _Endpoints:
 
     async def task(self, request: Request, user: Any) -> Response:
         """Answer with everything about one task."""
-        Params(request.query_params.multi_items(), ())
-        return _json(await self._view.task(request.path_params["task_id"], partial(self._may, request)))
+        node = Params(request.query_params.multi_items(), ("node",)).text("node")
+        task_id, may = request.path_params["task_id"], partial(self._may, request)
+        return _json(await self._view.task(task_id, may, node))
 
     async def cancel(self, request: Request, user: Any) -> Response:
         """Cancel one task, and wait a little for its end."""

@@ -229,7 +229,8 @@ class Others:
         self._fleet = fleet
         self._clock = clock
         self._others: dict[str, Other] = {}
-        self._left_out = 0
+        # Nodes of the fleet beyond ``MAX_NODES``, which are not asked.
+        self.left_out = 0
         self._found_at = float("-inf")
         self._unreadable: set[str] = set()
         # Ends since the first look at each node: a node that joins later must not look like a burst.
@@ -322,7 +323,7 @@ class Others:
         if known is None:
             return
         self._found_at = self._clock()
-        self._left_out = max(0, len(known) - MAX_NODES)
+        self.left_out = max(0, len(known) - MAX_NODES)
         wanted = {mark_of(node): about for node, about in sorted(known.items())[:MAX_NODES]}
         for mark in self._others.keys() - wanted.keys():
             gone = self._others.pop(mark)
@@ -422,7 +423,7 @@ class Others:
                     "silent_since": seconds(other.seen) if self.is_silent(other) else None,
                 }
             )
-        found.left_out = self._left_out
+        found.left_out = self.left_out
         return found
 
     def is_silent(self, other: Other) -> bool:

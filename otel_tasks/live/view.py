@@ -16,6 +16,7 @@ from otel_tasks.live.elsewhere import (
     found_there,
     listed_everywhere,
     namesakes,
+    several,
     state_of,
 )
 from otel_tasks.live.feed import INTERVAL, VERSION, Feed, encoded
@@ -23,7 +24,7 @@ from otel_tasks.live.guard import Refused
 from otel_tasks.live.hub import LINGER, Hub, NotTicking, TooManyViewers
 from otel_tasks.live.marks import is_marked
 from otel_tasks.live.others import Others
-from otel_tasks.live.params import QUERIED, Params, Watched, query
+from otel_tasks.live.params import QUERIED, BadRequest, Params, Watched, query
 from otel_tasks.live.rows import Row, Shown, ended_row
 from otel_tasks.live.search import listed, live_named
 from otel_tasks.live.stream import Stream
@@ -113,22 +114,25 @@ class View:
 
         Cancellation: ends the search.
         """
-        if self._fleet is None:
-            return await listed(self.hub.feed, query(Params(pairs, QUERIED)))
         params = Params(pairs, (*QUERIED, "node"))
-        wanted, others = query(params), await self._found_others(self._fleet)
+        wanted = query(params)
+        if self._fleet is None:
+            _check_one_process(params.text("node"))
+            return await listed(self.hub.feed, wanted)
+        others = await self._found_others(self._fleet)
         return await listed_everywhere(others, self.hub.feed, wanted, pairs, params.text("node"))
 
-    async def task(self, name: str, may: May) -> str:
+    async def task(self, name: str, may: May, node: str | None = None) -> str:
         """Return everything about one task.
 
         Args:
             name: Its id in this view, its id in its manager, or its name.
             may: Decides what the viewer may do with it.
+            node: The name, the host, or the host and process of the nodes that are searched; None for all.
 
         Cancellation: ends the search.
         """
-        details, task = await self._found(name)
+        details, task = await self._found(name, node)
         allowed = [] if task is None else await self._allowed(task, may)
         return encoded({**self.hub.feed.stamp(), **details, "can": allowed})
 
@@ -189,9 +193,9 @@ class View:
 
     # -- finding --------------------------------------------------------------------------------
 
-    async def _there(self, fleet: Fleet, name: str) -> tuple[Row, RemoteTask | None]:
+    async def _there(self, fleet: Fleet, name: str, node: str | None = None) -> tuple[Row, RemoteTask | None]:
         """The details of a task of another node, and the task if it is live."""
-        return await found_there(await self._found_others(fleet), self.hub.feed, name)
+        return await found_there(await self._found_others(fleet), self.hub.feed, name, node)
 
     async def _found_others(self, fleet: Fleet) -> Others:
         """The other nodes, also if nobody looks at them."""
@@ -222,24 +226,29 @@ class View:
                 429, "too_many_viewers", "too many others are looking", {"Retry-After": f"{LINGER:g}"}
             ) from None
 
-    async def _found(self, name: str) -> tuple[Row, ManagedTask[Any] | RemoteTask | None]:
+    async def _found(self, name: str, node: str | None) -> tuple[Row, ManagedTask[Any] | RemoteTask | None]:
         """The details of the only task with this id or name, and the task itself if it is live."""
-        if self._fleet is not None and is_marked(name):
-            return await self._there(self._fleet, name)
+        if self._fleet is None:
+            _check_one_process(node)
+        elif is_marked(name):
+            return await self._there(self._fleet, name, node)
         await self._look()
-        here = await live_named(self.hub.feed, name)
-        there = Namesakes()
-        if self._fleet is not None and not self._is_own(name):
-            there = await namesakes(await self._found_others(self._fleet), self.hub.feed, name)
-        count = len(here) + there.count
-        if count > 1:
-            first = there.first if not here else here[0].uid
-            which = "" if there.count else ", the oldest"
-            message = f"{count} live tasks have the name {name[:80]!r}: use the id of one, such as {first!r}"
-            raise Refused(404, "not_found", message + which)
+        there = await self._namesakes(name, node)
+        here = await live_named(self.hub.feed, name) if there.is_here else []
+        if len(here) + there.count > 1:
+            raise several(name, here, there, self.hub.feed)
+        details: Row
         if here:
-            return await in_slices(live_detail(self.hub.feed, here[0])), here[0]
-        return there.live or (await self._ended(name, there), None)
+            details = await in_slices(live_detail(self.hub.feed, here[0]))
+            return {**details, **there.unheard()}, here[0]
+        details, task = there.live or (await self._ended(name, there), None)
+        return {**details, **there.unheard()}, task
+
+    async def _namesakes(self, name: str, node: str | None) -> Namesakes:
+        """The tasks of other nodes with this id or name."""
+        if self._fleet is None or (node is None and self._is_own(name)):
+            return Namesakes()
+        return await namesakes(await self._found_others(self._fleet), self.hub.feed, name, node)
 
     def _is_own(self, name: str) -> bool:
         """True if this is the uid of a task of this process: no other one has it."""
@@ -270,7 +279,7 @@ class View:
 
     async def _ended(self, name: str, there: Namesakes) -> Row:
         """The details of a task that has ended, in this process or elsewhere."""
-        info = self._manager.get_task_info(name)
+        info = self._manager.get_task_info(name) if there.is_here else None
         if info is not None:
             return await in_slices(ended_detail(self.hub.feed, info))
         if there.ended is not None:
@@ -284,6 +293,11 @@ class View:
 
 def _in_fleet(shown: Shown, fleet: Fleet) -> Shown:
     return replace(shown, node=None if fleet.is_observer else fleet.node, namespace=fleet.namespace)
+
+
+def _check_one_process(node: str | None) -> None:
+    if node is not None:
+        raise BadRequest("this view shows one process: node chooses those of a fleet")
 
 
 async def _check_allowed(task: ManagedTask[Any] | RemoteTask, may: May) -> None:

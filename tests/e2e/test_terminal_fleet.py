@@ -157,7 +157,12 @@ def test_commands_reach_all_processes(own_shop: Shop) -> None:
     assert re.fullmatch(r".+ at .+/\d+/[0-9a-f]{6}", ended["cause"]["asked_by"])
     assert own_shop.call("cancel", "stuck-a", "--yes")[0] == 6
     code, _, err = own_shop.call("cancel", "same", "--yes")
-    assert (code, "2 live tasks have the name 'same'" in err) == (1, True)
+    assert (code, "2 live tasks have the name 'same', on " in err) == (1, True)
+    assert (a.short in err, b.short in err, "choose a node" in err) == (True, True, True)
+    code, out, _ = own_shop.call("cancel", "same", "--yes", "--node", b.short)
+    assert (code, out) == (0, "same was cancelled, and has ended\n")
+    (left,) = own_shop.json("ls", "same")["rows"]
+    assert left["node"] == a.node
     assert own_shop.keys() == nodes
 
 
@@ -259,6 +264,9 @@ def test_a_killed_worker_is_named_and_then_gone(own_shop: Shop) -> None:
     assert (code, len(out.splitlines()), f"no answer from {b.node}" in err) == (0, 5, True)
     code, _, err = own_shop.call("show", "stuck-b")
     assert (code, f"no answer from {b.node}" in err) == (3, True)
+    code, _, err = own_shop.call("cancel", "same", "--yes")
+    assert (code, "a live task of this name may be there: choose a node with --node" in err) == (3, True)
+    assert own_shop.call("cancel", "same", "--yes", "--node", own_shop.workers[0].short)[0] == 0
     eventually(lambda: own_shop.call("ls", "-q")[2] == "", lambda: "it has left the roster", within=GONE)
     assert own_shop.call("show", "stuck-b")[0] == 1
     assert own_shop.call("tree")[1].startswith("shop · 1 node ")
