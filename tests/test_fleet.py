@@ -610,8 +610,12 @@ async def test_wrong_arguments_are_refused() -> None:
         group: Any = fleet.manager.get_group("jobs")
         with pytest.raises(TypeError, match=r"finds a group by its name or id, .*: pass group.id"):
             await fleet.cancel_group(group)
+        with pytest.raises(TypeError, match=r"finds a node by its name, got Node.*: pass node.node"):
+            await fleet.cancel_task("import", node=(await fleet.nodes())[0])  # type: ignore[arg-type]  # that is the test
         with pytest.raises(ValueError, match="1 to 1024 characters, got 0"):
             await fleet.cancel_task("")
+        with pytest.raises(ValueError, match="timeout must be at least 0 and finite"):
+            await fleet.cancel_task("import", timeout=10**400)
         with pytest.raises(ValueError, match="timeout must be at least 0 and finite"):
             await fleet.cancel_task("import", timeout=float("inf"))
         with pytest.raises(TypeError, match="timeout must be a number of seconds, got None"):
@@ -630,6 +634,16 @@ async def test_wrong_arguments_are_refused() -> None:
             await fleet.cancel_group("import", asked_by=7)  # type: ignore[arg-type]  # that is the test
         with pytest.raises(TypeError, match="cause must be a CancelCause"):
             await fleet.cancel_task("import", cause="x")  # type: ignore[arg-type]  # that is the test
+
+
+async def test_a_long_timeout_is_one_that_the_other_nodes_accept() -> None:
+    """They would skip an entry with a number beyond those of JSON."""
+    async with joined(2) as (here, there):
+        task = there.manager.create_task(rest(), name="import")
+        await settle()
+        report = await here.cancel_task("import", timeout=1e300)
+        assert (report.ended, task.cancelled()) == (1, True)
+        assert await here.tasks("import", timeout=1e300)
 
 
 # -- start and stop ---------------------------------------------------------------------------------

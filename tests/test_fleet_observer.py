@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from fastapi import FastAPI
@@ -97,6 +97,13 @@ async def test_an_observer_runs_no_remote_tasks() -> None:
             _ = observer.keeper
         with pytest.raises(ValueError, match="leave observer=True out"):
             managed(InMemoryBroker(), observer)
+
+
+@pytest.mark.parametrize("observer", ["no", 1, None])
+def test_observer_is_true_or_false(observer: Any) -> None:
+    """A word would always be true."""
+    with pytest.raises(TypeError, match="observer must be True or False, got"):
+        Fleet("memory://", namespace="shop", observer=observer)
 
 
 def test_an_observer_has_no_manager() -> None:

@@ -80,6 +80,15 @@ def test_malformed_url_names_the_fix(url: str) -> None:
     assert caught.value.__suppress_context__
 
 
+def test_missing_url_and_missing_path_are_named() -> None:
+    """An environment variable that is not set, and a socket without a path: redis-py would take localhost."""
+    missing: Any = None
+    with pytest.raises(ValueError, match=r"as in redis://127.0.0.1:6379/0; got None"):
+        open_bus(missing, "shop")
+    with pytest.raises(ValueError, match=r"needs its path, as in unix:///run/redis/redis.sock"):
+        open_bus("unix://", "shop")
+
+
 @pytest.mark.parametrize("namespace", ["", "a b", "a:b", "{a}", "ä", "a" * 101, "a\n", None, 7])
 def test_namespace_is_checked(namespace: Any) -> None:
     """A namespace that would break keys is a ValueError that names what is allowed."""

@@ -61,6 +61,21 @@ def test_wrong_options_are_refused() -> None:
         a_string: Any = {option: "cancel"}
         with pytest.raises(TypeError, match=rf"{option} must be a collection of strings.*\{{'cancel'\}}"):
             live_view(insecure=True, **a_string)
+        for value in (None, 1, [1], b"cancel"):
+            no_strings: Any = {option: value}
+            with pytest.raises(TypeError, match=f"{option} must be a collection of strings, got"):
+                live_view(insecure=True, **no_strings)
+    for option in ("insecure", "errors"):
+        a_word: Any = {option: "no"}
+        with pytest.raises(TypeError, match=f"{option} must be True or False, got 'no'"):
+            live_view(**{"auth": Depends(admin), **a_word})
+    a_flag: Any = True
+    with pytest.raises(TypeError, match="can must be a function, got True"):
+        live_view(insecure=True, actions={"cancel"}, can=a_flag)
+    with pytest.raises(TypeError, match="trace_url must be a string such as"):
+        live_view(insecure=True, trace_url=a_flag)
+    with pytest.raises(ValueError, match=r"trace_url must have \{trace_id\} in it"):
+        live_view(insecure=True, trace_url="https://jaeger.example.com")
     with pytest.raises(ValueError, match="hosts must be names"):
         live_view(insecure=True, hosts={"https://tasks.internal"})
     not_a_manager: Any = "default"

@@ -1209,6 +1209,37 @@ def test_a_highest_priority_is_a_number(highest: Any) -> None:
         rabbitmq_priorities(highest)
 
 
+def test_labels_of_priorities_are_those_of_the_broker() -> None:
+    """RabbitMQ has priorities of one byte, and labels and streams have names."""
+    fleet = Fleet("memory://", namespace="shop")
+    with pytest.raises(ValueError, match="max_priority must be at most 255, as in RabbitMQ, got 256"):
+        rabbitmq_priorities(256)
+    wrong: Any = 1
+    with pytest.raises(TypeError, match="label must be the name of a label, as a string, got 1"):
+        rabbitmq_priorities(9, label=wrong)
+    with pytest.raises(ValueError, match="label must not be empty"):
+        stream_priorities({TaskPriority.HIGH: "tasks"}, label="")
+    with pytest.raises(ValueError, match="needs a stream"):
+        stream_priorities({TaskPriority.HIGH: ""})
+    not_labels: Any
+    for not_labels in ({1: 2}, {"priority": None}, {"priority": True}):
+        with pytest.raises(TypeError, match="priorities must be the labels of each priority"):
+            managed(InMemoryBroker(), fleet, priorities={TaskPriority.HIGH: not_labels})
+    with pytest.raises(ValueError, match=r"group name must not be empty: leave it out for 'taskiq'"):
+        managed(InMemoryBroker(), fleet, group="")
+    with pytest.raises(ValueError, match="priority must be one of "):
+        labels(priority=True)
+
+
+async def test_timeout_beyond_any_clock_is_none() -> None:
+    """A worker could not read the stamp of the message, and would not know who waits for its result."""
+    async with api_and_worker() as (api, worker):
+        worker.task(double)
+        call, began = remote(api.task(double), 4), asyncio.get_running_loop().time()
+        assert await api.manager.create_task(call, timeout=1e300) == 8
+        assert asyncio.get_running_loop().time() - began < 1.0
+
+
 async def _awaited(call: Any) -> Any:
     return await call
 

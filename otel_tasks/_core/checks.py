@@ -36,7 +36,10 @@ def checked_seconds(what: str, seconds: float | None) -> float | None:
         raise TypeError(f"{what} must be seconds as a number, or None for no bound, got {seconds!r}")
     if not seconds >= 0:
         raise ValueError(f"{what} must be at least 0 seconds, got {seconds!r}")
-    return float(seconds)
+    try:
+        return float(seconds)
+    except OverflowError:
+        return None
 
 
 def checked_finite_seconds(what: str, seconds: object, *, above_zero: bool = False) -> float:
@@ -48,10 +51,18 @@ def checked_finite_seconds(what: str, seconds: object, *, above_zero: bool = Fal
     """
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         raise TypeError(f"{what} must be a number of seconds, got {seconds!r}")
-    if not math.isfinite(seconds) or seconds < 0 or (above_zero and not seconds):
+    if not _is_finite(seconds) or seconds < 0 or (above_zero and not seconds):
         bound = "greater than 0" if above_zero else "at least 0"
         raise ValueError(f"{what} must be {bound} and finite, in seconds, got {seconds!r}")
     return seconds
+
+
+def _is_finite(seconds: float) -> bool:
+    try:
+        return math.isfinite(seconds)
+    except OverflowError:
+        # An int that no float can hold.
+        return False
 
 
 def checked_name(what: str, name: object, hint: str = "leave it out to have one made") -> str:
@@ -108,6 +119,9 @@ def checked_priority(priority: object) -> TaskPriority:
         ValueError: It is neither.
     """
     try:
+        if isinstance(priority, bool):
+            # True is equal to NORMAL.
+            raise ValueError
         return TaskPriority(priority)  # type: ignore[arg-type]  # it is the argument under check
     except ValueError:
         names = ", ".join(f"TaskPriority.{level.name}" for level in TaskPriority)

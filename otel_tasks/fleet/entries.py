@@ -48,7 +48,7 @@ TEXT_LIMIT = 2000
 # The most names in a list; a count beside it has the total.
 LIST_LIMIT = 100
 # A number that every JSON reader keeps exactly.
-_LARGEST = 2**53
+LARGEST = 2**53
 
 Name: TypeAlias = Annotated[str, "name"]
 Text: TypeAlias = Annotated[str, "text"]
@@ -463,7 +463,7 @@ def _reads_str(name: str, hint: Any) -> _Reader:
 
 def _reads_int(name: str, hint: Any) -> _Reader:
     def read(value: Any) -> int:
-        if type(value) is not int or abs(value) > _LARGEST:
+        if type(value) is not int or abs(value) > LARGEST:
             raise ValueError(f"{name} is not a whole number")
         return value
 
@@ -473,7 +473,7 @@ def _reads_int(name: str, hint: Any) -> _Reader:
 def _reads_float(name: str, hint: Any) -> _Reader:
     def read(value: Any) -> float:
         # The comparison is False for NaN too.
-        if type(value) not in (int, float) or not abs(value) <= _LARGEST:
+        if type(value) not in (int, float) or not abs(value) <= LARGEST:
             raise ValueError(f"{name} is not a number")
         return float(value)
 

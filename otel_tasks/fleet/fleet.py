@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakSet
 
 from otel_tasks._core.causes import chosen_cause
-from otel_tasks._core.checks import check_number, checked_finite_seconds
+from otel_tasks._core.checks import check_flag, check_number, checked_finite_seconds
 from otel_tasks._core.functions import global_task_manager
 from otel_tasks._core.lifetime import belongs_to
 from otel_tasks._core.manager import TaskManager
 from otel_tasks._core.state import TaskStatus
 from otel_tasks.exceptions import WrongLoopError
-from otel_tasks.fleet.entries import NAME_LIMIT
+from otel_tasks.fleet.entries import LARGEST, NAME_LIMIT
 from otel_tasks.fleet.inspection import MAX_ROWS
 from otel_tasks.fleet.membership import Membership
 from otel_tasks.fleet.urls import open_bus
@@ -61,7 +61,7 @@ class Fleet:
             While the server is down, its cancellations fail, and are not sent later.
 
     Raises:
-        TypeError: ``manager`` is not a TaskManager.
+        TypeError: ``manager`` is not a TaskManager, or ``observer`` is not True or False.
         ValueError: The URL or the namespace is not valid, or an observer has a manager.
         ImportError: The server is Redis, and its client is not installed.
 
@@ -75,6 +75,7 @@ class Fleet:
     ) -> None:
         if manager is not None and not isinstance(manager, TaskManager):
             raise TypeError(f"manager must be a TaskManager, got {manager!r}")
+        check_flag("observer", observer)
         if manager is not None and observer:
             raise ValueError("an observer shows no tasks of its own: leave manager out")
         self._url = url
@@ -347,7 +348,7 @@ class Fleet:
             >>> report.ended
         """
         chosen = _checked_cause(cause, reason, asked_by)
-        seconds = checked_finite_seconds("timeout", timeout)
+        seconds = _checked_timeout(timeout)
         to = None if node is None else _checked_name("node", node)
         here = self._here()
         return await here.canceller.cancel("task", _checked_name("task", name), chosen, seconds, to)
@@ -393,7 +394,7 @@ class Fleet:
             >>> report.asked, report.ended, report.still_running, report.silent
         """
         chosen = _checked_cause(cause, reason, asked_by)
-        seconds = checked_finite_seconds("timeout", timeout)
+        seconds = _checked_timeout(timeout)
         here = self._here()
         return await here.canceller.cancel("group", _checked_name("group", group), chosen, seconds)
 
@@ -435,7 +436,7 @@ class Fleet:
             >>> for row in await fleet.tasks(name="import-*"):
             ...     print(row["node"], row["name"], row["status"])
         """
-        seconds = checked_finite_seconds("timeout", timeout, above_zero=True)
+        seconds = _checked_timeout(timeout, above_zero=True)
         _check_rows(limit)
         wanted = None if status is None else str(_checked_status(status))
         pattern = None if name is None else _checked_name("task", name)
@@ -461,7 +462,7 @@ class Fleet:
         Example:
             >>> print(await fleet.tree())
         """
-        seconds = checked_finite_seconds("timeout", timeout, above_zero=True)
+        seconds = _checked_timeout(timeout, above_zero=True)
         _check_rows(limit)
         return await self._here().inspector.tree(limit, seconds)
 
@@ -485,7 +486,7 @@ class Fleet:
         Example:
             >>> [(node.host, node.pid, node.live_tasks) for node in await fleet.nodes()]
         """
-        seconds = checked_finite_seconds("timeout", timeout, above_zero=True)
+        seconds = _checked_timeout(timeout, above_zero=True)
         return await self._here().inspector.nodes(seconds)
 
 
@@ -498,9 +499,19 @@ def _checked_cause(cause: CancelCause | None, reason: str | None, asked_by: str 
     return chosen
 
 
+def _checked_timeout(timeout: object, *, above_zero: bool = False) -> float:
+    # The other processes would skip an entry with a larger number.
+    return min(checked_finite_seconds("timeout", timeout, above_zero=above_zero), LARGEST)
+
+
 def _checked_name(what: str, name: object) -> str:
     if not isinstance(name, str):
-        raise TypeError(f"a fleet finds a {what} by its name or id, got {name!r}: pass {what}.id")
+        names = (
+            "its name, got {!r}: pass node.node"
+            if what == "node"
+            else f"its name or id, got {{!r}}: pass {what}.id"
+        )
+        raise TypeError(f"a fleet finds a {what} by {names.format(name)}")
     if not 0 < len(name) <= NAME_LIMIT:
         raise ValueError(f"the name of a {what} has 1 to {NAME_LIMIT} characters, got {len(name)}")
     return name

@@ -35,10 +35,13 @@ def open_bus(url: str, namespace: str) -> Bus:
     scheme, separator, name = url.partition("://") if isinstance(url, str) else ("", "", "")
     if not separator or scheme not in _SCHEMES:
         # Not the URL itself: it may hold a password.
+        found = "this one does not" if isinstance(url, str) else f"got {url!r}"
         raise ValueError(
             "the URL of a fleet must start with redis://, rediss://, unix://, or memory://, as in "
-            "redis://127.0.0.1:6379/0; this one does not"
+            f"redis://127.0.0.1:6379/0; {found}"
         )
+    if scheme == "unix" and not name.strip("/"):
+        raise ValueError("the URL of a fleet on a socket needs its path, as in unix:///run/redis/redis.sock")
     if scheme == "memory":
         return MemoryBus(name, namespace)
     return _open_redis(url, namespace)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Collection
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from otel_tasks import Overview, TaskManager, global_task_manager
+from otel_tasks._core.checks import check_flag
 from otel_tasks.asgi import set_request_timeout
 from otel_tasks.fleet import Fleet
 from otel_tasks.live import files, guard
@@ -26,7 +28,7 @@ from otel_tasks.live.stream import polled
 from otel_tasks.live.view import View
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection
+    from collections.abc import Awaitable, Callable
 
     from otel_tasks import ManagedTask
     from otel_tasks.live.elsewhere import RemoteTask
@@ -81,17 +83,21 @@ def live_view(
         The router, for ``app.include_router(..., prefix="/tasks")``; it needs a prefix.
 
     Raises:
-        ValueError: There is neither ``auth`` nor ``insecure=True``, an action or a host is none, or the
-            fleet has another manager.
-        TypeError: ``auth`` is not a dependency, ``manager`` not a TaskManager, ``fleet`` not a Fleet, or a
-            collection a string.
+        ValueError: There is neither ``auth`` nor ``insecure=True``, an action or a host is none,
+            ``trace_url`` has no ``{trace_id}``, or the fleet has another manager.
+        TypeError: ``auth`` is not a dependency, ``manager`` not a TaskManager, ``fleet`` not a Fleet, a
+            collection a string or one of other things than strings, or another option has the wrong type.
 
     Telemetry: a cancellation links to the span of its request, and its cause names the user.
 
     Example:
         >>> app.include_router(live_view(auth=Depends(admin)), prefix="/tasks")
     """
+    check_flag("insecure", insecure)
+    check_flag("errors", errors)
     _check_auth(auth, insecure)
+    _check_can(can)
+    _check_trace_url(trace_url)
     _check_collections(hosts=hosts, actions=actions, metadata=metadata)
     names = frozenset(map(guard.host_name, hosts))
     if "" in names:
@@ -108,11 +114,26 @@ def live_view(
     return _router(_Endpoints(view, can), auth, insecure, names)
 
 
-def _check_collections(**options: Collection[str]) -> None:
+def _check_collections(**options: object) -> None:
     for option, value in options.items():
-        # Each of its characters would be one.
-        if isinstance(value, str):
-            raise TypeError(f"{option} must be a collection of strings, got {value!r}: write {{{value!r}}}")
+        # Each character of a string would be one.
+        is_text = isinstance(value, str)
+        if is_text or not isinstance(value, Collection) or not all(isinstance(each, str) for each in value):
+            hint = f": write {{{value!r}}}" if is_text else ""
+            raise TypeError(f"{option} must be a collection of strings, got {value!r}{hint}")
+
+
+def _check_can(can: object) -> None:
+    if can is not None and not callable(can):
+        raise TypeError(f"can must be a function, got {can!r}: write can=lambda request, action, task: ...")
+
+
+def _check_trace_url(trace_url: object) -> None:
+    example = "https://jaeger.example.com/trace/{trace_id}"
+    if trace_url is not None and not isinstance(trace_url, str):
+        raise TypeError(f"trace_url must be a string such as {example!r}, got {trace_url!r}")
+    if trace_url is not None and "{trace_id}" not in trace_url:
+        raise ValueError(f"trace_url must have {{trace_id}} in it, as in {example!r}, got {trace_url!r}")
 
 
 def _manager_of(fleet: object, manager: TaskManager | None) -> TaskManager:

@@ -115,7 +115,7 @@ def managed(
         raise ValueError("this broker is already managed: call managed() once, where you create the broker")
     if not isinstance(grace, FromManager):
         checked_seconds("grace", grace)
-    options = checked_name("group", group), checked_priorities(priorities), grace
+    options = checked_name("group", group, "leave it out for 'taskiq'"), checked_priorities(priorities), grace
     ManagedBroker(broker, fleet, *options).cover()
     return broker
 

@@ -33,7 +33,7 @@ TRACEBACK: Final = "otel_tasks.traceback"
 # A longer stamp is ignored. In characters.
 _LONGEST_STAMP = 16_384
 # A larger number is ignored: it is neither a time nor a duration.
-_LARGEST = 2**53
+LARGEST = 2**53
 # Labels of Taskiq that count the copies of a message: a retry and a requeued message are new deliveries.
 _COPIES = ("_retries", "X-Taskiq-requeue")
 # json.dumps() would make an encoder for each call.
@@ -194,5 +194,5 @@ def _fits(value: object, kind: type | tuple[type, ...]) -> bool:
         return kind is dict and all(isinstance(part, str) for pair in value.items() for part in pair)
     if isinstance(value, (int, float)):
         # The comparison is False for NaN too. JSON has numbers that no float can hold.
-        return isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= _LARGEST
+        return isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= LARGEST
     return isinstance(value, kind)

@@ -14,6 +14,9 @@ from typing import TypeAlias
 from otel_tasks import TaskPriority
 from otel_tasks._core.checks import check_number
 
+# A priority of AMQP is one byte.
+HIGHEST = 255
+
 BrokerPriorities: TypeAlias = "Mapping[TaskPriority, Mapping[str, str | int]]"
 
 
@@ -21,17 +24,21 @@ def rabbitmq_priorities(max_priority: int = 9, *, label: str = "priority") -> Br
     """Return the labels for RabbitMQ: LOW is 0, CRITICAL is ``max_priority``, the others are in between.
 
     Args:
-        max_priority: The ``max_priority`` of the queue, at least 1.
+        max_priority: The ``max_priority`` of the queue, from 1 to 255.
         label: The broker's ``label_for_priority``.
 
     Raises:
-        ValueError: ``max_priority`` is not a whole number of at least 1.
+        TypeError: ``label`` is not a string.
+        ValueError: ``max_priority`` is not a whole number from 1 to 255, or ``label`` is empty.
 
     Example:
         >>> broker = AioPikaBroker(url, task_queues=[Queue(type=QueueType.CLASSIC, max_priority=9)])
         >>> managed(broker, fleet, priorities=rabbitmq_priorities(9))
     """
     check_number("max_priority", max_priority, 1)
+    if max_priority > HIGHEST:
+        raise ValueError(f"max_priority must be at most {HIGHEST}, as in RabbitMQ, got {max_priority}")
+    _check_label(label)
     highest = int(TaskPriority.CRITICAL)
     return {level: {label: int(level) * max_priority // highest} for level in TaskPriority}
 
@@ -45,8 +52,8 @@ def stream_priorities(streams: Mapping[TaskPriority, str], *, label: str = "queu
         label: The label that names the stream.
 
     Raises:
-        TypeError: ``streams`` does not map members of ``TaskPriority`` to names.
-        ValueError: ``streams`` is empty.
+        TypeError: ``streams`` does not map members of ``TaskPriority`` to names, or ``label`` is none.
+        ValueError: ``streams``, a name in it, or ``label`` is empty.
 
     Example:
         >>> broker = RedisStreamBroker(url, queue_name="urgent", additional_streams={"normal": ">"})
@@ -60,14 +67,29 @@ def stream_priorities(streams: Mapping[TaskPriority, str], *, label: str = "queu
             "stream_priorities() takes the stream of each priority, as in "
             f'{{TaskPriority.NORMAL: "tasks"}}, got {streams!r}'
         )
-    if not streams:
+    if not streams or not all(streams.values()):
         raise ValueError('stream_priorities() needs a stream: write {TaskPriority.NORMAL: "tasks"}')
+    _check_label(label)
     lowest = streams[min(streams)]
     chosen: dict[TaskPriority, Mapping[str, str | int]] = {}
     for level in TaskPriority:
         lowest = streams.get(level, lowest)
         chosen[level] = {label: lowest}
     return chosen
+
+
+def _check_label(label: object) -> None:
+    if not isinstance(label, str):
+        raise TypeError(f"label must be the name of a label, as a string, got {label!r}")
+    if not label:
+        raise ValueError("label must not be empty: leave it out for the broker's own")
+
+
+def _are_labels(labels: object) -> bool:
+    return isinstance(labels, Mapping) and all(
+        isinstance(label, str) and isinstance(value, str | int) and not isinstance(value, bool)
+        for label, value in labels.items()
+    )
 
 
 def checked_priorities(priorities: object) -> BrokerPriorities:
@@ -79,7 +101,7 @@ def checked_priorities(priorities: object) -> BrokerPriorities:
     if priorities is None:
         return {}
     if not isinstance(priorities, Mapping) or not all(
-        isinstance(level, TaskPriority) and isinstance(each, Mapping) for level, each in priorities.items()
+        isinstance(level, TaskPriority) and _are_labels(each) for level, each in priorities.items()
     ):
         raise TypeError(
             "priorities must be the labels of each priority, as rabbitmq_priorities(9) returns them, got "

@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Any
 from taskiq.labels import prepare_label
 
 from otel_tasks import TaskPriority, current_task
+from otel_tasks._core.checks import checked_name, checked_seconds
 from otel_tasks._core.telemetry.propagation import inject
-from otel_tasks.taskiq.labels import GROUP, NAME, PRIORITY, STAMP, TIMEOUT, Stamp, new_delivery, read_stamp
+from otel_tasks.taskiq.labels import (
+    GROUP,
+    LARGEST,
+    NAME,
+    PRIORITY,
+    STAMP,
+    TIMEOUT,
+    Stamp,
+    new_delivery,
+    read_stamp,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -83,17 +94,20 @@ def _new_stamp(message: TaskiqMessage, fleet: Fleet) -> Stamp:
 
 def _options(labels: Mapping[str, Any], sending: Sending | None) -> dict[str, Any]:
     """Return the options of a message: the labels that the user has set win over those of the local task."""
-    priority = labels.get(PRIORITY)
-    timeout = labels.get(TIMEOUT)
+    name, group = labels.get(NAME), labels.get(GROUP)
+    priority, timeout = labels.get(PRIORITY), labels.get(TIMEOUT)
     options = {
-        "name": labels.get(NAME),
-        "group": labels.get(GROUP),
+        # A worker could not read a stamp with anything else.
+        "name": None if name is None else checked_name("task", name),
+        "group": None if group is None else checked_name("group", group),
         "priority": None if priority is None else int(priority),
-        "timeout": None if timeout is None else float(timeout),
+        "timeout": None if timeout is None else checked_seconds("timeout", float(timeout)),
     }
     for key, value in options.items():
         if value is None and sending is not None:
             options[key] = getattr(sending, key)
+    if options["timeout"] is not None and float(options["timeout"]) > LARGEST:
+        options["timeout"] = None
     if options["priority"] is None:
         options["priority"] = int(TaskPriority.NORMAL)
     if options["group"] is None and sending is None:
