@@ -611,6 +611,27 @@ async def test_lookup_in_a_group_whose_name_changes() -> None:
     await manager.cancel_group(group)
 
 
+async def test_tasks_that_end_with_their_request_look_up_its_route_once() -> None:
+    """A client that leaves ends all tasks of its request: their records share one look at its route."""
+    manager = TaskManager()
+    looks: list[str] = []
+
+    def route() -> str:
+        looks.append("GET /orders")
+        return looks[-1]
+
+    group = RequestGroup.open(manager, route, binding=None, host=None)
+    for _ in range(3):
+        group.create_task(rest())
+    await settle()
+    group.cancel_tasks(CancelCause.make(CancelKind.CLIENT_DISCONNECT))
+    group.signal_cancel(CancelCause.make(CancelKind.CLIENT_DISCONNECT))
+    looks.clear()
+    await settle()
+    assert looks == ["GET /orders"]
+    assert {info.group for info in manager.get_all_task_info().values()} == {"GET /orders"}
+
+
 async def test_module_function_waits_in_a_group() -> None:
     """wait_for_task() of the package takes group=; a group object brings its manager."""
     manager = TaskManager()

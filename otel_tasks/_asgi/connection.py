@@ -280,8 +280,13 @@ class Connection:
     async def _watch(self) -> None:
         try:
             while self.disconnect is None and not self._is_full():
-                message = await self._read_ahead()
-                if message is None:
+                # Only the server's call: an error of this package must not pass for the server's.
+                try:
+                    message = await self._server_receive()
+                except OSError:
+                    message = self._disconnect_message()
+                except Exception:
+                    # Left to the application, which meets it in its own receive().
                     return
                 if not self._record(message, _no_task):
                     # Later: a server that repeats this message would keep the loop busy.
@@ -293,16 +298,6 @@ class Connection:
             self._is_reading = False
             self._watcher = None
             self.wake_receivers()
-
-    async def _read_ahead(self) -> Message | None:
-        # Only the server's call is in the `try`: an error of this package must not pass for the server's.
-        try:
-            return await self._server_receive()
-        except OSError:
-            return self._disconnect_message()
-        except Exception:
-            # Left to the application, which meets it in its own receive().
-            return None
 
     def _record(self, message: Message, reader: Callable[[], asyncio.Task[Any] | None]) -> bool:
         """Update the state from a message; return False if the message is to be dropped."""
@@ -376,7 +371,7 @@ class Connection:
         message = ahead.take()
         if self._watch_pending and not self._is_full():
             self._sweep_again()
-        if not ahead.messages:
+        if not ahead:
             self._ahead = None
         return message
 
@@ -441,28 +436,27 @@ class Connection:
         return tuple(int(part) for part in version.split("."))
 
 
-class ReadAhead:
-    """Messages that the watcher has read and the application has not.
+class ReadAhead(deque[Message]):
+    """Messages that the watcher has read and the application has not, oldest first.
 
     Attributes:
-        messages: Oldest first.
         size: Bytes that they take.
     """
 
-    __slots__ = ("messages", "size")
+    __slots__ = ("size",)
 
     def __init__(self) -> None:
-        self.messages: deque[Message] = deque()
+        super().__init__()
         self.size = 0
 
     def add(self, message: Message) -> None:
         """Keep a message."""
-        self.messages.append(message)
+        self.append(message)
         self.size += _size_of(message)
 
     def take(self) -> Message:
         """Remove the oldest message, and return it."""
-        message = self.messages.popleft()
+        message = self.popleft()
         self.size -= _size_of(message)
         return message
 

@@ -203,7 +203,7 @@ def _path_below_root(scope: Scope) -> str:
 def _apply(rule: Callable[[Scope], bool], scope: Scope) -> bool:
     try:
         cancel = rule(scope)
-        if asyncio.iscoroutine(cancel):
+        if not isinstance(cancel, bool) and asyncio.iscoroutine(cancel):
             cancel.close()
             raise TypeError("it returned a coroutine, and nothing can be awaited here")
         return bool(cancel)

@@ -13,7 +13,7 @@ Rules, each with a test of its own:
 from __future__ import annotations
 
 import asyncio
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from otel_tasks._core.binding import Callback
     from otel_tasks._core.events import CancelCause
     from otel_tasks._core.request_group import RequestGroup
+
+_NOTHING = nullcontext()
 
 
 class StoppedRequest(StreamedRequest, Protocol):
@@ -156,6 +158,9 @@ class Stop:
         if group is None:
             return
         tasks = [task for task in group.live_tasks() if not task.done()]
+        if not tasks and not group.has_groups:
+            # All have ended, and their done-callbacks are about to run.
+            return
         shielded = {task for task in tasks if is_shielded(task)}
         scoped = [task for task in tasks if task.cause is None and in_anyio_shield(task)]
         for task in scoped:
@@ -164,8 +169,9 @@ class Stop:
         for task in shielded:
             # Whatever the kind of the cause.
             defer_cancel(task, self.cause)
+        held = (*shielded, *scoped, *notified)
         # A task that awaits a spared one would forward its cancellation.
-        spared = with_awaiters(*shielded, *scoped, *notified)
+        spared = with_awaiters(*held) if held else ()
         self._note_counts(task for task in tasks if task not in self._counts)
         with self._sparing(forwarded_to(tasks, self._is_spared).stops):
             self.cancelled_tasks += group.cancel_tasks(self.cause, spared=spared)
@@ -326,21 +332,25 @@ class Stop:
         self._forwarding.add(task)
         return True
 
-    @contextmanager
-    def _sparing(self, others: Iterable[asyncio.Task[Any]]) -> Generator[None]:
+    def _sparing(self, others: Iterable[asyncio.Task[Any]]) -> AbstractContextManager[None]:
         """Keep the tasks of others from being cancelled through tasks of this request that await them.
 
         ``ManagedTask.cancel`` consults the request itself. A plain task has asyncio's own method, which is
         covered on the instance while the cancellation propagates.
         """
+        plain = [task for task in others if not isinstance(task, ManagedTask)]
+        # Nothing to do for most requests.
+        return self._covering(plain) if plain or self._request not in stopping else _NOTHING
+
+    @contextmanager
+    def _covering(self, others: list[asyncio.Task[Any]]) -> Generator[None]:
         # A grace or a shield of anyio may outlast the request: then it is not in `stopping` any more.
         is_late = self._request not in stopping
         stopping.add(self._request)
         try:
             with ExitStack() as stack:
                 for task in others:
-                    if not isinstance(task, ManagedTask):
-                        stack.enter_context(covered(task, intercepted))
+                    stack.enter_context(covered(task, intercepted))
                 yield
         finally:
             if is_late:

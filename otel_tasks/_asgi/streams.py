@@ -111,8 +111,8 @@ class Streams:
         self._ended_send: int | None = None
         # Each followed task, with the stack that removes its cover.
         self._followed: dict[asyncio.Task[Any], ExitStack] = {}
-        # The generators that each cancelled task will leave open, and the context for closing them.
-        self._left_open: dict[asyncio.Task[Any], tuple[list[_Closable], Context]] = {}
+        # The generators that each cancelled task will leave open, and the context for closing them, if any.
+        self._left_open: dict[asyncio.Task[Any], tuple[list[_Closable], Context | None]] = {}
         # Each shielded task, with the function that removes its shield.
         self._shields: dict[asyncio.Task[Any], Callable[[], None]] = {}
 
@@ -185,9 +185,10 @@ class Streams:
 
     def _note_open(self, task: asyncio.Task[Any]) -> list[Link]:
         links = _links_of(self._request, task)
-        context = context_of(task) or copy_context()
         # A generator that works in threads is a link itself.
-        self._left_open[task] = _closables([*iterated_in(links), *running_in(links)]), context.copy()
+        closables = _closables([*iterated_in(links), *running_in(links)])
+        context = (context_of(task) or copy_context()).copy() if closables else None
+        self._left_open[task] = closables, context
         return links
 
     def _shield(self, task: asyncio.Task[Any]) -> None:

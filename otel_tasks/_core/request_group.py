@@ -82,6 +82,11 @@ class RequestGroup(TaskGroup):
         return self._is_empty()
 
     @property
+    def has_groups(self) -> bool:
+        """True if a group is live in it."""
+        return bool(self._children)
+
+    @property
     def is_sealed(self) -> bool:
         """True once ``seal`` has been called."""
         return self._sealed

@@ -276,8 +276,14 @@ def find_holder(task: asyncio.Task[Any], forwarded: list[asyncio.Future[Any]]) -
 
 def in_anyio_shield(task: asyncio.Task[Any]) -> bool:
     """Return True if the task is in a shielded ``anyio.CancelScope``; ``to_thread.run_sync`` opens one."""
-    # Including the scopes of the tasks around it: their shields shield this one too.
-    return any(scope.shield for scope in _anyio_scopes(task))
+    # Including the scopes of the tasks around it: their shields shield this one too. In most tasks that are
+    # cancelled there are none, and a generator takes most of the time.
+    scope = _innermost_scope(task)
+    while scope is not None:
+        if scope.shield:
+            return True
+        scope = scope._parent_scope
+    return False
 
 
 def cancelled_scopes(task: asyncio.Task[Any]) -> list[Any]:
@@ -286,12 +292,16 @@ def cancelled_scopes(task: asyncio.Task[Any]) -> list[Any]:
 
 
 def _anyio_scopes(task: asyncio.Task[Any]) -> Iterator[Any]:
-    backend = sys.modules.get("anyio._backends._asyncio")
-    state = None if backend is None else backend._task_states.get(task)
-    scope = None if state is None else state.cancel_scope
+    scope = _innermost_scope(task)
     while scope is not None:
         yield scope
         scope = scope._parent_scope
+
+
+def _innermost_scope(task: asyncio.Task[Any]) -> Any:
+    backend = sys.modules.get("anyio._backends._asyncio")
+    state = None if backend is None else backend._task_states.get(task)
+    return None if state is None else state.cancel_scope
 
 
 def tasks_in_scopes_of(task: asyncio.Task[Any]) -> list[asyncio.Task[Any]]:

@@ -244,11 +244,11 @@ class ManagedTask(asyncio.Task[T]):
         """
         if get_ident() != self._group._ledger.home.thread and _get_running_loop() is not self.get_loop():
             return _cancel_from_elsewhere(self, msg)
+        if self.done():
+            return False
         if stopping and intercepted(self, msg):
             # The cancellation is that of a request that awaits this task, and stops there.
             return True
-        if self.done():
-            return False
         if _get_running_loop() is None:
             # As asyncio.run() does at its end.
             self._group._ledger.lost.note(self.get_loop())

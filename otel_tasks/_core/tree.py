@@ -178,7 +178,11 @@ class Node:
             return self._label
         # Read once: a request has to look up its route.
         name = self.name
-        return name, f"{name}#{self._number}", True
+        label = name, f"{name}#{self._number}", True
+        if self._cause is not None:
+            # Kept: all its tasks are about to end.
+            self._label = label
+        return label
 
     def _task_id(self, name: str) -> str:
         return f"{self.id}/{name}" if self._id is None else name

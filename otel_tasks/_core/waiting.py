@@ -26,11 +26,11 @@ async def wait_until_done(tasks: Collection[asyncio.Task[Any]], timeout: float |
     loop = asyncio.get_running_loop()
     deadline = None if timeout is None else loop.time() + timeout
     # A dictionary: popitem() takes the last one, and `in` is fast.
-    left = dict.fromkeys(tasks)
+    left = dict.fromkeys(task for task in tasks if not task.done())
     if len(left) > 1:
         pending = PendingWaiter(left, asyncio.current_task())
         _pending_waiters[id(pending)] = pending
-    ended_before = False
+    ended_before = not left
     # One after another, the last first: tasks that end in the same turn then cost one wait, not one each.
     while left:
         task, _ = left.popitem()
