@@ -177,8 +177,7 @@ class Node:
         if self._label is not None:
             return self._label
         # Read once: a request has to look up its route.
-        name = self.name
-        label = name, f"{name}#{self._number}", True
+        label = (name := self.name), f"{name}#{self._number}", True
         if self._cause is not None:
             # Kept: all its tasks are about to end.
             self._label = label
