@@ -154,24 +154,14 @@ class Stop:
 
     def cancel_tasks(self) -> None:
         """Cancel the tasks of the group, except for those that something holds off for now."""
-        request, group = self._request, self._request.group
+        group = self._request.group
         if group is None:
             return
         tasks = [task for task in group.live_tasks() if not task.done()]
         if not tasks and not group.has_groups:
             # All have ended, and their done-callbacks are about to run.
             return
-        shielded = {task for task in tasks if is_shielded(task)}
-        scoped = [task for task in tasks if task.cause is None and in_anyio_shield(task)]
-        for task in scoped:
-            self._wait_for(task)
-        notified = () if request.closed else request.notified
-        for task in shielded:
-            # Whatever the kind of the cause.
-            defer_cancel(task, self.cause)
-        held = (*shielded, *scoped, *notified)
-        # A task that awaits a spared one would forward its cancellation.
-        spared = with_awaiters(*held) if held else ()
+        spared = self._hold_off(tasks)
         self._note_counts(task for task in tasks if task not in self._counts)
         with self._sparing(forwarded_to(tasks, self._is_spared).stops):
             self.cancelled_tasks += group.cancel_tasks(self.cause, spared=spared)
@@ -235,6 +225,19 @@ class Stop:
         for awaiter in ours.values() if spared else ():
             interrupt(awaiter, message)
         return bool(ours)
+
+    def _hold_off(self, tasks: list[ManagedTask[Any]]) -> Collection[asyncio.Future[Any]]:
+        """Return those of ``tasks`` not to cancel now, and what awaits them and would forward its own."""
+        shielded = {task for task in tasks if is_shielded(task)}
+        scoped = [task for task in tasks if task.cause is None and in_anyio_shield(task)]
+        for task in scoped:
+            self._wait_for(task)
+        notified = () if self._request.closed else self._request.notified
+        for task in shielded:
+            # Whatever the kind of the cause.
+            defer_cancel(task, self.cause)
+        held = (*shielded, *scoped, *notified)
+        return with_awaiters(*held) if held else ()
 
     # The handler.
 
