@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import functools
 import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,6 +34,7 @@ from otel_tasks.fleet import Fleet
 from otel_tasks.fleet.cancellations import target_in
 from otel_tasks.fleet.entries import CancelEntry
 from otel_tasks.taskiq.calls import Calls
+from otel_tasks.taskiq.deliveries import Ack, Delivery, ack_of_delivery
 from otel_tasks.taskiq.errors import RemoteResultError, is_not_about_an_end
 from otel_tasks.taskiq.execution import Execution, current_execution
 from otel_tasks.taskiq.functions import covered_function
@@ -216,8 +216,8 @@ class ManagedBroker:
                     yield message
                     continue
                 self.acknowledges = True
-                ack = functools.partial(self._acknowledge, message.ack, message.data)
-                yield AckableMessage.model_construct(data=message.data, ack=ack)
+                ack = Ack(self._acknowledge, message.ack, message.data)
+                yield Delivery.model_construct(data=message.data, ack=ack)
 
     async def _acknowledge(self, ack: Callable[[], Awaitable[None] | None], data: bytes) -> None:
         execution = current_execution.get()
@@ -332,7 +332,7 @@ class FleetMiddleware(TaskiqMiddleware):
         if not self._managed.fleet.is_started:
             current_execution.set(None)
             return message
-        execution = Execution(self._managed, message)
+        execution = Execution(self._managed, message, ack_of_delivery())
         current_execution.set(execution)
         task = asyncio.current_task()
         if task is not None:

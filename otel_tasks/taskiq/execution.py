@@ -9,9 +9,11 @@ Rules, each with its own test:
 2. A message does not run if it was cancelled, its deadline has passed, or its host is gone. It gets a managed
    task that is cancelled before its first step, so that the trace shows the reason.
 3. The cancellation of a managed task is final: its result is saved here, no middleware retries it, and the
-   message is acknowledged. The exceptions are a shutdown of this process and a lost claim: another worker
-   takes the message. The shutdown of the process that waits for the result is a cancellation like any other.
-4. The claim ends after the result is saved. If the process dies in between, the message runs again.
+   message is acknowledged, even if Taskiq leaves that to the function. The exceptions are a shutdown of this
+   process and a lost claim: another worker takes the message. The shutdown of the process that waits for the
+   result is a cancellation like any other.
+4. The claim ends after the result is saved and before the message is acknowledged. If the process dies in
+   between, the message runs again, as does one that its function should have acknowledged and did not.
 """
 
 from __future__ import annotations
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
 
     from otel_tasks import ManagedTask
     from otel_tasks.fleet.entries import CancelEntry
+    from otel_tasks.taskiq.deliveries import Ack, RawAck
     from otel_tasks.taskiq.worker import Duplicates, Worker
 
 # Seconds between two attempts to get a claim that is held; they grow from the first to the last.
@@ -107,6 +110,7 @@ class Execution:
     Args:
         owner: The broker.
         message: The message.
+        ack: Acknowledges it; None if the broker has no acknowledgments.
 
     Attributes:
         task_id: The id of the message.
@@ -115,7 +119,7 @@ class Execution:
         task: The managed task, once there is one.
     """
 
-    def __init__(self, owner: Owner, message: TaskiqMessage) -> None:
+    def __init__(self, owner: Owner, message: TaskiqMessage, ack: Ack | None = None) -> None:
         self._owner = owner
         self._worker = owner.worker
         # Kept, because an execution that ignores its cancellation outlives the stop of the fleet.
@@ -142,7 +146,12 @@ class Execution:
         # Another worker takes the message.
         self._is_left = False
         self._has_ended = False
+        # True from the decision, and from the broker's answer.
         self._is_acknowledged = False
+        self._has_acknowledged = False
+        self._ack = ack
+        # True if the message is to be acknowledged although its function has not done so.
+        self._is_final = False
         # The result that the receiver saves; None if it has none, or once it is saved.
         self._unsaved: TaskiqResult[Any] | None = None
 
@@ -166,7 +175,11 @@ class Execution:
             return await self._result_of(task)
         except ExecutionLeftError:
             self._is_left = True
+            self._is_final = self._is_duplicate
             self._settle(executed=False)
+            raise
+        except ExecutionEndedError:
+            self._is_final = True
             raise
         finally:
             self._has_ended = True
@@ -203,26 +216,39 @@ class Execution:
             result.labels[TRACEBACK] = text[-_LONGEST_TRACEBACK:]
 
     def saved(self) -> None:
-        """Record that the receiver has saved the result: tell the host, and end the claim."""
+        """Record that the receiver has saved the result: tell the host, and end the claim.
+
+        If the message is not acknowledged yet, its claim ends when it is.
+        """
         result, self._unsaved = self._unsaved, None
         is_error = result is not None and result.is_err
         self._tell_host(Outcome.ERROR if is_error else Outcome.SUCCESS)
-        self._settle(executed=True)
+        if not self._redelivers:
+            self._settle(executed=True)
 
     async def acknowledge(self, ack: Callable[[], Awaitable[None] | None]) -> None:
-        """Acknowledge the message if it is executed; called when the receiver would acknowledge it.
+        """Acknowledge the message if it is executed; called when the receiver or the function would.
 
         Cancellation: ends the attempts to save the result; the message is not acknowledged.
         """
+        if self._has_acknowledged:
+            # RabbitMQ closes the channel on a second one.
+            return
         if await self._may_acknowledge():
             if self._finishing is not None:
                 # First: after an acknowledgment, a claim that is left would let a duplicate run.
                 await self._finishing
             await maybe_awaitable(ack())
+            self._has_acknowledged = True
             if self._duplicates is not None:
                 await self._duplicates.acknowledge()
-        elif self._duplicates is not None and not self._waits:
+        elif self._is_duplicate and self._duplicates is not None:
             await self._duplicates.add(ack)
+
+    @property
+    def _is_duplicate(self) -> bool:
+        """True if another delivery of the message waits for the claim in this process."""
+        return self._duplicates is not None and not self._waits
 
     async def _may_acknowledge(self) -> bool:
         if not self._has_ended:
@@ -239,7 +265,10 @@ class Execution:
 
     def handled(self, _: object) -> None:
         """End everything that is still open: the receiver is done with the message."""
-        if self._redelivers:
+        if self._is_final and not self._is_acknowledged and self._ack is not None:
+            # Manual acknowledgment, or the receiver failed before its own.
+            self._worker.in_background(self._acknowledge_itself(self._ack.raw))
+        elif self._redelivers:
             # The receiver failed before it acknowledged.
             self._settle(executed=False)
         elif self._unsaved is not None:
@@ -247,6 +276,13 @@ class Execution:
             self._worker.in_background(self._save_again(self._unsaved))
         else:
             self._settle(executed=True)
+
+    async def _acknowledge_itself(self, ack: RawAck) -> None:
+        try:
+            await self.acknowledge(ack)
+        except Exception:
+            # Its connection is gone, and the broker delivers the message again.
+            logger.warning("message %s could not be acknowledged", self.task_id, exc_info=True)
 
     # -- may it run? --------------------------------------------------------------------------
 
