@@ -339,6 +339,12 @@ class FleetMiddleware(TaskiqMiddleware):
             task.add_done_callback(execution.handled)
         return message
 
+    def on_error(self, message: TaskiqMessage, result: TaskiqResult[Any], exception: BaseException) -> None:
+        """Prepare the result for the middlewares that follow: this one is the first."""
+        execution = _execution_of(message)
+        if execution is not None:
+            execution.failed(result)
+
     def post_execute(self, message: TaskiqMessage, result: TaskiqResult[Any]) -> None:
         """Note the result."""
         execution = _execution_of(message)

@@ -52,6 +52,7 @@ from otel_tasks.taskiq.labels import (
     delivery_of,
 )
 from otel_tasks.taskiq.options import Options
+from otel_tasks.taskiq.pipelines import ShownEnd
 from otel_tasks.taskiq.worker import host_lost
 
 if TYPE_CHECKING:
@@ -154,6 +155,9 @@ class Execution:
         self._is_final = False
         # The result that the receiver saves; None if it has none, or once it is saved.
         self._unsaved: TaskiqResult[Any] | None = None
+        # The error that the caller of a cancelled execution gets.
+        self._reported: Exception | None = None
+        self._shown_end: ShownEnd | None = None
 
     async def run(self, make: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         """Run the function of the message as a managed task, and return its result.
@@ -205,8 +209,15 @@ class Execution:
 
     # -- what the receiver does around it -----------------------------------------------------
 
+    def failed(self, result: TaskiqResult[Any]) -> None:
+        """Prepare the result of an execution without one for the middlewares that handle errors."""
+        if isinstance(result.error, ExecutionEndedError):
+            self._shown_end = ShownEnd(result, self._message.labels, self._reported)
+
     def executed(self, result: TaskiqResult[Any]) -> None:
         """Note the result that the receiver is about to save, with the traceback of its error."""
+        if self._shown_end is not None:
+            self._shown_end.restore()
         error = result.error
         if isinstance(error, NoResultError):
             return
@@ -445,6 +456,7 @@ class Execution:
         error: Exception = (
             TimeoutError(cause.message or "") if is_timeout else RemoteCancelledError(str(cause))
         )
+        self._reported = error
         await self._save_again(self._failed(error, {CAUSE: json.dumps(cause.to_dict())}))
         self._tell_host(Outcome.TIMEOUT if is_timeout else Outcome.CANCELLED, cause)
         raise ExecutionEndedError
