@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from otel_tasks import TaskGroup, TaskManager, create_task, current_group
-from otel_tasks._asgi.naming import late_name
+from otel_tasks._asgi.naming import name_facts, name_from
 from otel_tasks._asgi.request import require_request
 from otel_tasks._core.binding import current_binding
 from otel_tasks.asgi import TaskGroupMiddleware, request_group, uncancellable
@@ -125,7 +125,7 @@ async def test_context_names_a_request_that_is_over(manager: TaskManager) -> Non
     await connection.run(TaskGroupMiddleware(app_of(handler), manager=manager))
     bound = bindings[0]
     assert (bound.closed, bound(), bound.manager) == (True, None, manager)
-    assert late_name(connection.scope)() == "GET /report/{id}"
+    assert name_from(name_facts(connection.scope)) == "GET /report/{id}"
     if sys.version_info >= (3, 12):
         assert bound.name == "GET /report/{id}"
 

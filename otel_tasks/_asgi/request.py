@@ -11,7 +11,6 @@ import sys
 from asyncio import _get_running_loop
 from contextlib import contextmanager
 from contextvars import copy_context
-from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from otel_tasks._asgi.answer import disconnect_for, send_answer
 from otel_tasks._asgi.cleanup import GROUP_LOCK, Cleanup, is_in_cleanup
 from otel_tasks._asgi.connection import Connection, Message, Receive, Scope, Send, task_in
 from otel_tasks._asgi.departure import is_cancellation, is_departure, kind_of
-from otel_tasks._asgi.naming import late_name, request_name
+from otel_tasks._asgi.naming import name_facts, name_from
 from otel_tasks._asgi.stop import Stop
 from otel_tasks._asgi.streams import close_iterated
 from otel_tasks._core.binding import RequestBinding, bound_request
@@ -42,8 +41,16 @@ if TYPE_CHECKING:
     from otel_tasks._core.group import TaskGroup
     from otel_tasks._core.manager import TaskManager
 
+# Tasks that outlive their request show its name: from Python 3.12 on, a task has its context.
+CONTEXTS_ARE_SHOWN = sys.version_info >= (3, 12)
+
 _NO_TASKS: frozenset[asyncio.Task[Any]] = frozenset()
 _NO_MESSAGE: Message = {}
+
+
+class _Binding(RequestBinding):
+    __slots__ = ()
+    name_from = staticmethod(name_from)
 
 
 class Request(Connection):
@@ -100,15 +107,15 @@ class Request(Connection):
         self.server_send = send
         self.start = _NO_MESSAGE
         self.complete = self.left = self.closed = False
-        self._is_reading = self._watch_pending = self._body_ended = False
+        self._is_watched = self._is_reading = self._watch_pending = self._body_ended = False
         self._watcher = self._ahead = self.disconnect = self._receivers = self.send_error = None
         self.notified = _NO_TASKS
-        sweeper.add(self)
         self.group = self.stop = self.cancel_handler = self.own_time_limit = self._cleanup = None
         self.settings = settings
         self.rules = settings.rules
-        self.binding = RequestBinding(self)
-        self.binding.manager = settings.manager
+        self.binding = binding = _Binding(self)
+        binding.manager = settings.manager
+        sweeper.add(binding)  # type: ignore[arg-type]  # the binding of a Request, and so of a Watched
         self.context = copy_context()
         self.cancels_before = 0 if host is None else host.cancelling()
 
@@ -131,7 +138,7 @@ class Request(Connection):
     @property
     def name(self) -> str:
         """Its method and its route."""
-        return request_name(self.scope, self.context)
+        return name_from(name_facts(self.scope, self.context))
 
     def _late_group(self) -> TaskGroup:
         return self.manager.get_group("root") if self.over else self.own_group()
@@ -172,27 +179,25 @@ class Request(Connection):
             self.rules = before._replace(on_exit=rules.on_exit)
 
     def release(self) -> None:
-        """Leave its contexts and its group without it, unless work that it leaves behind needs it."""
-        if self.stop is not None:
-            self._release_stopped(self.stop)
-        elif self.group is not None:
-            if self._cleanup is not None or not self.group.is_empty:
-                self.binding.kept = self
-            # The group may be kept, and its name is not worth making now.
-            self.binding.late_name = partial(request_name, self.scope, self.context)
-        elif sys.version_info >= (3, 12):
-            # Tasks that outlive the request show their contexts, and so its name.
-            self.binding.late_name = late_name(self.scope)
+        """Leave its contexts and its group without it, unless work that it leaves behind needs it.
 
-    def _release_stopped(self, stop: Stop) -> None:
-        stop.end()
-        has_ended = self._cleanup is None and (self.group is None or self.group.is_empty)
-        if has_ended and not stop.is_pending:
+        Needed for a request with a group or a stop, and for any where contexts name their request.
+        """
+        group, stop = self.group, self.stop
+        if group is None and stop is None:
+            # What outlives the request shows its name, and needs no more than that.
+            self.binding.facts = name_facts(self.scope)
+            return
+        if stop is not None:
+            stop.end()
+        is_busy = self._cleanup is not None or (group is not None and not group.is_empty)
+        if is_busy or (stop is not None and stop.is_pending):
+            self.binding.kept = self
+        else:
             # The two refer to each other: as garbage, they would keep the connection until a collection.
             self.stop = None
-        else:
-            self.binding.kept = self
-        self.binding.late_name = partial(request_name, self.scope, self.context)
+        # The group may be kept, and its name is not worth making now.
+        self.binding.facts = name_facts(self.scope, self.context)
 
     # Its client leaves.
 

@@ -1,12 +1,11 @@
 """The sweeper: looks at the requests of one loop at an interval, so that short requests need no watcher.
 
-A request is watched once it has lived through a whole interval. From then on it is not in flight here, so
-that a tick costs nothing for it. No timer runs while nothing is in flight.
+A request is watched once it has lived through a whole interval. A tick costs nothing for it from then on. No
+timer runs while all requests are watched.
 """
 
 from __future__ import annotations
 
-from itertools import takewhile
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
@@ -20,6 +19,9 @@ if TYPE_CHECKING:
 
 class Watched(Protocol):
     """A connection as its sweeper sees it."""
+
+    # It has ended.
+    closed: bool
 
     def watch(self) -> None:
         """Start watching: the request has lived through a whole interval."""
@@ -43,23 +45,24 @@ class Sweeper:
         buffer_limit: Bytes that a watcher may keep for one request.
 
     Attributes:
-        in_flight: The connections that have not lived through an interval, oldest first, each with the number
-            of ticks before it was added.
-        watched: The older ones, each with a time on the loop's clock at which it was open already.
+        add: Adds a connection, to be watched after one to two ticks unless it is closed before.
+        watched: The connections that have lived through an interval, each with a time on the loop's clock at
+            which it was open already.
         server_stops: The server has received its signal.
         thread: The thread in which the loop runs.
-        timer: The next tick; None while nothing is in flight.
+        timer: The next tick; None while nothing waits for one.
     """
 
     __slots__ = (
         "__weakref__",
         "_again",
         "_context",
+        "_older",
         "_ticked_at",
-        "_ticks",
         "_timers",
+        "_young",
+        "add",
         "buffer_limit",
-        "in_flight",
         "interval",
         "loop",
         "server_stops",
@@ -72,12 +75,16 @@ class Sweeper:
         self.loop = loop
         self.interval = interval
         self.buffer_limit = buffer_limit
-        self.in_flight: dict[Watched, int] = {}
         self.watched: dict[Watched, float] = {}
         self.server_stops = False
         self.thread = get_ident()
         self.timer: asyncio.TimerHandle | None = None
-        self._ticks = 0
+        # The connections that opened since the last tick, and those from the interval before; both oldest
+        # first. A connection that ends is not removed: a table would cost each request more than the tick.
+        self._young: list[ref[Watched]] = []
+        self._older: list[ref[Watched]] = []
+        # The list's own method while a timer runs: a function around it would be one more call per request.
+        self.add: Callable[[ref[Watched]], None] = self._add_first
         self._ticked_at = 0.0
         # Watched, but without a watcher: the next tick tries again.
         self._again: list[Watched] = []
@@ -90,19 +97,12 @@ class Sweeper:
 
     def open_requests(self) -> list[Watched]:
         """Return the connections of this loop that are not closed, the youngest last."""
-        return [*self.watched, *self.in_flight]
-
-    def add(self, connection: Watched) -> None:
-        """Watch ``connection`` after one to two ticks, unless it is closed before."""
-        self.in_flight[connection] = self._ticks
-        if self.timer is None:
-            self._arm()
+        return [*self.watched, *_open(self._older), *_open(self._young)]
 
     def watch_again(self, connection: Watched) -> None:
         """Watch a connection again, from the next tick on."""
         self._again.append(connection)
-        if self.timer is None:
-            self._arm()
+        self._arm()
 
     def keep(self, connection: Watched) -> None:
         """Count a closed connection as open: the server waits for what it still does."""
@@ -140,36 +140,40 @@ class Sweeper:
         """Call ``callback`` after ``delay`` seconds, outside of every trace."""
         self.loop.call_later(delay, callback, context=self._context.copy())
 
+    def _add_first(self, connection: ref[Watched]) -> None:
+        self._young.append(connection)
+        self._arm()
+
     def _arm(self) -> None:
-        self.timer = self.loop.call_later(self.interval, self._tick, context=self._context)
+        if self.timer is None:
+            self.timer = self.loop.call_later(self.interval, self._tick, context=self._context)
+            self.add = self._young.append
 
     def _tick(self) -> None:
-        due = self._take_due()
+        # They were there at the last tick, and have lived through it.
+        due, self._older, self._young = _open(self._older), self._young, []
+        for connection in due:
+            self.watched[connection] = self._ticked_at
         again, self._again = self._again, []
-        self._ticks += 1
         self._ticked_at = self.loop.time()
+        self.timer = None
+        self.add = self._add_first
         for connection in (*due, *again):
             connection.watch()
         for connection in due:
             self.apply_time_limit(connection)
-        if self.in_flight or self._again:
+        if self._older or self._young or self._again:
             self._arm()
-        else:
-            self.timer = None
 
     def _stop_timer(self, connection: Watched) -> None:
         timer = self._timers.pop(connection, None)
         if timer is not None:
             timer.cancel()
 
-    def _take_due(self) -> list[Watched]:
-        # Oldest first: the first one of this interval ends the search.
-        due = list(takewhile(lambda connection: self.in_flight[connection] < self._ticks, self.in_flight))
-        for connection in due:
-            del self.in_flight[connection]
-            # It was there at the last tick, which it has lived through.
-            self.watched[connection] = self._ticked_at
-        return due
+
+def _open(connections: list[ref[Watched]]) -> list[Watched]:
+    found = [reference() for reference in connections]
+    return [connection for connection in found if connection is not None and not connection.closed]
 
 
 # All sweepers: one for each middleware, and for each loop that it serves. No WeakSet: the thread of another

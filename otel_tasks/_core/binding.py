@@ -87,21 +87,24 @@ class RequestBinding(ref["BoundRequest"]):
 
     Attributes:
         kept: The request, once it is over and has left work behind that needs it. Unset otherwise.
-        late_name: Names it once it is gone.
+        facts: Its name once it is gone, as ``name_from`` takes it.
         manager: The manager whose root is above its group.
     """
 
-    __slots__ = ("kept", "late_name", "manager")
+    __slots__ = ("facts", "kept", "manager")
 
     kept: BoundRequest
-    late_name: Callable[[], str]
+    facts: Any
     manager: Any
+
+    # Set by the subclass, which knows the facts.
+    name_from: Callable[[Any], str]
 
     @property
     def name(self) -> str:
         """The name of the request."""
         request = self()
-        return self.late_name() if request is None else request.name
+        return self.name_from(self.facts) if request is None else request.name
 
     @property
     def closed(self) -> bool:
