@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import errno
 import gc
 import json
 import logging
+import os
 import pickle
+import subprocess
+import sys
+import textwrap
 import threading
 import warnings
 from dataclasses import FrozenInstanceError, replace
@@ -612,6 +617,75 @@ def test_task_cannot_be_created_where_no_loop_runs() -> None:
     ):
         TaskManager("mine").create_task(rest())
     gc.collect()
+
+
+def test_task_cannot_be_created_between_two_runs_of_a_loop() -> None:
+    """Between two calls of run_until_complete() no loop runs, even in the thread of the loop."""
+    manager = TaskManager()
+
+    async def create() -> str:
+        return await manager.create_task(give("made"))
+
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        assert [loop.run_until_complete(create()) for _ in range(3)] == ["made"] * 3
+        with pytest.raises(WrongThreadError):
+            manager.create_task(rest())
+        assert loop.run_until_complete(create()) == "made"
+
+
+async def test_loop_inside_a_running_loop_has_its_own_tasks() -> None:
+    """In a loop that is run inside another one, as nest_asyncio allows, a task belongs to the inner one."""
+    manager = TaskManager()
+    outer = asyncio.get_running_loop()
+    for _ in range(3):
+        assert await manager.create_task(give("outer")) == "outer"
+    await settle()
+
+    async def create() -> str:
+        return await manager.create_task(give("inner"))
+
+    with contextlib.closing(asyncio.new_event_loop()) as inner:
+        asyncio._set_running_loop(None)
+        try:
+            assert inner.run_until_complete(create()) == "inner"
+        finally:
+            asyncio._set_running_loop(outer)
+    assert await manager.create_task(give("outer")) == "outer"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this platform")
+def test_child_of_a_fork_has_no_running_loop() -> None:
+    """After a fork in a coroutine, the child can create tasks only in a loop of its own."""
+    script = """
+        import asyncio, os, sys
+        from otel_tasks import TaskManager, WrongThreadError
+
+        manager = TaskManager()
+
+        async def work():
+            pass
+
+        async def create():
+            for _ in range(3):
+                await manager.create_task(work())
+            await asyncio.sleep(0)
+
+        async def fork():
+            await create()
+            if os.fork():
+                sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+            coro = work()
+            try:
+                manager.create_task(coro)
+            except WrongThreadError:
+                asyncio.run(create())
+                os._exit(7)
+            os._exit(1)
+
+        asyncio.run(fork())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (7, ""), done.stderr
 
 
 async def test_task_cannot_be_created_from_another_thread() -> None:

@@ -19,6 +19,7 @@ from otel_tasks._core.checks import check_choice, checked_name, checked_priority
 from otel_tasks._core.coroutines import check_coroutine, close_quietly, function_name
 from otel_tasks._core.eager import EAGER, EAGERLY, announced_first, is_free
 from otel_tasks._core.extras import Extras, made_by, wanted_extras
+from otel_tasks._core.loop import run_here
 from otel_tasks._core.naming import Named, yield_to
 from otel_tasks._core.native import add_done_callback, base_name, init_task, new_task
 from otel_tasks._core.options import (
@@ -235,15 +236,14 @@ class Creation(Named):
         home = ledger.home
         clock = home.clock
         bound = binding_here()
-        loop: Any
+        run, loop = home.fast_path
         if (
-            (loop := _get_running_loop()) is not home.fast_path_loop
+            (run != run_here() and (loop is None or not home.joins_fast_path(loop)))
             or home.factories._task_factory is not None
             or type(coro) is not CoroutineType
             or (priority is not _NORMAL and type(priority) is not TaskPriority)
             or not self._takes_plain_tasks
             or (bound is not None and bound is not (self._binding or self))
-            or (name is not None and not self._is_free(name))
         ):
             return self._create_with(coro, name, priority, options)
         # Most tasks get here: no options, no listeners, no limits. The rest does what `_create` does, without
@@ -258,8 +258,10 @@ class Creation(Named):
             else:
                 key = numbered
                 counts[name] = numbered + 1
-        else:
+        elif self._is_free(name):
             key = name
+        else:
+            return self._create_with(coro, name, priority, options)
         span = context = None
         # Reading the provider first saves two calls without tracing, 2 % of a task.
         if ledger.telemetry.tracing._TRACER_PROVIDER is not None:
@@ -284,10 +286,10 @@ class Creation(Named):
         ledger.created += 1
         self._names[key] = task
         if not self._is_one_table:
-            if self._live is not self._names:
-                self._live[key] = task
-            if not self._linked and self._parent is not None:
-                self._parent._link(self)  # type: ignore[arg-type]  # every Creation is a TaskGroup
+            # A label, whose names are the root's, or a group that has left the tree. Both have a parent.
+            self._live[key] = task
+            if not self._linked:
+                cast("TaskGroup", self._parent)._link(cast("TaskGroup", self))
         if eager:
             run_first_step(task, coro, loop, name, context)
         else:

@@ -9,6 +9,8 @@ shut it down.
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import weakref
 from asyncio import _get_running_loop
 from contextlib import suppress
@@ -25,8 +27,17 @@ if TYPE_CHECKING:
 
     from otel_tasks._core.events import CancelCause
 
-# Differs from every loop, and from None, which _get_running_loop() returns if no loop runs.
-_NO_LOOP: object = object()
+# Differs from everything that `run_here` returns.
+_NO_RUN: object = object()
+
+# On Python 3.11, `_get_running_loop()` calls getpid(), and the system call takes 5 % of a task. While a loop
+# runs, its thread has its hooks for asynchronous generators, so they identify it too.
+_HOOKS_ARE_FASTER = sys.version_info < (3, 12)
+# Returns equal objects where the same loop runs. If it has no hooks of its own, also elsewhere: see
+# `Home.joins_fast_path`.
+run_here: Callable[[], object] = sys.get_asyncgen_hooks if _HOOKS_ARE_FASTER else _get_running_loop
+
+_homes: weakref.WeakSet[Home] = weakref.WeakSet()
 
 
 class Occupant(Protocol):
@@ -81,9 +92,10 @@ class Home:
         self.closed = False
         self.is_closing = False
         self.shutdowns = Shutdowns()
-        # The loop, while plain tasks may take the fast path: creation compares this one attribute instead of
-        # four. Telemetry is checked separately. See `update_fast_path`.
-        self.fast_path_loop: Any = _NO_LOOP
+        # The loop, while plain tasks may take the fast path, else None; and what `run_here` returned in it.
+        # Creation compares this instead of four attributes. Telemetry is checked separately. In one tuple,
+        # because another thread may move the home.
+        self.fast_path: tuple[object, Any] = (_NO_RUN, None)
         # The object that has the loop's task factory as its attribute `_task_factory`.
         self.factories: Any = None
         # The clock of the loop, for every timestamp and duration of this manager.
@@ -92,6 +104,7 @@ class Home:
         self.other_clock: Callable[[], float] | None = None
         # The wall-clock time at which the clock was 0, in seconds since 1970.
         self.epoch = epoch_of(None)
+        _homes.add(self)
 
     def enter(self) -> asyncio.AbstractEventLoop:
         """Check that a task may be created here, and return the loop to create it in.
@@ -170,8 +183,17 @@ class Home:
 
     def update_fast_path(self) -> None:
         """Decide whether plain tasks may take the fast path; call it when one of the conditions changes."""
-        is_slow = self.closed or self.loop is None or self._occupant.has_special_tasks
-        self.fast_path_loop = _NO_LOOP if is_slow else self.loop
+        is_slow = self.closed or self._occupant.has_special_tasks
+        self.fast_path = (_NO_RUN, None if is_slow else self.loop)
+
+    def joins_fast_path(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Check that ``loop``, that of the fast path, runs here, and remember its run for the next task."""
+        if _get_running_loop() is not loop:
+            return False
+        run: Any = run_here()
+        if not _HOOKS_ARE_FASTER or getattr(run.firstiter, "__self__", None) is loop:
+            self.fast_path = (run, loop)
+        return True
 
     # -- shut down --------------------------------------------------------------------------
 
@@ -274,3 +296,13 @@ def _reference(loop: asyncio.AbstractEventLoop) -> Callable[[], asyncio.Abstract
     except TypeError:
         # A loop that is not written in Python need not support weak references.
         return lambda: loop
+
+
+def _forget_runs() -> None:
+    for home in list(_homes):
+        home.update_fast_path()
+
+
+if _HOOKS_ARE_FASTER and hasattr(os, "register_at_fork"):
+    # The child of a fork has the hooks of its parent, but no running loop.
+    os.register_at_fork(after_in_child=_forget_runs)
