@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from otel_tasks._core.factory import end_like
 from otel_tasks._core.log import TaskLogger
-from otel_tasks._core.native import base_name, failure_of
+from otel_tasks._core.native import base_name, failure_of, is_cancelled
 from otel_tasks._core.records import Counters, KeptResult, without_frames
 from otel_tasks._core.state import Outcome, TaskStatus
 from otel_tasks._core.task import (
@@ -81,7 +81,7 @@ class Ending(Counters):
             or task._exception is not None
             # Cancelled without a cause, or returned in spite of one. A task whose cancel() has
             # recorded no cause has extras, see `note_request`.
-            or task.cancelled() is (cause is None)
+            or is_cancelled(task) is (cause is None)
         ):
             return self._on_special_end(task, early)
         # The fast path to the same records, for plain tasks that returned or were cancelled, in a third of

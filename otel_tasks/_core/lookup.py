@@ -13,6 +13,7 @@ from otel_tasks.exceptions import TaskNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from weakref import ref
 
     from otel_tasks._core.info import TaskInfo
     from otel_tasks._core.records import KeptResult
@@ -31,6 +32,8 @@ class Lookup:
     def __init__(self, ledger: Ledger, root: TaskGroup) -> None:
         self._ledger = ledger
         self._root = root
+        # The references inside of it: `get` of a WeakValueDictionary is Python code, 2 % of a task.
+        self._labels: dict[str, ref[TaskGroup]] = vars(ledger.labels)["data"]
 
     def group(self, group: str | TaskGroup, coro: object = None) -> TaskGroup:
         """Return the group to create a task in.
@@ -46,8 +49,8 @@ class Lookup:
         try:
             if isinstance(group, str):
                 # Most labels exist: a call of `label` takes 2 % of a task.
-                known = self._ledger.labels.get(group)
-                return self.label(group) if known is None else known
+                known = self._labels.get(group)
+                return (known and known()) or self.label(group)
             if not isinstance(group, TaskGroup):
                 raise _no_group(group)
             if group._ledger is not self._ledger:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 add_done_callback: Callable[..., None] = asyncio.Task.add_done_callback
 remove_done_callback = asyncio.Task.remove_done_callback
 base_name: Callable[[asyncio.Task[Any]], str] = asyncio.Task.get_name
+# Python 3.11 looks up a method of C slowly on a task, because a task may have attributes of its own.
+is_cancelled: Callable[[asyncio.Task[Any]], bool] = asyncio.Task.cancelled
 # Makes a task without a coroutine, which is not scheduled before `init_task`.
 new_task: Callable[[type[Any]], Any] = asyncio.Task.__new__
 init_task: Callable[..., None] = asyncio.Task.__init__
