@@ -290,7 +290,9 @@ def _started(create: Callable[[], Any]) -> Work:
 
 
 def _requests(app: Any, manager: TaskManager) -> Work:
-    middleware = TaskGroupMiddleware(app, manager=manager)
+    # No tick of the sweeper: how many come depends on the machine. Each goes once through the requests since
+    # the last one, which are a few instructions each.
+    middleware = TaskGroupMiddleware(app, manager=manager, detect_after=3600.0)
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": b"", "more_body": False}
