@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import json
 import os
 import subprocess
@@ -28,12 +29,16 @@ from otel_tasks import (
     TaskPriority,
     create_task,
 )
-from otel_tasks._core import telemetry
+from otel_tasks._core import coroutines, telemetry
+from otel_tasks._core.coroutines import code_name
 from otel_tasks._core.request_group import RequestGroup
 from otel_tasks._core.telemetry import errors, providers
 from otel_tasks.testing import run
+from tests.helpers import give
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
     from opentelemetry.sdk.trace import ReadableSpan
 
     from otel_tasks import ManagedTask
@@ -330,6 +335,57 @@ async def test_function_name_of_a_method_is_qualified(manager: TaskManager, span
 
     name = (spans.span("sell").attributes or {})["code.function.name"]
     assert name == f"{__name__}.{Shop.sell.__qualname__}"
+
+
+async def test_spans_name_functions_that_resemble_each_other(spans: SpanRecorder) -> None:
+    """Functions of one name, wrappers of one decorator, and a function after a coroutine that has ended."""
+
+    def wrapped(name: str) -> Callable[[], Coroutine[Any, Any, None]]:
+        async def wrapper() -> None:
+            pass
+
+        wrapper.__name__ = wrapper.__qualname__ = name
+        return wrapper
+
+    from_helpers = functools.partial(give, None)
+    functions: list[Callable[[], Coroutine[Any, Any, None]]] = [
+        wrapped("give"),
+        from_helpers,
+        wrapped("sell"),
+        wrapped("give"),
+        from_helpers,
+    ]
+    ended = functions[0]()
+    ended.close()
+    assert code_name(ended) == "give"
+    manager = TaskManager(tracer_provider=spans.provider)
+    for function in functions:
+        await manager.create_task(function())
+
+    assert [(span.attributes or {})["code.function.name"] for span in spans.finished] == [
+        f"{__name__}.give",
+        "tests.helpers.give",
+        f"{__name__}.sell",
+        f"{__name__}.give",
+        "tests.helpers.give",
+    ]
+
+
+def test_names_of_functions_that_are_made_for_each_task_are_dropped() -> None:
+    """A program that makes a function for each task keeps a bounded number of names."""
+
+    def made(number: int) -> Coroutine[Any, Any, None]:
+        async def function() -> None:
+            pass
+
+        function.__qualname__ = f"made_{number}"
+        return function()
+
+    for number in range(3000):
+        coro = made(number)
+        assert code_name(coro) == f"{__name__}.made_{number}"
+        coro.close()
+    assert len(coroutines._code_names) <= 1024
 
 
 # -- at the end ---------------------------------------------------------------------------------

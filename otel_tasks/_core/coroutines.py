@@ -6,13 +6,17 @@ import asyncio
 import inspect
 from abc import abstractmethod
 from collections.abc import Coroutine
-from types import CoroutineType
+from types import CodeType, CoroutineType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
+
+# The code of functions and what `code_name` returned, by their qualified names; at most so many.
+_code_names: dict[str, tuple[CodeType, str]] = {}
+_MOST_NAMES = 1024
 
 # The modules whose coroutines have the qualified name, module included, of the function for which they stand.
 _FOR_OTHERS = ("otel_tasks._core.threads", "otel_tasks.taskiq.functions", "otel_tasks.taskiq.remote")
@@ -78,6 +82,23 @@ def qualified_name(coro: object) -> str:
 
 def code_name(coro: Coroutine[Any, Any, Any]) -> str:
     """Module and qualified name, as the semantic conventions define ``code.function.name``."""
+    if type(coro) is not CoroutineType:
+        return _code_name(coro)
+    # Composing the name takes 1 % of a task with a span, and most functions make many tasks. The name alone
+    # does not identify a function, nor does the code: all wrappers that a decorator makes have the same.
+    known = _code_names.get(coro.__qualname__)
+    if known is not None and known[0] is coro.cr_code:
+        return known[1]
+    name = _code_name(coro)
+    # Without a frame it has ended, and does not tell its module.
+    if coro.cr_frame is not None:
+        if len(_code_names) >= _MOST_NAMES:
+            _code_names.clear()
+        _code_names[coro.__qualname__] = coro.cr_code, name
+    return name
+
+
+def _code_name(coro: Coroutine[Any, Any, Any]) -> str:
     qualified = qualified_name(coro)
     frame = getattr(coro, "cr_frame", None)
     module = None if frame is None else frame.f_globals.get("__name__")

@@ -286,7 +286,7 @@ class Creation(Named):
         ledger.created += 1
         self._names[key] = task
         if not self._is_one_table:
-            # A label, whose names are the root's, or a group that has left the tree. Both have a parent.
+            # See `_enter`.
             self._live[key] = task
             if not self._linked:
                 cast("TaskGroup", self._parent)._link(cast("TaskGroup", self))
@@ -344,10 +344,11 @@ class Creation(Named):
         task._waiters = 0
         self._ledger.created += 1
         self._names[key] = task
-        if self._live is not self._names:
+        if not self._is_one_table:
+            # A label, whose names are the root's, or a group that has left the tree. Both have a parent.
             self._live[key] = task
-        if not self._linked and self._parent is not None:
-            self._parent._link(cast("TaskGroup", self))
+            if not self._linked:
+                cast("TaskGroup", self._parent)._link(cast("TaskGroup", self))
 
     def _loop_for(self, coro: object, name: str | None) -> asyncio.AbstractEventLoop:
         """Check that the group can create a task of ``coro`` here, and return the loop for it."""

@@ -49,8 +49,10 @@ class Lookup:
         try:
             if isinstance(group, str):
                 # Most labels exist: a call of `label` takes 2 % of a task.
-                known = self._labels.get(group)
-                return (known and known()) or self.label(group)
+                reference = self._labels.get(group)
+                if reference is None or (known := reference()) is None:
+                    return self.label(group)
+                return known
             if not isinstance(group, TaskGroup):
                 raise _no_group(group)
             if group._ledger is not self._ledger:

@@ -375,7 +375,7 @@ def end_group_span(span: Span, cause: Cause | None) -> None:
         Exception: The span's own; the span is ended.
     """
     try:
-        if cause is not None:
+        if cause is not None and span.is_recording():
             message = {CANCEL_MESSAGE: cause.message} if cause.message else {}
             span.set_attributes({CANCEL_REASON: str(cause.kind), **message})
             _name_origin(span, cause)
