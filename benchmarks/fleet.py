@@ -20,6 +20,7 @@ from benchmarks import remote
 from benchmarks.measure import Effort, Row, Spread, Table
 from benchmarks.redis_server import URL, circumstances, missing, redis
 from otel_tasks import TaskManager
+from otel_tasks._core.slices import at_once
 from otel_tasks.fleet import Fleet
 from otel_tasks.fleet.entries import CancelEntry
 from otel_tasks.fleet.link import Link
@@ -288,13 +289,15 @@ async def _view(rounds: int) -> dict[str, list[float]]:
         others = Others(fleet.views, fleet.node, manager.now)
         async with asyncio.timeout(60):
             # The first answer has everything, and takes an import; each further one has what has changed.
-            while len(found := others.gathered().nodes) < NODES - 1 or any(not node["key"] for node in found):
+            while len(found := at_once(others.gathered()).nodes) < NODES - 1 or any(
+                not node["key"] for node in found
+            ):
                 await others.look({}, ())
                 await asyncio.sleep(TICK)
         for _ in range(rounds):
             wall, cpu = time.perf_counter(), time.process_time()
             await others.look({}, ())
-            others.gathered()
+            at_once(others.gathered())
             figures["wall time"].append((time.perf_counter() - wall) * 1e3)
             figures["CPU time of the viewer"].append((time.process_time() - cpu) * 1e3)
             await asyncio.sleep(TICK)

@@ -115,7 +115,7 @@ async def test_answers_to_no_question_are_dropped() -> None:
 async def test_parts_are_put_together_in_their_order() -> None:
     """Each of them fits into an entry, whatever characters it has."""
     data = {"rows": ['"\\\x00é\U0001f680' * 9000]}
-    parts = at_once(parts_of(data, "b", "q"))
+    parts = list(at_once(parts_of(data, "b", "q")))
     assert len(parts) > 3
     assert max(len(encode(part)) for part in parts) <= MAX_BYTES
     question = Question("q")
@@ -130,7 +130,7 @@ async def test_parts_are_put_together_in_their_order() -> None:
 def test_rows_that_are_too_much_are_counted() -> None:
     """The sender leaves out half of them, until the rest fits."""
     data = {"rows": [{"name": "x" * 100}] * 100_000, "more": 7}
-    parts = at_once(parts_of(data, "b", "q"))
+    parts = list(at_once(parts_of(data, "b", "q")))
     assert len(parts) <= module.MAX_PARTS
     texts = [part.data["text"] for part in parts if isinstance(part, AnswerEntry)]
     sent = json.loads("".join(texts))

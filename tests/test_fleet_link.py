@@ -13,7 +13,7 @@ import pytest
 from otel_tasks.fleet import link as link_module
 from otel_tasks.fleet import outbox as outbox_module
 from otel_tasks.fleet.bus import KEPT, BusRefusedError, BusUnavailableError, Claim, Entry, position_of
-from otel_tasks.fleet.entries import CancelEntry, EndedEntry, FleetEntry, InspectEntry, encode
+from otel_tasks.fleet.entries import AnswerEntry, CancelEntry, EndedEntry, FleetEntry, InspectEntry, encode
 from otel_tasks.fleet.link import HOLD_OFF, Link
 from otel_tasks.fleet.memory_bus import MemoryBus, memory_server
 
@@ -511,6 +511,23 @@ async def test_letters_wait_only_if_they_must_arrive() -> None:
         await asyncio.sleep(5.0)
 
     assert ended == ["sent", "kept"]
+
+
+async def test_large_letters_take_turns() -> None:
+    """The answers of many nodes come together: each is opened in a turn of its own, small ones at once."""
+    async with started("a", "b") as (a, b):
+        taken: list[int] = []
+        turns: list[int] = []
+        b.link.subscribe(AnswerEntry, lambda content, _: taken.append(content.part))
+        for part in range(6):
+            data = {"text": "x" * (30_000 if part < 5 else 10)}
+            a.link.post_to("b", AnswerEntry(node="a", request="q", part=part, last=part == 5, data=data))
+        while len(taken) < 6:
+            turns.append(len(taken))
+            await asyncio.sleep(0)
+        # The last one is small.
+        assert taken == [5, 0, 1, 2, 3, 4]
+        assert max(after - before for before, after in itertools.pairwise(turns)) <= 2
 
 
 async def test_bad_entries_are_skipped_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:

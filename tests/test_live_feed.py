@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from otel_tasks import TaskGroup, TaskManager, current_task
-from otel_tasks._core.slices import at_once
+from otel_tasks._core.slices import TASKS_PER_SLICE, at_once
 from otel_tasks.asgi import TaskGroupMiddleware
 from otel_tasks.live.feed import CANCELLING, ENDED, ENDED_PER_TICK, RING, Feed
 from otel_tasks.live.rows import Shown, short_path, text, trace_link
@@ -475,6 +475,26 @@ async def test_many_tasks_at_one_line_are_a_warning() -> None:
         assert found["key"] == f"waiting {found['where']['file']}:{found['where']['line']}"
         await manager.cancel_all_tasks()
         assert warnings(feed) == {}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="a task does not show its context before")
+async def test_search_for_plain_tasks_is_cut() -> None:
+    """Ten thousand tasks are looked at in slices; those of another loop are not looked at."""
+    async with TaskManager() as manager:
+        for _ in range(2000):
+            manager.create_task(rest())
+        other = await asyncio.to_thread(asyncio.new_event_loop)
+        foreign = other.create_task(rest())
+        slices = manager.outliving_slices()
+        steps = 0
+        with pytest.raises(StopIteration) as end:
+            while True:
+                next(slices)
+                steps += 1
+        assert (end.value.value, steps >= 2000 / TASKS_PER_SLICE) == ([], True)
+        foreign.cancel()
+        await asyncio.to_thread(other.run_until_complete, asyncio.wait({foreign}, timeout=1))
+        other.close()
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="a task does not show its context before")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import subprocess
 import sys
@@ -13,10 +14,14 @@ from urllib.parse import quote
 import pytest
 
 from otel_tasks import CancelKind, TaskManager
+from otel_tasks._core.slices import COUNTS_PER_SLICE, TASKS_PER_SLICE
 from otel_tasks.fleet import Fleet
 from otel_tasks.fleet.entries import InspectEntry
 from otel_tasks.live import live_view
+from otel_tasks.live.feed import _changes
 from otel_tasks.live.marks import is_named, mark_of
+from otel_tasks.live.other import Other
+from otel_tasks.live.served import Served
 from tests.helpers import fail, give, ignore_cancels, now, rest, settle
 from tests.live_client import Client, client_of, leave, of_kind
 from tests.test_fleet import joined
@@ -373,6 +378,51 @@ async def test_secrets_stay_in_their_process() -> None:
         details = await client.get(f"/v1/tasks/{quote(uid)}")
         assert details["metadata"] == {}
         assert "4711" not in str(details)
+
+
+async def test_answers_of_many_rows_are_read_in_slices() -> None:
+    """Each step reads some rows, and all take effect together: a tick never shows half of them."""
+    tasks = 300
+    async with fleet_of(2) as (here, there):
+        for number in range(tasks):
+            there.manager.create_task(rest(), name=f"job-{number}", group=f"g{number}")
+        await settle()
+        answer = json.loads(
+            await Served(there.manager).answer(
+                {"what": "events", "params": [["expand", f"oldest:{tasks}"]]}, here.node
+            )
+        )
+        other = Other(next(iter((await here.views.others() or {}).values())), "5d1c90aa", now())
+        slices, steps = other.reading(answer, now()), 0
+        while True:
+            try:
+                next(slices)
+            except StopIteration as end:
+                reading = end.value
+                break
+            steps += 1
+            assert (other.after, other.rows, other.lists["groups"]) == (None, {}, {})
+        # Groups, classes, and the tasks of the expanded row.
+        assert steps >= (200 + tasks) / COUNTS_PER_SLICE
+        other.apply(reading, ())
+        (rows,) = other.rows.values()
+        # With the row of the other groups.
+        assert (len(other.lists["groups"]), len(rows)) == (201, tasks)
+        assert other.after is not None
+
+
+async def test_changes_of_many_rows_are_found_in_slices() -> None:
+    """The rows of a hundred nodes are compared some at a time."""
+    many = {f"g{number}": "{}" for number in range(2000)}
+    lists = {"groups": many, "classes": {}, "cancelling": {}}
+    empty: Any = {"groups": {"gone": "{}"}, "classes": {}, "cancelling": {}}
+    steps, slices = 0, _changes(empty, lists)
+    with pytest.raises(StopIteration) as end:
+        while True:
+            next(slices)
+            steps += 1
+    assert steps == 2000 / TASKS_PER_SLICE
+    assert (len(end.value.value.rows["groups"]), end.value.value.gone["groups"]) == (2000, ["gone"])
 
 
 # -- silent nodes -------------------------------------------------------------------------------------

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks._core.checks import check_count
 from otel_tasks._core.details import TaskDetails, details_of
 from otel_tasks._core.frames import Stacks
 from otel_tasks._core.inspection import nodes_of, request_of
-from otel_tasks._core.slices import at_once
+from otel_tasks._core.slices import TASKS_PER_SLICE, at_once
 from otel_tasks._core.survey import survey_of
 from otel_tasks._core.task import ManagedTask
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Mapping
+    from weakref import ReferenceType
 
     from otel_tasks._core.info import TaskInfo
     from otel_tasks._core.overview import Overview
@@ -166,8 +168,41 @@ class Looking:
         Example:
             >>> [task.get_name() for task in manager.outliving_tasks()]
         """
+        return at_once(self.outliving_slices())
+
+    def outliving_slices(self) -> Generator[None, None, list[asyncio.Task[Any]]]:
+        """Find what ``outliving_tasks`` returns in slices, so that the event loop can run in between.
+
+        Returns:
+            A generator that returns the tasks.
+
+        Example:
+            >>> tasks = yield from manager.outliving_slices()
+        """
         loop = self._ledger.home.loop
         if loop is None or sys.version_info < (3, 12):
             return []
-        plain = [task for task in asyncio.all_tasks(loop) if not isinstance(task, ManagedTask)]
-        return [task for task in plain if (request := request_of(task)) is not None and request.closed]
+        found: list[asyncio.Task[Any]] = []
+        tasks = _tasks_of(loop)
+        while batch := list(islice(tasks, TASKS_PER_SLICE)):
+            plain = [task for task in batch if not isinstance(task, ManagedTask) and not task.done()]
+            found += [task for task in plain if (request := request_of(task)) is not None and request.closed]
+            yield
+        return found
+
+
+def _tasks_of(loop: asyncio.AbstractEventLoop) -> Iterator[asyncio.Task[Any]]:
+    """Iterate over the tasks of a loop.
+
+    The first step takes 0.25 us for each task with ``asyncio.all_tasks()``, and 5 ns with the references that
+    it reads. Python 3.14 keeps its tasks elsewhere.
+    """
+    kept: Any = getattr(asyncio.tasks, "_scheduled_tasks", None)
+    if sys.version_info >= (3, 14) or kept is None:
+        yield from asyncio.all_tasks(loop)
+        return
+    references: list[ReferenceType[asyncio.Task[Any]]] = list(kept.data)
+    for reference in references:
+        task = reference()
+        if task is not None and task.get_loop() is loop:
+            yield task

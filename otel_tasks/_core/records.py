@@ -208,14 +208,8 @@ class History:
         if group_id is not None:
             found = (entry for entry in found if _group_id(entry) == group_id)
         entries = list(islice(found, limit if among is None else among))
-        if limit is not None and len(entries) > limit:
-            notable = [entry for entry in entries if _is_notable(entry)][:limit]
-            others = (entry for entry in entries if not _is_notable(entry))
-            # In their order: the entries are compared by identity, because a result may not compare.
-            chosen = {id(entry) for entry in (*notable, *islice(others, limit - len(notable)))}
-            entries = [entry for entry in entries if id(entry) in chosen]
         # The epoch of now: a record whose epoch differs keeps its own.
-        return map(_info, entries, repeat(self._epoch))
+        return map(_info, _chosen(entries, limit), repeat(self._epoch))
 
     def change_epoch(self, epoch: float) -> None:
         """Set the epoch of the clock for the next tasks; the records of ended tasks keep theirs."""
@@ -258,6 +252,19 @@ class History:
             if _is_called(entry, task_id, group_id):
                 return entry
         return None
+
+
+def _chosen(
+    entries: list[Brief | TaskInfo | KeptResult], limit: int | None
+) -> Iterator[Brief | TaskInfo | KeptResult]:
+    """Choose the entries to show when the first one is asked for, which takes 0.2 us for each."""
+    if limit is not None and len(entries) > limit:
+        notable = [entry for entry in entries if _is_notable(entry)][:limit]
+        others = (entry for entry in entries if not _is_notable(entry))
+        # In their order: the entries are compared by identity, because a result may not compare.
+        chosen = {id(entry) for entry in (*notable, *islice(others, limit - len(notable)))}
+        entries = [entry for entry in entries if id(entry) in chosen]
+    yield from entries
 
 
 def _is_notable(entry: Brief | TaskInfo | KeptResult) -> bool:

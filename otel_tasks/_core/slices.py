@@ -8,13 +8,18 @@ other data.
 from __future__ import annotations
 
 import asyncio
+import heapq
 from contextlib import closing
+from itertools import islice
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Sequence
 
 T = TypeVar("T")
+
+_first = itemgetter(0)
 
 # Tasks of which a slice reads one attribute or two.
 TASKS_PER_SLICE = 500
@@ -86,8 +91,17 @@ def smallest(
     items: Sequence[T], limit: int, key: Callable[[T], Any], *, reverse: bool = False
 ) -> Generator[None, None, list[T]]:
     """Sort the ``limit`` smallest items, or the largest; among equals, the first ones."""
+    batches: list[list[tuple[Any, T]]] = []
+    for start in range(0, len(items), NAMES_PER_SLICE):
+        batch = [(key(item), item) for item in items[start : start + NAMES_PER_SLICE]]
+        batches.append(sorted(batch, key=_first, reverse=reverse)[:limit])
+        yield
+    if len(batches) == 1:
+        return [item for _, item in batches[0]]
+    # Both are stable.
+    merged = islice(heapq.merge(*batches, key=_first, reverse=reverse), max(0, limit))
     found: list[T] = []
-    for start in range(0, len(items), TASKS_PER_SLICE):
-        found = sorted([*found, *items[start : start + TASKS_PER_SLICE]], key=key, reverse=reverse)[:limit]
+    while some := list(islice(merged, NAMES_PER_SLICE)):
+        found += [item for _, item in some]
         yield
     return found

@@ -270,23 +270,17 @@ class _Survey:
         self._root_tasks = _tasks_of_root(root, groups)
         self._root = self._row(ROOT_KEY, None, root, "root")
         self._root.instances = 1
-        self._leave_out({attempt for task in ledger.supervisors if (attempt := attempt_of(task)) is not None})
-
-    def _leave_out(self, attempts: set[ManagedTask[Any]]) -> None:
-        """Leave out the attempts of services, now: between two slices, a service can come to its next one."""
-        groups = {attempt._group for attempt in attempts}
-        if self._root._first in groups:
-            self._root_tasks = [task for task in self._root_tasks if task not in attempts]
-        for number, (group, tasks) in enumerate(self._tables if groups else ()):
-            if group in groups:
-                self._tables[number] = group, [task for task in tasks if task not in attempts]
+        # Those of this moment: between two slices, a service can come to its next one.
+        self._attempts = {attempt for task in ledger.supervisors if (attempt := attempt_of(task)) is not None}
+        self._groups_of_attempts = {attempt._group for attempt in self._attempts}
 
     def count(self) -> Generator[None, None, None]:
         """Make the rows, and put each task into its class."""
         root = self._root._first
         for start in range(0, len(self._root_tasks), _TASKS_PER_STEP):
             batch = self._root_tasks[start : start + _TASKS_PER_STEP]
-            yield from self._take(self._root, [task for task in batch if task._group is root])
+            tasks = [task for task in batch if task._group is root]
+            yield from self._take(self._root, self._without_attempts(root, tasks))
             if self._budget.spend(len(batch) // 4):
                 yield
         row_of = {root: self._root}
@@ -296,9 +290,16 @@ class _Survey:
             row = row_of[group] = self._row_of_group(group, above)
             row.instances += 1
             for start in range(0, len(tasks), _TASKS_PER_STEP):
-                yield from self._take(row, tasks[start : start + _TASKS_PER_STEP])
+                batch = tasks[start : start + _TASKS_PER_STEP]
+                yield from self._take(row, self._without_attempts(group, batch))
             if self._budget.spend(_NAME):
                 yield
+
+    def _without_attempts(self, group: TaskGroup, tasks: Tasks) -> Tasks:
+        """Leave out the attempts of services: each is one with its service."""
+        if group not in self._groups_of_attempts:
+            return tasks
+        return [task for task in tasks if task not in self._attempts]
 
     def _take(self, row: _Row, tasks: Tasks) -> Generator[None, None, None]:
         # By the name as asyncio has it: most tasks of a class share it.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
+from otel_tasks._core.slices import one_turn
 from otel_tasks._core.telemetry import quiet_context
 from otel_tasks.fleet.bus import BusUnavailableError
 from otel_tasks.fleet.entries import VIEW, InspectEntry
@@ -121,3 +122,4 @@ class Views:
         if len(text) <= PART * MAX_PARTS:
             for part in text_parts(text, self._link.node, entry.request):
                 self._link.post_to(entry.node, part)
+                await one_turn()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from otel_tasks._core.slices import ROWS_PER_SLICE
+from otel_tasks._core.slices import NAMES_PER_SLICE, ROWS_PER_SLICE, in_slices, smallest
 from otel_tasks.fleet import BusUnavailableError
+from otel_tasks.fleet.json_slices import decoded
 from otel_tasks.live.feed import array, assembled, encoded
 from otel_tasks.live.guard import Refused
 from otel_tasks.live.marks import is_marked, is_named, marked
@@ -17,12 +17,13 @@ from otel_tasks.live.rows import Row, trace_link_of
 from otel_tasks.live.search import listed, offset
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from otel_tasks import ManagedTask
     from otel_tasks.fleet import Fleet
     from otel_tasks.live.feed import Feed
-    from otel_tasks.live.others import Other, Others
+    from otel_tasks.live.other import Other
+    from otel_tasks.live.others import Others
     from otel_tasks.live.params import Query
 
 # The texts of a row of a list, and those of a task.
@@ -32,6 +33,7 @@ _TASK_TEXTS: Final = (*_ROW_TEXTS, "id", "group_id", "priority")
 LISTED: Final = 5
 _FIRST: Final = {"cancelling": 0, "queued": 1, "pending": 1}
 _ORDERS: Final[dict[str, Callable[[Row], tuple[Any, ...]]]] = {
+    "ended": lambda row: (-row["ended"],),
     "age": lambda row: (row["created"], row["task_id"]),
     "-age": lambda row: (-row["created"], row["task_id"]),
     "name": lambda row: (row["name"], row["created"], row["task_id"]),
@@ -247,7 +249,7 @@ async def listed_everywhere(
     )
     silent = _silent(asked, answers[is_here:])
     answered = [answer for answer in answers if answer is not None and isinstance(answer.get("rows"), list)]
-    rows = _ordered(answered, wanted)[start:end]
+    rows = (await in_slices(_ordered(answered, wanted, end)))[start:]
     shown: list[str] = []
     for first in range(0, len(rows), ROWS_PER_SLICE):
         shown += map(encoded, rows[first : first + ROWS_PER_SLICE])
@@ -266,7 +268,7 @@ async def listed_everywhere(
 
 
 async def _listed_here(feed: Feed, wanted: Query) -> Row:
-    answer: Row = json.loads(await listed(feed, wanted))
+    answer: Row = await in_slices(decoded(await listed(feed, wanted)))
     return answer
 
 
@@ -332,11 +334,14 @@ def _number(value: object) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _ordered(answers: Sequence[Row], wanted: Query) -> list[Row]:
-    rows = [row for answer in answers for row in answer["rows"] if _is_row(row, ended=bool(wanted.ended))]
-    if wanted.ended:
-        return sorted(rows, key=lambda row: -row["ended"])
-    return sorted(rows, key=_ORDERS[wanted.sort])
+def _ordered(answers: Sequence[Row], wanted: Query, limit: int) -> Generator[None, None, list[Row]]:
+    rows: list[Row] = []
+    for answer in answers:
+        for start in range(0, len(answer["rows"]), NAMES_PER_SLICE):
+            batch = answer["rows"][start : start + NAMES_PER_SLICE]
+            rows += [row for row in batch if _is_row(row, ended=bool(wanted.ended))]
+            yield
+    return (yield from smallest(rows, limit, _ORDERS["ended" if wanted.ended else wanted.sort]))
 
 
 async def cancelled_there(

@@ -26,7 +26,7 @@ from itertools import islice
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Protocol
 
-from otel_tasks._core.slices import COUNTS_PER_SLICE, ROWS_PER_SLICE, at_once, smallest
+from otel_tasks._core.slices import COUNTS_PER_SLICE, ROWS_PER_SLICE, TASKS_PER_SLICE, at_once, smallest
 from otel_tasks.live.rows import Row, Shown, class_row, ended_row, group_row, seconds, task_row
 from otel_tasks.live.trouble import Trouble
 
@@ -83,8 +83,8 @@ class Gathered:
 class Elsewhere(Protocol):
     """The other nodes of a fleet, as the feed sees them."""
 
-    def gathered(self) -> Gathered:
-        """What they add to the overview of this one; ended tasks once."""
+    def gathered(self) -> Generator[None, None, Gathered]:
+        """What they add to the overview of this one, in slices; ended tasks once."""
         ...
 
     def clear(self) -> None:
@@ -112,6 +112,14 @@ class _Ended:
     infos: Iterator[TaskInfo]
     total: int
     count: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Changes:
+    """What differs in each list from that of the last tick: the rows, and the keys of those that are gone."""
+
+    rows: dict[str, list[str]]
+    gone: dict[str, list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +268,7 @@ class Feed:
         overview = yield from self.manager.overview_slices(members=wanted)
         lists = yield from self._read_lists(overview)
         warnings = yield from self._trouble.slices(self.manager, overview, held)
-        gathered = None if self._elsewhere is None else self._elsewhere.gathered()
+        gathered = None if self._elsewhere is None else (yield from self._elsewhere.gathered())
         others = [] if gathered is None else gathered.ended
         ended = yield from self._ended_rows_of(new, overview, others)
         yield
@@ -279,7 +287,10 @@ class Feed:
         if gathered is not None:
             own = [] if self.shown.node is None else [self._own_node(overview)]
             published = _joined(published if own else _without_own(published), gathered, own)
-        self._publish(published, new, ended)
+            yield
+        before = _Published(overview, {}) if self._published is None else self._published
+        changes = yield from _changes(before.lists, published.lists)
+        self._publish(before, published, new, ended, changes)
         return overview.members
 
     def pause(self) -> None:
@@ -374,8 +385,11 @@ class Feed:
     ) -> Generator[None, None, list[str]]:
         """The rows of the tasks that ended since the last tick, oldest first."""
         rows: list[Row] = []
-        while batch := list(islice(new.infos, COUNTS_PER_SLICE)):
+        # The first one takes as long as a slice: it is chosen among many.
+        size = 1
+        while batch := list(islice(new.infos, size)):
             rows += [ended_row(info, None, overview, self.shown) for info in batch]
+            size = COUNTS_PER_SLICE
             yield
         if others:
             rows = sorted([*rows, *others], key=lambda row: -row["ended"])[:ENDED]
@@ -386,24 +400,19 @@ class Feed:
                 yield
         return ended
 
-    def _publish(self, published: _Published, new: _Ended, ended: list[str]) -> None:
+    def _publish(
+        self, before: _Published, published: _Published, new: _Ended, ended: list[str], changes: _Changes
+    ) -> None:
         """Record what has changed since the last tick."""
-        before = self._published or _Published(published.overview, {})
         self.number += 1
         sample = _sample(published)
-        lists = published.lists
-        changed = {
-            name: array(row for key, row in rows.items() if before.lists[name].get(key) != row)
-            for name, rows in lists.items()
-        }
-        gone = {name: [key for key in before.lists[name] if key not in rows] for name, rows in lists.items()}
         delta = {
             **self._head("delta", published),
             "base": encoded(self.id_of(self.number - 1)),
             "stats": encoded(published.stats),
             "sample": sample,
-            "set": assembled(changed),
-            "gone": encoded(gone),
+            "set": assembled({name: array(rows) for name, rows in changes.rows.items()}),
+            "gone": encoded(changes.gone),
             "more": encoded(published.more),
             "ended": array(reversed(ended)),
             "ended_more": encoded(0 if new.count is None else max(0, new.count - len(ended))),
@@ -469,6 +478,19 @@ def assembled(values: Mapping[str, str]) -> str:
 def array(values: Iterable[str]) -> str:
     """An array of JSON; its values are JSON already."""
     return "[" + ",".join(values) + "]"
+
+
+def _changes(before: Lists, lists: Lists) -> Generator[None, None, _Changes]:
+    found = _Changes({}, {})
+    for name, rows in lists.items():
+        old = before[name]
+        changed = found.rows[name] = []
+        every = iter(rows.items())
+        while batch := list(islice(every, TASKS_PER_SLICE)):
+            changed += [row for key, row in batch if old.get(key) != row]
+            yield
+        found.gone[name] = [key for key in old if key not in rows]
+    return found
 
 
 def _stamp(overview: Overview) -> Row:

@@ -27,7 +27,7 @@ from otel_tasks.live.feed import INTERVAL, Encoded, Feed
 from otel_tasks.live.marks import is_marked
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 
     from otel_tasks import ManagedTask
     from otel_tasks.live.rows import Row
@@ -79,8 +79,10 @@ class Others(Protocol):
         """The tasks of an expanded row of another node."""
         ...
 
-    def oldest(self, own: Encoded, limit: int) -> Encoded:
-        """The oldest tasks of all nodes."""
+    def oldest(
+        self, tasks: Sequence[ManagedTask[Any]], own: Encoded, limit: int
+    ) -> Generator[None, None, Encoded]:
+        """The oldest tasks of all nodes, in slices; ``own`` has the rows of those of this node."""
         ...
 
     def panel(self, uid: str) -> Row:
@@ -310,7 +312,7 @@ class Hub:
             tasks = members[key][:limit]
             rows = await in_slices(self.feed.encoded_rows(tasks), rest)
             if self._others is not None and key == Overview.ROOT:
-                rows = self._others.oldest(rows, limit)
+                rows = await in_slices(self._others.oldest(tasks, rows, limit), rest)
             self.rows[key] = rows
 
     async def _read_panels(self) -> None:

@@ -14,21 +14,24 @@ Rules, each with a test of its own:
 from __future__ import annotations
 
 import asyncio
-import json
-import math
-from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import urlencode
 
 from otel_tasks import Overview
 from otel_tasks._core.log import logger
+from otel_tasks._core.slices import in_slices
 from otel_tasks._core.telemetry import quiet_context
-from otel_tasks.live.feed import Encoded, Gathered, Lists, encoded
+from otel_tasks.live.feed import Encoded, Gathered, Lists
 from otel_tasks.live.marks import is_named, mark_of, marked, unmarked
+from otel_tasks.live.other import Other
 from otel_tasks.live.rows import Row, seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+
+    from otel_tasks import ManagedTask
+    from otel_tasks.live.other import KnownNode
 
     Pairs = list[list[str]]
 
@@ -40,38 +43,8 @@ PATIENCE: Final = 2.5
 MOMENT: Final = 0.25
 # Nodes that are asked.
 MAX_NODES: Final = 100
-# Seconds by which the offset between two clocks may be wrong before it is measured again.
-DRIFT: Final = 0.5
-
-_NAMES = frozenset({"id", "key", "parent", "group", "class"})
-_TIMES = frozenset({"created", "started", "ended", "cancel_requested", "at", "p50", "p90", "oldest", "since"})
-# These are in whole seconds, so that they are the same in each look.
-_ROUGH_TIMES = frozenset({"retry_at", "next_run"})
+_created = itemgetter(0)
 _COUNTS: Final[tuple[str, ...]] = ("completed", "failed", "cancelled")
-
-
-class KnownNode(Protocol):
-    """What the fleet knows of a node."""
-
-    @property
-    def node(self) -> str:
-        """Its name."""
-        ...
-
-    @property
-    def host(self) -> str:
-        """Its host."""
-        ...
-
-    @property
-    def pid(self) -> int:
-        """The id of its process."""
-        ...
-
-    @property
-    def version(self) -> str:
-        """Its version of this package."""
-        ...
 
 
 class Nodes(Protocol):
@@ -83,136 +56,6 @@ class Nodes(Protocol):
 
     async def ask(self, node: str, data: dict[str, Any], timeout: float) -> Row | None:
         """Ask one of them."""
-
-
-@dataclass(eq=False)
-class Other:
-    """Another node: what it has sent.
-
-    Attributes:
-        about: Its host, its process, and its version.
-        mark: The start of its ids and keys.
-        seen: When it answered last, on this node's clock.
-        after: The id of its last update.
-        lists: Its rows.
-        sizes: How many live tasks its groups and classes stand for, by key.
-        head: The other parts of its overview.
-        rows: The tasks of expanded rows, by key and id.
-        panels: The tasks of panels, by id.
-        ended: The ended tasks that the feed has not taken yet.
-    """
-
-    about: KnownNode
-    mark: str
-    seen: float
-    after: str | None = None
-    offset: float | None = None
-    asking: asyncio.Task[None] | None = None
-    lists: Lists = field(default_factory=lambda: {"groups": {}, "classes": {}, "cancelling": {}})
-    sizes: dict[str, int] = field(default_factory=dict)
-    head: Row = field(default_factory=dict)
-    rows: dict[str, dict[str, Row]] = field(default_factory=dict)
-    panels: dict[str, Row] = field(default_factory=dict)
-    ended: list[Row] = field(default_factory=list)
-    last_ended: int = 0
-    root: str | None = None
-
-    @property
-    def node(self) -> str:
-        """Its name."""
-        return self.about.node
-
-    def forget(self) -> None:
-        """Drop its rows."""
-        self.after = None
-        self.lists = {"groups": {}, "classes": {}, "cancelling": {}}
-        self.sizes, self.head, self.rows, self.panels, self.root = {}, {}, {}, {}, None
-
-    def moved(self, value: Any, name: str = "") -> Any:
-        """Return data of this node as data of the view."""
-        if isinstance(value, dict):
-            row = {key: each if key == "metadata" else self.moved(each, key) for key, each in value.items()}
-            return {**row, "node": self.node} if "group_id" in row or "key" in row else row
-        if isinstance(value, list):
-            return [self.moved(each) for each in value]
-        if isinstance(value, str):
-            return marked(self.mark, value) if name in _NAMES else value
-        return value if value is None else self._on_this_clock(name, value)
-
-    def _on_this_clock(self, name: str, value: float) -> float | None:
-        if not math.isfinite(value):
-            # A browser refuses a whole answer with one.
-            return None
-        if name in _TIMES:
-            return round(value + (self.offset or 0.0), 3)
-        return round(value + (self.offset or 0.0)) if name in _ROUGH_TIMES else value
-
-    # -- what it sends --------------------------------------------------------------------------
-
-    def take(self, answer: Row, now: float) -> None:
-        """Take an answer.
-
-        Raises:
-            ValueError: It does not have the form of the reference; or another error of that kind.
-        """
-        self._compare_clocks(now - float(answer["now"]))
-        for event in answer["events"]:
-            kind, data = event["event"], event["data"]
-            if kind == "snapshot":
-                self._load(data)
-            elif kind == "delta":
-                self._change(data)
-            elif kind == "rows":
-                key = marked(self.mark, Overview.ROOT if data["key"] == "oldest" else data["key"])
-                self.rows[key] = {row["id"]: row for row in _with_number(self.moved(data["set"]), "created")}
-                self.sizes[key] = int(data["total"])
-            elif kind == "task":
-                panel = self.moved(data)
-                self.panels[str(panel["task"]["id"])] = panel
-
-    def _compare_clocks(self, offset: float) -> None:
-        # The smallest one has the shortest way of an answer in it. It stays, so that times do not change.
-        if self.offset is None or abs(offset - self.offset) > DRIFT:
-            if self.offset is not None:
-                self.forget()
-            self.offset = offset
-
-    def _load(self, data: Row) -> None:
-        if self.head.get("instance") != data["instance"]:
-            self.last_ended = 0
-        for name, rows in self.lists.items():
-            rows.clear()
-            self._set(name, data[name])
-        self.head = {"instance": data["instance"], **_head(data)}
-        self.after = str(data["id"])
-        self._end(data["ended"])
-
-    def _change(self, data: Row) -> None:
-        if data["base"] != self.after:
-            # The next question asks for everything.
-            self.after = None
-            return
-        for name, rows in self.lists.items():
-            for key in data["gone"][name]:
-                rows.pop(marked(self.mark, key), None)
-            self._set(name, data["set"][name])
-        self.head |= _head({**self.head, **data})
-        self.after = str(data["id"])
-        self._end(data["ended"])
-
-    def _set(self, name: str, rows: Iterable[Row]) -> None:
-        for row in self.moved(list(rows)):
-            key = row["id"] if name == "cancelling" else row["key"]
-            self.lists[name][key] = encoded(row)
-            if name != "cancelling":
-                self.sizes[key] = int(row["count"])
-            if name == "groups" and row["parent"] is None:
-                self.root = key
-
-    def _end(self, rows: Iterable[Row]) -> None:
-        new = [row for row in _with_number(rows, "ended") if row["n"] > self.last_ended]
-        self.ended += self.moved(new)
-        self.last_ended = max([self.last_ended, *(row["n"] for row in new)])
 
 
 class Others:
@@ -304,7 +147,8 @@ class Others:
         if answer is None:
             return None
         try:
-            return {**other.moved(answer), "now": seconds(self._clock())}
+            moved = await in_slices(other.moving(answer))
+            return {**moved, "now": seconds(self._clock())}
         except (OverflowError, RecursionError):
             # JSON has numbers that no float can hold.
             return None
@@ -347,11 +191,9 @@ class Others:
         other.seen = now
         if "error" in answer:
             return
-        wanted = {marked(other.mark, uid) for uid in own}
-        other.panels = {uid: panel for uid, panel in other.panels.items() if uid in wanted}
-        other.rows.clear()
         try:
-            other.take(answer, now)
+            changes = await in_slices(other.reading(answer, now))
+            other.apply(changes, {marked(other.mark, uid) for uid in own})
             self._count(other)
         except (ArithmeticError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             other.forget()
@@ -376,20 +218,31 @@ class Others:
 
     # -- what a view shows of them ----------------------------------------------------------------
 
-    def oldest(self, own: Encoded, limit: int) -> Encoded:
-        """The oldest tasks of all nodes."""
-        found = [(float(json.loads(row)["created"]), uid, row) for uid, row in own.items()]
-        for other in self._others.values():
+    def oldest(
+        self, tasks: Sequence[ManagedTask[Any]], own: Encoded, limit: int
+    ) -> Generator[None, None, Encoded]:
+        """The oldest tasks of all nodes, in slices.
+
+        Args:
+            tasks: Those of this node.
+            own: Their rows.
+            limit: How many are wanted.
+        """
+        found = [(task.created_at, task.uid, own[task.uid]) for task in tasks if task.uid in own]
+        yield
+        for other in list(self._others.values()):
             rows = other.rows.get(marked(other.mark, Overview.ROOT), {})
-            found += [(row["created"], uid, encoded(row)) for uid, row in rows.items()]
-        # Stable, because equal times are frequent.
-        return {uid: row for _, uid, row in sorted(found, key=lambda each: each[0])[:limit]}
+            found += [(created, uid, row) for uid, (created, row) in rows.items()]
+            # Stable, because equal times are frequent.
+            found = sorted(found, key=_created)[:limit]
+            yield
+        return {uid: row for _, uid, row in found}
 
     def rows(self, key: str) -> Encoded:
         """The tasks of an expanded row of another node."""
         asked = self.asked(key)
         rows = {} if asked is None else asked[0].rows.get(key, {})
-        return {uid: encoded(row) for uid, row in rows.items()}
+        return {uid: row for uid, (_, row) in rows.items()}
 
     def panel(self, uid: str) -> Row:
         """A task of another node."""
@@ -397,11 +250,11 @@ class Others:
         panel = None if asked is None else asked[0].panels.get(uid)
         return panel or {"state": "forgotten", "task": {"id": uid}}
 
-    def gathered(self) -> Gathered:
-        """What the nodes add to the overview of this one."""
+    def gathered(self) -> Generator[None, None, Gathered]:
+        """What the nodes add to the overview of this one, in slices: one for each node."""
         lists: Lists = {"groups": {}, "classes": {}, "cancelling": {}}
         found = Gathered(lists=lists, ended_counts={**self._ended})
-        for other in self._others.values():
+        for other in list(self._others.values()):
             for name, rows in other.lists.items():
                 lists[name].update(rows)
             found.totals.update(other.sizes)
@@ -423,31 +276,13 @@ class Others:
                     "silent_since": seconds(other.seen) if self.is_silent(other) else None,
                 }
             )
+            yield
         found.left_out = self.left_out
         return found
 
     def is_silent(self, other: Other) -> bool:
         """True if a node has not answered for a while."""
         return self._clock() - other.seen > SILENT
-
-
-def _head(data: Row) -> Row:
-    """The parts of an overview that are added to others.
-
-    Raises:
-        ValueError: They do not have the form of the reference; or another error of that kind.
-    """
-    stats, more = data["stats"], data["more"]
-    for name, value in (*stats.items(), *more.items()):
-        # Without a limit, there is none to show.
-        if name != "limit" and not math.isfinite(value):
-            raise ValueError(f"{value!r} is no count")
-    return {"stats": stats, "more": more, "warnings": [dict(row) for row in data["warnings"]]}
-
-
-def _with_number(rows: Iterable[Row], name: str) -> list[Row]:
-    """Rows that are sorted by a number; one without it raises."""
-    return [row for row in rows if math.isfinite(row[name])]
 
 
 def _expanded(other: Other, expand: Mapping[str, int]) -> Iterator[list[str]]:

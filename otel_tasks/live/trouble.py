@@ -107,8 +107,8 @@ class Trouble:
         self._ticks += 1
         if self._ticks % SEARCHED_EACH == 1 and overview.stats.live <= SEARCHED_MOST:
             seen, now = self._outliving, overview.now
-            self._outliving = {task: seen.get(task, now) for task in manager.outliving_tasks()}
-            yield
+            found = yield from manager.outliving_slices()
+            self._outliving = {task: seen.get(task, now) for task in found}
 
     def _note(self, task: ManagedTask[Any], node: TaskNode, now: float) -> None:
         works = node.attempt or node
