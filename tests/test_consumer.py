@@ -1424,6 +1424,25 @@ async def test_handler_may_shut_the_manager_down() -> None:
     assert consumer.status is TaskStatus.COMPLETED
 
 
+async def test_handler_that_does_not_await_the_shutdown_lets_the_consumer_drain() -> None:
+    """A plain task shuts the manager down: it holds none of the consumer's places."""
+    queue: asyncio.Queue[int] = asyncio.Queue()
+    for item in range(6):
+        queue.put_nowait(item)
+    manager, done, shutdowns = TaskManager("worker", grace=60.0), list[int](), list[asyncio.Task[Any]]()
+
+    async def work(item: int) -> None:
+        if item == 2:
+            shutdowns.append(asyncio.create_task(manager.shutdown()))
+        await asyncio.sleep(1)
+        done.append(item)
+
+    await manager.start_consumer("jobs", queue, work, concurrency=1, drain="queued")
+    await asyncio.sleep(4)
+    report = await shutdowns[0]
+    assert (done, report.cancelled, queue.empty()) == (list(range(6)), 0, True)
+
+
 async def test_two_managers_share_a_queue_at_a_shutdown() -> None:
     """What the one hands back, the other takes."""
     queue = filled(range(10))

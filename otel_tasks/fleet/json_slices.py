@@ -45,16 +45,16 @@ def decoded(text: str) -> Generator[None, None, Any]:
     try:
         value, end = yield from _decoded(text, 0, Budget(COUNTS_PER_SLICE), 0)
     except (ValueError, IndexError):
-        end = -1
-    if end == len(text):
-        return value
-    return json.loads(text)
+        return json.loads(text)
+    return value if end == len(text) else json.loads(text)
 
 
 def _encoding(value: Any, pieces: list[str], budget: Budget) -> Generator[None, None, None]:
-    if isinstance(value, list) and value:
+    if isinstance(value, list):
+        pieces.append("[")
         for number, each in enumerate(value):
-            pieces.append("," if number else "[")
+            if number:
+                pieces.append(",")
             yield from _encoding(each, pieces, budget)
         pieces.append("]")
     elif _has_list(value):
