@@ -7,6 +7,7 @@ and side.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -188,6 +189,14 @@ def _probed(side: str) -> App:
     return Probed(listens=side == LISTENER)
 
 
+def _tuned(side: str) -> App:
+    # As docs/howto/fastapi.md recommends.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
+    return _probed(side)
+
+
 def _gateway() -> FastAPI:
     from benchmarks.streams import gateway
 
@@ -209,6 +218,7 @@ APPS: dict[str, Any] = {
     "raw-suspending": lambda _: raw_suspending,
     "fastapi": lambda _: fastapi_app(),
     "probed": _probed,
+    "probed-tuned": _tuned,
     "gateway": lambda _: _gateway(),
 }
 

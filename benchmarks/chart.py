@@ -183,7 +183,8 @@ def _disconnect(known: dict[str, Table]) -> Panel | None:
         "{:.1f}",
         goals.DISCONNECT.limit,
     )
-    for key, name in (("ours", "otel_tasks"), ("watcher", "a watcher per request")):
+    sides = (("ours", "otel_tasks"), ("watcher", "a watcher per request"), ("listener", "handler awaits it"))
+    for key, name in sides:
         table = known.get(f"disconnect-{key}-busy")
         for row in table.rows[1:] if table else []:
             panel.bars.append(Bar(f"{name}, {row.name.removesuffix(' old')}", worst(row), key == "ours"))

@@ -3,6 +3,10 @@
 Clients, load, and server are processes of their own; the clock is the system's monotonic one, which they
 share. Each client sends a request whose handler waits for three tasks, and closes its socket when the request
 has a certain age. The sides take turns in each round.
+
+The load is as even as that of many clients: its connections are kept open, and its requests wait for random
+times. Otherwise the load would make most of the worst figures: it would compete for the processors, and
+dozens of its requests would share a turn of the loop.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.measure import Effort, Row, Spread, Table
 from benchmarks.middleware import serve, wait_for_port
@@ -26,17 +30,43 @@ from benchmarks.names import LISTENER, OURS, WATCHER
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-AGES = (0.001, 0.020, 0.060, 0.500)
+# The ages of the requests, and the hang-ups of each age in a round. The younger ones only wait for a tick.
+AGES = {0.001: 40, 0.020: 40, 0.060: 120, 0.500: 120}
+# Seconds between two hang-ups.
+EVERY = 0.00625
 BUSY = 200
-# Hang-ups of each age in a round, and seconds between two of any age.
-EACH, EVERY = 80, 0.00625
-# By load.
-ROUNDS = {0: 2, BUSY: 4}
+
+
+class Load(NamedTuple):
+    """How a server is loaded, and how often it is measured.
+
+    Attributes:
+        key: The end of the tables' ids.
+        title: The end of their titles.
+        app: The application, see ``benchmarks.apps``.
+        busy: Other requests in flight.
+        rounds: How many.
+    """
+
+    key: str
+    title: str
+    app: str
+    busy: int
+    rounds: int
+
+
+LOADS = (
+    Load("idle", "idle", "probed", 0, 2),
+    Load("busy", f"{BUSY} other requests in flight", "probed", BUSY, 6),
+    Load("tuned", f"{BUSY} other requests in flight, gc tuned", "probed-tuned", BUSY, 6),
+)
 # Seconds for the last tasks to end: a young request's disconnect is noticed after two ticks.
 SETTLING = 0.2
 # Seconds that a request of the load takes, in sleeps.
 SLEEPS, SLEEP = 10, 0.02
 PORT = 18_417
+WORK = b"GET /work HTTP/1.1\r\nhost: localhost\r\n\r\n"
+ANSWER = b"done"
 # The least that a server allows: the handler itself awaits the disconnect, and cancels asyncio's own tasks.
 SIDES = {"ours": OURS, "watcher": WATCHER, "listener": LISTENER}
 
@@ -47,20 +77,13 @@ def run(effort: Effort) -> list[Table]:
 
 
 async def _measure(effort: Effort) -> list[Table]:
-    ports = {key: PORT + number for number, key in enumerate(SIDES)}
-    async with AsyncExitStack() as stack:
-        for key, side in SIDES.items():
-            await stack.enter_async_context(_server(side, ports[key]))
-        return [
-            table
-            for busy, rounds in ROUNDS.items()
-            for table in await _tables(ports, busy, 1 if effort.quick else rounds)
-        ]
+    loads = [load._replace(rounds=1) if effort.quick else load for load in LOADS]
+    return [table for load in loads for table in await _tables(load)]
 
 
 @asynccontextmanager
-async def _server(side: str, port: int) -> AsyncIterator[None]:
-    async with _process(serve(f"probed:{side}", port)):
+async def _server(app: str, side: str, port: int) -> AsyncIterator[None]:
+    async with _process(serve(f"{app}:{side}", port)):
         await asyncio.to_thread(wait_for_port, port)
         yield
 
@@ -74,30 +97,39 @@ async def _process(process: subprocess.Popen[bytes]) -> AsyncIterator[None]:
         await asyncio.to_thread(process.wait, 20)
 
 
-async def _tables(ports: dict[str, int], busy: int, rounds: int) -> list[Table]:
-    taken: dict[tuple[str, float], list[float]] = defaultdict(list)
-    order = list(ports)
-    for _ in range(rounds):
-        random.shuffle(order)
-        for key in order:
-            for age, took in await _one_round(ports[key], busy):
-                taken[key, age].append(took)
-    load = f"{busy} other requests in flight" if busy else "idle"
+async def _tables(load: Load) -> list[Table]:
+    ports = {key: PORT + number for number, key in enumerate(SIDES)}
+    async with AsyncExitStack() as stack:
+        for key, side in SIDES.items():
+            await stack.enter_async_context(_server(load.app, side, ports[key]))
+        taken = await _take_turns(ports, load)
     tables = []
     for key, side in SIDES.items():
+        few, many = load.rounds * min(AGES.values()), load.rounds * max(AGES.values())
         table = Table(
-            f"disconnect-{key}-{'busy' if busy else 'idle'}",
-            f"From the client's close to the last task's end: {side}, {load}",
+            f"disconnect-{key}-{load.key}",
+            f"From the client's close to the last task's end: {side}, {load.title}",
             "ms",
             "",
-            rounds,
-            note=f"Wall time. Median, and from 50 to 99 of 100, of {rounds * EACH} hang-ups each.",
+            load.rounds,
+            note=f"Wall time. Median, and from 50 to 99 of 100, of {few} (young) and {many} hang-ups each.",
         )
         for age in AGES:
             cut = statistics.quantiles(taken[key, age], n=100, method="inclusive")
             table.rows.append(Row(f"{age * 1000:g} ms old", Spread(cut[49], cut[49], cut[98])))
         tables.append(table)
     return tables
+
+
+async def _take_turns(ports: dict[str, int], load: Load) -> dict[tuple[str, float], list[float]]:
+    taken: dict[tuple[str, float], list[float]] = defaultdict(list)
+    order = list(ports)
+    for _ in range(load.rounds):
+        random.shuffle(order)
+        for key in order:
+            for age, took in await _one_round(ports[key], load.busy):
+                taken[key, age].append(took)
+    return taken
 
 
 async def _one_round(port: int, busy: int) -> list[tuple[float, float]]:
@@ -120,7 +152,7 @@ async def _hang_up_all(port: int) -> dict[str, tuple[float, float]]:
     """Open and close requests of all ages, and return the age and the time of the close of each."""
     loop = asyncio.get_running_loop()
     closed: dict[str, tuple[float, float]] = {}
-    ages = list(AGES) * EACH
+    ages = [age for age, count in AGES.items() for _ in range(count)]
     random.shuffle(ages)
     for number, age in enumerate(ages):
         client = socket.create_connection(("127.0.0.1", port))
@@ -144,14 +176,26 @@ def _start_load(port: int, busy: int) -> subprocess.Popen[bytes]:
 
 
 async def _keep_busy(port: int, busy: int) -> None:
-    await asyncio.gather(*(_request_forever(port) for _ in range(busy)))
+    loop = asyncio.get_running_loop()
+    for _ in range(busy):
+        await loop.create_connection(_Requests, "127.0.0.1", port)
+        # Spread: otherwise all wake in the same turn of the server's loop.
+        await asyncio.sleep(SLEEPS * SLEEP / busy)
+    await asyncio.Event().wait()
 
 
-async def _request_forever(port: int) -> None:
-    # Spread: otherwise all wake in the same turn of the server's loop.
-    await asyncio.sleep(random.uniform(0, SLEEPS * SLEEP))
-    while True:
-        await _get(port, "/work")
+class _Requests(asyncio.Protocol):
+    """One request after another on one connection, as from a proxy: the load itself takes little of a CPU."""
+
+    _transport: Any
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self._transport.write(WORK)
+
+    def data_received(self, data: bytes) -> None:
+        if data.endswith(ANSWER):
+            self._transport.write(WORK)
 
 
 async def _get(port: int, path: str) -> str:
@@ -180,14 +224,15 @@ class Probed:
         if scope["type"] != "http":
             return
         kind, *words = scope["path"].strip("/").split("/")
-        answer = b"ok"
+        answer = ANSWER
         if kind == "wait" and self.listens:
             await self.listen(words[0], receive)
         elif kind == "wait":
             await self.wait(words[0])
         elif kind == "work":
             for _ in range(SLEEPS):
-                await asyncio.sleep(SLEEP)
+                # Random: with a fixed length, requests that have met would share their turns for good.
+                await asyncio.sleep(random.uniform(0, 2 * SLEEP))
         else:
             answer = json.dumps(self.ended).encode()
             self.ended.clear()
