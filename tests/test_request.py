@@ -331,7 +331,8 @@ async def test_options_that_an_inner_middleware_cannot_decide_are_named_once(
         for _ in range(2):
             await FakeConnection().run(TaskGroupMiddleware(inner, manager=manager))
     assert [record.message for record in caplog.records] == [
-        "TaskGroupMiddleware is inside another one, which decides detect_after=1, span=True: set it there"
+        "TaskGroupMiddleware is inside another one, so detect_after=1, span=True has no effect here: "
+        "set it on the outer one"
     ]
 
 

@@ -133,6 +133,30 @@ def test_bad_entry_is_an_error_that_shows_it_and_the_grammar(rule: str, entry: s
     assert str(caught.value) == f"cancel_handler has a bad entry, {entry!r}: {GRAMMAR}"
 
 
+@pytest.mark.parametrize(
+    ("rule", "entry", "method"),
+    [
+        ("safe, psot /v1/*", "psot /v1/*", "POST"),
+        ("all, !DELTE /users/*", "!DELTE /users/*", "DELETE"),
+        ("GET|PTACH /x", "GET|PTACH /x", "PATCH"),
+        ("WEBSOCKET /chat", "WEBSOCKET /chat", "WS"),
+    ],
+)
+def test_misspelled_method_is_an_error_that_names_the_right_one(rule: str, entry: str, method: str) -> None:
+    """Its entry would match no request."""
+    with pytest.raises(ValueError, match="bad entry") as caught:
+        checked_rules(rule, 0.0, "cancel")
+    assert str(caught.value) == f"cancel_handler has a bad entry, {entry!r}: did you mean {method}?"
+
+
+@pytest.mark.parametrize(
+    "method", ["PURGE", "PROPFIND", "PROPPATCH", "REPORT", "SEARCH", "LOCK", "MKCOL", "UPDATE"]
+)
+def test_other_methods_are_allowed(method: str) -> None:
+    """WebDAV's, caches', and an application's own."""
+    checked_rules(f"{method} /x", 0.0, "cancel")
+
+
 def test_rule_of_exceptions_alone_is_an_error() -> None:
     """It would cancel nothing."""
     with pytest.raises(ValueError, match="has only exceptions: a rule is entries"):

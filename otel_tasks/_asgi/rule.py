@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import inspect
 import re
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -11,7 +12,7 @@ from otel_tasks._core.checks import check_choice, checked_finite_seconds
 from otel_tasks._core.log import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from otel_tasks._asgi.connection import Scope
 
@@ -29,6 +30,8 @@ GRAMMAR = (
     "a path starts with / or *, * is any characters, and ! before an entry makes it an exception, as in "
     '"safe, POST /v1/*, !POST /v1/batches*"'
 )
+# Other methods exist (PURGE, PROPFIND), so only a name close to one of these is an error.
+_COMMON_METHODS = sorted(SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT", "WS"})
 # In a route's template.
 _PARAMETER = re.compile(r"{[^}]*}")
 _METHOD = r"[A-Za-z-]+"
@@ -80,7 +83,9 @@ def checked_cancel_handler(rule: CancelHandler) -> bool | TextRule | Callable[[S
         return TextRule(rule)
     if isinstance(rule, bool) or callable(rule):
         return rule
-    raise TypeError(f"cancel_handler must be True, False, a text, or a function of the scope, got {rule!r}")
+    raise TypeError(
+        f'cancel_handler must be True, False, a rule such as "safe", or a function of the scope, got {rule!r}'
+    )
 
 
 def check_plain_function(option: str, value: object) -> None:
@@ -175,8 +180,20 @@ def _parsed(text: str) -> tuple[bool, Entry]:
         entry = Entry(_METHODS_OF[found["word"]], None)
     else:
         methods = frozenset(found["methods"].upper().split("|")) if found["methods"] else None
+        _check_spelling(text, methods or ())
         entry = Entry(methods, _path_matcher(found["path"]))
     return bool(found["exception"]), entry
+
+
+def _check_spelling(text: str, methods: Iterable[str]) -> None:
+    for method in methods:
+        meant = ["WS"] if method == "WEBSOCKET" else _likely_methods(method)
+        if method not in meant:
+            raise ValueError(f"cancel_handler has a bad entry, {text!r}: did you mean {meant[0]}?")
+
+
+def _likely_methods(method: str) -> list[str]:
+    return difflib.get_close_matches(method, _COMMON_METHODS, n=1, cutoff=0.75) or [method]
 
 
 def _path_matcher(pattern: str) -> Callable[[str], Any]:

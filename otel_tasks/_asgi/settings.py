@@ -87,7 +87,8 @@ class Settings:
         ]
         if ignored:
             logger.warning(
-                "TaskGroupMiddleware is inside another one, which decides %s: set it there",
+                "TaskGroupMiddleware is inside another one, so %s has no effect here: "
+                "set it on the outer one",
                 ", ".join(ignored),
             )
 
