@@ -133,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
         parents=[common],
         allow_abbrev=False,
     )
-    main_parser.add_argument("--version", action=_Version, help="show the version and end")
+    main_parser.add_argument("--version", action=_Version, help="show the version and exit")
     subparsers = main_parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: object, summary: str) -> argparse.ArgumentParser:
@@ -176,10 +176,13 @@ def _common() -> _Parser:
     )
     common.add_argument("--namespace", metavar="NAME", help="the fleet (default: the only one of its server)")
     common.add_argument(
-        "--timeout", type=_seconds, metavar="SECONDS", help="how long to wait for an answer (default: 10)"
+        "--timeout",
+        type=_positive_seconds,
+        metavar="SECONDS",
+        help="how long to wait for an answer (default: 10)",
     )
     common.add_argument("--json", action="store_true", help="print what the service answers, as JSON")
-    common.add_argument("--ascii", action="store_true", help="print ASCII characters alone")
+    common.add_argument("--ascii", action="store_true", help="print only ASCII characters")
     return common
 
 
@@ -203,9 +206,9 @@ def _list_arguments(added: argparse.ArgumentParser) -> None:
         "--sort", choices=("age", "newest", "name", "status"), help="age: the oldest first (default)"
     )
     added.add_argument(
-        "--limit", type=_positive, default=200, metavar="N", help="at most so many tasks (default: 200)"
+        "--limit", type=_positive, default=200, metavar="N", help="print at most N tasks (default: 200)"
     )
-    added.add_argument("-q", "--quiet", action="store_true", help="print the ids alone")
+    added.add_argument("-q", "--quiet", action="store_true", help="print only the ids")
 
 
 def _node_argument(added: argparse.ArgumentParser) -> None:
@@ -231,20 +234,27 @@ def _cancel_arguments(added: argparse.ArgumentParser) -> None:
 
 def _watch_arguments(added: argparse.ArgumentParser) -> None:
     added.add_argument("--sort", choices=("status", "age", "name", "count"), default="status")
-    added.add_argument("--count", type=_positive, metavar="N", help="end after so many updates")
+    added.add_argument("--count", type=_positive, metavar="N", help="exit after N updates")
     _node_argument(added)
 
 
 def _seconds(text: str) -> float:
     found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)\s*([smhd]?)", text)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration: write 30, 5m, 2h, or 1d")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration: write 30, 5m, 2h, or 1d")
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+def _positive_seconds(text: str) -> float:
+    seconds = _seconds(text)
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration above 0: write 30, 5m, 2h, or 1d")
+    return seconds
 
 
 def _positive(text: str) -> int:
     if not re.fullmatch(r"\d{1,6}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
     return int(text)
 
 

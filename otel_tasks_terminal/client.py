@@ -52,7 +52,7 @@ class Address(NamedTuple):
         except ValueError:
             parts, port = urlsplit(""), None
         if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"[\x00-\x20\x7f]", url):
-            raise usage(f"{clean(url)!r} is no address: write --url {DEFAULT_URL}")
+            raise usage(f"{clean(url)!r} is not an address: write --url {DEFAULT_URL}")
         if parts.username is not None or parts.password is not None:
             raise usage("an address must not have a user and a password: use OTEL_TASKS_USER=name:password")
         if parts.query or parts.fragment:

@@ -265,7 +265,7 @@ def top(options: argparse.Namespace, connect: Connect) -> int:
         if (error.name or "").partition(".")[0] not in ("textual", "rich"):
             raise
         raise usage(
-            "top needs Textual: pip install 'otel_tasks[top]'; otel-tasks watch works without"
+            "top needs Textual: pip install 'otel_tasks[top]'; otel-tasks watch works without it"
         ) from None
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise usage("top needs a terminal: otel-tasks tree and watch work without")

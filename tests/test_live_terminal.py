@@ -431,10 +431,10 @@ def test_a_wrong_token_is_told_from_none(view: View, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["ls", "--url", "ftp://x"], "is no address: write --url http://127.0.0.1:8000/tasks"),
-        (["ls", "--url", "http://"], "is no address"),
-        (["ls", "--url", "http://x:port/"], "is no address"),
-        (["ls", "--url", "http://x/\n"], "is no address"),
+        (["ls", "--url", "ftp://x"], "is not an address: write --url http://127.0.0.1:8000/tasks"),
+        (["ls", "--url", "http://"], "is not an address"),
+        (["ls", "--url", "http://x:port/"], "is not an address"),
+        (["ls", "--url", "http://x/\n"], "is not an address"),
         (["ls", "--url", "http://u:p@x/"], "must not have a user and a password"),
         (["ls", "--url", "http://x/?a=1"], "must not have a query"),
         (["ls", "--token", "a b"], "the token has spaces"),
@@ -454,8 +454,9 @@ def test_wrong_arguments_name_the_right_ones(
     ("arguments", "says"),
     [
         ([], "required: COMMAND"),
-        (["ls", "--min-age", "soon"], "'soon' is no duration: write 30, 5m, 2h, or 1d"),
-        (["ls", "--limit", "0"], "'0' is no number from 1 on"),
+        (["ls", "--min-age", "soon"], "'soon' is not a duration: write 30, 5m, 2h, or 1d"),
+        (["ls", "--limit", "0"], "'0' is not a number of 1 or more"),
+        (["ls", "--timeout", "0"], "'0' is not a duration above 0: write 30, 5m, 2h, or 1d"),
         (["show"], "required: ID"),
     ],
 )
@@ -895,13 +896,13 @@ def test_the_script_is_installed() -> None:
 def test_top_without_textual_says_how_to_get_it(
     view: View, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without the extra, the message has the line to type, and what works without."""
+    """Without the extra, the message has the line to type, and what works without it."""
     for name in [name for name in sys.modules if name.startswith("otel_tasks_terminal.top")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "textual", None)
     monkeypatch.setitem(sys.modules, "textual.app", None)
     assert main(["top"]) == ExitCode.USAGE
-    assert "pip install 'otel_tasks[top]'; otel-tasks watch works without" in capsys.readouterr().err
+    assert "pip install 'otel_tasks[top]'; otel-tasks watch works without it" in capsys.readouterr().err
 
 
 def test_help_names_the_exit_codes_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
