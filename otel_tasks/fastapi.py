@@ -276,7 +276,7 @@ def _check_inner(inner: object) -> None:
     if inner is not None and not callable(inner):
         raise TypeError(
             f"make_lifespan() takes a lifespan, a function of the application, got {inner!r}; "
-            "durations are named: write make_lifespan(grace=5.0)"
+            "options are named: write make_lifespan(manager=manager, grace=5.0)"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import inspect
 import sys
@@ -20,10 +21,11 @@ from otel_tasks import (
     global_task_manager,
     managed_task,
 )
-from tests.helpers import ignore_cancels, now, rest, settle
+from otel_tasks._core.coroutines import code_name
+from tests.helpers import give, ignore_cancels, now, rest, settle
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Mapping
 
 
 async def test_call_runs_as_a_task_and_gives_its_result() -> None:
@@ -39,6 +41,47 @@ async def test_call_runs_as_a_task_and_gives_its_result() -> None:
     assert task is not asyncio.current_task()
     assert task.group is global_task_manager.get_group("root")
     assert task.name == "work"
+
+
+async def test_coroutine_of_a_call_has_the_name_of_the_function(recwarn: pytest.WarningsRecorder) -> None:
+    """Its task has it too, and so has Python's warning if the call is not awaited."""
+    manager = TaskManager()
+
+    @managed_task(manager=manager)
+    async def work() -> str:
+        return ""
+
+    class Works:
+        @managed_task(manager=manager)
+        async def work(self) -> str:
+            return ""
+
+    calls: tuple[Any, ...] = (work, Works().work)
+    for call in calls:
+        task = manager.create_task(call())
+        await task
+        assert task.name.removesuffix("-3") == "work"
+        coro = call()
+        assert code_name(coro) == f"{call.__module__}.{call.__qualname__}"
+        coro.close()
+    assert await managed_task(manager=manager)(functools.partial(give, "given"))() == "given"
+    calls[0]()
+    gc.collect()
+    assert str(recwarn.pop(RuntimeWarning).message).endswith("work' was never awaited")
+
+
+def test_functions_that_cannot_be_tasks_are_refused_with_the_fix() -> None:
+    """An async generator, and a method whose decorators are in the wrong order."""
+
+    async def lines() -> AsyncIterator[str]:
+        yield ""
+
+    with pytest.raises(TypeError, match=r"an async generator has no single result; iterate over it in"):
+        managed_task(lines)  # type: ignore[arg-type]  # the mistake under test
+    kinds: tuple[Any, ...] = (staticmethod, classmethod)
+    for kind in kinds:
+        with pytest.raises(TypeError, match=f": write @{kind.__name__} above @managed_task$"):
+            managed_task(kind(rest))
 
 
 async def test_call_joins_the_current_group() -> None:

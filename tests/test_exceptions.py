@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -335,6 +336,21 @@ async def test_callable_object_is_named_by_its_class() -> None:
         TaskManager().create_task(Work())  # type: ignore[call-overload]  # the mistake under test
 
 
+async def test_async_generator_is_no_coroutine() -> None:
+    """Neither the function nor its result can be a task; the message says where to iterate."""
+
+    async def lines() -> AsyncIterator[str]:
+        yield ""
+
+    message = (
+        r"^create_task\(\) takes a coroutine, got the async generator lines: "
+        "iterate over it in a coroutine function, and pass its coroutine$"
+    )
+    for wrong in (lines, lines()):
+        with pytest.raises(TypeError, match=message):
+            TaskManager().create_task(wrong)  # type: ignore[call-overload]  # the mistake under test
+
+
 CALLED: list[tuple[Callable[[Any], Any], str]] = [
     (
         lambda manager: manager.put_task(coroutine_function),
@@ -367,6 +383,22 @@ CALLED: list[tuple[Callable[[Any], Any], str]] = [
         "create_task() got an unexpected keyword argument 'color'",
     ),
 ]
+
+
+@pytest.mark.parametrize("cls", [TaskManager, TaskGroup])
+def test_methods_have_the_name_of_the_public_class(cls: type) -> None:
+    """Python's own errors and warnings show it, and not the part of the class that a method is written in."""
+    methods = {name: getattr(cls, name) for name in dir(cls) if not name.startswith("_")}
+    shown = {name: method.__qualname__ for name, method in methods.items() if inspect.isfunction(method)}
+    assert shown == {name: f"{cls.__name__}.{name}" for name in shown}
+    assert "create_task" in shown
+
+
+async def test_method_that_is_not_awaited_is_named_in_the_warning(recwarn: pytest.WarningsRecorder) -> None:
+    """Forgetting `await` is the commonest mistake."""
+    TaskManager().start_task("rest", rest)  # type: ignore[unused-coroutine]  # the mistake under test
+    gc.collect()
+    assert "'TaskManager.start_task' was never awaited" in str(recwarn.pop(RuntimeWarning).message)
 
 
 @pytest.mark.parametrize(("use", "message"), CALLED)

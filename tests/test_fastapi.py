@@ -517,7 +517,11 @@ async def test_cancelled_lifespan_leaves_the_manager_closed(manager: TaskManager
         ({"request_grace": math.inf}, ValueError, "request_grace must be at least 0 and finite"),
         ({"request_grace": "5"}, TypeError, "request_grace must be a number of seconds, got '5'"),
         ({"request_grace": True}, TypeError, "request_grace must be a number of seconds, got True"),
-        ({"inner": 5}, TypeError, r"got 5; durations are named: write make_lifespan\(grace=5.0\)"),
+        (
+            {"inner": 5},
+            TypeError,
+            r"got 5; options are named: write make_lifespan\(manager=manager, grace=5.0\)",
+        ),
     ],
 )
 def test_wrong_lifespan_options_are_refused(

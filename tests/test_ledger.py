@@ -693,6 +693,47 @@ def test_child_of_a_fork_has_no_running_loop() -> None:
     assert (done.returncode, done.stdout) == (7, ""), done.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this platform")
+def test_child_of_a_fork_is_told_that_the_tasks_are_its_parents() -> None:
+    """It can neither run them nor hand work over to their loop."""
+    script = """
+        import asyncio, os, sys
+        from otel_tasks import TaskManager, WrongLoopError
+
+        manager = TaskManager("mine")
+
+        async def create():
+            await manager.create_task(asyncio.sleep(0))
+
+        async def fork():
+            task = manager.create_task(asyncio.sleep(0.01))
+            await asyncio.sleep(0)
+            if pid := os.fork():
+                await task
+                sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            asyncio.set_event_loop(None)
+            try:
+                asyncio.run(create())
+            except WrongLoopError as error:
+                print(error, flush=True)
+                asyncio.run(own(TaskManager("own")))
+                os._exit(7)
+            os._exit(1)
+
+        async def own(manager):
+            await manager.create_task(asyncio.sleep(0))
+
+        asyncio.run(fork())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (
+        7,
+        "manager 'mine' has 1 live task in the process that forked this one: "
+        "use a TaskManager of its own here, "
+        "or start the process with multiprocessing's spawn\n",
+    ), done.stderr
+
+
 async def test_task_cannot_be_created_from_another_thread() -> None:
     """A thread of its own has no running loop."""
     manager = TaskManager()
@@ -716,7 +757,7 @@ def test_manager_with_live_tasks_refuses_another_loop() -> None:
     manager = TaskManager("mine")
     first = VirtualClockLoop()
     message = (
-        r"^manager 'mine' has 1 live tasks in another event loop: "
+        r"^manager 'mine' has 1 live task in another event loop: "
         r"use one TaskManager per loop, hand the work over with create_task_threadsafe\(\.\.\.\), "
         r"or shut it down there first$"
     )

@@ -688,7 +688,9 @@ async def test_unknown_option_is_refused_and_its_coroutine_closed() -> None:
     options: dict[str, Any] = {"tiemout": 1}
     for create in (manager.create_task, create_task):
         coro: Any = rest()
-        with pytest.raises(TypeError, match=r"create_task\(\) got an unexpected keyword argument 'tiemout'"):
+        with pytest.raises(
+            TypeError, match=r"create_task\(\) got an .* argument 'tiemout'\. Did you mean 'timeout'\?$"
+        ):
             create(coro, **options)
         assert coro.cr_frame is None
 

@@ -19,7 +19,12 @@ _code_names: dict[str, tuple[CodeType, str]] = {}
 _MOST_NAMES = 1024
 
 # The modules whose coroutines have the qualified name, module included, of the function for which they stand.
-_FOR_OTHERS = ("otel_tasks._core.threads", "otel_tasks.taskiq.functions", "otel_tasks.taskiq.remote")
+_FOR_OTHERS = (
+    "otel_tasks._core.decorator",
+    "otel_tasks._core.threads",
+    "otel_tasks.taskiq.functions",
+    "otel_tasks.taskiq.remote",
+)
 
 
 class OwnCoroutine(Coroutine[Any, Any, T]):
@@ -42,7 +47,12 @@ def check_coroutine(coro: object, function: str = "create_task") -> None:
     """
     if type(coro) is CoroutineType or asyncio.iscoroutine(coro):
         return
-    if callable(coro):
+    if inspect.isasyncgen(coro) or inspect.isasyncgenfunction(coro):
+        what = (
+            f"the async generator {coro.__name__}: "
+            "iterate over it in a coroutine function, and pass its coroutine"
+        )
+    elif callable(coro):
         name = getattr(coro, "__name__", type(coro).__name__)
         what = f"the function {name}: write {function}({name}(...))"
     elif inspect.isawaitable(coro):

@@ -44,6 +44,10 @@ class ManagedFunction(Generic[P, T]):
         self._function = function
         self._create = create
         self._record = record
+        # A functools.partial has no name.
+        name = getattr(function, "__name__", "_run")
+        qualified = getattr(function, "__qualname__", name)
+        self._shown_as = name, f"{getattr(function, '__module__', __name__)}.{qualified}"
         functools.update_wrapper(self, function)
         as_coroutine_function(self)
 
@@ -71,7 +75,11 @@ class ManagedFunction(Generic[P, T]):
         Example:
             >>> await resize(640)
         """
-        return _run(innermost(), functools.partial(self.start, *args, **kwargs))
+        coro = _run(innermost(), functools.partial(self.start, *args, **kwargs))
+        # For the task that runs it, and for Python's warning if nothing awaits it.
+        named: Any = coro
+        named.__name__, named.__qualname__ = self._shown_as
+        return coro
 
     def start(self, *args: P.args, **kwargs: P.kwargs) -> ManagedTask[T]:
         """Start the function as a managed task and return the task without waiting.
@@ -103,6 +111,18 @@ class ManagedFunction(Generic[P, T]):
             return self
         record = None if self._record is None else functools.partial(self._record, instance)
         return ManagedFunction(self._function.__get__(instance, owner), self._create, record)
+
+
+def _check_function(target: object) -> None:
+    if inspect.iscoroutinefunction(target):
+        return
+    if isinstance(target, staticmethod | classmethod):
+        hint = f"write @{type(target).__name__} above @managed_task"
+    elif inspect.isasyncgenfunction(target):
+        hint = "an async generator has no single result; iterate over it in a coroutine function"
+    else:
+        hint = "declare it with async def"
+    raise TypeError(f"managed_task decorates a coroutine function, got {target!r}: {hint}")
 
 
 async def _run(here: Binding | None, start: Callable[[], ManagedTask[T]]) -> T:
@@ -189,10 +209,7 @@ def managed_task(
         )
 
     def decorate(target: Callable[P, Coroutine[Any, Any, T]]) -> ManagedFunction[P, T]:
-        if not inspect.iscoroutinefunction(target):
-            raise TypeError(
-                f"managed_task decorates a coroutine function, got {target!r}: declare it with async def"
-            )
+        _check_function(target)
         return ManagedFunction(target, create, record)
 
     return decorate

@@ -27,6 +27,7 @@ from otel_tasks._core.options import (
     Trace,
     check_option_names,
     check_options,
+    named_as_one,
     with_options_of,
 )
 from otel_tasks._core.places import Limiter, checked_limiter
@@ -67,6 +68,7 @@ class Manager(Protocol):
     def _root(self) -> TaskGroup: ...
 
 
+@named_as_one
 class TaskGroup(Creation):
     """A group of tasks and of groups below it; with ``async with``, a drop-in for ``asyncio.TaskGroup``.
 

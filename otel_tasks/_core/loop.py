@@ -86,8 +86,9 @@ class Home:
         self._name = name
         self._occupant = occupant
         self.loop: asyncio.AbstractEventLoop | None = None
-        # The thread in which that loop runs.
+        # The thread and the process in which that loop runs: the child of a fork has a copy of this home.
         self.thread: int | None = None
+        self._process = 0
         # True while the manager is shut down in that loop; and while the shutdown lasts.
         self.closed = False
         self.is_closing = False
@@ -244,15 +245,21 @@ class Home:
         if not live or self.loop is None:
             return
         if not self.loop.is_closed():
+            tasks = f"manager {self._name!r} has {live} live task{'s' * (live != 1)}"
+            if self._process != os.getpid():
+                raise WrongLoopError(
+                    f"{tasks} in the process that forked this one: use a TaskManager of its own here, "
+                    "or start the process with multiprocessing's spawn"
+                )
             raise WrongLoopError(
-                f"manager {self._name!r} has {live} live tasks in another event loop: "
-                "use one TaskManager per loop, hand the work over with create_task_threadsafe(...), "
-                "or shut it down there first"
+                f"{tasks} in another event loop: use one TaskManager per loop, "
+                "hand the work over with create_task_threadsafe(...), or shut it down there first"
             )
         self._occupant.lose_tasks()
 
     def _belong_to(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self._process = os.getpid()
         self.factories = holder_of(loop)
         shutdown = self.shutdowns.of(loop)
         was_closed, self.closed = self.closed, shutdown is not None

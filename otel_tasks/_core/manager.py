@@ -22,7 +22,7 @@ from otel_tasks._core.inspection import check_limit, tree_of
 from otel_tasks._core.looking import Looking
 from otel_tasks._core.lookup import Lookup, group_id, merged
 from otel_tasks._core.lost import LostWork
-from otel_tasks._core.options import FROM_MANAGER, GroupOptions
+from otel_tasks._core.options import FROM_MANAGER, GroupOptions, named_as_one
 from otel_tasks._core.places import Limiter, Places, checked_limiter
 from otel_tasks._core.shutdown import ShutdownBounds, ShutdownReport, cancel_groups, shut_down, wait_for_end
 from otel_tasks._core.signals import write_on_signal
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@named_as_one
 class TaskManager(Starting, Looking):
     """Starts tasks, finds them by name and group, cancels them, and shuts them down.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from contextvars import Context
 from dataclasses import dataclass, fields
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from otel_tasks._core.backoff import RetryPolicy
 
+C = TypeVar("C", bound=type)
 F = TypeVar("F", bound="Callable[..., Any]")
 
 OnConflict = Literal["error", "suffix", "return", "replace"]
@@ -90,6 +92,18 @@ class RetriedTaskOptions(TaskOptions, total=False):
 _ALL = NamedTaskOptions.__annotations__.keys() | RetriedTaskOptions.__annotations__.keys()
 
 
+def named_as_one(cls: C) -> C:
+    """Give the methods of the parts that a class is made of the name of the class.
+
+    Python's own messages show it: `coroutine 'TaskManager.start_task' was never awaited`.
+    """
+    for part in cls.__mro__[1:-1]:
+        for name, member in vars(part).items():
+            if inspect.isfunction(member):
+                member.__qualname__ = f"{cls.__qualname__}.{name}"
+    return cls
+
+
 def with_options_of(source: Callable[..., Any]) -> Callable[[F], F]:
     """Add the options that a function passes on to ``source`` to its signature, with their defaults.
 
@@ -155,7 +169,10 @@ def check_option_names(function: str, options: Mapping[str, Any]) -> None:
     """
     unknown = options.keys() - _ALL
     if unknown:
-        raise TypeError(f"{function}() got an unexpected keyword argument {min(unknown)!r}")
+        name = min(unknown)
+        meant = difflib.get_close_matches(name, sorted(_ALL), n=1)
+        hint = f". Did you mean {meant[0]!r}?" if meant else ""
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 
 
 def check_context(context: object) -> None:
