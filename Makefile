@@ -106,6 +106,7 @@ $(READY): pyproject.toml
 		echo "otel_tasks needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not there)." >&2; \
 		echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
 		exit 1; }
+	@echo "Installing into $(VENV), once. It takes a minute or two."
 	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
 ifneq ($(UV),)
 	$(UV) venv --quiet --python "$(PYTHON)" "$(VENV)"
