@@ -77,11 +77,11 @@ class TaskGroupMiddleware:
             the one below the application's ``root_path``, with the prefix of a mounted application. The
             method of a WebSocket is ``WS``. A handler that awaits a task of its group ends there in any case.
             A request can decide for itself, see ``set_cancel_handler``.
-        detect_after: Seconds between two looks at the requests in flight, above 0. A request is watched after
-            one to two of them.
+        detect_after: Seconds between two checks of the requests in flight, above 0. A request is watched
+            after one to two of them.
         buffer_limit: Bytes of an unread body that are read ahead to detect the disconnect; at least 1. Behind
             more than that, a disconnect is detected only once the application reads on. (A client that waits
-            for ``100 Continue`` gets it from the server through this reading, after one to two looks.)
+            for ``100 Continue`` gets it from the server through this reading, after one to two checks.)
         grace: Seconds in which tasks and handler may act on the cancel event before they are cancelled, at
             least 0; 0 cancels in the same turn of the loop.
         on_exit: What happens to the group's tasks when the request ends, including its background tasks.
@@ -92,10 +92,10 @@ class TaskGroupMiddleware:
             function of the scope that returns them, None for no bound. A request that is cut short ends as if
             its client had left, with cause ``timeout``, and its handler is cancelled whatever
             ``cancel_handler`` says. The client gets a 504 at once; a response that has started stays
-            incomplete, and one that is complete is left alone. A request may take one to two looks longer,
-            and is never cut short early. A number applies to HTTP; a function is called for WebSockets too,
-            which are closed with 1011. It is called once per request, after one to two looks. A request can
-            decide for itself, see ``set_request_timeout``.
+            incomplete, and one that is complete is left alone. A request may take one to two checks longer,
+            and is never cut short before its time. A number applies to HTTP; a function is called for
+            WebSockets too, which are closed with 1011. It is called once per request, after one to two
+            checks. A request can decide for itself, see ``set_request_timeout``.
 
     Raises:
         TypeError: An option has the wrong type.
