@@ -136,8 +136,8 @@ def test_bad_entry_is_an_error_that_shows_it_and_the_grammar(rule: str, entry: s
 @pytest.mark.parametrize(
     ("rule", "entry", "method"),
     [
-        ("safe, psot /v1/*", "psot /v1/*", "POST"),
-        ("all, !DELTE /users/*", "!DELTE /users/*", "DELETE"),
+        ("safe, pst /v1/*", "pst /v1/*", "POST"),
+        ("all, !DELEET /users/*", "!DELEET /users/*", "DELETE"),
         ("GET|PTACH /x", "GET|PTACH /x", "PATCH"),
         ("WEBSOCKET /chat", "WEBSOCKET /chat", "WS"),
     ],
