@@ -69,11 +69,15 @@ class Service:
         tokens = [f"whole-{number}" for number in range(POOL_SIZE)]
         try:
             async with asyncio.timeout(HOLD_TIMEOUT):
-                answers = await asyncio.gather(*(self.client.hold(token, together) for token in tokens))
+                answers = await asyncio.gather(
+                    *(self.client.hold(token, together) for token in tokens), return_exceptions=True
+                )
         except TimeoutError:
             return [f"{POOL_SIZE} connections cannot be had at once"]
         wrong = [
-            f"{token} got {answer}" for token, answer in zip(tokens, answers, strict=True) if token != answer
+            f"{token} got {answer!r}"
+            for token, answer in zip(tokens, answers, strict=True)
+            if token != answer
         ]
         return wrong + await self.leftovers()
 
