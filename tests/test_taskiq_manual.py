@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from taskiq import Context, InMemoryBroker, TaskiqDepends
 from taskiq.acks import AcknowledgeType
 
@@ -18,8 +20,6 @@ from tests.test_taskiq import Node, forever_of, started
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-
-    import pytest
 
 MANUAL: Any = AcknowledgeType.MANUAL
 
@@ -41,12 +41,14 @@ class CountedQueue(SharedQueue):
 
 
 @asynccontextmanager
-async def manual_worker(queue: SharedQueue, *declare: Callable[[Node], Any]) -> AsyncIterator[Node]:
+async def manual_worker(
+    queue: SharedQueue, *declare: Callable[[Node], Any], ack_type: Any = MANUAL
+) -> AsyncIterator[Node]:
     """A worker whose functions acknowledge."""
     worker = Node(queue)
     for make in declare:
         worker.task(make(worker))
-    async with working(worker.broker, ack_type=MANUAL):
+    async with working(worker.broker, ack_type=ack_type):
         yield worker
 
 
@@ -110,13 +112,15 @@ async def test_message_that_is_cancelled_while_it_runs_is_acknowledged() -> None
         assert (worker.log[0], queue.acks) == ("started", [1])
 
 
-async def test_duplicates_are_acknowledged_with_the_message_that_runs() -> None:
+@pytest.mark.parametrize("ack_type", [AcknowledgeType.WHEN_SAVED, AcknowledgeType.WHEN_EXECUTED, MANUAL])
+async def test_duplicates_are_acknowledged_once_with_the_message_that_runs(ack_type: Any) -> None:
     """One that waits for its turn, one that comes while it waits, and one that comes afterwards."""
     queue = CountedQueue()
-    async with sender(queue) as api, manual_worker(queue, careful_of) as one:
+    worker = partial(manual_worker, queue, careful_of, ack_type=ack_type)
+    async with sender(queue) as api, worker() as one:
         call = api.manager.create_task(remote(api.task(careful_of(api)), 20))
         await asyncio.sleep(1)
-        async with manual_worker(queue, careful_of) as two:
+        async with worker() as two:
             for _ in range(2):
                 queue.deliver_twice()
                 await asyncio.sleep(1)

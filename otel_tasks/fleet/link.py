@@ -428,10 +428,10 @@ class _Inlet:
             asyncio.get_running_loop().call_soon(self._open_large)
 
     def _open_large(self) -> None:
-        self._open(self._large[0])
-        self._large.popleft()
+        entry = self._large.popleft()
         if self._large:
             asyncio.get_running_loop().call_soon(self._open_large)
+        self._open(entry)
 
     def _open(self, entry: Entry) -> None:
         try:

@@ -147,9 +147,10 @@ class Execution:
         # Another worker takes the message.
         self._is_left = False
         self._has_ended = False
-        # True from the decision, and from the broker's answer.
+        # True from the decision on.
         self._is_acknowledged = False
-        self._has_acknowledged = False
+        # True once the broker has answered, or the delivery that waits will acknowledge this one.
+        self._is_taken_care_of = False
         self._ack = ack
         # True if the message is to be acknowledged although its function has not done so.
         self._is_final = False
@@ -242,7 +243,7 @@ class Execution:
 
         Cancellation: ends the attempts to save the result; the message is not acknowledged.
         """
-        if self._has_acknowledged:
+        if self._is_taken_care_of:
             # RabbitMQ closes the channel on a second one.
             return
         if await self._may_acknowledge():
@@ -250,10 +251,11 @@ class Execution:
                 # First: after an acknowledgment, a claim that is left would let a duplicate run.
                 await self._finishing
             await maybe_awaitable(ack())
-            self._has_acknowledged = True
+            self._is_taken_care_of = True
             if self._duplicates is not None:
                 await self._duplicates.acknowledge()
         elif self._is_duplicate and self._duplicates is not None:
+            self._is_taken_care_of = True
             await self._duplicates.add(ack)
 
     @property
