@@ -658,6 +658,20 @@ async def test_loop_inside_a_running_loop_has_its_own_tasks() -> None:
     assert await manager.create_task(give("outer")) == "outer"
 
 
+async def test_thread_without_hooks_for_generators_is_not_that_of_a_loop_without_them() -> None:
+    """A loop that sets no hooks for asynchronous generators is told apart from no loop at all."""
+    manager = TaskManager()
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(firstiter=None, finalizer=None)
+    try:
+        for _ in range(3):
+            assert await manager.create_task(give("made")) == "made"
+        with pytest.raises(WrongThreadError):
+            await asyncio.to_thread(lambda: manager.create_task(rest()))
+    finally:
+        sys.set_asyncgen_hooks(*hooks)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this platform")
 def test_child_of_a_fork_has_no_running_loop() -> None:
     """After a fork in a coroutine, the child can create tasks only in a loop of its own."""
