@@ -18,6 +18,7 @@ import asyncio
 import gc
 import json
 import sys
+import sysconfig
 import tracemalloc
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -39,6 +40,8 @@ Work: TypeAlias = Callable[[int], Awaitable[object]]
 
 BASELINE = Path(__file__).with_name("cost.json")
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    PYTHON += "t"  # Its objects are larger.
 PACKAGE = str(Path(otel_tasks.__file__).parent)
 FEW, MANY = 100, 300
 # Of another patch release of Python, or another size of a dictionary.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.cost import Counts, baseline, grown
+from benchmarks.cost import PYTHON, Counts, baseline, grown
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +36,7 @@ def counted_with(option: str) -> Any:
 def test_tasks_and_requests_cost_no_more_than_before(counts: Counts) -> None:
     """No scenario has more calls, instructions or memory than its committed baseline."""
     if not baseline():
-        pytest.skip(f"no baseline for Python {sys.version_info.major}.{sys.version_info.minor}")
+        pytest.skip(f"no baseline for Python {PYTHON}")
     more = grown(counts, baseline())
 
     assert not more, (
@@ -57,7 +57,7 @@ def test_fleet_costs_local_tasks_and_requests_nothing() -> None:
 def test_every_scenario_has_its_baseline(counts: Counts) -> None:
     """A scenario that is new, or renamed, is held from its first commit on."""
     if not baseline():
-        pytest.skip(f"no baseline for Python {sys.version_info.major}.{sys.version_info.minor}")
+        pytest.skip(f"no baseline for Python {PYTHON}")
 
     assert counts.keys() == baseline().keys()
 
