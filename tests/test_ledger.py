@@ -15,6 +15,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import traceback
 import warnings
 from dataclasses import FrozenInstanceError, replace
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from otel_tasks import (
     CancelKind,
     ManagedTask,
     ManagerClosedError,
+    RetryPolicy,
     TaskInfo,
     TaskManager,
     TaskStatus,
@@ -55,6 +57,20 @@ async def test_failure_that_no_code_awaits_is_logged_at_once(caplog: pytest.LogC
     assert "in fail" in caplog.text
     gc.collect()
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"timeout": 5.0}, {"retry": RetryPolicy(attempt_timeout=5.0)}])
+async def test_logged_traceback_starts_with_the_code_of_the_user(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The wrappers that a timeout or retries put around it are left out."""
+    manager = TaskManager()
+    work: Any = (lambda: fail(ValueError("no"))) if "retry" in options else fail(ValueError("no"))
+    manager.create_task(work, **options)
+    await manager.join()
+    *_, record = caplog.records
+    assert record.exc_info is not None
+    assert [frame.name for frame in traceback.extract_tb(record.exc_info[2])] == ["fail"]
 
 
 async def test_logged_failure_names_its_trace(spans: SpanRecorder, caplog: pytest.LogCaptureFixture) -> None:

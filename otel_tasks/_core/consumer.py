@@ -32,6 +32,7 @@ from otel_tasks._core.cancellation import call_when_set
 from otel_tasks._core.checks import check_choice, check_number, checked_name
 from otel_tasks._core.coroutines import close_quietly
 from otel_tasks._core.extras import wanted_extras
+from otel_tasks._core.frames import exc_info_of
 from otel_tasks._core.info import ConsumerInfo
 from otel_tasks._core.log import TaskLogger, log_fields_of_all, logger, text_of
 from otel_tasks._core.native import add_done_callback, cancel_message, failure_of
@@ -441,7 +442,7 @@ class Consumer(Generic[Item]):
             TaskLogger(task).error(
                 "task %s failed while the shutdown cancelled it: no on_failure runs, the item is handed back",
                 task,
-                exc_info=error,
+                exc_info=exc_info_of(error),
             )
             self._keep_unfinished(task, entry)
 
@@ -480,7 +481,7 @@ class Consumer(Generic[Item]):
             self._name,
             task if task.id == entry.name else repr(entry.name),
             text_of(entry.failure or broken, repr),
-            exc_info=broken,
+            exc_info=exc_info_of(broken),
         )
 
     # -- a shutdown ---------------------------------------------------------------------------

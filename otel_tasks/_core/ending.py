@@ -10,6 +10,7 @@ from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any
 
 from otel_tasks._core.factory import end_like
+from otel_tasks._core.frames import exc_info_of
 from otel_tasks._core.log import TaskLogger
 from otel_tasks._core.native import base_name, failure_of, is_cancelled
 from otel_tasks._core.records import Counters, KeptResult, without_frames
@@ -282,7 +283,7 @@ class Ending(Counters):
             "task %s failed and nobody awaits it%s",
             task,
             f" (trace {trace_id})" if trace_id else "",
-            exc_info=error,
+            exc_info=exc_info_of(error),
         )
 
 

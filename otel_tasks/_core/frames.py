@@ -20,7 +20,7 @@ import re
 import sys
 import threading
 from dataclasses import dataclass
-from types import AsyncGeneratorType, CoroutineType, FrameType
+from types import AsyncGeneratorType, CoroutineType, FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -210,6 +210,18 @@ def calling_line() -> Location | None:
         # The frames outside of it have started the loop.
         frame = None if frame is outermost else frame.f_back
     return place_of(frames[::-1]).at
+
+
+def exc_info_of(error: BaseException) -> tuple[type[BaseException], BaseException, TracebackType | None]:
+    """Return the ``exc_info`` of a log line: the traceback from the first line on that is not this package's.
+
+    With a timeout or retries, up to six frames of this package stand above the task's function. An error of
+    this package alone keeps its whole traceback.
+    """
+    first = error.__traceback__
+    while first is not None and _is_ours(first.tb_frame.f_code.co_filename):
+        first = first.tb_next
+    return type(error), error, first or error.__traceback__
 
 
 def _location(frame: FrameType) -> Location:

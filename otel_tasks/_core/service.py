@@ -31,6 +31,7 @@ from otel_tasks._core.checks import AttemptName, check_flag, checked_name
 from otel_tasks._core.coroutines import close_quietly, name_of_refused, not_a_coroutine
 from otel_tasks._core.critical import check_on_give_up, watch_service
 from otel_tasks._core.events import CancelCause
+from otel_tasks._core.frames import exc_info_of
 from otel_tasks._core.log import TaskLogger, task_label, text_of
 from otel_tasks._core.native import asyncio_cancel, cancel_message, failure_of
 from otel_tasks._core.state import CancelKind, TaskStatus
@@ -425,7 +426,7 @@ def _warn(service: ManagedTask[Any], attempt: ManagedTask[Any], failure: Excepti
         task_label(service),
         _label_of(attempt),
         fate,
-        exc_info=failure,
+        exc_info=exc_info_of(failure),
     )
 
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 from otel_tasks._core.binding import worker_here
 from otel_tasks._core.clock import clock_of
 from otel_tasks._core.events import CancelEvent
+from otel_tasks._core.frames import exc_info_of
 from otel_tasks._core.futures import create_in_loop
 from otel_tasks._core.log import TaskLogger
 from otel_tasks._core.state import TaskStatus
@@ -395,7 +396,9 @@ class Worker(Generic[T]):
         if error is None or isinstance(error, _CANCELLED):
             TaskLogger(task).info("the thread of task %s has returned", task)
         else:
-            TaskLogger(task).error("the thread of task %s failed after the task", task, exc_info=error)
+            TaskLogger(task).error(
+                "the thread of task %s failed after the task", task, exc_info=exc_info_of(error)
+            )
 
 
 class _WorkerThread(threading.Thread):
