@@ -167,7 +167,7 @@ def test_a_node_chooses_among_tasks_of_one_name(source: FleetSource) -> None:
     """Of two tasks of one name, the one on the other node keeps running."""
     node, other = (source.task(f"import-{number}")["task"]["node"] for number in (0, 1))
     for name, wrong, says in (
-        ("import-0", other, "no task has the id 'import-0'"),
+        ("import-0", other, "no task has the id or name 'import-0'"),
         ("same", "nowhere", "no node is called 'nowhere': the nodes are "),
     ):
         with pytest.raises(CommandError, match=says) as caught:

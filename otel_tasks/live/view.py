@@ -310,6 +310,6 @@ def _not_found(name: str, feed: Feed) -> Refused:
     return Refused(
         404,
         "not_found",
-        f"no task has the id {name[:80]!r}: it was never started, or is forgotten",
+        f"no task has the id or name {name[:80]!r}: it was never started, or has been forgotten",
         {"Otel-Tasks-Instance": feed.instance},
     )
