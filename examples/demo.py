@@ -308,7 +308,9 @@ def print_next_steps(console: Console, endpoint: str) -> None:
         "\nThe same in Jaeger: docker compose up, then http://localhost:16686; the service is on port 8000."
     )
     if not endpoint:
-        console.print("These very traces:  OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4318 make demo")
+        console.print(
+            "To send these traces to Jaeger:  OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4318 make demo"
+        )
 
 
 def print_serving(console: Console, url: str) -> None:
@@ -329,7 +331,7 @@ def print_delivery(console: Console, endpoint: str, undelivered: str) -> None:
         console.print(f"The traces, sent to {endpoint}, could not be delivered:")
         console.print(Text(undelivered), soft_wrap=True)
     else:
-        console.print(f"These very traces: sent to {endpoint}")
+        console.print(f"These traces were sent to {endpoint}")
 
 
 def print_links(

@@ -561,7 +561,7 @@ def test_the_demos_spans_reach_a_collector(environment: dict[str, str]) -> None:
             timeout=120,
         )
     assert done.returncode == 0, done.stderr
-    assert f"These very traces: sent to {endpoint}\n" in done.stdout
+    assert f"These traces were sent to {endpoint}\n" in done.stdout
     assert "OTEL_EXPORTER_OTLP_ENDPOINT" not in done.stdout
     assert "could not be delivered" not in done.stdout
     names = Counter(span.name for span in received.spans())

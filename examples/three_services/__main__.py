@@ -279,7 +279,7 @@ def print_delivery(console: Console, upstream: str, undelivered: str) -> None:
         console.print(f"The traces could not be delivered to {upstream}:")
         console.print(Text(undelivered), soft_wrap=True)
     else:
-        console.print(f"These very traces: sent to {upstream}")
+        console.print(f"These traces were sent to {upstream}")
 
 
 def print_links(console: Console, upstream: str, visits: Iterable[Visit], spans: list[Span]) -> None:

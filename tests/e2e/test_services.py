@@ -89,7 +89,7 @@ def test_three_services_keep_every_promise(services: Run) -> None:
     assert services.complaints == ""
     assert len(re.findall(r"^ok ", services.printed, re.MULTILINE)) == 6
     assert "FAILED" not in services.printed
-    assert f"These very traces: sent to {services.received.endpoint}\n" in services.printed
+    assert f"These traces were sent to {services.received.endpoint}\n" in services.printed
     assert marked_processes(services.environment) == set()
 
 
