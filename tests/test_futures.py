@@ -329,7 +329,11 @@ REFUSALS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "timeout in the queue": (ValueError, "queue_timeout must be at least 0", {"queue_timeout": -1}),
     "priority": (ValueError, "priority must be one of", {"priority": 17}),
     "conflict": (ValueError, "on_conflict must be one of", {"on_conflict": "ask"}),
-    "unknown option": (TypeError, r"^create_task_threadsafe\(\) got an unexpected .* 'nam'$", {"nam": "a"}),
+    "unknown option": (
+        TypeError,
+        r"^create_task_threadsafe\(\) got an unexpected .* 'nam'\. Did you mean 'name'\?$",
+        {"nam": "a"},
+    ),
     "group of another type": (TypeError, "group must be a name or a TaskGroup, got 7", {"group": 7}),
     "strange group": (ValueError, "belongs to manager", {"group": TaskManager("other").get_group("a")}),
 }
