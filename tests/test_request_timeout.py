@@ -194,7 +194,7 @@ async def test_limit_of_an_inner_middleware_has_no_effect(
     connection = FakeConnection()
     await connection.run(TaskGroupMiddleware(inner, manager=manager))
     assert connection.status == 200
-    assert "which decides request_timeout=0.5" in caplog.text
+    assert "so request_timeout=0.5 has no effect here" in caplog.text
 
 
 # --- one request decides -----------------------------------------------------------------------------------
