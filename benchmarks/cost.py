@@ -39,9 +39,9 @@ Counts: TypeAlias = dict[str, dict[str, float]]
 Work: TypeAlias = Callable[[int], Awaitable[object]]
 
 BASELINE = Path(__file__).with_name("cost.json")
-PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-if sysconfig.get_config_var("Py_GIL_DISABLED"):
-    PYTHON += "t"  # Its objects are larger.
+# The objects of a free-threaded build are larger.
+_BUILD = "t" if sysconfig.get_config_var("Py_GIL_DISABLED") else ""
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}{_BUILD}"
 PACKAGE = str(Path(otel_tasks.__file__).parent)
 FEW, MANY = 100, 300
 # Of another patch release of Python, or another size of a dictionary.
