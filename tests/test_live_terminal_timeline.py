@@ -8,6 +8,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from textual.events import Key
+from textual.widgets import Input
 
 from otel_tasks_terminal.model import Model
 from otel_tasks_terminal.pen import Pen
@@ -185,6 +187,18 @@ async def test_a_filter_finds_ended_tasks_where_none_is_live() -> None:
         await shown.press("slash", "c", "h", "enter")
         await shown.until(lambda: "filter 'ch' · 0 live, 1 ended" in shown.text())
         assert "✓ chart" in shown.text()
+
+
+async def test_keys_around_a_filter_reach_what_they_are_for() -> None:
+    """However fast they are typed: none after the slash reaches the list, and none after Enter the filter."""
+    view = prepared()
+    view.on_request = lambda asked: view.answers.update({"GET tasks": Said(rows(ENDED))})
+    async with screen(view) as shown:
+        slash, end, keys = Key("slash", "/"), Key("enter", None), Key("question_mark", "?")
+        for key in (slash, Key("x", "x"), slash, Key("q", "q"), end, keys):
+            shown.app.post_message(key)
+        await shown.until(lambda: "next row" in shown.text())
+        assert shown.app.query_one("#filter", Input).value == "x/q"
 
 
 # --- silence ---------------------------------------------------------------------------------------

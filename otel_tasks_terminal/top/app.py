@@ -332,6 +332,12 @@ class Top(App[int]):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Leave keys to a dialog while it is open; each key keeps the rows in their places."""
         self._touched = time.monotonic()
+        is_typing = self.focused is not None and self.focused.id == "filter"
+        if action == "end_filter":
+            return is_typing
+        # The first character that is typed may be a slash.
+        if action == "filter" and is_typing:
+            return False
         return action in ("interrupt", "focus_next", "focus_previous") or len(self.screen_stack) == 1
 
     def action_move(self, step: str) -> None:
@@ -392,7 +398,8 @@ class Top(App[int]):
         """Type a filter."""
         box = self.query_one("#filter", Input)
         box.set_class(True, "shown")
-        box.focus()
+        # At once, here and below: `focus()` takes effect after the next key.
+        self.screen.set_focus(box)
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """Search while the filter is typed."""
@@ -400,10 +407,9 @@ class Top(App[int]):
             self._view.search(event.value.strip())
             self._look_at_another()
 
-    def on_input_submitted(self, event: Input.Submitted) -> None:
+    def action_end_filter(self) -> None:
         """Go back to the list, with the filter."""
-        if event.input.id == "filter":
-            self.rows.focus()
+        self.screen.set_focus(self.rows)
 
     def action_sort(self) -> None:
         """Sort by something else."""

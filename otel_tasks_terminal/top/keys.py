@@ -33,12 +33,17 @@ KEYS = [
 
 def bindings() -> list[Any]:
     """The keys as Textual wants them."""
-    made: list[Any] = [Binding("ctrl+c", "interrupt", show=False, priority=True, system=True)]
+    made: list[Any] = [
+        Binding("ctrl+c", "interrupt", show=False, priority=True, system=True),
+        # The field would end the filter too, but after a key that is pressed right after this one.
+        Binding("enter", "end_filter", show=False, priority=True),
+    ]
     for key, other, action, says in KEYS:
         names = ",".join(name for name in (key if len(key) == 1 and key.isalpha() else "", other) if name)
         names = "space" if key == "space" else names
         if action:
-            made.append(Binding(names, action, says, show=False))
+            # What is typed right after a slash must not reach the list, where each key does something.
+            made.append(Binding(names, action, says, show=False, priority=action == "filter"))
     for key, step in (
         ("home", "'-1000000'"),
         ("end", "'1000000'"),
