@@ -185,7 +185,7 @@ class Request(Connection):
         """
         group, stop = self.group, self.stop
         if group is None and stop is None:
-            # What outlives the request shows its name, and needs no more than that.
+            # Contexts that outlive the request show its name, and need no more of it.
             self.binding.facts = name_facts(self.scope)
             return
         if stop is not None:
