@@ -5,14 +5,11 @@ from __future__ import annotations
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from otel_tasks._asgi.rule import SAFE_METHODS
+from otel_tasks._asgi.rule import KNOWN_METHODS
 from otel_tasks._core.telemetry.request import route_in
 
 if TYPE_CHECKING:
     from otel_tasks._asgi.connection import Scope
-
-# A client may send any word as a method; only these appear in names.
-_KNOWN_METHODS = SAFE_METHODS | {"WS", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "TRACE"}
 
 # The span of a request that is over is not asked for its route.
 _WITHOUT_SPAN = Context()
@@ -36,7 +33,8 @@ def name_facts(scope: Scope, context: Context = _WITHOUT_SPAN) -> NameFacts:
 def name_from(facts: NameFacts) -> str:
     """Name a request after its route, or after its method alone until routing has matched."""
     kind, method, template, route, fastapi, context = facts
-    method = "WS" if kind == "websocket" else method if method in _KNOWN_METHODS else "HTTP"
+    # A client may send any word as a method; only known ones appear in names.
+    method = "WS" if kind == "websocket" else method if method in KNOWN_METHODS else "HTTP"
     template = _route_template(template, route, fastapi) or route_in(context)
     return f"{method} {template}" if template else method
 

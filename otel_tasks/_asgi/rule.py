@@ -22,6 +22,8 @@ OnExit = Literal["cancel", "wait", "detach"]
 # Methods without side effects (RFC 9110, 9.2.1, and the QUERY draft): a cancelled handler leaves nothing half
 # done.
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "QUERY"})
+# WS stands for a WebSocket. Others exist, such as PURGE and PROPFIND.
+KNOWN_METHODS = SAFE_METHODS | {"WS", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "TRACE"}
 # None stands for any method.
 _METHODS_OF: dict[str, frozenset[str] | None] = {"safe": SAFE_METHODS, "all": None, "none": frozenset()}
 
@@ -30,8 +32,6 @@ GRAMMAR = (
     "a path starts with / or *, * is any characters, and ! before an entry makes it an exception, as in "
     '"safe, POST /v1/*, !POST /v1/batches*"'
 )
-# Other methods exist (PURGE, PROPFIND), so only a name close to one of these is an error.
-_COMMON_METHODS = sorted(SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT", "WS"})
 # In a route's template.
 _PARAMETER = re.compile(r"{[^}]*}")
 _METHOD = r"[A-Za-z-]+"
@@ -186,6 +186,7 @@ def _parsed(text: str) -> tuple[bool, Entry]:
 
 
 def _check_spelling(text: str, methods: Iterable[str]) -> None:
+    # A method that is not known may exist, so only a name close to a known one is an error.
     for method in methods:
         meant = ["WS"] if method == "WEBSOCKET" else _likely_methods(method)
         if method not in meant:
@@ -193,7 +194,7 @@ def _check_spelling(text: str, methods: Iterable[str]) -> None:
 
 
 def _likely_methods(method: str) -> list[str]:
-    return difflib.get_close_matches(method, _COMMON_METHODS, n=1, cutoff=0.75) or [method]
+    return difflib.get_close_matches(method, sorted(KNOWN_METHODS), n=1, cutoff=0.75) or [method]
 
 
 def _path_matcher(pattern: str) -> Callable[[str], Any]:

@@ -276,14 +276,9 @@ def find_holder(task: asyncio.Task[Any], forwarded: list[asyncio.Future[Any]]) -
 
 def in_anyio_shield(task: asyncio.Task[Any]) -> bool:
     """Return True if the task is in a shielded ``anyio.CancelScope``; ``to_thread.run_sync`` opens one."""
-    # Including the scopes of the tasks around it: their shields shield this one too. In most tasks that are
-    # cancelled there are none, and a generator takes most of the time.
-    scope = _innermost_scope(task)
-    while scope is not None:
-        if scope.shield:
-            return True
-        scope = scope._parent_scope
-    return False
+    # Including the scopes of the tasks around it: their shields shield this one too. Most tasks that are
+    # cancelled have none, and a generator takes most of the time.
+    return _innermost_scope(task) is not None and any(scope.shield for scope in _anyio_scopes(task))
 
 
 def cancelled_scopes(task: asyncio.Task[Any]) -> list[Any]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from otel_tasks._core.checks import checked_name, checked_priority, checked_seconds
 from otel_tasks.fleet.bus import START, position_of
 from otel_tasks.fleet.cancellations import Sent
+from otel_tasks.fleet.entries import LARGEST
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,8 +33,6 @@ TRACEBACK: Final = "otel_tasks.traceback"
 
 # A longer stamp is ignored. In characters.
 _LONGEST_STAMP = 16_384
-# A larger number is ignored: it is neither a time nor a duration.
-LARGEST = 2**53
 # Labels of Taskiq that count the copies of a message: a retry and a requeued message are new deliveries.
 _COPIES = ("_retries", "X-Taskiq-requeue")
 # json.dumps() would make an encoder for each call.
@@ -193,6 +192,7 @@ def _fits(value: object, kind: type | tuple[type, ...]) -> bool:
     if isinstance(value, dict):
         return kind is dict and all(isinstance(part, str) for pair in value.items() for part in pair)
     if isinstance(value, (int, float)):
-        # The comparison is False for NaN too. JSON has numbers that no float can hold.
+        # A larger number is neither a time nor a duration. The comparison is False for NaN too. JSON has
+        # numbers that no float can hold.
         return isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= LARGEST
     return isinstance(value, kind)

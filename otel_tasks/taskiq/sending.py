@@ -11,9 +11,9 @@ from taskiq.labels import prepare_label
 from otel_tasks import TaskPriority, current_task
 from otel_tasks._core.checks import checked_name, checked_seconds
 from otel_tasks._core.telemetry.propagation import inject
+from otel_tasks.fleet.entries import LARGEST
 from otel_tasks.taskiq.labels import (
     GROUP,
-    LARGEST,
     NAME,
     PRIORITY,
     STAMP,
